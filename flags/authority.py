@@ -1,0 +1,188 @@
+"""The fact: which store has authority, followed by a background thread, and what this process last acknowledged of it.
+
+`LedgerAuthority` reads the ledger every 50 ms on a connection of its own, at once when a write was refused, and records
+a heartbeat every 0.5 s and at once when the stage or the epoch has changed. A ledger that can't be reached keeps the
+last known fact: that is safe, because the store that lost authority refuses by itself. The caller's thread only reads
+an attribute.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import psycopg
+from ldclient.migrations.types import Origin, Stage
+
+from changeover.errors import ServerUnavailable
+from changeover.jobs.ledger import Ledger
+from changeover.session import application_name, connect
+
+log = logging.getLogger("changeover.flags")
+
+POLL_SECONDS = 0.05
+LOOK_AGAIN_SECONDS = 0.01
+BEAT_SECONDS = 0.5
+RECONNECT_SECONDS = 0.5
+FIRST_LOOK_SECONDS = 3.0
+SETTINGS = {"statement_timeout": "2s", "idle_session_timeout": "0"}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Who has authority, since which epoch."""
+
+    epoch: int
+    store: Origin
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a process says of itself: the stage and epoch at which it acts, and its counters."""
+
+    stage: Stage
+    epoch: int
+    counters: Mapping[str, Any]
+
+
+class AuthoritySource(Protocol):
+    """Makes one follower per process; a forked child makes its own."""
+
+    def follow(self, process: str, beat: Callable[[], Beat | None]) -> Follower:
+        """Start following (first use in a process)."""
+        ...
+
+
+class Follower(Protocol):
+    """What the router asks for the fact, within one process."""
+
+    fact: Fact | None
+    last_stage: Stage | None
+
+    def wait(self, fact: Fact, seconds: float) -> None:
+        """Wait until the fact is another one, looking often, at most so long (caller's thread, after a refusal)."""
+        ...
+
+    def close(self) -> None:
+        """Record a last heartbeat and end the thread."""
+        ...
+
+
+@dataclass(frozen=True)
+class LedgerAuthority:
+    """The ledger of a migration as the source of authority."""
+
+    dsn: str
+    migration: str
+
+    def follow(self, process: str, beat: Callable[[], Beat | None]) -> LedgerFollower:
+        """Start the background thread; the first look is waited for, so that the first call already has the fact."""
+        return LedgerFollower(self, process, beat)
+
+
+class LedgerFollower:
+    """Follows the ledger in one process."""
+
+    def __init__(self, source: LedgerAuthority, process: str, beat: Callable[[], Beat | None]) -> None:
+        self.source = source
+        self.process = process
+        self.fact: Fact | None = None
+        self.last_stage: Stage | None = None
+        self.failures = 0
+        self._beat = beat
+        self._beaten: tuple[Stage, int] | None = None
+        self._beaten_at = float("-inf")
+        self._ledger: Ledger | None = None
+        self._changed = threading.Condition()
+        self._looks = 0
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="changeover-authority", daemon=True)
+        self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._looks or self.failures, FIRST_LOOK_SECONDS)
+
+    def wait(self, fact: Fact, seconds: float) -> None:
+        """Wait until the ledger says something else, or the time is over."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            while self.fact == fact and time.monotonic() < until:
+                self._wake.set()
+                self._changed.wait(LOOK_AGAIN_SECONDS)
+                # `wait` ends with the first look, which may come at once: the next one is not asked for before its
+                # time.
+                self._changed.wait_for(lambda: self.fact != fact, LOOK_AGAIN_SECONDS)
+
+    def close(self) -> None:
+        """Record the last counters, then end the thread and its connection."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        looked = self._look()
+        while not self._stop.is_set():
+            self._wake.wait(POLL_SECONDS if looked else RECONNECT_SECONDS)
+            self._wake.clear()
+            looked = self._look()
+        # The look that the stop fell into may have begun before the last counts were final.
+        if looked:
+            self._look()
+        if self._ledger is not None:
+            self._ledger.connection.close()
+
+    def _look(self) -> bool:
+        """Read authority and beat where due; False when the ledger can't be used now."""
+        try:
+            ledger = self._open()
+            found = ledger.authority()
+            fact = Fact(found.epoch, Origin(found.store))
+            with self._changed:
+                self.fact = fact
+                self._looks += 1
+                self._changed.notify_all()
+            self._beat_where_due(ledger)
+        except (psycopg.Error, ServerUnavailable) as error:
+            self._failed(error)
+            return False
+        return True
+
+    def _open(self) -> Ledger:
+        if self._ledger is None:
+            name = application_name(self.source.migration, "router")
+            self._ledger = Ledger(
+                connect(self.source.dsn, name, settings=SETTINGS), self.source.migration, self.source.dsn
+            )
+            if self.last_stage is None:
+                self.last_stage = _last_stage(self._ledger)
+        return self._ledger
+
+    def _beat_where_due(self, ledger: Ledger) -> None:
+        beat = self._beat()
+        if beat is None:
+            return
+        now = time.monotonic()
+        said = (beat.stage, beat.epoch)
+        if said != self._beaten or now - self._beaten_at >= BEAT_SECONDS or self._stop.is_set():
+            ledger.beat(self.process, beat.stage.value, beat.epoch, beat.counters)
+            self._beaten, self._beaten_at = said, now
+
+    def _failed(self, error: Exception) -> None:
+        if not self.failures or self._ledger is not None:
+            log.warning("the ledger can't be read (%s): the last known authority stays", type(error).__name__)
+        with self._changed:
+            self.failures += 1
+            self._changed.notify_all()
+        if self._ledger is not None:
+            self._ledger.connection.close()
+            self._ledger = None
+
+
+def _last_stage(ledger: Ledger) -> Stage | None:
+    """Return the stage that a process of this migration acknowledged last: a restart without a flag starts there."""
+    beats = sorted(ledger.heartbeats(), key=lambda beat: beat.at)
+    return Stage.from_str(beats[-1].stage) if beats else None

@@ -1,0 +1,150 @@
+"""The flag in a file: a migration flag as JSON, read by the SDK's own file data source, moved by replacing the file.
+
+A replacement is atomic and durable: a reader sees the file before or after, never between, and a write that returned
+survives a crash. Each one raises the flag's version and has a modification time above its predecessor's, because the
+SDK notices a change by that time alone. Two processes that write at once wait for each other. Nothing else in the file
+changes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldclient import LDClient
+from ldclient.config import Config
+from ldclient.integrations import Files
+from ldclient.migrations.types import Stage
+
+from changeover.errors import SpecError
+from changeover.flags.stages import ORDER
+
+POLL_SECONDS = 0.2
+SDK_KEY = "flag-file"
+"""The SDK asks for a key of some kind; with a file as data source and no events it goes nowhere."""
+
+VARIATIONS = [stage.value for stage in ORDER]
+MTIME_STEP_NS = 1_000_000
+"""Least distance between two versions' modification times: a file system keeps it, a float tells it."""
+
+
+def read_stage(path: str | Path, key: str) -> Stage:
+    """Return the stage that a flag asks of everyone; raises SpecError, naming what in the file is wrong."""
+    flag = _flag(_load(Path(path)), path, key)
+    index = flag.get("fallthrough", {}).get("variation") if flag.get("on") else flag.get("offVariation")
+    variations = flag.get("variations", [])
+    value = variations[index] if isinstance(index, int) and 0 <= index < len(variations) else None
+    stage = Stage.from_str(value) if isinstance(value, str) else None
+    if stage is None:
+        raise SpecError(
+            str(path),
+            f"flags.{key}",
+            f"its variation is {value!r}, which is no stage: known are {', '.join(VARIATIONS)}",
+        )
+    return stage
+
+
+def write_stage(path: str | Path, key: str, stage: Stage) -> int:
+    """Make a flag ask for a stage, creating flag and file where missing; return the flag's new version.
+
+    Raises SpecError when the file is there and isn't a flag file: what can't be read is never overwritten.
+    """
+    target = Path(path)
+    with _folder_locked(target.parent) as folder:
+        document = _load(target) if target.exists() else {}
+        flag = document.setdefault("flags", {}).setdefault(key, {"key": key, "version": 0, "salt": key})
+        flag.update(
+            version=int(flag.get("version", 0)) + 1, on=True, variations=VARIATIONS, offVariation=0,
+            fallthrough={"variation": VARIATIONS.index(stage.value)},
+        )  # fmt: skip
+        flag.setdefault("migration", {})
+        _replace(target, json.dumps(document, indent=2) + "\n")
+        os.fsync(folder)
+    return int(flag["version"])
+
+
+def client(path: str | Path, poll_seconds: float = POLL_SECONDS) -> LDClient:
+    """Return an SDK client that follows the file within `poll_seconds`; the caller closes it (application).
+
+    It never connects anywhere. `offline` would ignore the file; watching by `watchdog` would reload without end and
+    miss renames.
+    """
+    while True:
+        before = _modified(path)
+        made = LDClient(
+            Config(
+                SDK_KEY,
+                update_processor_class=Files.new_data_source(
+                    [str(path)], auto_update=True, poll_interval=poll_seconds, force_polling=True
+                ),
+                send_events=False,
+                diagnostic_opt_out=True,
+            )
+        )
+        # The SDK loads first and notes the time afterwards: a replacement between the two would never be seen.
+        if _modified(path) == before:
+            return made
+        made.close()  # type: ignore[no-untyped-call]
+
+
+def _modified(path: str | Path) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(str(path), "file", f"can't be read ({error.strerror}): name the flag's data file") from error
+    except ValueError as error:
+        raise SpecError(str(path), "syntax", f"not valid JSON ({error}): correct it or restore it") from error
+    if not isinstance(document, dict) or not isinstance(document.get("flags", {}), dict):
+        raise SpecError(str(path), "flags", "must be an object with one entry per flag")
+    return document
+
+
+def _flag(document: dict[str, Any], path: str | Path, key: str) -> dict[str, Any]:
+    flag = document.get("flags", {}).get(key)
+    if not isinstance(flag, dict):
+        known = ", ".join(sorted(document.get("flags", {}))) or "none"
+        raise SpecError(str(path), "flags", f"there is no flag {key}: the file has {known}")
+    return flag
+
+
+@contextmanager
+def _folder_locked(folder: Path) -> Iterator[int]:
+    """Hold the folder's lock: the file itself is replaced, so a lock on it would be a lock on a file that is gone."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _replace(target: Path, text: str) -> None:
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            previous = target.stat() if target.exists() else None
+            os.fchmod(file.fileno(), previous.st_mode & 0o777 if previous else 0o644)
+            if previous is not None:
+                now = os.fstat(file.fileno()).st_mtime_ns
+                later = max(now, previous.st_mtime_ns + MTIME_STEP_NS)
+                os.utime(file.fileno(), ns=(later, later))
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,110 @@
+"""The stages of a migration: LaunchDarkly's six, in one table that says what each means for a read and for a write.
+
+The keys are the SDK's own `Stage`, the stores its own `Origin`; there is no second vocabulary and no other place in
+which a stage is asked for by name. The flag is the wish and the ledger's authority the fact: `effective` lets a wish
+act only as far as the store that it needs has authority. Everything here is pure and runs in the application and in the
+command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ldclient.migrations.types import Origin, Stage
+
+from changeover.stores.gate import FENCED
+
+__all__ = ["FENCED", "ORDER", "TABLE", "StageRule", "effective", "needs_fence", "next_stage", "other", "previous_stage"]
+
+
+@dataclass(frozen=True)
+class StageRule:
+    """What a stage means: whose answer a read returns, where a write goes first, and what happens beside it.
+
+    `compares` says that a read asks the other store too, off the caller's thread; `mirrors` that a write is offered to
+    the other store after its commit; `fence_before` that the step up to this stage waits for a fence in the ledger,
+    `fence_back` that the step down from it does; `reversible` that there is a step down at all.
+    """
+
+    reads: Origin
+    writes: Origin
+    compares: bool
+    mirrors: bool
+    fence_before: bool
+    fence_back: bool
+    reversible: bool
+
+
+TABLE: Mapping[Stage, StageRule] = MappingProxyType({
+    # First stage, nothing below it: the new store is filled by backfill and replay alone.
+    Stage.OFF: StageRule(
+        Origin.OLD, Origin.OLD, compares=False, mirrors=False, fence_before=False, fence_back=False, reversible=False
+    ),
+    # off -> dualwrite: the tables are closed and replay keeps up; from here on rows arrive before the stream brings
+    # them. dualwrite -> off: the mirror costs or fails too much; nothing is lost, the stream brings the same rows.
+    Stage.DUALWRITE: StageRule(
+        Origin.OLD, Origin.OLD, compares=False, mirrors=True, fence_before=False, fence_back=False, reversible=True
+    ),
+    # dualwrite -> shadow: a verdict "equal" is on record; reads now prove it under the application's own load.
+    # shadow -> dualwrite: the comparisons mismatch, or cost too much; answers came from the old store all the time.
+    Stage.SHADOW: StageRule(
+        Origin.OLD, Origin.OLD, compares=True, mirrors=True, fence_before=False, fence_back=False, reversible=True
+    ),
+    # shadow -> live: authority moves to the new store. The old store refuses writes first, so a fence.
+    # live -> shadow: rollback, authority moves back. The new store refuses writes first, so a fence as well.
+    Stage.LIVE: StageRule(
+        Origin.NEW, Origin.NEW, compares=True, mirrors=True, fence_before=True, fence_back=True, reversible=True
+    ),
+    # live -> rampdown: enough comparisons under new authority; the old store is still kept up to date.
+    # rampdown -> live: a doubt about the new store's answers; comparing starts again.
+    Stage.RAMPDOWN: StageRule(
+        Origin.NEW, Origin.NEW, compares=False, mirrors=True, fence_before=False, fence_back=False, reversible=True
+    ),
+    # rampdown -> complete: the old store stops receiving. The point of no return, so a fence.
+    # There is no step down from complete: the old store lacks every write since.
+    Stage.COMPLETE: StageRule(
+        Origin.NEW, Origin.NEW, compares=False, mirrors=False, fence_before=True, fence_back=False, reversible=False
+    ),
+})  # fmt: skip
+
+ORDER: tuple[Stage, ...] = tuple(TABLE)
+"""The stages, lowest first; also a flag's order of variations: a context of another kind gets the first one."""
+
+
+def next_stage(stage: Stage) -> Stage | None:
+    """Return the stage above, None after complete."""
+    place = ORDER.index(stage) + 1
+    return ORDER[place] if place < len(ORDER) else None
+
+
+def previous_stage(stage: Stage) -> Stage | None:
+    """Return the stage that a rollback leads to; None at off, and at complete, from which there is no way back."""
+    return ORDER[ORDER.index(stage) - 1] if TABLE[stage].reversible else None
+
+
+def needs_fence(start: Stage, end: Stage) -> bool:
+    """Return whether a move between two stages, in either direction and over any number of steps, passes a fence."""
+    low, high = ORDER.index(start), ORDER.index(end)
+    if low <= high:
+        return any(TABLE[stage].fence_before for stage in ORDER[low + 1 : high + 1])
+    return any(TABLE[stage].fence_back for stage in ORDER[high + 1 : low + 1])
+
+
+def other(origin: Origin) -> Origin:
+    """Return the other store."""
+    return Origin.NEW if origin is Origin.OLD else Origin.OLD
+
+
+def effective(wish: Stage, authority: Origin) -> Stage:
+    """Return the stage at which a process acts: the wish, or the stage nearest to it whose writes go to `authority`."""
+    return _EFFECTIVE[wish, authority]
+
+
+def _nearest(wish: Stage, authority: Origin) -> Stage:
+    fitting = [stage for stage in ORDER if TABLE[stage].writes is authority]
+    return min(fitting, key=lambda stage: abs(ORDER.index(stage) - ORDER.index(wish)))
+
+
+_EFFECTIVE = {(wish, authority): _nearest(wish, authority) for wish in ORDER for authority in Origin}

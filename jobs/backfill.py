@@ -1,0 +1,199 @@
+"""The backfill: pending chunks read in the kept snapshot, transformed, and loaded into each target.
+
+A Spark job that may die at any point and be run again: chunks that are marked in the ledger are not repeated, and one that was
+written but not marked is not written twice. When the last chunk is in, the table is closed: the source's file is compared
+with the one that was prepared, then barrier and sweep. Only a closed table may be verified or read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from changeover import points
+from changeover.errors import CouldNotFinish, SourceChanged, TableStopped
+from changeover.jobs import chunks as planning
+from changeover.jobs import snapshot
+from changeover.jobs.ledger import CLOSED, LOADED, PENDING, ChunkRow, Ledger, Stream, mark_loaded
+from changeover.jobs.preflight import source_table, store_columns
+from changeover.jobs.prepare import exported, require_prepared
+from changeover.jobs.transform import Transform
+from changeover.session import application_name, connect
+from changeover.spec import Spec
+from changeover.sparkerrors import from_spark
+from changeover.stores import Counts, Store, open_store
+from changeover.stores.reader import ReadTable, read_table
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+log = logging.getLogger(__name__)
+
+ROWS_PER_CHUNK = 100_000
+FEWEST_CHUNKS = 8
+"""Even a small table gets a few chunks, so that a killed run repeats little."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a backfill did for one table and target."""
+
+    source: str
+    target: str
+    chunks: int
+    rows: int
+    refused: int
+    swept: int
+
+
+@dataclass(frozen=True)
+class LedgerMark:
+    """Marks a chunk of one attempt; picklable, so that a task can mark in the transaction of its rows."""
+
+    dsn: str
+    migration: str
+    source: str
+    target: str
+    token: int
+
+    def in_transaction(self, cursor: psycopg.Cursor[Any], chunk: int, counts: Counts, seconds: float) -> bool:
+        """Mark in the transaction of the rows (task); False when a later attempt has claimed the chunk."""
+        return mark_loaded(
+            cursor, self.migration, self.source, self.target, chunk, self.token, (counts.offered, counts.refused), seconds
+        )
+
+    def afterwards(self, chunk: int, counts: Counts, seconds: float) -> bool:
+        """Mark in a transaction of its own (driver)."""
+        with connect(self.dsn, application_name(self.migration, "backfill")) as connection, connection.cursor() as cursor:
+            return self.in_transaction(cursor, chunk, counts, seconds)
+
+    def identity(self, chunk: int) -> str:
+        """Return the chunk's name for idempotent appends: the same for every attempt, another for every chunk."""
+        return f"changeover/{self.migration}/{self.source}/{self.target}/{chunk}"
+
+
+def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = None) -> list[Loaded]:
+    """Load all pending chunks of every table into the targets (all unless named) and close them (driver).
+
+    Raises StepOrder before prepare, SnapshotLost, TableStopped, LeaseHeld when another backfill runs.
+    """
+    with Ledger.open(spec, "backfill") as ledger:
+        prepared = require_prepared(spec, spark, ledger, "backfill")
+        with ledger.lease("backfill"):
+            for (source, target), transform in prepared.transforms.items():
+                if targets is None or target in targets:
+                    with open_store(spec, spec.targets[target], "backfill") as store:
+                        store.install(transform.target, prepared.stream.image)
+                        _Load(spec, spark, ledger, prepared.stream, transform, store).run(source)
+            done = [_summary(ledger, source, target) for source, target in prepared.transforms]
+            if all(load.state == CLOSED for load in ledger.loads()):
+                snapshot.release(spec.source.dsn.resolve(), spec.name)
+            ledger.audit("backfill", "done", {"loads": [loaded.__dict__ for loaded in done]})
+            return done
+
+
+def _summary(ledger: Ledger, source: str, target: str) -> Loaded:
+    load = ledger.load(source, target)
+    chunks = ledger.chunks(source, target)
+    row = ledger.connection.execute(
+        "SELECT coalesce(sum(rows), 0), coalesce(sum(refused), 0) FROM changeover.chunk"
+        " WHERE migration = %s AND source = %s AND target = %s",
+        [ledger.migration, source, target],
+    ).fetchone()
+    assert row is not None
+    return Loaded(source, target, len(chunks), int(row[0]), int(row[1]), load.swept)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """One table's load into one target."""
+
+    spec: Spec
+    spark: SparkSession
+    ledger: Ledger
+    stream: Stream
+    transform: Transform
+    store: Store
+
+    def run(self, source: str) -> None:
+        """Plan, load what is pending, close."""
+        state = self.ledger.load(source, self.store.name).state
+        _, columns, stopped = self.ledger.source_table(source)
+        if stopped:
+            raise TableStopped(source, stopped)
+        if state == PENDING:
+            read = self._read_table(columns_of=store_columns(columns))
+            self._plan(source, read)
+            self._load_pending(source, read)
+            self.ledger.set_state(source, self.store.name, LOADED)
+        if state in (PENDING, LOADED):
+            points.reach("before-close")
+            self._require_same_file(source)
+            self.ledger.set_state(source, self.store.name, CLOSED, swept=self.store.close(self.transform.target))
+
+    def _read_table(self, columns_of: Sequence[Any]) -> ReadTable:
+        schema, name = self.transform.table.source_name
+        with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")) as old:
+            seen = source_table(old, self.transform.table)
+        if seen is None:
+            raise SourceChanged(f"table {self.transform.table.source}", "a table", "nothing by that name")
+        return ReadTable(schema, name, tuple(columns_of), seen.key)
+
+    def _plan(self, source: str, read: ReadTable) -> None:
+        """Record the ranges once; a later run goes on with the same ones."""
+        if self.ledger.chunks(source, self.store.name):
+            return
+        with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")) as old:
+            count = planning.chunk_count(old, read.schema, read.name, ROWS_PER_CHUNK, FEWEST_CHUNKS)
+            ranges = planning.plan_ranges(old, read.schema, read.name, [c.name for c in read.key], count)
+        self.ledger.record_chunks(source, self.store.name, ranges)
+
+    def _load_pending(self, source: str, read: ReadTable) -> None:
+        chunks = {row.chunk: row for row in self.ledger.chunks(source, self.store.name)}
+        planning.require_partition(source, [(row.lower, row.upper) for row in chunks.values()])
+        pending = [number for number, row in chunks.items() if row.loaded is None]
+        if not pending:
+            return
+        application = application_name(self.spec.name, "backfill")
+        dsn = self.spec.source.dsn.resolve()
+        live = snapshot.kept(dsn, application, exported(self.stream))
+        token = self.ledger.claim(source, self.store.name)
+        mark = LedgerMark(self.ledger.dsn, self.spec.name, source, self.store.name, token)
+
+        def rows(numbers: Sequence[int]) -> DataFrame:
+            ranges = [(chunks[n].lower, chunks[n].upper) for n in numbers]
+            return self.transform.rows(read_table(self.spark, dsn, application, read, ranges, live))
+
+        with from_spark(source, "a chunk of the backfill"):
+            self.store.load(self.transform.target, pending, rows, mark)
+        self._require_all_loaded(source, self.ledger.chunks(source, self.store.name))
+
+    def _require_all_loaded(self, source: str, chunks: Sequence[ChunkRow]) -> None:
+        left = [row.chunk for row in chunks if row.loaded is None]
+        if left:
+            raise CouldNotFinish(f"{source} into {self.store.name}: chunks {left} were claimed by another backfill: run again")
+
+    def _require_same_file(self, source: str) -> None:
+        """A table rewritten under the snapshot reads as empty, without any event: compare its file with the prepared one."""
+        filenode, _, _ = self.ledger.source_table(source)
+        with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")) as old:
+            seen = source_table(old, self.transform.table)
+        if seen is None or seen.filenode != filenode:
+            reason = "it was rewritten or truncated since prepare, and a rewritten table reads as empty under an older snapshot"
+            self.ledger.stop_table(source, reason)
+            raise TableStopped(source, reason)
+
+
+def main() -> None:
+    """Entry of `spark-submit jobs/backfill.py SPEC`."""
+    from changeover.entry import run_step
+
+    run_step("backfill")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Capture: the one long-lived service, which brings the slot's changes into the spool in commit order.
+
+Transactions go in whole. The slot is told to forget only what the spool holds durably, and every connection goes on
+from the spool's end, so a kill at any point loses nothing and repeats nothing. Each connection first proves that this
+is still the prepared stream, with no gap between slot and spool; else it stops with the reason. A table that no longer
+looks as it was prepared gets an event that says so, at its place in the stream, while the others go on. Runs on one
+machine, without Spark; a transaction is held in memory until its commit arrives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+from changeover.errors import ChangeoverError, DatabaseFailed, LeaseHeld, ServerUnavailable, SourceChanged
+from changeover.jobs import pgoutput
+from changeover.jobs.ledger import Ledger, SourceColumn, Stream
+from changeover.jobs.replication import (
+    FEEDBACK_SECONDS,
+    Replication,
+    answer_interval,
+    check_publication,
+    check_slot,
+    generated_columns,
+)
+from changeover.jobs.spool import Event, Spool
+from changeover.jobs.transactions import MARKER_PREFIX, Assembler
+from changeover.position import format_lsn, parse_lsn
+from changeover.session import Connection, application_name, connect, server_name, speaking_to
+from changeover.spec import Spec, load, qualified
+
+BATCH_EVENTS = 20_000
+BATCH_SECONDS = 0.2
+UNTIL_SECONDS = 0.2
+LEASE_SECONDS = 5.0
+IDLE_STEP = 1 << 20
+"""Bytes of other tables' WAL after which an idle stream moves the spool's end, so that the slot lets that WAL go."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class CaptureResult:
+    """What a run of capture did; `end_lsn` is the spool's end, `interrupted` whether Ctrl-C or SIGTERM ended it."""
+
+    events: int = 0
+    transactions: int = 0
+    appends: int = 0
+    connections: int = 0
+    end_lsn: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Lag:
+    """How far capture is behind, in bytes and LSNs; `kept_wal_bytes` is what the slot makes the source keep."""
+
+    kept_wal_bytes: int
+    spool_end: int
+    source_lsn: int
+
+
+def capture(
+    spec: Spec,
+    *,
+    until: Callable[[], bool] | None = None,
+    stop: threading.Event | None = None,
+    patience: float = 30.0,
+) -> CaptureResult:
+    """Bring changes into the spool until `until()`, `stop`, Ctrl-C or SIGTERM; what is whole then is durable (driver).
+
+    A broken connection is opened anew for up to `patience` seconds. `until` is asked after each append, and 5 times a second. Raises
+    StepOrder before prepare, LeaseHeld beside another run, SourceChanged or SpoolGap when this is not the prepared
+    stream any more, ServerUnavailable, DatabaseFailed, RowRefused.
+    """
+    stop = stop or threading.Event()
+    started = time.monotonic()
+    with Ledger.open(spec, "capture") as ledger, ledger.lease("capture", wait_seconds=LEASE_SECONDS):
+        tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
+        stream = ledger.stream("capture")
+        run = _Run(spec, stream, tables, stop, until or (lambda: False), patience)
+        with _signals_set(stop, run.result):
+            run.run()
+    run.result.seconds = time.monotonic() - started
+    log.info("capture ended: %s", run.result)
+    return run.result
+
+
+def emit_marker(connection: Connection, note: str) -> None:
+    """Write a marker into the source's log; it reaches the spool when the caller's transaction commits."""
+    connection.execute("SELECT pg_logical_emit_message(true, %s::text, %s::text)", [MARKER_PREFIX, note])
+
+
+def lag(spec: Spec) -> Lag:
+    """Return how far the spool is behind the source; raises SourceChanged when the slot is missing (driver)."""
+    dsn = spec.source.dsn.resolve()
+    with connect(dsn, application_name(spec.name, "lag")) as connection, speaking_to(dsn, "reading the slot"):
+        row = connection.execute(
+            "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint, pg_current_wal_lsn()::text"
+            " FROM pg_replication_slots WHERE slot_name = %s",
+            [spec.slot],
+        ).fetchone()
+    if row is None or row[0] is None:
+        raise SourceChanged("replication slot", spec.slot, "missing" if row is None else "lost")
+    return Lag(int(row[0]), Spool(spec.work / "spool").end(), parse_lsn(row[1]))
+
+
+@contextmanager
+def _signals_set(stop: threading.Event, result: CaptureResult) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM set `stop`, since an exception in the middle of an append has no good place to go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: object) -> None:
+        result.interrupted = True
+        stop.set()
+        signal.signal(number, before[number])  # the second time it means it
+
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One run: connection after connection, the whole transactions that are not yet in the spool, and the counts."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        stream: Stream,
+        tables: Mapping[str, Sequence[SourceColumn]],
+        stop: threading.Event,
+        until: Callable[[], bool],
+        patience: float,
+    ) -> None:
+        self.spec, self.stream, self.tables = spec, stream, tables
+        self.stop, self.until, self.patience = stop, until, patience
+        self.ask_at = 0.0
+        self.dsn = spec.source.dsn.resolve()
+        self.spool = Spool(spec.work / "spool")
+        self.result = CaptureResult()
+        self.batch: list[Event] = []
+        self.whole = self.durable = self.spool.end()
+        self.flush_at = self.answer_at = float("inf")
+        self.answer_every = FEEDBACK_SECONDS
+        self.failing_since: float | None = None
+
+    def run(self) -> None:
+        """Follow the stream until the run is ended, over as many connections as it takes."""
+        delay = 0.1
+        while not self._ended():
+            try:
+                with self._opened() as (replication, assembler):
+                    delay = 0.1
+                    self._follow(replication, assembler)
+            except (ServerUnavailable, LeaseHeld) as error:
+                now = time.monotonic()
+                self.failing_since = self.failing_since or now
+                if now - self.failing_since > self.patience:
+                    raise
+                log.warning("%s; trying again in %g s", error, delay)
+                time.sleep(delay)
+                delay = min(2 * delay, 2.0)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Replication, Assembler]]:
+        """Prove that this is the prepared stream, and start it where the spool ends."""
+        self.batch, self.flush_at = [], float("inf")
+        self.whole = self.durable = self.spool.end()
+        name = application_name(self.spec.name, "capture")
+        with closing(connect(self.dsn, name)) as connection, speaking_to(self.dsn, "checking the change stream"):
+            check_slot(connection, self.stream, max(self.durable, self.stream.l0))
+            check_publication(connection, self.stream.publication, self.tables)
+            assembler = Assembler(self.tables, generated_columns(connection, self.stream.publication))
+            self.answer_every = answer_interval(connection)
+        with closing(connect(self.dsn, name, replication=True)) as connection:
+            replication = Replication(connection, self.dsn)
+            with speaking_to(self.dsn, "starting the change stream"):
+                replication.identify(self.stream)
+                replication.start(self.stream, max(self.durable, self.stream.l0))
+            self.result.connections += 1
+            self.answer_at = 0.0
+            log.info("following slot %s from %s", self.stream.slot, format_lsn(self.durable))
+            yield replication, assembler
+
+    def _follow(self, replication: Replication, assembler: Assembler) -> None:
+        while True:
+            with speaking_to(self.dsn, "reading the change stream"):
+                self._take(replication, assembler)
+                last = self._ended()
+                if last or time.monotonic() >= self.flush_at:
+                    self._flush()
+                    replication.answer(self.durable)
+                if time.monotonic() >= self.answer_at:
+                    self._stay_in_touch(replication, assembler)
+            if last:
+                return
+
+    def _take(self, replication: Replication, assembler: Assembler) -> None:
+        """Take the frames that are there, as far as one batch goes."""
+        try:
+            for frame in replication.frames(wait_seconds=0.05):
+                self.failing_since = None
+                if frame[0] == pgoutput.KEEPALIVE:
+                    alive = pgoutput.keepalive(frame)
+                    replication.received = max(replication.received, alive.wal_end)
+                    if alive.reply:
+                        self.answer_at = 0.0
+                elif whole := assembler.feed(pgoutput.decode(frame, pgoutput.XLOG_HEADER)):
+                    self._add(*whole)
+                if len(self.batch) >= BATCH_EVENTS or self.flush_at == 0.0:
+                    self.flush_at = 0.0
+                    return
+        except pgoutput.MalformedMessage as error:
+            raise DatabaseFailed(server_name(self.dsn), "decoding the change stream", str(error)) from error
+
+    def _add(self, events: list[Event], end_lsn: int, marker: bool) -> None:
+        if end_lsn <= self.durable:
+            return
+        self.batch.extend(events)
+        self.whole = end_lsn
+        self.result.transactions += 1
+        if marker:
+            self.flush_at = 0.0
+        elif self.flush_at == float("inf"):
+            self.flush_at = time.monotonic() + BATCH_SECONDS
+
+    def _flush(self) -> None:
+        """Make the whole transactions durable."""
+        self.flush_at = float("inf")
+        if self.whole <= self.durable:
+            return
+        self.spool.append(self.batch, self.whole)
+        self.result.events += len(self.batch)
+        self.result.appends += 1
+        self.durable = self.result.end_lsn = self.whole
+        self.batch = []
+        self.ask_at = 0.0
+
+    def _ended(self) -> bool:
+        if self.stop.is_set():
+            return True
+        if time.monotonic() < self.ask_at:
+            return False
+        answer = self.until()
+        self.ask_at = time.monotonic() + UNTIL_SECONDS
+        return answer
+
+    def _stay_in_touch(self, replication: Replication, assembler: Assembler) -> None:
+        replication.check_alive()
+        idle = assembler.open is None and self.whole == self.durable
+        if idle and replication.received - self.durable >= IDLE_STEP:
+            # all that committed below has been sent, and whatever commits later lies above
+            self.whole = replication.received
+            self._flush()
+        replication.answer(self.durable, ping=True)
+        self.answer_at = time.monotonic() + self.answer_every
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run capture from a command line and return its exit code."""
+    parser = argparse.ArgumentParser(prog="capture.py", description="Bring the source's changes into the spool.")
+    parser.add_argument("spec", metavar="SPEC", help="the migration's TOML file")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        result = capture(load(parser.parse_args(arguments).spec))
+    except ChangeoverError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 130 if result.interrupted else 0
+
+
+if __name__ == "__main__":
+    from changeover.jobs.capture import main as entry  # the same module object as everybody else's
+
+    sys.exit(entry())

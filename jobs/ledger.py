@@ -1,0 +1,455 @@
+"""The ledger: what this migration knows for certain, in the schema `changeover` beside the tables that it guards.
+
+One row per chunk and target, written in the same transaction as the chunk's rows where the target is PostgreSQL and after an
+idempotent append where it is Delta. Positions, authority, verdicts, routers' heartbeats and the record of every run stand
+here too. A step holds its lease as a session's advisory lock, so a killed run gives it back by dying. All of it runs on the
+driver or in the application; tasks touch the ledger only through `mark_loaded`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Self
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import class_row
+
+from changeover.errors import LeaseHeld, SourceChanged, StepOrder
+from changeover.position import Version, format_lsn, image_version, parse_lsn
+from changeover.session import Connection, application_name, connect
+from changeover.spec import Spec
+
+FORMAT = 1
+"""Version of the ledger's tables; another version found is refused, never guessed at."""
+
+SCHEMA = """
+CREATE SCHEMA IF NOT EXISTS changeover;
+CREATE TABLE IF NOT EXISTS changeover.migration (
+    name text PRIMARY KEY, format integer NOT NULL, spec_digest text NOT NULL, spec jsonb NOT NULL,
+    l0 pg_lsn NOT NULL, system_id text NOT NULL, timeline integer NOT NULL, slot text NOT NULL, publication text NOT NULL,
+    snapshot text NOT NULL, visible text NOT NULL, prepared timestamptz NOT NULL DEFAULT now(), finalized timestamptz);
+CREATE TABLE IF NOT EXISTS changeover.source_table (
+    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL,
+    filenode bigint NOT NULL, columns jsonb NOT NULL, stopped text, PRIMARY KEY (migration, source));
+CREATE TABLE IF NOT EXISTS changeover.load (
+    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL, target text NOT NULL,
+    state text NOT NULL, applied pg_lsn NOT NULL, created boolean NOT NULL DEFAULT false, refused bigint NOT NULL DEFAULT 0,
+    swept bigint NOT NULL DEFAULT 0, events bigint NOT NULL DEFAULT 0, changed timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (migration, source, target));
+CREATE TABLE IF NOT EXISTS changeover.chunk (
+    migration text NOT NULL, source text NOT NULL, target text NOT NULL, chunk integer NOT NULL,
+    lower jsonb, upper jsonb, token bigint NOT NULL DEFAULT 0, loaded timestamptz, rows bigint, refused bigint,
+    seconds double precision, PRIMARY KEY (migration, source, target, chunk),
+    FOREIGN KEY (migration, source, target) REFERENCES changeover.load ON DELETE CASCADE);
+CREATE TABLE IF NOT EXISTS changeover.authority (
+    migration text NOT NULL, epoch integer NOT NULL, store text NOT NULL CHECK (store IN ('old', 'new')),
+    from_lsn pg_lsn NOT NULL, at timestamptz NOT NULL DEFAULT now(), pause_seconds double precision,
+    PRIMARY KEY (migration, epoch));
+CREATE TABLE IF NOT EXISTS changeover.verdict (
+    migration text NOT NULL, run bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(), source text NOT NULL,
+    target text NOT NULL, verdict text NOT NULL, stage text, detail jsonb NOT NULL, PRIMARY KEY (migration, run));
+CREATE TABLE IF NOT EXISTS changeover.heartbeat (
+    migration text NOT NULL, process text NOT NULL, at timestamptz NOT NULL, stage text NOT NULL, epoch integer NOT NULL,
+    counters jsonb NOT NULL, PRIMARY KEY (migration, process));
+CREATE TABLE IF NOT EXISTS changeover.audit (
+    migration text NOT NULL, entry bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(),
+    step text NOT NULL, outcome text NOT NULL, detail jsonb NOT NULL, PRIMARY KEY (migration, entry));
+"""
+
+PENDING, LOADED, CLOSED = "pending", "loaded", "closed"
+"""States of a load: chunks open; all chunks committed; swept, so that it may be verified and read."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The prepared change stream: what must still be true at every connect."""
+
+    l0: int
+    system_id: str
+    timeline: int
+    slot: str
+    publication: str
+    snapshot: str
+    visible: str
+
+    @property
+    def image(self) -> Version:
+        """Return v0, the version of every backfill image."""
+        return image_version(self.l0)
+
+
+@dataclass(frozen=True)
+class SourceColumn:
+    """A column of a source table as it was at prepare: PostgreSQL's type by name and oid, in the table's order."""
+
+    name: str
+    type: str
+    oid: int
+    array: bool
+    key: bool
+    not_null: bool
+
+
+@dataclass(frozen=True)
+class Load:
+    """How far one table has come in one target; `applied` says that every event with a smaller commit LSN was offered."""
+
+    source: str
+    target: str
+    state: str
+    applied: int
+    created: bool
+    refused: int
+    swept: int
+    events: int
+
+
+@dataclass(frozen=True)
+class ChunkRow:
+    """One key range of one load: lower <= key < upper, None being infinite; key values in PostgreSQL's text form."""
+
+    chunk: int
+    lower: tuple[str, ...] | None
+    upper: tuple[str, ...] | None
+    loaded: datetime | None
+    rows: int | None
+
+
+@dataclass(frozen=True)
+class Authority:
+    """Which store has authority over all rows, since which epoch and LSN of the store that lost it."""
+
+    epoch: int
+    store: str
+    from_lsn: int
+    at: datetime
+    pause_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a router process last said of itself."""
+
+    process: str
+    at: datetime
+    stage: str
+    epoch: int
+    counters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """A verdict on record; `detail` is the whole verdict as JSON."""
+
+    run: int
+    at: datetime
+    source: str
+    target: str
+    verdict: str
+    stage: str | None
+    detail: Mapping[str, Any]
+
+
+class Ledger:
+    """A session with the ledger of one migration (driver or application); autocommit, one statement at a time."""
+
+    def __init__(self, connection: Connection, migration: str, dsn: str) -> None:
+        self.connection = connection
+        self.migration = migration
+        self.dsn = dsn
+
+    @classmethod
+    def open(cls, spec: Spec, step: str) -> Self:
+        """Connect for a step; raises ServerUnavailable, or SecretMissing."""
+        dsn = spec.ledger.resolve()
+        return cls(connect(dsn, application_name(spec.name, step)), spec.name, dsn)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.connection.close()
+
+    def create(self) -> None:
+        """Create the ledger's tables where they are missing."""
+        self.connection.execute(SCHEMA)
+
+    def exists(self) -> bool:
+        """Return whether this migration was prepared here."""
+        found = self.connection.execute("SELECT to_regclass('changeover.migration') IS NOT NULL").fetchone()
+        if found is None or not found[0]:
+            return False
+        rows = self.connection.execute("SELECT format FROM changeover.migration WHERE name = %s", [self.migration]).fetchall()
+        if rows and rows[0][0] != FORMAT:
+            raise SourceChanged("ledger format", str(FORMAT), str(rows[0][0]))
+        return bool(rows)
+
+    # -- the migration and its stream
+
+    def record_migration(self, spec: Spec, stream: Stream) -> None:
+        """Record what prepare made; from here on the migration exists."""
+        self.connection.execute(
+            "INSERT INTO changeover.migration (name, format, spec_digest, spec, l0, system_id, timeline, slot, publication,"
+            " snapshot, visible) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            [spec.name, FORMAT, spec.digest, json.dumps(spec.document), format_lsn(stream.l0), stream.system_id,
+             stream.timeline, stream.slot, stream.publication, stream.snapshot, stream.visible],
+        )  # fmt: skip
+
+    def stream(self, step: str) -> Stream:
+        """Return the prepared stream; raises StepOrder when prepare did not run."""
+        if not self.exists():
+            raise StepOrder(step, "prepare")
+        row = self.connection.execute(
+            "SELECT l0::text, system_id, timeline, slot, publication, snapshot, visible FROM changeover.migration"
+            " WHERE name = %s",
+            [self.migration],
+        ).fetchone()
+        assert row is not None
+        return Stream(parse_lsn(row[0]), *row[1:])
+
+    def spec_digest(self) -> str:
+        """Return the hash of the spec that was prepared."""
+        row = self.connection.execute(
+            "SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]
+        ).fetchone()
+        return str(row[0]) if row else ""
+
+    def record_table(self, source: str, filenode: int, columns: Sequence[SourceColumn]) -> None:
+        """Record a source table as it was before the slot was made."""
+        self.connection.execute(
+            "INSERT INTO changeover.source_table (migration, source, filenode, columns) VALUES (%s, %s, %s, %s)",
+            [self.migration, source, filenode, json.dumps([column.__dict__ for column in columns])],
+        )
+
+    def source_table(self, source: str) -> tuple[int, tuple[SourceColumn, ...], str | None]:
+        """Return (filenode, columns, reason why it is stopped or None) of a prepared source table."""
+        row = self.connection.execute(
+            "SELECT filenode, columns, stopped FROM changeover.source_table WHERE migration = %s AND source = %s",
+            [self.migration, source],
+        ).fetchone()
+        if row is None:
+            raise StepOrder(f"table {source}", "prepare")
+        return row[0], tuple(SourceColumn(**column) for column in row[1]), row[2]
+
+    def stop_table(self, source: str, reason: str) -> None:
+        """Record why a table is stopped; the first reason stays."""
+        self.connection.execute(
+            "UPDATE changeover.source_table SET stopped = coalesce(stopped, %s) WHERE migration = %s AND source = %s",
+            [reason, self.migration, source],
+        )
+
+    # -- loads and chunks
+
+    def record_load(self, source: str, target: str, l0: int, created: bool) -> None:
+        """Record a table's load into a target as pending."""
+        self.connection.execute(
+            "INSERT INTO changeover.load (migration, source, target, state, applied, created)"
+            " VALUES (%s, %s, %s, 'pending', %s, %s)",
+            [self.migration, source, target, format_lsn(l0), created],
+        )
+
+    def loads(self) -> list[Load]:
+        """Return all loads of the migration, by source and target."""
+        rows = self.connection.execute(
+            "SELECT source, target, state, applied::text, created, refused, swept, events FROM changeover.load"
+            " WHERE migration = %s ORDER BY source, target",
+            [self.migration],
+        ).fetchall()
+        return [Load(r[0], r[1], r[2], parse_lsn(r[3]), *r[4:]) for r in rows]
+
+    def load(self, source: str, target: str) -> Load:
+        """Return one load."""
+        for load in self.loads():
+            if (load.source, load.target) == (source, target):
+                return load
+        raise StepOrder(f"{source} to {target}", "prepare")
+
+    def set_state(self, source: str, target: str, state: str, swept: int = 0) -> None:
+        """Move a load to a state, adding the rows that its sweep removed."""
+        self.connection.execute(
+            "UPDATE changeover.load SET state = %s, swept = swept + %s, changed = now()"
+            " WHERE migration = %s AND source = %s AND target = %s",
+            [state, swept, self.migration, source, target],
+        )
+
+    def advance(self, source: str, target: str, applied: int, events: int) -> None:
+        """Record that every event below `applied` was offered; the position never goes back."""
+        self.connection.execute(
+            "UPDATE changeover.load SET applied = greatest(applied, %s), events = events + %s, changed = now()"
+            " WHERE migration = %s AND source = %s AND target = %s",
+            [format_lsn(applied), events, self.migration, source, target],
+        )
+
+    def record_chunks(
+        self, source: str, target: str, ranges: Sequence[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]
+    ) -> None:
+        """Record the plan of a load once, in one transaction."""
+        with self.connection.transaction(), self.connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO changeover.chunk (migration, source, target, chunk, lower, upper) VALUES (%s, %s, %s, %s, %s, %s)",
+                [
+                    [self.migration, source, target, number, *(None if b is None else json.dumps(b) for b in bounds)]
+                    for number, bounds in enumerate(ranges)
+                ],
+            )
+
+    def chunks(self, source: str, target: str) -> list[ChunkRow]:
+        """Return the chunks of a load in key order."""
+        rows = self.connection.execute(
+            "SELECT chunk, lower, upper, loaded, rows FROM changeover.chunk"
+            " WHERE migration = %s AND source = %s AND target = %s ORDER BY chunk",
+            [self.migration, source, target],
+        ).fetchall()
+        return [ChunkRow(r[0], *(None if b is None else tuple(b) for b in r[1:3]), *r[3:]) for r in rows]  # type: ignore[arg-type]
+
+    def claim(self, source: str, target: str) -> int:
+        """Fence off every earlier attempt at the open chunks of a load; return this attempt's token."""
+        row = self.connection.execute(
+            "WITH next AS (SELECT coalesce(max(token), 0) + 1 AS token FROM changeover.chunk"
+            " WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s), claimed AS (UPDATE changeover.chunk"
+            " SET token = next.token FROM next WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s"
+            " AND loaded IS NULL) SELECT token FROM next",
+            {"m": self.migration, "s": source, "t": target},
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    # -- authority, heartbeats, verdicts, audit
+
+    def authority(self) -> Authority:
+        """Return who has authority now; before any fence it is the old store at epoch 0."""
+        row = self.connection.execute(
+            "SELECT epoch, store, from_lsn::text, at, pause_seconds FROM changeover.authority WHERE migration = %s"
+            " ORDER BY epoch DESC LIMIT 1",
+            [self.migration],
+        ).fetchone()
+        if row is None:
+            return Authority(0, "old", 0, datetime.min, None)
+        return Authority(row[0], row[1], parse_lsn(row[2]), row[3], row[4])
+
+    def authorities(self) -> list[Authority]:
+        """Return every change of authority, first to last."""
+        rows = self.connection.execute(
+            "SELECT epoch, store, from_lsn::text, at, pause_seconds FROM changeover.authority WHERE migration = %s ORDER BY epoch",
+            [self.migration],
+        ).fetchall()
+        return [Authority(r[0], r[1], parse_lsn(r[2]), r[3], r[4]) for r in rows]
+
+    def beat(self, process: str, stage: str, epoch: int, counters: Mapping[str, Any]) -> None:
+        """Record a router process's heartbeat (application)."""
+        self.connection.execute(
+            "INSERT INTO changeover.heartbeat VALUES (%s, %s, now(), %s, %s, %s) ON CONFLICT (migration, process) DO UPDATE"
+            " SET at = now(), stage = excluded.stage, epoch = excluded.epoch, counters = excluded.counters",
+            [self.migration, process, stage, epoch, json.dumps(counters)],
+        )
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """Return the last heartbeat of every router process."""
+        with self.connection.cursor(row_factory=class_row(Heartbeat)) as cursor:
+            return cursor.execute(
+                "SELECT process, at, stage, epoch, counters FROM changeover.heartbeat WHERE migration = %s ORDER BY process",
+                [self.migration],
+            ).fetchall()
+
+    def record_verdict(self, source: str, target: str, verdict: str, stage: str | None, detail: Mapping[str, Any]) -> int:
+        """Record a verdict; return its run number."""
+        row = self.connection.execute(
+            "INSERT INTO changeover.verdict (migration, source, target, verdict, stage, detail)"
+            " VALUES (%s, %s, %s, %s, %s, %s) RETURNING run",
+            [self.migration, source, target, verdict, stage, json.dumps(detail, default=str)],
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def verdicts(self) -> list[VerdictRow]:
+        """Return all verdicts on record, newest first."""
+        with self.connection.cursor(row_factory=class_row(VerdictRow)) as cursor:
+            return cursor.execute(
+                "SELECT run, at, source, target, verdict, stage, detail FROM changeover.verdict WHERE migration = %s"
+                " ORDER BY run DESC",
+                [self.migration],
+            ).fetchall()
+
+    def audit(self, step: str, outcome: str, detail: Mapping[str, Any]) -> None:
+        """Record what a run did; who and where come with it."""
+        whole = {**detail, "host": socket.gethostname(), "pid": os.getpid()}
+        self.connection.execute(
+            "INSERT INTO changeover.audit (migration, step, outcome, detail) VALUES (%s, %s, %s, %s)",
+            [self.migration, step, outcome, json.dumps(whole, default=str)],
+        )
+
+    def audits(self, step: str | None = None) -> list[tuple[datetime, str, str, Mapping[str, Any]]]:
+        """Return the record of runs, newest first."""
+        rows = self.connection.execute(
+            "SELECT at, step, outcome, detail FROM changeover.audit WHERE migration = %s AND (%s::text IS NULL OR step = %s)"
+            " ORDER BY entry DESC",
+            [self.migration, step, step],
+        ).fetchall()
+        return [(r[0], r[1], r[2], r[3]) for r in rows]
+
+    # -- leases
+
+    @contextmanager
+    def lease(self, step: str, wait_seconds: float = 0) -> Iterator[None]:
+        """Hold the lease of a step on a session of its own; raises LeaseHeld when another run has it (driver).
+
+        The lease is a session's advisory lock, so it ends with its holder, however that dies.
+        """
+        holder = connect(self.dsn, application_name(self.migration, f"{step}-lease"), settings={
+            "idle_session_timeout": "0", "lock_timeout": f"{int(wait_seconds * 1000)}ms",
+        })  # fmt: skip
+        with holder:
+            if wait_seconds:
+                try:
+                    holder.execute("SELECT pg_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{self.migration}/{step}"])
+                except psycopg.errors.LockNotAvailable as error:
+                    raise LeaseHeld(step, self._holder(step)) from error
+            else:
+                row = holder.execute(
+                    "SELECT pg_try_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{self.migration}/{step}"]
+                ).fetchone()
+                if row is None or not row[0]:
+                    raise LeaseHeld(step, self._holder(step))
+            yield
+
+    def _holder(self, step: str) -> str:
+        row = self.connection.execute(
+            "SELECT pid, backend_start FROM pg_stat_activity WHERE application_name = %s ORDER BY backend_start LIMIT 1",
+            [application_name(self.migration, f"{step}-lease")],
+        ).fetchone()
+        return f"server process {row[0]}, since {row[1]:%H:%M:%S}" if row else "unknown"
+
+
+def mark_loaded(
+    cursor: psycopg.Cursor[Any], migration: str, source: str, target: str, chunk: int, token: int, counts: tuple[int, int],
+    seconds: float,
+) -> bool:  # fmt: skip
+    """Mark a chunk as loaded in the caller's transaction (task or driver); False when the attempt was fenced off.
+
+    `counts` is (rows offered, images refused because of a tombstone). A chunk that is already loaded, or that a later attempt
+    has claimed, is left alone, and the caller must roll back.
+    """
+    with_chunk = [migration, source, target, chunk, token]
+    done = cursor.execute(
+        "UPDATE changeover.chunk SET loaded = clock_timestamp(), rows = %s, refused = %s, seconds = %s WHERE migration = %s"
+        " AND source = %s AND target = %s AND chunk = %s AND token = %s AND loaded IS NULL",
+        [*counts, seconds, *with_chunk],
+    ).rowcount
+    return done == 1
+
+
+def drop_ledger(connection: Connection, migration: str) -> None:
+    """Remove one migration from the ledger, and the ledger's schema with the last one."""
+    for table in ("migration", "authority", "verdict", "heartbeat", "audit"):
+        column = "name" if table == "migration" else "migration"
+        connection.execute(
+            sql.SQL("DELETE FROM changeover.{} WHERE {} = %s").format(sql.Identifier(table), sql.Identifier(column)), [migration]
+        )

@@ -1,0 +1,200 @@
+"""The preflight: whether a plan is safe, and why not; it touches nothing.
+
+Each rule is one query or one line whose answer is a sentence, so that `check` prints all reasons at once. The rules are those
+of PostgreSQL's logical decoding (a table without replica identity makes the application's own UPDATE and DELETE fail once a
+publication holds it) and of what this version carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from psycopg import sql
+
+from changeover.jobs.chunks import estimated_rows
+from changeover.jobs.ledger import Ledger, SourceColumn
+from changeover.session import Connection, application_name, connect, server_name
+from changeover.spec import Spec, Table
+from changeover.stores import Column, open_store
+from changeover.stores.pgtypes import source_type
+
+OLDEST_SERVER = 140000
+
+IDENTIFIER_LIMIT = 63 - len("touched_")
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """A source table as the catalogue has it: identity columns in index order, the file, and the columns."""
+
+    source: str
+    filenode: int
+    identity: tuple[str, ...]
+    columns: tuple[SourceColumn, ...]
+    rows: int
+
+    @property
+    def store_columns(self) -> tuple[Column, ...]:
+        """Return the columns as frames carry them."""
+        return store_columns(self.columns)
+
+    @property
+    def key(self) -> tuple[Column, ...]:
+        """Return the identity's columns in the index's order."""
+        by_name = {column.name: column for column in self.store_columns}
+        return tuple(by_name[name] for name in self.identity)
+
+
+@dataclass
+class Preflight:
+    """What the preflight found: reasons against the plan, the tables, and the statements that grant what a role needs."""
+
+    reasons: list[str] = field(default_factory=list)
+    tables: dict[str, SourceTable] = field(default_factory=dict)
+    grants: list[str] = field(default_factory=list)
+
+
+def store_columns(columns: Sequence[SourceColumn]) -> tuple[Column, ...]:
+    """Return catalogue columns as frames carry them; an unproven type has an empty Spark type."""
+    return tuple(
+        Column(c.name, c.type, carried.spark if (carried := source_type(c.type)) else "", c.not_null) for c in columns
+    )
+
+
+SERVER_RULES = """
+SELECT format('the server is PostgreSQL %%s: 14 or later is needed', current_setting('server_version'))
+WHERE current_setting('server_version_num')::int < %(oldest)s
+UNION ALL SELECT format('wal_level is %%s: set wal_level = logical and restart the server', current_setting('wal_level'))
+WHERE current_setting('wal_level') <> 'logical'
+UNION ALL SELECT format('the role %%s may not replicate: ALTER ROLE %%I REPLICATION', current_user, current_user)
+WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = current_user AND (rolreplication OR rolsuper))
+UNION ALL SELECT format('the role %%s may not create a publication: GRANT CREATE ON DATABASE %%I TO %%I', current_user,
+    current_database(), current_user) WHERE NOT has_database_privilege(current_database(), 'CREATE')
+UNION ALL SELECT format('all %%s replication slots are in use: raise max_replication_slots', current_setting('max_replication_slots'))
+WHERE (SELECT count(*) FROM pg_replication_slots) >= current_setting('max_replication_slots')::int
+UNION ALL SELECT 'the server is a standby: name the primary' WHERE pg_is_in_recovery()
+"""
+
+TABLE_RULES = """
+SELECT format('%%s is a %%s: this version moves ordinary tables alone', %(name)s::text, CASE c.relkind WHEN 'p' THEN 'partitioned table'
+    WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'relation of kind ' || c.relkind::text END)
+FROM pg_class c WHERE c.oid = %(oid)s AND c.relkind <> 'r'
+UNION ALL SELECT format('%%s is not a permanent table', %(name)s::text) FROM pg_class c WHERE c.oid = %(oid)s AND c.relpersistence <> 'p'
+UNION ALL SELECT format('%%s takes part in inheritance, which this version does not carry', %(name)s::text)
+WHERE EXISTS (SELECT FROM pg_inherits WHERE inhrelid = %(oid)s OR inhparent = %(oid)s)
+UNION ALL SELECT format('%%s has row-level security that hides rows from the role %%s', %(name)s::text, current_user)
+WHERE row_security_active(%(oid)s::oid)
+UNION ALL SELECT format('the role %%s does not own %%s, which a publication asks for: ALTER TABLE %%s OWNER TO %%I', current_user,
+    %(name)s::text, %(name)s::text, current_user) FROM pg_class c WHERE c.oid = %(oid)s AND NOT pg_has_role(c.relowner, 'USAGE')
+UNION ALL SELECT format('%%s has no primary key and no replica identity: ALTER TABLE %%s ADD PRIMARY KEY, or REPLICA IDENTITY USING'
+    ' INDEX; a publication without it would make the application''s own UPDATE and DELETE fail', %(name)s::text, %(name)s::text)
+FROM pg_class c WHERE c.oid = %(oid)s AND (c.relreplident = 'n' OR (c.relreplident = 'd' AND NOT EXISTS (
+    SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)))
+UNION ALL SELECT format('%%s has REPLICA IDENTITY FULL without a primary key: chunks and deletes need a key', %(name)s::text)
+FROM pg_class c WHERE c.oid = %(oid)s AND c.relreplident = 'f' AND NOT EXISTS (
+    SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)
+UNION ALL SELECT format('the key of %%s is deferrable, so two rows can have it at once: make it immediate', %(name)s::text)
+FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid WHERE c.oid = %(oid)s AND NOT i.indimmediate
+    AND (i.indisreplident OR i.indisprimary)
+UNION ALL SELECT format('%%s.%%s is a generated column, which the change stream does not carry: drop it in the spec''s own table or'
+    ' move it by an expression in a later version', %(name)s::text, a.attname)
+FROM pg_attribute a WHERE a.attrelid = %(oid)s AND a.attgenerated <> '' AND NOT a.attisdropped
+"""
+
+IDENTITY = """
+SELECT a.attname FROM pg_class c JOIN pg_index i ON i.indrelid = c.oid
+    AND CASE WHEN c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END
+CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k(attnum, place)
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
+WHERE c.oid = %s AND k.place <= i.indnkeyatts ORDER BY k.place
+"""
+
+COLUMNS = """
+SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull
+FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum
+"""
+
+
+def preflight(spec: Spec) -> Preflight:
+    """Look at both sides and return everything that stands against the plan (driver; starts no JVM, changes nothing).
+
+    Raises ServerUnavailable or SecretMissing where a side can't be looked at.
+    """
+    found = Preflight()
+    with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
+        found.reasons += [row[0] for row in old.execute(SERVER_RULES, {"oldest": OLDEST_SERVER}).fetchall()]
+        for table in spec.tables:
+            _source_table(old, table, found)
+        found.grants += _grants(old, spec)
+    prepared = _is_prepared(spec)
+    for target in spec.targets.values():
+        with open_store(spec, target, "check") as store:
+            for table in spec.tables:
+                schema, name = table.target_name
+                if len(name) > IDENTIFIER_LIMIT:
+                    found.reasons.append(f"the target table's name {name} is too long: {IDENTIFIER_LIMIT} characters at most")
+                if store.columns(schema, name) is None or prepared:
+                    continue
+                found.reasons += store.objections(schema, name, table.key)
+                if store.has_rows(schema, name):
+                    found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
+    return found
+
+
+def _is_prepared(spec: Spec) -> bool:
+    with Ledger.open(spec, "check") as ledger:
+        return ledger.exists()
+
+
+def source_table(connection: Connection, table: Table) -> SourceTable | None:
+    """Return a source table from the catalogue, or None when there is none by that name."""
+    schema, name = table.source_name
+    row = connection.execute(
+        "SELECT c.oid, pg_relation_filenode(c.oid) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = %s AND c.relname = %s",
+        [schema, name],
+    ).fetchone()
+    if row is None:
+        return None
+    identity = tuple(r[0] for r in connection.execute(IDENTITY, [row[0]]).fetchall())
+    columns = tuple(
+        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
+    )
+    return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, estimated_rows(connection, schema, name))
+
+
+def _source_table(connection: Connection, table: Table, found: Preflight) -> None:
+    schema, name = table.source_name
+    seen = source_table(connection, table)
+    if seen is None:
+        found.reasons.append(f"there is no table {table.source} in {connection.info.dbname}")
+        return
+    quoted = sql.Identifier(schema, name).as_string(connection)
+    rows = connection.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
+    assert rows is not None
+    found.reasons += [row[0] for row in connection.execute(TABLE_RULES, {"oid": rows[0], "name": seen.source}).fetchall()]
+    found.reasons += [
+        f"{seen.source}.{c.name} has the type {c.type}, which is not proven exact: this version does not carry it"
+        for c in seen.columns
+        if source_type(c.type) is None
+    ]
+    found.tables[table.source] = seen
+
+
+def _grants(connection: Connection, spec: Spec) -> list[str]:
+    row = connection.execute("SELECT current_user, current_database()").fetchone()
+    assert row is not None
+    role, database = sql.Identifier(row[0]), sql.Identifier(row[1])
+    statements = [
+        sql.SQL("ALTER ROLE {} REPLICATION").format(role),
+        sql.SQL("GRANT CREATE ON DATABASE {} TO {}").format(database, role),
+        *(sql.SQL("ALTER TABLE {} OWNER TO {}").format(sql.Identifier(*table.source_name), role) for table in spec.tables),
+    ]
+    return [statement.as_string(connection) for statement in statements]
+
+
+def where(spec: Spec) -> str:
+    """Return where the old store is, for messages."""
+    return server_name(spec.source.dsn.resolve())

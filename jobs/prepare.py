@@ -1,0 +1,288 @@
+"""Prepare, abort and finalize: everything that this product makes in the two stores, and its removal.
+
+The order in `prepare` is the promise: tables and their files are recorded first, then the publication is committed, then the
+slot and its snapshot are made by one command, then the gates get their floor. The ledger's record comes last, in one
+transaction, so a killed prepare leaves nothing that a second one does not take away. `leftovers` lists what is ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psycopg
+from psycopg import sql
+
+from changeover.errors import LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
+from changeover.jobs import snapshot, transform
+from changeover.jobs.ledger import CLOSED, Ledger, Stream, drop_ledger
+from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
+from changeover.jobs.spool import Spool
+from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
+from changeover.spec import Spec, Table, Target
+from changeover.stores import TargetTable, gate, open_store, refusal
+from changeover.stores.reader import ExportedSnapshot
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+log = logging.getLogger(__name__)
+
+LOCK_TRIES = 30
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What prepare made: the stream, and the transform of each load."""
+
+    stream: Stream
+    transforms: Mapping[tuple[str, str], transform.Transform]
+
+
+def spool_of(spec: Spec) -> Spool:
+    """Return the migration's spool."""
+    return Spool(spec.work / "spool")
+
+
+def prepare(spec: Spec, spark: SparkSession) -> Prepared:
+    """Make publication, slot, kept snapshot, ledger, target tables and gates; a second call changes nothing (driver).
+
+    Raises UnsafePlan with every reason, TargetNotEmpty, SlotBlocked, and UsageError when the spec changed since.
+    """
+    with Ledger.open(spec, "prepare") as ledger, ledger.lease("prepare"):
+        ledger.create()
+        if ledger.exists():
+            return require_prepared(spec, spark, ledger, "prepare")
+        found = preflight(spec)
+        if found.reasons:
+            raise UnsafePlan(tuple(found.reasons))
+        _remove_from_source(spec)  # what a killed prepare left
+        transforms = _transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
+        created = _create_targets(spec, transforms)
+        stream = _open_stream(spec)
+        for (_, target), planned in transforms.items():
+            with open_store(spec, spec.targets[target], "prepare") as store:
+                store.install(planned.target, stream.image)
+        spool_of(spec).create()
+        _record(spec, ledger, stream, found, created)
+        return Prepared(stream, transforms)
+
+
+def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str) -> Prepared:
+    """Return what prepare recorded; raises StepOrder before it, UsageError when the spec changed since (driver)."""
+    stream = ledger.stream(step)
+    if ledger.spec_digest() != spec.digest:
+        raise UsageError(
+            f"{spec.path} changed since prepare (it was {ledger.spec_digest()}, it is {spec.digest}): put it back, or"
+            f" `changeover abort` and begin again"
+        )
+    tables = {}
+    with connect(spec.source.dsn.resolve(), application_name(spec.name, step)) as old:
+        for table in spec.tables:
+            seen = source_table(old, table)
+            filenode, columns, _ = ledger.source_table(table.source)
+            identity = seen.identity if seen else tuple(c.name for c in columns if c.key)
+            tables[table.source] = SourceTable(table.source, filenode, identity, columns, seen.rows if seen else 0)
+    return Prepared(stream, _transforms(spec, spark, tables))
+
+
+def _transforms(
+    spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]
+) -> dict[tuple[str, str], transform.Transform]:
+    """Plan the transform of every table into every target."""
+    planned = {}
+    for target in spec.targets.values():
+        with open_store(spec, target, "plan") as store:
+            for table in spec.tables:
+                seen = tables[table.source]
+                existing = store.columns(*table.target_name)
+                planned[table.source, target.name] = transform.plan(
+                    spark, spec, table, store_columns(seen.columns), seen.identity, existing
+                )
+    return planned
+
+
+def _create_targets(spec: Spec, transforms: Mapping[tuple[str, str], transform.Transform]) -> dict[tuple[str, str], bool]:
+    created = {}
+    for (source, target), planned in transforms.items():
+        with open_store(spec, spec.targets[target], "prepare") as store:
+            schema, name = planned.target.schema, planned.target.name
+            missing = store.columns(schema, name) is None
+            if missing:
+                store.create(planned.target)
+            elif store.has_rows(schema, name):
+                raise TargetNotEmpty(target, str(planned.target))
+            created[source, target] = missing
+    return created
+
+
+def _open_stream(spec: Spec) -> Stream:
+    """Commit the publication, then make slot and snapshot by one command and have keepers hold the snapshot."""
+    dsn = spec.source.dsn.resolve()
+    application = application_name(spec.name, "prepare")
+    system_id, timeline = snapshot.identify(dsn, application)
+    with connect(dsn, application) as old:
+        _publish(old, spec)
+    made = snapshot.create_slot(dsn, application, spec.slot)
+    with made.session:
+        kept = snapshot.start_keeper(spec, made.snapshot)
+    names = " ".join(one.name for one in kept)
+    return Stream(made.l0, system_id, timeline, spec.slot, spec.slot, names, kept[0].visible)
+
+
+def exported(stream: Stream) -> tuple[ExportedSnapshot, ...]:
+    """Return the kept snapshots by name; all of them see the same."""
+    return tuple(ExportedSnapshot(name, stream.visible) for name in stream.snapshot.split())
+
+
+def _publish(old: Connection, spec: Spec) -> None:
+    """Create the publication with all its tables; its lock is asked for briefly and again, so that writers go first."""
+    tables = sql.SQL(", ").join(sql.Identifier(*table.source_name) for table in spec.tables)
+    statement = sql.SQL("CREATE PUBLICATION {} FOR TABLE ONLY {}").format(sql.Identifier(spec.slot), tables)
+    for _ in range(LOCK_TRIES):
+        try:
+            with old.transaction():
+                old.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
+                old.execute(statement)
+            return
+        except psycopg.errors.LockNotAvailable:
+            time.sleep(0.2)
+    raise LockNotGranted(server_name(spec.source.dsn.resolve()), "lock for the publication", "a session that alters the table")
+
+
+def _record(
+    spec: Spec, ledger: Ledger, stream: Stream, found: Preflight, created: Mapping[tuple[str, str], bool]
+) -> None:
+    with ledger.connection.transaction():
+        ledger.record_migration(spec, stream)
+        for table in spec.tables:
+            seen = found.tables[table.source]
+            ledger.record_table(table.source, seen.filenode, seen.columns)
+        for (source, target), made in created.items():
+            ledger.record_load(source, target, stream.l0, made)
+        ledger.audit("prepare", "done", {"l0": stream.l0, "slot": stream.slot, "spec": spec.digest})
+
+
+# -- the way back, and the end
+
+
+def _remove_from_source(spec: Spec) -> list[str]:
+    """Remove keeper, slot, publication, refusal and gate from the old store; return what was removed."""
+    dsn = spec.source.dsn.resolve()
+    removed = []
+    with connect(dsn, application_name(spec.name, "remove")) as old, speaking_to(dsn, "removing what prepare made"):
+        if snapshot.release(dsn, spec.name, old):
+            removed.append("snapshot keeper")
+        if _drop_slot(old, spec.slot):
+            removed.append(f"replication slot {spec.slot}")
+        for table in spec.tables:
+            removed += refusal.remove(old, *table.source_name)
+            removed += gate.remove(old, *table.source_name)
+        refusal.drop_empty_schema(old)
+        if old.execute("SELECT FROM pg_publication WHERE pubname = %s", [spec.slot]).fetchone() is not None:
+            old.execute(sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(spec.slot)))
+            removed.append(f"publication {spec.slot}")
+    return removed
+
+
+def _drop_slot(old: Connection, slot: str) -> bool:
+    """Drop the slot, ending the capture that still reads it."""
+    for _ in range(50):
+        row = old.execute("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone()
+        if row is None:
+            return False
+        if row[0] is None:
+            old.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+            return True
+        old.execute("SELECT pg_terminate_backend(%s)", [row[0]])
+        time.sleep(0.1)
+    raise LockNotGranted(server_name(old.info.dsn), f"replication slot {slot}", "a capture that comes back: stop it first")
+
+
+def abort(spec: Spec) -> list[str]:
+    """Undo all that prepare made; the old store is as it was. Returns what was removed (driver; starts no JVM).
+
+    Refused once authority has moved, because the old store then lacks writes.
+    """
+    with Ledger.open(spec, "abort") as ledger:
+        prepared = ledger.exists()
+        if prepared and ledger.authority().store == "new":
+            raise Refused("abort: authority has moved to the new store: `changeover flags rollback` first")
+        removed = _remove_from_source(spec)
+        if prepared:
+            loads = {(load.source, load.target): load.created for load in ledger.loads()}
+            for table in spec.tables:
+                for target in spec.targets.values():
+                    removed += _abort_target(spec, table, target, loads.get((table.source, target.name), False))
+            drop_ledger(ledger.connection, spec.name)
+        _drop_empty_schema(ledger.connection)
+    if (spec.work / "spool").exists():
+        shutil.rmtree(spec.work / "spool")
+        removed.append("spool")
+    return removed
+
+
+def _abort_target(spec: Spec, table: Table, target: Target, created: bool) -> list[str]:
+    with open_store(spec, target, "abort") as store:
+        columns = store.columns(*table.target_name)
+        if columns is None:
+            return []
+        store.abort(TargetTable(*table.target_name, columns, table.key), created)
+    return [f"{'table' if created else 'gate of'} {table.target} in {target.name}"]
+
+
+def _drop_empty_schema(connection: Connection) -> None:
+    """Drop the ledger's schema when no migration is left in it."""
+    row = connection.execute("SELECT to_regclass('changeover.migration') IS NOT NULL").fetchone()
+    if row and row[0] and connection.execute("SELECT FROM changeover.migration LIMIT 1").fetchone() is None:
+        connection.execute("DROP SCHEMA changeover CASCADE")
+
+
+def finalize(spec: Spec) -> list[str]:
+    """End the migration: drop what is ours in the old store, the gates, tombstones and the spool; the ledger stays as record.
+
+    Raises Refused while a load is open or, with a flag, while the old store has authority (driver; starts no JVM).
+    """
+    with Ledger.open(spec, "finalize") as ledger:
+        ledger.stream("finalize")
+        open_loads = [f"{load.source} in {load.target}" for load in ledger.loads() if load.state != CLOSED]
+        if open_loads:
+            raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
+        if spec.flag is not None and ledger.authority().store != "new":
+            raise Refused("finalize: the old store still has authority: `changeover flags advance` up to complete first")
+        removed = _remove_from_source(spec)
+        for table in spec.tables:
+            for target in spec.targets.values():
+                with open_store(spec, target, "finalize") as store:
+                    columns = store.columns(*table.target_name)
+                    if columns is not None:
+                                        store.finalize(TargetTable(*table.target_name, columns, table.key))
+        ledger.connection.execute("UPDATE changeover.migration SET finalized = now() WHERE name = %s", [spec.name])
+        ledger.audit("finalize", "done", {"removed": removed})
+    if (spec.work / "spool").exists():
+        shutil.rmtree(spec.work / "spool")
+    return removed
+
+
+LEFTOVERS = """
+SELECT 'replication slot ' || slot_name FROM pg_replication_slots WHERE slot_name LIKE 'changeover%'
+UNION ALL SELECT 'publication ' || pubname FROM pg_publication WHERE pubname LIKE 'changeover%'
+UNION ALL SELECT format('trigger %s on %s', tgname, tgrelid::regclass) FROM pg_trigger WHERE tgname LIKE 'changeover%'
+UNION ALL SELECT format('%s in schema changeover', relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = 'changeover'
+UNION ALL SELECT format('function changeover.%s', proname) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+    WHERE n.nspname = 'changeover'
+UNION ALL SELECT 'schema changeover' FROM pg_namespace WHERE nspname = 'changeover'
+UNION ALL SELECT format('session %s', application_name) FROM pg_stat_activity
+    WHERE application_name LIKE 'changeover:%' AND pid <> pg_backend_pid() AND datname = current_database()
+"""
+
+
+def leftovers(spec: Spec) -> list[str]:
+    """Return everything of ours that is still in the old store (driver; looks only)."""
+    with connect(spec.source.dsn.resolve(), application_name(spec.name, "leftovers")) as old:
+        return [row[0] for row in old.execute(LEFTOVERS).fetchall()]

@@ -1,0 +1,200 @@
+"""Replay: the spooled changes offered to each target through its gate, in batches, until caught up or for as long as asked.
+
+A batch is every event between the position that a load has reached and the end of the spool (or a given position), collapsed
+to one change a key. The position moves after the batch is committed, so a killed replay offers some changes again, which the
+gate refuses. Batches of all replayers and verifications of a migration take turns by one lease. An event that this version
+does not carry stops its table by name, after everything before it was applied.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from changeover.errors import TableStopped
+from changeover.jobs.ledger import CLOSED, Ledger, Load
+from changeover.jobs.prepare import Prepared, require_prepared, spool_of
+from changeover.jobs.spool import DELETE, INSERT, RELATION, TRUNCATE, UPDATE, Spool
+from changeover.jobs.transform import Transform
+from changeover.position import format_lsn
+from changeover.spec import Spec
+from changeover.sparkerrors import from_spark
+from changeover.stores import Counts, Store, open_store
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+log = logging.getLogger(__name__)
+
+LEASE = "replay"
+LEASE_SECONDS = 120.0
+"""How long a batch may wait for its turn: longer than any other batch or alignment takes."""
+
+SMALL_BATCH = 20_000
+"""Events up to which a batch is handed to Spark as Arrow data, which spares it the look into the spool's log."""
+
+IDLE_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What one round did: events of the tables offered over all loads, changes taken, and the position reached."""
+
+    events: int
+    taken: int
+    applied: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One load's next events: their number, where they end, and why the table stops there, if it does."""
+
+    until: int
+    events: int
+    stop: str | None
+
+
+class Replay:
+    """Replays one migration (driver); `round` is one turn over all its loads, in the thread that calls it."""
+
+    def __init__(self, spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared) -> None:
+        self.spec = spec
+        self.spark = spark
+        self.ledger = ledger
+        self.prepared = prepared
+        self.spool = spool_of(spec)
+
+    def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
+        """Offer everything spooled below `until` to the targets, in one turn of the lease."""
+        with self.ledger.lease(LEASE, wait_seconds=LEASE_SECONDS):
+            return self.offer(until, targets)
+
+    def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
+        """Do a round's work; the caller holds the lease."""
+        end = self._limit(until)
+        events = taken = 0
+        positions = []
+        for (source, target), transform in self.prepared.transforms.items():
+            if targets is not None and target not in targets:
+                continue
+            load = self.ledger.load(source, target)
+            with open_store(self.spec, self.spec.targets[target], "replay") as store:
+                if not (store.merges_while_loading or load.state == CLOSED):
+                    continue
+                store.install(transform.target, self.prepared.stream.image)
+                offered = self._catch_up(load, end, transform, store)
+            events, taken = events + offered.offered, taken + offered.taken
+            positions.append(max(end, load.applied))
+        return Replayed(events, taken, min(positions, default=0))
+
+    def _limit(self, until: int | None) -> int:
+        """Return how far events may be offered: durable ones, of the time in which the old store had authority."""
+        limits = [self.spool.end()]
+        if until is not None:
+            limits.append(until)
+        limits += [row.from_lsn for row in self.ledger.authorities() if row.epoch == 1]
+        return min(limits)
+
+    def _catch_up(self, load: Load, end: int, transform: Transform, store: Store) -> Counts:
+        if load.applied >= end:
+            return Counts(0, 0)
+        _, _, stopped = self.ledger.source_table(load.source)
+        if stopped:
+            raise TableStopped(load.source, stopped)
+        batch = self._next_batch(load, end, transform)
+        counts = Counts(0, 0)
+        if batch.events:
+            with from_spark(load.source, f"changes from {format_lsn(load.applied)} to {format_lsn(batch.until)}"):
+                counts = store.merge(transform.target, self._changes(load, batch, transform))
+        self.ledger.advance(load.source, load.target, batch.until, batch.events)
+        if batch.stop:
+            self.ledger.stop_table(load.source, batch.stop)
+            raise TableStopped(load.source, batch.stop)
+        return Counts(batch.events, counts.taken)
+
+    def _next_batch(self, load: Load, end: int, transform: Transform) -> Batch:
+        schema, name = transform.table.source_name
+        outline = self.spool.outline(load.applied, end)
+        ours = outline.filter(pc.equal(outline["relation"], f"{schema}.{name}"))
+        stop = first_stop(ours)
+        if stop is None:
+            return Batch(end, ours.num_rows, None)
+        lsn, reason = stop
+        before = ours.filter(pc.less(ours["lsn"], lsn))
+        return Batch(lsn, before.num_rows, f"{reason} (at {format_lsn(lsn)})")
+
+    def _changes(self, load: Load, batch: Batch, transform: Transform) -> DataFrame:
+        schema, name = transform.table.source_name
+        if batch.events <= SMALL_BATCH:
+            found = self.spool.events(load.applied, batch.until).select(["relation", "lsn", "ordinal", "op", "row", "key"])
+            events = self.spark.createDataFrame(found).coalesce(1)  # type: ignore[arg-type]
+        else:
+            events = self.spool.read(self.spark, load.applied, batch.until)
+        ours = events.where((events["relation"] == f"{schema}.{name}") & events["op"].isin(INSERT, UPDATE, DELETE))
+        return transform.changes(ours, epoch=0)
+
+
+def first_stop(outline: pa.Table) -> tuple[int, str] | None:
+    """Return (commit LSN, reason) of the first event that this version does not carry, or None (pure)."""
+    moved = pc.and_(pc.equal(outline["op"], UPDATE), pc.is_valid(outline["key"]))
+    partial = pc.greater(pc.list_value_length(outline["missing"]), 0)
+    special = pc.is_in(outline["op"], pa.array([TRUNCATE, RELATION]))
+    found = outline.filter(pc.or_(pc.or_(moved, partial), special)).sort_by([("lsn", "ascending"), ("ordinal", "ascending")])
+    if not found.num_rows:
+        return None
+    first = found.slice(0, 1).to_pylist()[0]
+    return first["lsn"], STOPS[first["op"]](first)
+
+
+STOPS = {
+    TRUNCATE: lambda event: "it was truncated, which this version does not carry",
+    RELATION: lambda event: f"its definition changed: {event['note']}",
+    UPDATE: lambda event: (
+        f"an update left the large column {event['missing'][0]} unchanged and so out of the stream:"
+        " ALTER TABLE … REPLICA IDENTITY FULL before prepare makes it whole"
+        if event["missing"]
+        else f"an update changed the key {dict(event['key'])}, which this version does not carry"
+    ),
+    INSERT: lambda event: f"an insert without {event['missing']}",
+    DELETE: lambda event: f"a delete without {event['missing']}",
+}
+"""Kind of event -> why the table stops at it."""
+
+
+def replay(
+    spec: Spec, spark: SparkSession, *, follow: bool = False, stop: threading.Event | None = None,
+    targets: Sequence[str] | None = None,
+) -> Replayed:  # fmt: skip
+    """Replay until caught up with the spool, or with `follow` until `stop` is set (driver).
+
+    Raises StepOrder before prepare, TableStopped, ServerUnavailable.
+    """
+    stop = stop or threading.Event()
+    with Ledger.open(spec, LEASE) as ledger:
+        running = Replay(spec, spark, ledger, require_prepared(spec, spark, ledger, LEASE))
+        events = taken = 0
+        while True:
+            done = running.round(targets=targets)
+            events, taken = events + done.events, taken + done.taken
+            if stop.is_set() or (not follow and not done.events):
+                ledger.audit(LEASE, "done", {"events": events, "taken": taken, "applied": format_lsn(done.applied)})
+                return Replayed(events, taken, done.applied)
+            if not done.events:
+                stop.wait(IDLE_SECONDS)
+
+
+def main() -> None:
+    """Entry of `spark-submit jobs/replay.py SPEC`."""
+    from changeover.entry import run_step
+
+    run_step("replay")
+
+
+if __name__ == "__main__":
+    main()

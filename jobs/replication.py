@@ -1,0 +1,142 @@
+"""Replication: a session with the slot's walsender, and the proof that it is still the prepared stream.
+
+The proof is made anew at every connection: the same system and timeline, the slot there and whole and not ahead of
+what is durable here, and a publication with exactly the prepared tables. Nothing here waits without bound, and a
+server that has gone silent counts as gone.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+
+import psycopg
+from psycopg import pq, sql
+
+from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, SpoolGap
+from changeover.jobs import pgoutput
+from changeover.jobs.ledger import Stream
+from changeover.position import format_lsn, parse_lsn
+from changeover.session import Connection, server_name
+
+FEEDBACK_SECONDS = 10.0
+SILENCE_SECONDS = 60.0
+
+
+class Replication:
+    """A session with the slot's walsender; every wait in it is bounded."""
+
+    def __init__(self, connection: Connection, dsn: str) -> None:
+        self.connection = connection
+        self.dsn = dsn
+        self.received = 0
+        self.heard = time.monotonic()
+
+    def identify(self, stream: Stream) -> None:
+        """Raise SourceChanged unless the server has the prepared system identifier and timeline."""
+        found = self.connection.execute("IDENTIFY_SYSTEM").fetchone()
+        assert found is not None
+        pairs = (("system identifier", stream.system_id, found[0]), ("timeline", stream.timeline, found[1]))
+        for what, prepared, now in pairs:
+            if str(prepared) != str(now):
+                raise SourceChanged(what, str(prepared), str(now))
+
+    def start(self, stream: Stream, at: int) -> None:
+        """Begin to stream what committed at `at` or later; raises LeaseHeld while another session has the slot."""
+        command = sql.SQL(
+            "START_REPLICATION SLOT {} LOGICAL {} (proto_version '1', publication_names {}, messages 'true')"
+        ).format(sql.Identifier(stream.slot), sql.SQL(format_lsn(at)), sql.Literal(f'"{stream.publication}"'))
+        result = self.connection.pgconn.exec_(command.as_bytes(self.connection))
+        if result.status != pq.ExecStatus.COPY_BOTH:
+            error = psycopg.errors.error_from_result(result)
+            if isinstance(error, psycopg.errors.ObjectInUse):
+                raise LeaseHeld("capture", str(error).strip()) from error
+            raise error
+
+    def frames(self, wait_seconds: float, limit: int = 1000) -> Iterator[bytes]:
+        """Yield up to `limit` frames that are there, after waiting up to `wait_seconds` when there is none."""
+        wire = self.connection.pgconn
+        for count in range(limit):
+            size, data = wire.get_copy_data(1)
+            if size == 0:
+                poll = select.poll()
+                poll.register(wire.socket, select.POLLIN)
+                if poll.poll(0 if count else wait_seconds * 1000):
+                    wire.consume_input()
+                    size, data = wire.get_copy_data(1)
+                if size == 0:
+                    return
+            if size < 0:
+                self._ended()
+            self.heard = time.monotonic()
+            yield bytes(data)
+
+    def answer(self, durable: int, *, ping: bool = False) -> None:
+        """Tell the server what is durable; with `ping` it answers at once, which shows that it is alive."""
+        wire = self.connection.pgconn
+        wire.put_copy_data(pgoutput.feedback(self.received, durable, datetime.now(UTC), ping=ping))
+        wire.flush()
+
+    def check_alive(self) -> None:
+        """Raise ServerUnavailable when nothing has come for SILENCE_SECONDS, although we ask for answers."""
+        if time.monotonic() - self.heard > SILENCE_SECONDS:
+            raise ServerUnavailable(server_name(self.dsn), f"nothing heard for {SILENCE_SECONDS:g} s")
+
+    def _ended(self) -> None:
+        result = self.connection.pgconn.get_result()
+        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(result)
+        raise ServerUnavailable(server_name(self.dsn), "the server ended the stream")
+
+
+def check_slot(connection: Connection, stream: Stream, durable: int) -> None:
+    """Raise SourceChanged unless the slot is there, ours and whole; SpoolGap when it is ahead of what is durable."""
+    row = connection.execute(
+        "SELECT plugin, database = current_database(), wal_status, confirmed_flush_lsn::text FROM pg_replication_slots"
+        " WHERE slot_name = %s",
+        [stream.slot],
+    ).fetchone()
+    if row is None:
+        raise SourceChanged("replication slot", stream.slot, "missing")
+    plugin, here, status, acknowledged = row
+    if plugin != "pgoutput" or not here:
+        raise SourceChanged("replication slot", f"{stream.slot} of pgoutput", "another of that name")
+    if status == "lost" or acknowledged is None:
+        raise SourceChanged("replication slot", stream.slot, "invalidated, so that the WAL it needs is gone")
+    if parse_lsn(acknowledged) > durable:
+        raise SpoolGap(acknowledged, format_lsn(durable))
+
+
+def check_publication(connection: Connection, publication: str, tables: Collection[str]) -> None:
+    """Raise SourceChanged unless the publication has exactly these tables.
+
+    PostgreSQL 18 skips a missing publication with a warning, and its slot then loses changes for good.
+    """
+    query = "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s"
+    rows = connection.execute(query, [publication])
+    found = {f"{schema}.{table}" for schema, table in rows.fetchall()}
+    if found != set(tables):
+        now = ", ".join(sorted(found)) or "missing or empty"
+        raise SourceChanged(f"publication {publication}", ", ".join(sorted(tables)), now)
+
+
+def generated_columns(connection: Connection, publication: str) -> dict[str, frozenset[str]]:
+    """Return the generated columns of the published tables, which the stream leaves out."""
+    rows = connection.execute(
+        "SELECT p.schemaname || '.' || p.tablename, array_agg(a.attname::text) FROM pg_publication_tables p"
+        " JOIN pg_namespace n ON n.nspname = p.schemaname"
+        " JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename"
+        " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attgenerated <> '' AND NOT a.attisdropped"
+        " WHERE p.pubname = %s GROUP BY 1",
+        [publication],
+    )
+    return {relation: frozenset(columns) for relation, columns in rows.fetchall()}
+
+
+def answer_interval(connection: Connection) -> float:
+    """Return how often to answer, in seconds, so that the server's wal_sender_timeout never strikes."""
+    row = connection.execute("SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'").fetchone()
+    assert row is not None
+    return min(FEEDBACK_SECONDS, row[0] / 1000 / 3) if row[0] else FEEDBACK_SECONDS

@@ -1,0 +1,242 @@
+"""The spool: every captured change of the source, durable, in commit order, in one Delta table.
+
+An append is one Delta commit that carries the rows and, as the application transaction `capture`, the commit END LSN
+up to which the spool is complete; so data and resume position can't part, and an append that was made before is left
+out. An append returns only when the data file, then the log entry, then their folders are on stable storage, because
+the slot is told to forget what the spool says it holds. One writer at a time (the lease `capture`); any number of
+readers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+
+from changeover.errors import LeaseHeld, SourceChanged, StepOrder
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+FORMAT = "1"
+"""Version of the spool's columns; another version found is refused, never guessed at."""
+
+INSERT, UPDATE, DELETE, TRUNCATE, MARKER, RELATION = "I", "U", "D", "T", "M", "R"
+"""Kinds of event; MARKER and RELATION speak in `note`, MARKER and only it without a relation."""
+
+APPLICATION = "capture"
+FORMAT_KEY = "changeover.format"
+CHECKPOINT_EVERY = 50
+
+TEXTS = pa.map_(pa.string(), pa.string())
+SCHEMA = pa.schema(
+    [
+        pa.field("relation", pa.string(), nullable=False),
+        pa.field("lsn", pa.int64(), nullable=False),
+        pa.field("ordinal", pa.int64(), nullable=False),
+        pa.field("op", pa.string(), nullable=False),
+        pa.field("row", TEXTS),
+        pa.field("key", TEXTS),
+        pa.field("missing", pa.list_(pa.string()), nullable=False),
+        pa.field("xid", pa.int64(), nullable=False),
+        pa.field("end_lsn", pa.int64(), nullable=False),
+        pa.field("committed_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("note", pa.string()),
+    ]
+)
+
+
+class Event(NamedTuple):
+    """One change of one row (or a TRUNCATE, a marker, a changed relation) and its place on the version axis.
+
+    `lsn` is the commit LSN (start of the commit record), `end_lsn` the end of that record, `ordinal` twice the index
+    of the change inside its transaction. Values are PostgreSQL's text; those of array columns are JSON arrays of
+    element texts. `key` is the old key: always on a delete, on an update only when the key changed. `missing` names
+    columns whose large value was unchanged and so not sent: they are absent from `row`, which is not the same as
+    NULL.
+    """
+
+    relation: str
+    lsn: int
+    ordinal: int
+    op: str
+    row: Mapping[str, str | None] | None
+    key: Mapping[str, str | None] | None
+    missing: tuple[str, ...]
+    xid: int
+    end_lsn: int
+    committed_at: datetime
+    note: str | None = None
+
+
+class Spool:
+    """The spool of one migration at a local path (driver; `read` is executed by Spark)."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._handle: DeltaTable | None = None
+        self._opened = 0
+
+    def create(self) -> None:
+        """Create the table durably unless it is there; raises SourceChanged on another format."""
+        if not DeltaTable.is_deltatable(str(self.path)):
+            DeltaTable.create(
+                self.path,
+                SCHEMA,
+                mode="ignore",
+                configuration={FORMAT_KEY: FORMAT, "delta.checkpointInterval": str(CHECKPOINT_EVERY)},
+                raise_if_key_not_exists=False,
+            )
+            log = self.path / "_delta_log"
+            for path in (*log.glob("*.json"), log, self.path, self.path.parent):
+                _sync(path)
+        self._table()
+
+    def end(self) -> int:
+        """Return the commit END LSN up to which all is durable, 0 before the first append.
+
+        Raises StepOrder without a spool.
+        """
+        return self._latest().transaction_version(APPLICATION) or 0
+
+    def append(self, batch: Sequence[Event], end_lsn: int) -> None:
+        """Append whole transactions that end at `end_lsn`, durably and once: what ends at or below `end()` is left out.
+
+        Raises LeaseHeld when another writer has committed meanwhile.
+        """
+        if end_lsn <= self.end():
+            return
+        table = self._table()
+        actions: list[AddAction | RemoveAction] = [self._write(batch)] if batch else []
+        try:
+            table.create_write_transaction(
+                actions,
+                mode="append",
+                schema=SCHEMA,
+                # no retry: the commit must be the one right after the version in which the position was looked up
+                commit_properties=CommitProperties(
+                    max_commit_retries=0, app_transactions=[Transaction(APPLICATION, end_lsn)]
+                ),
+                post_commithook_properties=PostCommitHookProperties(
+                    create_checkpoint=False, cleanup_expired_logs=False
+                ),
+            )
+        except CommitFailedError as error:
+            raise LeaseHeld("capture", f"it committed to the spool {self.path}") from error
+        table.update_incremental()
+        self._sync_log(table)
+
+    def read(self, spark: SparkSession, after: int, until: int) -> DataFrame:
+        """Return the events with ``after <= lsn < until`` (commit LSNs), in no order, as Spark reads them (driver).
+
+        All of them are there when `until` is not above `end()`, as read before the call.
+        """
+        self._table()
+        frame = spark.read.format("delta").load(str(self.path))
+        return frame.where((frame["lsn"] >= after) & (frame["lsn"] < until))
+
+    def events(self, after: int = 0, until: int = 2**63 - 1) -> pa.Table:
+        """Return the events with ``after <= lsn < until`` in stream order, without Spark."""
+        table = self._latest()
+        chosen = (pc.field("lsn") >= after) & (pc.field("lsn") < until)
+        found = table.to_pyarrow_table(filters=chosen)
+        return found.sort_by([("lsn", "ascending"), ("ordinal", "ascending")])
+
+    def outline(self, after: int, until: int) -> pa.Table:
+        """Return relation, lsn, ordinal, op, key, missing and note of the events with ``after <= lsn < until``."""
+        chosen = (pc.field("lsn") >= after) & (pc.field("lsn") < until)
+        columns = ["relation", "lsn", "ordinal", "op", "key", "missing", "note"]
+        return self._latest().to_pyarrow_table(columns=columns, filters=chosen)
+
+    def _table(self) -> DeltaTable:
+        if self._handle is None:
+            try:
+                table = DeltaTable(self.path)
+            except TableNotFoundError as error:
+                raise StepOrder(f"reading the spool {self.path}", "prepare") from error
+            found = table.metadata().configuration.get(FORMAT_KEY)
+            if found != FORMAT:
+                raise SourceChanged(f"spool format ({self.path})", FORMAT, str(found))
+            self._handle, self._opened = table, table.version()
+        return self._handle
+
+    def _latest(self) -> DeltaTable:
+        table = self._table()
+        table.update_incremental()
+        if table.version() - self._opened < CHECKPOINT_EVERY:
+            return table
+        # a handle carries every log entry since it was opened: 100 ms an append after 700 of them, else 14 ms
+        self._handle = None
+        return self._table()
+
+    def _write(self, batch: Sequence[Event]) -> AddAction:
+        """Write one data file and bring it to stable storage before any log entry can name it."""
+        path = self.path / f"part-{uuid.uuid4()}.parquet"
+        pq.write_table(arrow_table(batch), path, compression="zstd", compression_level=1)
+        _sync(path)
+        _sync(self.path)
+        lsns = [event.lsn for event in batch]
+        stats = {
+            "numRecords": len(batch),
+            "minValues": {"lsn": min(lsns)},
+            "maxValues": {"lsn": max(lsns)},
+            "nullCount": {"lsn": 0},
+        }
+        return AddAction(path.name, path.stat().st_size, {}, int(time.time() * 1000), True, json.dumps(stats))
+
+    def _sync_log(self, table: DeltaTable) -> None:
+        log = self.path / "_delta_log"
+        _sync(log / f"{table.version():020d}.json")
+        if table.version() % CHECKPOINT_EVERY == 0:
+            table.create_checkpoint()
+            for path in log.glob(f"{table.version():020d}.checkpoint*"):
+                _sync(path)
+            _sync(log / "_last_checkpoint")
+        _sync(log)
+
+
+def arrow_table(batch: Sequence[Event]) -> pa.Table:
+    """Return the events as Arrow, in the spool's schema."""
+    relation, lsn, ordinal, op, row, key, missing, xid, end_lsn, committed_at, note = zip(*batch, strict=True)
+    simple = {"relation": relation, "lsn": lsn, "ordinal": ordinal, "op": op, "missing": missing, "xid": xid,
+              "end_lsn": end_lsn, "committed_at": committed_at, "note": note}  # fmt: skip
+    columns = {name: pa.array(values, SCHEMA.field(name).type) for name, values in simple.items()}
+    columns |= {"row": _maps(row), "key": _maps(key)}
+    return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _maps(rows: Iterable[Mapping[str, str | None] | None]) -> pa.Array:
+    """Build a map column from its flat parts, many times faster than from pairs."""
+    offsets: list[int | None] = []
+    names: list[str] = []
+    values: list[str | None] = []
+    for row in rows:
+        offsets.append(None if row is None else len(names))
+        if row:
+            names.extend(row)
+            values.extend(row.values())
+    offsets.append(len(names))
+    return pa.MapArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.array(names, pa.string()), pa.array(values, pa.string())
+    )
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's entries, to stable storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,234 @@
+"""The transform: one set of Spark SQL expressions that serves backfill, replay and verification, so that they can't drift.
+
+A source row is decoded by its PostgreSQL types, reshaped by the spec's optional function and expressions, and cast to the
+target's types under ANSI rules: a value that does not fit is an error that names the table, never a NULL. A column that is
+given a new name alone (`entity_a = "from_user"`) is moved; every other source column is carried over unless `drop` names it.
+Plans are made on the driver, expressions run in tasks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from changeover.errors import SpecError, UnsafePlan
+from changeover.spec import Spec, Table
+from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, VERSION_COLUMNS, Column, TargetTable
+from changeover.stores.pgtypes import decode, postgres_type, source_type
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column as SparkColumn
+    from pyspark.sql import DataFrame, SparkSession
+
+BARE = re.compile(r"`?([A-Za-z_][A-Za-z0-9_]*)`?")
+UNSTABLE = re.compile(
+    r"\b(now|current_timestamp|current_date|localtimestamp|current_time|current_user|user|session_user|uuid|rand|randn|random|"
+    r"monotonically_increasing_id|spark_partition_id|input_file_name|shuffle)\b\s*(\(|$|[^\w(])",
+    re.IGNORECASE,
+)
+"""Functions whose value depends on when or where they run: the same row would differ in backfill, replay and verification."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What one table's rows go through; built by `plan`, the same object in every step."""
+
+    table: Table
+    source: tuple[Column, ...]
+    target: TargetTable
+    expressions: Mapping[str, str]
+
+    def rows(self, frame: DataFrame) -> DataFrame:
+        """Return target rows for decoded source rows, those that `where` leaves out left out."""
+        shaped = self._shaped(frame)
+        return (shaped.where(self.table.where) if self.table.where else shaped).select(*self._columns(shaped))
+
+    def changes(self, events: DataFrame, epoch: int) -> DataFrame:
+        """Return changes of the target for spooled inserts, updates and deletes: one row a key, the last by version.
+
+        A delete carries the key alone. A row that `where` leaves out is a delete of its key.
+        """
+        from pyspark.sql import functions as F
+
+        gone = F.col("op") == F.lit("D")
+        values = [
+            decode(F.when(gone, F.col("key")[c.name]).otherwise(F.col("row")[c.name]), c.type, native=False).alias(c.name)
+            for c in self.source
+        ]
+        version = [
+            F.lit(epoch).cast("int").alias(EPOCH), F.col("lsn").alias(LSN), F.col("ordinal").alias(ORDINAL), gone.alias(DELETED),
+        ]  # fmt: skip
+        shaped = self._shaped(events.select(*version, *values))
+        if self.table.where:
+            left_out = ~F.coalesce(F.expr(self.table.where), F.lit(False))
+            shaped = shaped.withColumn(DELETED, F.col(DELETED) | left_out)
+        whole = shaped.select(*VERSION_COLUMNS, *self._columns(shaped))
+        return _last_of_each_key(whole, self.target)
+
+    def _shaped(self, frame: DataFrame) -> DataFrame:
+        """Apply the spec's function, which must keep the pipeline's own columns."""
+        if self.table.function is None:
+            return frame
+        shaped = load_function(self.table.function)(frame)
+        lost = [name for name in VERSION_COLUMNS if name in frame.columns and name not in shaped.columns]
+        if lost:
+            raise SpecError(self.table.function, "transform.function", f"drops the columns {', '.join(lost)}: keep them")
+        return shaped
+
+    def _columns(self, frame: DataFrame) -> list[SparkColumn]:
+        from pyspark.sql import functions as F
+
+        return [F.expr(self.expressions[c.name]).cast(c.spark_type).alias(c.name) for c in self.target.columns]
+
+
+def _last_of_each_key(changes: DataFrame, target: TargetTable) -> DataFrame:
+    """Keep the change with the highest version of each key: a cell is the maximum of what it is offered."""
+    from pyspark.sql import functions as F
+
+    rest = [name for name in changes.columns if name not in target.key]
+    last = F.max_by(F.struct(*(F.col(f"`{name}`") for name in rest)), F.struct(EPOCH, LSN, ORDINAL)).alias("_last")
+    latest = changes.groupBy(*target.key).agg(last)
+    image = [
+        F.col(f"`{name}`") if name in target.key
+        else F.when(~F.col(f"_last.{DELETED}"), F.col(f"_last.`{name}`")).alias(name)
+        for name in target.names
+    ]  # fmt: skip
+    return latest.select(*(F.col(f"_last.{name}").alias(name) for name in VERSION_COLUMNS), *image)
+
+
+def load_function(reference: str) -> Callable[[DataFrame], DataFrame]:
+    """Import a spec's ``package.module:function``; raises SpecError when it is not there."""
+    module, _, name = reference.partition(":")
+    try:
+        return cast("Callable[[DataFrame], DataFrame]", getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError) as error:
+        raise SpecError(reference, "transform.function", f"can't be imported: {error}") from error
+
+
+def expressions(table: Table, source: Sequence[Column]) -> dict[str, str]:
+    """Return target column -> Spark SQL expression, in order: the spec's own, then what is carried over by name."""
+    moved = {match[1] for text in table.columns.values() if (match := BARE.fullmatch(text.strip()))}
+    carried = [c.name for c in source if c.name not in moved and c.name not in table.columns and c.name not in table.drop]
+    return {**table.columns, **{name: f"`{name}`" for name in carried}}
+
+
+def plan(
+    spark: SparkSession, spec: Spec, table: Table, source: Sequence[Column], replica_identity: Sequence[str],
+    existing: Sequence[Column] | None,
+) -> Transform:  # fmt: skip
+    """Return the transform of a table, its target's columns found by Spark's own analysis (driver, reads no row).
+
+    `existing` are the columns of a target table that is already there; raises SpecError or UnsafePlan with every reason.
+    """
+    wanted = expressions(table, source)
+    _require_stable(spec, table, wanted)
+    frame = _empty_frame(spark, source)
+    shaped = load_function(table.function)(frame) if table.function else frame
+    found = {name: _spark_type(spec, table, name, shaped, text) for name, text in wanted.items()}
+    if table.where is not None:
+        _spark_type(spec, table, "where", shaped, table.where, place="where")
+    schema, name = table.target_name
+    columns = (
+        _existing_columns(spec, table, existing, found)
+        if existing is not None
+        else _new_columns(spec, table, source, wanted, found)
+    )
+    _require_key(spark, spec, table, source, replica_identity, wanted, [c.name for c in columns])
+    return Transform(table, tuple(source), TargetTable(schema, name, tuple(columns), table.key), wanted)
+
+
+def _empty_frame(spark: SparkSession, columns: Sequence[Column]) -> DataFrame:
+    schema = ", ".join(f"`{c.name}` {c.spark_type}" for c in columns)
+    return spark.createDataFrame([], schema)
+
+
+def _spark_type(spec: Spec, table: Table, column: str, frame: DataFrame, text: str, place: str = "") -> str:
+    from pyspark.errors import PySparkException
+
+    where = place or f"columns.{column}"
+    try:
+        analysed = frame.select(_expr(text))
+        deterministic = cast("Any", analysed)._jdf.queryExecution().analyzed().deterministic()
+    except PySparkException as error:
+        problem = str(error).splitlines()[0]
+        raise SpecError(spec.path, f"table {table.source}: {where}", f"{text!r} is not a valid expression: {problem}") from error
+    if not deterministic:
+        raise SpecError(spec.path, f"table {table.source}: {where}", f"{text!r} gives another value at each run")
+    return analysed.schema.fields[0].dataType.simpleString()
+
+
+def _expr(text: str) -> SparkColumn:
+    from pyspark.sql import functions as F
+
+    return F.expr(text)
+
+
+def _require_stable(spec: Spec, table: Table, wanted: Mapping[str, str]) -> None:
+    for place, text in [*wanted.items(), ("where", table.where or "")]:
+        bare = re.sub(r"'(?:[^']|'')*'|`[^`]*`", "", text)  # a literal or a quoted column may say now
+        match = UNSTABLE.search(bare)
+        if match and not BARE.fullmatch(text.strip()):
+            raise SpecError(spec.path, f"table {table.source}: {place}", f"{match[1]} gives another value at each run")
+
+
+def _existing_columns(spec: Spec, table: Table, existing: Sequence[Column], found: Mapping[str, str]) -> list[Column]:
+    """The target's own columns and types count; every one that the transform does not fill must be able to stay empty."""
+    names = {c.name for c in existing}
+    reasons = [f"target table {table.target} has no column {name}" for name in found if name not in names]
+    reasons += [f"column {c.name} of target table {table.target} is NOT NULL and nothing fills it" for c in existing
+                if c.not_null and c.name not in found]  # fmt: skip
+    reasons += [f"column {c.name} of target table {table.target} has the type {c.type}, which is not proven exact"
+                for c in existing if c.name in found and not c.spark_type]  # fmt: skip
+    if reasons:
+        raise UnsafePlan(tuple(reasons))
+    return [c for c in existing if c.name in found]
+
+
+def _new_columns(
+    spec: Spec, table: Table, source: Sequence[Column], wanted: Mapping[str, str], found: Mapping[str, str]
+) -> list[Column]:
+    """A moved or carried column keeps its PostgreSQL type; a computed one gets the type of its Spark result."""
+    by_name = {c.name: c for c in source}
+    columns = []
+    for name in [*table.key, *(n for n in wanted if n not in table.key)]:
+        if name not in wanted:
+            raise SpecError(spec.path, f"table {table.source}: key", f"nothing fills the key column {name}")
+        match = BARE.fullmatch(wanted[name].strip())
+        origin = by_name.get(match[1]) if match and table.function is None else None
+        type_name = origin.type if origin else postgres_type(found[name])
+        if type_name is None:
+            raise SpecError(spec.path, f"table {table.source}: columns.{name}", f"gives {found[name]}, which no column can hold")
+        spark_type = origin.spark_type if origin else found[name]
+        columns.append(Column(name, type_name, spark_type, name in table.key))
+    return columns
+
+
+def _require_key(
+    spark: SparkSession, spec: Spec, table: Table, source: Sequence[Column], identity: Sequence[str],
+    wanted: Mapping[str, str], names: Sequence[str],
+) -> None:  # fmt: skip
+    """The target key must follow from the replica identity alone: a DELETE carries no more."""
+    from pyspark.errors import PySparkException
+
+    missing = [name for name in table.key if name not in names]
+    if missing:
+        raise SpecError(spec.path, f"table {table.source}: key", f"{missing[0]} is no column of the target")
+    if table.function is not None:
+        return
+    alone = _empty_frame(spark, [c for c in source if c.name in identity])
+    for name in table.key:
+        try:
+            _ = alone.select(_expr(wanted[name])).schema
+        except PySparkException as error:
+            raise UnsafePlan(
+                (f"target key column {name} of {table.source} is computed from {wanted[name]!r}, which needs more than the"
+                 f" replica identity ({', '.join(identity)}): a DELETE carries no more",)
+            ) from error  # fmt: skip
+
+
+def unsupported_columns(source: Sequence[Column]) -> list[Column]:
+    """Return the source columns whose type is not proven exact."""
+    return [column for column in source if source_type(column.type) is None]

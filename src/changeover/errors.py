@@ -1,0 +1,315 @@
+"""Everything that can go wrong, as one tree of exceptions.
+
+Each class carries its inputs as fields, builds one sentence from them (what, where, what to do), knows the exit code of the
+command line and whether a retry may help (`transient`), and survives a pickle round trip, because Spark sends exceptions
+from tasks to the driver. A wrong row is never an exception: it is data in a verdict.
+
+    ChangeoverError                    3
+    ├── UsageError                     2   the request itself is wrong
+    │   ├── SpecError                      the spec file, by key or line
+    │   ├── SecretMissing                  an env: reference without a value
+    │   └── StepOrder                      a step was asked for before the one that it needs
+    ├── Refused                        1   the answer is no
+    │   ├── UnsafePlan                     the preflight found reasons
+    │   ├── TargetNotEmpty                 a target table had rows before prepare
+    │   ├── GateClosed                     the evidence for the next stage does not hold
+    │   └── TableStopped                   a table met what this version does not carry
+    ├── CouldNotFinish                 3   nothing is lost, run it again
+    │   ├── ServerUnavailable              a connection failed or broke
+    │   ├── DatabaseFailed                 the server refused a statement
+    │   ├── LockNotGranted                 a bounded wait for a lock ended
+    │   ├── SlotBlocked                    open transactions held up a replication slot
+    │   ├── SnapshotLost                   the exported snapshot is gone
+    │   ├── SourceChanged                  another system, timeline, slot or table file than prepared
+    │   ├── SpoolGap                       the slot is ahead of the durable spool
+    │   ├── LeaseHeld                      another run of the same step is alive
+    │   ├── CouldNotCheck                  a comparison that has no answer
+    │   ├── FenceCalledOff                 the hand-over took longer than max_pause
+    │   ├── RowRefused                     a row can't be represented in the target
+    │   └── JavaMissing                    Spark can't start
+    └── Interrupted                  130   Ctrl-C
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+
+class ChangeoverError(Exception):
+    """Base of all errors of changeover: one sentence, an exit code, and whether a retry may help."""
+
+    exit_code: ClassVar[int] = 3
+    transient: ClassVar[bool] = False
+
+    def __reduce__(self) -> tuple[type[ChangeoverError], tuple[Any, ...]]:
+        """Rebuild from the fields, so that a task's error arrives whole on the driver."""
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+
+class UsageError(ChangeoverError):
+    """The request itself is wrong: another try of the same changes nothing."""
+
+    exit_code = 2
+
+
+class Refused(ChangeoverError):
+    """The request is understood and the answer is no."""
+
+    exit_code = 1
+
+
+class CouldNotFinish(ChangeoverError):
+    """The work did not end; what was done is kept and the same command goes on from there."""
+
+    transient = True
+
+
+@dataclass(eq=False)
+class SpecError(UsageError):
+    """The spec file is wrong at `where` (a key path or a line)."""
+
+    path: str
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.where}: {self.problem}"
+
+
+@dataclass(eq=False)
+class SecretMissing(UsageError):
+    """A spec value refers to an environment variable that is not set."""
+
+    key: str
+    variable: str
+
+    def __str__(self) -> str:
+        return f"{self.key} refers to the environment variable {self.variable}, which is not set: export it and run again"
+
+
+@dataclass(eq=False)
+class StepOrder(UsageError):
+    """A step was asked for before the one that it needs."""
+
+    step: str
+    needs: str
+
+    def __str__(self) -> str:
+        return f"{self.step} needs {self.needs} first: run `changeover {self.needs} SPEC`, or `changeover run SPEC` for all steps"
+
+
+@dataclass(eq=False)
+class UnsafePlan(Refused):
+    """The preflight found reasons against the plan."""
+
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "refused: " + "; ".join(self.reasons)
+
+
+@dataclass(eq=False)
+class TargetNotEmpty(Refused):
+    """A target table had rows before prepare."""
+
+    target: str
+    table: str
+
+    def __str__(self) -> str:
+        return (
+            f"target {self.target}: table {self.table} has rows from before prepare, which nothing could tell from migrated "
+            f"ones: empty it or name another table in the spec"
+        )
+
+
+@dataclass(eq=False)
+class GateClosed(Refused):
+    """The evidence for the next stage does not hold."""
+
+    stage: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"the gate to {self.stage} stays closed: " + "; ".join(self.reasons)
+
+
+@dataclass(eq=False)
+class TableStopped(Refused):
+    """A table met something that this version does not carry; the table stops, nothing is ignored."""
+
+    table: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"table {self.table} is stopped: {self.reason}; its target is as it was before that point: "
+            f"`changeover abort SPEC` leaves the old store as it was"
+        )
+
+
+@dataclass(eq=False)
+class ServerUnavailable(CouldNotFinish):
+    """A connection failed or broke midway."""
+
+    server: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.server} can't be reached or broke off ({self.problem}): check the DSN and the server, then run the same command again"
+
+
+@dataclass(eq=False)
+class DatabaseFailed(CouldNotFinish):
+    """The server refused a statement."""
+
+    server: str
+    doing: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.server} refused while {self.doing}: {self.problem}"
+
+
+@dataclass(eq=False)
+class LockNotGranted(CouldNotFinish):
+    """A bounded wait for a lock ended without it."""
+
+    server: str
+    wanted: str
+    holder: str
+
+    def __str__(self) -> str:
+        return f"{self.server}: no {self.wanted} within the limit, held up by {self.holder}: run again when that has ended"
+
+
+@dataclass(eq=False)
+class SlotBlocked(CouldNotFinish):
+    """Creating a slot waits for all open transactions, and one did not end in time."""
+
+    server: str
+    seconds: float
+    oldest: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.server}: no replication slot within {self.seconds:g} s, because an open transaction has to end first "
+            f"({self.oldest}); nothing was left behind: end it or run again later"
+        )
+
+
+@dataclass(eq=False)
+class SnapshotLost(CouldNotFinish):
+    """The exported snapshot can't be imported any more."""
+
+    snapshot: str
+    problem: str
+
+    def __str__(self) -> str:
+        return (
+            f"the exported snapshot {self.snapshot} is gone ({self.problem}), so pending chunks can't be read as of the start: "
+            f"`changeover abort SPEC`, empty the target tables, and run again"
+        )
+
+
+@dataclass(eq=False)
+class SourceChanged(CouldNotFinish):
+    """The source is not the one that was prepared."""
+
+    what: str
+    prepared: str
+    found: str
+    transient: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return (
+            f"the source's {self.what} is {self.found}, but {self.prepared} was prepared: its change stream has a gap; "
+            f"`changeover abort SPEC`, empty the target tables, and run again"
+        )
+
+
+@dataclass(eq=False)
+class SpoolGap(CouldNotFinish):
+    """The slot has acknowledged more than the spool holds."""
+
+    acknowledged: str
+    durable: str
+    transient: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return (
+            f"the slot acknowledged {self.acknowledged} but the spool ends at {self.durable}: changes between them are lost "
+            f"to this run; `changeover abort SPEC`, empty the target tables, and run again"
+        )
+
+
+@dataclass(eq=False)
+class LeaseHeld(CouldNotFinish):
+    """Another run of the same step is alive."""
+
+    step: str
+    holder: str
+
+    def __str__(self) -> str:
+        return f"another {self.step} of this migration is running ({self.holder}): let it end, or stop it and run again"
+
+
+@dataclass(eq=False)
+class CouldNotCheck(CouldNotFinish):
+    """A comparison that has no answer; never to be read as "equal"."""
+
+    table: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"could not check {self.table}: {self.problem}"
+
+
+@dataclass(eq=False)
+class FenceCalledOff(CouldNotFinish):
+    """The hand-over took longer than allowed; writers went on where they were."""
+
+    seconds: float
+    waiting_for: str
+
+    def __str__(self) -> str:
+        return (
+            f"the fence was called off after {self.seconds:g} s while waiting for {self.waiting_for}; "
+            f"writers go on with the old authority: run again when that is fast"
+        )
+
+
+@dataclass(eq=False)
+class RowRefused(CouldNotFinish):
+    """A row can't be represented in the target."""
+
+    table: str
+    place: str
+    problem: str
+    transient: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return f"table {self.table}, {self.place}: a row can't be carried over ({self.problem}): correct the expression or the row, then run again"
+
+
+@dataclass(eq=False)
+class JavaMissing(CouldNotFinish):
+    """Spark needs a Java runtime and none fits."""
+
+    found: str
+    command: str
+    transient: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return f"Spark needs Java 17 or later and {self.found}: install it with `{self.command}` or set JAVA_HOME"
+
+
+@dataclass(eq=False)
+class Interrupted(ChangeoverError):
+    """The person at the terminal stopped the run."""
+
+    step: str
+    exit_code: ClassVar[int] = 130
+
+    def __str__(self) -> str:
+        return f"interrupted in {self.step}: nothing is lost, the same command goes on from here"

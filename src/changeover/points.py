@@ -1,0 +1,24 @@
+"""Named points of the pipeline at which a test stops a run to kill it, as its users' machines will.
+
+`reach` does nothing unless the environment names the point: then it writes a file, so that the test knows, and waits to be
+killed. The points are part of the resume contract (ARCHITECTURE.md), so their names do not change lightly.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+VARIABLE = "CHANGEOVER_WAIT_AT"
+"""``point:file``: where to wait, and the file that says so."""
+
+
+def reach(point: str, detail: object = "") -> None:
+    """Pass a named point (driver or task)."""
+    wanted, _, file = os.environ.get(VARIABLE, "").partition(":")
+    if wanted != point:
+        return
+    Path(file).write_text(f"{point} {detail}\n", encoding="utf-8")
+    while True:
+        time.sleep(60)

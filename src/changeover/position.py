@@ -1,0 +1,48 @@
+"""The version axis: every image and every event has one place on it.
+
+A version is `(epoch, lsn, ordinal)`, compared in that order. Events of the change stream carry the commit LSN of their
+transaction and an even or odd ordinal from 0 up; a backfill image carries `(0, L0, -1)` and so lies below every event of
+the stream, whatever snapshot it was read under; a direct dual write carries the LSN read in its own source transaction
+and ordinal -1. An LSN is an `int` in Python and Spark and `pg_lsn` in PostgreSQL.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+DUAL_WRITE_ORDINAL = -1
+"""Ordinal of backfill images and of direct dual writes: on a tie with an event of the stream the event wins."""
+
+ZERO_LSN = 0
+
+
+class Version(NamedTuple):
+    """A place on the axis; tuples compare in the order that correctness needs."""
+
+    epoch: int
+    lsn: int
+    ordinal: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}:{format_lsn(self.lsn)}:{self.ordinal}"
+
+
+def image_version(l0: int) -> Version:
+    """Return v0, the version of every backfill image, given the slot's consistent point in bytes."""
+    return Version(0, l0, DUAL_WRITE_ORDINAL)
+
+
+def epoch_floor(epoch: int) -> Version:
+    """Return the floor of a cohort from the switch to `epoch` on: below all of its versions, above all earlier ones."""
+    return Version(epoch, ZERO_LSN, 0)
+
+
+def parse_lsn(text: str) -> int:
+    """Return the LSN in bytes from PostgreSQL's text form, such as ``16/B374D848``."""
+    high, _, low = text.partition("/")
+    return (int(high, 16) << 32) | int(low, 16)
+
+
+def format_lsn(lsn: int) -> str:
+    """Return PostgreSQL's text form of an LSN in bytes."""
+    return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"

@@ -1,0 +1,63 @@
+"""Spark's failures as ours: one sentence with the table and the place, out of the layers of a distributed stack trace.
+
+A task of ours does not raise its own errors through Spark, it returns them as data (`failure_of`, `raise_failures`), so that they
+arrive whole. What remains is Spark's: a value that does not fit under ANSI rules, or the JDBC reader's lost connection.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused, ServerUnavailable, SnapshotLost
+
+UNREACHABLE = re.compile(
+    r"PSQLException: (.*(?:refused|terminating connection|I/O error|connection attempt failed|has been closed|EOF|shutting down"
+    r"|starting up).*)"
+)
+SNAPSHOT = re.compile(r"PSQLException: ERROR: (.*(?:snapshot).*)")
+DATABASE = re.compile(r"PSQLException: (?:ERROR: )?(.*)")
+VALUE = re.compile(r"\[([A-Z_.]+)\] (.*)")
+
+
+@contextmanager
+def from_spark(table: str, place: str) -> Iterator[None]:
+    """Turn errors of Spark actions into ours (driver)."""
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        raise translated(str(error), table, place) from error
+
+
+def translated(text: str, table: str, place: str) -> ChangeoverError:
+    """Return the error of ours that a stack trace tells of."""
+    if match := UNREACHABLE.search(text):
+        return ServerUnavailable("the source or target server", match[1].strip())
+    if match := SNAPSHOT.search(text):
+        return SnapshotLost("of this migration", match[1].strip())
+    if match := DATABASE.search(text):
+        return CouldNotFinish(f"table {table}, {place}: the server refused: {match[1].strip()}")
+    if match := VALUE.search(text):
+        return RowRefused(table, place, f"{match[1]}: {match[2].split(' SQLSTATE')[0].strip()}")
+    lines = [line for line in text.splitlines() if line.strip()]
+    return CouldNotFinish(f"table {table}, {place}: Spark failed: {lines[0] if lines else 'no reason given'}")
+
+
+def failure_of(error: ChangeoverError) -> bytes:
+    """Return an error as bytes that a task can yield (task)."""
+    return pickle.dumps(error)
+
+
+def raise_failures(failures: Iterable[bytes | bytearray | None]) -> None:
+    """Raise the first error that a task yielded (driver)."""
+    for failure in failures:
+        if failure is not None:
+            error = pickle.loads(bytes(failure))
+            if not isinstance(error, ChangeoverError):
+                raise TypeError(f"a task yielded {type(error).__name__} as its failure")
+            raise error

@@ -1,0 +1,341 @@
+"""The spec: one TOML file for a migration, as a tree of frozen dataclasses.
+
+Loading refuses what it does not know: an unknown key, a wrong type, a missing key, a password in the file, and whatever
+this version does not carry, each by its key or line. A value that starts with ``env:`` names an environment variable; it is
+read when the value is used and never kept, printed or hashed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from psycopg import Error as PsycopgError
+from psycopg.conninfo import conninfo_to_dict
+
+from changeover.errors import SecretMissing, SpecError
+
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+"""A migration's name becomes part of a slot's name, whose characters PostgreSQL restricts."""
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A DSN as the spec has it: an environment reference, or a DSN without a password."""
+
+    key: str
+    reference: str
+
+    def resolve(self) -> str:
+        """Return the DSN; raises SecretMissing when the environment variable is not set."""
+        if not self.reference.startswith("env:"):
+            return self.reference
+        variable = self.reference.removeprefix("env:")
+        value = os.environ.get(variable)
+        if not value:
+            raise SecretMissing(self.key, variable)
+        return value
+
+
+@dataclass(frozen=True)
+class Source:
+    """The old store, a PostgreSQL database, reached by a direct connection."""
+
+    dsn: Secret
+    capture: str = "slot"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A new store: `kind` is postgres (with `dsn`) or delta (with `path`)."""
+
+    name: str
+    kind: str
+    dsn: Secret | None = None
+    path: str | None = None
+
+    @property
+    def dsn_value(self) -> str:
+        """Return the DSN of a PostgreSQL target."""
+        if self.dsn is None:
+            raise TypeError(f"target {self.name} is of kind {self.kind} and has no DSN")
+        return self.dsn.resolve()
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of a Delta target."""
+        if self.path is None:
+            raise TypeError(f"target {self.name} is of kind {self.kind} and has no path")
+        return Path(self.path)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A pair of queries whose results must be equal, each run by its own side's engine."""
+
+    name: str
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: where it comes from, where it goes, and how a row changes on the way."""
+
+    source: str
+    target: str
+    key: tuple[str, ...]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
+    where: str | None = None
+    function: str | None = None
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def source_name(self) -> tuple[str, str]:
+        """Return schema and name of the source table."""
+        return qualified(self.source)
+
+    @property
+    def target_name(self) -> tuple[str, str]:
+        """Return schema and name of the target table (of a Delta target the name alone is the folder)."""
+        return qualified(self.target)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The migration flag: its key, the target that takes over, and the data file of the SDK's file source."""
+
+    key: str
+    target: str
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A whole migration; `digest` is the hash of what the file says, without any secret's value."""
+
+    path: str
+    name: str
+    source: Source
+    targets: Mapping[str, Target]
+    tables: tuple[Table, ...]
+    work: Path
+    digest: str
+    ledger: Secret
+    flag: Flag | None = None
+    document: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def slot(self) -> str:
+        """Return the name of the replication slot, and of the publication, in the old store."""
+        return f"changeover_{self.name}"
+
+    def table(self, name: str) -> Table:
+        """Return the table whose source or target bears the name."""
+        for table in self.tables:
+            if name in (table.source, table.target, table.source_name[1]):
+                return table
+        raise SpecError(self.path, "table", f"no table is named {name}")
+
+
+def qualified(name: str) -> tuple[str, str]:
+    """Split ``schema.table``; without a schema it is ``public``."""
+    schema, _, table = name.rpartition(".")
+    return schema or "public", table
+
+
+def load(path: str | Path) -> Spec:
+    """Read a spec file; raises SpecError, naming the line or key."""
+    text_path = str(path)
+    try:
+        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(text_path, "file", f"can't be read ({error.strerror}): `changeover init` writes one") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(text_path, "syntax", f"not valid TOML: {error}") from error
+    return _Reader(text_path).spec(document)
+
+
+NOT_CARRIED = {
+    "source.read_from": "bulk reads from a replica are not carried by this version: leave it out, reads go to the primary",
+    "flag.context": "cohorts one by one are not carried by this version: leave it out, all rows move at once",
+}
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns the TOML document into the dataclasses, naming each key that is wrong."""
+
+    path: str
+
+    def fail(self, where: str, problem: str) -> NoReturn:
+        raise SpecError(self.path, where, problem)
+
+    def only(self, where: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+        prefix = f"{where}." if where else ""
+        for key in given:
+            if prefix + key in NOT_CARRIED:
+                self.fail(prefix + key, NOT_CARRIED[prefix + key])
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+                self.fail(prefix + key, f"unknown key: {hint}")
+
+    def text(self, where: str, given: Mapping[str, Any], key: str) -> str:
+        if key not in given:
+            self.fail(f"{where}.{key}".lstrip("."), "is missing")
+        return self.optional_text(where, given, key) or self.fail(f"{where}.{key}".lstrip("."), "is empty")
+
+    def optional_text(self, where: str, given: Mapping[str, Any], key: str) -> str | None:
+        value = given.get(key)
+        if value is not None and not isinstance(value, str):
+            self.fail(f"{where}.{key}".lstrip("."), f"must be a string, not {type(value).__name__}")
+        return value
+
+    def texts(self, where: str, given: Mapping[str, Any], key: str) -> tuple[str, ...]:
+        value = given.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            self.fail(f"{where}.{key}", "must be a list of names")
+        return tuple(value)
+
+    def section(self, where: str, given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+        if key not in given:
+            self.fail(f"{where}.{key}".lstrip("."), "is missing")
+        value = given[key]
+        if not isinstance(value, dict):
+            self.fail(f"{where}.{key}".lstrip("."), "must be a section")
+        return value
+
+    def secret(self, where: str, given: Mapping[str, Any], key: str = "dsn") -> Secret:
+        value = self.text(where, given, key)
+        if not value.startswith("env:"):
+            try:
+                parts = conninfo_to_dict(value)
+            except PsycopgError as error:
+                self.fail(f"{where}.{key}", f"is not a PostgreSQL DSN: {str(error).strip()}")
+            if "password" in parts:
+                self.fail(f"{where}.{key}", 'has a password in the file: put the DSN into an environment variable, "env:NAME"')
+        return Secret(f"{where}.{key}", value)
+
+    def spec(self, document: Mapping[str, Any]) -> Spec:
+        self.only("", document, ("name", "source", "target", "table", "flag", "work", "ledger"))
+        name = self.text("", document, "name")
+        if not NAME.fullmatch(name):
+            self.fail("name", "must be lower-case letters, digits and underscores, begin with a letter, 40 at most")
+        targets = self.targets(self.section("", document, "target"))
+        return Spec(
+            path=self.path,
+            name=name,
+            source=self.source(self.section("", document, "source")),
+            targets=targets,
+            tables=self.tables(document.get("table")),
+            work=Path(self.work(self.section("", document, "work"))),
+            digest=hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()[:16],
+            ledger=self.ledger(document, targets),
+            flag=self.flag(document, targets),
+            document=document,
+        )
+
+    def source(self, given: Mapping[str, Any]) -> Source:
+        self.only("source", given, ("dsn", "capture"))
+        capture = self.optional_text("source", given, "capture") or "slot"
+        if capture != "slot":
+            self.fail("source.capture", f'is "{capture}": this version captures by "slot" alone')
+        return Source(self.secret("source", given), capture)
+
+    def targets(self, given: Mapping[str, Any]) -> dict[str, Target]:
+        if not given:
+            self.fail("target", "needs at least one [target.NAME] section")
+        return {name: self.target(name, self.section("target", given, name)) for name in given}
+
+    def target(self, name: str, given: Mapping[str, Any]) -> Target:
+        where = f"target.{name}"
+        if not NAME.fullmatch(name):
+            self.fail(where, "a target's name is lower-case letters, digits and underscores")
+        kind = self.text(where, given, "kind")
+        if kind == "postgres":
+            self.only(where, given, ("kind", "dsn"))
+            return Target(name, kind, dsn=self.secret(where, given))
+        if kind == "delta":
+            self.only(where, given, ("kind", "path"))
+            return Target(name, kind, path=self.text(where, given, "path"))
+        self.fail(f"{where}.kind", f'is "{kind}": known are "postgres" and "delta"')
+
+    def tables(self, given: Any) -> tuple[Table, ...]:
+        if not isinstance(given, list) or not given:
+            self.fail("table", "needs at least one [[table]] section")
+        tables = tuple(self.table(f"table[{index}]", item) for index, item in enumerate(given))
+        for label, names in (("source", [t.source for t in tables]), ("target", [t.target for t in tables])):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                self.fail("table", f"{label} {sorted(twice)[0]} stands in two [[table]] sections")
+        return tables
+
+    def table(self, where: str, given: Mapping[str, Any]) -> Table:
+        self.only(where, given, ("source", "target", "key", "columns", "drop", "where", "transform", "check"))
+        key = self.texts(where, given, "key")
+        if not key:
+            self.fail(f"{where}.key", "is missing: name the target's key columns")
+        columns = self.section(where, {"columns": {}, **given}, "columns")
+        for column in columns:
+            self.text(f"{where}.columns", columns, column)
+        transform = self.section(where, {"transform": {}, **given}, "transform")
+        self.only(f"{where}.transform", transform, ("function",))
+        function = self.optional_text(f"{where}.transform", transform, "function")
+        if function is not None and not re.fullmatch(r"[\w.]+:\w+", function):
+            self.fail(f"{where}.transform.function", 'must be "package.module:function"')
+        return Table(
+            source=self.text(where, given, "source"),
+            target=self.text(where, given, "target"),
+            key=key,
+            columns=dict(columns),
+            drop=self.texts(where, given, "drop"),
+            where=self.optional_text(where, given, "where"),
+            function=function,
+            checks=tuple(self.check(f"{where}.check[{i}]", item) for i, item in enumerate(given.get("check", []))),
+        )
+
+    def check(self, where: str, given: Mapping[str, Any]) -> Check:
+        self.only(where, given, ("name", "source", "target"))
+        return Check(*(self.text(where, given, key) for key in ("name", "source", "target")))
+
+    def flag(self, document: Mapping[str, Any], targets: Mapping[str, Target]) -> Flag | None:
+        if "flag" not in document:
+            return None
+        given = self.section("", document, "flag")
+        self.only("flag", given, ("key", "target", "file"))
+        target = self.text("flag", given, "target")
+        if target not in targets:
+            self.fail("flag.target", f'is "{target}": the targets are {", ".join(targets)}')
+        if targets[target].kind != "postgres":
+            self.fail("flag.target", "must be a PostgreSQL target: an application writes to the store that takes over")
+        return Flag(self.text("flag", given, "key"), target, self.optional_text("flag", given, "file"))
+
+    def work(self, given: Mapping[str, Any]) -> str:
+        self.only("work", given, ("path",))
+        return self.text("work", given, "path")
+
+    def ledger(self, document: Mapping[str, Any], targets: Mapping[str, Target]) -> Secret:
+        """The ledger stands beside the tables that it guards: in the flag's target, or else the first PostgreSQL one."""
+        if "ledger" in document:
+            given = self.section("", document, "ledger")
+            self.only("ledger", given, ("dsn",))
+            if any(target.kind == "postgres" for target in targets.values()):
+                self.fail("ledger", "stands beside the PostgreSQL target by itself: leave the section out")
+            return self.secret("ledger", given)
+        stores = [target.dsn for target in targets.values() if target.dsn is not None]
+        if not stores:
+            self.fail("ledger.dsn", "is missing: no target is PostgreSQL, so name a database for the ledger")
+        if len(stores) > 1:
+            self.fail("target", "more than one PostgreSQL target is not carried by this version")
+        return stores[0]

@@ -1,0 +1,161 @@
+"""The stores that a table can move to, behind one small interface.
+
+A third kind of store implements `Store` and is entered in `open_store`; nothing else in the pipeline asks what kind it is. The
+methods run on the driver; what they hand to Spark must pickle. Correctness asks three things of a store: that `merge` takes a
+change if and only if its version is above the key's cell and the floor, that `load` never puts an image over a cell, and
+that `freeze` gives a state that no later write changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import psycopg
+
+from changeover.position import Version
+from changeover.spec import Spec, Target
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+EPOCH, LSN, ORDINAL, DELETED = "_epoch", "_lsn", "_ordinal", "_deleted"
+"""Columns that a frame of changes has beside the table's own: a version and whether the key is gone."""
+
+VERSION_COLUMNS = (EPOCH, LSN, ORDINAL, DELETED)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a target table: PostgreSQL's type by name, and Spark's, in which frames carry it."""
+
+    name: str
+    type: str
+    spark_type: str
+    not_null: bool = False
+
+
+@dataclass(frozen=True)
+class TargetTable:
+    """A target table as the pipeline sees it: where it is, its columns in order, and its key."""
+
+    schema: str
+    name: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the column names in order."""
+        return tuple(column.name for column in self.columns)
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one chunk or batch did: rows offered, taken, and images refused because of a tombstone."""
+
+    offered: int
+    taken: int
+    refused: int = 0
+
+
+class Mark(Protocol):
+    """Marks a chunk as loaded in the ledger; picklable, used in a task or on the driver."""
+
+    def in_transaction(self, cursor: psycopg.Cursor[Any], chunk: int, counts: Counts, seconds: float) -> bool:
+        """Mark in the transaction of the rows; False means fenced off, and the caller rolls back."""
+        ...
+
+    def afterwards(self, chunk: int, counts: Counts, seconds: float) -> bool:
+        """Mark in a transaction of its own, after an idempotent append."""
+        ...
+
+    def identity(self, chunk: int) -> str:
+        """Return the name under which a chunk is appended once and never again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A state of a table that no later write changes: its position, and a reader of its live rows by key range."""
+
+    position: str
+    frame: Callable[[], DataFrame]
+
+
+class Store(Protocol):
+    """A target store: what the pipeline asks of it, and when."""
+
+    name: str
+    merges_while_loading: bool
+    """Whether replay may run beside the backfill; otherwise it starts after the last chunk."""
+
+    def columns(self, schema: str, name: str) -> tuple[Column, ...] | None:
+        """Return the columns of an existing table, or None (prepare)."""
+        ...
+
+    def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
+        """Return reasons why an existing table can't be a target, each a sentence (check, prepare)."""
+        ...
+
+    def has_rows(self, schema: str, name: str) -> bool:
+        """Return whether an existing table has rows (prepare)."""
+        ...
+
+    def create(self, table: TargetTable) -> None:
+        """Create the table (prepare)."""
+        ...
+
+    def install(self, table: TargetTable, image: Version) -> None:
+        """Install the gate with its floor at v0 (prepare); idempotent."""
+        ...
+
+    def load(
+        self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark
+    ) -> None:
+        """Load the chunks' images; `read` gives a frame whose partition i holds chunk number `chunks[i]` (backfill)."""
+        ...
+
+    def close(self, table: TargetTable) -> int:
+        """Barrier and sweep after the last chunk; return the ghosts removed (backfill)."""
+        ...
+
+    def merge(self, table: TargetTable, changes: DataFrame) -> Counts:
+        """Offer changes, one row a key, through the gate (replay)."""
+        ...
+
+    def freeze(
+        self, spark: SparkSession, table: TargetTable, ranges: Sequence[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]
+    ) -> AbstractContextManager[Frozen]:
+        """Hold a state that verification reads, in the given ranges of the target's key where the store has an order."""
+        ...
+
+    def finalize(self, table: TargetTable) -> None:
+        """Remove the gate and tombstones, keep the table and its rows (finalize)."""
+        ...
+
+    def abort(self, table: TargetTable, created: bool) -> None:
+        """Remove what prepare made, the table too where prepare created it (abort)."""
+        ...
+
+
+def open_store(spec: Spec, target: Target, step: str) -> AbstractContextManager[Store]:
+    """Open a target store for a step (driver)."""
+    if target.kind == "postgres":
+        from changeover.stores.postgres import PostgresStore
+
+        return PostgresStore.open(target, spec.name, step)
+    from changeover.stores.delta import DeltaStore
+
+    return _unclosed(DeltaStore(target.name, target.folder, spec.name))
+
+
+@contextmanager
+def _unclosed(store: Store) -> Iterator[Store]:
+    """A store without a session needs no closing."""
+    yield store

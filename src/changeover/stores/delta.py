@@ -1,0 +1,222 @@
+"""A Delta Lake table as a target: idempotent appends while loading, then gated MERGEs by one writer.
+
+Every row bears `_version` (epoch, lsn, ordinal) and `_deleted`; a tombstone is a row. A chunk is appended under an application
+id of its own with version 1, so a repeated append is skipped by Delta itself. An append never conflicts with an earlier
+MERGE, so merges begin only after the last chunk. Readers use `live_rows`; readers by path see tombstones until `finalize`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltalake import DeltaTable
+from deltalake.exceptions import TableNotFoundError
+from deltalake.schema import Schema
+
+from changeover import points
+from changeover.errors import CouldNotFinish
+from changeover.position import Version
+from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Column, Counts, Frozen, Mark, TargetTable
+from changeover.stores.pgtypes import postgres_type
+from changeover.stores.reader import KeyRange
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+VERSION = "_version"
+"""struct<epoch:int,lsn:bigint,ordinal:bigint>: Spark compares structs field by field, which is the axis' order."""
+
+TO_DELTA = {"tinyint": "byte", "smallint": "short", "int": "integer", "bigint": "long"}
+FROM_DELTA = {delta: spark for spark, delta in TO_DELTA.items()}
+WRITERS = 2
+"""Chunks appended at once: blind appends never conflict with each other."""
+
+
+class DeltaStore:
+    """A folder of Delta tables as the target of one migration."""
+
+    merges_while_loading = False
+
+    def __init__(self, name: str, folder: Path, migration: str) -> None:
+        self.name = name
+        self.folder = folder
+        self.migration = migration
+        self.floors: dict[str, Version] = {}
+
+    def path(self, name: str) -> Path:
+        """Return the folder of a table."""
+        return self.folder / name
+
+    def columns(self, schema: str, name: str) -> tuple[Column, ...] | None:
+        """Return the table's own columns, without version and tombstone."""
+        table = self._open(name)
+        if table is None:
+            return None
+        fields = json.loads(table.schema().to_json())["fields"]
+        return tuple(
+            Column(field["name"], postgres_type(kind) or "text", kind, not field["nullable"])
+            for field in fields
+            if field["name"] not in (VERSION, DELETED)
+            for kind in [_from_delta(field["type"])]
+        )
+
+    def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
+        """Return what stands against an existing table: it must have our version columns."""
+        table = self._open(name)
+        if table is None or {VERSION, DELETED} <= {field.name for field in table.schema().fields}:
+            return []
+        return [f"target {self.name}: {self.path(name)} is a Delta table without {VERSION} and {DELETED}: name another one"]
+
+    def has_rows(self, schema: str, name: str) -> bool:
+        """Return whether the table has any file."""
+        table = self._open(name)
+        return table is not None and bool(table.file_uris())
+
+    def create(self, table: TargetTable) -> None:
+        """Create the table; all but the key may be NULL, because a tombstone has a key alone."""
+        fields = [
+            {"name": c.name, "type": _to_delta(c.spark_type), "nullable": c.name not in table.key, "metadata": {}}
+            for c in table.columns
+        ]
+        version = [("epoch", "integer"), ("lsn", "long"), ("ordinal", "long")]
+        fields += [
+            {"name": VERSION, "nullable": False, "metadata": {}, "type": {"type": "struct", "fields": [
+                {"name": name, "type": kind, "nullable": True, "metadata": {}} for name, kind in version]}},
+            {"name": DELETED, "type": "boolean", "nullable": False, "metadata": {}},
+        ]  # fmt: skip
+        self.folder.mkdir(parents=True, exist_ok=True)
+        DeltaTable.create(str(self.path(table.name)), Schema.from_json(json.dumps({"type": "struct", "fields": fields})))
+
+    def install(self, table: TargetTable, image: Version) -> None:
+        """The gate is MERGE's own condition; only the floor has to be known."""
+        self.floors[table.name] = image
+
+    def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
+        """Append each chunk once, a Spark job a chunk, then mark it."""
+        floor = self.floors[table.name]
+        with ThreadPoolExecutor(WRITERS, thread_name_prefix="delta-append") as pool:
+            waiting = [pool.submit(self._append, table, chunk, read, mark, floor) for chunk in chunks]
+            try:
+                for done in waiting:
+                    done.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _append(
+        self, table: TargetTable, chunk: int, read: Callable[[Sequence[int]], DataFrame], mark: Mark, image: Version
+    ) -> None:
+        from pyspark.sql import functions as F
+
+        started = time.monotonic()
+        identity = mark.identity(chunk)
+        version = F.struct(
+            F.lit(image.epoch).cast("int").alias("epoch"), F.lit(image.lsn).cast("bigint").alias("lsn"),
+            F.lit(image.ordinal).cast("bigint").alias("ordinal"),
+        )  # fmt: skip
+        frame = read([chunk]).select(*table.names, version.alias(VERSION), F.lit(False).alias(DELETED))
+        points.reach("chunk-read", chunk)
+        frame.write.format("delta").mode("append").option("txnAppId", identity).option("txnVersion", 1).save(
+            str(self.path(table.name))
+        )
+        points.reach("target-committed", chunk)
+        rows = appended_rows(self.path(table.name), identity)
+        mark.afterwards(chunk, Counts(rows, rows), time.monotonic() - started)
+
+    def close(self, table: TargetTable) -> int:
+        """Nothing to sweep: no merge ran before the last append."""
+        return 0
+
+    def merge(self, table: TargetTable, changes: DataFrame) -> Counts:
+        """Offer changes by one MERGE: an older one changes nothing, a delete of an absent key leaves a tombstone."""
+        from delta.tables import DeltaTable as SparkDeltaTable
+        from pyspark.sql import functions as F
+
+        floor = self.floors[table.name]
+        version = F.struct(F.col(EPOCH).alias("epoch"), F.col(LSN).alias("lsn"), F.col(ORDINAL).alias("ordinal"))
+        offered = changes.select(*table.names, version.alias(VERSION), DELETED).where(
+            F.col(VERSION) > F.struct(
+                F.lit(floor.epoch).cast("int").alias("epoch"), F.lit(floor.lsn).cast("bigint").alias("lsn"),
+                F.lit(floor.ordinal).cast("bigint").alias("ordinal"))
+        )  # fmt: skip
+        same = " AND ".join(f"t.`{name}` = s.`{name}`" for name in table.key)
+        everything = {f"`{name}`": f"s.`{name}`" for name in (*table.names, VERSION, DELETED)}
+        done = (
+            SparkDeltaTable.forPath(changes.sparkSession, str(self.path(table.name)))
+            .alias("t")
+            .merge(offered.alias("s"), same)
+            .whenMatchedUpdate(f"s.{VERSION} > t.{VERSION}", everything)  # type: ignore[arg-type]
+            .whenNotMatchedInsert(values=everything)  # type: ignore[arg-type]
+            .execute()
+        )
+        taken = done.first()
+        affected = int(taken["num_affected_rows"]) if taken is not None else 0
+        return Counts(affected, affected)
+
+    @contextmanager
+    def freeze(self, spark: SparkSession, table: TargetTable, ranges: Sequence[KeyRange]) -> Iterator[Frozen]:
+        """Name the table's present version, which no later commit changes."""
+        found = self._open(table.name)
+        if found is None:
+            raise CouldNotFinish(f"target {self.name}: there is no Delta table at {self.path(table.name)}")
+        version = found.version()
+        yield Frozen(f"version {version}", lambda: live_rows(spark, self.path(table.name), version).select(*table.names))
+
+    def finalize(self, table: TargetTable) -> None:
+        """Remove the tombstones; `_version` and `_deleted` stay as columns, dropping them would rewrite the table."""
+        found = self._open(table.name)
+        if found is not None:
+            found.delete(DELETED)
+
+    def abort(self, table: TargetTable, created: bool) -> None:
+        """Remove the table where prepare created it."""
+        if created and self.path(table.name).exists():
+            shutil.rmtree(self.path(table.name))
+
+    def _open(self, name: str) -> DeltaTable | None:
+        try:
+            return DeltaTable(str(self.path(name)))
+        except TableNotFoundError:
+            return None
+
+
+def live_rows(spark: SparkSession, path: Path | str, version: int | None = None) -> DataFrame:
+    """Return the rows of a migrated Delta table that are not tombstones, as of a version if given (lazy)."""
+    reader = spark.read.format("delta")
+    if version is not None:
+        reader = reader.option("versionAsOf", version)
+    return reader.load(str(path)).where(f"NOT {DELETED}").drop(VERSION, DELETED)
+
+
+def appended_rows(path: Path, identity: str) -> int:
+    """Return how many rows the append under an application id wrote; its commit is looked up, newest first.
+
+    The commit's actions are as the Delta transaction log protocol defines them (Transaction Identifiers, Add File).
+    """
+    for commit in sorted((path / "_delta_log").glob("*.json"), reverse=True):
+        actions = [json.loads(line) for line in commit.read_text(encoding="utf-8").splitlines()]
+        if any(action.get("txn", {}).get("appId") == identity for action in actions):
+            return sum(json.loads(action["add"]["stats"])["numRecords"] for action in actions if "add" in action)
+    raise CouldNotFinish(f"no commit of {path} bears the identity {identity}, though its append ended")
+
+
+def _to_delta(spark_type: str) -> Any:
+    """Return a Spark type as Delta's schema has it."""
+    array = re.fullmatch(r"array<(.+)>", spark_type)
+    if array:
+        return {"type": "array", "elementType": _to_delta(array[1]), "containsNull": True}
+    return TO_DELTA.get(spark_type, spark_type)
+
+
+def _from_delta(kind: Any) -> str:
+    if isinstance(kind, dict) and kind.get("type") == "array":
+        return f"array<{_from_delta(kind['elementType'])}>"
+    return FROM_DELTA.get(kind, kind) if isinstance(kind, str) else json.dumps(kind)

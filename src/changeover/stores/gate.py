@@ -1,0 +1,314 @@
+"""The gate of a PostgreSQL store: the version rule in SQL, as separate statements of one READ COMMITTED transaction.
+
+A key's cell is its row in the user's table plus a row in `changeover.touched_<table>` (key, version, deleted), which exists only
+for keys that live writes touched. Each table has one floor in `changeover.gate`. A change is taken if and only if its version is
+above the floor and above the cell's (`changeover.jobs.merge.applies` is the same rule in Python). The order of statements is
+part of the rule: the shared advisory lock alone, then `touched`, then deletes, then upserts; in one statement, or under
+REPEATABLE READ, a row survives its tombstone. Everything runs where the caller's session runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from changeover.errors import CouldNotFinish, LockNotGranted, RowRefused
+from changeover.position import Version, format_lsn
+from changeover.session import Connection
+from changeover.stores import Counts
+
+FENCED = "CF001"
+"""SQLSTATE of a write refused by the store that has lost authority."""
+
+GATE_TABLE = """
+CREATE SCHEMA IF NOT EXISTS changeover;
+CREATE TABLE IF NOT EXISTS changeover.gate (
+    target text PRIMARY KEY, epoch integer NOT NULL, lsn pg_lsn NOT NULL, ordinal bigint NOT NULL, image_lsn pg_lsn NOT NULL);
+"""
+
+BATCH = sql.Identifier("pg_temp", "changeover_batch")
+"""The session's temporary table in which a batch of images or changes arrives by COPY."""
+
+
+@dataclass(frozen=True)
+class GatedTable:
+    """A table behind the gate, by name, key and columns; composes every statement that touches it."""
+
+    schema: str
+    name: str
+    key: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    @property
+    def table(self) -> sql.Identifier:
+        """Return the user's table."""
+        return sql.Identifier(self.schema, self.name)
+
+    @property
+    def touched(self) -> sql.Identifier:
+        """Return the table of versions and tombstones."""
+        return sql.Identifier("changeover", f"touched_{self.name}")
+
+    @property
+    def function(self) -> sql.Identifier:
+        """Return the function that offers one row from an application."""
+        return sql.Identifier("changeover", f"gate_{self.name}")
+
+    @property
+    def target(self) -> str:
+        """Return the name under which the floor is kept."""
+        return f"{self.schema}.{self.name}"
+
+    @property
+    def lock_key(self) -> sql.Composed:
+        """Return the two arguments of the table's advisory lock."""
+        return sql.SQL("hashtext('changeover.gate'), hashtext({})").format(sql.Literal(self.target))
+
+    def list(self, names: Sequence[str], prefix: str = "") -> sql.Composed:
+        """Return the columns as a list, each behind a table alias if given."""
+        parts = [sql.Identifier(prefix, name) if prefix else sql.Identifier(name) for name in names]
+        return sql.SQL(", ").join(parts)
+
+    def same_key(self, left: str, right: str) -> sql.Composed:
+        """Return the condition that two aliases have the same key."""
+        return sql.SQL(" AND ").join(
+            sql.SQL("{} = {}").format(sql.Identifier(left, name), sql.Identifier(right, name)) for name in self.key
+        )
+
+    # -- the gate's statements; `source` yields (_epoch, _lsn, _ordinal, _deleted, columns...)
+
+    def touch(self, source: sql.Composable) -> sql.Composed:
+        """Statement 2: the versions that win, recorded; rows locked in key order, so that two batches can't deadlock."""
+        return sql.SQL(
+            "INSERT INTO {touched} AS t ({key}, _epoch, _lsn, _ordinal, _deleted)"
+            " SELECT {b_key}, b._epoch, b._lsn, b._ordinal, b._deleted FROM {source} AS b, changeover.gate AS g"
+            " WHERE g.target = {target} AND (b._epoch, b._lsn, b._ordinal) > (g.epoch, g.lsn, g.ordinal) ORDER BY {b_key}"
+            " ON CONFLICT ({key}) DO UPDATE SET _epoch = excluded._epoch, _lsn = excluded._lsn, _ordinal = excluded._ordinal,"
+            " _deleted = excluded._deleted"
+            " WHERE (excluded._epoch, excluded._lsn, excluded._ordinal) > (t._epoch, t._lsn, t._ordinal)"
+        ).format(
+            touched=self.touched, key=self.list(self.key), b_key=self.list(self.key, "b"), source=source,
+            target=sql.Literal(self.target),
+        )  # fmt: skip
+
+    def delete(self, source: sql.Composable) -> sql.Composed:
+        """Statement 3: the winners that are deletes."""
+        return sql.SQL("DELETE FROM {table} AS t USING {source} AS b WHERE b._deleted AND {same}").format(
+            table=self.table, source=source, same=self.same_key("t", "b")
+        )
+
+    def upsert(self, source: sql.Composable) -> sql.Composed:
+        """Statement 4: the winners that are rows, always by ON CONFLICT."""
+        rest = [name for name in self.columns if name not in self.key]
+        action = sql.SQL("DO NOTHING")
+        if rest:
+            action = sql.SQL("DO UPDATE SET {}").format(  # type: ignore[assignment]
+                sql.SQL(", ").join(
+                    sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in rest
+                )
+            )
+        return sql.SQL(
+            "INSERT INTO {table} ({columns}) SELECT {b_columns} FROM {source} AS b WHERE NOT b._deleted ORDER BY {b_key}"
+            " ON CONFLICT ({key}) {action}"
+        ).format(
+            table=self.table, columns=self.list(self.columns), b_columns=self.list(self.columns, "b"), source=source,
+            b_key=self.list(self.key, "b"), key=self.list(self.key), action=action,
+        )  # fmt: skip
+
+
+def install(connection: Connection, table: GatedTable, image: Version) -> None:
+    """Create the floor, the touched table and the application's gate function; idempotent, the floor is never lowered."""
+    with connection.transaction():
+        connection.execute(GATE_TABLE)
+        connection.execute(
+            "INSERT INTO changeover.gate VALUES (%s, %s, %s, %s, %s) ON CONFLICT (target) DO NOTHING",
+            [table.target, image.epoch, format_lsn(image.lsn), image.ordinal, format_lsn(image.lsn)],
+        )
+        present = connection.execute(
+            "SELECT to_regclass(%s) IS NOT NULL", [table.touched.as_string(connection)]
+        ).fetchone()
+        if present is None or not present[0]:
+            connection.execute(
+                sql.SQL(
+                    "CREATE TABLE {touched} AS SELECT {key}, 0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal,"
+                    " false AS _deleted FROM {table} WITH NO DATA"
+                ).format(touched=table.touched, key=table.list(table.key), table=table.table)
+            )
+            connection.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table.touched, table.list(table.key)))
+        connection.execute(_function(table))
+
+
+def install_gate(connection: Connection, schema: str, name: str, key: Sequence[str], image: Version) -> None:
+    """Install the gate on an existing table, whose columns are read from the catalogue."""
+    install(connection, gated(connection, schema, name, key), image)
+
+
+def gated(connection: Connection, schema: str, name: str, key: Sequence[str]) -> GatedTable:
+    """Return a table with its columns in the catalogue's order."""
+    rows = connection.execute(
+        "SELECT attname FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped"
+        " AND attgenerated = '' ORDER BY attnum",
+        [sql.Identifier(schema, name).as_string(connection)],
+    ).fetchall()
+    return GatedTable(schema, name, tuple(key), tuple(row[0] for row in rows))
+
+
+def _function(table: GatedTable) -> sql.Composed:
+    """The gate for one row in one round trip: the same statements, each with a snapshot of its own (VOLATILE)."""
+    one = sql.SQL("(SELECT p_epoch AS _epoch, p_lsn AS _lsn, p_ordinal AS _ordinal, p_deleted AS _deleted, (p_image).*)")
+    return sql.SQL(
+        """
+        CREATE OR REPLACE FUNCTION {function}(p_epoch integer, p_lsn pg_lsn, p_ordinal bigint, p_deleted boolean, p_image {table})
+        RETURNS boolean LANGUAGE plpgsql VOLATILE AS $body$
+        DECLARE won bigint;
+        BEGIN
+            IF current_setting('transaction_isolation') <> 'read committed' THEN
+                RAISE EXCEPTION 'the gate needs READ COMMITTED: under % a row survives its tombstone',
+                    current_setting('transaction_isolation');
+            END IF;
+            PERFORM set_config('changeover.epoch', p_epoch::text, true);
+            PERFORM pg_advisory_xact_lock_shared({lock});
+            {touch};
+            GET DIAGNOSTICS won = ROW_COUNT;
+            IF won = 0 THEN RETURN false; END IF;
+            IF p_deleted THEN {delete}; ELSE {upsert}; END IF;
+            RETURN true;
+        END $body$
+        """
+    ).format(
+        function=table.function, table=table.table, lock=table.lock_key, touch=table.touch(one),
+        delete=table.delete(one), upsert=table.upsert(one),
+    )  # fmt: skip
+
+
+def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool) -> None:
+    """Create the session's batch table for this transaction: the table's columns, with versions in front for changes."""
+    extra = "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
+    cursor.execute(
+        sql.SQL("CREATE TEMPORARY TABLE changeover_batch ON COMMIT DROP AS SELECT {extra}{columns} FROM {table} WITH NO DATA").format(
+            extra=sql.SQL(extra), columns=table.list(table.columns), table=table.table
+        )
+    )
+
+
+def lock_shared(cursor: psycopg.Cursor[Any], table: GatedTable) -> None:
+    """Statement 1: the table's lock, SHARED, alone, so that the next statement's snapshot is taken under it."""
+    row = cursor.execute("SHOW transaction_isolation").fetchone()
+    if row is None or row[0] != "read committed":
+        raise CouldNotFinish(f"the gate needs READ COMMITTED, not {row}")
+    cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock_shared({})").format(table.lock_key))
+
+
+def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+    """Offer the batch table's changes, one row a key, through the gate, in the caller's transaction."""
+    offered = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
+    lock_shared(cursor, table)
+    cursor.execute(
+        sql.SQL(
+            "WITH won AS ({touch} RETURNING {t_key}) DELETE FROM {batch} AS b WHERE NOT EXISTS (SELECT FROM won WHERE {same})"
+        ).format(touch=table.touch(BATCH), t_key=table.list(table.key, "t"), batch=BATCH, same=table.same_key("won", "b"))
+    )
+    deleted = cursor.execute(table.delete(BATCH)).rowcount
+    written = cursor.execute(table.upsert(BATCH)).rowcount
+    return Counts(int(offered[0]) if offered else 0, deleted + written)
+
+
+def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+    """Insert the batch table's images where no cell is, in the caller's transaction; count those that a tombstone refused."""
+    lock_shared(cursor, table)
+    offered = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
+    gone = cursor.execute(
+        sql.SQL(
+            "WITH gone AS (DELETE FROM {batch} AS b USING {touched} AS t WHERE {same} RETURNING t._deleted)"
+            " SELECT count(*), count(*) FILTER (WHERE _deleted) FROM gone"
+        ).format(batch=BATCH, touched=table.touched, same=table.same_key("t", "b"))
+    ).fetchone()
+    inserted = cursor.execute(
+        sql.SQL(
+            "INSERT INTO {table} ({columns}) SELECT {b_columns} FROM {batch} AS b, changeover.gate AS g"
+            " WHERE g.target = {target} AND (g.epoch, g.lsn, g.ordinal) = (0, g.image_lsn, -1)"
+            " AND NOT EXISTS (SELECT FROM {touched} AS t WHERE {same}) ORDER BY {b_key} ON CONFLICT ({key}) DO NOTHING"
+        ).format(
+            table=table.table, columns=table.list(table.columns), b_columns=table.list(table.columns, "b"), batch=BATCH,
+            target=sql.Literal(table.target), touched=table.touched, same=table.same_key("t", "b"),
+            b_key=table.list(table.key, "b"), key=table.list(table.key),
+        )  # fmt: skip
+    ).rowcount
+    assert offered is not None
+    assert gone is not None
+    if offered[0] - gone[0] > inserted:
+        met = collisions(cursor, table)
+        if met:
+            raise RowRefused(table.target, f"target key {met[0]}", "two source rows meet in this one target key")
+    return Counts(int(offered[0]), inserted, int(gone[1]))
+
+
+def collisions(cursor: psycopg.Cursor[Any], table: GatedTable) -> list[str]:
+    """Return keys in which two images meet: twice in the batch, or in a row that another chunk wrote (no live write did)."""
+    rows = cursor.execute(
+        sql.SQL(
+            "SELECT ROW({b_key})::text FROM {batch} AS b JOIN {table} AS t ON {same_table} WHERE t.xmin <> pg_current_xact_id()::xid"
+            " AND NOT EXISTS (SELECT FROM {touched} AS d WHERE {same_touched})"
+            " UNION ALL SELECT ROW({b_key})::text FROM {batch} AS b GROUP BY {b_key} HAVING count(*) > 1 LIMIT 5"
+        ).format(
+            b_key=table.list(table.key, "b"),
+            batch=BATCH, table=table.table, same_table=table.same_key("t", "b"), touched=table.touched,
+            same_touched=table.same_key("d", "b"),
+        )  # fmt: skip
+    ).fetchall()
+    return [str(row[0]) for row in rows]
+
+
+def barrier(connection: Connection, table: GatedTable, server: str, tries: int = 60) -> None:
+    """Wait until every gated statement that began before has ended, without ever queueing long before writers."""
+    for _ in range(tries):
+        try:
+            with connection.transaction():
+                connection.execute("SET LOCAL lock_timeout = '500ms'")
+                connection.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(table.lock_key))
+            return
+        except psycopg.errors.LockNotAvailable:
+            continue
+    raise LockNotGranted(server, f"barrier of {table.target}", "gated writes that do not end")
+
+
+def sweep(connection: Connection, table: GatedTable) -> int:
+    """Remove rows whose key has a tombstone: the ghosts that the write skew of loader and writer can leave."""
+    with connection.transaction():
+        return connection.execute(
+            sql.SQL(
+                "DELETE FROM {table} AS t USING (SELECT {key} FROM {touched} WHERE _deleted ORDER BY {key} FOR UPDATE) AS b"
+                " WHERE {same}"
+            ).format(table=table.table, key=table.list(table.key), touched=table.touched, same=table.same_key("t", "b"))
+        ).rowcount
+
+
+def raise_floor(connection: Connection, table: GatedTable, floor: Version) -> None:
+    """Raise the floor, never lower it, and commit."""
+    connection.execute(
+        "UPDATE changeover.gate SET epoch = %(e)s, lsn = %(l)s, ordinal = %(o)s WHERE target = %(t)s"
+        " AND (%(e)s, %(l)s::pg_lsn, %(o)s) > (epoch, lsn, ordinal)",
+        {"e": floor.epoch, "l": format_lsn(floor.lsn), "o": floor.ordinal, "t": table.target},
+    )
+
+
+def remove(connection: Connection, schema: str, name: str) -> list[str]:
+    """Remove function, touched table and floor of one table; the floors' table goes with the last one."""
+    if connection.execute("SELECT FROM pg_class WHERE oid = to_regclass('changeover.gate')").fetchone() is None:
+        return []
+    table = GatedTable(schema, name, (), ())
+    with connection.transaction():
+        present = connection.execute("DELETE FROM changeover.gate WHERE target = %s", [table.target]).rowcount
+        if present:
+            connection.execute(
+                sql.SQL("DROP FUNCTION IF EXISTS {}(integer, pg_lsn, bigint, boolean, {})").format(table.function, table.table)
+            )
+            connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table.touched))
+        left = connection.execute("SELECT FROM changeover.gate LIMIT 1").fetchone()
+        if left is None:
+            connection.execute("DROP TABLE changeover.gate")
+    return [f"gate of {table.target}"] if present else []

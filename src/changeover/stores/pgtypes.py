@@ -1,0 +1,106 @@
+"""Types: how PostgreSQL's values become Spark's and come back, without a loss anywhere.
+
+One table says for each PostgreSQL type which Spark type holds all of its values exactly, and how a value is read: `native` by
+the JDBC driver, or as PostgreSQL's own `text`, which Spark then casts under ANSI rules, so that what does not fit (a timestamp
+infinity, a numeric NaN) is an error with a name and never a changed value. A type whose values Spark can't hold exactly
+travels as its text from end to end. The change stream delivers the same text, so snapshot and stream meet in one decoder.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column as SparkColumn
+
+NATIVE, TEXT, JSON = "native", "text", "json"
+
+EXACT: dict[str, tuple[str, str]] = {
+    "boolean": ("boolean", NATIVE),
+    "smallint": ("smallint", NATIVE),
+    "integer": ("int", NATIVE),
+    "bigint": ("bigint", NATIVE),
+    "real": ("float", NATIVE),
+    "double precision": ("double", NATIVE),
+    "text": ("string", NATIVE),
+    "character varying": ("string", NATIVE),
+    "character": ("string", NATIVE),
+    "bytea": ("binary", NATIVE),
+    "date": ("date", TEXT),
+    "timestamp with time zone": ("timestamp", TEXT),
+    "timestamp without time zone": ("timestamp_ntz", TEXT),
+    # carried as PostgreSQL's text: Spark has no type with the same values
+    "uuid": ("string", TEXT),
+    "json": ("string", TEXT),
+    "jsonb": ("string", TEXT),
+    "time without time zone": ("string", TEXT),
+    "time with time zone": ("string", TEXT),
+    "interval": ("string", TEXT),
+    "inet": ("string", TEXT),
+    "cidr": ("string", TEXT),
+    "macaddr": ("string", TEXT),
+    "numeric": ("string", TEXT),
+}
+"""PostgreSQL type (without modifiers) -> (Spark type, how it is read)."""
+
+TO_POSTGRES = {
+    "boolean": "boolean", "tinyint": "smallint", "smallint": "smallint", "int": "integer", "bigint": "bigint",
+    "float": "real", "double": "double precision", "string": "text", "binary": "bytea", "date": "date",
+    "timestamp": "timestamp with time zone", "timestamp_ntz": "timestamp without time zone",
+}  # fmt: skip
+"""Spark type of a computed column -> the type of the column that prepare creates for it."""
+
+
+@dataclass(frozen=True)
+class SourceType:
+    """How one PostgreSQL type is carried: Spark's type, and the form in which it is read."""
+
+    spark: str
+    form: str
+
+
+def source_type(type_name: str) -> SourceType | None:
+    """Return how a type (as `format_type` prints it) is carried, or None when that is not proven exact."""
+    if type_name.endswith("[]"):
+        element = source_type(type_name.removesuffix("[]"))
+        if element is None or element.form == JSON or element.spark == "binary":
+            return None
+        return SourceType(f"array<{element.spark}>", JSON)
+    sized = re.fullmatch(r"numeric\((\d+),(\d+)\)", type_name)
+    if sized:
+        precision, scale = int(sized[1]), int(sized[2])
+        return SourceType(f"decimal({precision},{scale})", TEXT) if scale <= precision <= 38 else SourceType("string", TEXT)
+    base = re.sub(r"\([^)]*\)", "", type_name)
+    if base not in EXACT or (base == "numeric" and type_name != "numeric"):
+        return None
+    return SourceType(*EXACT[base])
+
+
+def postgres_type(spark_type: str) -> str | None:
+    """Return the PostgreSQL type that holds a computed column of a Spark type, or None."""
+    array = re.fullmatch(r"array<(.+)>", spark_type)
+    if array:
+        element = postgres_type(array[1])
+        return f"{element}[]" if element else None
+    decimal = re.fullmatch(r"decimal\((\d+),(\d+)\)", spark_type)
+    return f"numeric({decimal[1]},{decimal[2]})" if decimal else TO_POSTGRES.get(spark_type)
+
+
+def decode(value: SparkColumn, type_name: str, *, native: bool) -> SparkColumn:
+    """Return a column decoded from its read form: native by the JDBC driver, or text as the change stream has it."""
+    from pyspark.sql import functions as F
+
+    carried = source_type(type_name)
+    if carried is None:
+        raise TypeError(f"{type_name} is not carried")
+    if carried.form == JSON:
+        texts = re.sub(r"<[^<>]+>", "<string>", carried.spark)
+        # the JSON is written by PostgreSQL or by the capture, so a failure is ours and must be loud
+        return F.from_json(value, texts, {"mode": "FAILFAST"}).cast(carried.spark)
+    if native and carried.form == NATIVE:
+        return value
+    if carried.spark == "binary":
+        return F.unhex(F.substring(value, 3, 2147483647))
+    return value.cast(carried.spark) if carried.spark != "string" else value

@@ -1,0 +1,317 @@
+"""PostgreSQL as a target: chunks and batches by COPY into a temporary table, then through the gate, in one transaction.
+
+Spark's tasks format rows as COPY text (`copytext`) and hand the bytes on; the statements of `gate` decide. A chunk's rows and
+its mark in the ledger commit together, so a task that dies, is repeated, or was overtaken leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import psycopg
+from psycopg import sql
+
+from changeover import points
+from changeover.errors import ChangeoverError, SnapshotLost
+from changeover.position import Version
+from changeover.session import Connection, application_name, connect, server_name, speaking_to
+from changeover.sparkerrors import failure_of, raise_failures
+from changeover.spec import Target
+from changeover.stores import LSN, VERSION_COLUMNS, Column, Counts, Frozen, Mark, TargetTable, gate
+from changeover.stores.pgtypes import source_type
+from changeover.stores.reader import ExportedSnapshot, KeyRange, ReadTable, read_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyspark.sql import DataFrame, SparkSession
+
+
+class PostgresStore:
+    """A PostgreSQL target of one migration, with a session of its own for the driver's statements."""
+
+    merges_while_loading = True
+
+    def __init__(self, name: str, dsn: str, migration: str, step: str, connection: Connection) -> None:
+        self.name = name
+        self.dsn = dsn
+        self.application = application_name(migration, step)
+        self.connection = connection
+
+    @classmethod
+    @contextmanager
+    def open(cls, target: Target, migration: str, step: str) -> Iterator[Self]:
+        """Connect for a step; raises ServerUnavailable, or SecretMissing."""
+        dsn = target.dsn_value
+        with connect(dsn, application_name(migration, step)) as connection:
+            yield cls(target.name, dsn, migration, step, connection)
+
+    def columns(self, schema: str, name: str) -> tuple[Column, ...] | None:
+        """Return the table's columns, generated ones left out; None when there is no such table."""
+        return catalogue_columns(self.connection, schema, name)
+
+    def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
+        """Return what stands against the table as a target: its key, and whatever acts by itself when rows are written."""
+        rows = self.connection.execute(
+            OBJECTIONS, {"table": sql.Identifier(schema, name).as_string(self.connection), "key": sorted(key)}
+        ).fetchall()
+        return [f"target {self.name}: {row[0]}" for row in rows]
+
+    def has_rows(self, schema: str, name: str) -> bool:
+        """Return whether the table has any row."""
+        row = self.connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(sql.Identifier(schema, name))).fetchone()
+        return bool(row and row[0])
+
+    def create(self, table: TargetTable) -> None:
+        """Create the table with its primary key."""
+        columns = sql.SQL(", ").join(
+            sql.SQL("{} {}{}").format(
+                sql.Identifier(column.name),
+                sql.SQL(column.type),  # type: ignore[arg-type]  # a name that format_type or our own table printed
+                sql.SQL(" NOT NULL" if column.not_null or column.name in table.key else ""),
+            )
+            for column in table.columns
+        )
+        key = sql.SQL(", ").join(sql.Identifier(name) for name in table.key)
+        with speaking_to(self.dsn, f"creating {table}"):
+            self.connection.execute(
+                sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY ({}))").format(sql.Identifier(table.schema, table.name), columns, key)
+            )
+
+    def install(self, table: TargetTable, image: Version) -> None:
+        """Install the gate; idempotent."""
+        with speaking_to(self.dsn, f"installing the gate of {table}"):
+            gate.install(self.connection, self.gated(table), image)
+
+    def gated(self, table: TargetTable) -> gate.GatedTable:
+        """Return the table as the gate's statements need it."""
+        return gate.GatedTable(table.schema, table.name, table.key, table.names)
+
+    def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
+        """Load all chunks in one Spark job, a task a chunk."""
+        from changeover.stores.copytext import copy_lines
+
+        lines = copy_lines(read(chunks).select(*table.names))
+        task = LoadTask(self.dsn, self.application, self.gated(table), tuple(chunks), mark)
+        raise_failures(row.failure for row in lines.mapInArrow(task, OUTCOME).collect())
+
+    def close(self, table: TargetTable) -> int:
+        """Barrier, then sweep; return how many ghosts it removed."""
+        with speaking_to(self.dsn, f"closing {table}"):
+            gate.barrier(self.connection, self.gated(table), server_name(self.dsn))
+            return gate.sweep(self.connection, self.gated(table))
+
+    def merge(self, table: TargetTable, changes: DataFrame) -> Counts:
+        """Offer changes through the gate, a transaction a partition; partitions must not share a key."""
+        from changeover.stores.copytext import copy_lines
+
+        lines = copy_lines(changes.select(*VERSION_COLUMNS, *table.names), lsn_columns=(LSN,))
+        rows = lines.mapInArrow(MergeTask(self.dsn, self.application, self.gated(table)), OUTCOME).collect()
+        raise_failures(row.failure for row in rows)
+        return Counts(sum(row.offered for row in rows), sum(row.taken for row in rows))
+
+    @contextmanager
+    def freeze(self, spark: SparkSession, table: TargetTable, ranges: Sequence[KeyRange]) -> Iterator[Frozen]:
+        """Hold an exported REPEATABLE READ snapshot open; the position is the insert LSN read inside it."""
+        with connect(self.dsn, self.application, autocommit=False) as holder:
+            unlimited(holder)
+            holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            row = holder.execute(
+                "SELECT pg_export_snapshot(), pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text"
+            ).fetchone()
+            assert row is not None
+            key = tuple(column for name in table.key for column in table.columns if column.name == name)
+            read = ReadTable(table.schema, table.name, table.columns, key)
+            snapshot = ExportedSnapshot(row[0], row[1])
+            yield Frozen(row[2], lambda: read_table(spark, self.dsn, self.application, read, ranges, snapshot))
+
+    def finalize(self, table: TargetTable) -> None:
+        """Remove the gate, its floor and its tombstones; the table and its rows stay."""
+        with speaking_to(self.dsn, f"removing the gate of {table}"):
+            gate.remove(self.connection, table.schema, table.name)
+
+    def abort(self, table: TargetTable, created: bool) -> None:
+        """Remove the gate, and the table where prepare created it."""
+        self.finalize(table)
+        if created:
+            with speaking_to(self.dsn, f"dropping {table}"):
+                self.connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(table.schema, table.name)))
+
+
+OBJECTIONS = """
+SELECT format('%%s has no primary key or unique constraint on (%%s)', %(table)s, array_to_string(%(key)s::text[], ', '))
+WHERE NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND i.indimmediate
+    AND i.indpred IS NULL AND i.indexprs IS NULL AND %(key)s::text[] = (SELECT array_agg(a.attname::text ORDER BY a.attname::text)
+        FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)))
+UNION ALL
+SELECT format('%%s has the unique index %%s beside its key: per-key order breaks value swaps, so build it after the catch-up',
+    %(table)s, i.indexrelid::regclass)
+FROM pg_index i WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND %(key)s::text[] <> (
+    SELECT array_agg(a.attname::text ORDER BY a.attname::text) FROM pg_attribute a
+    WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey))
+UNION ALL
+SELECT format('%%s has the trigger %%s: enable it after the catch-up', %(table)s, t.tgname)
+FROM pg_trigger t WHERE t.tgrelid = %(table)s::regclass AND NOT t.tgisinternal AND t.tgenabled <> 'D'
+UNION ALL
+SELECT format('%%s has the foreign key %%s: add it after the catch-up', %(table)s, c.conname)
+FROM pg_constraint c WHERE c.conrelid = %(table)s::regclass AND c.contype = 'f'
+"""
+
+
+def catalogue_columns(connection: Connection, schema: str, name: str) -> tuple[Column, ...] | None:
+    """Return a table's columns with their types from the catalogue, generated ones left out; None without such a table."""
+    rows = connection.execute(
+        "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull FROM pg_class c"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid"
+        " WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped"
+        " AND a.attgenerated = '' ORDER BY a.attnum",
+        [schema, name],
+    ).fetchall()
+    if not rows:
+        return None
+    return tuple(Column(row[0], row[1], _spark_type(row[1]), row[2]) for row in rows)
+
+
+def _spark_type(type_name: str) -> str:
+    carried = source_type(type_name)
+    return carried.spark if carried else ""
+
+
+def unlimited(connection: Connection) -> None:
+    """Lift every timeout that could end a session which has to hold a snapshot; names that a server does not know are skipped."""
+    connection.execute(
+        "SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('idle_in_transaction_session_timeout',"
+        " 'idle_session_timeout', 'statement_timeout', 'transaction_timeout')"
+    )
+    connection.commit()
+
+
+OUTCOME = "offered bigint, taken bigint, failure binary"
+"""What a task yields: what it did, or the error that ended it."""
+
+
+def outcome(counts: Counts | None, failure: bytes | None = None) -> pa.RecordBatch:
+    """Return a task's one row."""
+    import pyarrow as pa
+
+    offered, taken = (counts.offered, counts.taken) if counts else (None, None)
+    return pa.RecordBatch.from_arrays(
+        [pa.array([offered], pa.int64()), pa.array([taken], pa.int64()), pa.array([failure], pa.binary())],
+        names=["offered", "taken", "failure"],
+    )
+
+
+@dataclass(frozen=True)
+class LoadTask:
+    """What a Spark task does with one chunk's lines (task; once per attempt)."""
+
+    dsn: str
+    application: str
+    table: gate.GatedTable
+    chunks: tuple[int, ...]
+    mark: Mark
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Copy, gate and mark in one transaction; a fenced-off attempt rolls back."""
+        from pyspark import TaskContext
+
+        context = TaskContext.get()
+        assert context is not None
+        chunk = self.chunks[context.partitionId()]
+        try:
+            yield outcome(self.load(chunk, batches))
+        except ChangeoverError as error:
+            yield outcome(None, failure_of(error))
+
+    def load(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> Counts:
+        """Load one chunk in one transaction."""
+        started = time.monotonic()
+        with speaking_to(self.dsn, f"loading chunk {chunk} of {self.table.target}"), gated_session(
+            self.dsn, self.application
+        ) as cursor:
+            gate.prepare_batch(cursor, self.table, versions=False)
+            copy_in(cursor, self.table.columns, batches)
+            points.reach("chunk-read", chunk)
+            counts = gate.load_batch(cursor, self.table)
+            if not self.mark.in_transaction(cursor, chunk, counts, time.monotonic() - started):
+                cursor.connection.rollback()
+                return Counts(0, 0)
+            cursor.connection.commit()
+            points.reach("target-committed", chunk)
+        return counts
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """What a Spark task does with one partition's changes (task; safe to repeat)."""
+
+    dsn: str
+    application: str
+    table: gate.GatedTable
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Copy and gate in one transaction, again after a deadlock with an application's write."""
+        changes = [batch for batch in batches if batch.num_rows]
+        if not changes:
+            return
+        try:
+            yield outcome(self.merge(changes))
+        except ChangeoverError as error:
+            yield outcome(None, failure_of(error))
+
+    def merge(self, changes: list[pa.RecordBatch], tries: int = 5) -> Counts:
+        """Apply one partition's changes in one transaction."""
+        with speaking_to(self.dsn, f"applying changes to {self.table.target}"):
+            while True:
+                tries -= 1
+                try:
+                    with gated_session(self.dsn, self.application) as cursor:
+                        gate.prepare_batch(cursor, self.table, versions=True)
+                        copy_in(cursor, (*VERSION_COLUMNS, *self.table.columns), iter(changes))
+                        counts = gate.apply_batch(cursor, self.table)
+                        cursor.connection.commit()
+                        return counts
+                except psycopg.errors.DeadlockDetected:
+                    if not tries:
+                        raise
+
+
+@contextmanager
+def gated_session(dsn: str, application: str) -> Iterator[psycopg.Cursor[Any]]:
+    """Open a session for one transaction through the gate; what is not committed is rolled back."""
+    with connect(dsn, application, autocommit=False) as connection:
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        with connection.cursor() as cursor:
+            yield cursor
+            connection.rollback()
+
+
+def copy_in(cursor: psycopg.Cursor[Any], columns: Sequence[str], batches: Iterator[pa.RecordBatch]) -> None:
+    """Send COPY lines into the batch table: Arrow keeps them end to end, so a batch is one run of bytes."""
+    statement = sql.SQL("COPY {} ({}) FROM STDIN").format(gate.BATCH, sql.SQL(", ").join(map(sql.Identifier, columns)))
+    with cursor.copy(statement) as copy:
+        for batch in batches:
+            if batch.num_rows:
+                copy.write(_line_bytes(batch.column(0)))
+
+
+def _line_bytes(lines: pa.StringArray) -> memoryview:
+    import pyarrow as pa
+
+    width = "q" if pa.types.is_large_string(lines.type) else "i"
+    _, offsets, data = lines.buffers()
+    places = memoryview(offsets).cast(width)
+    return memoryview(data)[places[lines.offset] : places[lines.offset + len(lines)]]
+
+
+def require_snapshot(dsn: str, application: str, snapshot: ExportedSnapshot) -> None:
+    """Prove that a snapshot can still be imported; raises SnapshotLost (driver)."""
+    with connect(dsn, application, autocommit=False) as probe:
+        probe.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        try:
+            probe.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot.name)))
+        except psycopg.Error as error:
+            raise SnapshotLost(snapshot.name, str(error).splitlines()[0]) from error

@@ -1,0 +1,126 @@
+"""Reading a PostgreSQL table with Spark: in key ranges, all of them in one exported snapshot.
+
+Spark's JDBC reader opens one session per range; each imports the snapshot, proves in band that it sees what the exporter saw,
+and takes ACCESS SHARE, before its query runs. Columns arrive in the types of `pgtypes`. The frame's partition i is range i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from psycopg import sql
+
+from changeover.session import jdbc_options
+from changeover.stores import Column
+from changeover.stores.pgtypes import JSON, NATIVE, TEXT, decode, source_type
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+FETCH_SIZE = 10_000
+"""Rows a round trip: without it the driver reads a whole range into memory."""
+
+KeyRange = tuple[tuple[str, ...] | None, tuple[str, ...] | None]
+"""lower <= key < upper, in PostgreSQL's text form; None is infinite."""
+
+EVERYTHING: tuple[KeyRange, ...] = ((None, None),)
+
+
+@dataclass(frozen=True)
+class ExportedSnapshot:
+    """An exported snapshot that sessions can import, and what it sees, as `pg_current_snapshot()` prints it."""
+
+    name: str
+    visible: str
+
+
+@dataclass(frozen=True)
+class ReadTable:
+    """A table to read: its columns with their types, and the key with the types that ranges are compared in."""
+
+    schema: str
+    name: str
+    columns: tuple[Column, ...]
+    key: tuple[Column, ...]
+
+
+def read_table(
+    spark: SparkSession,
+    dsn: str,
+    application: str,
+    table: ReadTable,
+    ranges: Sequence[KeyRange],
+    snapshot: ExportedSnapshot,
+) -> DataFrame:
+    """Return the table's rows as of the snapshot, one partition a range, decoded (lazy: read in tasks, on each action)."""
+    options = {
+        **jdbc_options(dsn, application),
+        "dbtable": _subquery(table).as_string(None),
+        "fetchsize": str(FETCH_SIZE),
+        "sessionInitStatement": _session_start(table, snapshot).as_string(None),
+    }
+    url = options.pop("url")
+    inner = options.pop("dbtable")
+    predicates = [_predicate(table.key, bounds).as_string(None) for bounds in ranges]
+    frame = spark.read.jdbc(url, inner, predicates=predicates, properties=options)
+    return frame.select(*(decode(frame[c.name], c.type, native=True).alias(c.name) for c in table.columns))
+
+
+def _subquery(table: ReadTable) -> sql.Composed:
+    """The columns in the form they are read in, and the raw key beside them for the ranges (Spark prunes what it does not use)."""
+    parts = [
+        sql.SQL("{} AS {}").format(_form(column), sql.Identifier(column.name)) for column in table.columns
+    ] + [
+        sql.SQL("{} AS {}").format(sql.Identifier(column.name), sql.Identifier(f"_key{place}"))
+        for place, column in enumerate(table.key)
+    ]
+    return sql.SQL("(SELECT {} FROM ONLY {}) AS changeover_read").format(
+        sql.SQL(", ").join(parts), sql.Identifier(table.schema, table.name)
+    )
+
+
+def _form(column: Column) -> sql.Composable:
+    carried = source_type(column.type)
+    forms = {
+        NATIVE: sql.SQL("{}"),
+        TEXT: sql.SQL("{}::text"),
+        JSON: sql.SQL("array_to_json({}::text[])::text"),
+    }
+    if carried is None:
+        raise TypeError(f"{column.name}: {column.type} is not carried")
+    return forms[carried.form].format(sql.Identifier(column.name))
+
+
+def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
+    """The condition of a range on the raw key; the database compares, under the key's own collation."""
+    columns = sql.SQL(", ").join(sql.Identifier(f"_key{place}") for place in range(len(key)))
+    sides = [
+        sql.SQL("({}) {} ({})").format(
+            columns,
+            sql.SQL(operator),
+            sql.SQL(", ").join(
+                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(column.type))  # type: ignore[arg-type]
+                for value, column in zip(bound, key, strict=True)
+            ),
+        )
+        for operator, bound in ((">=", bounds[0]), ("<", bounds[1]))
+        if bound is not None
+    ]
+    return sql.SQL(" AND ").join(sides) if sides else sql.SQL("true")
+
+
+def _session_start(table: ReadTable, snapshot: ExportedSnapshot) -> sql.Composed:
+    """Import the snapshot, prove it in band, and hold the table's file in place until the range is read."""
+    return sql.SQL(
+        "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET TRANSACTION SNAPSHOT {name};"
+        " LOCK TABLE ONLY {table} IN ACCESS SHARE MODE;"
+        " DO $check$ BEGIN IF pg_current_snapshot()::text <> {visible} THEN"
+        " RAISE EXCEPTION 'changeover: the session sees % and not the exported snapshot', pg_current_snapshot();"
+        " END IF; END $check$"
+    ).format(
+        name=sql.Literal(snapshot.name),
+        visible=sql.Literal(snapshot.visible),
+        table=sql.Identifier(table.schema, table.name),
+    )

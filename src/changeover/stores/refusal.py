@@ -1,0 +1,76 @@
+"""The refusal: how the store that has lost authority turns stale writes away.
+
+All rows at once: an ENABLE ALWAYS trigger on the table that refuses whatever does not come through the gate of the present
+epoch. Creating it takes SHARE ROW EXCLUSIVE, so once it is granted every older writing transaction has ended: the lock is the
+drain as well. It is asked for with a short lock_timeout and again, so that writers never queue long behind it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import psycopg
+from psycopg import sql
+
+from changeover.session import Connection
+from changeover.stores.gate import FENCED
+
+LOCK_TIMEOUT = "300ms"
+
+
+def install(connection: Connection, schema: str, name: str, epoch: int, deadline: float) -> bool:
+    """Refuse writes of epochs before `epoch`; return False when the lock was not granted before `deadline` (monotonic seconds).
+
+    Once this returns True, no transaction that could write without the refusal is alive.
+    """
+    function = sql.Identifier("changeover", f"refuse_{name}")
+    body = sql.SQL(
+        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN"
+        " IF coalesce(nullif(current_setting('changeover.epoch', true), '')::integer, -1) >= {epoch} THEN"
+        " IF TG_LEVEL = 'STATEMENT' THEN RETURN NULL; END IF;"
+        " IF TG_OP = 'DELETE' THEN RETURN OLD; END IF; RETURN NEW; END IF;"
+        " RAISE EXCEPTION 'changeover: this store has no authority over % since epoch {epoch}: write to the other one', TG_RELID::regclass"
+        " USING ERRCODE = {state}; END $body$"
+    ).format(function=function, epoch=sql.Literal(epoch), state=sql.Literal(FENCED))
+    table = sql.Identifier(schema, name)
+    while time.monotonic() < deadline:
+        try:
+            with connection.transaction():
+                connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
+                connection.execute("CREATE SCHEMA IF NOT EXISTS changeover")
+                connection.execute(body)
+                for suffix, event, level in (("", "INSERT OR UPDATE OR DELETE", "ROW"), ("_truncate", "TRUNCATE", "STATEMENT")):
+                    trigger = sql.Identifier(f"changeover_refusal{suffix}")
+                    connection.execute(sql.SQL("CREATE OR REPLACE TRIGGER {} BEFORE {} ON {} FOR EACH {} EXECUTE FUNCTION {}()").format(
+                        trigger, sql.SQL(event), table, sql.SQL(level), function))  # fmt: skip
+                    connection.execute(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
+            return True
+        except psycopg.errors.LockNotAvailable:
+            time.sleep(0.05)
+    return False
+
+
+def remove(connection: Connection, schema: str, name: str) -> list[str]:
+    """Let every write pass again: remove the triggers, the mirror's gate, and our schema when nothing else is in it."""
+    if connection.execute("SELECT FROM pg_namespace WHERE nspname = 'changeover'").fetchone() is None:
+        return []
+    removed = []
+    with connection.transaction():
+        found = connection.execute(
+            "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgname LIKE 'changeover_refusal%%'",
+            [sql.Identifier(schema, name).as_string(connection)],
+        ).fetchall()
+        for row in found:
+            connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), sql.Identifier(schema, name)))
+            removed.append(f"trigger {row[0]} on {schema}.{name}")
+        connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(sql.Identifier("changeover", f"refuse_{name}")))
+    return removed
+
+
+def drop_empty_schema(connection: Connection) -> None:
+    """Drop our schema where no table and no function is left in it."""
+    connection.execute(
+        "DO $body$ BEGIN IF NOT EXISTS (SELECT FROM pg_class WHERE relnamespace = to_regnamespace('changeover'))"
+        " AND NOT EXISTS (SELECT FROM pg_proc WHERE pronamespace = to_regnamespace('changeover'))"
+        " THEN DROP SCHEMA IF EXISTS changeover; END IF; END $body$"
+    )

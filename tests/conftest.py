@@ -1,0 +1,15 @@
+"""The fixtures of all tests: each concern is a plugin of its own.
+
+Every fixture runs the real part: servers, Spark and the SDK are started by the tests, so that no test is skipped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = [f"tests.{path.stem}" for path in sorted(Path(__file__).parent.glob("fix_*.py"))]
+
+for plugin in pytest_plugins:  # before the first is loaded, since plugins import each other
+    pytest.register_assert_rewrite(plugin)

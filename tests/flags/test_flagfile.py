@@ -1,0 +1,131 @@
+"""The flag file: atomic, durable, noticed every time, and never overwritten when it can't be read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ldclient import Context, LDClient
+from ldclient.migrations.types import Stage
+
+from changeover.errors import SpecError
+from changeover.flags import flagfile
+
+FLAG = "follows-store"
+SOMEONE = Context.create("someone")
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_a_stage_reads_back(tmp_path: Path, stage: Stage) -> None:
+    path = tmp_path / "flags.json"
+    assert flagfile.write_stage(path, FLAG, stage) == 1
+    assert flagfile.read_stage(path, FLAG) is stage
+
+
+def test_a_migration_variation_of_the_sdk_sees_it(flag_file: Path, flag_client: LDClient) -> None:
+    stage, _ = flag_client.migration_variation(FLAG, SOMEONE, Stage.COMPLETE)
+    assert stage is Stage.OFF
+
+
+def test_each_write_raises_version_and_modification_time(flag_file: Path) -> None:
+    seen = []
+    for stage in [*Stage, *Stage]:
+        version = flagfile.write_stage(flag_file, FLAG, stage)
+        seen.append((version, flag_file.stat().st_mtime))
+    assert [version for version, _ in seen] == list(range(2, 14))
+    assert all(before < after for (_, before), (_, after) in itertools.pairwise(seen))
+
+
+def test_other_flags_and_unknown_fields_stay(tmp_path: Path) -> None:
+    path = tmp_path / "flags.json"
+    path.write_text(
+        json.dumps(
+            {"flags": {"else": {"key": "else"}, FLAG: {"key": FLAG, "version": 7, "salt": "s", "rules": []}}, "x": 1}
+        )
+    )
+    assert flagfile.write_stage(path, FLAG, Stage.SHADOW) == 8
+    document = json.loads(path.read_text())
+    assert document["x"] == 1
+    assert document["flags"]["else"] == {"key": "else"}
+    assert document["flags"][FLAG]["salt"] == "s"
+    assert document["flags"][FLAG]["rules"] == []
+
+
+def test_nothing_is_left_beside_the_file(flag_file: Path) -> None:
+    flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
+    assert [path.name for path in flag_file.parent.iterdir()] == [flag_file.name]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "must be an object"),
+        ('{"flags": []}', "must be an object"),
+        ('{"flags": {"other": {}}}', "there is no flag follows-store: the file has other"),
+        (
+            '{"flags": {"follows-store": {"on": true, "variations": ["on"], "fallthrough": {"variation": 0}}}}',
+            "'on', which is no",
+        ),
+        (
+            '{"flags": {"follows-store": {"on": true, "variations": ["off"], "fallthrough": {"variation": 4}}}}',
+            "None, which is no",
+        ),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "flags.json"
+    path.write_text(content)
+    with pytest.raises(SpecError, match=sentence):
+        flagfile.read_stage(path, FLAG)
+
+
+def test_what_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "flags.json"
+    path.write_text("{ half")
+    with pytest.raises(SpecError, match="not valid JSON"):
+        flagfile.write_stage(path, FLAG, Stage.LIVE)
+    assert path.read_text() == "{ half"
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="can't be read"):
+        flagfile.read_stage(tmp_path / "none.json", FLAG)
+
+
+def test_a_running_client_follows_within_a_second(
+    flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]
+) -> None:
+    for stage in [*Stage, Stage.OFF]:
+        flagfile.write_stage(flag_file, FLAG, stage)
+        eventually(lambda wanted=stage: flag_client.variation(FLAG, SOMEONE, None) == wanted.value, 1.0)
+
+
+def test_bursts_of_replacements_end_at_the_last(
+    flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]
+) -> None:
+    for last in (Stage.LIVE, Stage.DUALWRITE, Stage.COMPLETE):
+        for stage in [*Stage, *Stage, last]:
+            flagfile.write_stage(flag_file, FLAG, stage)
+        eventually(lambda wanted=last: flag_client.variation(FLAG, SOMEONE, None) == wanted.value, 1.0)
+
+
+def test_writers_wait_for_each_other_and_readers_see_whole_files(flag_file: Path) -> None:
+    def write() -> None:
+        for _ in range(25):
+            flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 30
+    while any(thread.is_alive() for thread in threads) and time.monotonic() < until:
+        assert flagfile.read_stage(flag_file, FLAG) in Stage
+    for thread in threads:
+        thread.join()
+    assert json.loads(flag_file.read_text())["flags"][FLAG]["version"] == 101

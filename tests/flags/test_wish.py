@@ -1,0 +1,105 @@
+"""The wish: no answer never moves a process, and says so."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ldclient import Config, LDClient
+from ldclient.integrations.test_data import TestData
+from ldclient.migrations.types import Stage
+
+from changeover.flags import flagfile
+from changeover.flags.wish import FlagStage
+
+FLAG = "follows-store"
+
+
+def drop_flag(document: dict[str, object]) -> None:
+    document["flags"] = {}
+
+
+def misspell(document: dict[str, object]) -> None:
+    document["flags"][FLAG]["variations"] = ["Live"] * 6  # type: ignore[index]
+
+
+def retype(document: dict[str, object]) -> None:
+    document["flags"][FLAG]["variations"] = [True] * 6  # type: ignore[index]
+
+
+def unindex(document: dict[str, object]) -> None:
+    document["flags"][FLAG]["fallthrough"] = {"variation": 17}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("damage", [drop_flag, misspell, retype, unindex])
+def test_a_flag_without_an_answer_keeps_the_last_stage_with_an_alarm(
+    flag_file: Path, flag_client: LDClient, eventually: Callable[..., None], caplog: pytest.LogCaptureFixture,
+    damage: Callable[[dict[str, object]], None],
+) -> None:  # fmt: skip
+    wish = FlagStage(flag_client, FLAG)
+    flagfile.write_stage(flag_file, FLAG, Stage.COMPLETE)
+    eventually(lambda: wish.stage() is Stage.COMPLETE)
+    document = json.loads(flag_file.read_text())
+    damage(document)
+    with caplog.at_level(logging.WARNING, "changeover.flags"):
+        flag_file.write_text(json.dumps(document))
+        eventually(lambda: wish.stage() is Stage.COMPLETE and wish.alarm.count > 0)
+        for _ in range(100):
+            assert wish.stage() is Stage.COMPLETE
+    assert wish.alarm.count > 100
+    assert sum("the last acknowledged stage stays" in message for message in caplog.messages) == 1
+
+
+def test_a_bad_file_keeps_the_last_stage_with_an_alarm(
+    flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]
+) -> None:
+    wish = FlagStage(flag_client, FLAG)
+    flagfile.write_stage(flag_file, FLAG, Stage.COMPLETE)
+    eventually(lambda: wish.stage() is Stage.COMPLETE)
+    good = flag_file.read_text()
+    flag_file.write_text("{ half a fi")
+    eventually(lambda: wish.alarm.count == 1)
+    assert wish.stage() is Stage.COMPLETE
+    flag_file.write_text(good)
+    flagfile.write_stage(flag_file, FLAG, Stage.RAMPDOWN)
+    eventually(lambda: wish.stage() is Stage.RAMPDOWN)
+    assert wish.alarm.count == 1
+
+
+def test_a_process_that_never_had_an_answer_has_no_wish(tmp_path: Path) -> None:
+    client = flagfile.client(tmp_path / "none.json")
+    wish = FlagStage(client, FLAG)
+    assert wish.stage() is None
+    assert wish.alarm.count == 1
+    client.close()  # type: ignore[no-untyped-call]
+
+
+def test_a_plain_string_flag_does_as_well() -> None:
+    data = TestData.data_source()
+    with LDClient(Config("key", update_processor_class=data, send_events=False)) as client:
+        wish = FlagStage(client, FLAG)
+        for place, stage in enumerate(Stage):
+            data.update(data.flag(FLAG).variations(*[s.value for s in Stage]).fallthrough_variation(place))
+            assert wish.stage() is stage
+
+
+def test_a_forked_child_follows_the_flag(
+    flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]
+) -> None:
+    wish = FlagStage(flag_client, FLAG)
+    assert wish.stage() is Stage.OFF
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            wish.after_fork()
+            eventually(lambda: wish.stage() is Stage.LIVE)
+            code = 0
+        finally:
+            os._exit(code)
+    flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
+    assert os.waitpid(child, 0)[1] == 0

@@ -1,0 +1,487 @@
+"""Capture against a real server: every kind of change, resume, kill -9, lost connections, and another stream."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, SpoolGap, StepOrder
+from changeover.jobs import capture as capture_module
+from changeover.jobs.capture import CaptureResult, capture, emit_marker, lag, main
+from changeover.jobs.ledger import Ledger, SourceColumn, Stream
+from changeover.jobs.spool import Spool
+from changeover.position import parse_lsn
+from changeover.session import Connection, connect
+from changeover.spec import Spec, load
+
+TABLES = """
+CREATE TABLE follows (id integer PRIMARY KEY, name text, tags text[], big text);
+CREATE TABLE other (a integer, b text, c text GENERATED ALWAYS AS (upper(b)) STORED, PRIMARY KEY (a, b));
+ALTER TABLE follows ALTER big SET STORAGE EXTERNAL;
+"""
+
+SPEC = """
+name = "{name}"
+[source]
+dsn = "env:OLD_DSN"
+[target.store]
+kind = "postgres"
+dsn = "env:NEW_DSN"
+[[table]]
+source = "follows"
+target = "follows"
+key = ["id"]
+[[table]]
+source = "public.other"
+target = "other"
+key = ["a", "b"]
+[work]
+path = "{work}"
+"""
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Prepared:
+    """A migration as prepare leaves it, made by plain SQL."""
+
+    spec: Spec
+    old: Connection
+    ledger: Ledger
+    stream: Stream
+    markers: int = 0
+
+    @property
+    def spool(self) -> Spool:
+        """Open the spool anew."""
+        return Spool(self.spec.work / "spool")
+
+    def sql(self, *statements: str) -> None:
+        """Run statements in one transaction."""
+        with self.old.transaction():
+            for statement in statements:
+                self.old.execute(statement)
+
+    def seen(self, note: str) -> Callable[[], bool]:
+        """Return whether a marker has come to stand in the spool."""
+        seen = 0
+
+        def look() -> bool:
+            nonlocal seen
+            before, seen = seen, self.spool.end()
+            return seen > before and note in self.spool.events(before).column("note").to_pylist()
+
+        return look
+
+    def catch_up(self, **options: Any) -> CaptureResult:
+        """Capture up to a marker of its own."""
+        self.markers += 1
+        note = f"end {self.markers}"
+        emit_marker(self.old, note)
+        return capture(self.spec, until=self.seen(note), **options)
+
+    def events(self) -> list[Row]:
+        """Return all events but the markers of `catch_up`."""
+        rows: list[Row] = self.spool.events().to_pylist(maps_as_pydicts="strict")
+        return [row for row in rows if not (row["note"] or "").startswith("end ")]
+
+    def brief(self) -> list[tuple[Any, ...]]:
+        """Return the events without their places."""
+        return [(e["relation"], e["op"], e["row"], e["key"], e["missing"], e["note"]) for e in self.events()]
+
+    def slot(self, column: str) -> Any:
+        """Return what the server says of the slot."""
+        query = psycopg.sql.SQL("SELECT {} FROM pg_replication_slots WHERE slot_name = %s")
+        row = self.old.execute(query.format(psycopg.sql.SQL(column)), [self.spec.slot]).fetchone()
+        return None if row is None else row[0]
+
+
+def columns_of(connection: Connection, table: str) -> list[SourceColumn]:
+    rows = connection.execute(
+        "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A',"
+        " coalesce(a.attnum = ANY (i.indkey), false), a.attnotnull"
+        " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary"
+        " WHERE a.attrelid = %s::regclass AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum",
+        [table],
+    )
+    return [SourceColumn(*row) for row in rows.fetchall()]
+
+
+@pytest.fixture
+def prepared(
+    old_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Prepared]:
+    monkeypatch.setenv("OLD_DSN", old_dsn)
+    monkeypatch.setenv("NEW_DSN", new_dsn)
+    name = f"t{random.getrandbits(40):x}"
+    path = tmp_path / "spec.toml"
+    path.write_text(SPEC.format(name=name, work=tmp_path / "work"))
+    spec = load(path)
+    with connect(old_dsn, "test") as old, Ledger.open(spec, "test") as ledger:
+        old.execute(TABLES)
+        old.execute(
+            psycopg.sql.SQL("CREATE PUBLICATION {} FOR TABLE follows, other").format(psycopg.sql.Identifier(spec.slot))
+        )
+        made = old.execute(
+            "SELECT lsn::text, (SELECT system_identifier::text FROM pg_control_system()),"
+            " (SELECT timeline_id FROM pg_control_checkpoint())"
+            " FROM pg_create_logical_replication_slot(%s, 'pgoutput')",
+            [spec.slot],
+        ).fetchone()
+        assert made is not None
+        stream = Stream(parse_lsn(made[0]), made[1], made[2], spec.slot, spec.slot, "none", "none")
+        ledger.create()
+        ledger.record_migration(spec, stream)
+        for table in spec.tables:
+            ledger.record_table(table.source, 1, columns_of(old, table.source))
+        spec.work.mkdir()
+        Spool(spec.work / "spool").create()
+        yield Prepared(spec, old, ledger, stream)
+
+
+def test_every_kind_of_change_in_order(prepared: Prepared) -> None:
+    big = "x" * 5000
+    prepared.sql(
+        "INSERT INTO follows VALUES (1, NULL, NULL, NULL), (2, '', '{}', 'größe 你好')",
+        """UPDATE follows SET tags = '{a,"b c",NULL,"NULL","q\\"uote"}' WHERE id = 1""",
+        "UPDATE follows SET tags = '[0:1][1:1]={{x},{y}}' WHERE id = 1",
+        f"UPDATE follows SET big = '{big}' WHERE id = 1",
+        "UPDATE follows SET name = 'n' WHERE id = 1",
+        "UPDATE follows SET id = 3 WHERE id = 1",
+        "DELETE FROM follows WHERE id = 2",
+        "INSERT INTO other VALUES (1, 'b')",
+        "SELECT pg_logical_emit_message(true, 'somebody else', 'x')",
+        "SELECT pg_logical_emit_message(false, 'changeover', 'not of the transaction')",
+        "SELECT pg_logical_emit_message(true, 'changeover', 'mark')",
+        "TRUNCATE follows, other",
+    )
+    prepared.catch_up()
+    f, tags = "public.follows", json.dumps([["x"], ["y"]])
+    assert prepared.brief() == [
+        (f, "I", {"id": "1", "name": None, "tags": None, "big": None}, None, [], None),
+        (f, "I", {"id": "2", "name": "", "tags": "[]", "big": "größe 你好"}, None, [], None),
+        (
+            f,
+            "U",
+            {"id": "1", "name": None, "tags": json.dumps(["a", "b c", None, "NULL", 'q"uote']), "big": None},
+            None,
+            [],
+            None,
+        ),
+        (f, "U", {"id": "1", "name": None, "tags": tags, "big": None}, None, [], None),
+        (f, "U", {"id": "1", "name": None, "tags": tags, "big": big}, None, [], None),
+        (f, "U", {"id": "1", "name": "n", "tags": tags}, None, ["big"], None),
+        (f, "U", {"id": "3", "name": "n", "tags": tags}, {"id": "1"}, ["big"], None),
+        (f, "D", None, {"id": "2"}, [], None),
+        ("public.other", "I", {"a": "1", "b": "b"}, None, [], None),
+        ("", "M", None, None, [], "mark"),
+        (f, "T", None, None, [], None),
+        ("public.other", "T", None, None, [], None),
+    ]
+    events = prepared.events()
+    assert [event["ordinal"] for event in events] == [0, 2, 4, 6, 8, 10, 12, 14, 16, 20, 22, 22]
+    assert len({(e["lsn"], e["end_lsn"], e["xid"], e["committed_at"]) for e in events}) == 1
+    assert prepared.stream.l0 <= events[0]["lsn"] < events[0]["end_lsn"] <= prepared.spool.end()
+
+
+def test_a_whole_old_row_supplies_what_was_not_sent(prepared: Prepared) -> None:
+    prepared.sql(
+        "ALTER TABLE follows REPLICA IDENTITY FULL", f"INSERT INTO follows VALUES (1, 'a', NULL, '{'x' * 5000}')"
+    )
+    prepared.sql("UPDATE follows SET name = 'b'", "UPDATE follows SET id = 2", "DELETE FROM follows")
+    prepared.catch_up()
+    row = {"id": "1", "name": "b", "tags": None, "big": "x" * 5000}
+    assert prepared.brief()[1:] == [
+        ("public.follows", "U", row, None, [], None),
+        ("public.follows", "U", {**row, "id": "2"}, {"id": "1"}, [], None),
+        ("public.follows", "D", None, {"id": "2"}, [], None),
+    ]
+
+
+def test_a_second_run_goes_on_where_the_first_ended(prepared: Prepared) -> None:
+    prepared.sql("INSERT INTO other VALUES (1, 'a')")
+    first = prepared.catch_up()
+    prepared.sql("INSERT INTO other VALUES (2, 'b')")
+    second = prepared.catch_up()
+    assert [event["row"]["a"] for event in prepared.events()] == ["1", "2"]
+    assert (first.events, second.events) == (2, 2)
+    assert second.end_lsn == prepared.spool.end()
+
+
+def test_the_slot_forgets_only_what_is_durable(prepared: Prepared) -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=capture, args=[prepared.spec], kwargs={"stop": stop})
+    thread.start()
+    confirmed = []
+    for number in range(60):
+        prepared.sql(f"INSERT INTO other VALUES ({number}, 'x')")
+        confirmed.append(parse_lsn(prepared.slot("confirmed_flush_lsn::text")))
+        assert confirmed[-1] <= max(prepared.spool.end(), prepared.stream.l0)
+        time.sleep(0.02)
+    stop.set()
+    thread.join()
+    prepared.catch_up()
+    assert len(prepared.events()) == 60
+    assert confirmed[-1] > prepared.stream.l0
+    assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) <= prepared.spool.end()
+
+
+def test_a_changed_table_is_told_in_its_place_and_the_others_go_on(prepared: Prepared) -> None:
+    prepared.sql("INSERT INTO follows VALUES (1, 'a')")
+    prepared.sql(
+        "ALTER TABLE follows ADD extra uuid",
+        "ALTER TABLE follows DROP tags",
+        "INSERT INTO other VALUES (1, 'a')",
+        "ALTER TABLE follows ALTER name TYPE varchar(9)",
+        "INSERT INTO follows VALUES (2, 'b')",
+    )
+    prepared.sql("INSERT INTO other VALUES (2, 'b')")
+    prepared.catch_up()
+    note = (
+        "column extra was added (type oid 2950); column name has another type (oid 1043, was text);"
+        " column tags was dropped"
+    )
+    assert [(e["relation"], e["op"], e["ordinal"], e["note"]) for e in prepared.events()] == [
+        ("public.follows", "I", 0, None),
+        ("public.other", "I", 0, None),
+        ("public.follows", "R", 1, note),
+        ("public.follows", "I", 2, None),
+        ("public.other", "I", 0, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (
+            "ALTER TABLE other REPLICA IDENTITY NOTHING",
+            "column a is no longer part of the replica identity; column b is no",
+        ),
+        ("ALTER TABLE other RENAME TO elsewhere", "the table was renamed to public.elsewhere"),
+        ("ALTER TABLE other RENAME b TO bee", "column b was dropped; column bee was added (type oid 25)"),
+    ],
+)
+def test_other_changes_of_a_table(prepared: Prepared, change: str, note: str) -> None:
+    prepared.sql("INSERT INTO other VALUES (1, 'a')")
+    prepared.sql(change)
+    name = "elsewhere" if "elsewhere" in change else "other"
+    prepared.sql(f"INSERT INTO {name} VALUES (2, 'b')")
+    if name != "other":
+        prepared.sql(
+            "ALTER TABLE elsewhere RENAME TO other"
+        )  # else the publication is another one when capture connects
+    prepared.catch_up()
+    told = [event["note"] for event in prepared.events() if event["op"] == "R"]
+    assert [text[: len(note)] for text in told[:1]] == [note]
+
+
+def test_a_broken_connection_is_opened_anew(prepared: Prepared) -> None:
+    stop = threading.Event()
+    results: list[CaptureResult] = []
+    thread = threading.Thread(target=lambda: results.append(capture(prepared.spec, stop=stop)))
+    thread.start()
+    for number in range(40):
+        prepared.sql(f"INSERT INTO other VALUES ({number}, 'x'), ({number}, 'y')")
+        if number % 10 == 5:
+            prepared.old.execute(
+                "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s",
+                [prepared.spec.slot],
+            )
+        time.sleep(0.02)
+    stop.set()
+    thread.join()
+    prepared.catch_up()
+    assert [(e["row"]["a"], e["row"]["b"]) for e in prepared.events()] == [(str(n), b) for n in range(40) for b in "xy"]
+    assert results[0].connections > 1
+
+
+def test_a_server_that_stays_away_is_named(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLD_DSN", "host=127.0.0.1 port=1 dbname=gone user=x")
+    started = time.monotonic()
+    with pytest.raises(ServerUnavailable, match=r"127.0.0.1:1/gone can't be reached"):
+        capture(prepared.spec, patience=0.3)
+    assert time.monotonic() - started < 10
+
+
+def test_another_run_is_refused(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "LEASE_SECONDS", 0.1)
+    with prepared.ledger.lease("capture"), pytest.raises(LeaseHeld, match="another capture"):
+        capture(prepared.spec)
+
+
+def test_a_slot_in_use_is_waited_for_and_named(prepared: Prepared) -> None:
+    with connect(prepared.spec.source.dsn.resolve(), "thief", replication=True) as thief:
+        command = f"START_REPLICATION SLOT {prepared.spec.slot} LOGICAL 0/0"
+        thief.pgconn.exec_(f"{command} (proto_version '1', publication_names 'x')".encode())
+        with pytest.raises(LeaseHeld, match="is active for PID"):
+            capture(prepared.spec, patience=0.3)
+        thief.pgconn.finish()
+    prepared.catch_up()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("UPDATE changeover.migration SET system_id = '1'", "system identifier is .* but 1 was prepared"),
+        ("UPDATE changeover.migration SET timeline = 9", "timeline is 1, but 9 was prepared"),
+        ("UPDATE changeover.migration SET slot = 'nowhere'", "replication slot is missing, but nowhere"),
+        ("UPDATE changeover.migration SET publication = 'nothing'", "publication nothing is missing or empty"),
+    ],
+)
+def test_another_stream_than_prepared_stops_the_run(prepared: Prepared, change: str, message: str) -> None:
+    prepared.ledger.connection.execute(change)
+    with pytest.raises(SourceChanged, match=message):
+        capture(prepared.spec, patience=0)
+
+
+def test_a_table_that_left_the_publication_stops_the_run(prepared: Prepared) -> None:
+    prepared.sql(f"ALTER PUBLICATION {prepared.spec.slot} DROP TABLE follows")
+    with pytest.raises(SourceChanged, match=r"is public.other, but public.follows, public.other was prepared"):
+        capture(prepared.spec)
+
+
+def test_a_slot_ahead_of_the_spool_stops_the_run(prepared: Prepared) -> None:
+    prepared.sql("INSERT INTO other VALUES (1, 'a')")
+    prepared.old.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [prepared.spec.slot])
+    with pytest.raises(SpoolGap, match="changes between them are lost"):
+        capture(prepared.spec)
+
+
+def test_before_prepare(prepared: Prepared) -> None:
+    with pytest.raises(StepOrder, match="changeover prepare"):
+        capture(replace(prepared.spec, name="unprepared"))
+
+
+def test_an_idle_stream_lets_other_tables_wal_go(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "FEEDBACK_SECONDS", 0.1)
+    monkeypatch.setattr(capture_module, "answer_interval", lambda _: 0.1)
+    prepared.sql("CREATE TABLE noise AS SELECT repeat('x', 1000) FROM generate_series(1, 5000)")
+    row = prepared.old.execute("SELECT pg_current_wal_lsn()::text").fetchone()
+    assert row is not None
+    deadline = time.monotonic() + 10
+    target = parse_lsn(row[0]) - capture_module.IDLE_STEP
+    capture(prepared.spec, until=lambda: prepared.spool.end() >= target or time.monotonic() > deadline)
+    assert prepared.spool.end() >= target
+    prepared.sql("INSERT INTO other VALUES (1, 'a')")
+    prepared.catch_up()
+    assert len(prepared.events()) == 1
+
+
+def test_lag(prepared: Prepared) -> None:
+    before = lag(prepared.spec)
+    prepared.sql("INSERT INTO other VALUES (1, 'a')")
+    prepared.catch_up()
+    after = lag(prepared.spec)
+    assert (before.spool_end, after.spool_end) == (0, prepared.spool.end())
+    assert after.kept_wal_bytes > 0
+    assert before.source_lsn < after.source_lsn
+    with pytest.raises(SourceChanged, match="missing"):
+        lag(replace(prepared.spec, name="unprepared"))
+
+
+def child(spec: Spec) -> subprocess.Popen[str]:
+    """Start the entry script as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "changeover.jobs.capture", spec.path], stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_ctrl_c_ends_cleanly(prepared: Prepared) -> None:
+    prepared.sql("INSERT INTO other VALUES (1, 'a')")
+    process = child(prepared.spec)
+    while prepared.spool.end() == 0:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) == prepared.spool.end()
+
+
+def test_errors_are_one_sentence(prepared: Prepared, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([str(tmp_path / "none.toml")]) == 2
+    assert "can't be read" in capsys.readouterr().err
+    prepared.sql(f"DROP PUBLICATION {prepared.spec.slot}")
+    assert main([prepared.spec.path]) == 3
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("the source's publication")
+
+
+class Writer(threading.Thread):
+    """Writes random transactions, and keeps what each that was acknowledged did, by transaction id."""
+
+    def __init__(self, dsn: str, seed: int) -> None:
+        super().__init__()
+        self.dsn, self.random = dsn, random.Random(seed)
+        self.stop = threading.Event()
+        self.history: dict[int, list[tuple[str, str, str | None]]] = {}
+
+    def run(self) -> None:
+        """Write until told to stop."""
+        with connect(self.dsn, "writer") as connection:
+            while not self.stop.is_set():
+                with connection.transaction(force_rollback=self.random.random() < 0.1) as transaction:
+                    row = connection.execute("SELECT pg_current_xact_id()::text::bigint").fetchone()
+                    assert row is not None
+                    keys = sorted(self.random.choices(range(30), k=self.random.randint(1, 5)))  # sorted: no deadlock
+                    done = [change for key in keys for change in self.change(connection, key)]
+                if done and not transaction.force_rollback:
+                    self.history[row[0]] = done
+
+    def change(self, connection: Connection, key: int) -> list[tuple[str, str, str | None]]:
+        """Delete or put one row, and return what that did."""
+        name = f"n{self.random.getrandbits(32)}"
+        if self.random.random() < 0.3:
+            gone = connection.execute("DELETE FROM follows WHERE id = %s RETURNING id", [key]).rowcount
+            return [("D", str(key), None)] * gone
+        row = connection.execute(
+            "INSERT INTO follows VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET name = excluded.name"
+            " RETURNING xmax = 0",
+            [key, name],
+        ).fetchone()
+        assert row is not None
+        return [("I" if row[0] else "U", str(key), name)]
+
+
+def test_kill_9_loses_nothing_and_repeats_nothing(prepared: Prepared) -> None:
+    writers = [Writer(prepared.spec.source.dsn.resolve(), seed) for seed in (1, 2)]
+    for writer in writers:
+        writer.start()
+    rounds = 5
+    for _ in range(rounds):
+        process = child(prepared.spec)
+        before = prepared.spool.end()
+        while prepared.spool.end() == before:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        time.sleep(random.random() * 0.3)
+        process.kill()
+        process.communicate()
+    for writer in writers:
+        writer.stop.set()
+        writer.join()
+    prepared.catch_up()
+    truth = {xid: done for writer in writers for xid, done in writer.history.items()}
+    spooled: dict[int, list[tuple[str, str, str | None]]] = defaultdict(list)
+    state: dict[str, str] = {}
+    for event in prepared.events():
+        image = event["row"] or {}
+        key = (event["row"] or event["key"])["id"]
+        spooled[event["xid"]].append((event["op"], key, image.get("name")))
+        state.pop(key, None) if event["op"] == "D" else state.__setitem__(key, image["name"])
+    assert dict(spooled) == truth
+    rows = prepared.old.execute("SELECT id::text, name FROM follows").fetchall()
+    assert state == {str(key): name for key, name in rows}

@@ -1,0 +1,148 @@
+"""The spool: once, in order, one format, one writer, and on stable storage before it says so."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from deltalake import DeltaTable
+from hypothesis import given
+from hypothesis import strategies as st
+from pyspark.sql import SparkSession
+
+from changeover.errors import LeaseHeld, SourceChanged, StepOrder
+from changeover.jobs.spool import CHECKPOINT_EVERY, FORMAT_KEY, SCHEMA, Event, Spool, arrow_table
+
+WHEN = datetime(2026, 11, 21, 12, 30, 0, 123456, tzinfo=UTC)
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    spool = Spool(tmp_path / "spool")
+    spool.create()
+    return spool
+
+
+def put(lsn: int, ordinal: int = 0, **row: str | None) -> Event:
+    return Event("public.follows", lsn, ordinal, "I", row, None, (), 7, lsn + 8, WHEN)
+
+
+def test_a_new_spool_is_empty_and_made_once(spool: Spool) -> None:
+    spool.create()
+    assert spool.end() == 0
+    assert spool.events().num_rows == 0
+
+
+def test_an_event_comes_back_as_it_was(spool: Spool) -> None:
+    whole = Event("public.follows", 16, 2, "U", {"a": "1", "b": None, "c": ""}, {"a": "0"}, ("d",), 7, 24, WHEN)
+    marker = Event("", 16, 4, "M", None, None, (), 7, 24, WHEN, "hello")
+    spool.append([whole, marker], 24)
+    found = [Event(**row) for row in spool.events().to_pylist(maps_as_pydicts="strict")]
+    assert [event._replace(missing=tuple(event.missing)) for event in found] == [whole, marker]
+
+
+def test_an_append_that_was_made_before_is_left_out(spool: Spool) -> None:
+    spool.append([put(10)], 18)
+    spool.append([put(10)], 18)
+    Spool(spool.path).append([put(5), put(10)], 17)
+    assert spool.end() == 18
+    assert spool.events().num_rows == 1
+
+
+def test_an_empty_append_moves_the_end_alone(spool: Spool) -> None:
+    spool.append([], 500)
+    assert (Spool(spool.path).end(), spool.events().num_rows) == (500, 0)
+
+
+def test_events_are_chosen_by_commit_lsn_and_sorted(spool: Spool) -> None:
+    spool.append([put(10, 2), put(10, 0), put(20)], 28)
+    spool.append([put(30)], 38)
+    assert [(row["lsn"], row["ordinal"]) for row in spool.events(10, 30).to_pylist()] == [(10, 0), (10, 2), (20, 0)]
+    assert spool.events(11, 20).num_rows == 0
+
+
+def test_the_end_and_the_events_survive_checkpoints(spool: Spool) -> None:
+    reader = Spool(spool.path)
+    for lsn in range(10, 10 * (CHECKPOINT_EVERY + 8), 10):
+        spool.append([put(lsn)], lsn + 8)
+        assert reader.end() == lsn + 8
+    assert (spool.path / "_delta_log" / "_last_checkpoint").exists()
+    assert Spool(spool.path).end() == reader.end()
+    assert Spool(spool.path).events().num_rows == CHECKPOINT_EVERY + 7
+
+
+def test_a_second_writer_is_refused(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Spool(spool.path)
+    write = Spool._write
+
+    def write_late(self: Spool, batch: list[Event]) -> object:
+        monkeypatch.undo()
+        other.append([put(10)], 18)
+        return write(self, batch)
+
+    monkeypatch.setattr(Spool, "_write", write_late)
+    with pytest.raises(LeaseHeld, match="another capture"):
+        spool.append([put(10), put(20)], 28)
+    assert (spool.end(), spool.events().num_rows) == (18, 1)
+
+
+def test_everything_is_on_stable_storage_in_order(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    entry = spool.path / "_delta_log" / f"{1:020d}.json"
+
+    def record(descriptor: int) -> None:
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), entry.exists()))
+
+    monkeypatch.setattr(os, "fsync", record)
+    spool.append([put(10)], 18)
+    (data,) = spool.path.glob("*.parquet")
+    root = spool.path
+    expected = [(data, False), (root, False), (entry, True), (root / "_delta_log", True)]
+    assert synced == [(str(path), committed) for path, committed in expected]
+
+
+def test_without_a_spool_prepare_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StepOrder, match="changeover prepare"):
+        Spool(tmp_path / "none").end()
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    DeltaTable.create(tmp_path / "spool", SCHEMA, configuration={FORMAT_KEY: "999"}, raise_if_key_not_exists=False)
+    with pytest.raises(SourceChanged, match=r"spool format .* is 999"):
+        Spool(tmp_path / "spool").create()
+
+
+def test_spark_reads_the_same(spool: Spool, spark: SparkSession) -> None:
+    spool.append([put(10, 0, a="1", b=None), put(20, 0, a="2")], 28)
+    spool.append([put(30, 0, a="3")], 38)
+    rows = spool.read(spark, 10, 30).orderBy("lsn").collect()
+    assert [(row.lsn, row.row, row.key, row.missing) for row in rows] == [
+        (10, {"a": "1", "b": None}, None, []),
+        (20, {"a": "2"}, None, []),
+    ]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+maps = st.none() | st.dictionaries(texts, st.none() | texts, max_size=4)
+events = st.builds(
+    Event,
+    relation=texts,
+    lsn=st.integers(0, 2**62),
+    ordinal=st.integers(-1, 2**40),
+    op=st.sampled_from("IUDTMR"),
+    row=maps,
+    key=maps,
+    missing=st.lists(texts, max_size=3).map(tuple),
+    xid=st.integers(0, 2**32),
+    end_lsn=st.integers(0, 2**62),
+    committed_at=st.just(WHEN),
+    note=st.none() | texts,
+)
+
+
+@given(st.lists(events, min_size=1, max_size=6))
+def test_any_event_goes_through_arrow_unchanged(batch: list[Event]) -> None:
+    back = [Event(**row) for row in arrow_table(batch).to_pylist(maps_as_pydicts="strict")]
+    assert [event._replace(missing=tuple(event.missing)) for event in back] == batch
