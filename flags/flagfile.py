@@ -15,11 +15,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from ldclient import LDClient
 from ldclient.config import Config
 from ldclient.integrations import Files
+from ldclient.interfaces import FeatureStore, UpdateProcessor
 from ldclient.migrations.types import Stage
 
 from changeover.errors import SpecError
@@ -75,22 +77,48 @@ def client(path: str | Path, poll_seconds: float = POLL_SECONDS) -> LDClient:
     It never connects anywhere. `offline` would ignore the file; watching by `watchdog` would reload without end and
     miss renames.
     """
-    while True:
-        before = _modified(path)
-        made = LDClient(
-            Config(
-                SDK_KEY,
-                update_processor_class=Files.new_data_source(
-                    [str(path)], auto_update=True, poll_interval=poll_seconds, force_polling=True
-                ),
-                send_events=False,
-                diagnostic_opt_out=True,
-            )
+    return LDClient(
+        Config(
+            SDK_KEY,
+            update_processor_class=lambda config, store, ready: FileSource(path, poll_seconds, config, store, ready),
+            send_events=False,
+            diagnostic_opt_out=True,
         )
-        # The SDK loads first and notes the time afterwards: a replacement between the two would never be seen.
-        if _modified(path) == before:
-            return made
-        made.close()  # type: ignore[no-untyped-call]
+    )
+
+
+class FileSource(UpdateProcessor):
+    """The SDK's polling file source, started such that no replacement is missed (each process, a forked child's too).
+
+    The SDK loads the file first and notes its time afterwards: it would never see a replacement between the two, and
+    the process would keep its first stage until the next one. So a start during which the file changed is done again.
+    """
+
+    def __init__(
+        self, path: str | Path, poll_seconds: float, config: Config, store: FeatureStore, ready: Event
+    ) -> None:
+        self._path = path
+        build = Files.new_data_source([str(path)], auto_update=True, poll_interval=poll_seconds, force_polling=True)
+        self._make = lambda: build(config, store, ready)
+        self._source = self._make()
+
+    def start(self) -> None:
+        """Load and follow the file."""
+        while True:
+            before = _modified(self._path)
+            self._source.start()
+            if _modified(self._path) == before:
+                return
+            self._source.stop()
+            self._source = self._make()
+
+    def stop(self) -> None:
+        """Stop following."""
+        self._source.stop()
+
+    def initialized(self) -> bool:
+        """Return whether the file was loaded."""
+        return bool(self._source.initialized())
 
 
 def _modified(path: str | Path) -> int | None:

@@ -8,6 +8,7 @@ sessions are made anew. Lives in one process of the application.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import Counter, deque
@@ -27,6 +28,7 @@ RETRIED = frozenset({"40001", "40P01"})
 """Serialization failure and deadlock: nothing was done, and the same again may work."""
 
 TRIES = 3
+RETRY_SECONDS = 0.05
 RECONNECT_SECONDS = 0.1
 
 
@@ -36,6 +38,11 @@ class Offer:
 
     version: Version
     changes: tuple[Change, ...]
+
+
+def before_retry(tries: int) -> float:
+    """Return the seconds to wait: at once, the loser of a deadlock may overtake its winner and meet it again."""
+    return RETRY_SECONDS * tries * random.uniform(0.5, 1.0)
 
 
 class Mirror:
@@ -167,6 +174,7 @@ class Mirror:
                     raise
                 if tries >= TRIES or time.monotonic() >= until:
                     raise
+                time.sleep(before_retry(tries))
 
     def _connected(self, until: float) -> tuple[Connection, GateCall]:
         while self._connection is None or self._call is None:

@@ -34,7 +34,7 @@ from changeover.flags import flagfile
 from changeover.flags.authority import AuthoritySource, LedgerAuthority
 from changeover.flags.endpoint import Change, Cursor, PgEndpoint, Row, RowMapping, position, returned, transaction
 from changeover.flags.experiment import Comparison, Experiment, Observation, Result
-from changeover.flags.mirror import RETRIED, TRIES
+from changeover.flags.mirror import RETRIED, TRIES, before_retry
 from changeover.flags.runtime import Limits, Parts, Pin, Runtime
 from changeover.flags.stages import FENCED, other
 from changeover.flags.wish import FlagStage, StageSource
@@ -135,8 +135,9 @@ class Router:
                     paused = paused if paused is not None else time.monotonic()
                     pin = self._after_fence(runtime, pin, paused, error)
                 elif error.sqlstate in RETRIED and tries < TRIES:
-                    tries += 1
                     runtime.count("retries")
+                    time.sleep(before_retry(tries))
+                    tries += 1
                 else:
                     raise
                 continue

@@ -16,7 +16,6 @@ import psycopg
 
 from changeover import points
 from changeover.errors import CouldNotFinish, SourceChanged, TableStopped
-from changeover.jobs import chunks as planning
 from changeover.jobs import snapshot
 from changeover.jobs.ledger import CLOSED, LOADED, PENDING, ChunkRow, Ledger, Stream, mark_loaded
 from changeover.jobs.preflight import source_table, store_columns
@@ -26,6 +25,7 @@ from changeover.session import application_name, connect
 from changeover.spec import Spec
 from changeover.sparkerrors import from_spark
 from changeover.stores import Counts, Store, open_store
+from changeover.stores import ranges as planning
 from changeover.stores.reader import ReadTable, read_table
 
 if TYPE_CHECKING:

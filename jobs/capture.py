@@ -77,9 +77,9 @@ def capture(
 ) -> CaptureResult:
     """Bring changes into the spool until `until()`, `stop`, Ctrl-C or SIGTERM; what is whole then is durable (driver).
 
-    A broken connection is opened anew for up to `patience` seconds. `until` is asked after each append, and 5 times a second. Raises
-    StepOrder before prepare, LeaseHeld beside another run, SourceChanged or SpoolGap when this is not the prepared
-    stream any more, ServerUnavailable, DatabaseFailed, RowRefused.
+    A broken connection is opened anew for up to `patience` seconds. `until` is asked after each append and 5 times a
+    second. Raises StepOrder before prepare, LeaseHeld beside another run, SourceChanged or SpoolGap when this is not
+    the prepared stream any more, ServerUnavailable, DatabaseFailed, RowRefused.
     """
     stop = stop or threading.Event()
     started = time.monotonic()
@@ -167,13 +167,14 @@ class _Run:
                 with self._opened() as (replication, assembler):
                     delay = 0.1
                     self._follow(replication, assembler)
+                return
             except (ServerUnavailable, LeaseHeld) as error:
                 now = time.monotonic()
                 self.failing_since = self.failing_since or now
                 if now - self.failing_since > self.patience:
                     raise
                 log.warning("%s; trying again in %g s", error, delay)
-                time.sleep(delay)
+                self.stop.wait(delay)
                 delay = min(2 * delay, 2.0)
 
     @contextmanager

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 from psycopg import sql
 
-from changeover.jobs.chunks import estimated_rows
 from changeover.jobs.ledger import Ledger, SourceColumn
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import Spec, Table
 from changeover.stores import Column, open_store
 from changeover.stores.pgtypes import source_type
+from changeover.stores.ranges import estimated_rows
 
 OLDEST_SERVER = 140000
 

@@ -25,7 +25,7 @@ from changeover.errors import CouldNotFinish, DatabaseFailed, SlotBlocked, Snaps
 from changeover.position import parse_lsn
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import Spec
-from changeover.stores.postgres import require_snapshot, unlimited
+from changeover.stores.postgres import importing, unlimited
 from changeover.stores.reader import ExportedSnapshot
 
 log = logging.getLogger(__name__)
@@ -160,11 +160,10 @@ def kept(dsn: str, application: str, exported: Sequence[ExportedSnapshot]) -> Ex
     lost = SnapshotLost("?", "none was kept")
     for snapshot in exported:
         try:
-            require_snapshot(dsn, application, snapshot)
+            with importing(dsn, application, snapshot.name):
+                return snapshot
         except SnapshotLost as error:
             lost = error
-        else:
-            return snapshot
     raise lost
 
 

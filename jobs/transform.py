@@ -40,11 +40,34 @@ class Transform:
     source: tuple[Column, ...]
     target: TargetTable
     expressions: Mapping[str, str]
+    identity: tuple[Column, ...]
 
-    def rows(self, frame: DataFrame) -> DataFrame:
-        """Return target rows for decoded source rows, those that `where` leaves out left out."""
+    def rows(self, frame: DataFrame, carry: Sequence[str] = ()) -> DataFrame:
+        """Return target rows for decoded source rows, those that `where` leaves out left out, and the columns in `carry`."""
         shaped = self._shaped(frame)
-        return (shaped.where(self.table.where) if self.table.where else shaped).select(*self._columns(shaped))
+        kept = shaped.where(self.table.where) if self.table.where else shaped
+        return kept.select(*carry, *self._columns(kept))
+
+    def keys(self, frame: DataFrame) -> DataFrame:
+        """Return target keys for decoded source keys."""
+        return frame.select(*(column for column in self._columns(frame, self.target.key)))
+
+    @property
+    def pg_types(self) -> dict[str, str]:
+        """Return PostgreSQL's type of each target column, the source's own where a column is moved or carried over."""
+        types = {c.name: c.type for c in self.source}
+        found = {}
+        for column in self.target.columns:
+            match = BARE.fullmatch(self.expressions[column.name].strip())
+            found[column.name] = types.get(match[1], column.type) if match and not self.table.function else column.type
+        return found
+
+    def source_key(self, identity: Sequence[str]) -> tuple[str, ...] | None:
+        """Return the target key columns that hold the identity's columns unchanged, in its order, or None where one does not."""
+        moved = {
+            match[1]: name for name in self.target.key if (match := BARE.fullmatch(self.expressions[name].strip()))
+        }  # fmt: skip
+        return tuple(moved[name] for name in identity) if self.table.function is None and set(identity) <= set(moved) else None
 
     def changes(self, events: DataFrame, epoch: int) -> DataFrame:
         """Return changes of the target for spooled inserts, updates and deletes: one row a key, the last by version.
@@ -78,10 +101,14 @@ class Transform:
             raise SpecError(self.table.function, "transform.function", f"drops the columns {', '.join(lost)}: keep them")
         return shaped
 
-    def _columns(self, frame: DataFrame) -> list[SparkColumn]:
+    def _columns(self, frame: DataFrame, names: Sequence[str] | None = None) -> list[SparkColumn]:
         from pyspark.sql import functions as F
 
-        return [F.expr(self.expressions[c.name]).cast(c.spark_type).alias(c.name) for c in self.target.columns]
+        return [
+            F.expr(self.expressions[c.name]).cast(c.spark_type).alias(c.name)
+            for c in self.target.columns
+            if names is None or c.name in names
+        ]
 
 
 def _last_of_each_key(changes: DataFrame, target: TargetTable) -> DataFrame:
@@ -137,7 +164,9 @@ def plan(
         else _new_columns(spec, table, source, wanted, found)
     )
     _require_key(spark, spec, table, source, replica_identity, wanted, [c.name for c in columns])
-    return Transform(table, tuple(source), TargetTable(schema, name, tuple(columns), table.key), wanted)
+    by_name = {c.name: c for c in source}
+    whole = TargetTable(schema, name, tuple(columns), table.key)
+    return Transform(table, tuple(source), whole, wanted, tuple(by_name[name] for name in replica_identity))
 
 
 def _empty_frame(spark: SparkSession, columns: Sequence[Column]) -> DataFrame:

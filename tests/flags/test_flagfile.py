@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from ldclient import Context, LDClient
+from ldclient.impl.integrations.files.file_data_source import _FileDataSource
 from ldclient.migrations.types import Stage
 
 from changeover.errors import SpecError
@@ -113,6 +115,50 @@ def test_bursts_of_replacements_end_at_the_last(
         for stage in [*Stage, *Stage, last]:
             flagfile.write_stage(flag_file, FLAG, stage)
         eventually(lambda wanted=last: flag_client.variation(FLAG, SOMEONE, None) == wanted.value, 1.0)
+
+
+@pytest.fixture
+def replaced_while_starting(flag_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Replace the file between the SDK's loading it and its noting the time, at the next start."""
+
+    def arm() -> None:
+        start_polling = _FileDataSource._start_auto_updater
+        missed = [Stage.LIVE]
+
+        def replace_first(source: _FileDataSource) -> object:
+            if missed:
+                flagfile.write_stage(flag_file, FLAG, missed.pop())
+            return start_polling(source)
+
+        monkeypatch.setattr(_FileDataSource, "_start_auto_updater", replace_first)
+
+    return arm
+
+
+def test_a_replacement_while_the_sdk_starts_is_not_missed(
+    flag_file: Path, replaced_while_starting: Callable[[], None], eventually: Callable[..., None]
+) -> None:
+    replaced_while_starting()
+    client = flagfile.client(flag_file)
+    assert flagfile.read_stage(flag_file, FLAG) is Stage.LIVE
+    eventually(lambda: client.variation(FLAG, SOMEONE, None) == "live", 1.0)
+    client.close()  # type: ignore[no-untyped-call]
+
+
+def test_a_replacement_while_the_sdk_starts_again_in_a_forked_child_is_not_missed(
+    flag_client: LDClient, replaced_while_starting: Callable[[], None], eventually: Callable[..., None]
+) -> None:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            replaced_while_starting()
+            flag_client.postfork()
+            eventually(lambda: flag_client.variation(FLAG, SOMEONE, None) == "live", 2.0)
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_writers_wait_for_each_other_and_readers_see_whole_files(flag_file: Path) -> None:

@@ -389,7 +389,7 @@ def test_a_deadlock_on_the_authority_is_tried_again(
         thread.start()
     for thread in threads:
         thread.join()
-    assert router.counters()["retries"] == 1
+    assert router.counters()["retries"] >= 1
     assert {row[2] for row in stores.rows(Origin.OLD)} == {"crossed"}
 
 

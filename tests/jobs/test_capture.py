@@ -114,7 +114,8 @@ def columns_of(connection: Connection, table: str) -> list[SourceColumn]:
     rows = connection.execute(
         "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A',"
         " coalesce(a.attnum = ANY (i.indkey), false), a.attnotnull"
-        " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary"
+        " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid"
+        " LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary"
         " WHERE a.attrelid = %s::regclass AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum",
         [table],
     )
@@ -210,6 +211,24 @@ def test_a_whole_old_row_supplies_what_was_not_sent(prepared: Prepared) -> None:
         ("public.follows", "U", {**row, "id": "2"}, {"id": "1"}, [], None),
         ("public.follows", "D", None, {"id": "2"}, [], None),
     ]
+
+
+def test_arrays_of_any_type_read_as_their_elements_texts(prepared: Prepared) -> None:
+    prepared.sql("ALTER TABLE other ADD n numeric[], ADD boxes box[], ADD words int2vector, ADD codes bytea[]")
+    prepared.ledger.connection.execute("DELETE FROM changeover.source_table WHERE source = 'public.other'")
+    prepared.ledger.record_table("public.other", 1, columns_of(prepared.old, "other"))
+    prepared.sql(
+        "INSERT INTO other VALUES (1, 'x', DEFAULT, '{1.50,NULL}', '{(1,1),(0,0);(2,2),(1,1)}', '3 4',"
+        " ARRAY[decode('00ff', 'hex')])"
+    )
+    prepared.catch_up()
+    (event,) = prepared.events()
+    assert {name: json.loads(event["row"][name]) for name in ("n", "boxes", "words", "codes")} == {
+        "n": ["1.50", None],
+        "boxes": ["(1,1),(0,0)", "(2,2),(1,1)"],
+        "words": ["3", "4"],
+        "codes": ["\\x00ff"],
+    }
 
 
 def test_a_second_run_goes_on_where_the_first_ended(prepared: Prepared) -> None:

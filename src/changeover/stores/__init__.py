@@ -82,10 +82,16 @@ class Mark(Protocol):
 
 @dataclass(frozen=True)
 class Frozen:
-    """A state of a table that no later write changes: its position, and a reader of its live rows by key range."""
+    """A state of a table that no later write changes.
+
+    `position` names it, `ranges` are the key ranges that `frame` reads as partitions, `frame` gives its live rows (or those
+    of some keys, in PostgreSQL's text form), and `query` runs SQL of the user's in the store's own engine.
+    """
 
     position: str
-    frame: Callable[[], DataFrame]
+    ranges: Sequence[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]
+    frame: Callable[[Sequence[tuple[str, ...]] | None], DataFrame]
+    query: Callable[[str], list[tuple[Any, ...]]]
 
 
 class Store(Protocol):
@@ -129,10 +135,8 @@ class Store(Protocol):
         """Offer changes, one row a key, through the gate (replay)."""
         ...
 
-    def freeze(
-        self, spark: SparkSession, table: TargetTable, ranges: Sequence[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]
-    ) -> AbstractContextManager[Frozen]:
-        """Hold a state that verification reads, in the given ranges of the target's key where the store has an order."""
+    def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> AbstractContextManager[Frozen]:
+        """Hold a state that verification reads, in about `parts` ranges of the key where the store has an order (verify)."""
         ...
 
     def finalize(self, table: TargetTable) -> None:

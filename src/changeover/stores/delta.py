@@ -26,7 +26,7 @@ from changeover.errors import CouldNotFinish
 from changeover.position import Version
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Column, Counts, Frozen, Mark, TargetTable
 from changeover.stores.pgtypes import postgres_type
-from changeover.stores.reader import KeyRange
+from changeover.stores.reader import EVERYTHING
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -162,13 +162,26 @@ class DeltaStore:
         return Counts(affected, affected)
 
     @contextmanager
-    def freeze(self, spark: SparkSession, table: TargetTable, ranges: Sequence[KeyRange]) -> Iterator[Frozen]:
-        """Name the table's present version, which no later commit changes."""
+    def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
+        """Name the table's present version, which no later commit changes; it has no order of keys, so one range."""
         found = self._open(table.name)
         if found is None:
             raise CouldNotFinish(f"target {self.name}: there is no Delta table at {self.path(table.name)}")
         version = found.version()
-        yield Frozen(f"version {version}", lambda: live_rows(spark, self.path(table.name), version).select(*table.names))
+        live = live_rows(spark, self.path(table.name), version).select(*table.names)
+
+        def frame(keys: Sequence[tuple[str, ...]] | None = None) -> DataFrame:
+            if keys is None:
+                return live
+            names = [f"`{name}` string" for name in table.key]
+            wanted = spark.createDataFrame([tuple(key) for key in keys], ", ".join(names))
+            return live.join(wanted, [live[name].cast("string") == wanted[name] for name in table.key], "left_semi")
+
+        def query(text: str) -> list[tuple[Any, ...]]:
+            live.createOrReplaceTempView(table.name)
+            return [tuple(row) for row in spark.sql(text).collect()]
+
+        yield Frozen(f"version {version}", EVERYTHING, frame, query)
 
     def finalize(self, table: TargetTable) -> None:
         """Remove the tombstones; `_version` and `_deleted` stay as columns, dropping them would rewrite the table."""

@@ -23,7 +23,8 @@ from changeover.sparkerrors import failure_of, raise_failures
 from changeover.spec import Target
 from changeover.stores import LSN, VERSION_COLUMNS, Column, Counts, Frozen, Mark, TargetTable, gate
 from changeover.stores.pgtypes import source_type
-from changeover.stores.reader import ExportedSnapshot, KeyRange, ReadTable, read_table
+from changeover.stores.ranges import plan_ranges
+from changeover.stores.reader import ExportedSnapshot, ReadTable, read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,19 +115,11 @@ class PostgresStore:
         return Counts(sum(row.offered for row in rows), sum(row.taken for row in rows))
 
     @contextmanager
-    def freeze(self, spark: SparkSession, table: TargetTable, ranges: Sequence[KeyRange]) -> Iterator[Frozen]:
+    def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
         """Hold an exported REPEATABLE READ snapshot open; the position is the insert LSN read inside it."""
-        with connect(self.dsn, self.application, autocommit=False) as holder:
-            unlimited(holder)
-            holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-            row = holder.execute(
-                "SELECT pg_export_snapshot(), pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text"
-            ).fetchone()
-            assert row is not None
-            key = tuple(column for name in table.key for column in table.columns if column.name == name)
-            read = ReadTable(table.schema, table.name, table.columns, key)
-            snapshot = ExportedSnapshot(row[0], row[1])
-            yield Frozen(row[2], lambda: read_table(spark, self.dsn, self.application, read, ranges, snapshot))
+        key = tuple(column for name in table.key for column in table.columns if column.name == name)
+        with freeze(spark, self.dsn, self.application, ReadTable(table.schema, table.name, table.columns, key), parts) as frozen:
+            yield frozen
 
     def finalize(self, table: TargetTable) -> None:
         """Remove the gate, its floor and its tombstones; the table and its rows stay."""
@@ -141,22 +134,53 @@ class PostgresStore:
                 self.connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(table.schema, table.name)))
 
 
+@contextmanager
+def freeze(spark: SparkSession, dsn: str, application: str, table: ReadTable, parts: int) -> Iterator[Frozen]:
+    """Hold one state of a table in PostgreSQL; its ranges are planned in the same snapshot (driver)."""
+    with connect(dsn, application, autocommit=False) as holder:
+        unlimited(holder)
+        holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        holder.read_only = True
+        row = holder.execute(
+            "SELECT pg_export_snapshot(), pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text"
+        ).fetchone()
+        assert row is not None
+        yield frozen_at(spark, dsn, application, table, ExportedSnapshot(row[0], row[1]), row[2], holder, parts)
+
+
+def frozen_at(
+    spark: SparkSession, dsn: str, application: str, table: ReadTable, snapshot: ExportedSnapshot, position: str,
+    holder: Connection, parts: int,
+) -> Frozen:  # fmt: skip
+    """Return a frozen state whose snapshot `holder` holds; `holder` runs the user's own queries (driver)."""
+    ranges = plan_ranges(holder, table.schema, table.name, [c.name for c in table.key], parts)
+
+    def frame(keys: Sequence[tuple[str, ...]] | None = None) -> DataFrame:
+        return read_table(spark, dsn, application, table, ranges, snapshot, keys)
+
+    def query(text: str) -> list[tuple[Any, ...]]:
+        with speaking_to(dsn, "running a check of the spec"):
+            return holder.execute(text.encode()).fetchall()
+
+    return Frozen(position, ranges, frame, query)
+
+
 OBJECTIONS = """
-SELECT format('%%s has no primary key or unique constraint on (%%s)', %(table)s, array_to_string(%(key)s::text[], ', '))
+SELECT format('%%s has no primary key or unique constraint on (%%s)', %(table)s::text, array_to_string(%(key)s::text[], ', '))
 WHERE NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND i.indimmediate
     AND i.indpred IS NULL AND i.indexprs IS NULL AND %(key)s::text[] = (SELECT array_agg(a.attname::text ORDER BY a.attname::text)
         FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)))
 UNION ALL
 SELECT format('%%s has the unique index %%s beside its key: per-key order breaks value swaps, so build it after the catch-up',
-    %(table)s, i.indexrelid::regclass)
+    %(table)s::text, i.indexrelid::regclass)
 FROM pg_index i WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND %(key)s::text[] <> (
     SELECT array_agg(a.attname::text ORDER BY a.attname::text) FROM pg_attribute a
     WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey))
 UNION ALL
-SELECT format('%%s has the trigger %%s: enable it after the catch-up', %(table)s, t.tgname)
+SELECT format('%%s has the trigger %%s: enable it after the catch-up', %(table)s::text, t.tgname)
 FROM pg_trigger t WHERE t.tgrelid = %(table)s::regclass AND NOT t.tgisinternal AND t.tgenabled <> 'D'
 UNION ALL
-SELECT format('%%s has the foreign key %%s: add it after the catch-up', %(table)s, c.conname)
+SELECT format('%%s has the foreign key %%s: add it after the catch-up', %(table)s::text, c.conname)
 FROM pg_constraint c WHERE c.conrelid = %(table)s::regclass AND c.contype = 'f'
 """
 
@@ -301,17 +325,22 @@ def copy_in(cursor: psycopg.Cursor[Any], columns: Sequence[str], batches: Iterat
 def _line_bytes(lines: pa.StringArray) -> memoryview:
     import pyarrow as pa
 
-    width = "q" if pa.types.is_large_string(lines.type) else "i"
     _, offsets, data = lines.buffers()
-    places = memoryview(offsets).cast(width)
+    places = memoryview(offsets).cast("q") if pa.types.is_large_string(lines.type) else memoryview(offsets).cast("i")
     return memoryview(data)[places[lines.offset] : places[lines.offset + len(lines)]]
 
 
-def require_snapshot(dsn: str, application: str, snapshot: ExportedSnapshot) -> None:
-    """Prove that a snapshot can still be imported; raises SnapshotLost (driver)."""
-    with connect(dsn, application, autocommit=False) as probe:
-        probe.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+@contextmanager
+def importing(dsn: str, application: str, snapshot: str) -> Iterator[tuple[Connection, ExportedSnapshot]]:
+    """Open a session inside an exported snapshot, and tell what it sees; raises SnapshotLost (driver)."""
+    with connect(dsn, application, autocommit=False) as session:
+        unlimited(session)
+        session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        session.read_only = True
         try:
-            probe.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot.name)))
+            session.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
         except psycopg.Error as error:
-            raise SnapshotLost(snapshot.name, str(error).splitlines()[0]) from error
+            raise SnapshotLost(snapshot, str(error).splitlines()[0]) from error
+        row = session.execute("SELECT pg_current_snapshot()::text").fetchone()
+        assert row is not None
+        yield session, ExportedSnapshot(snapshot, row[0])

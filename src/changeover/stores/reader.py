@@ -53,8 +53,12 @@ def read_table(
     table: ReadTable,
     ranges: Sequence[KeyRange],
     snapshot: ExportedSnapshot,
+    keys: Sequence[tuple[str, ...]] | None = None,
 ) -> DataFrame:
-    """Return the table's rows as of the snapshot, one partition a range, decoded (lazy: read in tasks, on each action)."""
+    """Return the table's rows as of the snapshot, one partition a range, decoded (lazy: read in tasks, on each action).
+
+    With `keys` (in PostgreSQL's text form), the rows of those alone, in one partition.
+    """
     options = {
         **jdbc_options(dsn, application),
         "dbtable": _subquery(table).as_string(None),
@@ -63,7 +67,8 @@ def read_table(
     }
     url = options.pop("url")
     inner = options.pop("dbtable")
-    predicates = [_predicate(table.key, bounds).as_string(None) for bounds in ranges]
+    conditions = [_predicate(table.key, bounds) for bounds in ranges] if keys is None else [_one_of(table.key, keys)]
+    predicates = [condition.as_string(None) for condition in conditions]
     frame = spark.read.jdbc(url, inner, predicates=predicates, properties=options)
     return frame.select(*(decode(frame[c.name], c.type, native=True).alias(c.name) for c in table.columns))
 
@@ -101,7 +106,7 @@ def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
             columns,
             sql.SQL(operator),
             sql.SQL(", ").join(
-                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(column.type))  # type: ignore[arg-type]
+                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(column.type))
                 for value, column in zip(bound, key, strict=True)
             ),
         )
@@ -109,6 +114,21 @@ def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
         if bound is not None
     ]
     return sql.SQL(" AND ").join(sides) if sides else sql.SQL("true")
+
+
+def _one_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> sql.Composable:
+    """The condition of some keys."""
+    columns = sql.SQL(", ").join(sql.Identifier(f"_key{place}") for place in range(len(key)))
+    rows = [
+        sql.SQL("({})").format(
+            sql.SQL(", ").join(
+                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(column.type))
+                for value, column in zip(row, key, strict=True)
+            )
+        )
+        for row in values
+    ]
+    return sql.SQL("({}) IN ({})").format(columns, sql.SQL(", ").join(rows)) if rows else sql.SQL("false")
 
 
 def _session_start(table: ReadTable, snapshot: ExportedSnapshot) -> sql.Composed:

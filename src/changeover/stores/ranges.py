@@ -1,7 +1,7 @@
-"""Chunks: key ranges that partition a table from minus to plus infinity, bounds chosen and compared by the database.
+"""Key ranges that partition a table from minus to plus infinity, bounds chosen and compared by the database.
 
 The bounds come from a sample, so they need no scan and no count; rows beyond the sampled least and greatest keys fall into
-the first and last range. A chunk is the unit of work, of resume and of the ledger.
+the first and last range. A range is the unit of reading; a chunk of the ledger is a range that is loaded once.
 """
 
 from __future__ import annotations

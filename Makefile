@@ -1,0 +1,51 @@
+# Every target that needs the environment makes it first; after `make setup` nothing here needs a network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.changeover-installed
+JARS := $(VENV)/.changeover-jars
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup java demo test check bench wheel clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) java $(JARS) ## Make .venv, find or install Java, and fetch Spark's archives
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "changeover needs Python 3.11 or later, and $(PYTHON) is none: install it, or run make with PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) can't make a virtual environment: on Debian run \`apt-get install -y python3-venv\` and then make again" >&2; \
+	  rm -rf $(VENV); exit 2; }
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -e '.[dev,demo]'
+	@touch $@
+
+java: $(STAMP)
+	@$(BIN)/python -m changeover.java --install >/dev/null
+
+$(JARS): $(STAMP) src/changeover/jars.py | java
+	@$(BIN)/python -m changeover.jars
+	@touch $@
+
+demo: setup ## Move a live table end to end; ARGS="--rows 50000 --keep"
+	@$(BIN)/changeover demo $(ARGS)
+
+test: setup ## Run all tests; ARGS="-k ghost -x"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## Lint, format check and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup ## Run the benchmarks; ARGS="copy --rows 2000000 --json"
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+wheel: setup ## Build the wheel and the sdist into dist/
+	@$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean: ## Delete what was built; keeps .venv
+	@rm -rf build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis spark-warehouse

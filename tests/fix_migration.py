@@ -1,0 +1,216 @@
+"""Fixtures for whole migrations: a table of follows with nasty values, its spec, and both targets, all of them real.
+
+`make_migration` builds one from any DDL and spec; `migration` is the table of follows. What a store holds is told as Python
+values by psycopg and by Arrow, never by the product's own readers, so that a test's judge is not the judged.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from psycopg import sql
+from pyspark.sql import DataFrame, SparkSession
+
+from changeover.jobs import prepare as preparing
+from changeover.jobs.backfill import Loaded, backfill
+from changeover.jobs.capture import capture, emit_marker
+from changeover.jobs.ledger import ChunkRow, Ledger
+from changeover.jobs.replay import Replayed, replay
+from changeover.jobs.spool import Spool
+from changeover.session import Connection, connect
+from changeover.spec import Spec, load
+from changeover.stores.delta import live_rows
+
+ROWS = 2000
+
+FOLLOWS = """
+CREATE TABLE follows (
+    from_user bigint NOT NULL, to_channel bigint NOT NULL, notify boolean NOT NULL DEFAULT true, note text,
+    weight numeric(12,4), score double precision, tags text[], levels integer[], blocked_on text,
+    created_at timestamptz NOT NULL DEFAULT now(), settings jsonb, big numeric, PRIMARY KEY (from_user, to_channel));
+"""
+
+NASTY_ROWS = r"""
+INSERT INTO follows SELECT i %% 100 + 1, i / 100 + 1, i %% 3 = 0,
+    CASE i %% 7 WHEN 0 THEN NULL WHEN 1 THEN '' WHEN 2 THEN 'NULL' WHEN 3 THEN 'Zoë ☂ "q" \ back'
+        WHEN 4 THEN E'two\nlines\tand tab\r' ELSE '\N' || i END,
+    CASE WHEN i %% 11 = 0 THEN NULL ELSE (i::numeric / 7)::numeric(12,4) END,
+    CASE i %% 13 WHEN 0 THEN 'NaN' WHEN 1 THEN '-0.0' WHEN 2 THEN 'Infinity' ELSE i / 3.0 END,
+    CASE i %% 5 WHEN 0 THEN NULL WHEN 1 THEN '{}' WHEN 2 THEN ARRAY['a,b', NULL, '', 'NULL', 'q"x\y'] ELSE ARRAY['t' || i] END,
+    CASE i %% 4 WHEN 0 THEN NULL WHEN 1 THEN '{1,NULL,3}' ELSE ARRAY[i] END,
+    CASE WHEN i %% 6 = 0 THEN NULL ELSE to_char(timestamp '2016-01-01' + i * interval '7 minutes', 'YYYY-MM-DD HH24:MI:SS') END,
+    timestamptz '2015-01-01 00:00:00Z' + i * interval '61.000003 seconds', jsonb_build_object('i', i, 'x', 'é'),
+    i * 1000000000000000000000000.000100
+FROM generate_series(0, %(rows)s::integer - 1) i
+"""
+
+FOLLOWS_TABLE = """
+[[table]]
+source = "public.follows"
+target = "associations"
+key = ["entity_a", "kind", "entity_b"]
+[table.columns]
+entity_a = "from_user"
+kind = "'follows'"
+entity_b = "to_channel"
+blocked_on = "to_timestamp(blocked_on)"
+"""
+
+STORE, LAKE = "store", "lake"
+
+TARGETS = {
+    STORE: '[target.store]\nkind = "postgres"\ndsn = "env:NEW_DSN"\n',
+    LAKE: '[target.lake]\nkind = "delta"\npath = "{folder}/lake"\n',
+}
+
+SOURCE_IMAGE = """
+SELECT from_user, 'follows', to_channel, notify, note, weight, score, tags, levels,
+    to_timestamp(blocked_on, 'YYYY-MM-DD HH24:MI:SS'), created_at, settings::text, big::text FROM follows
+"""
+
+STORE_IMAGE = """
+SELECT entity_a, kind, entity_b, notify, note, weight, score, tags, levels, blocked_on, created_at, settings::text, big::text
+FROM associations
+"""
+
+LAKE_COLUMNS = (
+    "entity_a", "kind", "entity_b", "notify", "note", "weight", "score", "tags", "levels", "blocked_on", "created_at",
+    "settings", "big",
+)  # fmt: skip
+
+Rows = list[str]
+"""Rows as sorted `repr`s, so that NaN equals itself and -0.0 is not 0.0."""
+
+
+@dataclass
+class Migration:
+    """A migration with its stores, an administrator's session to each database, and the pipeline's steps."""
+
+    spec: Spec
+    spark: SparkSession
+    old: Connection
+    new: Connection
+    markers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def prepare(self) -> None:
+        """Run prepare."""
+        preparing.prepare(self.spec, self.spark)
+
+    def capture(self) -> None:
+        """Bring everything that the source has committed into the spool."""
+        note = f"end {next(self.markers)}"
+        emit_marker(self.old, note)
+        spool = Spool(self.spec.work / "spool")
+        capture(self.spec, until=lambda: note in spool.events().column("note").to_pylist())
+
+    def replay(self, *targets: str) -> Replayed:
+        """Replay the spool, into some targets or all."""
+        return replay(self.spec, self.spark, targets=targets or None)
+
+    def catch_up(self, *targets: str) -> Replayed:
+        """Capture and replay."""
+        self.capture()
+        return self.replay(*targets)
+
+    def backfill(self, *targets: str) -> list[Loaded]:
+        """Load all pending chunks, of some targets or all."""
+        return backfill(self.spec, self.spark, targets or None)
+
+    def abort(self) -> list[str]:
+        """Undo prepare."""
+        return preparing.abort(self.spec)
+
+    def leftovers(self) -> list[str]:
+        """Return what is left of ours in the old store."""
+        return preparing.leftovers(self.spec)
+
+    def chunks(self, target: str) -> list[ChunkRow]:
+        """Return the chunks of the first table's load into a target."""
+        with Ledger.open(self.spec, "test") as ledger:
+            return ledger.chunks(self.spec.tables[0].source, target)
+
+    def lake(self, name: str = "associations") -> DataFrame:
+        """Return the live rows of a table in the lake."""
+        return live_rows(self.spark, self.spec.targets[LAKE].folder / name)
+
+    def source_rows(self) -> Rows:
+        """Return what the targets should hold, computed by the old store itself."""
+        return rows(self.old.execute(SOURCE_IMAGE).fetchall())
+
+    def target_rows(self, target: str) -> Rows:
+        """Return what a target holds."""
+        if target == STORE:
+            return rows(self.new.execute(STORE_IMAGE).fetchall())
+        return lake_rows(self.lake().select(*LAKE_COLUMNS))
+
+    def assert_equal(self, *targets: str) -> None:
+        """Assert that targets (all unless named) hold what the source does now."""
+        expected = self.source_rows()
+        for target in targets or self.spec.targets:
+            found = self.target_rows(target)
+            differing = sorted(set(found) ^ set(expected))[:4]
+            assert found == expected, f"{target}: {len(found)} rows, {len(expected)} expected: {differing}"
+
+
+def rows(found: Sequence[tuple[Any, ...]]) -> Rows:
+    """Return fetched rows in the form that tests compare."""
+    return sorted(repr(tuple(_comparable(value) for value in row)) for row in found)
+
+
+def _comparable(value: Any) -> Any:
+    return value.isoformat() if hasattr(value, "isoformat") else value
+
+
+def lake_rows(frame: DataFrame) -> Rows:
+    """Return a frame's rows in the form that tests compare; Arrow keeps zones and microseconds."""
+    return rows([tuple(row.values()) for row in frame.toArrow().to_pylist()])
+
+
+MakeMigration = Callable[..., Migration]
+
+
+@pytest.fixture
+def make_migration(
+    old_dsn: str, new_dsn: str, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MakeMigration]:
+    """Make migrations from the same old database, each with a name, spec and folder of its own."""
+    monkeypatch.setenv("OLD_DSN", old_dsn)
+    monkeypatch.setenv("NEW_DSN", new_dsn)
+    with ExitStack() as open_sessions:
+        old = open_sessions.enter_context(connect(old_dsn, "test-old"))
+        new = open_sessions.enter_context(connect(new_dsn, "test-new"))
+
+        def make(tables: str, *statements: str, targets: Sequence[str] = (STORE, LAKE)) -> Migration:
+            for statement in statements:
+                old.execute(sql.SQL(statement))  # type: ignore[arg-type]  # a test's own text
+            name = f"m{random.getrandbits(40):x}"
+            folder = tmp_path / name
+            folder.mkdir()
+            path = folder / "spec.toml"
+            path.write_text(spec_text(name, tables, folder, targets), encoding="utf-8")
+            return Migration(load(path), spark, old, new)
+
+        yield make
+
+
+def spec_text(name: str, tables: str, folder: Path, targets: Sequence[str]) -> str:
+    """Return a spec's text."""
+    chosen = "".join(TARGETS[target].format(folder=folder) for target in targets)
+    ledger = "" if STORE in targets else '[ledger]\ndsn = "env:NEW_DSN"\n'
+    return f'name = "{name}"\n[source]\ndsn = "env:OLD_DSN"\n{chosen}{ledger}{tables}\n[work]\npath = "{folder}"\n'
+
+
+@pytest.fixture
+def migration(make_migration: MakeMigration) -> Migration:
+    """Make the migration of follows into both targets, not yet prepared."""
+    made = make_migration(FOLLOWS_TABLE, FOLLOWS)
+    made.old.execute(NASTY_ROWS, {"rows": ROWS})
+    made.old.execute("ANALYZE follows")
+    return made

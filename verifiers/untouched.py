@@ -1,0 +1,36 @@
+"""The rows that no write has touched since authority moved: what a target that stayed at the fence can be held against.
+
+The old store's gate keeps a cell for every mirrored write of a new epoch, in the same snapshot as the rows; those keys are left
+out on both sides. The sides' ranges stay as they were read, so coverage is still proved of what is compared.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from psycopg import sql
+
+from changeover.stores import Frozen
+from changeover.stores.gate import GatedTable
+from changeover.stores.pgtypes import decode
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+    from changeover.jobs.transform import Transform
+
+
+def rows(
+    spark: SparkSession, transform: Transform, old: Frozen, frames: tuple[DataFrame, DataFrame]
+) -> tuple[DataFrame, DataFrame]:
+    """Return both frames without the keys that the old store's gate has seen since authority moved (driver)."""
+    gated = GatedTable(*transform.table.source_name, tuple(c.name for c in transform.identity), ())
+    texts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in gated.key)
+    statement = sql.SQL("SELECT {} FROM {} WHERE _epoch > 0").format(texts, gated.touched)
+    touched = spark.createDataFrame(
+        old.query(statement.as_string(None)), ", ".join(f"`{name}` string" for name in gated.key)
+    )
+    decoded = touched.select(*(decode(touched[c.name], c.type, native=False).alias(c.name) for c in transform.identity))
+    keys = transform.keys(decoded).distinct()
+    left, right = (frame.join(keys, list(transform.target.key), "left_anti") for frame in frames)
+    return left, right

@@ -1,0 +1,244 @@
+"""Verify: both sides brought to one moment, every row compared, the verdict put on record.
+
+While the old store has authority the moment is exact: a temporary slot gives an LSN X and its snapshot, replay offers every
+event below X and none at or above, then each target is frozen and replay goes on. Where the application writes to both
+stores, a target may be ahead of X, so differing keys are judged again (`recheck`). After authority has moved the old store is
+compared with the new one as both are, and the lake, which stays at the fence, with the rows that no later write touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from changeover.errors import CouldNotFinish, StepOrder, TableStopped
+from changeover.jobs import snapshot
+from changeover.jobs.capture import emit_marker
+from changeover.jobs.ledger import CLOSED, Authority, Ledger
+from changeover.jobs.preflight import SourceTable, source_table
+from changeover.jobs.prepare import Prepared, require_prepared
+from changeover.jobs.replay import LEASE, LEASE_SECONDS, Replay
+from changeover.jobs.transform import Transform
+from changeover.position import format_lsn, parse_lsn
+from changeover.session import application_name, connect
+from changeover.spec import Spec
+from changeover.stores import Frozen, open_store
+from changeover.stores.postgres import freeze, frozen_at, importing
+from changeover.stores.reader import ReadTable
+from changeover.verifiers import checks, recheck, untouched
+from changeover.verifiers.diff import compare
+from changeover.verifiers.verdict import Positions, Range, TableDiff, Verdict
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+log = logging.getLogger(__name__)
+
+SPOOL_SECONDS = 60.0
+"""How long to wait until capture has spooled up to X; a capture that runs needs a fraction of a second."""
+
+PARTS = 8
+"""Key ranges that a side is read in: a few per core, so that one slow range does not hold the others up."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The moment of one verification: the old store's state per table, and the targets' states, all held open."""
+
+    source_lsn: int
+    sources: dict[str, Frozen]
+    targets: dict[tuple[str, str], Frozen]
+
+
+def verify(spec: Spec, spark: SparkSession, *, targets: Sequence[str] | None = None) -> list[Verdict]:
+    """Compare every row of every table with each target (all unless named) and record the verdicts (driver).
+
+    Raises CouldNotCheck where there is no answer, StepOrder before the backfill is closed, TableStopped.
+    """
+    with Ledger.open(spec, "verify") as ledger, ledger.lease("verify"):
+        prepared = require_prepared(spec, spark, ledger, "verify")
+        chosen = {names: t for names, t in prepared.transforms.items() if targets is None or names[1] in targets}
+        _require_closed(ledger, chosen)
+        authority = ledger.authority()
+        verdicts = []
+        with _moment(spec, spark, ledger, prepared, chosen, authority) as moment:
+            for (source, target), transform in chosen.items():
+                verdict = _Comparison(spec, spark, ledger, transform, source, target, authority, moment).run()
+                stage = recheck.last_stage(ledger)
+                ledger.record_verdict(source, target, verdict.word, stage, verdict.document())
+                log.info("%s in %s: %s at %s", source, target, verdict.word, verdict.positions)
+                verdicts.append(verdict)
+        return verdicts
+
+
+def _require_closed(ledger: Ledger, chosen: dict[tuple[str, str], Transform]) -> None:
+    for source, target in chosen:
+        _, _, stopped = ledger.source_table(source)
+        if stopped:
+            raise TableStopped(source, stopped)
+        if ledger.load(source, target).state != CLOSED:
+            raise StepOrder("verify", "backfill")
+
+
+@contextmanager
+def _moment(
+    spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared,
+    chosen: dict[tuple[str, str], Transform], authority: Authority,
+) -> Iterator[Moment]:  # fmt: skip
+    """Hold both sides still; while the old store has authority they are aligned at one LSN."""
+    dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "verify")
+    with ExitStack() as held, connect(dsn, application) as old:
+        tables = {t.source: seen for t in spec.tables if (seen := source_table(old, t)) is not None}
+        reads = {name: _read(seen) for name, seen in tables.items()}
+        if authority.store == "old":
+            with ledger.lease(LEASE, wait_seconds=LEASE_SECONDS):
+                made = snapshot.create_slot(dsn, application, f"{spec.slot}_verify", temporary=True)
+                held.enter_context(made.session)
+                emit_marker(old, "verify")
+                _replay_to(Replay(spec, spark, ledger, prepared), made.l0)
+                targets = _freeze_targets(held, spec, spark, chosen)
+            holder, exported = held.enter_context(importing(dsn, application, made.snapshot))
+            position = format_lsn(made.l0)
+            sources = {
+                name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS)
+                for name, read in reads.items()
+            }
+            yield Moment(made.l0, sources, targets)
+        else:
+            targets = _freeze_targets(held, spec, spark, chosen)
+            sources = {n: held.enter_context(freeze(spark, dsn, application, read, PARTS)) for n, read in reads.items()}
+            yield Moment(max((parse_lsn(s.position) for s in sources.values()), default=0), sources, targets)
+
+
+def _read(seen: SourceTable) -> ReadTable:
+    schema, _, name = seen.source.partition(".")
+    return ReadTable(schema, name, seen.store_columns, seen.key)
+
+
+def _replay_to(replay: Replay, position: int) -> None:
+    """Offer every event below a position, once capture has made them durable."""
+    deadline = time.monotonic() + SPOOL_SECONDS
+    while replay.spool.end() < position:
+        if time.monotonic() > deadline:
+            raise CouldNotFinish(
+                f"verify: capture has spooled up to {format_lsn(replay.spool.end())} and not {format_lsn(position)} after"
+                f" {SPOOL_SECONDS:g} s: is `changeover capture` running?"
+            )
+        time.sleep(0.05)
+    replay.offer(until=position)
+
+
+def _freeze_targets(
+    held: ExitStack, spec: Spec, spark: SparkSession, chosen: dict[tuple[str, str], Transform]
+) -> dict[tuple[str, str], Frozen]:
+    frozen = {}
+    for (source, target), transform in chosen.items():
+        store = held.enter_context(open_store(spec, spec.targets[target], "verify"))
+        frozen[source, target] = held.enter_context(store.freeze(spark, transform.target, PARTS))
+    return frozen
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One table against one target at one moment."""
+
+    spec: Spec
+    spark: SparkSession
+    ledger: Ledger
+    transform: Transform
+    source: str
+    target: str
+    authority: Authority
+    moment: Moment
+
+    def run(self) -> Verdict:
+        """Compare, judge in-flight keys again where both stores are written, and run the spec's own checks."""
+        started = time.monotonic()
+        run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{self.target}"
+        old, new = self.moment.sources[self.source], self.moment.targets[self.source, self.target]
+        frames = (self._ranged(old, self.transform), self._ranged(new, None))
+        follows_new = self.authority.store == "new" and not self._takes_over()
+        if follows_new:
+            frames = untouched.rows(self.spark, self.transform, old, frames)
+        differences = self.spec.work / "differences"
+        diff = compare(
+            *frames, table=self.source, store=self.target, key=self.transform.target.key, pg_types=self.transform.pg_types,
+            ranges=_ranges(old), target_ranges=_ranges(new), differences=differences, run=run,
+        )  # fmt: skip
+        again = None
+        if diff.differing_keys and self._takes_over() and recheck.dual_written(self.ledger, self.authority):
+            diff, again = self._recheck(diff, differences, run)
+        return Verdict.of(
+            diff, run=run, positions=Positions(self.moment.source_lsn, new.position),
+            checked_at=datetime.now(UTC).isoformat(timespec="seconds"), seconds=time.monotonic() - started,
+            checks=[] if follows_new else checks.run(self.transform.table.checks, old, new), recheck=again,
+        )  # fmt: skip
+
+    def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, recheck.Recheck]:
+        """Judge differing keys by the stores' present rows, with replay keeping up while it is the stream that heals."""
+        dsn, application = self.spec.source.dsn.resolve(), application_name(self.spec.name, "verify")
+        schema, name = self.transform.table.source_name
+        read = ReadTable(schema, name, self.transform.source, self.transform.identity)
+        moved = self.transform.source_key([c.name for c in self.transform.identity])
+        with ExitStack() as held:
+            ledger = held.enter_context(Ledger.open(self.spec, "verify"))
+            store = held.enter_context(open_store(self.spec, self.spec.targets[self.target], "verify"))
+            replay = Replay(self.spec, self.spark, ledger, require_prepared(self.spec, self.spark, ledger, "verify"))
+            present = ExitStack()
+            held.enter_context(present)
+
+            def source(keys: Sequence[recheck.Key]) -> DataFrame:
+                places = [diff.key.index(column) for column in moved] if moved else []
+                own = [tuple(key[place] for place in places) for key in keys] if moved else None
+                rows = self.transform.rows(
+                    present.enter_context(freeze(self.spark, dsn, application, read, 1)).frame(own)
+                )
+                return rows if moved else rows.join(_wanted(self.spark, diff.key, keys), list(diff.key), "left_semi")
+
+            def target(keys: Sequence[recheck.Key]) -> DataFrame:
+                return present.enter_context(store.freeze(self.spark, self.transform.target, 1)).frame(list(keys))
+
+            def between() -> None:
+                present.close()
+                if self.authority.store == "old":
+                    replay.round(targets=[self.target])
+
+            return recheck.judge(diff, differences, run, source=source, target=target, between=between)
+
+    def _takes_over(self) -> bool:
+        """Return whether this target is the one that the application writes to."""
+        return self.spec.flag is not None and self.spec.flag.target == self.target
+
+    def _ranged(self, frozen: Frozen, transform: Transform | None) -> DataFrame:
+        from pyspark.sql import functions as F
+
+        frame = frozen.frame(None)
+        one = len(frozen.ranges) == 1
+        ranged = frame.withColumn("_range", F.lit(0) if one else F.spark_partition_id())
+        return transform.rows(ranged, carry=["_range"]) if transform else ranged
+
+
+def _wanted(spark: SparkSession, names: Sequence[str], keys: Sequence[recheck.Key]) -> DataFrame:
+    """Return target keys as a frame, for a source whose own keys can't be told from them."""
+    return spark.createDataFrame([tuple(key) for key in keys], ", ".join(f"`{name}` string" for name in names))
+
+
+def _ranges(frozen: Frozen) -> list[Range]:
+    return [Range(number, lower, upper) for number, (lower, upper) in enumerate(frozen.ranges)]
+
+
+def main() -> None:
+    """Entry of `spark-submit verifiers/verify.py SPEC`."""
+    from changeover.entry import run_step
+
+    run_step("verify")
+
+
+if __name__ == "__main__":
+    main()
