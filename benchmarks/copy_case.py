@@ -27,7 +27,7 @@ from benchmarks.worker import PartyFailed, Worker
 from changeover.embedded import EmbeddedServer, find_binaries, wheel_binaries
 from changeover.session import connect
 
-WARM_UP_ROWS = 2_000
+WARM_UP_ROWS = 20_000
 SETTINGS = {"max_wal_size": "8GB", "checkpoint_timeout": "1h"}
 """Checkpoints are asked for between the runs, so that none falls into one of them; fsync stays on."""
 

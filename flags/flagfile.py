@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -99,22 +99,24 @@ class FileSource(UpdateProcessor):
     ) -> None:
         self._path = path
         build = Files.new_data_source([str(path)], auto_update=True, poll_interval=poll_seconds, force_polling=True)
-        self._make = lambda: build(config, store, ready)
+        if build is None:
+            raise TypeError("the SDK has no file data source")
+        self._make: Callable[[], UpdateProcessor] = lambda: build(config, store, ready)
         self._source = self._make()
 
     def start(self) -> None:
         """Load and follow the file."""
         while True:
             before = _modified(self._path)
-            self._source.start()
+            self._source.start()  # type: ignore[no-untyped-call]
             if _modified(self._path) == before:
                 return
-            self._source.stop()
+            self._source.stop()  # type: ignore[no-untyped-call]
             self._source = self._make()
 
     def stop(self) -> None:
         """Stop following."""
-        self._source.stop()
+        self._source.stop()  # type: ignore[no-untyped-call]
 
     def initialized(self) -> bool:
         """Return whether the file was loaded."""

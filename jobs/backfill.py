@@ -8,6 +8,7 @@ with the one that was prepared, then barrier and sweep. Only a closed table may 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -190,9 +191,9 @@ class _Load:
 
 def main() -> None:
     """Entry of `spark-submit jobs/backfill.py SPEC`."""
-    from changeover.entry import run_step
+    from changeover.cli import main as command
 
-    run_step("backfill")
+    command(args=["backfill", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

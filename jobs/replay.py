@@ -9,16 +9,17 @@ does not carry stops its table by name, after everything before it was applied.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from changeover.errors import TableStopped
-from changeover.jobs.ledger import CLOSED, Ledger, Load
+from changeover.jobs.ledger import CLOSED, Authority, Ledger, Load
 from changeover.jobs.prepare import Prepared, require_prepared, spool_of
 from changeover.jobs.spool import DELETE, INSERT, RELATION, TRUNCATE, UPDATE, Spool
 from changeover.jobs.transform import Transform
@@ -41,6 +42,8 @@ SMALL_BATCH = 20_000
 
 IDLE_SECONDS = 0.1
 
+FOR_EVER = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class Replayed:
@@ -60,6 +63,15 @@ class Batch:
     stop: str | None
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A time in which the old store had authority: its epoch, and the commit LSNs since <= lsn < until."""
+
+    epoch: int
+    since: int
+    until: int
+
+
 class Replay:
     """Replays one migration (driver); `round` is one turn over all its loads, in the thread that calls it."""
 
@@ -77,7 +89,8 @@ class Replay:
 
     def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Do a round's work; the caller holds the lease."""
-        end = self._limit(until)
+        end = min([self.spool.end()] + ([until] if until is not None else []))
+        intervals = old_authority(self.ledger.authorities())
         events = taken = 0
         positions = []
         for (source, target), transform in self.prepared.transforms.items():
@@ -88,39 +101,37 @@ class Replay:
                 if not (store.merges_while_loading or load.state == CLOSED):
                     continue
                 store.install(transform.target, self.prepared.stream.image)
-                offered = self._catch_up(load, end, transform, store)
-            events, taken = events + offered.offered, taken + offered.taken
-            positions.append(max(end, load.applied))
+                for interval in intervals:
+                    load, offered = self._catch_up(load, interval, end, transform, store)
+                    events, taken = events + offered.offered, taken + offered.taken
+            positions.append(load.applied)
         return Replayed(events, taken, min(positions, default=0))
 
-    def _limit(self, until: int | None) -> int:
-        """Return how far events may be offered: durable ones, of the time in which the old store had authority."""
-        limits = [self.spool.end()]
-        if until is not None:
-            limits.append(until)
-        limits += [row.from_lsn for row in self.ledger.authorities() if row.epoch == 1]
-        return min(limits)
-
-    def _catch_up(self, load: Load, end: int, transform: Transform, store: Store) -> Counts:
+    def _catch_up(
+        self, load: Load, interval: Interval, end: int, transform: Transform, store: Store
+    ) -> tuple[Load, Counts]:
+        """Offer what is left of one interval of the old store's authority; what lies between two of them is never offered."""
+        end = min(end, interval.until)
         if load.applied >= end:
-            return Counts(0, 0)
+            return load, Counts(0, 0)
         _, _, stopped = self.ledger.source_table(load.source)
         if stopped:
             raise TableStopped(load.source, stopped)
-        batch = self._next_batch(load, end, transform)
+        start = max(load.applied, interval.since)
+        batch = self._next_batch(start, end, transform)
         counts = Counts(0, 0)
         if batch.events:
-            with from_spark(load.source, f"changes from {format_lsn(load.applied)} to {format_lsn(batch.until)}"):
-                counts = store.merge(transform.target, self._changes(load, batch, transform))
+            with from_spark(load.source, f"changes from {format_lsn(start)} to {format_lsn(batch.until)}"):
+                counts = store.merge(transform.target, self._changes(start, batch, interval.epoch, transform))
         self.ledger.advance(load.source, load.target, batch.until, batch.events)
         if batch.stop:
             self.ledger.stop_table(load.source, batch.stop)
             raise TableStopped(load.source, batch.stop)
-        return Counts(batch.events, counts.taken)
+        return replace(load, applied=batch.until), Counts(batch.events, counts.taken)
 
-    def _next_batch(self, load: Load, end: int, transform: Transform) -> Batch:
+    def _next_batch(self, start: int, end: int, transform: Transform) -> Batch:
         schema, name = transform.table.source_name
-        outline = self.spool.outline(load.applied, end)
+        outline = self.spool.outline(start, end)
         ours = outline.filter(pc.equal(outline["relation"], f"{schema}.{name}"))
         stop = first_stop(ours)
         if stop is None:
@@ -129,15 +140,26 @@ class Replay:
         before = ours.filter(pc.less(ours["lsn"], lsn))
         return Batch(lsn, before.num_rows, f"{reason} (at {format_lsn(lsn)})")
 
-    def _changes(self, load: Load, batch: Batch, transform: Transform) -> DataFrame:
+    def _changes(self, start: int, batch: Batch, epoch: int, transform: Transform) -> DataFrame:
         schema, name = transform.table.source_name
         if batch.events <= SMALL_BATCH:
-            found = self.spool.events(load.applied, batch.until).select(["relation", "lsn", "ordinal", "op", "row", "key"])
+            found = self.spool.events(start, batch.until).select(["relation", "lsn", "ordinal", "op", "row", "key"])
             events = self.spark.createDataFrame(found).coalesce(1)  # type: ignore[arg-type]
         else:
-            events = self.spool.read(self.spark, load.applied, batch.until)
+            events = self.spool.read(self.spark, start, batch.until)
         ours = events.where((events["relation"] == f"{schema}.{name}") & events["op"].isin(INSERT, UPDATE, DELETE))
-        return transform.changes(ours, epoch=0)
+        return transform.changes(ours, epoch)
+
+
+def old_authority(authorities: Sequence[Authority]) -> list[Interval]:
+    """Return the intervals of the old store's stream in which it had authority, by the authority log (pure)."""
+    intervals = [Interval(0, 0, FOR_EVER)]
+    for change in authorities:
+        if change.store == "new":
+            intervals[-1] = replace(intervals[-1], until=change.from_lsn)
+        else:
+            intervals.append(Interval(change.epoch, change.from_lsn, FOR_EVER))
+    return intervals
 
 
 def first_stop(outline: pa.Table) -> tuple[int, str] | None:
@@ -191,9 +213,9 @@ def replay(
 
 def main() -> None:
     """Entry of `spark-submit jobs/replay.py SPEC`."""
-    from changeover.entry import run_step
+    from changeover.cli import main as command
 
-    run_step("replay")
+    command(args=["replay", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -7,8 +7,12 @@ new epoch.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,6 +299,33 @@ def set_stage(flag_file: Path, eventually: Callable[..., None]) -> Callable[[Rou
         eventually(lambda: router.stage is stage)
 
     return turn
+
+
+@contextmanager
+def forked(body: Callable[[], object]) -> Iterator[None]:
+    """Run a function in a forked child beside the block; its failure is the test's."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            body()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    try:
+        yield
+    finally:
+        status = os.waitpid(child, 0)[1]
+    assert status == 0, "the child failed: its traceback is in the captured output"
+
+
+@pytest.fixture
+def in_child() -> Callable[[Callable[[], object]], AbstractContextManager[None]]:
+    """Run a function in a forked child."""
+    return forked
 
 
 @pytest.fixture

@@ -26,9 +26,12 @@ from changeover.jobs.replay import Replayed, replay
 from changeover.jobs.spool import Spool
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
+from changeover.stores import Mark, Store, TargetTable
 from changeover.stores.delta import live_rows
 
 ROWS = 2000
+CHUNKS = 3
+"""Fewer than the product plans at least: an append to Delta costs a Spark job."""
 
 FOLLOWS = """
 CREATE TABLE follows (
@@ -183,6 +186,7 @@ def make_migration(
     """Make migrations from the same old database, each with a name, spec and folder of its own."""
     monkeypatch.setenv("OLD_DSN", old_dsn)
     monkeypatch.setenv("NEW_DSN", new_dsn)
+    monkeypatch.setattr("changeover.jobs.backfill.FEWEST_CHUNKS", CHUNKS)
     with ExitStack() as open_sessions:
         old = open_sessions.enter_context(connect(old_dsn, "test-old"))
         new = open_sessions.enter_context(connect(new_dsn, "test-new"))
@@ -198,6 +202,36 @@ def make_migration(
             return Migration(load(path), spark, old, new)
 
         yield make
+
+
+Read = Callable[[Sequence[int]], DataFrame]
+
+
+def load_one_by_one(monkeypatch: pytest.MonkeyPatch, kind: type[Any], between: Callable[[], object]) -> None:
+    """Make a kind of store load its chunks one after the other, with something done after each; all of it is the real loader."""
+    load = kind.load
+
+    def one_by_one(store: Store, table: TargetTable, chunks: Sequence[int], read: Read, mark: Mark) -> None:
+        for chunk in chunks:
+            load(store, table, [chunk], read, mark)
+            between()
+
+    monkeypatch.setattr(kind, "load", one_by_one)
+
+
+def load_after(monkeypatch: pytest.MonkeyPatch, kind: type[Any], meanwhile: Callable[[], object]) -> None:
+    """Make a kind of store read all images first and load them after something was done; all of it is the real loader."""
+    load = kind.load
+
+    def late(store: Store, table: TargetTable, chunks: Sequence[int], read: Read, mark: Mark) -> None:
+        images = {chunk: read([chunk]).persist() for chunk in chunks}
+        assert sum(image.count() for image in images.values())
+        meanwhile()
+        for chunk, image in images.items():
+            load(store, table, [chunk], lambda _, image=image: image, mark)
+            image.unpersist()
+
+    monkeypatch.setattr(kind, "load", late)
 
 
 def spec_text(name: str, tables: str, folder: Path, targets: Sequence[str]) -> str:

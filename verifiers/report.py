@@ -1,8 +1,8 @@
 """The report: verdicts as a terminal table, as JSON and as one HTML page.
 
 All three say the same about the same verdicts: the word first, then tables and stores, positions, classes, columns,
-samples, ranges and times. The page is one file without scripts or outside assets, opens from disk, and every value on it
-is escaped. Nothing here looks at a store; what a verdict masks stays masked. Runs in the driver.
+samples, ranges and times. The page is one file without scripts or outside assets, opens from disk, and every value on
+it is escaped. Nothing here looks at a store; what a verdict masks stays masked. Runs in the driver.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def print_terminal(
 
 
 def _overview(verdicts: Sequence[Verdict]) -> RenderableType:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table("table", "store", "verdict", "rows", "keys that differ", "as of", "took")
+    table = Table(Column("table", overflow="fold"), "store", "verdict", "rows", "keys that differ", "as of", "took")
     for verdict in verdicts:
         table.add_row(
             Text(verdict.table),

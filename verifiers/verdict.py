@@ -169,13 +169,18 @@ class Verdict:
         cls, diff: TableDiff, *, run: str, positions: Positions, checked_at: str, seconds: float,
         checks: Sequence[CheckResult] = (), recheck: Recheck | None = None, sensitive: Sequence[str] = (),
     ) -> Verdict:  # fmt: skip
-        """Bind what a comparison found to its moment; values of `sensitive` columns are masked in the sample."""
+        """Bind what a comparison found to its moment.
+
+        Values of `sensitive` columns are masked in the sample, and all bounds of ranges where one is part of the key.
+        """
+        hidden = bool(set(sensitive) & set(diff.key))
         return cls(
             run=run, table=diff.table, target=diff.store, positions=positions, checked_at=checked_at, seconds=seconds,
             key=diff.key, source_rows=diff.source_rows, target_rows=diff.target_rows, equal_rows=diff.equal_rows,
             counts=diff.counts, columns=diff.columns, duplicates=diff.duplicates,
             sample=tuple(masked(difference, sensitive) for difference in diff.sample[:SAMPLE_SIZE]),
-            source_ranges=diff.source_ranges, target_ranges=diff.target_ranges, found=diff.found, kept=diff.kept,
+            source_ranges=_shown(diff.source_ranges, hidden), target_ranges=_shown(diff.target_ranges, hidden),
+            found=diff.found, kept=diff.kept,
             checks=tuple(checks), recheck=recheck or Recheck(),
         )  # fmt: skip
 
@@ -240,6 +245,18 @@ def masked(difference: Difference, sensitive: Sequence[str]) -> Difference:
         key=hide(difference.key),
         source=None if difference.source is None else hide(difference.source),
         target=None if difference.target is None else hide(difference.target),
+    )
+
+
+def _shown(counts: Sequence[RangeCount], hidden: bool) -> tuple[RangeCount, ...]:
+    """Bounds are keys of real rows."""
+
+    def hide(bound: Bound) -> Bound:
+        return (MASK,) if hidden and bound is not None else bound
+
+    return tuple(
+        replace(count, range=replace(count.range, lower=hide(count.range.lower), upper=hide(count.range.upper)))
+        for count in counts
     )
 
 

@@ -9,6 +9,7 @@ compared with the new one as both are, and the lake, which stays at the fence, w
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -235,9 +236,9 @@ def _ranges(frozen: Frozen) -> list[Range]:
 
 def main() -> None:
     """Entry of `spark-submit verifiers/verify.py SPEC`."""
-    from changeover.entry import run_step
+    from changeover.cli import main as command
 
-    run_step("verify")
+    command(args=["verify", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Artifact(NamedTuple):
         return f"{self.group}_{self.name}-{self.version}.jar"
 
 
-DELTA = Artifact("io.delta", "delta-spark_4.1_2.13", "4.4.0")
+DELTA = Artifact("io.delta", "delta-spark_4.2_2.13", "4.4.0")
 POSTGRES = Artifact("org.postgresql", "postgresql", "42.7.7")
 
 NEEDED = (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -128,7 +128,7 @@ def replaced_while_starting(flag_file: Path, monkeypatch: pytest.MonkeyPatch) ->
         def replace_first(source: _FileDataSource) -> object:
             if missed:
                 flagfile.write_stage(flag_file, FLAG, missed.pop())
-            return start_polling(source)
+            return start_polling(source)  # type: ignore[no-untyped-call]
 
         monkeypatch.setattr(_FileDataSource, "_start_auto_updater", replace_first)
 
@@ -146,19 +146,18 @@ def test_a_replacement_while_the_sdk_starts_is_not_missed(
 
 
 def test_a_replacement_while_the_sdk_starts_again_in_a_forked_child_is_not_missed(
-    flag_client: LDClient, replaced_while_starting: Callable[[], None], eventually: Callable[..., None]
+    flag_client: LDClient,
+    replaced_while_starting: Callable[[], None],
+    eventually: Callable[..., None],
+    in_child: Callable[[Callable[[], object]], AbstractContextManager[None]],
 ) -> None:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            replaced_while_starting()
-            flag_client.postfork()
-            eventually(lambda: flag_client.variation(FLAG, SOMEONE, None) == "live", 2.0)
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    def start_again() -> None:
+        replaced_while_starting()
+        flag_client.postfork()
+        eventually(lambda: flag_client.variation(FLAG, SOMEONE, None) == "live", 2.0)
+
+    with in_child(start_again):
+        pass
 
 
 def test_writers_wait_for_each_other_and_readers_see_whole_files(flag_file: Path) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -487,27 +486,25 @@ def test_a_forked_child_follows_with_threads_and_sessions_of_its_own(
     make_follow: Callable[..., Follow],
     eventually: Callable[..., None],
     flag_file: Path,
+    in_child: Callable[[Callable[[], object]], AbstractContextManager[None]],
 ) -> None:
     router = make_router()
     set_stage(router, Stage.DUALWRITE)
     put(router, make_follow(1))
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            assert put(router, make_follow(2)).mirrored
-            eventually(lambda: router.stage is Stage.OFF)
-            assert not put(router, make_follow(3)).mirrored
-            assert router.drain(5)
-            assert router.counters()["mirror_new"]["applied"] == 1
-            router.close()
-            code = 0
-        finally:
-            os._exit(code)
-    time.sleep(0.5)
-    flagfile.write_stage(flag_file, FLAG, Stage.OFF)
-    assert os.waitpid(child, 0)[1] == 0
-    put(router, make_follow(4))
+
+    def work() -> None:
+        assert put(router, make_follow(2)).mirrored
+        eventually(lambda: router.stage is Stage.OFF)
+        assert not put(router, make_follow(3)).mirrored
+        assert router.drain(5)
+        assert router.counters()["mirror_new"]["applied"] == 1
+        router.close()
+
+    with in_child(work):
+        eventually(lambda: (2, 1, "hello") in stores.rows(Origin.OLD))
+        flagfile.write_stage(flag_file, FLAG, Stage.OFF)
+    eventually(lambda: router.stage is Stage.OFF)
+    assert not put(router, make_follow(4)).mirrored
     assert router.drain(5)
     assert [row[0] for row in stores.rows(Origin.OLD)] == [1, 2, 3, 4]
     assert [row[0] for row in stores.rows(Origin.NEW)] == [1, 2]

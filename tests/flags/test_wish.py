@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from changeover.flags import flagfile
 from changeover.flags.wish import FlagStage
 
 FLAG = "follows-store"
+InChild = Callable[[Callable[[], object]], AbstractContextManager[None]]
 
 
 def drop_flag(document: dict[str, object]) -> None:
@@ -88,18 +89,14 @@ def test_a_plain_string_flag_does_as_well() -> None:
 
 
 def test_a_forked_child_follows_the_flag(
-    flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]
+    flag_file: Path, flag_client: LDClient, eventually: Callable[..., None], in_child: InChild
 ) -> None:
     wish = FlagStage(flag_client, FLAG)
     assert wish.stage() is Stage.OFF
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            wish.after_fork()
-            eventually(lambda: wish.stage() is Stage.LIVE)
-            code = 0
-        finally:
-            os._exit(code)
-    flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def follow() -> None:
+        wish.after_fork()
+        eventually(lambda: wish.stage() is Stage.LIVE)
+
+    with in_child(follow):
+        flagfile.write_stage(flag_file, FLAG, Stage.LIVE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -98,6 +99,15 @@ def test_sensitive_values_are_masked_in_key_and_sides() -> None:
     assert shown.source == {"id": MASK, "mail": MASK}
     assert shown.target == {"id": MASK, "mail": None}
     assert "a@x" not in verdict.to_json()
+
+
+def test_a_sensitive_key_is_masked_in_the_bounds_too() -> None:
+    halves = (RangeCount(Range(0, None, ("a@x",)), 1), RangeCount(Range(1, ("a@x",), None), 2))
+    diff = replace(diff_of(), key=("mail",), sample=(), source_ranges=halves, target_ranges=halves)
+    assert "a@x" in verdict_of(diff).to_json()
+    verdict = verdict_of(diff, sensitive=("mail",))
+    assert "a@x" not in verdict.to_json()
+    assert verdict.source_ranges[0] == RangeCount(Range(0, None, (MASK,)), 1)
 
 
 def test_a_machine_reads_the_word_and_both_positions() -> None:

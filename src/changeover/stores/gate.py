@@ -207,6 +207,8 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     """Offer the batch table's changes, one row a key, through the gate, in the caller's transaction."""
     offered = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
     lock_shared(cursor, table)
+    # a store that has lost authority lets the gate of the present epoch pass, see refusal
+    cursor.execute(sql.SQL("SELECT set_config('changeover.epoch', max(_epoch)::text, true) FROM {}").format(BATCH))
     cursor.execute(
         sql.SQL(
             "WITH won AS ({touch} RETURNING {t_key}) DELETE FROM {batch} AS b WHERE NOT EXISTS (SELECT FROM won WHERE {same})"

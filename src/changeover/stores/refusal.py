@@ -17,37 +17,59 @@ from changeover.stores.gate import FENCED
 
 LOCK_TIMEOUT = "300ms"
 
+TRIGGERS = (("", "INSERT OR UPDATE OR DELETE", "ROW"), ("_truncate", "TRUNCATE", "STATEMENT"))
+"""(suffix of the trigger's name, events, level)."""
+
 
 def install(connection: Connection, schema: str, name: str, epoch: int, deadline: float) -> bool:
-    """Refuse writes of epochs before `epoch`; return False when the lock was not granted before `deadline` (monotonic seconds).
+    """Refuse writes of epochs before `epoch`; False when the lock was not granted before `deadline` (monotonic seconds).
 
-    Once this returns True, no transaction that could write without the refusal is alive.
+    Once this returns True, no transaction that could write without the refusal is alive. The refusal ends by itself at the
+    deadline, so that a fence that died gives the writers back, until `make_permanent`.
     """
-    function = sql.Identifier("changeover", f"refuse_{name}")
-    body = sql.SQL(
-        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN"
-        " IF coalesce(nullif(current_setting('changeover.epoch', true), '')::integer, -1) >= {epoch} THEN"
-        " IF TG_LEVEL = 'STATEMENT' THEN RETURN NULL; END IF;"
-        " IF TG_OP = 'DELETE' THEN RETURN OLD; END IF; RETURN NEW; END IF;"
-        " RAISE EXCEPTION 'changeover: this store has no authority over % since epoch {epoch}: write to the other one', TG_RELID::regclass"
-        " USING ERRCODE = {state}; END $body$"
-    ).format(function=function, epoch=sql.Literal(epoch), state=sql.Literal(FENCED))
-    table = sql.Identifier(schema, name)
-    while time.monotonic() < deadline:
+    table, function = sql.Identifier(schema, name), sql.Identifier("changeover", f"refuse_{name}")
+    while (left := deadline - time.monotonic()) > 0:
         try:
             with connection.transaction():
                 connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
                 connection.execute("CREATE SCHEMA IF NOT EXISTS changeover")
-                connection.execute(body)
-                for suffix, event, level in (("", "INSERT OR UPDATE OR DELETE", "ROW"), ("_truncate", "TRUNCATE", "STATEMENT")):
+                connection.execute(_function(function, epoch, _server_time(connection, left)))
+                for suffix, event, level in TRIGGERS:
                     trigger = sql.Identifier(f"changeover_refusal{suffix}")
-                    connection.execute(sql.SQL("CREATE OR REPLACE TRIGGER {} BEFORE {} ON {} FOR EACH {} EXECUTE FUNCTION {}()").format(
-                        trigger, sql.SQL(event), table, sql.SQL(level), function))  # fmt: skip
+                    connection.execute(
+                        sql.SQL("CREATE OR REPLACE TRIGGER {} BEFORE {} ON {} FOR EACH {} EXECUTE FUNCTION {}()").format(
+                            trigger, sql.SQL(event), table, sql.SQL(level), function
+                        )
+                    )
                     connection.execute(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
             return True
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.05)
     return False
+
+
+def make_permanent(connection: Connection, schema: str, name: str, epoch: int) -> None:
+    """Take the deadline off a refusal; the caller makes sure that it has not passed."""
+    connection.execute(_function(sql.Identifier("changeover", f"refuse_{name}"), epoch, "infinity"))
+
+
+def _server_time(connection: Connection, seconds: float) -> str:
+    """Return a moment of the server's own clock, which is the one that the refusal goes by."""
+    row = connection.execute("SELECT (clock_timestamp() + make_interval(secs => %s))::text", [seconds]).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def _function(function: sql.Identifier, epoch: int, ends: str) -> sql.Composed:
+    """The trigger's body: what comes through the gate of the present epoch passes, and everything once `ends` has come."""
+    return sql.SQL(
+        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN"
+        " IF coalesce(nullif(current_setting('changeover.epoch', true), '')::integer, -1) < {epoch}"
+        " AND clock_timestamp() < {ends}::timestamptz THEN"
+        " RAISE EXCEPTION 'changeover: this store has no authority over % since epoch {epoch}: write to the other one',"
+        " TG_RELID::regclass USING ERRCODE = {state}; END IF;"
+        " IF TG_OP = 'DELETE' THEN RETURN OLD; END IF; RETURN NEW; END $body$"
+    ).format(function=function, epoch=sql.Literal(epoch), ends=sql.Literal(ends), state=sql.Literal(FENCED))
 
 
 def remove(connection: Connection, schema: str, name: str) -> list[str]:

@@ -1,0 +1,204 @@
+"""The fence: authority over all rows moves from one store to the other, enforced by the store that loses it.
+
+The order is the proof: (1) the losing store refuses whatever is not of the new epoch, and getting that trigger's lock has drained
+every older writing transaction; (2) only then its position F is read and a marker emitted; (3) the gaining store has everything
+below F; (4) its floor goes up to the new epoch; (5) the ledger says so. Until then the refusal ends by itself at a deadline, so a
+fence that dies gives the writers back; after a hand-over that took longer than `max_pause` it is called off.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ldclient.migrations.types import Origin
+from psycopg import sql
+
+from changeover.errors import FenceCalledOff, TableStopped
+from changeover.flags.gate import mirrors
+from changeover.jobs.capture import emit_marker
+from changeover.jobs.ledger import Authority, Ledger
+from changeover.jobs.preflight import source_table
+from changeover.position import epoch_floor, format_lsn, parse_lsn
+from changeover.session import Connection, application_name, connect
+from changeover.spec import Spec, Table
+from changeover.stores import gate, refusal
+
+log = logging.getLogger(__name__)
+
+MAX_PAUSE = 10.0
+"""Seconds after which a fence is called off and writers go on where they were."""
+
+PERMANENT_SECONDS = 1.0
+"""What must be left of the pause when the refusal is made permanent: the deadline may not pass in between."""
+
+SEQUENCE_MARGIN = 10_000
+"""How far a gaining store's sequences go past the other's: rows that arrive during the hand-over find their place below."""
+
+
+@dataclass(frozen=True)
+class Fenced:
+    """A fence that was done: the new epoch, the store that has authority, and how long writers waited at most."""
+
+    epoch: int
+    store: str
+    from_lsn: int
+    pause_seconds: float
+
+
+@dataclass(frozen=True)
+class Side:
+    """One store at a fence: its session, and its tables as the gate knows them."""
+
+    dsn: str
+    connection: Connection
+    tables: tuple[tuple[str, str, tuple[str, ...]], ...]
+
+
+def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
+    """Move authority over all rows to a store (driver); replay must be running for the way to the new one.
+
+    Raises FenceCalledOff, with writers back where they were, and TableStopped.
+    """
+    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), _sides(spec, ledger) as (old, new):
+        present = ledger.authority()
+        if present.store == to.value:
+            return Fenced(present.epoch, present.store, present.from_lsn, present.pause_seconds or 0.0)
+        losing, gaining = (old, new) if to is Origin.NEW else (new, old)
+        epoch = present.epoch + 1
+        _prepare_gates(gaining, losing, epoch)
+        started = time.monotonic()
+        deadline = started + max_pause
+        try:
+            from_lsn = _hand_over(spec, ledger, old, losing, to, epoch, deadline)
+            for schema, name, key in gaining.tables:
+                gate.raise_floor(gaining.connection, gate.GatedTable(schema, name, key, ()), epoch_floor(epoch))
+            if deadline - time.monotonic() < PERMANENT_SECONDS:
+                raise FenceCalledOff(time.monotonic() - started, "the last step, which the deadline left no time for")
+            for schema, name, _ in losing.tables:
+                refusal.make_permanent(losing.connection, schema, name, epoch)
+        except BaseException:
+            for schema, name, _ in losing.tables:
+                refusal.remove(losing.connection, schema, name)
+            raise
+        pause = time.monotonic() - started
+        _record(ledger, Authority(epoch, to.value, from_lsn, present.at, pause))
+        for schema, name, _ in gaining.tables:
+            refusal.remove(gaining.connection, schema, name)
+        log.info("epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(from_lsn), pause)
+        return Fenced(epoch, to.value, from_lsn, pause)
+
+
+@contextmanager
+def _sides(spec: Spec, ledger: Ledger) -> Iterator[tuple[Side, Side]]:
+    assert spec.flag is not None
+    old_dsn, new_dsn = spec.source.dsn.resolve(), spec.targets[spec.flag.target].dsn_value
+    name = application_name(spec.name, "fence")
+    with connect(old_dsn, name) as old, connect(new_dsn, name) as new:
+        yield (
+            Side(old_dsn, old, tuple((*t.source_name, _identity(old, t)) for t in spec.tables)),
+            Side(new_dsn, new, tuple((*t.target_name, t.key) for t in spec.tables)),
+        )
+
+
+def _identity(old: Connection, table: Table) -> tuple[str, ...]:
+    seen = source_table(old, table)
+    return seen.identity if seen else ()
+
+
+def _prepare_gates(gaining: Side, losing: Side, epoch: int) -> None:
+    """Before the pause: the losing store, mirrored to from now on, gets its gate; the gaining one statistics and sequences."""
+    for schema, name, key in losing.tables:
+        gate.install_gate(losing.connection, schema, name, key, epoch_floor(0))
+        gate.raise_floor(losing.connection, gate.GatedTable(schema, name, key, ()), epoch_floor(epoch))
+    for schema, name, _ in gaining.tables:
+        gaining.connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(schema, name)))
+        _advance_sequences(gaining.connection, schema, name)
+
+
+def _advance_sequences(connection: Connection, schema: str, name: str) -> None:
+    """Move the sequences that a table's columns own past every row that has arrived, and past those under way."""
+    rows = connection.execute(
+        "SELECT a.attname, pg_get_serial_sequence(%(t)s, a.attname) FROM pg_attribute a WHERE a.attrelid = %(t)s::regclass"
+        " AND a.attnum > 0 AND NOT a.attisdropped AND pg_get_serial_sequence(%(t)s, a.attname) IS NOT NULL",
+        {"t": sql.Identifier(schema, name).as_string(connection)},
+    ).fetchall()
+    for column, sequence in rows:
+        connection.execute(
+            sql.SQL("SELECT setval({}, greatest((SELECT coalesce(max({}), 0) FROM {}) + {}, nextval({})))").format(
+                sql.Literal(sequence), sql.Identifier(column), sql.Identifier(schema, name), sql.Literal(SEQUENCE_MARGIN),
+                sql.Literal(sequence),
+            )  # fmt: skip
+        )
+
+
+def _hand_over(
+    spec: Spec, ledger: Ledger, old: Side, losing: Side, to: Origin, epoch: int, deadline: float
+) -> int:
+    """Refuse, drain, and wait until the gaining store has everything; return the old store's position at that moment."""
+    started = time.monotonic()
+    for schema, name, _ in losing.tables:
+        if not refusal.install(losing.connection, schema, name, epoch, deadline):
+            raise FenceCalledOff(time.monotonic() - started, f"the lock on {schema}.{name}")
+    row = old.connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+    assert row is not None
+    position = parse_lsn(row[0])
+    emit_marker(old.connection, f"fence {epoch}")
+    if to is Origin.NEW:
+        _require_same_files(spec, ledger, old)
+        _wait(lambda: _behind(spec, ledger, position), started, deadline)
+    else:
+        fenced_at = ledger.connection.execute("SELECT now()").fetchone()
+        assert fenced_at is not None
+        _wait(lambda: _unmirrored(ledger, fenced_at[0]), started, deadline)
+        row = old.connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        assert row is not None
+        position = parse_lsn(row[0])
+    return position
+
+
+def _require_same_files(spec: Spec, ledger: Ledger, old: Side) -> None:
+    for table in spec.tables:
+        filenode, _, stopped = ledger.source_table(table.source)
+        seen = source_table(old.connection, table)
+        if stopped or seen is None or seen.filenode != filenode:
+            raise TableStopped(table.source, stopped or "it was rewritten since prepare")
+
+
+def _behind(spec: Spec, ledger: Ledger, position: int) -> str | None:
+    assert spec.flag is not None
+    late = [load for load in ledger.loads() if load.target == spec.flag.target and load.applied < position]
+    return f"replay to reach {format_lsn(position)} in {late[0].target}" if late else None
+
+
+def _unmirrored(ledger: Ledger, since: object) -> str | None:
+    """On the way back the routers' mirrors must be empty, as each says after the refusal, and must not have lost a write."""
+    row = ledger.connection.execute("SELECT now() - interval '10 seconds'").fetchone()
+    assert row is not None
+    for beat in ledger.heartbeats():
+        if beat.at < row[0]:
+            continue  # not alive: its queue died with it, and what it lost is in its last counters
+        if beat.at <= since:  # type: ignore[operator]
+            return f"process {beat.process} to say that its mirror is empty"
+        for mirror in mirrors(beat, Origin.OLD):
+            if mirror.get("depth"):
+                return f"the mirror of process {beat.process}"
+    return None
+
+
+def _wait(what: Callable[[], str | None], started: float, deadline: float) -> None:
+    while (waiting := what()) is not None:
+        if time.monotonic() > deadline:
+            raise FenceCalledOff(time.monotonic() - started, waiting)
+        time.sleep(0.02)
+
+
+def _record(ledger: Ledger, authority: Authority) -> None:
+    """The one statement by which authority moves."""
+    ledger.connection.execute(
+        "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds) VALUES (%s, %s, %s, %s, %s)",
+        [ledger.migration, authority.epoch, authority.store, format_lsn(authority.from_lsn), authority.pause_seconds],
+    )

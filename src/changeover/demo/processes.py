@@ -1,0 +1,115 @@
+"""The demo's processes: the application and capture, each on its own, started and ended by id.
+
+A process has a session of its own, so that Ctrl-C at the terminal reaches the demo alone, which then ends them in order.
+Its output goes to a log file. Secrets reach it by the environment, never by an argument.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from changeover.errors import CouldNotFinish
+
+END_WITHIN = 30.0
+
+
+@dataclass
+class Child:
+    """A process of the demo's, with its log."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @classmethod
+    def start(cls, name: str, module: str, arguments: Sequence[str], log: Path) -> Child:
+        """Start a module of ours in a process of its own."""
+        with log.open("ab") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
+        return cls(name, process, log)
+
+    def require_alive(self) -> None:
+        """Raise CouldNotFinish, with the last line that the process wrote, when it has ended."""
+        if self.process.poll() is not None:
+            said = self.log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+            raise CouldNotFinish(
+                f"the demo's {self.name} ended by itself with code {self.process.returncode}: its last words in"
+                f" {self.log} are {said[-1]!r}"
+            )
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self.require_alive()
+        self.process.send_signal(number)
+
+    def end(self) -> int:
+        """Ask the process to end, insist where it does not, and return its exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(END_WITHIN)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        return self.process.returncode
+
+
+@dataclass
+class ApplicationProcess:
+    """The demo's application as seen from outside: its status file."""
+
+    child: Child
+    status_file: Path
+
+    @classmethod
+    def start(cls, spec: Path, folder: Path, rows: int) -> ApplicationProcess:
+        """Start it and wait for its first writes."""
+        status = folder / "application.json"
+        child = Child.start(
+            "application", "changeover.demo.application", [str(spec), str(status), str(rows)], folder / "application.log"
+        )
+        started = cls(child, status)
+        started.wait_for("its first writes", lambda seen: seen["writes"] > 0)
+        return started
+
+    def status(self) -> dict[str, Any]:
+        """Return what it says of itself; empty before it has said anything."""
+        try:
+            found: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return found
+
+    def wait_for(self, what: str, condition: Callable[[dict[str, Any]], bool], seconds: float = 30.0) -> dict[str, Any]:
+        """Wait until its status fulfils a condition; raises CouldNotFinish when it does not in time."""
+        deadline = time.monotonic() + seconds
+        while not ((seen := self.status()) and condition(seen)):
+            self.child.require_alive()
+            if time.monotonic() > deadline:
+                raise CouldNotFinish(f"the demo's application: no sign of {what} within {seconds:g} s, see {self.child.log}")
+            time.sleep(0.05)
+        return seen
+
+    def end(self) -> dict[str, Any]:
+        """End it; return its last status."""
+        self.child.end()
+        return self.status()
+
+
+def capture(spec: Path, folder: Path) -> Child:
+    """Start the service that spools the change stream."""
+    return Child.start("capture", "changeover.jobs.capture", [str(spec)], folder / "capture.log")

@@ -1,0 +1,182 @@
+"""The pipeline: the steps of a migration in their order, as one list that `plan` prints and `run` walks.
+
+Because both go over the same objects, what is shown beforehand is what is done. A step that finds its work done does nothing, so
+`run` may be killed and repeated at any point. Capture is a service of its own: `run` starts it where none is alive and leaves it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from changeover.errors import ChangeoverError, CouldNotFinish, LeaseHeld, UnsafePlan
+from changeover.jobs import backfill as backfilling
+from changeover.jobs import preflight as preflighting
+from changeover.jobs import prepare as preparing
+from changeover.jobs import replay as replaying
+from changeover.jobs.ledger import Ledger
+from changeover.jobs.progress import progress
+from changeover.spec import Spec
+from changeover.verifiers.verdict import Verdict
+from changeover.verifiers.verify import verify
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+log = logging.getLogger(__name__)
+
+CAPTURE_SECONDS = 20.0
+
+
+@dataclass
+class Run:
+    """One walk over the steps: what they share, and what they found."""
+
+    spec: Spec
+    spark: Callable[[], SparkSession]
+    seconds: dict[str, float] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
+    done: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step: what it does, which locks it takes in the old store, and the function that does it."""
+
+    name: str
+    does: str
+    locks: str
+    act: Callable[[Run], None]
+
+
+def _check(run: Run) -> None:
+    found = preflighting.preflight(run.spec)
+    run.done["estimate"] = sum(table.rows for table in found.tables.values())
+    if found.reasons and not _prepared(run.spec):
+        raise UnsafePlan(tuple(found.reasons))
+
+
+def _prepared(spec: Spec) -> bool:
+    with Ledger.open(spec, "run") as ledger:
+        return ledger.exists()
+
+
+def _prepare(run: Run) -> None:
+    preparing.prepare(run.spec, run.spark())
+
+
+def _capture(run: Run) -> None:
+    run.done["capture_pid"] = start_capture(run.spec)
+
+
+def _backfill(run: Run) -> None:
+    """Load with replay beside it; the first turn of replay comes before the first chunk, so that tombstones are there."""
+    with replay_beside(run.spec, run.spark()), progress(run.spec, run.spec.name):
+        run.done["loads"] = backfilling.backfill(run.spec, run.spark())
+
+
+def _replay(run: Run) -> None:
+    run.done["replayed"] = replaying.replay(run.spec, run.spark())
+
+
+def _verify(run: Run) -> None:
+    run.verdicts = verify(run.spec, run.spark())
+
+
+STEPS: tuple[Step, ...] = (
+    Step("check", "look at both sides and change nothing", "none", _check),
+    Step(
+        "prepare",
+        "publication, replication slot with its snapshot, ledger, target tables and gates",
+        "SHARE UPDATE EXCLUSIVE on each table for the publication, asked for 2 s at a time; the slot waits for open transactions",
+        _prepare,
+    ),
+    Step("capture", "spool the change stream, as a service of its own", "none: it reads the write-ahead log", _capture),
+    Step("backfill", "load the snapshot chunk by chunk, with replay beside it", "ACCESS SHARE on each table", _backfill),
+    Step("replay", "offer what was spooled until caught up", "none: it reads the spool", _replay),
+    Step("verify", "compare every row at one position", "ACCESS SHARE on each table; a temporary slot", _verify),
+)
+
+
+def run(spec: Spec, spark: Callable[[], SparkSession], *, say: Callable[[str], None] = lambda line: None) -> Run:
+    """Walk all steps (driver); whatever is done is not repeated. `say` gets a line as each step begins and ends."""
+    walk = Run(spec, spark)
+    for step in STEPS:
+        say(f"{step.name}: {step.does}")
+        started = time.monotonic()
+        step.act(walk)
+        walk.seconds[step.name] = round(time.monotonic() - started, 3)
+        say(f"{step.name}: done in {walk.seconds[step.name]:.1f} s")
+    return walk
+
+
+def start_capture(spec: Spec) -> int | None:
+    """Start capture as a process of its own unless one is alive; return its pid, None when it was there (driver).
+
+    It outlives this process, as a service does; its output goes to a log under the work folder.
+    """
+    with Ledger.open(spec, "run") as ledger:
+        ledger.stream("capture")
+        try:
+            with ledger.lease("capture"):
+                pass
+        except LeaseHeld:
+            return None
+    folder = spec.work / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "capture.out", "ab") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "changeover.jobs.capture", spec.path],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=dict(os.environ),
+        )  # fmt: skip
+    threading.Thread(target=child.wait, daemon=True, name="capture-reaper").start()
+    _wait_for_capture(spec, child)
+    return child.pid
+
+
+def _wait_for_capture(spec: Spec, child: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + CAPTURE_SECONDS
+    with Ledger.open(spec, "run") as ledger:
+        while time.monotonic() < deadline:
+            try:
+                with ledger.lease("capture"):
+                    pass
+            except LeaseHeld:
+                return
+            if child.poll() is not None:
+                break
+            time.sleep(0.2)
+    raise CouldNotFinish(f"capture did not start: see {spec.work / 'logs' / 'capture.out'}")
+
+
+@contextmanager
+def replay_beside(spec: Spec, spark: SparkSession) -> Iterator[None]:
+    """Replay into the targets that allow it while the block runs; its error ends the block's run as well."""
+    stop = threading.Event()
+    failed: list[ChangeoverError] = []
+    replaying.replay(spec, spark)
+
+    def follow() -> None:
+        spark.sparkContext.setLocalProperty("spark.scheduler.pool", "replay")
+        try:
+            replaying.replay(spec, spark, follow=True, stop=stop)
+        except ChangeoverError as error:
+            failed.append(error)
+
+    beside = threading.Thread(target=follow, name="replay")
+    beside.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beside.join()
+    if failed:
+        raise failed[0]

@@ -1,0 +1,225 @@
+"""The spec: what is refused, by which key, and what its hash depends on."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from changeover.errors import SecretMissing, SpecError
+from changeover.spec import Spec, load
+
+WHOLE = """
+name = "follows"
+[source]
+dsn = "env:OLD_DSN"
+capture = "slot"
+[target.store]
+kind = "postgres"
+dsn = "env:NEW_DSN"
+[target.lake]
+kind = "delta"
+path = "/lake"
+[[table]]
+source = "public.follows"
+target = "associations"
+key = ["entity_a", "entity_b"]
+drop = ["secret"]
+where = "deleted_at IS NULL"
+[table.columns]
+entity_a = "from_user"
+entity_b = "to_channel"
+[table.transform]
+function = "my_app.migration:reshape"
+[[table.check]]
+name = "count"
+source = "SELECT count(*) FROM follows"
+target = "SELECT count(*) FROM associations"
+[flag]
+key = "follows-store"
+target = "store"
+[work]
+path = "/work"
+"""
+
+
+def loaded(folder: Path, text: str) -> Spec:
+    path = folder / "spec.toml"
+    path.write_text(text, encoding="utf-8")
+    return load(path)
+
+
+def refused(folder: Path, text: str) -> SpecError:
+    tomllib.loads(text)  # what is refused is the meaning, not the syntax
+    with pytest.raises(SpecError) as caught:
+        loaded(folder, text)
+    assert caught.value.exit_code == 2
+    assert str(folder / "spec.toml") in str(caught.value)
+    return caught.value
+
+
+def test_a_whole_spec(tmp_path: Path) -> None:
+    spec = loaded(tmp_path, WHOLE)
+    table = spec.tables[0]
+    assert (spec.name, spec.slot, spec.work) == ("follows", "changeover_follows", Path("/work"))
+    assert list(spec.targets) == ["store", "lake"]
+    assert spec.ledger.key == "target.store.dsn"
+    assert (table.source_name, table.target_name) == (("public", "follows"), ("public", "associations"))
+    assert (table.drop, table.where, table.function) == (("secret",), "deleted_at IS NULL", "my_app.migration:reshape")
+    assert table.checks[0].name == "count"
+    assert spec.flag is not None
+    assert spec.table("follows") is spec.table("public.follows") is spec.table("associations") is table
+    with pytest.raises(SpecError, match="no table is named nothing"):
+        spec.table("nothing")
+
+
+UNKNOWN = [
+    ("name =", 'nam = "x"\nname =', "nam", "did you mean name?"),
+    ('capture = "slot"', 'captur = "slot"', "source.captur", "did you mean capture?"),
+    ('kind = "delta"', 'kind = "delta"\ndsn = "env:X"', "target.lake.dsn", "known here: kind, path"),
+    ("drop =", "dropp =", "table[0].dropp", "did you mean drop?"),
+    ("function =", "func =", "table[0].transform.func", "did you mean function?"),
+    ("[flag]", "[flag]\nstage = 1", "flag.stage", "known here"),
+    ("[work]", '[work]\nfolder = "x"', "work.folder", "known here: path"),
+    ("[[table.check]]", '[[table.check]]\nsql = "x"', "table[0].check[0].sql", "known here"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "where", "hint"), UNKNOWN)
+def test_an_unknown_key_is_named(tmp_path: Path, old: str, new: str, where: str, hint: str) -> None:
+    error = refused(tmp_path, WHOLE.replace(old, new, 1))
+    assert error.where == where
+    assert hint in error.problem
+
+
+MISSING = [
+    ('name = "follows"', "name"), ('dsn = "env:OLD_DSN"', "source.dsn"), ('kind = "postgres"', "target.store.kind"),
+    ('dsn = "env:NEW_DSN"', "target.store.dsn"), ('path = "/lake"', "target.lake.path"), ('source = "public.follows"', "table[0].source"),
+    ('target = "associations"', "table[0].target"), ('key = ["entity_a", "entity_b"]', "table[0].key"),
+    ('key = "follows-store"', "flag.key"), ('path = "/work"', "work.path"), ('[work]\npath = "/work"', "work"),
+    ('[source]\ndsn = "env:OLD_DSN"\ncapture = "slot"', "source"), ('name = "count"', "table[0].check[0].name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "where"), MISSING)
+def test_a_missing_key_is_named(tmp_path: Path, line: str, where: str) -> None:
+    assert refused(tmp_path, WHOLE.replace(line, "", 1)).where == where
+
+
+WRONG = [
+    ('name = "follows"', "name = 3", "name", "must be a string, not int"),
+    ('name = "follows"', 'name = "Follows!"', "name", "lower-case"),
+    ('name = "follows"', 'name = ""', "name", "is empty"),
+    ('dsn = "env:OLD_DSN"', "dsn = true", "source.dsn", "must be a string, not bool"),
+    ('dsn = "env:OLD_DSN"', 'dsn = "host="', "source.dsn", "is not a PostgreSQL DSN"),
+    ('capture = "slot"', 'capture = "kafka"', "source.capture", "slot"),
+    ('kind = "delta"', 'kind = "iceberg"', "target.lake.kind", '"postgres" and "delta"'),
+    ('key = ["entity_a", "entity_b"]', 'key = "entity_a"', "table[0].key", "must be a list of names"),
+    ('key = ["entity_a", "entity_b"]', "key = [1]", "table[0].key", "must be a list of names"),
+    ('entity_a = "from_user"', "entity_a = 1", "table[0].columns.entity_a", "must be a string, not int"),
+    ('entity_a = "from_user"', 'entity_a = ""', "table[0].columns.entity_a", "is empty"),
+    ('where = "deleted_at IS NULL"', "where = 1", "table[0].where", "must be a string"),
+    ("my_app.migration:reshape", "my_app.migration.reshape", "table[0].transform.function", "package.module:function"),
+    ('key = "follows-store"\ntarget = "store"', 'key = "f"\ntarget = "lake"', "flag.target", "must be a PostgreSQL target"),
+    ('key = "follows-store"\ntarget = "store"', 'key = "f"\ntarget = "other"', "flag.target", "the targets are store, lake"),
+    ("[target.lake]", "[target.Lake]", "target.Lake", "lower-case"),
+    ("[work]", '[ledger]\ndsn = "env:X"\n[work]', "ledger", "leave the section out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "where", "problem"), WRONG)
+def test_a_wrong_value_is_named(tmp_path: Path, old: str, new: str, where: str, problem: str) -> None:
+    error = refused(tmp_path, WHOLE.replace(old, new, 1))
+    assert error.where == where
+    assert problem in error.problem
+
+
+SECTIONS = [
+    ("source", '[source]\ndsn = "env:OLD_DSN"\ncapture = "slot"', ""),
+    ("work", '[work]\npath = "/work"', ""),
+]
+
+
+@pytest.mark.parametrize(("where", "section", "nothing"), SECTIONS)
+def test_a_section_that_is_a_value(tmp_path: Path, where: str, section: str, nothing: str) -> None:
+    error = refused(tmp_path, f"{where} = 1\n" + WHOLE.replace(section, nothing, 1))
+    assert (error.where, error.problem) == (where, "must be a section")
+
+
+NOT_CARRIED = [
+    ("[source]", '[source]\nread_from = "env:REPLICA"', "source.read_from"),
+    ("[flag]", '[flag]\ncontext = "from_user"', "flag.context"),
+    ("[target.lake]", '[target.second]\nkind = "postgres"\ndsn = "env:X"\n[target.lake]', "target"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "where"), NOT_CARRIED)
+def test_what_this_version_does_not_carry_is_said(tmp_path: Path, old: str, new: str, where: str) -> None:
+    error = refused(tmp_path, WHOLE.replace(old, new, 1))
+    assert error.where == where
+    assert "not carried by this version" in error.problem
+
+
+def test_a_password_in_the_file_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    for dsn in ("host=h password=sesame", "postgresql://me:sesame@h/db"):
+        error = refused(tmp_path, WHOLE.replace("env:OLD_DSN", dsn))
+        assert "password in the file" in error.problem
+        assert "sesame" not in str(error)
+    bad = refused(tmp_path, WHOLE.replace("env:OLD_DSN", "host=h password='sesame"))
+    assert "sesame" not in str(bad)
+
+
+def test_a_missing_secret_names_key_and_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = loaded(tmp_path, WHOLE)
+    monkeypatch.delenv("OLD_DSN", raising=False)
+    with pytest.raises(SecretMissing, match=r"source\.dsn refers to the environment variable OLD_DSN, which is not set"):
+        spec.source.dsn.resolve()
+    monkeypatch.setenv("OLD_DSN", "")
+    with pytest.raises(SecretMissing):
+        spec.source.dsn.resolve()
+    monkeypatch.setenv("OLD_DSN", "host=h password=sesame")
+    assert spec.source.dsn.resolve() == "host=h password=sesame"
+    assert "sesame" not in repr(spec)
+
+
+def test_no_file_and_half_a_file(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="can't be read"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(SpecError, match="not valid TOML.*line"):
+        loaded(tmp_path, WHOLE[:40] + '"')
+    (tmp_path / "bytes.toml").write_bytes(b'name = "\xff"')
+    with pytest.raises(SpecError, match="not valid TOML"):
+        load(tmp_path / "bytes.toml")
+
+
+def test_a_lake_alone_needs_a_ledger(tmp_path: Path) -> None:
+    alone = WHOLE.replace('[target.store]\nkind = "postgres"\ndsn = "env:NEW_DSN"\n', "")
+    alone = alone.replace('[flag]\nkey = "follows-store"\ntarget = "store"\n', "")
+    assert refused(tmp_path, alone).where == "ledger.dsn"
+    assert loaded(tmp_path, alone + '[ledger]\ndsn = "env:LEDGER"\n').ledger.reference == "env:LEDGER"
+
+
+def test_two_tables_of_one_name(tmp_path: Path) -> None:
+    again = '[[table]]\nsource = "{}"\ntarget = "{}"\nkey = ["id"]\n'
+    for source, target in (("public.follows", "other"), ("other", "associations")):
+        error = refused(tmp_path, WHOLE.replace("[flag]", again.format(source, target) + "[flag]"))
+        assert "stands in two [[table]] sections" in error.problem
+
+
+def test_one_table_in_two_spellings_is_one_table(tmp_path: Path) -> None:
+    again = '[[table]]\nsource = "follows"\ntarget = "public.associations"\nkey = ["id"]\n'
+    assert "two [[table]] sections" in refused(tmp_path, WHOLE.replace("[flag]", again + "[flag]")).problem
+
+
+def test_the_hash_is_that_of_the_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = loaded(tmp_path, WHOLE).digest
+    monkeypatch.setenv("OLD_DSN", "host=elsewhere")
+    assert loaded(tmp_path, WHOLE + "\n# a comment\n").digest == digest
+    assert loaded(tmp_path, WHOLE.replace('capture = "slot"\n', "").replace("[source]\n", '[source]\ncapture = "slot"\n')).digest == digest
+    changed: list[Any] = [
+        loaded(tmp_path, WHOLE.replace(old, new)).digest
+        for old, new in (('"from_user"', '"to_user"'), ("/work", "/elsewhere"), ("OLD_DSN", "OTHER_DSN"), ("secret", "other"))
+    ]
+    assert len({digest, *changed}) == 5
