@@ -84,7 +84,13 @@ def advance(spec: Spec, *, to: Stage | None = None, override: str | None = None)
             raise Refused("flags advance: the migration is complete, there is no stage above")
         evidence = gate.collect(spec, ledger, before, after)
         reasons = gate.objections(evidence)
-        told = {"from": before.value, "to": after.value, "evidence": evidence.digest, "reasons": reasons, "override": override}
+        told = {
+            "from": before.value,
+            "to": after.value,
+            "evidence": evidence.digest,
+            "reasons": reasons,
+            "override": override,
+        }
         if reasons and not override:
             ledger.audit("flags", "refused", told)
             raise GateClosed(after.value, tuple(reasons))

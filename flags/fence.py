@@ -88,7 +88,9 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
         _record(ledger, Authority(epoch, to.value, from_lsn, present.at, pause))
         for schema, name, _ in gaining.tables:
             refusal.remove(gaining.connection, schema, name)
-        log.info("epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(from_lsn), pause)
+        log.info(
+            "epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(from_lsn), pause
+        )
         return Fenced(epoch, to.value, from_lsn, pause)
 
 
@@ -129,15 +131,16 @@ def _advance_sequences(connection: Connection, schema: str, name: str) -> None:
     for column, sequence in rows:
         connection.execute(
             sql.SQL("SELECT setval({}, greatest((SELECT coalesce(max({}), 0) FROM {}) + {}, nextval({})))").format(
-                sql.Literal(sequence), sql.Identifier(column), sql.Identifier(schema, name), sql.Literal(SEQUENCE_MARGIN),
                 sql.Literal(sequence),
-            )  # fmt: skip
+                sql.Identifier(column),
+                sql.Identifier(schema, name),
+                sql.Literal(SEQUENCE_MARGIN),
+                sql.Literal(sequence),
+            )
         )
 
 
-def _hand_over(
-    spec: Spec, ledger: Ledger, old: Side, losing: Side, to: Origin, epoch: int, deadline: float
-) -> int:
+def _hand_over(spec: Spec, ledger: Ledger, old: Side, losing: Side, to: Origin, epoch: int, deadline: float) -> int:
     """Refuse, drain, and wait until the gaining store has everything; return the old store's position at that moment."""
     started = time.monotonic()
     for schema, name, _ in losing.tables:

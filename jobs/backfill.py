@@ -22,9 +22,10 @@ from changeover.jobs.ledger import CLOSED, LOADED, PENDING, ChunkRow, Ledger, St
 from changeover.jobs.preflight import source_table, store_columns
 from changeover.jobs.prepare import exported, require_prepared
 from changeover.jobs.transform import Transform
+from changeover.position import format_lsn
 from changeover.session import application_name, connect
-from changeover.spec import Spec
 from changeover.sparkerrors import from_spark
+from changeover.spec import Spec
 from changeover.stores import Counts, Store, open_store
 from changeover.stores import ranges as planning
 from changeover.stores.reader import ReadTable, read_table
@@ -60,21 +61,35 @@ class LedgerMark:
     source: str
     target: str
     token: int
+    l0: int
 
     def in_transaction(self, cursor: psycopg.Cursor[Any], chunk: int, counts: Counts, seconds: float) -> bool:
         """Mark in the transaction of the rows (task); False when a later attempt has claimed the chunk."""
         return mark_loaded(
-            cursor, self.migration, self.source, self.target, chunk, self.token, (counts.offered, counts.refused), seconds
+            cursor,
+            self.migration,
+            self.source,
+            self.target,
+            chunk,
+            self.token,
+            (counts.offered, counts.refused),
+            seconds,
         )
 
     def afterwards(self, chunk: int, counts: Counts, seconds: float) -> bool:
         """Mark in a transaction of its own (driver)."""
-        with connect(self.dsn, application_name(self.migration, "backfill")) as connection, connection.cursor() as cursor:
+        with (
+            connect(self.dsn, application_name(self.migration, "backfill")) as connection,
+            connection.cursor() as cursor,
+        ):
             return self.in_transaction(cursor, chunk, counts, seconds)
 
     def identity(self, chunk: int) -> str:
-        """Return the chunk's name for idempotent appends: the same for every attempt, another for every chunk."""
-        return f"changeover/{self.migration}/{self.source}/{self.target}/{chunk}"
+        """Return the chunk's name for idempotent appends: the same for every attempt, another for every chunk and prepare.
+
+        A table that outlives an abort remembers the names that it took.
+        """
+        return f"changeover/{self.migration}/{format_lsn(self.l0)}/{self.source}/{self.target}/{chunk}"
 
 
 def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = None) -> list[Loaded]:
@@ -163,7 +178,7 @@ class _Load:
         dsn = self.spec.source.dsn.resolve()
         live = snapshot.kept(dsn, application, exported(self.stream))
         token = self.ledger.claim(source, self.store.name)
-        mark = LedgerMark(self.ledger.dsn, self.spec.name, source, self.store.name, token)
+        mark = LedgerMark(self.ledger.dsn, self.spec.name, source, self.store.name, token, self.stream.l0)
 
         def rows(numbers: Sequence[int]) -> DataFrame:
             ranges = [(chunks[n].lower, chunks[n].upper) for n in numbers]
@@ -176,7 +191,9 @@ class _Load:
     def _require_all_loaded(self, source: str, chunks: Sequence[ChunkRow]) -> None:
         left = [row.chunk for row in chunks if row.loaded is None]
         if left:
-            raise CouldNotFinish(f"{source} into {self.store.name}: chunks {left} were claimed by another backfill: run again")
+            raise CouldNotFinish(
+                f"{source} into {self.store.name}: chunks {left} were claimed by another backfill: run again"
+            )
 
     def _require_same_file(self, source: str) -> None:
         """A table rewritten under the snapshot reads as empty, without any event: compare its file with the prepared one."""

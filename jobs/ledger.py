@@ -175,7 +175,9 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.connection.close()
 
     def create(self) -> None:
@@ -187,7 +189,9 @@ class Ledger:
         found = self.connection.execute("SELECT to_regclass('changeover.migration') IS NOT NULL").fetchone()
         if found is None or not found[0]:
             return False
-        rows = self.connection.execute("SELECT format FROM changeover.migration WHERE name = %s", [self.migration]).fetchall()
+        rows = self.connection.execute(
+            "SELECT format FROM changeover.migration WHERE name = %s", [self.migration]
+        ).fetchall()
         if rows and rows[0][0] != FORMAT:
             raise SourceChanged("ledger format", str(FORMAT), str(rows[0][0]))
         return bool(rows)
@@ -359,7 +363,9 @@ class Ledger:
                 [self.migration],
             ).fetchall()
 
-    def record_verdict(self, source: str, target: str, verdict: str, stage: str | None, detail: Mapping[str, Any]) -> int:
+    def record_verdict(
+        self, source: str, target: str, verdict: str, stage: str | None, detail: Mapping[str, Any]
+    ) -> int:
         """Record a verdict; return its run number."""
         row = self.connection.execute(
             "INSERT INTO changeover.verdict (migration, source, target, verdict, stage, detail)"
@@ -409,7 +415,9 @@ class Ledger:
         with holder:
             if wait_seconds:
                 try:
-                    holder.execute("SELECT pg_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{self.migration}/{step}"])
+                    holder.execute(
+                        "SELECT pg_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{self.migration}/{step}"]
+                    )
                 except psycopg.errors.LockNotAvailable as error:
                     raise LeaseHeld(step, self._holder(step)) from error
             else:
@@ -451,5 +459,6 @@ def drop_ledger(connection: Connection, migration: str) -> None:
     for table in ("migration", "authority", "verdict", "heartbeat", "audit"):
         column = "name" if table == "migration" else "migration"
         connection.execute(
-            sql.SQL("DELETE FROM changeover.{} WHERE {} = %s").format(sql.Identifier(table), sql.Identifier(column)), [migration]
+            sql.SQL("DELETE FROM changeover.{} WHERE {} = %s").format(sql.Identifier(table), sql.Identifier(column)),
+            [migration],
         )

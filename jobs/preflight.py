@@ -71,22 +71,26 @@ UNION ALL SELECT format('the role %%s may not replicate: ALTER ROLE %%I REPLICAT
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = current_user AND (rolreplication OR rolsuper))
 UNION ALL SELECT format('the role %%s may not create a publication: GRANT CREATE ON DATABASE %%I TO %%I', current_user,
     current_database(), current_user) WHERE NOT has_database_privilege(current_database(), 'CREATE')
-UNION ALL SELECT format('all %%s replication slots are in use: raise max_replication_slots', current_setting('max_replication_slots'))
+UNION ALL SELECT format('all %%s replication slots are in use: raise max_replication_slots',
+    current_setting('max_replication_slots'))
 WHERE (SELECT count(*) FROM pg_replication_slots) >= current_setting('max_replication_slots')::int
 UNION ALL SELECT 'the server is a standby: name the primary' WHERE pg_is_in_recovery()
 """
 
 TABLE_RULES = """
-SELECT format('%%s is a %%s: this version moves ordinary tables alone', %(name)s::text, CASE c.relkind WHEN 'p' THEN 'partitioned table'
-    WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'relation of kind ' || c.relkind::text END)
+SELECT format('%%s is a %%s: this version moves ordinary tables alone', %(name)s::text, CASE c.relkind
+    WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table'
+    ELSE 'relation of kind ' || c.relkind::text END)
 FROM pg_class c WHERE c.oid = %(oid)s AND c.relkind <> 'r'
-UNION ALL SELECT format('%%s is not a permanent table', %(name)s::text) FROM pg_class c WHERE c.oid = %(oid)s AND c.relpersistence <> 'p'
+UNION ALL SELECT format('%%s is not a permanent table', %(name)s::text)
+FROM pg_class c WHERE c.oid = %(oid)s AND c.relpersistence <> 'p'
 UNION ALL SELECT format('%%s takes part in inheritance, which this version does not carry', %(name)s::text)
 WHERE EXISTS (SELECT FROM pg_inherits WHERE inhrelid = %(oid)s OR inhparent = %(oid)s)
 UNION ALL SELECT format('%%s has row-level security that hides rows from the role %%s', %(name)s::text, current_user)
 WHERE row_security_active(%(oid)s::oid)
-UNION ALL SELECT format('the role %%s does not own %%s, which a publication asks for: ALTER TABLE %%s OWNER TO %%I', current_user,
-    %(name)s::text, %(name)s::text, current_user) FROM pg_class c WHERE c.oid = %(oid)s AND NOT pg_has_role(c.relowner, 'USAGE')
+UNION ALL SELECT format('the role %%s does not own %%s, which a publication asks for: ALTER TABLE %%s OWNER TO %%I',
+    current_user, %(name)s::text, %(name)s::text, current_user)
+FROM pg_class c WHERE c.oid = %(oid)s AND NOT pg_has_role(c.relowner, 'USAGE')
 UNION ALL SELECT format('%%s has no primary key and no replica identity: ALTER TABLE %%s ADD PRIMARY KEY, or REPLICA IDENTITY USING'
     ' INDEX; a publication without it would make the application''s own UPDATE and DELETE fail', %(name)s::text, %(name)s::text)
 FROM pg_class c WHERE c.oid = %(oid)s AND (c.relreplident = 'n' OR (c.relreplident = 'd' AND NOT EXISTS (
@@ -134,12 +138,16 @@ def preflight(spec: Spec) -> Preflight:
             for table in spec.tables:
                 schema, name = table.target_name
                 if len(name) > IDENTIFIER_LIMIT:
-                    found.reasons.append(f"the target table's name {name} is too long: {IDENTIFIER_LIMIT} characters at most")
+                    found.reasons.append(
+                        f"the target table's name {name} is too long: {IDENTIFIER_LIMIT} characters at most"
+                    )
                 if store.columns(schema, name) is None or prepared:
                     continue
                 found.reasons += store.objections(schema, name, table.key)
                 if store.has_rows(schema, name):
-                    found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
+                    found.reasons.append(
+                        f"target {target.name}: table {table.target} has rows: empty it or name another one"
+                    )
     return found
 
 
@@ -160,7 +168,8 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
         return None
     identity = tuple(r[0] for r in connection.execute(IDENTITY, [row[0]]).fetchall())
     columns = tuple(
-        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
+        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4])
+        for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
     return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, estimated_rows(connection, schema, name))
 
@@ -174,7 +183,9 @@ def _source_table(connection: Connection, table: Table, found: Preflight) -> Non
     quoted = sql.Identifier(schema, name).as_string(connection)
     rows = connection.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
     assert rows is not None
-    found.reasons += [row[0] for row in connection.execute(TABLE_RULES, {"oid": rows[0], "name": seen.source}).fetchall()]
+    found.reasons += [
+        row[0] for row in connection.execute(TABLE_RULES, {"oid": rows[0], "name": seen.source}).fetchall()
+    ]
     found.reasons += [
         f"{seen.source}.{c.name} has the type {c.type}, which is not proven exact: this version does not carry it"
         for c in seen.columns
@@ -190,7 +201,10 @@ def _grants(connection: Connection, spec: Spec) -> list[str]:
     statements = [
         sql.SQL("ALTER ROLE {} REPLICATION").format(role),
         sql.SQL("GRANT CREATE ON DATABASE {} TO {}").format(database, role),
-        *(sql.SQL("ALTER TABLE {} OWNER TO {}").format(sql.Identifier(*table.source_name), role) for table in spec.tables),
+        *(
+            sql.SQL("ALTER TABLE {} OWNER TO {}").format(sql.Identifier(*table.source_name), role)
+            for table in spec.tables
+        ),
     ]
     return [statement.as_string(connection) for statement in statements]
 
@@ -198,3 +212,44 @@ def _grants(connection: Connection, spec: Spec) -> list[str]:
 def where(spec: Spec) -> str:
     """Return where the old store is, for messages."""
     return server_name(spec.source.dsn.resolve())
+
+
+def draft(dsn: str, table: str) -> str:
+    """Return a spec for a live table, ready to be edited: names and key from the catalogue, no secret (driver)."""
+    import json
+
+    from changeover.errors import Refused
+    from changeover.spec import Secret, qualified
+
+    schema, name = qualified(table)
+    with connect(Secret("dsn", dsn).resolve(), application_name("init", "init")) as old:
+        seen = source_table(old, Table(f"{schema}.{name}", name, ()))
+    if seen is None:
+        raise Refused(f"init: there is no table {schema}.{name} in that database: name it as schema.table")
+    key = ", ".join(json.dumps(column) for column in seen.identity)
+    columns = "\n".join(f"# {column.name} = {json.dumps(column.name)}  # {column.type}" for column in seen.columns)
+    return DRAFT.format(
+        name=name.lower()[:40], dsn=json.dumps(dsn), source=f"{schema}.{name}", table=name, key=key, columns=columns
+    )
+
+
+DRAFT = """name = "{name}"
+
+[source]
+dsn = {dsn}
+
+[target.store]
+kind = "postgres"
+dsn = "env:NEW_DSN"
+
+[[table]]
+source = "{source}"
+target = "{table}"
+key = [{key}]
+
+[table.columns]  # target column = Spark SQL expression; what is not named here keeps its name and type
+{columns}
+
+[work]
+path = "changeover-work"
+"""

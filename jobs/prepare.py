@@ -106,7 +106,9 @@ def _transforms(
     return planned
 
 
-def _create_targets(spec: Spec, transforms: Mapping[tuple[str, str], transform.Transform]) -> dict[tuple[str, str], bool]:
+def _create_targets(
+    spec: Spec, transforms: Mapping[tuple[str, str], transform.Transform]
+) -> dict[tuple[str, str], bool]:
     created = {}
     for (source, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
@@ -151,7 +153,9 @@ def _publish(old: Connection, spec: Spec) -> None:
             return
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.2)
-    raise LockNotGranted(server_name(spec.source.dsn.resolve()), "lock for the publication", "a session that alters the table")
+    raise LockNotGranted(
+        server_name(spec.source.dsn.resolve()), "lock for the publication", "a session that alters the table"
+    )
 
 
 def _record(
@@ -200,7 +204,9 @@ def _drop_slot(old: Connection, slot: str) -> bool:
             return True
         old.execute("SELECT pg_terminate_backend(%s)", [row[0]])
         time.sleep(0.1)
-    raise LockNotGranted(server_name(old.info.dsn), f"replication slot {slot}", "a capture that comes back: stop it first")
+    raise LockNotGranted(
+        server_name(old.info.dsn), f"replication slot {slot}", "a capture that comes back: stop it first"
+    )
 
 
 def abort(spec: Spec) -> list[str]:
@@ -253,14 +259,16 @@ def finalize(spec: Spec) -> list[str]:
         if open_loads:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
         if spec.flag is not None and ledger.authority().store != "new":
-            raise Refused("finalize: the old store still has authority: `changeover flags advance` up to complete first")
+            raise Refused(
+                "finalize: the old store still has authority: `changeover flags advance` up to complete first"
+            )
         removed = _remove_from_source(spec)
         for table in spec.tables:
             for target in spec.targets.values():
                 with open_store(spec, target, "finalize") as store:
                     columns = store.columns(*table.target_name)
                     if columns is not None:
-                                        store.finalize(TargetTable(*table.target_name, columns, table.key))
+                        store.finalize(TargetTable(*table.target_name, columns, table.key))
         ledger.connection.execute("UPDATE changeover.migration SET finalized = now() WHERE name = %s", [spec.name])
         ledger.audit("finalize", "done", {"removed": removed})
     if (spec.work / "spool").exists():

@@ -74,7 +74,8 @@ def chunk_progress(ledger: Ledger) -> tuple[int, int, int]:
     if not ledger.exists():
         return 0, 0, 0
     row = ledger.connection.execute(
-        "SELECT count(*), count(loaded), coalesce(sum(rows), 0) FROM changeover.chunk WHERE migration = %s", [ledger.migration]
+        "SELECT count(*), count(loaded), coalesce(sum(rows), 0) FROM changeover.chunk WHERE migration = %s",
+        [ledger.migration],
     ).fetchone()
     assert row is not None
     return int(row[0]), int(row[1]), int(row[2])

@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,11 +21,11 @@ import pyarrow.compute as pc
 from changeover.errors import TableStopped
 from changeover.jobs.ledger import CLOSED, Authority, Ledger, Load
 from changeover.jobs.prepare import Prepared, require_prepared, spool_of
-from changeover.jobs.spool import DELETE, INSERT, RELATION, TRUNCATE, UPDATE, Spool
+from changeover.jobs.spool import DELETE, INSERT, RELATION, TRUNCATE, UPDATE
 from changeover.jobs.transform import Transform
 from changeover.position import format_lsn
-from changeover.spec import Spec
 from changeover.sparkerrors import from_spark
+from changeover.spec import Spec
 from changeover.stores import Counts, Store, open_store
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Replay:
         schema, name = transform.table.source_name
         if batch.events <= SMALL_BATCH:
             found = self.spool.events(start, batch.until).select(["relation", "lsn", "ordinal", "op", "row", "key"])
-            events = self.spark.createDataFrame(found).coalesce(1)  # type: ignore[arg-type]
+            events = self.spark.createDataFrame(found).coalesce(1)
         else:
             events = self.spool.read(self.spark, start, batch.until)
         ours = events.where((events["relation"] == f"{schema}.{name}") & events["op"].isin(INSERT, UPDATE, DELETE))
@@ -167,14 +167,16 @@ def first_stop(outline: pa.Table) -> tuple[int, str] | None:
     moved = pc.and_(pc.equal(outline["op"], UPDATE), pc.is_valid(outline["key"]))
     partial = pc.greater(pc.list_value_length(outline["missing"]), 0)
     special = pc.is_in(outline["op"], pa.array([TRUNCATE, RELATION]))
-    found = outline.filter(pc.or_(pc.or_(moved, partial), special)).sort_by([("lsn", "ascending"), ("ordinal", "ascending")])
+    found = outline.filter(pc.or_(pc.or_(moved, partial), special)).sort_by(
+        [("lsn", "ascending"), ("ordinal", "ascending")]
+    )
     if not found.num_rows:
         return None
     first = found.slice(0, 1).to_pylist()[0]
     return first["lsn"], STOPS[first["op"]](first)
 
 
-STOPS = {
+STOPS: dict[str, Callable[[dict[str, Any]], str]] = {
     TRUNCATE: lambda event: "it was truncated, which this version does not carry",
     RELATION: lambda event: f"its definition changed: {event['note']}",
     UPDATE: lambda event: (

@@ -20,8 +20,9 @@ EXIT_CODES = {
 
 
 def all_classes(root: type[ChangeoverError] = ChangeoverError) -> list[type[ChangeoverError]]:
-    """Return the whole tree below a class."""
-    return [root, *(found for child in root.__subclasses__() for found in all_classes(child))]
+    """Return the whole tree below a class, as the module of errors has it."""
+    children = [child for child in root.__subclasses__() if child.__module__ == errors.__name__]
+    return [root, *(found for child in children for found in all_classes(child))]
 
 
 def example(kind: type[ChangeoverError]) -> ChangeoverError:

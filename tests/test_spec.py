@@ -81,7 +81,7 @@ UNKNOWN = [
     ('kind = "delta"', 'kind = "delta"\ndsn = "env:X"', "target.lake.dsn", "known here: kind, path"),
     ("drop =", "dropp =", "table[0].dropp", "did you mean drop?"),
     ("function =", "func =", "table[0].transform.func", "did you mean function?"),
-    ("[flag]", "[flag]\nstage = 1", "flag.stage", "known here"),
+    ("[flag]", "[flag]\npercent = 1", "flag.percent", "known here"),
     ("[work]", '[work]\nfolder = "x"', "work.folder", "known here: path"),
     ("[[table.check]]", '[[table.check]]\nsql = "x"', "table[0].check[0].sql", "known here"),
 ]
@@ -113,7 +113,7 @@ WRONG = [
     ('name = "follows"', 'name = "Follows!"', "name", "lower-case"),
     ('name = "follows"', 'name = ""', "name", "is empty"),
     ('dsn = "env:OLD_DSN"', "dsn = true", "source.dsn", "must be a string, not bool"),
-    ('dsn = "env:OLD_DSN"', 'dsn = "host="', "source.dsn", "is not a PostgreSQL DSN"),
+    ('dsn = "env:OLD_DSN"', 'dsn = "host"', "source.dsn", "is not a PostgreSQL DSN"),
     ('capture = "slot"', 'capture = "kafka"', "source.capture", "slot"),
     ('kind = "delta"', 'kind = "iceberg"', "target.lake.kind", '"postgres" and "delta"'),
     ('key = ["entity_a", "entity_b"]', 'key = "entity_a"', "table[0].key", "must be a list of names"),
@@ -188,7 +188,7 @@ def test_no_file_and_half_a_file(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="can't be read"):
         load(tmp_path / "none.toml")
     with pytest.raises(SpecError, match="not valid TOML.*line"):
-        loaded(tmp_path, WHOLE[:40] + '"')
+        loaded(tmp_path, WHOLE.replace('"follows"', '"foll', 1))
     (tmp_path / "bytes.toml").write_bytes(b'name = "\xff"')
     with pytest.raises(SpecError, match="not valid TOML"):
         load(tmp_path / "bytes.toml")
@@ -209,8 +209,10 @@ def test_two_tables_of_one_name(tmp_path: Path) -> None:
 
 
 def test_one_table_in_two_spellings_is_one_table(tmp_path: Path) -> None:
-    again = '[[table]]\nsource = "follows"\ntarget = "public.associations"\nkey = ["id"]\n'
-    assert "two [[table]] sections" in refused(tmp_path, WHOLE.replace("[flag]", again + "[flag]")).problem
+    again = '[[table]]\nsource = "{}"\ntarget = "{}"\nkey = ["id"]\n'
+    for source, target in (("follows", "other"), ("other", "public.associations"), ("other", "archive.associations")):
+        error = refused(tmp_path, WHOLE.replace("[flag]", again.format(source, target) + "[flag]"))
+        assert "two [[table]] sections" in error.problem
 
 
 def test_the_hash_is_that_of_the_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,12 +75,14 @@ def form(pg_type: str, value: str) -> object:
 
 def really_different(
     columns: Sequence[str],
-    source: Mapping[str, str | None],
-    target: Mapping[str, str | None],
+    source: Sequence[str | None],
+    target: Sequence[str | None],
     pg_types: Mapping[str, str],
 ) -> list[str]:
-    """Return those of the differing columns that differ in more than notation (task)."""
-    return [name for name in columns if not notation_only(pg_types[name], source[name], target[name])]
+    """Return those of the differing columns, given with both sides' values, that differ in more than notation (task)."""
+    return [
+        name for name, left, right in zip(columns, source, target, strict=True) if not notation_only(pg_types[name], left, right)
+    ]
 
 
 def _base(pg_type: str) -> str:

@@ -49,12 +49,14 @@ from changeover.verifiers.verdict import (
 )
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame
+    from pyspark.sql import Column, DataFrame, SparkSession
 
 RANGE = "_range"
 """Column of both frames: the number of the range that a row was read in."""
 
 NO_RANGE = -1
+BATCH = "spark.sql.inMemoryColumnarStorage.batchSize"
+BATCH_ROWS = 500
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def _found(
     An equal row leaves its class and ranges alone on disk, a few bytes; so the stores are read once whatever comes out.
     """
     with ExitStack() as held:
+        held.enter_context(_small_batches(source.sparkSession))
         frames, rows_read = _counting(source, target)
         rows = held.enter_context(_on_disk(classified(*frames, fields, partitions)))
         tallies = tally_rows(rows)
@@ -220,9 +223,7 @@ def _side(frame: DataFrame, fields: Sequence[Field], side: int) -> DataFrame:
     from pyspark.sql import functions as F
 
     values = [F.col(_quoted(column.name)).alias(f"c{place}") for place, column in enumerate(fields)]
-    return frame.select(
-        F.lit(side).alias("side"), F.coalesce(F.col(RANGE).cast("int"), F.lit(NO_RANGE)).alias("range"), *values
-    )
+    return frame.select(F.lit(side).alias("side"), F.coalesce(F.col(RANGE).cast("int"), F.lit(NO_RANGE)).alias("range"), *values)
 
 
 def _class_columns(fields: Sequence[Field], paired: Column) -> list[Column]:
@@ -237,9 +238,7 @@ def _class_columns(fields: Sequence[Field], paired: Column) -> list[Column]:
         .otherwise(MISMATCHED)
     )
     twice = F.when(F.col("in_source") <= 1, "target").when(F.col("in_target") <= 1, "source").otherwise("both")
-    names = F.array_compact(
-        F.array(*(F.when(~is_equal, column.name) for is_equal, column in zip(equal, fields, strict=True)))
-    )
+    names = F.array_compact(F.array(*(F.when(~is_equal, column.name) for is_equal, column in zip(equal, fields, strict=True))))
     own = _texts(fields, "c")
     in_source, in_target = F.col("side") == SOURCE, F.col("side") == TARGET
     differs = kind != EQUAL
@@ -280,11 +279,13 @@ def judged(differing: DataFrame, fields: Sequence[Field]) -> DataFrame:
     notations = [column.name for column in fields if has_form(column.pg_type)]
     if not notations:
         return differing
-    judge = F.udf(
-        lambda columns, source, target: columns and really_different(columns, source, target, pg_types), "array<string>"
-    )
+    judge = F.udf(lambda columns, source, target: columns and really_different(columns, source, target, pg_types), "array<string>")
     in_question = (F.col("kind") == MISMATCHED) & F.arrays_overlap("columns", F.array(*map(F.lit, notations)))
-    asked = [F.when(in_question, F.col(name)) for name in ("columns", "source", "target")]
+
+    def differing_values(side: str) -> Column:
+        return F.transform("columns", lambda name: F.element_at(side, name))
+
+    asked = [F.when(in_question, values) for values in (F.col("columns"), *map(differing_values, ("source", "target")))]
     real = F.coalesce(F.col("real"), F.col("columns"))
     in_notation = (F.col("kind") == MISMATCHED) & (F.size(real) == 0)
     return (
@@ -295,9 +296,7 @@ def judged(differing: DataFrame, fields: Sequence[Field]) -> DataFrame:
     )
 
 
-def _counting(
-    source: DataFrame, target: DataFrame
-) -> tuple[tuple[DataFrame, DataFrame], Callable[[], tuple[int, ...]]]:
+def _counting(source: DataFrame, target: DataFrame) -> tuple[tuple[DataFrame, DataFrame], Callable[[], tuple[int, ...]]]:
     """Let each side's read count its own rows on their way into the comparison; the counts are there after it ran."""
     from pyspark.sql import Observation
     from pyspark.sql import functions as F
@@ -318,6 +317,21 @@ def _on_disk(frame: DataFrame) -> Iterator[DataFrame]:
         yield frame
     finally:
         frame.unpersist()
+
+
+@contextmanager
+def _small_batches(spark: SparkSession) -> Iterator[None]:
+    """Put what is kept on disk there in small pieces, until the block ends.
+
+    Java's object stream holds on to its last hundred pieces (`spark.serializer.objectStreamReset`), a piece being so
+    many rows or 4 MB: at Spark's 10,000 rows that is 400 MB a task for rows that differ, whose values are kept.
+    """
+    before = spark.conf.get(BATCH)
+    spark.conf.set(BATCH, str(BATCH_ROWS))
+    try:
+        yield
+    finally:
+        spark.conf.set(BATCH, before or "10000")
 
 
 def _quoted(name: str) -> str:

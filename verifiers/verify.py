@@ -34,7 +34,7 @@ from changeover.stores.postgres import freeze, frozen_at, importing
 from changeover.stores.reader import ReadTable
 from changeover.verifiers import checks, recheck, untouched
 from changeover.verifiers.diff import compare
-from changeover.verifiers.verdict import Positions, Range, TableDiff, Verdict
+from changeover.verifiers.verdict import Positions, Range, Recheck, TableDiff, Verdict
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -181,7 +181,7 @@ class _Comparison:
             checks=[] if follows_new else checks.run(self.transform.table.checks, old, new), recheck=again,
         )  # fmt: skip
 
-    def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, recheck.Recheck]:
+    def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, Recheck]:
         """Judge differing keys by the stores' present rows, with replay keeping up while it is the stream that heals."""
         dsn, application = self.spec.source.dsn.resolve(), application_name(self.spec.name, "verify")
         schema, name = self.transform.table.source_name

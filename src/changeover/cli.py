@@ -12,8 +12,9 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -25,6 +26,8 @@ from changeover.spec import Spec, load
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+    from changeover.verifiers.verdict import Verdict
 
 SPEC = click.argument("spec", type=click.Path())
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
@@ -74,6 +77,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def terminal_text(verdicts: Sequence[Verdict]) -> str:
+    """Return verdicts as the terminal shows them."""
+    from rich.console import Console
+
+    from changeover.verifiers.report import print_terminal
+
+    console = Console()
+    with console.capture() as captured:
+        print_terminal(verdicts, console=console)
+    return captured.get().rstrip()
 
 
 @contextmanager
@@ -127,7 +142,11 @@ def plan(spec: str, as_json: bool) -> None:
 
     load(spec)
     steps = [{"step": step.name, "does": step.does, "locks": step.locks} for step in STEPS]
-    answer({"steps": steps}, as_json, lambda: "\n".join(f"{s['step']:9} {s['does']}\n{'':9} locks: {s['locks']}" for s in steps))
+    answer(
+        {"steps": steps},
+        as_json,
+        lambda: "\n".join(f"{s['step']:9} {s['does']}\n{'':9} locks: {s['locks']}" for s in steps),
+    )
 
 
 @main.command()
@@ -137,13 +156,12 @@ def plan(spec: str, as_json: bool) -> None:
 def run(spec: str, as_json: bool, debug: bool) -> None:
     """Do everything from check to verify; run it again after whatever stopped it."""
     from changeover import pipeline
-    from changeover.verifiers.report import terminal_table
 
     with running(spec, "run", debug) as loaded:
         walk = pipeline.run(loaded, lambda: spark_for(loaded), say=lambda line: click.echo(line, err=True))
     different = any(not verdict.equal for verdict in walk.verdicts)
     answer({"seconds": walk.seconds, "verdicts": [v.document() for v in walk.verdicts]}, as_json,
-           lambda: terminal_table(walk.verdicts))  # fmt: skip
+           lambda: terminal_text(walk.verdicts))  # fmt: skip
     sys.exit(1 if different else 0)
 
 
@@ -217,14 +235,14 @@ def replay(spec: str, targets: tuple[str, ...], follow: bool, as_json: bool, deb
 @DEBUG
 def verify(spec: str, targets: tuple[str, ...], report: str | None, as_json: bool, debug: bool) -> None:
     """Compare every row of both sides at one position."""
-    from changeover.verifiers.report import terminal_table, write_html
+    from changeover.verifiers.report import write_html
     from changeover.verifiers.verify import verify as act
 
     with running(spec, "verify", debug) as loaded:
         verdicts = act(loaded, spark_for(loaded), targets=targets or None)
         if report:
-            write_html(report, verdicts)
-    answer({"verdicts": [v.document() for v in verdicts]}, as_json, lambda: terminal_table(verdicts))
+            write_html(Path(report), verdicts)
+    answer({"verdicts": [v.document() for v in verdicts]}, as_json, lambda: terminal_text(verdicts))
     sys.exit(0 if all(verdict.equal for verdict in verdicts) else 1)
 
 
@@ -262,7 +280,11 @@ def history(spec: str, as_json: bool) -> None:
     with Ledger.open(loaded, "history") as ledger:
         ledger.stream("history")
         rows = [{"at": at, "step": step, "outcome": outcome, **detail} for at, step, outcome, detail in ledger.audits()]
-    answer({"runs": rows}, as_json, lambda: "\n".join(f"{r['at']:%Y-%m-%d %H:%M:%S} {r['step']} {r['outcome']}" for r in rows))
+    answer(
+        {"runs": rows},
+        as_json,
+        lambda: "\n".join(f"{r['at']:%Y-%m-%d %H:%M:%S} {r['step']} {r['outcome']}" for r in rows),
+    )
 
 
 @main.command()
@@ -275,8 +297,7 @@ def finalize(spec: str, as_json: bool) -> None:
 
     loaded = load(spec)
     removed, left = act(loaded), leftovers(loaded)
-    answer({"removed": removed, "left": left}, as_json,
-           lambda: "\n".join([*(f"removed: {r}" for r in removed), f"left of ours in the old store: {', '.join(left) or 'nothing'}"]))  # fmt: skip
+    _removed(removed, left, as_json)
 
 
 @main.command()
@@ -289,8 +310,12 @@ def abort(spec: str, as_json: bool) -> None:
 
     loaded = load(spec)
     removed, left = act(loaded), leftovers(loaded)
-    answer({"removed": removed, "left": left}, as_json,
-           lambda: "\n".join([*(f"removed: {r}" for r in removed), f"left of ours in the old store: {', '.join(left) or 'nothing'}"]))  # fmt: skip
+    _removed(removed, left, as_json)
+
+
+def _removed(removed: list[str], left: list[str], as_json: bool) -> None:
+    last = f"left of ours in the old store: {', '.join(left) or 'nothing'}"
+    answer({"removed": removed, "left": left}, as_json, lambda: "\n".join([*(f"removed: {one}" for one in removed), last]))
 
 
 @main.group()
@@ -308,7 +333,10 @@ def show(spec: str, as_json: bool) -> None:
     seen = act(load(spec))
     lines = [f"stage {seen.stage.value}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
     if seen.next is not None:
-        lines += [f"next: {seen.next.value}: {'go' if seen.go else 'no-go'}", *(f"  {reason}" for reason in seen.reasons)]
+        lines += [
+            f"next: {seen.next.value}: {'go' if seen.go else 'no-go'}",
+            *(f"  {reason}" for reason in seen.reasons),
+        ]
     told = {**plain(seen), "stage": seen.stage.value, "next": seen.next.value if seen.next else None, "go": seen.go}
     answer(told, as_json, lambda: "\n".join(lines))
 

@@ -32,7 +32,7 @@ from tasks to the driver. A wrong row is never an exception: it is data in a ver
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 
@@ -42,9 +42,13 @@ class ChangeoverError(Exception):
     exit_code: ClassVar[int] = 3
     transient: ClassVar[bool] = False
 
-    def __reduce__(self) -> tuple[type[ChangeoverError], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from the fields, so that a task's error arrives whole on the driver."""
-        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return type(self), _values(self) if is_dataclass(type(self)) else self.args
+
+
+def _values(error: Any) -> tuple[Any, ...]:
+    return tuple(getattr(error, field.name) for field in fields(error))
 
 
 class UsageError(ChangeoverError):
@@ -85,7 +89,9 @@ class SecretMissing(UsageError):
     variable: str
 
     def __str__(self) -> str:
-        return f"{self.key} refers to the environment variable {self.variable}, which is not set: export it and run again"
+        return (
+            f"{self.key} refers to the environment variable {self.variable}, which is not set: export it and run again"
+        )
 
 
 @dataclass(eq=False)
@@ -156,7 +162,10 @@ class ServerUnavailable(CouldNotFinish):
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.server} can't be reached or broke off ({self.problem}): check the DSN and the server, then run the same command again"
+        return (
+            f"{self.server} can't be reached or broke off ({self.problem}): check the DSN and the server, then run the same"
+            f" command again"
+        )
 
 
 @dataclass(eq=False)
@@ -180,7 +189,9 @@ class LockNotGranted(CouldNotFinish):
     holder: str
 
     def __str__(self) -> str:
-        return f"{self.server}: no {self.wanted} within the limit, held up by {self.holder}: run again when that has ended"
+        return (
+            f"{self.server}: no {self.wanted} within the limit, held up by {self.holder}: run again when that has ended"
+        )
 
 
 @dataclass(eq=False)
@@ -289,7 +300,10 @@ class RowRefused(CouldNotFinish):
     transient: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        return f"table {self.table}, {self.place}: a row can't be carried over ({self.problem}): correct the expression or the row, then run again"
+        return (
+            f"table {self.table}, {self.place}: a row can't be carried over ({self.problem}): correct the expression or the row,"
+            f" then run again"
+        )
 
 
 @dataclass(eq=False)

@@ -17,7 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ldclient.migrations.types import Stage
+
 from changeover.errors import ChangeoverError, CouldNotFinish, LeaseHeld, UnsafePlan
+from changeover.flags import cutover, flagfile
 from changeover.jobs import backfill as backfilling
 from changeover.jobs import preflight as preflighting
 from changeover.jobs import prepare as preparing
@@ -71,6 +74,9 @@ def _prepared(spec: Spec) -> bool:
 
 def _prepare(run: Run) -> None:
     preparing.prepare(run.spec, run.spark())
+    if run.spec.flag is not None and not cutover.flag_of(run.spec)[1].exists():
+        flag, file = cutover.flag_of(run.spec)
+        flagfile.write_stage(file, flag.key, Stage.OFF)
 
 
 def _capture(run: Run) -> None:
@@ -100,7 +106,9 @@ STEPS: tuple[Step, ...] = (
         _prepare,
     ),
     Step("capture", "spool the change stream, as a service of its own", "none: it reads the write-ahead log", _capture),
-    Step("backfill", "load the snapshot chunk by chunk, with replay beside it", "ACCESS SHARE on each table", _backfill),
+    Step(
+        "backfill", "load the snapshot chunk by chunk, with replay beside it", "ACCESS SHARE on each table", _backfill
+    ),
     Step("replay", "offer what was spooled until caught up", "none: it reads the spool", _replay),
     Step("verify", "compare every row at one position", "ACCESS SHARE on each table; a temporary slot", _verify),
 )

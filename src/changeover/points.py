@@ -19,6 +19,7 @@ def reach(point: str, detail: object = "") -> None:
     wanted, _, file = os.environ.get(VARIABLE, "").partition(":")
     if wanted != point:
         return
-    Path(file).write_text(f"{point} {detail}\n", encoding="utf-8")
+    with Path(file).open("a", encoding="utf-8") as reached:  # tasks of one run may arrive together
+        reached.write(f"{point} {detail}\n")
     while True:
         time.sleep(60)

@@ -105,7 +105,9 @@ def jdbc_options(dsn: str, application: str) -> dict[str, str]:
     """Return Spark's JDBC options for a psycopg DSN; the password travels as an option that Spark redacts."""
     parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items() if value is not None}
     host, port, database = parts.get("host", "localhost"), parts.get("port", "5432"), parts.get("dbname", "")
-    settings = {name: value for name, value in PINNED.items() if name != "client_encoding"}  # pgjdbc insists on its own UTF8
+    settings = {
+        name: value for name, value in PINNED.items() if name != "client_encoding"
+    }  # pgjdbc insists on its own UTF8
     options = {
         "url": f"jdbc:postgresql://{host}:{port}/{quote(database, safe='')}",
         "driver": "org.postgresql.Driver",

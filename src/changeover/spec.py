@@ -224,7 +224,9 @@ class _Reader:
             except PsycopgError as error:
                 self.fail(f"{where}.{key}", f"is not a PostgreSQL DSN: {str(error).strip()}")
             if "password" in parts:
-                self.fail(f"{where}.{key}", 'has a password in the file: put the DSN into an environment variable, "env:NAME"')
+                self.fail(
+                    f"{where}.{key}", 'has a password in the file: put the DSN into an environment variable, "env:NAME"'
+                )
         return Secret(f"{where}.{key}", value)
 
     def spec(self, document: Mapping[str, Any]) -> Spec:
@@ -275,7 +277,10 @@ class _Reader:
         if not isinstance(given, list) or not given:
             self.fail("table", "needs at least one [[table]] section")
         tables = tuple(self.table(f"table[{index}]", item) for index, item in enumerate(given))
-        for label, names in (("source", [t.source for t in tables]), ("target", [t.target for t in tables])):
+        # a target's folder, and its tables in our schema, are named by the table alone
+        for label, names in (
+            ("source", [".".join(t.source_name) for t in tables]), ("target", [t.target_name[1] for t in tables]),
+        ):  # fmt: skip
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 self.fail("table", f"{label} {sorted(twice)[0]} stands in two [[table]] sections")

@@ -102,6 +102,6 @@ def test_types_with_notations_are_types_that_are_carried() -> None:
 
 
 def test_only_real_differences_are_named() -> None:
-    source, target = {"a": "1.50", "b": "x", "c": None}, {"a": "1.5", "b": "y", "c": "1"}
+    source, target = ["1.50", "x", None], ["1.5", "y", "1"]
     types = {"a": "numeric", "b": "text", "c": "numeric"}
     assert really_different(["a", "b", "c"], source, target, types) == ["b", "c"]

@@ -196,7 +196,9 @@ class Application:
         except Exception as error:
             with self._lock:
                 self._counts["errors"] += 1
-                self._last_error = f"{reason_of(error)}: {error}" if isinstance(error, ChangeoverError) else reason_of(error)
+                self._last_error = (
+                    f"{reason_of(error)}: {error}" if isinstance(error, ChangeoverError) else reason_of(error)
+                )
 
     def _write(self, rng: random.Random, gone: deque[Row]) -> None:
         key = self._key(rng)
@@ -217,7 +219,8 @@ class Application:
     def _routed(self, kind: str, action: str, make: Callable[[], Row]) -> None:
         started = time.monotonic()
         written = self.router.write(
-            old=lambda cursor: getattr(OLD, action)(cursor, make()), new=lambda cursor: getattr(NEW, action)(cursor, make())
+            old=lambda cursor: getattr(OLD, action)(cursor, make()),
+            new=lambda cursor: getattr(NEW, action)(cursor, make()),
         )
         with self._lock:
             self._longest = max(self._longest, time.monotonic() - started)

@@ -80,7 +80,10 @@ class ApplicationProcess:
         """Start it and wait for its first writes."""
         status = folder / "application.json"
         child = Child.start(
-            "application", "changeover.demo.application", [str(spec), str(status), str(rows)], folder / "application.log"
+            "application",
+            "changeover.demo.application",
+            [str(spec), str(status), str(rows)],
+            folder / "application.log",
         )
         started = cls(child, status)
         started.wait_for("its first writes", lambda seen: seen["writes"] > 0)
@@ -100,7 +103,9 @@ class ApplicationProcess:
         while not ((seen := self.status()) and condition(seen)):
             self.child.require_alive()
             if time.monotonic() > deadline:
-                raise CouldNotFinish(f"the demo's application: no sign of {what} within {seconds:g} s, see {self.child.log}")
+                raise CouldNotFinish(
+                    f"the demo's application: no sign of {what} within {seconds:g} s, see {self.child.log}"
+                )
             time.sleep(0.05)
         return seen
 

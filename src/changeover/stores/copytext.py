@@ -1,7 +1,7 @@
-"""COPY's text format, written by Spark: one string column that PostgreSQL takes as it is.
+r"""COPY's text format, written by Spark: one string column that PostgreSQL takes as it is.
 
 The whole row is formatted inside the JVM, so a task's Python only hands Arrow's bytes on, never a row or a value. PostgreSQL's
-documentation of COPY gives the rules: `\\N` is NULL; backslash, newline, carriage return and tab are escaped.
+documentation of COPY gives the rules: `\N` is NULL; backslash, newline, carriage return and tab are escaped.
 """
 
 from __future__ import annotations

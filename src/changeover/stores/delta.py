@@ -73,7 +73,9 @@ class DeltaStore:
         table = self._open(name)
         if table is None or {VERSION, DELETED} <= {field.name for field in table.schema().fields}:
             return []
-        return [f"target {self.name}: {self.path(name)} is a Delta table without {VERSION} and {DELETED}: name another one"]
+        return [
+            f"target {self.name}: {self.path(name)} is a Delta table without {VERSION} and {DELETED}: name another one"
+        ]
 
     def has_rows(self, schema: str, name: str) -> bool:
         """Return whether the table has any file."""
@@ -93,13 +95,17 @@ class DeltaStore:
             {"name": DELETED, "type": "boolean", "nullable": False, "metadata": {}},
         ]  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
-        DeltaTable.create(str(self.path(table.name)), Schema.from_json(json.dumps({"type": "struct", "fields": fields})))
+        DeltaTable.create(
+            str(self.path(table.name)), Schema.from_json(json.dumps({"type": "struct", "fields": fields}))
+        )
 
     def install(self, table: TargetTable, image: Version) -> None:
         """The gate is MERGE's own condition; only the floor has to be known."""
         self.floors[table.name] = image
 
-    def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
+    def load(
+        self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark
+    ) -> None:
         """Append each chunk once, a Spark job a chunk, then mark it."""
         floor = self.floors[table.name]
         with ThreadPoolExecutor(WRITERS, thread_name_prefix="delta-append") as pool:
@@ -123,13 +129,15 @@ class DeltaStore:
             F.lit(image.ordinal).cast("bigint").alias("ordinal"),
         )  # fmt: skip
         frame = read([chunk]).select(*table.names, version.alias(VERSION), F.lit(False).alias(DELETED))
-        points.reach("chunk-read", chunk)
+        place = f"{self.path(table.name)} {chunk}"
+        points.reach("chunk-read", place)
         frame.write.format("delta").mode("append").option("txnAppId", identity).option("txnVersion", 1).save(
             str(self.path(table.name))
         )
-        points.reach("target-committed", chunk)
+        points.reach("target-committed", place)
         rows = appended_rows(self.path(table.name), identity)
         mark.afterwards(chunk, Counts(rows, rows), time.monotonic() - started)
+        points.reach("between-chunks", place)
 
     def close(self, table: TargetTable) -> int:
         """Nothing to sweep: no merge ran before the last append."""

@@ -93,7 +93,7 @@ class GatedTable:
         ).format(
             touched=self.touched, key=self.list(self.key), b_key=self.list(self.key, "b"), source=source,
             target=sql.Literal(self.target),
-        )  # fmt: skip
+        )
 
     def delete(self, source: sql.Composable) -> sql.Composed:
         """Statement 3: the winners that are deletes."""
@@ -107,9 +107,7 @@ class GatedTable:
         action = sql.SQL("DO NOTHING")
         if rest:
             action = sql.SQL("DO UPDATE SET {}").format(  # type: ignore[assignment]
-                sql.SQL(", ").join(
-                    sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in rest
-                )
+                sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in rest)
             )
         return sql.SQL(
             "INSERT INTO {table} ({columns}) SELECT {b_columns} FROM {source} AS b WHERE NOT b._deleted ORDER BY {b_key}"
@@ -117,7 +115,7 @@ class GatedTable:
         ).format(
             table=self.table, columns=self.list(self.columns), b_columns=self.list(self.columns, "b"), source=source,
             b_key=self.list(self.key, "b"), key=self.list(self.key), action=action,
-        )  # fmt: skip
+        )
 
 
 def install(connection: Connection, table: GatedTable, image: Version) -> None:
@@ -138,7 +136,9 @@ def install(connection: Connection, table: GatedTable, image: Version) -> None:
                     " false AS _deleted FROM {table} WITH NO DATA"
                 ).format(touched=table.touched, key=table.list(table.key), table=table.table)
             )
-            connection.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table.touched, table.list(table.key)))
+            connection.execute(
+                sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table.touched, table.list(table.key))
+            )
         connection.execute(_function(table))
 
 
@@ -159,7 +159,9 @@ def gated(connection: Connection, schema: str, name: str, key: Sequence[str]) ->
 
 def _function(table: GatedTable) -> sql.Composed:
     """The gate for one row in one round trip: the same statements, each with a snapshot of its own (VOLATILE)."""
-    one = sql.SQL("(SELECT p_epoch AS _epoch, p_lsn AS _lsn, p_ordinal AS _ordinal, p_deleted AS _deleted, (p_image).*)")
+    one = sql.SQL(
+        "(SELECT p_epoch AS _epoch, p_lsn AS _lsn, p_ordinal AS _ordinal, p_deleted AS _deleted, (p_image).*)"
+    )
     return sql.SQL(
         """
         CREATE OR REPLACE FUNCTION {function}(p_epoch integer, p_lsn pg_lsn, p_ordinal bigint, p_deleted boolean, p_image {table})
@@ -182,16 +184,18 @@ def _function(table: GatedTable) -> sql.Composed:
     ).format(
         function=table.function, table=table.table, lock=table.lock_key, touch=table.touch(one),
         delete=table.delete(one), upsert=table.upsert(one),
-    )  # fmt: skip
+    )
 
 
 def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool) -> None:
     """Create the session's batch table for this transaction: the table's columns, with versions in front for changes."""
-    extra = "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
+    extra = (
+        "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
+    )
     cursor.execute(
-        sql.SQL("CREATE TEMPORARY TABLE changeover_batch ON COMMIT DROP AS SELECT {extra}{columns} FROM {table} WITH NO DATA").format(
-            extra=sql.SQL(extra), columns=table.list(table.columns), table=table.table
-        )
+        sql.SQL(
+            "CREATE TEMPORARY TABLE changeover_batch ON COMMIT DROP AS SELECT {extra}{columns} FROM {table} WITH NO DATA"
+        ).format(extra=sql.SQL(extra), columns=table.list(table.columns), table=table.table)
     )
 
 
@@ -212,7 +216,9 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     cursor.execute(
         sql.SQL(
             "WITH won AS ({touch} RETURNING {t_key}) DELETE FROM {batch} AS b WHERE NOT EXISTS (SELECT FROM won WHERE {same})"
-        ).format(touch=table.touch(BATCH), t_key=table.list(table.key, "t"), batch=BATCH, same=table.same_key("won", "b"))
+        ).format(
+            touch=table.touch(BATCH), t_key=table.list(table.key, "t"), batch=BATCH, same=table.same_key("won", "b")
+        )
     )
     deleted = cursor.execute(table.delete(BATCH)).rowcount
     written = cursor.execute(table.upsert(BATCH)).rowcount
@@ -235,10 +241,16 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
             " WHERE g.target = {target} AND (g.epoch, g.lsn, g.ordinal) = (0, g.image_lsn, -1)"
             " AND NOT EXISTS (SELECT FROM {touched} AS t WHERE {same}) ORDER BY {b_key} ON CONFLICT ({key}) DO NOTHING"
         ).format(
-            table=table.table, columns=table.list(table.columns), b_columns=table.list(table.columns, "b"), batch=BATCH,
-            target=sql.Literal(table.target), touched=table.touched, same=table.same_key("t", "b"),
-            b_key=table.list(table.key, "b"), key=table.list(table.key),
-        )  # fmt: skip
+            table=table.table,
+            columns=table.list(table.columns),
+            b_columns=table.list(table.columns, "b"),
+            batch=BATCH,
+            target=sql.Literal(table.target),
+            touched=table.touched,
+            same=table.same_key("t", "b"),
+            b_key=table.list(table.key, "b"),
+            key=table.list(table.key),
+        )
     ).rowcount
     assert offered is not None
     assert gone is not None
@@ -253,14 +265,18 @@ def collisions(cursor: psycopg.Cursor[Any], table: GatedTable) -> list[str]:
     """Return keys in which two images meet: twice in the batch, or in a row that another chunk wrote (no live write did)."""
     rows = cursor.execute(
         sql.SQL(
-            "SELECT ROW({b_key})::text FROM {batch} AS b JOIN {table} AS t ON {same_table} WHERE t.xmin <> pg_current_xact_id()::xid"
+            "SELECT ROW({b_key})::text FROM {batch} AS b JOIN {table} AS t ON {same_table}"
+            " WHERE t.xmin <> pg_current_xact_id()::xid"
             " AND NOT EXISTS (SELECT FROM {touched} AS d WHERE {same_touched})"
             " UNION ALL SELECT ROW({b_key})::text FROM {batch} AS b GROUP BY {b_key} HAVING count(*) > 1 LIMIT 5"
         ).format(
             b_key=table.list(table.key, "b"),
-            batch=BATCH, table=table.table, same_table=table.same_key("t", "b"), touched=table.touched,
+            batch=BATCH,
+            table=table.table,
+            same_table=table.same_key("t", "b"),
+            touched=table.touched,
             same_touched=table.same_key("d", "b"),
-        )  # fmt: skip
+        )
     ).fetchall()
     return [str(row[0]) for row in rows]
 
@@ -307,7 +323,9 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
         present = connection.execute("DELETE FROM changeover.gate WHERE target = %s", [table.target]).rowcount
         if present:
             connection.execute(
-                sql.SQL("DROP FUNCTION IF EXISTS {}(integer, pg_lsn, bigint, boolean, {})").format(table.function, table.table)
+                sql.SQL("DROP FUNCTION IF EXISTS {}(integer, pg_lsn, bigint, boolean, {})").format(
+                    table.function, table.table
+                )
             )
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table.touched))
         left = connection.execute("SELECT FROM changeover.gate LIMIT 1").fetchone()

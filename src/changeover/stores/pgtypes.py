@@ -71,7 +71,11 @@ def source_type(type_name: str) -> SourceType | None:
     sized = re.fullmatch(r"numeric\((\d+),(\d+)\)", type_name)
     if sized:
         precision, scale = int(sized[1]), int(sized[2])
-        return SourceType(f"decimal({precision},{scale})", TEXT) if scale <= precision <= 38 else SourceType("string", TEXT)
+        return (
+            SourceType(f"decimal({precision},{scale})", TEXT)
+            if scale <= precision <= 38
+            else SourceType("string", TEXT)
+        )
     base = re.sub(r"\([^)]*\)", "", type_name)
     if base not in EXACT or (base == "numeric" and type_name != "numeric"):
         return None

@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 
 from changeover import points
-from changeover.errors import ChangeoverError, SnapshotLost
+from changeover.errors import ChangeoverError, RowRefused, SnapshotLost
 from changeover.position import Version
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.sparkerrors import failure_of, raise_failures
@@ -63,7 +63,9 @@ class PostgresStore:
 
     def has_rows(self, schema: str, name: str) -> bool:
         """Return whether the table has any row."""
-        row = self.connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(sql.Identifier(schema, name))).fetchone()
+        row = self.connection.execute(
+            sql.SQL("SELECT EXISTS (SELECT FROM {})").format(sql.Identifier(schema, name))
+        ).fetchone()
         return bool(row and row[0])
 
     def create(self, table: TargetTable) -> None:
@@ -71,7 +73,7 @@ class PostgresStore:
         columns = sql.SQL(", ").join(
             sql.SQL("{} {}{}").format(
                 sql.Identifier(column.name),
-                sql.SQL(column.type),  # type: ignore[arg-type]  # a name that format_type or our own table printed
+                sql.SQL(column.type),  # a name that format_type or our own table printed
                 sql.SQL(" NOT NULL" if column.not_null or column.name in table.key else ""),
             )
             for column in table.columns
@@ -79,7 +81,9 @@ class PostgresStore:
         key = sql.SQL(", ").join(sql.Identifier(name) for name in table.key)
         with speaking_to(self.dsn, f"creating {table}"):
             self.connection.execute(
-                sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY ({}))").format(sql.Identifier(table.schema, table.name), columns, key)
+                sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY ({}))").format(
+                    sql.Identifier(table.schema, table.name), columns, key
+                )
             )
 
     def install(self, table: TargetTable, image: Version) -> None:
@@ -91,7 +95,9 @@ class PostgresStore:
         """Return the table as the gate's statements need it."""
         return gate.GatedTable(table.schema, table.name, table.key, table.names)
 
-    def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
+    def load(
+        self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark
+    ) -> None:
         """Load all chunks in one Spark job, a task a chunk."""
         from changeover.stores.copytext import copy_lines
 
@@ -118,7 +124,9 @@ class PostgresStore:
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
         """Hold an exported REPEATABLE READ snapshot open; the position is the insert LSN read inside it."""
         key = tuple(column for name in table.key for column in table.columns if column.name == name)
-        with freeze(spark, self.dsn, self.application, ReadTable(table.schema, table.name, table.columns, key), parts) as frozen:
+        with freeze(
+            spark, self.dsn, self.application, ReadTable(table.schema, table.name, table.columns, key), parts
+        ) as frozen:
             yield frozen
 
     def finalize(self, table: TargetTable) -> None:
@@ -131,7 +139,9 @@ class PostgresStore:
         self.finalize(table)
         if created:
             with speaking_to(self.dsn, f"dropping {table}"):
-                self.connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(table.schema, table.name)))
+                self.connection.execute(
+                    sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(table.schema, table.name))
+                )
 
 
 @contextmanager
@@ -253,19 +263,34 @@ class LoadTask:
     def load(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> Counts:
         """Load one chunk in one transaction."""
         started = time.monotonic()
-        with speaking_to(self.dsn, f"loading chunk {chunk} of {self.table.target}"), gated_session(
-            self.dsn, self.application
-        ) as cursor:
+        with (
+            speaking_to(self.dsn, f"loading chunk {chunk} of {self.table.target}"),
+            gated_session(self.dsn, self.application) as cursor,
+        ):
             gate.prepare_batch(cursor, self.table, versions=False)
             copy_in(cursor, self.table.columns, batches)
-            points.reach("chunk-read", chunk)
-            counts = gate.load_batch(cursor, self.table)
-            if not self.mark.in_transaction(cursor, chunk, counts, time.monotonic() - started):
-                cursor.connection.rollback()
-                return Counts(0, 0)
+            points.reach("chunk-read", f"{self.table.target} {chunk}")
+            counts = self._insert(cursor, chunk, started)
             cursor.connection.commit()
-            points.reach("target-committed", chunk)
+            points.reach("target-committed", f"{self.table.target} {chunk}")
+        points.reach("between-chunks", f"{self.table.target} {chunk}")
         return counts
+
+    def _insert(self, cursor: psycopg.Cursor[Any], chunk: int, started: float) -> Counts:
+        """Insert and mark; an attempt that was fenced off, or comes after its chunk was loaded, inserts nothing."""
+        met: RowRefused | None = None
+        counts = Counts(0, 0)
+        try:
+            counts = gate.load_batch(cursor, self.table)
+        except RowRefused as refused:
+            met = refused  # by another row of the source, or by this very chunk, loaded before: the mark knows
+        marked = self.mark.in_transaction(cursor, chunk, counts, time.monotonic() - started)
+        if marked and met is None:
+            return counts
+        cursor.connection.rollback()
+        if marked and met is not None:
+            raise met
+        return Counts(0, 0)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from psycopg import sql
 
@@ -47,9 +48,12 @@ def plan_ranges(connection: Connection, schema: str, name: str, key: Sequence[st
             " FROM (SELECT {columns}, ntile({count}) OVER (ORDER BY {columns}) AS tile"
             " FROM {table} TABLESAMPLE SYSTEM ({percent})) AS sample) AS tiled WHERE tile <> before ORDER BY tile"
         ).format(
-            texts=texts, columns=columns, count=sql.Literal(count), table=sql.Identifier(schema, name),
+            texts=texts,
+            columns=columns,
+            count=sql.Literal(count),
+            table=sql.Identifier(schema, name),
             percent=sql.Literal(percent),
-        )  # fmt: skip
+        )
     ).fetchall()
     return ranges_between([tuple(row) for row in rows])
 
@@ -57,13 +61,13 @@ def plan_ranges(connection: Connection, schema: str, name: str, key: Sequence[st
 def ranges_between(bounds: Sequence[tuple[str, ...]]) -> list[KeyRange]:
     """Return the ranges that increasing bounds cut the key's order into; no bound gives the one infinite range."""
     edges: list[tuple[str, ...] | None] = [None, *bounds, None]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def require_partition(table: str, ranges: Sequence[KeyRange]) -> None:
     """Prove that ranges partition the key's order: no gap, no overlap, open at both ends; raises CouldNotCheck."""
     if not ranges or ranges[0][0] is not None or ranges[-1][1] is not None:
         raise CouldNotCheck(table, "its ranges do not reach from minus to plus infinity")
-    for number, (left, right) in enumerate(zip(ranges, ranges[1:], strict=False)):
+    for number, (left, right) in enumerate(pairwise(ranges)):
         if left[1] is None or left[1] != right[0]:
             raise CouldNotCheck(table, f"there is a gap or an overlap between the ranges {number} and {number + 1}")

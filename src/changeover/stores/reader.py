@@ -75,9 +75,7 @@ def read_table(
 
 def _subquery(table: ReadTable) -> sql.Composed:
     """The columns in the form they are read in, and the raw key beside them for the ranges (Spark prunes what it does not use)."""
-    parts = [
-        sql.SQL("{} AS {}").format(_form(column), sql.Identifier(column.name)) for column in table.columns
-    ] + [
+    parts = [sql.SQL("{} AS {}").format(_form(column), sql.Identifier(column.name)) for column in table.columns] + [
         sql.SQL("{} AS {}").format(sql.Identifier(column.name), sql.Identifier(f"_key{place}"))
         for place, column in enumerate(table.key)
     ]

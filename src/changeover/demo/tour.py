@@ -1,0 +1,335 @@
+"""The tour: the steps of the demo, in one table that is walked from top to bottom, each by the product's own function.
+
+A step returns one line that says what came of it; the time of each is taken. Nothing in a step goes on after an error, and
+before each one the processes and threads beside it are looked at, so that none can die unseen.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ldclient.migrations.types import Stage
+
+from changeover.demo.damage import KINDS
+from changeover.demo.follow import Follower
+from changeover.demo.place import Place
+from changeover.demo.processes import ApplicationProcess, Child, capture
+from changeover.demo.table import Shape
+from changeover.errors import CouldNotFinish, GateClosed, UnsafePlan
+from changeover.flags import cutover
+from changeover.jobs import backfill, preflight, prepare, replay
+from changeover.jobs.capture import emit_marker
+from changeover.jobs.ledger import Ledger
+from changeover.position import format_lsn, parse_lsn
+from changeover.session import connect
+from changeover.spec import Spec
+from changeover.verifiers.verdict import Difference, Verdict
+from changeover.verifiers.verify import verify
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+CAUGHT_UP_WITHIN = 120.0
+COMPARED_READS = 200
+"""Shadow reads to wait for before authority moves: twice what the gate asks for."""
+
+GATE_TRIES = 5
+LEFT_WITHIN = 10.0
+
+
+@dataclass
+class Figures:
+    """What the summary tells: rows a second of the backfill, bytes of WAL behind once caught up, and so on."""
+
+    backfilled: int = 0
+    rate: float = 0.0
+    lag: int = 0
+    ghosts_prevented: int = 0
+    pause: float | None = None
+    leftovers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Tour:
+    """What the steps share."""
+
+    place: Place
+    spec: Spec
+    spark: SparkSession
+    shape: Shape
+    application: ApplicationProcess
+    store: Follower
+    lake: Follower
+    capture: Child | None = None
+    stage: Stage = Stage.OFF
+    verdicts: list[Verdict] = field(default_factory=list)
+    figures: Figures = field(default_factory=Figures)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def require_alive(self) -> None:
+        """Raise what ended a process or a thread beside the steps."""
+        self.application.child.require_alive()
+        self.store.require_alive()
+        self.lake.require_alive()
+        if self.capture is not None:
+            self.capture.require_alive()
+
+    def run(self, step: Step) -> str:
+        """Run one step and take its time."""
+        self.require_alive()
+        started = time.monotonic()
+        said = step.action(self)
+        self.seconds[step.name] = round(time.monotonic() - started, 2)
+        return said
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its name, and what it does."""
+
+    name: str
+    action: Callable[[Tour], str]
+
+
+def check(tour: Tour) -> str:
+    """Ask whether the plan is safe."""
+    found = preflight.preflight(tour.spec)
+    if found.reasons:
+        raise UnsafePlan(tuple(found.reasons))
+    return "the plan is safe: key, replica identity, types, rights and targets"
+
+
+def prepare_both(tour: Tour) -> str:
+    """Make slot and snapshot, ledger, target tables and gates."""
+    made = prepare.prepare(tour.spec, tour.spark)
+    return f"slot {made.stream.slot} and snapshot from one command, at {format_lsn(made.stream.l0)}"
+
+
+def start_capture(tour: Tour) -> str:
+    """Start capture, and replay once, so that tombstones stand before the first row is loaded; then go on with both."""
+    tour.capture = capture(tour.place.spec_file, tour.place.root)
+    _pass_marker(tour, ["store"])
+    tour.store.start()
+    return f"process {tour.capture.process.pid} spools the change stream; replay into the new PostgreSQL began"
+
+
+def load_both(tour: Tour) -> str:
+    """Load the snapshot into both targets while the application goes on writing."""
+    started = time.monotonic()
+    loaded = {one.target: one for one in backfill.backfill(tour.spec, tour.spark)}
+    figures = tour.figures
+    figures.backfilled = loaded["store"].rows
+    figures.rate = sum(one.rows for one in loaded.values()) / (time.monotonic() - started)
+    figures.ghosts_prevented = sum(one.refused + one.swept for one in loaded.values())
+    return (
+        f"{figures.backfilled:,} rows in {loaded['store'].chunks} chunks to each target, {figures.rate:,.0f} rows/s;"
+        f" {figures.ghosts_prevented} ghosts prevented"
+    )
+
+
+def catch_up(tour: Tour) -> str:
+    """Replay into the lake too, now that all its chunks are in, until both have caught up."""
+    tour.lake.start()
+    return f"both targets follow the stream, {_pass_marker(tour, ['store', 'lake'], follow=True)} behind"
+
+
+def first_verify(tour: Tour) -> str:
+    """Compare every row of both targets with the old store at one LSN."""
+    tour.verdicts = verify(tour.spec, tour.spark)
+    return _said(tour.verdicts)
+
+
+def dualwrite(tour: Tour) -> str:
+    """Let the application write to both."""
+    return _advance(tour, Stage.DUALWRITE)
+
+
+def shadow(tour: Tour) -> str:
+    """Let the application read from both and compare."""
+    said = _advance(tour, Stage.SHADOW)
+    seen = tour.application.wait_for(
+        "shadow reads", lambda status: status["router"]["comparisons"]["compared"] >= COMPARED_READS
+    )
+    reads = seen["router"]["comparisons"]
+    return f"{said}; {reads['compared']:,} shadow reads compared, {reads['mismatched']} mismatched"
+
+
+def live(tour: Tour) -> str:
+    """Fence: authority moves to the new store. The lake's batches wait, so that the store's have no one to wait for."""
+    _require_equal(verify(tour.spec, tour.spark, targets=["store"]))
+    tour.lake.stop()
+    said = _advance(tour, Stage.LIVE)
+    tour.lake.start()
+    _reach_fence(tour)
+    wait = tour.application.status()["router"]["longest_wait_seconds"]
+    return f"{said}; fenced in {tour.figures.pause or 0:.2f} s, the longest wait of a writer was {wait:.2f} s"
+
+
+def rampdown(tour: Tour) -> str:
+    """Stop comparing; the old store is still mirrored to."""
+    return _advance(tour, Stage.RAMPDOWN)
+
+
+def last_verify(tour: Tour) -> str:
+    """Compare the old store with the new one as both are, and the lake at the fence's position."""
+    tour.verdicts = verify(tour.spec, tour.spark)
+    return _said(tour.verdicts)
+
+
+def complete(tour: Tour) -> str:
+    """Stop mirroring. The application goes on; it takes back what it writes from here, so that anyone can compare."""
+    tour.application.child.signal(signal.SIGUSR1)
+    tour.application.wait_for(
+        "an empty mirror", lambda seen: seen["traceless"] and not seen["router"]["mirror_old"]["depth"]
+    )
+    return _advance(tour, Stage.COMPLETE)
+
+
+def finalize(tour: Tour) -> str:
+    """Remove what is ours, end the application last, and list what is left in the old store."""
+    for follower in (tour.store, tour.lake):
+        follower.stop()
+    assert tour.capture is not None
+    tour.capture.end()
+    tour.capture = None
+    removed = prepare.finalize(tour.spec)
+    writes = tour.application.status()["writes"]
+    tour.application.wait_for("writes after finalize", lambda seen: seen["writes"] > writes)
+    tour.application.end()
+    tour.figures.leftovers = _leftovers(tour.spec)
+    left = ", ".join(tour.figures.leftovers) or "nothing"
+    return f"removed {len(removed)} things; left of ours in the old store: {left}"
+
+
+STEPS = (
+    Step("check", check),
+    Step("prepare", prepare_both),
+    Step("capture", start_capture),
+    Step("backfill", load_both),
+    Step("replay", catch_up),
+    Step("verify", first_verify),
+    Step("dualwrite", dualwrite),
+    Step("shadow", shadow),
+    Step("live", live),
+    Step("rampdown", rampdown),
+    Step("last verify", last_verify),
+    Step("complete", complete),
+    Step("finalize", finalize),
+)
+"""The whole way, in order."""
+
+
+def steps(broken: str | None) -> tuple[Step, ...]:
+    """Return the steps of a run: the whole way, or up to the first verdict and then damage and another verdict."""
+    if broken is None:
+        return STEPS
+    upto = next(place for place, step in enumerate(STEPS) if step.action is first_verify)
+    return (*STEPS[: upto + 1], Step(f"break {broken}", lambda tour: damage(tour, broken)))
+
+
+def damage(tour: Tour, kind: str) -> str:
+    """Damage the new store behind its back and verify: raises CouldNotFinish if the verdict does not name what was done."""
+    with connect(tour.place.dsns["old"], "demo:damage") as old, connect(tour.place.dsns["new"], "demo:damage") as new:
+        done = KINDS[kind](old, new)
+    tour.verdicts = verify(tour.spec, tour.spark)
+    found = [d for v in tour.verdicts if v.target == "store" for d in v.sample]
+    if not any(d.kind == done.kind and (done.column is None or done.column in d.columns) for d in found):
+        raise CouldNotFinish(
+            f"{done.done}, and verify did not name it: this is a defect of changeover, please report it"
+        )
+    return f"{done.done}: {_named(found[0])}"
+
+
+def _named(difference: Difference) -> str:
+    key = ", ".join(f"{name}={value}" for name, value in difference.key.items())
+    columns = f" in column {', '.join(difference.columns)}" if difference.columns else ""
+    return f"class {difference.kind}, key ({key}){columns}"
+
+
+def _said(verdicts: list[Verdict]) -> str:
+    return "; ".join(f"{v.target}: {v.word}, {v.source_rows:,} rows, {v.positions}" for v in verdicts)
+
+
+def _require_equal(verdicts: list[Verdict]) -> None:
+    different = [v for v in verdicts if not v.equal]
+    if different:
+        raise GateClosed("live", (f"{different[0].target} is different: {different[0].counts}",))
+
+
+def _advance(tour: Tour, stage: Stage) -> str:
+    """Go one stage up, with a fresh verdict where the gate asks for one, and wait for the application to be there."""
+    asked: tuple[str, ...] = ()
+    for _ in range(GATE_TRIES):
+        try:
+            done = cutover.advance(tour.spec, to=stage)
+            break
+        except GateClosed as closed:
+            asked = closed.reasons
+            _require_equal(verify(tour.spec, tour.spark, targets=["store"]))
+    else:
+        raise GateClosed(stage.value, asked)
+    tour.stage = stage
+    tour.figures.pause = done.pause_seconds if done.pause_seconds is not None else tour.figures.pause
+    tour.application.wait_for(f"stage {stage.value}", lambda seen: seen["stage"] == stage.value)
+    gate = f"the gate first asked: {'; '.join(asked)}; then opened" if asked else "the gate is open"
+    return f"{done.before.value} → {done.after.value}, {gate}"
+
+
+def _pass_marker(tour: Tour, targets: list[str], follow: bool = False) -> str:
+    """Write a marker into the source's log and wait until replay has passed it; return how far it is behind then."""
+    with connect(tour.place.dsns["old"], "demo:marker") as old, Ledger.open(tour.spec, "demo") as ledger:
+        row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        assert row is not None
+        wanted = parse_lsn(row[0])
+        emit_marker(old, "demo")
+        deadline = time.monotonic() + CAUGHT_UP_WITHIN
+        while (applied := _applied(ledger, targets)) < wanted:
+            if time.monotonic() > deadline:
+                raise CouldNotFinish(f"replay reached {format_lsn(applied)} and not {format_lsn(wanted)} in time")
+            tour.require_alive()
+            if not follow:
+                replay.replay(tour.spec, tour.spark, targets=targets)
+            time.sleep(0.05)
+        row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        assert row is not None
+        tour.figures.lag = max(0, parse_lsn(row[0]) - _applied(ledger, targets))
+        return f"{tour.figures.lag:,} bytes of WAL"
+
+
+def _applied(ledger: Ledger, targets: list[str]) -> int:
+    return min(load.applied for load in ledger.loads() if load.target in targets)
+
+
+def _reach_fence(tour: Tour) -> None:
+    """Let the lake arrive where the old store's authority ended; from there on it stands still."""
+    with Ledger.open(tour.spec, "demo") as ledger:
+        fence = ledger.authority().from_lsn
+        deadline = time.monotonic() + CAUGHT_UP_WITHIN
+        while _applied(ledger, ["lake"]) < fence:
+            tour.require_alive()
+            if time.monotonic() > deadline:
+                raise CouldNotFinish(f"the lake did not reach the fence at {format_lsn(fence)} in time")
+            time.sleep(0.05)
+
+
+def _leftovers(spec: Spec) -> list[str]:
+    """Look until nothing is left, for a moment: the server ends a session a little after its client has gone."""
+    deadline = time.monotonic() + LEFT_WITHIN
+    while (left := prepare.leftovers(spec)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def end(tour: Tour) -> None:
+    """End threads and processes, whatever state they are in."""
+    for follower in (tour.store, tour.lake):
+        with suppress(Exception):  # the error that ended it has been raised, or another one is on its way
+            follower.stop()
+    for child in (tour.capture, tour.application.child):
+        if child is not None:
+            child.end()
