@@ -2,7 +2,7 @@
 
 A batch is every event between the position that a load has reached and the end of the spool (or a given position), collapsed
 to one change a key. The position moves after the batch is committed, so a killed replay offers some changes again, which the
-gate refuses. Batches of all replayers and verifications of a migration take turns by one lease. An event that this version
+gate refuses. Batches and verifications of one target take turns by a lease. An event that this version
 does not carry stops its table by name, after everything before it was applied.
 """
 
@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LEASE = "replay"
+STEP = "replay"
 LEASE_SECONDS = 120.0
 """How long a batch may wait for its turn: longer than any other batch or alignment takes."""
 
@@ -83,12 +84,15 @@ class Replay:
         self.spool = spool_of(spec)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
-        """Offer everything spooled below `until` to the targets, in one turn of the lease."""
-        with self.ledger.lease(LEASE, wait_seconds=LEASE_SECONDS):
-            return self.offer(until, targets)
+        """Offer everything spooled below `until` to each target, in one turn of that target's lease."""
+        done = []
+        for target in targets or list(self.spec.targets):
+            with self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS):
+                done.append(self.offer(until, [target]))
+        return total(done)
 
     def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
-        """Do a round's work; the caller holds the lease."""
+        """Do a round's work; the caller holds the leases of the targets."""
         end = min([self.spool.end()] + ([until] if until is not None else []))
         intervals = old_authority(self.ledger.authorities())
         events = taken = 0
@@ -191,23 +195,52 @@ STOPS: dict[str, Callable[[dict[str, Any]], str]] = {
 """Kind of event -> why the table stops at it."""
 
 
+def lease_of(target: str) -> str:
+    """Return the name of the lease under which batches of one target take turns."""
+    return f"{STEP}-{target}"
+
+
+def total(rounds: Sequence[Replayed]) -> Replayed:
+    """Return what several rounds did together."""
+    applied = min((one.applied for one in rounds), default=0)
+    return Replayed(sum(one.events for one in rounds), sum(one.taken for one in rounds), applied)
+
+
 def replay(
     spec: Spec, spark: SparkSession, *, follow: bool = False, stop: threading.Event | None = None,
     targets: Sequence[str] | None = None,
 ) -> Replayed:  # fmt: skip
     """Replay until caught up with the spool, or with `follow` until `stop` is set (driver).
 
+    Each target is followed in a thread of its own, so that a slow one does not hold up another, and an error in one stops all.
     Raises StepOrder before prepare, TableStopped, ServerUnavailable.
     """
     stop = stop or threading.Event()
-    with Ledger.open(spec, LEASE) as ledger:
-        running = Replay(spec, spark, ledger, require_prepared(spec, spark, ledger, LEASE))
+    with Ledger.open(spec, STEP) as ledger:
+        prepared = require_prepared(spec, spark, ledger, STEP)
+    chosen = list(targets or spec.targets)
+    with ThreadPoolExecutor(len(chosen), thread_name_prefix="replay") as pool:
+        running = [pool.submit(_replay_target, spec, spark, prepared, target, follow, stop) for target in chosen]
+        try:
+            return total([one.result() for one in as_completed(running)])
+        finally:
+            stop.set()
+
+
+def _replay_target(
+    spec: Spec, spark: SparkSession, prepared: Prepared, target: str, follow: bool, stop: threading.Event
+) -> Replayed:
+    """Replay into one target; a scheduler pool of its own keeps a long backfill from starving it."""
+    spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(target))
+    with Ledger.open(spec, STEP) as ledger:
+        running = Replay(spec, spark, ledger, prepared)
         events = taken = 0
         while True:
-            done = running.round(targets=targets)
+            done = running.round(targets=[target])
             events, taken = events + done.events, taken + done.taken
             if stop.is_set() or (not follow and not done.events):
-                ledger.audit(LEASE, "done", {"events": events, "taken": taken, "applied": format_lsn(done.applied)})
+                told = {"target": target, "events": events, "taken": taken, "applied": format_lsn(done.applied)}
+                ledger.audit(STEP, "done", told)
                 return Replayed(events, taken, done.applied)
             if not done.events:
                 stop.wait(IDLE_SECONDS)

@@ -24,7 +24,7 @@ from changeover.jobs.capture import emit_marker
 from changeover.jobs.ledger import CLOSED, Authority, Ledger
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import Prepared, require_prepared
-from changeover.jobs.replay import LEASE, LEASE_SECONDS, Replay
+from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
 from changeover.jobs.transform import Transform
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
@@ -98,11 +98,13 @@ def _moment(
         tables = {t.source: seen for t in spec.tables if (seen := source_table(old, t)) is not None}
         reads = {name: _read(seen) for name, seen in tables.items()}
         if authority.store == "old":
-            with ledger.lease(LEASE, wait_seconds=LEASE_SECONDS):
+            with ExitStack() as turn:
+                for target in sorted({target for _, target in chosen}):
+                    turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
                 made = snapshot.create_slot(dsn, application, f"{spec.slot}_verify", temporary=True)
                 held.enter_context(made.session)
                 emit_marker(old, "verify")
-                _replay_to(Replay(spec, spark, ledger, prepared), made.l0)
+                _replay_to(Replay(spec, spark, ledger, prepared), made.l0, sorted({target for _, target in chosen}))
                 targets = _freeze_targets(held, spec, spark, chosen)
             holder, exported = held.enter_context(importing(dsn, application, made.snapshot))
             position = format_lsn(made.l0)
@@ -122,7 +124,7 @@ def _read(seen: SourceTable) -> ReadTable:
     return ReadTable(schema, name, seen.store_columns, seen.key)
 
 
-def _replay_to(replay: Replay, position: int) -> None:
+def _replay_to(replay: Replay, position: int, targets: Sequence[str]) -> None:
     """Offer every event below a position, once capture has made them durable."""
     deadline = time.monotonic() + SPOOL_SECONDS
     while replay.spool.end() < position:
@@ -132,7 +134,7 @@ def _replay_to(replay: Replay, position: int) -> None:
                 f" {SPOOL_SECONDS:g} s: is `changeover capture` running?"
             )
         time.sleep(0.05)
-    replay.offer(until=position)
+    replay.offer(until=position, targets=targets)
 
 
 def _freeze_targets(

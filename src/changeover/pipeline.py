@@ -173,7 +173,6 @@ def replay_beside(spec: Spec, spark: SparkSession) -> Iterator[None]:
     replaying.replay(spec, spark)
 
     def follow() -> None:
-        spark.sparkContext.setLocalProperty("spark.scheduler.pool", "replay")
         try:
             replaying.replay(spec, spark, follow=True, stop=stop)
         except ChangeoverError as error:

@@ -28,7 +28,7 @@ from changeover.jobs import backfill as job
 from changeover.session import spark_session
 from changeover.spec import load
 job.FEWEST_CHUNKS = int(sys.argv[1])
-spark = spark_session("killed", cores=2, memory="1g", shuffle_partitions=1)
+spark = spark_session("killed", cores=6, memory="1g", shuffle_partitions=1)
 runs = [threading.Thread(target=job.backfill, args=(load(path), spark)) for path in sys.argv[2:]]
 [run.start() for run in runs]
 [run.join() for run in runs]

@@ -22,7 +22,7 @@ from changeover.demo.processes import ApplicationProcess, Child, capture
 from changeover.demo.table import Shape
 from changeover.errors import CouldNotFinish, GateClosed, UnsafePlan
 from changeover.flags import cutover
-from changeover.jobs import backfill, preflight, prepare, replay
+from changeover.jobs import backfill, preflight, prepare
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.ledger import Ledger
 from changeover.position import format_lsn, parse_lsn
@@ -113,8 +113,8 @@ def prepare_both(tour: Tour) -> str:
 def start_capture(tour: Tour) -> str:
     """Start capture, and replay once, so that tombstones stand before the first row is loaded; then go on with both."""
     tour.capture = capture(tour.place.spec_file, tour.place.root)
-    _pass_marker(tour, ["store"])
     tour.store.start()
+    _pass_marker(tour, ["store"])
     return f"process {tour.capture.process.pid} spools the change stream; replay into the new PostgreSQL began"
 
 
@@ -135,7 +135,7 @@ def load_both(tour: Tour) -> str:
 def catch_up(tour: Tour) -> str:
     """Replay into the lake too, now that all its chunks are in, until both have caught up."""
     tour.lake.start()
-    return f"both targets follow the stream, {_pass_marker(tour, ['store', 'lake'], follow=True)} behind"
+    return f"both targets follow the stream, {_pass_marker(tour, ['store', 'lake'])} behind"
 
 
 def first_verify(tour: Tour) -> str:
@@ -280,7 +280,7 @@ def _advance(tour: Tour, stage: Stage) -> str:
     return f"{done.before.value} → {done.after.value}, {gate}"
 
 
-def _pass_marker(tour: Tour, targets: list[str], follow: bool = False) -> str:
+def _pass_marker(tour: Tour, targets: list[str]) -> str:
     """Write a marker into the source's log and wait until replay has passed it; return how far it is behind then."""
     with connect(tour.place.dsns["old"], "demo:marker") as old, Ledger.open(tour.spec, "demo") as ledger:
         row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
@@ -292,8 +292,6 @@ def _pass_marker(tour: Tour, targets: list[str], follow: bool = False) -> str:
             if time.monotonic() > deadline:
                 raise CouldNotFinish(f"replay reached {format_lsn(applied)} and not {format_lsn(wanted)} in time")
             tour.require_alive()
-            if not follow:
-                replay.replay(tour.spec, tour.spark, targets=targets)
             time.sleep(0.05)
         row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
         assert row is not None

@@ -1,7 +1,7 @@
 """A Delta Lake table as a target: idempotent appends while loading, then gated MERGEs by one writer.
 
 Every row bears `_version` (epoch, lsn, ordinal) and `_deleted`; a tombstone is a row. A chunk is appended under an application
-id of its own with version 1, so a repeated append is skipped by Delta itself. An append never conflicts with an earlier
+id of its own with version 1, so a repeated append is skipped (`appends`). An append never conflicts with an earlier
 MERGE, so merges begin only after the last chunk. Readers use `live_rows`; readers by path see tombstones until `finalize`.
 """
 
@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,23 +19,20 @@ from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 from deltalake.schema import Schema
 
-from changeover import points
 from changeover.errors import CouldNotFinish
 from changeover.position import Version
+from changeover.sparkerrors import raise_failures
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Column, Counts, Frozen, Mark, TargetTable
+from changeover.stores.appends import VERSION, AppendTask
 from changeover.stores.pgtypes import postgres_type
+from changeover.stores.postgres import OUTCOME
 from changeover.stores.reader import EVERYTHING
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-VERSION = "_version"
-"""struct<epoch:int,lsn:bigint,ordinal:bigint>: Spark compares structs field by field, which is the axis' order."""
-
 TO_DELTA = {"tinyint": "byte", "smallint": "short", "int": "integer", "bigint": "long"}
 FROM_DELTA = {delta: spark for spark, delta in TO_DELTA.items()}
-WRITERS = 2
-"""Chunks appended at once: blind appends never conflict with each other."""
 
 
 class DeltaStore:
@@ -106,38 +101,13 @@ class DeltaStore:
     def load(
         self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark
     ) -> None:
-        """Append each chunk once, a Spark job a chunk, then mark it."""
-        floor = self.floors[table.name]
-        with ThreadPoolExecutor(WRITERS, thread_name_prefix="delta-append") as pool:
-            waiting = [pool.submit(self._append, table, chunk, read, mark, floor) for chunk in chunks]
-            try:
-                for done in waiting:
-                    done.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-
-    def _append(
-        self, table: TargetTable, chunk: int, read: Callable[[Sequence[int]], DataFrame], mark: Mark, image: Version
-    ) -> None:
-        from pyspark.sql import functions as F
-
-        started = time.monotonic()
-        identity = mark.identity(chunk)
-        version = F.struct(
-            F.lit(image.epoch).cast("int").alias("epoch"), F.lit(image.lsn).cast("bigint").alias("lsn"),
-            F.lit(image.ordinal).cast("bigint").alias("ordinal"),
+        """Append each chunk once and mark it: one Spark job, a task a chunk."""
+        found = self._existing(table.name)
+        required = tuple(field.name for field in found.schema().fields if not field.nullable and field.name in table.names)
+        task = AppendTask(
+            str(self.path(table.name)), table.key, required, tuple(chunks), self.floors[table.name], mark
         )  # fmt: skip
-        frame = read([chunk]).select(*table.names, version.alias(VERSION), F.lit(False).alias(DELETED))
-        place = f"{self.path(table.name)} {chunk}"
-        points.reach("chunk-read", place)
-        frame.write.format("delta").mode("append").option("txnAppId", identity).option("txnVersion", 1).save(
-            str(self.path(table.name))
-        )
-        points.reach("target-committed", place)
-        rows = appended_rows(self.path(table.name), identity)
-        mark.afterwards(chunk, Counts(rows, rows), time.monotonic() - started)
-        points.reach("between-chunks", place)
+        raise_failures(row.failure for row in read(chunks).select(*table.names).mapInArrow(task, OUTCOME).collect())
 
     def close(self, table: TargetTable) -> int:
         """Nothing to sweep: no merge ran before the last append."""
@@ -172,10 +142,7 @@ class DeltaStore:
     @contextmanager
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
         """Name the table's present version, which no later commit changes; it has no order of keys, so one range."""
-        found = self._open(table.name)
-        if found is None:
-            raise CouldNotFinish(f"target {self.name}: there is no Delta table at {self.path(table.name)}")
-        version = found.version()
+        version = self._existing(table.name).version()
         live = live_rows(spark, self.path(table.name), version).select(*table.names)
 
         def frame(keys: Sequence[tuple[str, ...]] | None = None) -> DataFrame:
@@ -202,6 +169,12 @@ class DeltaStore:
         if created and self.path(table.name).exists():
             shutil.rmtree(self.path(table.name))
 
+    def _existing(self, name: str) -> DeltaTable:
+        found = self._open(name)
+        if found is None:
+            raise CouldNotFinish(f"target {self.name}: there is no Delta table at {self.path(name)}")
+        return found
+
     def _open(self, name: str) -> DeltaTable | None:
         try:
             return DeltaTable(str(self.path(name)))
@@ -215,18 +188,6 @@ def live_rows(spark: SparkSession, path: Path | str, version: int | None = None)
     if version is not None:
         reader = reader.option("versionAsOf", version)
     return reader.load(str(path)).where(f"NOT {DELETED}").drop(VERSION, DELETED)
-
-
-def appended_rows(path: Path, identity: str) -> int:
-    """Return how many rows the append under an application id wrote; its commit is looked up, newest first.
-
-    The commit's actions are as the Delta transaction log protocol defines them (Transaction Identifiers, Add File).
-    """
-    for commit in sorted((path / "_delta_log").glob("*.json"), reverse=True):
-        actions = [json.loads(line) for line in commit.read_text(encoding="utf-8").splitlines()]
-        if any(action.get("txn", {}).get("appId") == identity for action in actions):
-            return sum(json.loads(action["add"]["stats"])["numRecords"] for action in actions if "add" in action)
-    raise CouldNotFinish(f"no commit of {path} bears the identity {identity}, though its append ended")
 
 
 def _to_delta(spark_type: str) -> Any:
