@@ -66,7 +66,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Interval:
-    """A time in which the old store had authority: its epoch, and the commit LSNs since <= lsn < until."""
+    """A part of the old store's stream: the epoch of its events, and the commit LSNs since <= lsn < until."""
 
     epoch: int
     since: int
@@ -94,7 +94,7 @@ class Replay:
     def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Do a round's work; the caller holds the leases of the targets."""
         end = min([self.spool.end()] + ([until] if until is not None else []))
-        intervals = old_authority(self.ledger.authorities())
+        authorities = self.ledger.authorities()
         events = taken = 0
         positions = []
         for (source, target), transform in self.prepared.transforms.items():
@@ -105,16 +105,19 @@ class Replay:
                 if not (store.merges_while_loading or load.state == CLOSED):
                     continue
                 store.install(transform.target, self.prepared.stream.image)
-                for interval in intervals:
+                for interval in offered_intervals(authorities, takes_over=self._takes_over(target)):
                     load, offered = self._catch_up(load, interval, end, transform, store)
                     events, taken = events + offered.offered, taken + offered.taken
             positions.append(load.applied)
         return Replayed(events, taken, min(positions, default=0))
 
+    def _takes_over(self, target: str) -> bool:
+        return self.spec.flag is not None and self.spec.flag.target == target
+
     def _catch_up(
         self, load: Load, interval: Interval, end: int, transform: Transform, store: Store
     ) -> tuple[Load, Counts]:
-        """Offer what is left of one interval of the old store's authority; what lies between two of them is never offered."""
+        """Offer what is left of one interval; what lies between two of them is never offered."""
         end = min(end, interval.until)
         if load.applied >= end:
             return load, Counts(0, 0)
@@ -155,15 +158,21 @@ class Replay:
         return transform.changes(ours, epoch)
 
 
-def old_authority(authorities: Sequence[Authority]) -> list[Interval]:
-    """Return the intervals of the old store's stream in which it had authority, by the authority log (pure)."""
+def offered_intervals(authorities: Sequence[Authority], *, takes_over: bool) -> list[Interval]:
+    """Return the intervals of the old store's stream that a target is offered, by the authority log (pure).
+
+    While the new store has authority, the old one's stream holds our own mirrored writes. The target that takes over wrote them
+    itself, so it never gets that echo. Any other target waits at the fence; it learns of those writes by the echo once authority is
+    back, because then the old store is the truth again.
+    """
     intervals = [Interval(0, 0, FOR_EVER)]
     for change in authorities:
-        if change.store == "new":
-            intervals[-1] = replace(intervals[-1], until=change.from_lsn)
-        else:
-            intervals.append(Interval(change.epoch, change.from_lsn, FOR_EVER))
-    return intervals
+        intervals[-1] = replace(intervals[-1], until=change.from_lsn)
+        intervals.append(Interval(change.epoch, change.from_lsn, FOR_EVER))
+    if authorities and authorities[-1].store == "new":
+        intervals.pop()
+    elsewhere = {change.epoch for change in authorities if change.store == "new"}
+    return [one for one in intervals if not (takes_over and one.epoch in elsewhere)]
 
 
 def first_stop(outline: pa.Table) -> tuple[int, str] | None:

@@ -34,9 +34,7 @@ def run_notebook(work: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
-def test_it_goes_from_the_differences_to_the_cause(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_goes_from_the_differences_to_the_cause(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = spark.sql("SELECT id, timestamp '2026-03-01 10:00:00' + make_interval(0,0,0,id) AS at FROM range(6)")
     source = source.selectExpr("cast(id AS int) id", "at", "'Ann ' name", "cast(NULL AS string) note", "0 _range")
     target = source.selectExpr("id", "at + interval 2 hours at", "trim(name) name", "'' note", "_range").where("id < 5")

@@ -85,9 +85,7 @@ def coverage(
     if strangers:
         rows = sum(counted[number] for number in strangers)
         raise CouldNotCheck(table, f"{rows} rows of the {side} belong to no range that was planned")
-    return tuple(
-        RangeCount(each, counted.get(each.number, 0), (different or {}).get(each.number, 0)) for each in ranges
-    )
+    return tuple(RangeCount(each, counted.get(each.number, 0), (different or {}).get(each.number, 0)) for each in ranges)
 
 
 def require_complete(tallies: Sequence[Tally], rows_read: Sequence[int], *, table: str) -> None:
@@ -112,9 +110,7 @@ def rows_by_range(tallies: Sequence[Tally], side: int, kinds: Sequence[str] = (E
 
 def keys_of(tallies: Sequence[Tally], kind: str, twice: str | None = None) -> int:
     """Return the keys of a class; every row is in either side's tallies, so one side is enough."""
-    return sum(
-        tally.keys for tally in tallies if tally.side == SOURCE and tally.kind == kind and twice in (None, tally.twice)
-    )
+    return sum(tally.keys for tally in tallies if tally.side == SOURCE and tally.kind == kind and twice in (None, tally.twice))
 
 
 def rows_found(tallies: Sequence[Tally]) -> int:

@@ -39,9 +39,7 @@ def ensure_table(differences: Path) -> None:
     """Make the table of differences, empty, where it is not there yet (driver)."""
     fields = [{"name": name, "type": kind, "nullable": True, "metadata": {}} for name, kind in STORED.items()]
     differences.mkdir(parents=True, exist_ok=True)
-    DeltaTable.create(
-        str(differences), Schema.from_json(json.dumps({"type": "struct", "fields": fields})), mode="ignore"
-    )
+    DeltaTable.create(str(differences), Schema.from_json(json.dumps({"type": "struct", "fields": fields})), mode="ignore")
 
 
 def keep(differing: DataFrame, found: int, limit: int, differences: Path, labels: Mapping[str, str]) -> int:
@@ -91,9 +89,7 @@ def _difference(row: Row, names: Sequence[str]) -> Difference:
         return None if values is None else {name: _short(values[name]) for name in names if name in values}
 
     key = cut(row["key"]) or {}
-    return Difference(
-        row["kind"], key, tuple(row["columns"] or ()), cut(row["source"]), cut(row["target"]), row["twice"]
-    )
+    return Difference(row["kind"], key, tuple(row["columns"] or ()), cut(row["source"]), cut(row["target"]), row["twice"])
 
 
 def _short(value: str | None) -> str | None:

@@ -83,9 +83,7 @@ def to_html(verdicts: Sequence[Verdict], summary: RunSummary | None = None) -> s
     )
 
 
-def print_terminal(
-    verdicts: Sequence[Verdict], summary: RunSummary | None = None, console: Console | None = None
-) -> None:
+def print_terminal(verdicts: Sequence[Verdict], summary: RunSummary | None = None, console: Console | None = None) -> None:
     """Print the word, a line a table and store, and for each different one its classes, columns and sample."""
     from rich.console import Console
 

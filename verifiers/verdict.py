@@ -255,8 +255,7 @@ def _shown(counts: Sequence[RangeCount], hidden: bool) -> tuple[RangeCount, ...]
         return (MASK,) if hidden and bound is not None else bound
 
     return tuple(
-        replace(count, range=replace(count.range, lower=hide(count.range.lower), upper=hide(count.range.upper)))
-        for count in counts
+        replace(count, range=replace(count.range, lower=hide(count.range.lower), upper=hide(count.range.upper))) for count in counts
     )
 
 

@@ -345,9 +345,7 @@ def oracle(source: Rows, target: Rows) -> Counter[tuple[int, str]]:
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(source=ROWS.filter(bool), target=ROWS, change=st.booleans())
-def test_it_agrees_with_plain_dicts(
-    pair: Pair, source: list[tuple[Any, ...]], target: list[tuple[Any, ...]], change: bool
-) -> None:
+def test_it_agrees_with_plain_dicts(pair: Pair, source: list[tuple[Any, ...]], target: list[tuple[Any, ...]], change: bool) -> None:
     pair.schema = "k int, v string, w string, d double"
     target = target if change else source
     run = str(len(pair.stored())) if (pair.folder / "differences").exists() else "0"

@@ -36,9 +36,7 @@ DIFFERENCES = st.builds(
     side=st.sampled_from([None, "source", "target", "both"]),
 )
 COUNTS = st.integers(0, 2**40)
-RANGE_COUNTS = st.lists(
-    st.builds(RangeCount, st.builds(Range, st.integers(0, 9), BOUNDS, BOUNDS), COUNTS, COUNTS), max_size=3
-)
+RANGE_COUNTS = st.lists(st.builds(RangeCount, st.builds(Range, st.integers(0, 9), BOUNDS, BOUNDS), COUNTS, COUNTS), max_size=3)
 DIFFS = st.builds(
     TableDiff,
     table=st.text(max_size=9), store=st.text(max_size=5), key=st.lists(st.text(max_size=3), max_size=2).map(tuple),
