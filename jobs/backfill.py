@@ -182,7 +182,9 @@ class _Load:
 
         def rows(numbers: Sequence[int]) -> DataFrame:
             ranges = [(chunks[n].lower, chunks[n].upper) for n in numbers]
-            return self.transform.rows(read_table(self.spark, dsn, application, read, ranges, live))
+            moved = self.transform.only_moved() if self.store.takes_text else frozenset()
+            frame = read_table(self.spark, dsn, application, read, ranges, live, moved=moved)
+            return self.transform.rows(frame, moved=moved)
 
         with from_spark(source, "a chunk of the backfill"):
             self.store.load(self.transform.target, pending, rows, mark)

@@ -401,6 +401,18 @@ class Ledger:
         ).fetchall()
         return [(r[0], r[1], r[2], r[3]) for r in rows]
 
+    def creating(self) -> dict[tuple[str, str], bool]:
+        """Return the loads that a prepare had begun to make, and whether the target table is its own."""
+        present = self.connection.execute("SELECT to_regclass('changeover.audit') IS NOT NULL").fetchone()
+        if present is None or not present[0]:
+            return {}
+        rows = self.connection.execute(
+            "SELECT detail->>'source', detail->>'target', (detail->>'created')::boolean FROM changeover.audit"
+            " WHERE migration = %s AND step = 'prepare' AND outcome = 'creating'",
+            [self.migration],
+        ).fetchall()
+        return {(row[0], row[1]): row[2] for row in rows}
+
     # -- leases
 
     @contextmanager

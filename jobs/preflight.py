@@ -7,14 +7,18 @@ publication holds it) and of what this version carries.
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from psycopg import sql
 
+from changeover.errors import Refused, SpecError
 from changeover.jobs.ledger import Ledger, SourceColumn
 from changeover.session import Connection, application_name, connect, server_name
-from changeover.spec import Spec, Table
+from changeover.spec import IDENTIFIER, Spec, Table, qualified, secret
 from changeover.stores import Column, open_store
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import estimated_rows
@@ -124,13 +128,14 @@ WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated
 def preflight(spec: Spec) -> Preflight:
     """Look at both sides and return everything that stands against the plan (driver; starts no JVM, changes nothing).
 
-    Raises ServerUnavailable or SecretMissing where a side can't be looked at.
+    Raises ServerUnavailable or SecretMissing where a side can't be looked at, SpecError for a column that is not there.
     """
     found = Preflight()
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
         found.reasons += [row[0] for row in old.execute(SERVER_RULES, {"oldest": OLDEST_SERVER}).fetchall()]
         for table in spec.tables:
             _source_table(old, table, found)
+            _require_columns(spec, table, found.tables.get(table.source))
         found.grants += _grants(old, spec)
     prepared = _is_prepared(spec)
     for target in spec.targets.values():
@@ -194,6 +199,24 @@ def _source_table(connection: Connection, table: Table, found: Preflight) -> Non
     found.tables[table.source] = seen
 
 
+WORDS = frozenset({"true", "false", "null"})
+"""Expressions of one word that name no column."""
+
+
+def _require_columns(spec: Spec, table: Table, seen: SourceTable | None) -> None:
+    """Find a column that is misspelt without Spark, which sees every other mistake of an expression at prepare."""
+    if seen is None or table.function is not None:
+        return
+    names = [column.name for column in seen.columns]
+    known = {name.lower() for name in names} | WORDS
+    asked = [(f"columns.{name}", text.strip()) for name, text in table.columns.items()]
+    for where, name in [*asked, *(("drop", name) for name in table.drop)]:
+        if IDENTIFIER.fullmatch(name) and name.lower() not in known:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"its columns are {', '.join(names)}"
+            raise SpecError(spec.path, f"table {table.source}: {where}", f"there is no column {name} in {table.source}: {hint}")
+
+
 def _grants(connection: Connection, spec: Spec) -> list[str]:
     row = connection.execute("SELECT current_user, current_database()").fetchone()
     assert row is not None
@@ -215,22 +238,42 @@ def where(spec: Spec) -> str:
 
 
 def draft(dsn: str, table: str) -> str:
-    """Return a spec for a live table, ready to be edited: names and key from the catalogue, no secret (driver)."""
-    import json
+    """Return a spec for a live table, ready to be edited: names and key from the catalogue, no secret (driver).
 
-    from changeover.errors import Refused
-    from changeover.spec import Secret, qualified
-
+    Raises Refused for a table that is not there or has no key, SpecError for a DSN with a password.
+    """
     schema, name = qualified(table)
-    with connect(Secret("dsn", dsn).resolve(), application_name("init", "init")) as old:
+    with connect(secret("init", "dsn", dsn).resolve(), application_name("init", "init")) as old:
         seen = source_table(old, Table(f"{schema}.{name}", name, ()))
     if seen is None:
         raise Refused(f"init: there is no table {schema}.{name} in that database: name it as schema.table")
-    key = ", ".join(json.dumps(column) for column in seen.identity)
-    columns = "\n".join(f"# {column.name} = {json.dumps(column.name)}  # {column.type}" for column in seen.columns)
+    if not seen.identity:
+        raise Refused(f"init: {schema}.{name} has no primary key and no replica identity with a key: add one first")
+    key = ", ".join(_quoted(column) for column in seen.identity)
+    columns = "\n".join(_drafted(column) for column in seen.columns)
     return DRAFT.format(
-        name=name.lower()[:40], dsn=json.dumps(dsn), source=f"{schema}.{name}", table=name, key=key, columns=columns
-    )
+        name=_migration_name(name), dsn=_quoted(dsn), source=_quoted(f"{schema}.{name}"), table=_quoted(name), key=key,
+        columns=columns,
+    )  # fmt: skip
+
+
+def _migration_name(table: str) -> str:
+    """Return a name that a spec may have, since it becomes part of a slot's name."""
+    plain = re.sub(r"[^a-z0-9_]", "_", table.lower())
+    return (plain if re.match("[a-z]", plain) else f"t{plain}")[:40]
+
+
+def _quoted(text: str) -> str:
+    """Return a TOML string, whose escapes are JSON's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _drafted(column: SourceColumn) -> str:
+    """Return a column's line: a comment that says what holds without it."""
+    simple = IDENTIFIER.fullmatch(column.name)
+    name = column.name if simple else _quoted(column.name)
+    expression = column.name if simple else "`" + column.name.replace("`", "``") + "`"
+    return f"# {name} = {_quoted(expression)}  # {column.type}"
 
 
 DRAFT = """name = "{name}"
@@ -243,8 +286,8 @@ kind = "postgres"
 dsn = "env:NEW_DSN"
 
 [[table]]
-source = "{source}"
-target = "{table}"
+source = {source}
+target = {table}
 key = [{key}]
 
 [table.columns]  # target column = Spark SQL expression; what is not named here keeps its name and type

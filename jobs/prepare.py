@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import psycopg
 from psycopg import sql
 
-from changeover.errors import LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
+from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
 from changeover.jobs import snapshot, transform
 from changeover.jobs.ledger import CLOSED, Ledger, Stream, drop_ledger
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
@@ -54,22 +54,52 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
     Raises UnsafePlan with every reason, TargetNotEmpty, SlotBlocked, and UsageError when the spec changed since.
     """
     with Ledger.open(spec, "prepare") as ledger, ledger.lease("prepare"):
-        ledger.create()
         if ledger.exists():
             return require_prepared(spec, spark, ledger, "prepare")
         found = preflight(spec)
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
-        _remove_from_source(spec)  # what a killed prepare left
+        _remove_unfinished(spec, ledger)  # what a killed prepare left
         transforms = _transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
-        created = _create_targets(spec, transforms)
-        stream = _open_stream(spec)
-        for (_, target), planned in transforms.items():
-            with open_store(spec, spec.targets[target], "prepare") as store:
-                store.install(planned.target, stream.image)
-        spool_of(spec).create()
-        _record(spec, ledger, stream, found, created)
-        return Prepared(stream, transforms)
+        try:
+            return _make(spec, ledger, found, transforms)
+        except ChangeoverError:
+            _remove_after_failure(spec, ledger)
+            raise
+
+
+def _make(
+    spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tuple[str, str], transform.Transform]
+) -> Prepared:
+    """Make everything, in the order that is the promise."""
+    ledger.create()
+    created = _create_targets(spec, transforms, ledger)
+    stream = _open_stream(spec)
+    for (_, target), planned in transforms.items():
+        with open_store(spec, spec.targets[target], "prepare") as store:
+            store.install(planned.target, stream.image)
+    spool_of(spec).create()
+    _record(spec, ledger, stream, found, created)
+    return Prepared(stream, transforms)
+
+
+def _remove_unfinished(spec: Spec, ledger: Ledger) -> list[str]:
+    """Remove from both stores what a prepare made that never came to its record."""
+    removed = _remove_from_source(spec)
+    creating = ledger.creating()
+    removed += _abort_targets(spec, creating)
+    if creating:
+        drop_ledger(ledger.connection, spec.name)
+    _drop_empty_schema(ledger.connection)
+    return removed
+
+
+def _remove_after_failure(spec: Spec, ledger: Ledger) -> None:
+    """Leave nothing behind; what can't be removed now (a server that is down) goes with the next prepare or abort."""
+    try:
+        _remove_unfinished(spec, ledger)
+    except ChangeoverError as error:
+        log.warning("not everything could be removed: %s", error)
 
 
 def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str) -> Prepared:
@@ -107,13 +137,15 @@ def _transforms(
 
 
 def _create_targets(
-    spec: Spec, transforms: Mapping[tuple[str, str], transform.Transform]
+    spec: Spec, transforms: Mapping[tuple[str, str], transform.Transform], ledger: Ledger
 ) -> dict[tuple[str, str], bool]:
+    """Create what is missing; each is on record before it is there, so that whoever comes after a kill knows whose it is."""
     created = {}
     for (source, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
             schema, name = planned.target.schema, planned.target.name
             missing = store.columns(schema, name) is None
+            ledger.audit("prepare", "creating", {"source": source, "target": target, "created": missing})
             if missing:
                 store.create(planned.target)
             elif store.has_rows(schema, name):
@@ -218,18 +250,28 @@ def abort(spec: Spec) -> list[str]:
         prepared = ledger.exists()
         if prepared and ledger.authority().store == "new":
             raise Refused("abort: authority has moved to the new store: `changeover flags rollback` first")
-        removed = _remove_from_source(spec)
         if prepared:
-            loads = {(load.source, load.target): load.created for load in ledger.loads()}
-            for table in spec.tables:
-                for target in spec.targets.values():
-                    removed += _abort_target(spec, table, target, loads.get((table.source, target.name), False))
+            removed = _remove_from_source(spec)
+            removed += _abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
             drop_ledger(ledger.connection, spec.name)
-        _drop_empty_schema(ledger.connection)
+            _drop_empty_schema(ledger.connection)
+        else:
+            removed = _remove_unfinished(spec, ledger)
     if (spec.work / "spool").exists():
         shutil.rmtree(spec.work / "spool")
         removed.append("spool")
     return removed
+
+
+def _abort_targets(spec: Spec, created: Mapping[tuple[str, str], bool]) -> list[str]:
+    """Remove the gates of loads, and the tables that prepare created."""
+    return [
+        line
+        for table in spec.tables
+        for target in spec.targets.values()
+        if (table.source, target.name) in created
+        for line in _abort_target(spec, table, target, created[table.source, target.name])
+    ]
 
 
 def _abort_target(spec: Spec, table: Table, target: Target, created: bool) -> list[str]:

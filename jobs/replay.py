@@ -86,17 +86,24 @@ class Replay:
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Offer everything spooled below `until` to each target, in one turn of that target's lease."""
         done = []
+        stops = []
         for target in targets or list(self.spec.targets):
             with self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS):
-                done.append(self.offer(until, [target]))
+                try:
+                    done.append(self.offer(until, [target]))
+                except TableStopped as stop:
+                    stops.append(stop)
+        if stops:
+            raise stops[0]
         return total(done)
 
     def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
-        """Do a round's work; the caller holds the leases of the targets."""
+        """Do a round's work; the caller holds the leases of the targets. A table that stops is named when the others are done."""
         end = min([self.spool.end()] + ([until] if until is not None else []))
         authorities = self.ledger.authorities()
         events = taken = 0
         positions = []
+        stops = []
         for (source, target), transform in self.prepared.transforms.items():
             if targets is not None and target not in targets:
                 continue
@@ -121,10 +128,11 @@ class Replay:
         end = min(end, interval.until)
         if load.applied >= end:
             return load, Counts(0, 0)
-        _, _, stopped = self.ledger.source_table(load.source)
-        if stopped:
-            raise TableStopped(load.source, stopped)
         start = max(load.applied, interval.since)
+        _, _, stopped = self.ledger.source_table(load.source)
+        # stopped by an event: each target is still brought up to it
+        if stopped and self._next_batch(start, self.spool.end(), transform).stop is None:
+            raise TableStopped(load.source, stopped)
         batch = self._next_batch(start, end, transform)
         counts = Counts(0, 0)
         if batch.events:

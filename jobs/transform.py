@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from changeover.errors import SpecError, UnsafePlan
 from changeover.spec import Spec, Table
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, VERSION_COLUMNS, Column, TargetTable
-from changeover.stores.pgtypes import decode, postgres_type, source_type
+from changeover.stores.pgtypes import decode, movable, postgres_type, source_type
 
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
     from pyspark.sql import DataFrame, SparkSession
 
 BARE = re.compile(r"`?([A-Za-z_][A-Za-z0-9_]*)`?")
+WORD = re.compile(r"\w+")
 UNSTABLE = re.compile(
     r"\b(now|current_timestamp|current_date|localtimestamp|current_time|current_user|user|session_user|uuid|rand|randn|random|"
     r"monotonically_increasing_id|spark_partition_id|input_file_name|shuffle)\b\s*(\(|$|[^\w(])",
@@ -42,11 +44,27 @@ class Transform:
     expressions: Mapping[str, str]
     identity: tuple[Column, ...]
 
-    def rows(self, frame: DataFrame, carry: Sequence[str] = ()) -> DataFrame:
-        """Return target rows for decoded source rows, those that `where` leaves out left out, and the columns in `carry`."""
+    def rows(self, frame: DataFrame, carry: Sequence[str] = (), moved: Collection[str] = ()) -> DataFrame:
+        """Return target rows for decoded source rows, those that `where` leaves out left out, and the columns in `carry`.
+
+        Source columns in `moved` hold PostgreSQL's text, which is passed on as it is.
+        """
         shaped = self._shaped(frame)
         kept = shaped.where(self.table.where) if self.table.where else shaped
-        return kept.select(*carry, *self._columns(kept))
+        return kept.select(*carry, *self._columns(kept, moved=moved))
+
+    def only_moved(self) -> frozenset[str]:
+        """Return the source columns of which one target column of the same type is all that is made."""
+        if self.table.function is not None:
+            return frozenset()
+        used = Counter(word.lower() for text in [*self.expressions.values(), self.table.where or ""] for word in WORD.findall(text))
+        types = {c.name: c.type for c in self.source}
+        return frozenset(
+            match[1]
+            for column in self.target.columns
+            if (match := BARE.fullmatch(self.expressions[column.name].strip()))
+            and types.get(match[1]) == column.type and used[match[1].lower()] == 1 and movable(column.type)
+        )  # fmt: skip
 
     def keys(self, frame: DataFrame) -> DataFrame:
         """Return target keys for decoded source keys."""
@@ -109,14 +127,21 @@ class Transform:
             )
         return shaped
 
-    def _columns(self, frame: DataFrame, names: Sequence[str] | None = None) -> list[SparkColumn]:
+    def _columns(
+        self, frame: DataFrame, names: Sequence[str] | None = None, moved: Collection[str] = ()
+    ) -> list[SparkColumn]:
         from pyspark.sql import functions as F
 
         return [
-            F.expr(self.expressions[c.name]).cast(c.spark_type).alias(c.name)
+            F.expr(self.expressions[c.name]).cast("string" if self._moves(c, moved) else c.spark_type).alias(c.name)
             for c in self.target.columns
             if names is None or c.name in names
         ]
+
+
+    def _moves(self, column: Column, moved: Collection[str]) -> bool:
+        match = BARE.fullmatch(self.expressions[column.name].strip())
+        return match is not None and match[1] in moved
 
 
 def _last_of_each_key(changes: DataFrame, target: TargetTable) -> DataFrame:
@@ -161,6 +186,9 @@ def plan(
     `existing` are the columns of a target table that is already there; raises SpecError or UnsafePlan with every reason.
     """
     wanted = expressions(table, source)
+    unknown = [name for name in table.drop if name not in {c.name for c in source}]
+    if unknown:
+        raise SpecError(spec.path, f"table {table.source}: drop", f"{unknown[0]} is no column of {table.source}")
     _require_stable(spec, table, wanted)
     frame = _empty_frame(spark, source)
     shaped = load_function(table.function)(frame) if table.function else frame

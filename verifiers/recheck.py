@@ -79,7 +79,7 @@ def judge(
         raise CouldNotCheck(diff.table, f"{what} while both stores were written: run verify again in a quieter moment")
     if passed:
         _replace_rows(differences, run, left)
-    return _without(diff, left, passed), Recheck(rechecked=len(chosen), in_flight=len(passed), hot=len(hot))
+    return _without(diff, found, passed), Recheck(rechecked=len(chosen), in_flight=len(passed), hot=len(hot))
 
 
 def _settle(
@@ -138,19 +138,22 @@ def _replace_rows(differences: Path, run: str, rows: list[dict[str, Any]]) -> No
         write_deltalake(table, pa.Table.from_pylist(rows, schema=schema), mode="append")
 
 
-def _without(diff: TableDiff, left: list[dict[str, Any]], passed: set[Key]) -> TableDiff:
-    """Return the diff as it is without the keys that passed."""
-    counts = Counter(row["class"] for row in {_key(row, diff.key): row for row in left}.values())
-    columns = Counter(name for row in left if row["class"] == MISMATCHED for name in row["columns"] or ())
+def _without(diff: TableDiff, found: list[dict[str, Any]], passed: set[Key]) -> TableDiff:
+    """Return the diff as it is without the keys that passed, of the rows that were found."""
+    gone = [row for row in found if _key(row, diff.key) in passed]
+    classes = Counter(row["class"] for row in {_key(row, diff.key): row for row in gone}.values())
+    columns = Counter(name for row in gone if row["class"] == MISMATCHED for name in row["columns"] or ())
+    left = {name: count - columns[name] for name, count in diff.columns.items() if count > columns[name]}
+    nothing = diff.found == len(gone)
 
     def stays(one: Difference) -> bool:
         return tuple(str(one.key[name]) for name in diff.key) not in passed
 
     def settled(ranges: tuple[RangeCount, ...]) -> tuple[RangeCount, ...]:
-        return ranges if left else tuple(replace(each, different=0) for each in ranges)
+        return tuple(replace(each, different=0) for each in ranges) if nothing else ranges
 
     return replace(
-        diff, counts={kind: counts.get(kind, 0) for kind in diff.counts}, columns=dict(columns.most_common()),
-        equal_rows=diff.equal_rows + len(passed), sample=tuple(filter(stays, diff.sample)), found=len(left),
-        kept=min(diff.kept, len(left)), source_ranges=settled(diff.source_ranges), target_ranges=settled(diff.target_ranges),
+        diff, counts={kind: count - classes[kind] for kind, count in diff.counts.items()}, columns=left,
+        equal_rows=diff.equal_rows + len(passed), sample=tuple(filter(stays, diff.sample)), found=diff.found - len(gone),
+        kept=diff.kept - len(gone), source_ranges=settled(diff.source_ranges), target_ranges=settled(diff.target_ranges),
     )  # fmt: skip

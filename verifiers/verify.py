@@ -163,7 +163,7 @@ class _Comparison:
     def run(self) -> Verdict:
         """Compare, judge in-flight keys again where both stores are written, and run the spec's own checks."""
         started = time.monotonic()
-        run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{self.target}"
+        run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{self.source}-{self.target}"
         old, new = self.moment.sources[self.source], self.moment.targets[self.source, self.target]
         frames = (self._ranged(old, self.transform), self._ranged(new, None))
         follows_new = self.authority.store == "new" and not self._takes_over()

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+import psycopg
 
 from changeover import __version__
-from changeover.errors import ChangeoverError, CouldNotFinish, Interrupted
+from changeover.errors import ChangeoverError, CouldNotFinish, Interrupted, SpecError, UsageError
+from changeover.jobs.ledger import Ledger
 from changeover.record import log_file
 from changeover.spec import Spec, load
 
@@ -49,8 +51,18 @@ class Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            logging.getLogger("changeover").exception("unexpected")
-            fail(CouldNotFinish(f"unexpected {type(error).__name__}: {error}; the run's log file has the details"))
+            fail(unforeseen(error))
+
+
+def unforeseen(error: Exception, log: Path | None = None) -> CouldNotFinish:
+    """Return one sentence for an error that no part of ours has named; `log` holds the whole of it."""
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    details = f"; {log} has the details" if log else ""
+    if not isinstance(error, psycopg.Error):
+        return CouldNotFinish(f"unexpected {type(error).__name__}: {said}{details}")
+    if error.sqlstate is None or error.sqlstate.startswith("57P"):  # no answer of a server, or its last one
+        return CouldNotFinish(f"a database broke off ({said}): check the servers, then run the same command again{details}")
+    return CouldNotFinish(f"a database refused a statement ({said}, SQLSTATE {error.sqlstate}){details}")
 
 
 def fail(error: ChangeoverError) -> NoReturn:
@@ -93,16 +105,29 @@ def terminal_text(verdicts: Sequence[Verdict]) -> str:
 
 @contextmanager
 def running(path: str, step: str, debug: bool) -> Iterator[Spec]:
-    """Load the spec and log the run into a file of its own."""
+    """Load the spec and log the run into a file of its own, an unforeseen error with its whole traceback."""
     spec = load(path)
-    with log_file(spec, step, debug):
-        yield spec
+    with log_file(spec, step, debug) as log:
+        try:
+            yield spec
+        except ChangeoverError as error:
+            logging.getLogger("changeover").error("%s", error)
+            raise
+        except Exception as error:
+            logging.getLogger("changeover").exception("unforeseen")
+            raise unforeseen(error, log) from error
 
 
-def spark_for(spec: Spec) -> SparkSession:
-    """Start Spark for a command."""
+def spark_for(spec: Spec, step: str | None = None, targets: Sequence[str] = ()) -> SparkSession:
+    """Start Spark for a command; what a step needs first, and targets that are none, are said before Spark takes its seconds."""
     from changeover.session import spark_session
 
+    for target in targets:
+        if target not in spec.targets:
+            raise SpecError(spec.path, "target", f"no target is named {target}: the targets are {', '.join(spec.targets)}")
+    if step is not None:
+        with Ledger.open(spec, step) as ledger:
+            ledger.stream(step)
     return spark_session(f"changeover:{spec.name}")
 
 
@@ -114,9 +139,14 @@ def init(dsn: str, table: str, output: str) -> None:
     """Write a spec from a live table; DSN is env:NAME, the environment variable that holds it."""
     from changeover.jobs.preflight import draft
 
+    if output != "-" and Path(output).exists():
+        raise UsageError(f"init: {output} is there already: name another file, or remove it first")
     text = draft(dsn, table)
-    with click.open_file(output, "w") as file:
-        file.write(text)
+    try:
+        with click.open_file(output, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UsageError(f"init: {output} can't be written ({error.strerror}): name another file") from error
 
 
 @main.command()
@@ -187,10 +217,13 @@ def prepare(spec: str, as_json: bool, debug: bool) -> None:
 def capture(spec: str, as_json: bool, debug: bool) -> None:
     """Spool the change stream until stopped: the one long-lived service."""
     from changeover.jobs.capture import capture as act
+    from changeover.position import format_lsn
 
     with running(spec, "capture", debug) as loaded:
         result = act(loaded)
-    answer(result, as_json, lambda: f"captured: {result}")
+    answer(result, as_json, lambda: (
+        f"captured: {result.events:,} changes of {result.transactions:,} transactions, durable up to {format_lsn(result.end_lsn)}"
+        f"{'; interrupted: nothing is lost, the same command goes on from here' if result.interrupted else ''}"))  # fmt: skip
     sys.exit(130 if result.interrupted else 0)
 
 
@@ -205,7 +238,7 @@ def backfill(spec: str, targets: tuple[str, ...], as_json: bool, debug: bool) ->
     from changeover.jobs.progress import progress
 
     with running(spec, "backfill", debug) as loaded, progress(loaded, loaded.name):
-        done = act(loaded, spark_for(loaded), targets or None)
+        done = act(loaded, spark_for(loaded, "backfill", targets), targets or None)
     answer({"loads": done}, as_json, lambda: "\n".join(
         f"{one.source} into {one.target}: {one.rows:,} rows in {one.chunks} chunks, {one.refused} refused by a tombstone,"
         f" {one.swept} swept" for one in done))  # fmt: skip
@@ -223,7 +256,8 @@ def replay(spec: str, targets: tuple[str, ...], follow: bool, as_json: bool, deb
     from changeover.position import format_lsn
 
     with running(spec, "replay", debug) as loaded:
-        done = act(loaded, spark_for(loaded), follow=follow, targets=targets or None)
+        spark = spark_for(loaded, "replay", targets)
+        done = act(loaded, spark, follow=follow, targets=targets or None)
     answer(done, as_json, lambda: f"replayed: {done.events:,} events, applied up to {format_lsn(done.applied)}")
 
 
@@ -239,7 +273,7 @@ def verify(spec: str, targets: tuple[str, ...], report: str | None, as_json: boo
     from changeover.verifiers.verify import verify as act
 
     with running(spec, "verify", debug) as loaded:
-        verdicts = act(loaded, spark_for(loaded), targets=targets or None)
+        verdicts = act(loaded, spark_for(loaded, "verify", targets), targets=targets or None)
         if report:
             write_html(Path(report), verdicts)
     answer({"verdicts": [v.document() for v in verdicts]}, as_json, lambda: terminal_text(verdicts))
@@ -274,8 +308,6 @@ def status(spec: str, as_json: bool) -> None:
 @JSON
 def history(spec: str, as_json: bool) -> None:
     """Print the record of all runs, newest first."""
-    from changeover.jobs.ledger import Ledger
-
     loaded = load(spec)
     with Ledger.open(loaded, "history") as ledger:
         ledger.stream("history")

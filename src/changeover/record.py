@@ -24,6 +24,7 @@ def log_file(spec: Spec, step: str, debug: bool = False) -> Iterator[Path]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger = logging.getLogger("changeover")
+    before = (logger.level, logger.propagate)
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
@@ -32,4 +33,6 @@ def log_file(spec: Spec, step: str, debug: bool = False) -> Iterator[Path]:
         yield path
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
         handler.close()

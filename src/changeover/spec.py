@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from psycopg import Error as PsycopgError
 from psycopg.conninfo import conninfo_to_dict
 
-from changeover.errors import SecretMissing, SpecError
+from changeover.errors import SecretMissing, SpecError, UsageError
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
@@ -36,13 +36,15 @@ class Secret:
     reference: str
 
     def resolve(self) -> str:
-        """Return the DSN; raises SecretMissing when the environment variable is not set."""
+        """Return the DSN; raises SecretMissing when the environment variable is not set, UsageError for what is no DSN."""
         if not self.reference.startswith("env:"):
             return self.reference
         variable = self.reference.removeprefix("env:")
         value = os.environ.get(variable)
         if not value:
             raise SecretMissing(self.key, variable)
+        if problem := dsn_problem(value):
+            raise UsageError(f"{self.key}: the environment variable {variable} {problem}")
         return value
 
 
@@ -148,6 +150,29 @@ class Spec:
         raise SpecError(self.path, "table", f"no table is named {name}")
 
 
+def dsn_problem(value: str) -> str | None:
+    """Return why a text is no DSN; the text itself, and what libpq says of it, may hold a password and are never repeated."""
+    shape = "write postgresql://USER@HOST:PORT/DATABASE or host=… port=… dbname=… user=…"
+    try:
+        parts = conninfo_to_dict(value)
+    except PsycopgError:
+        return f"is not a PostgreSQL DSN: {shape}"
+    if "@" in str(parts.get("host") or "").lstrip("@"):
+        return "is not a PostgreSQL DSN: its host holds an @, so write the @ of a password or user as %40"
+    return None
+
+
+def secret(path: str, key: str, value: str) -> Secret:
+    """Return a DSN as a reference; raises SpecError for what is no DSN, and for a password that isn't in the environment."""
+    if not value.startswith("env:"):
+        if problem := dsn_problem(value):
+            raise SpecError(path, key, problem)
+        if "password" in conninfo_to_dict(value):
+            problem = 'has a password in the file: put the DSN into an environment variable, "env:NAME"'
+            raise SpecError(path, key, problem)
+    return Secret(key, value)
+
+
 def qualified(name: str) -> tuple[str, str]:
     """Split ``schema.table``; without a schema it is ``public``."""
     schema, _, table = name.rpartition(".")
@@ -217,17 +242,7 @@ class _Reader:
         return value
 
     def secret(self, where: str, given: Mapping[str, Any], key: str = "dsn") -> Secret:
-        value = self.text(where, given, key)
-        if not value.startswith("env:"):
-            try:
-                parts = conninfo_to_dict(value)
-            except PsycopgError as error:
-                self.fail(f"{where}.{key}", f"is not a PostgreSQL DSN: {str(error).strip()}")
-            if "password" in parts:
-                self.fail(
-                    f"{where}.{key}", 'has a password in the file: put the DSN into an environment variable, "env:NAME"'
-                )
-        return Secret(f"{where}.{key}", value)
+        return secret(self.path, f"{where}.{key}", self.text(where, given, key))
 
     def spec(self, document: Mapping[str, Any]) -> Spec:
         self.only("", document, ("name", "source", "target", "table", "flag", "work", "ledger"))

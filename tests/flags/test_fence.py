@@ -98,7 +98,7 @@ def application(migration: Migration, threads: int = 3) -> Iterator[Router]:
             writer.join()
         router.drain(10)
         router.close()
-        client.close()
+        client.close()  # type: ignore[no-untyped-call]
     assert not errors, errors
 
 
@@ -128,11 +128,11 @@ def test_authority_moves_there_and_back_under_writers_and_no_write_is_lost(moved
             there = fence(moved.spec, Origin.NEW)
             flagfile.write_stage(moved.spec.work / "flags.json", "accounts-store", Stage.LIVE)
             time.sleep(1)
-            assert router.stage is Stage.LIVE
+            assert router.stage.value == "live"
             flagfile.write_stage(moved.spec.work / "flags.json", "accounts-store", Stage.SHADOW)
             back = fence(moved.spec, Origin.OLD)
             time.sleep(1)
-            assert router.stage is Stage.SHADOW
+            assert router.stage.value == "shadow"
         assert (there.epoch, there.store) == (1, "new")
         assert (back.epoch, back.store) == (2, "old")
         assert all(verdict.equal for verdict in verify(moved.spec, moved.spark))
@@ -158,7 +158,8 @@ def test_an_open_transaction_drains_before_the_fence_or_calls_it_off(moved: Migr
         slow.commit()
         moved.old.execute("UPDATE accounts SET note = 'writers go on' WHERE id = 8")
         fence(moved.spec, Origin.NEW)
-        assert moved.new.execute("SELECT note FROM ledgers WHERE id IN (7, 8) ORDER BY id").fetchall() == [("slow",), ("writers go on",)]
+        arrived = moved.new.execute("SELECT note FROM ledgers WHERE id IN (7, 8) ORDER BY id").fetchall()
+        assert arrived == [("slow",), ("writers go on",)]
 
 
 def test_without_replay_the_fence_is_called_off_and_writers_go_on(moved: Migration) -> None:

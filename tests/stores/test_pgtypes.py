@@ -129,7 +129,8 @@ def test_the_table_of_types_is_tried_whole() -> None:
 REFUSED = [
     ("date", "infinity"), ("date", "-infinity"), ("date", "0044-03-15 BC"),
     ("timestamp with time zone", "infinity"), ("timestamp with time zone", "0044-03-15 00:00:00+00 BC"),
-    ("timestamp without time zone", "-infinity"), ("numeric(12,4)", "NaN"), ("integer[]", "{{1,2},{3,4}}"),
+    ("timestamp without time zone", "-infinity"), ("timestamp without time zone", "0044-03-15 00:00:00 BC"),
+    ("timestamp without time zone[]", '{"0044-03-15 00:00:00 BC"}'), ("date[]", '{"0044-03-15 BC"}'), ("numeric(12,4)", "NaN"), ("integer[]", "{{1,2},{3,4}}"),
     ("text[]", '{{"a","b"}}'), ("numeric(12,4)[]", "{NaN}"), ("date[]", "{infinity}"),
 ]  # fmt: skip
 
@@ -161,10 +162,15 @@ def test_what_spark_cannot_hold_is_an_error_with_the_tables_name(
     with pytest.raises(RowRefused, match=r"table public\.odd, the place: a row can't be carried over"), from_spark("public.odd", "the place"):
         odd(type_name, value).collect()  # type: ignore[operator]
     if type_name.endswith("[]"):
-        value = json.dumps([["1", "2"]] if "{{" in value else [value.strip("{}")])
+        value = json.dumps([["1", "2"]] if "{{" in value else [value.strip('{}"')])
     with pytest.raises(RowRefused, match=r"public\.odd"), from_spark("public.odd", "the stream"):
         frame = spark.createDataFrame([(value,)], "value string")
         frame.select(decode(frame["value"], type_name, native=False)).collect()
+
+
+def test_an_array_that_begins_elsewhere_is_refused(odd: object) -> None:
+    with pytest.raises(RowRefused, match="bounds"), from_spark("public.odd", "the place"):
+        odd("text[]", "[0:1]={a,b}").collect()  # type: ignore[operator]
 
 
 NOT_CARRIED = [

@@ -100,9 +100,7 @@ class Side:
     def channels(self, cursor: Cursor, user: Row) -> list[Row]:
         """Return a user's first twenty follows, in the order of channels."""
         key, _ = self._mapped(user)
-        statement = sql.SQL("SELECT * FROM {} WHERE {} ORDER BY {} LIMIT 20").format(
-            self.table, _equal(list(key)), self.order
-        )
+        statement = sql.SQL("SELECT * FROM {} WHERE {} ORDER BY {} LIMIT 20").format(self.table, _equal(list(key)), self.order)
         cursor.execute(statement, list(key.values()))
         return [change.row for change in returned(cursor)]
 
@@ -177,28 +175,26 @@ class Application:
         rng = random.Random(number)
         gone: deque[Row] = deque(maxlen=100)
         due = time.monotonic()
-        traceless = False
+        write: Callable[[random.Random, deque[Row]], None] = self._write
         for turn in range(sys.maxsize):
             due = max(due + 1 / WRITES_PER_SECOND, time.monotonic() - 1.0)
             if self.stop.wait(max(0.0, due - time.monotonic())):
                 return
-            if self.traceless.is_set() and not traceless:
-                traceless = True
+            if self.traceless.is_set() and write != self._leave_no_trace:
+                write = self._leave_no_trace
                 self._count("traceless")
-            self._tried(lambda: self._leave_no_trace(rng) if traceless else self._write(rng, gone))
+            self._tried(write, rng, gone)
             if turn % READ_EVERY == 0:
-                self._tried(lambda: self._read(rng))
+                self._tried(self._read, rng)
 
-    def _tried(self, action: Callable[[], None]) -> None:
+    def _tried(self, action: Callable[..., None], *arguments: object) -> None:
         """An application has a request to answer for each of these: whatever goes wrong is counted, and the next comes."""
         try:
-            action()
+            action(*arguments)
         except Exception as error:
             with self._lock:
                 self._counts["errors"] += 1
-                self._last_error = (
-                    f"{reason_of(error)}: {error}" if isinstance(error, ChangeoverError) else reason_of(error)
-                )
+                self._last_error = f"{reason_of(error)}: {error}" if isinstance(error, ChangeoverError) else reason_of(error)
 
     def _write(self, rng: random.Random, gone: deque[Row]) -> None:
         key = self._key(rng)
@@ -212,7 +208,7 @@ class Application:
             again = gone.popleft() if gone and rng.random() < 0.3 else key
             self._routed(kind, "follow", lambda: {**again, **all_columns(rng)})
 
-    def _leave_no_trace(self, rng: random.Random) -> None:
+    def _leave_no_trace(self, rng: random.Random, gone: deque[Row]) -> None:
         key = {**self._key(rng), "to_channel": self.shape.channels + rng.randint(1, 1_000_000)}
         self._routed("transient", "follow_and_unfollow", lambda: {**key, **all_columns(rng)})
 

@@ -7,7 +7,7 @@ script of somebody else's would. `verify` has to name what was done by class, ke
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from changeover.errors import CouldNotFinish
@@ -73,7 +73,7 @@ def truncate(old: Connection, new: Connection) -> Damaged:
     return Damaged("a text was cut short", MISMATCHED, "note")
 
 
-def _arrived(new: Connection, question: str, values: list[object]) -> None:
+def _arrived(new: Connection, question: str, values: Sequence[object]) -> None:
     """Wait until replay has brought a change of the old store."""
     deadline = time.monotonic() + ARRIVES_WITHIN
     while (row := new.execute(question.encode(), values).fetchone()) is None or not row[0]:

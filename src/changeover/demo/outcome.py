@@ -59,9 +59,7 @@ class Outcome:
     @property
     def exit_code(self) -> int:
         """Return 0 where both targets are equal and the application met no error, else 1."""
-        clean = (
-            all(verdict.equal for verdict in self.verdicts) and not self.application["errors"] and not self.mismatches
-        )
+        clean = all(verdict.equal for verdict in self.verdicts) and not self.application["errors"] and not self.mismatches
         return 0 if clean and not self.figures.leftovers else 1
 
     def document(self) -> dict[str, Any]:
@@ -107,7 +105,7 @@ class Outcome:
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the summary as label and text."""
-        app, router = self.application, self.application["router"]
+        app, router, left = self.application, self.application["router"], self.figures.leftovers
         mirrors = [router[name] for name in ("mirror_new", "mirror_old") if name in router]
         lost = sum(mirror["failed"] + mirror["dropped"] for mirror in mirrors)
         return [
@@ -121,7 +119,7 @@ class Outcome:
             ("ghosts prevented", f"{self.figures.ghosts_prevented:,}"),
             ("errors of the application", f"{app['errors']}" + (f" ({app['last_error']})" if app["errors"] else "")),
             ("longest wait of a writer", f"{self.longest_wait:.2f} s at the fence; any write {app['longest_write']:.2f} s"),
-            ("left in the old store", ", ".join(self.figures.leftovers) or "nothing of ours"),
+            *([("left in the old store", ", ".join(left) or "nothing of ours")] if left is not None else []),
             ("time", f"{sum(self.seconds.values()):.1f} s for all steps, and {self.set_up:.1f} s of set-up"),
         ]  # fmt: skip
 

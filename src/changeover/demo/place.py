@@ -90,9 +90,7 @@ def made(work: Path | None, shape: table.Shape, keep: bool) -> Iterator[Place]:
     root = _folder(work)
     server = EmbeddedServer.start(root / "server", settings=SETTINGS, bin_dir=binaries)
     try:
-        place = _furnished(
-            Place(root, server, {name: server.create_database(name) for name in VARIABLES.values()}), shape
-        )
+        place = _furnished(Place(root, server, {name: server.create_database(name) for name in VARIABLES.values()}), shape)
         with _environment(place):
             yield place
     finally:

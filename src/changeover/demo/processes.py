@@ -103,9 +103,7 @@ class ApplicationProcess:
         while not ((seen := self.status()) and condition(seen)):
             self.child.require_alive()
             if time.monotonic() > deadline:
-                raise CouldNotFinish(
-                    f"the demo's application: no sign of {what} within {seconds:g} s, see {self.child.log}"
-                )
+                raise CouldNotFinish(f"the demo's application: no sign of {what} within {seconds:g} s, see {self.child.log}")
             time.sleep(0.05)
         return seen
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import psycopg
-
 from changeover.session import Connection
 
 NAME = "follows"
@@ -36,16 +34,18 @@ CREATE TABLE public.follows (
 ROWS = r"""
 INSERT INTO public.follows
 SELECT 1 + i %% %(users)s, 1 + i / %(users)s, i %% 3 <> 0,
-    CASE WHEN i %% 8 <> 0 THEN jsonb_build_object('push', i %% 2 = 0, 'email', 'Zoë ' || i, 'quiet', jsonb_build_array(i %% 24, NULL)) END,
-    CASE i %% 9 WHEN 0 THEN NULL WHEN 1 THEN '' WHEN 2 THEN 'NULL' WHEN 3 THEN 'Zoë said "hi" \ back' WHEN 4 THEN E'two\nlines\tand a tab'
-        WHEN 5 THEN 'チャンネルを応援しています' WHEN 6 THEN 'trailing blanks   ' WHEN 7 THEN '👩‍👩‍👧 family channel'
-        ELSE 'followed since the beginning, number ' || i END,
+    CASE WHEN i %% 8 <> 0 THEN
+        jsonb_build_object('push', i %% 2 = 0, 'email', 'Zoë ' || i, 'quiet', jsonb_build_array(i %% 24, NULL)) END,
+    CASE i %% 9 WHEN 0 THEN NULL WHEN 1 THEN '' WHEN 2 THEN 'NULL' WHEN 3 THEN 'Zoë said "hi" \ back'
+        WHEN 4 THEN E'two\nlines\tand a tab' WHEN 5 THEN 'チャンネルを応援しています'
+        WHEN 6 THEN 'trailing blanks   ' WHEN 7 THEN '👩‍👩‍👧 family channel' ELSE 'followed since the beginning, number ' || i END,
     CASE WHEN i %% 11 <> 0 THEN (i %% 100000)::numeric / 7 END,
-    CASE i %% 13 WHEN 0 THEN 'NaN' WHEN 1 THEN '-0' WHEN 2 THEN 'Infinity' WHEN 3 THEN NULL ELSE i / 3.0 END,
+    CASE i %% 13 WHEN 0 THEN 'NaN'::double precision WHEN 1 THEN '-0' WHEN 2 THEN 'Infinity' WHEN 3 THEN NULL ELSE i / 3.0 END,
     CASE WHEN i %% 10 <> 0 THEN i * 1000000000000000000000000000.000100 - 1 END,
     CASE i %% 5 WHEN 0 THEN NULL WHEN 1 THEN '{}' WHEN 2 THEN ARRAY['a,b', NULL, '', 'NULL', 'q"x\y'] ELSE ARRAY['tag ' || i] END,
     CASE i %% 4 WHEN 0 THEN NULL WHEN 1 THEN '{1,NULL,3}' WHEN 2 THEN '{}' ELSE ARRAY[i %% 100000] END,
-    CASE WHEN i %% 6 <> 0 THEN to_char(timestamp '2016-01-01 00:00:00' + i %% 3000000 * interval '97 seconds', 'YYYY-MM-DD HH24:MI:SS') END,
+    CASE WHEN i %% 6 <> 0 THEN
+        to_char(timestamp '2016-01-01 00:00:00' + i %% 3000000 * interval '97 seconds', 'YYYY-MM-DD HH24:MI:SS') END,
     timestamptz '2015-01-01 00:00:00Z' + i %% 5000000 * interval '61.000003 seconds',
     timestamptz '2015-01-01 00:00:00Z' + i %% 5000000 * interval '61.000003 seconds'
 FROM generate_series(0, %(rows)s - 1) AS i
@@ -110,12 +110,6 @@ def create(connection: Connection, shape: Shape) -> None:
         connection.execute(DDL)
         connection.execute(ROWS, {"users": shape.users, "rows": shape.rows})
     connection.execute("ANALYZE public.follows")
-
-
-def live_rows(connection: psycopg.Connection[tuple[int]]) -> int:
-    """Return how many rows the new store has."""
-    row = connection.execute("SELECT count(*) FROM public.associations").fetchone()
-    return row[0] if row is not None else 0
 
 
 def write_spec(path: Path, *, lake: Path, work: Path, flags: Path) -> None:

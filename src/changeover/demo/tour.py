@@ -51,7 +51,7 @@ class Figures:
     lag: int = 0
     ghosts_prevented: int = 0
     pause: float | None = None
-    leftovers: list[str] = field(default_factory=list)
+    leftovers: list[str] | None = None
 
 
 @dataclass
@@ -63,8 +63,7 @@ class Tour:
     spark: SparkSession
     shape: Shape
     application: ApplicationProcess
-    store: Follower
-    lake: Follower
+    replay: Follower
     capture: Child | None = None
     stage: Stage = Stage.OFF
     verdicts: list[Verdict] = field(default_factory=list)
@@ -74,8 +73,7 @@ class Tour:
     def require_alive(self) -> None:
         """Raise what ended a process or a thread beside the steps."""
         self.application.child.require_alive()
-        self.store.require_alive()
-        self.lake.require_alive()
+        self.replay.require_alive()
         if self.capture is not None:
             self.capture.require_alive()
 
@@ -113,9 +111,9 @@ def prepare_both(tour: Tour) -> str:
 def start_capture(tour: Tour) -> str:
     """Start capture, and replay once, so that tombstones stand before the first row is loaded; then go on with both."""
     tour.capture = capture(tour.place.spec_file, tour.place.root)
-    tour.store.start()
+    tour.replay.start()
     _pass_marker(tour, ["store"])
-    return f"process {tour.capture.process.pid} spools the change stream; replay into the new PostgreSQL began"
+    return f"process {tour.capture.process.pid} spools the change stream; replay began"
 
 
 def load_both(tour: Tour) -> str:
@@ -133,8 +131,7 @@ def load_both(tour: Tour) -> str:
 
 
 def catch_up(tour: Tour) -> str:
-    """Replay into the lake too, now that all its chunks are in, until both have caught up."""
-    tour.lake.start()
+    """Wait until replay has caught up, in the lake too, where it began when all chunks were in."""
     return f"both targets follow the stream, {_pass_marker(tour, ['store', 'lake'])} behind"
 
 
@@ -152,19 +149,15 @@ def dualwrite(tour: Tour) -> str:
 def shadow(tour: Tour) -> str:
     """Let the application read from both and compare."""
     said = _advance(tour, Stage.SHADOW)
-    seen = tour.application.wait_for(
-        "shadow reads", lambda status: status["router"]["comparisons"]["compared"] >= COMPARED_READS
-    )
+    seen = tour.application.wait_for("shadow reads", lambda status: status["router"]["comparisons"]["compared"] >= COMPARED_READS)
     reads = seen["router"]["comparisons"]
     return f"{said}; {reads['compared']:,} shadow reads compared, {reads['mismatched']} mismatched"
 
 
 def live(tour: Tour) -> str:
-    """Fence: authority moves to the new store. The lake's batches wait, so that the store's have no one to wait for."""
+    """Fence: authority moves to the new store."""
     _require_equal(verify(tour.spec, tour.spark, targets=["store"]))
-    tour.lake.stop()
     said = _advance(tour, Stage.LIVE)
-    tour.lake.start()
     _reach_fence(tour)
     wait = tour.application.status()["router"]["longest_wait_seconds"]
     return f"{said}; fenced in {tour.figures.pause or 0:.2f} s, the longest wait of a writer was {wait:.2f} s"
@@ -184,16 +177,13 @@ def last_verify(tour: Tour) -> str:
 def complete(tour: Tour) -> str:
     """Stop mirroring. The application goes on; it takes back what it writes from here, so that anyone can compare."""
     tour.application.child.signal(signal.SIGUSR1)
-    tour.application.wait_for(
-        "an empty mirror", lambda seen: seen["traceless"] and not seen["router"]["mirror_old"]["depth"]
-    )
+    tour.application.wait_for("an empty mirror", lambda seen: seen["traceless"] and not seen["router"]["mirror_old"]["depth"])
     return _advance(tour, Stage.COMPLETE)
 
 
 def finalize(tour: Tour) -> str:
     """Remove what is ours, end the application last, and list what is left in the old store."""
-    for follower in (tour.store, tour.lake):
-        follower.stop()
+    tour.replay.stop()
     assert tour.capture is not None
     tour.capture.end()
     tour.capture = None
@@ -239,9 +229,7 @@ def damage(tour: Tour, kind: str) -> str:
     tour.verdicts = verify(tour.spec, tour.spark)
     found = [d for v in tour.verdicts if v.target == "store" for d in v.sample]
     if not any(d.kind == done.kind and (done.column is None or done.column in d.columns) for d in found):
-        raise CouldNotFinish(
-            f"{done.done}, and verify did not name it: this is a defect of changeover, please report it"
-        )
+        raise CouldNotFinish(f"{done.done}, and verify did not name it: this is a defect of changeover, please report it")
     return f"{done.done}: {_named(found[0])}"
 
 
@@ -325,9 +313,8 @@ def _leftovers(spec: Spec) -> list[str]:
 
 def end(tour: Tour) -> None:
     """End threads and processes, whatever state they are in."""
-    for follower in (tour.store, tour.lake):
-        with suppress(Exception):  # the error that ended it has been raised, or another one is on its way
-            follower.stop()
+    with suppress(Exception):  # the error that ended it has been raised, or another one is on its way
+        tour.replay.stop()
     for child in (tour.capture, tour.application.child):
         if child is not None:
             child.end()

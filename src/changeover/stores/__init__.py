@@ -100,6 +100,8 @@ class Store(Protocol):
     name: str
     merges_while_loading: bool
     """Whether replay may run beside the backfill; otherwise it starts after the last chunk."""
+    takes_text: bool
+    """Whether `load` takes a column that is only moved as PostgreSQL's own text (`pgtypes.moved`) in place of its Spark type."""
 
     def columns(self, schema: str, name: str) -> tuple[Column, ...] | None:
         """Return the columns of an existing table, or None (prepare)."""

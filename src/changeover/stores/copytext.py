@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
     from pyspark.sql import DataFrame
 
-NULL = "\\N"
+NULL = ""
+FORMAT = "csv"
 
 
 def copy_lines(frame: DataFrame, lsn_columns: tuple[str, ...] = ()) -> DataFrame:
-    """Return a frame with the one column `line`: each row in COPY's text format, with its newline.
+    """Return a frame with the one column `line`: each row in COPY's CSV format, with its newline.
 
     A column named in `lsn_columns` is a 64-bit position, written as pg_lsn.
     """
     fields = []
     for field in frame.schema.fields:
         column = F.col(f"`{field.name}`")
-        text = _lsn(column) if field.name in lsn_columns else _escaped(_text(column, field.dataType), field.dataType)
+        text = _lsn(column) if field.name in lsn_columns else _guarded(_text(column, field.dataType), field.dataType)
         fields.append(F.coalesce(text, F.lit(NULL)))
-    return frame.select(F.concat(F.concat_ws("\t", *fields), F.lit("\n")).alias("line"))
+    return frame.select(F.concat(F.concat_ws(",", *fields), F.lit("\n")).alias("line"))
 
 
 def _lsn(column: SparkColumn) -> SparkColumn:
@@ -59,10 +60,8 @@ def _quoted(text: SparkColumn) -> SparkColumn:
     return F.concat(F.lit('"'), escaped, F.lit('"'))
 
 
-def _escaped(text: SparkColumn, kind: DataType) -> SparkColumn:
-    """Return a text with COPY's special characters escaped; numbers and times have none."""
-    if not isinstance(kind, StringType | ArrayType | BinaryType):
+def _guarded(text: SparkColumn, kind: DataType) -> SparkColumn:
+    """Return a text in double quotes; numbers and times hold no special character and are never empty."""
+    if not isinstance(kind, StringType | ArrayType):
         return text
-    for plain, escape in (("\\", "\\\\"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
-        text = F.replace(text, F.lit(plain), F.lit(escape))
-    return text
+    return F.concat(F.lit('"'), F.replace(text, F.lit('"'), F.lit('""')), F.lit('"'))

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltalake import DeltaTable
+from deltalake import DeltaTable, TableFeatures
 from deltalake.exceptions import TableNotFoundError
 from deltalake.schema import Schema
 
@@ -39,6 +39,7 @@ class DeltaStore:
     """A folder of Delta tables as the target of one migration."""
 
     merges_while_loading = False
+    takes_text = False
 
     def __init__(self, name: str, folder: Path, migration: str) -> None:
         self.name = name
@@ -90,9 +91,12 @@ class DeltaStore:
             {"name": DELETED, "type": "boolean", "nullable": False, "metadata": {}},
         ]  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
-        DeltaTable.create(
+        made = DeltaTable.create(
             str(self.path(table.name)), Schema.from_json(json.dumps({"type": "struct", "fields": fields}))
         )
+        if made.protocol().writer_features is not None:
+            # from writer version 7 on (timestamp_ntz asks for it) NOT NULL is a feature that must be named
+            made.alter.add_feature(TableFeatures.Invariants)
 
     def install(self, table: TargetTable, image: Version) -> None:
         """The gate is MERGE's own condition; only the floor has to be known."""

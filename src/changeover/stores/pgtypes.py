@@ -53,6 +53,10 @@ TO_POSTGRES = {
 """Spark type of a computed column -> the type of the column that prepare creates for it."""
 
 
+NESTED = "a nested array or one whose bounds do not begin at 1"
+DATED = re.compile(r"\b(date|timestamp)")
+
+
 @dataclass(frozen=True)
 class SourceType:
     """How one PostgreSQL type is carried: Spark's type, and the form in which it is read."""
@@ -92,6 +96,32 @@ def postgres_type(spark_type: str) -> str | None:
     return f"numeric({decimal[1]},{decimal[2]})" if decimal else TO_POSTGRES.get(spark_type)
 
 
+def moved(value: SparkColumn, type_name: str) -> SparkColumn:
+    """Return a value's text as PostgreSQL wrote it, for a column of the same type; raises for what `decode` would not take.
+
+    So a value that is only moved is neither parsed nor printed on its way, and yet no step takes more than another one.
+    """
+    from pyspark.sql import functions as F
+
+    refused = None
+    if type_name.endswith("[]"):
+        refused = value.startswith("{{") | value.startswith("[")
+    elif type_name.startswith(("timestamp", "date")):
+        refused = value.endswith("infinity") | value.endswith("BC")
+    elif type_name.startswith("numeric"):
+        refused = value == "NaN"
+    if refused is None:
+        return value
+    reason = F.concat(F.lit(f"[NOT_CARRIED] {type_name} "), value, F.lit(" is a value that is not proven exact"))
+    return F.when(~refused, value).when(refused, F.raise_error(reason).cast("string"))
+
+
+def movable(type_name: str) -> bool:
+    """Return whether moving the text of a type saves work: not where its form is a string already, or costs nothing to print."""
+    carried = source_type(type_name)
+    return carried is not None and carried.spark not in {"string", "binary", "boolean", "smallint", "int", "bigint"}
+
+
 def decode(value: SparkColumn, type_name: str, *, native: bool) -> SparkColumn:
     """Return a column decoded from its read form: native by the JDBC driver, or text as the change stream has it."""
     from pyspark.sql import functions as F
@@ -101,10 +131,22 @@ def decode(value: SparkColumn, type_name: str, *, native: bool) -> SparkColumn:
         raise TypeError(f"{type_name} is not carried")
     if carried.form == JSON:
         texts = re.sub(r"<[^<>]+>", "<string>", carried.spark)
+        # an array of arrays would read as texts; no other JSON of ours begins so
+        flat = F.when(value.startswith("[["), F.lit(NESTED)).otherwise(value)
         # the JSON is written by PostgreSQL or by the capture, so a failure is ours and must be loud
-        return F.from_json(value, texts, {"mode": "FAILFAST"}).cast(carried.spark)
+        elements = F.from_json(flat, texts, {"mode": "FAILFAST"})
+        return F.transform(elements, _of_our_era).cast(carried.spark) if DATED.search(carried.spark) else elements.cast(carried.spark)
     if native and carried.form == NATIVE:
         return value
     if carried.spark == "binary":
         return F.unhex(F.substring(value, 3, 2147483647))
+    if DATED.search(carried.spark):
+        value = _of_our_era(value)
     return value.cast(carried.spark) if carried.spark != "string" else value
+
+
+def _of_our_era(text: SparkColumn) -> SparkColumn:
+    """Return a date's text so that no cast takes one before the year 1: Spark reads `0044-03-15 BC` as a day of the year 44."""
+    from pyspark.sql import functions as F
+
+    return F.when(text.endswith("BC"), F.concat(F.lit("before the year 1: "), text)).otherwise(text)

@@ -1,6 +1,6 @@
 """PostgreSQL as a target: chunks and batches by COPY into a temporary table, then through the gate, in one transaction.
 
-Spark's tasks format rows as COPY text (`copytext`) and hand the bytes on; the statements of `gate` decide. A chunk's rows and
+Spark's tasks format rows as CSV for COPY (`copytext`) and hand the bytes on; the statements of `gate` decide. A chunk's rows and
 its mark in the ledger commit together, so a task that dies, is repeated, or was overtaken leaves nothing behind.
 """
 
@@ -35,6 +35,7 @@ class PostgresStore:
     """A PostgreSQL target of one migration, with a session of its own for the driver's statements."""
 
     merges_while_loading = True
+    takes_text = True
 
     def __init__(self, name: str, dsn: str, migration: str, step: str, connection: Connection) -> None:
         self.name = name
@@ -339,8 +340,8 @@ def gated_session(dsn: str, application: str) -> Iterator[psycopg.Cursor[Any]]:
 
 
 def copy_in(cursor: psycopg.Cursor[Any], columns: Sequence[str], batches: Iterator[pa.RecordBatch]) -> None:
-    """Send COPY lines into the batch table: Arrow keeps them end to end, so a batch is one run of bytes."""
-    statement = sql.SQL("COPY {} ({}) FROM STDIN").format(gate.BATCH, sql.SQL(", ").join(map(sql.Identifier, columns)))
+    """Send CSV lines into the batch table: Arrow keeps them end to end, so a batch is one run of bytes."""
+    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(gate.BATCH, sql.SQL(", ").join(map(sql.Identifier, columns)))
     with cursor.copy(statement) as copy:
         for batch in batches:
             if batch.num_rows:

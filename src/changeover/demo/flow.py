@@ -1,0 +1,116 @@
+"""The flow: set-up, the tour's steps one by one, the outcome, and an orderly end whatever happens.
+
+Everything that is started or made here is ended by what holds it, on an error and on Ctrl-C too: application, capture,
+replay, Spark, server. Nothing stays but report and logs, unless it is to be kept.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from changeover import java
+from changeover.demo import place as places
+from changeover.demo import tour as tours
+from changeover.demo.follow import Follower
+from changeover.demo.outcome import Outcome
+from changeover.demo.processes import ApplicationProcess
+from changeover.demo.table import LEAST_ROWS, Shape
+from changeover.errors import Interrupted, UsageError
+from changeover.record import log_file
+from changeover.session import spark_session
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+    from rich.console import Console
+
+CORES = 2
+
+
+def demo(
+    *,
+    rows: int = 200_000,
+    broken: str | None = None,
+    keep: bool = False,
+    work: Path | None = None,
+    console: Console | None = None,
+) -> Outcome:
+    """Move the demo's table and tell about it on `console`; `broken` is one of `damage.KINDS` (driver).
+
+    Raises UsageError, JavaMissing and EmbeddedServerFailed before anything is made, Interrupted for Ctrl-C and SIGTERM;
+    whatever is raised, all processes are ended.
+    """
+    from rich.console import Console
+
+    if rows < LEAST_ROWS:
+        raise UsageError(f"demo: {rows} rows are too few for a race to happen: {LEAST_ROWS} at least")
+    java.require()
+    try:
+        with _sigterm_like_ctrl_c():
+            return _moved(Shape(rows), broken, keep, work, console or Console(stderr=True))
+    except KeyboardInterrupt as error:
+        raise Interrupted("demo") from error
+
+
+def _moved(shape: Shape, broken: str | None, keep: bool, work: Path | None, console: Console) -> Outcome:
+    started = time.monotonic()
+    with ExitStack() as held:
+        place = held.enter_context(places.made(work, shape, keep))
+        spark = held.enter_context(_session())
+        tour = begin(place, spark, shape)
+        held.callback(tours.end, tour)
+        held.enter_context(log_file(tour.spec, "demo"))
+        set_up = time.monotonic() - started
+        console.print(f"set-up {set_up:.1f} s: {shape.rows:,} rows in the old store, which the application writes to;"
+                      f" everything is in {place.root}", **PLAIN)  # fmt: skip
+        for step in tours.steps(broken):
+            line = tour.run(step)
+            console.print(f"{step.name:<12} {tour.seconds[step.name]:6.1f} s  {line}", **PLAIN)
+        outcome = Outcome.of(tour, set_up, keep)
+        outcome.write_report()
+        outcome.show(console)
+        return outcome
+
+
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+def begin(place: places.Place, spark: SparkSession, shape: Shape) -> tours.Tour:
+    """Start the application, before anything of the migration exists."""
+    spec = place.spec()
+    application = ApplicationProcess.start(place.spec_file, place.root, shape.rows)
+    return tours.Tour(place, spec, spark, shape, application, Follower(spec, spark))
+
+
+@contextmanager
+def _session() -> Iterator[SparkSession]:
+    """Start Spark, its first job done."""
+    spark = spark_session("changeover demo", cores=CORES)
+    try:
+        spark.range(1).count()
+        yield spark
+    finally:
+        spark.stop()
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that no process is left; signals belong to the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,100 @@
+"""Replay: what this version does not carry stops its table by name, after everything before it was applied, in every target."""
+
+from __future__ import annotations
+
+import pytest
+
+from changeover.errors import TableStopped
+from changeover.jobs.ledger import Ledger
+from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, STORE, MakeMigration, Migration
+
+SEED = "INSERT INTO follows (from_user, to_channel, note) SELECT i, i, 'seed' FROM generate_series(1, 20) i"
+BEFORE = "UPDATE follows SET note = 'before' WHERE from_user <= 3; DELETE FROM follows WHERE from_user = 4"
+AFTER = "INSERT INTO follows (from_user, to_channel, note) VALUES (100, 100, 'after')"
+
+STOPS = [
+    ("TRUNCATE follows", "it was truncated, which this version does not carry"),
+    ("UPDATE follows SET from_user = 200 WHERE from_user = 9", "an update changed the key {'from_user': '9', 'to_channel': '9'}"),
+    ("UPDATE follows SET note = 'short' WHERE from_user = 10", "an update left the large column settings unchanged"),
+    ("ALTER TABLE follows ADD COLUMN more text; INSERT INTO follows (from_user, to_channel) VALUES (101, 1)", "its definition changed: column more was added"),
+    ("ALTER TABLE follows DROP COLUMN big; INSERT INTO follows (from_user, to_channel) VALUES (101, 1)", "its definition changed: column big was dropped"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def loaded(make_migration: MakeMigration) -> Migration:
+    """A migration whose targets are loaded; user 10 has a value that is stored out of line."""
+    made = make_migration(FOLLOWS_TABLE, FOLLOWS, "ALTER TABLE follows ALTER settings SET STORAGE EXTERNAL", SEED)
+    made.old.execute("UPDATE follows SET settings = to_jsonb(repeat('x', 9000)) WHERE from_user = 10")
+    made.prepare()
+    made.backfill()
+    return made
+
+
+def stopped(migration: Migration, *targets: str) -> str:
+    with pytest.raises(TableStopped, match=r"table public\.follows is stopped") as caught:
+        migration.replay(*targets)
+    assert caught.value.exit_code == 1
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("statement", "reason"), STOPS, ids=["truncate", "key", "toast", "added", "dropped"])
+def test_a_table_stops_by_name_after_everything_before(loaded: Migration, statement: str, reason: str) -> None:
+    loaded.old.execute(BEFORE)
+    expected = loaded.source_rows()
+    loaded.old.execute(statement.encode())
+    loaded.old.execute(AFTER)
+    loaded.capture()
+    assert reason in stopped(loaded)
+    for target in (STORE, LAKE):
+        assert loaded.target_rows(target) == expected, f"{target}: all before the stop, nothing after it"
+    assert reason in stopped(loaded), "a second run says the same"
+    with Ledger.open(loaded.spec, "test") as ledger:
+        positions = {load.applied for load in ledger.loads()}
+        assert len(positions) == 1
+        assert reason in (ledger.source_table("public.follows")[2] or "")
+
+
+TWO = FOLLOWS_TABLE + '[[table]]\nsource = "other"\ntarget = "other_too"\nkey = ["id"]\n'
+
+
+def test_the_other_tables_go_on(make_migration: MakeMigration) -> None:
+    made = make_migration(TWO, FOLLOWS, SEED, "CREATE TABLE other (id integer PRIMARY KEY, note text)", targets=[STORE])
+    made.prepare()
+    made.backfill()
+    made.old.execute("TRUNCATE follows; INSERT INTO other VALUES (1, 'goes on')")
+    made.capture()
+    stopped(made)
+    assert made.new.execute("SELECT id, note FROM other_too").fetchall() == [(1, "goes on")]
+    made.old.execute("INSERT INTO other VALUES (2, 'still')")
+    made.capture()
+    stopped(made)
+    assert made.new.execute("SELECT id, note FROM other_too ORDER BY id").fetchall() == [(1, "goes on"), (2, "still")]
+
+
+def test_replay_repeated_and_in_pieces_gives_the_same(make_migration: MakeMigration) -> None:
+    made = make_migration(FOLLOWS_TABLE, FOLLOWS, SEED, targets=[STORE])
+    made.prepare()
+    for number in range(3):
+        made.old.execute("UPDATE follows SET note = %s WHERE from_user <= 5", [f"n{number}"])
+        made.old.execute("DELETE FROM follows WHERE from_user = 6")
+        made.old.execute("INSERT INTO follows (from_user, to_channel, note) VALUES (6, 6, 'back')")
+        made.catch_up()
+    made.backfill()
+    made.new.execute("UPDATE changeover.load SET applied = (SELECT l0 FROM changeover.migration)")
+    again = made.replay()
+    assert (again.events > 0, again.taken) == (True, 0), "what was offered before is refused"
+    made.assert_equal()
+
+
+def test_a_row_that_leaves_and_enters_where(make_migration: MakeMigration) -> None:
+    table = '[[table]]\nsource = "t"\ntarget = "kept"\nkey = ["id"]\nwhere = "note IS NOT NULL"\n'
+    made = make_migration(
+        table, "CREATE TABLE t (id integer PRIMARY KEY, note text)", "INSERT INTO t VALUES (1, 'in'), (2, NULL), (3, 'in')",
+        targets=[STORE],
+    )  # fmt: skip
+    made.prepare()
+    made.backfill()
+    made.old.execute("UPDATE t SET note = NULL WHERE id = 1; UPDATE t SET note = 'entered' WHERE id = 2; DELETE FROM t WHERE id = 3")
+    made.catch_up()
+    assert made.new.execute("SELECT id, note FROM kept").fetchall() == [(2, "entered")]
