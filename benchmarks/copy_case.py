@@ -60,18 +60,14 @@ class CopyResult:
             }
             for one in self.cases
         ]
-        return json.dumps(
-            {"benchmark": "copy", "rows": self.rows, "cases": cases, "peak_rss_mb": dict(self.peak_rss_mb)}
-        )
+        return json.dumps({"benchmark": "copy", "rows": self.rows, "cases": cases, "peak_rss_mb": dict(self.peak_rss_mb)})
 
 
 def as_table(result: CopyResult) -> str:
     """Return the result for a person."""
     lines = [f"{result.rows} rows, medians in seconds; versus = ours / peer"]
     for one in result.cases:
-        peers = ", ".join(
-            f"{name} {seconds:.2f} (versus {one.ours / seconds:.2f})" for name, seconds in one.peers.items()
-        )
+        peers = ", ".join(f"{name} {seconds:.2f} (versus {one.ours / seconds:.2f})" for name, seconds in one.peers.items())
         lines.append(f"{one.case:12} ours {one.ours:.2f}, {peers}")
     return "\n".join([*lines, "peak memory in MiB: " + ", ".join(f"{k} {v}" for k, v in result.peak_rss_mb.items())])
 
@@ -131,9 +127,7 @@ class _Field:
             if worker.party == "ours" or worker.party in case.peers:
                 job = Job(case, self.old, self.new, self.programs, self.folder / worker.party)
                 seconds[worker.party], found[worker.party] = self._turn(job, worker)
-                print(
-                    f"{case.name} {self.rows} {worker.party} {seconds[worker.party]:.2f} s", file=sys.stderr, flush=True
-                )
+                print(f"{case.name} {self.rows} {worker.party} {seconds[worker.party]:.2f} s", file=sys.stderr, flush=True)
         if len(set(found.values())) != 1:
             raise PartyFailed(f"{case.name}: the parties copied different rows: {found}")
         return seconds

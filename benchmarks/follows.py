@@ -94,9 +94,7 @@ def fingerprint(connection: Connection, case: Case) -> str:
     """Return the number of rows of a PostgreSQL target and a sum over all of them, the same for the same rows."""
     columns = sql.SQL(", ").join(map(sql.Identifier, case.expressions()))
     row = connection.execute(
-        sql.SQL("SELECT count(*), sum(hashtextextended(ROW({})::text, 0)) FROM {}").format(
-            columns, sql.Identifier(case.target)
-        )
+        sql.SQL("SELECT count(*), sum(hashtextextended(ROW({})::text, 0)) FROM {}").format(columns, sql.Identifier(case.target))
     ).fetchone()
     assert row is not None
     return f"{row[0]} rows, hash {row[1]}"

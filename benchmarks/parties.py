@@ -134,9 +134,7 @@ class SparkJdbc:
         return (
             self.spark.read.format("jdbc")
             .options(**jdbc_options(job.old, APPLICATION), dbtable="follows", fetchsize="10000")
-            .options(
-                partitionColumn="from_user", lowerBound=str(row[0]), upperBound=str(row[1]), numPartitions=PARTITIONS
-            )
+            .options(partitionColumn="from_user", lowerBound=str(row[0]), upperBound=str(row[1]), numPartitions=PARTITIONS)
             .load()
         )
 
@@ -172,9 +170,7 @@ def _pipe(job: Job, condition: str) -> list[subprocess.Popen[bytes]]:
     return [reader, writer]
 
 
-def _psql(
-    job: Job, dsn: str, command: str, stdin: IO[bytes] | None = None, stdout: int | None = None
-) -> subprocess.Popen[bytes]:
+def _psql(job: Job, dsn: str, command: str, stdin: IO[bytes] | None = None, stdout: int | None = None) -> subprocess.Popen[bytes]:
     parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items() if value is not None}
     names = {"PGHOST": "host", "PGPORT": "port", "PGUSER": "user", "PGPASSWORD": "password", "PGDATABASE": "dbname"}
     environment = {**os.environ, **{name: parts[key] for name, key in names.items()}}

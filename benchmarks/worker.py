@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
@@ -29,25 +30,28 @@ class Worker:
     def __init__(self, party: str) -> None:
         self.party = party
         self.peak = 0
-        self._pipe, far = multiprocessing.Pipe()
+        self._pipe, self._far = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        self._process = context.Process(target=serve, args=(party, far), name=f"benchmark-{party}")
+        self._process = context.Process(target=serve, args=(party, self._far), name=f"benchmark-{party}")
 
     def __enter__(self) -> Self:
         self._process.start()
+        self._far.close()  # the process alone holds its end, so its death is seen
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pipe.send(None)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with suppress(BrokenPipeError):  # it may have ended by itself
+            self._pipe.send(None)
         self._process.join(END_WITHIN)
         self._process.kill()
 
     def call(self, step: str, job: Job) -> float:
         """Run one step and return its seconds; raises PartyFailed."""
         self._pipe.send((step, job))
-        seconds, problem = self._pipe.recv()
+        try:
+            seconds, problem = self._pipe.recv()
+        except EOFError as error:
+            raise PartyFailed(f"{self.party}, {step} of {job.case.name}: its process ended") from error
         if problem:
             raise PartyFailed(f"{self.party}, {step} of {job.case.name}:\n{problem}")
         return float(seconds)

@@ -193,9 +193,7 @@ class _Load:
     def _require_all_loaded(self, source: str, chunks: Sequence[ChunkRow]) -> None:
         left = [row.chunk for row in chunks if row.loaded is None]
         if left:
-            raise CouldNotFinish(
-                f"{source} into {self.store.name}: chunks {left} were claimed by another backfill: run again"
-            )
+            raise CouldNotFinish(f"{source} into {self.store.name}: chunks {left} were claimed by another backfill: run again")
 
     def _require_same_file(self, source: str) -> None:
         """A table rewritten under the snapshot reads as empty, without any event: compare its file with the prepared one."""

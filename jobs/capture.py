@@ -84,8 +84,8 @@ def capture(
     stop = stop or threading.Event()
     started = time.monotonic()
     with Ledger.open(spec, "capture") as ledger, ledger.lease("capture", wait_seconds=LEASE_SECONDS):
-        tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
         stream = ledger.stream("capture")
+        tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
         run = _Run(spec, stream, tables, stop, until or (lambda: False), patience)
         with _signals_set(stop, run.result):
             run.run()

@@ -112,10 +112,15 @@ class Replay:
                 if not (store.merges_while_loading or load.state == CLOSED):
                     continue
                 store.install(transform.target, self.prepared.stream.image)
-                for interval in offered_intervals(authorities, takes_over=self._takes_over(target)):
-                    load, offered = self._catch_up(load, interval, end, transform, store)
-                    events, taken = events + offered.offered, taken + offered.taken
+                try:
+                    for interval in offered_intervals(authorities, takes_over=self._takes_over(target)):
+                        load, offered = self._catch_up(load, interval, end, transform, store)
+                        events, taken = events + offered.offered, taken + offered.taken
+                except TableStopped as stop:
+                    stops.append(stop)
             positions.append(load.applied)
+        if stops:
+            raise stops[0]
         return Replayed(events, taken, min(positions, default=0))
 
     def _takes_over(self, target: str) -> bool:
@@ -163,7 +168,8 @@ class Replay:
         else:
             events = self.spool.read(self.spark, start, batch.until)
         ours = events.where((events["relation"] == f"{schema}.{name}") & events["op"].isin(INSERT, UPDATE, DELETE))
-        return transform.changes(ours, epoch)
+        changes = transform.changes(ours, epoch)
+        return changes.coalesce(1) if batch.events <= SMALL_BATCH else changes  # one task: the fence waits for such batches
 
 
 def offered_intervals(authorities: Sequence[Authority], *, takes_over: bool) -> list[Interval]:

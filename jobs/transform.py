@@ -85,11 +85,7 @@ class Transform:
         moved = {
             match[1]: name for name in self.target.key if (match := BARE.fullmatch(self.expressions[name].strip()))
         }  # fmt: skip
-        return (
-            tuple(moved[name] for name in identity)
-            if self.table.function is None and set(identity) <= set(moved)
-            else None
-        )
+        return tuple(moved[name] for name in identity) if self.table.function is None and set(identity) <= set(moved) else None
 
     def changes(self, events: DataFrame, epoch: int) -> DataFrame:
         """Return changes of the target for spooled inserts, updates and deletes: one row a key, the last by version.
@@ -100,9 +96,7 @@ class Transform:
 
         gone = F.col("op") == F.lit("D")
         values = [
-            decode(F.when(gone, F.col("key")[c.name]).otherwise(F.col("row")[c.name]), c.type, native=False).alias(
-                c.name
-            )
+            decode(F.when(gone, F.col("key")[c.name]).otherwise(F.col("row")[c.name]), c.type, native=False).alias(c.name)
             for c in self.source
         ]
         version = [
@@ -122,14 +116,10 @@ class Transform:
         shaped = load_function(self.table.function)(frame)
         lost = [name for name in VERSION_COLUMNS if name in frame.columns and name not in shaped.columns]
         if lost:
-            raise SpecError(
-                self.table.function, "transform.function", f"drops the columns {', '.join(lost)}: keep them"
-            )
+            raise SpecError(self.table.function, "transform.function", f"drops the columns {', '.join(lost)}: keep them")
         return shaped
 
-    def _columns(
-        self, frame: DataFrame, names: Sequence[str] | None = None, moved: Collection[str] = ()
-    ) -> list[SparkColumn]:
+    def _columns(self, frame: DataFrame, names: Sequence[str] | None = None, moved: Collection[str] = ()) -> list[SparkColumn]:
         from pyspark.sql import functions as F
 
         return [
@@ -137,7 +127,6 @@ class Transform:
             for c in self.target.columns
             if names is None or c.name in names
         ]
-
 
     def _moves(self, column: Column, moved: Collection[str]) -> bool:
         match = BARE.fullmatch(self.expressions[column.name].strip())
@@ -171,9 +160,7 @@ def load_function(reference: str) -> Callable[[DataFrame], DataFrame]:
 def expressions(table: Table, source: Sequence[Column]) -> dict[str, str]:
     """Return target column -> Spark SQL expression, in order: the spec's own, then what is carried over by name."""
     moved = {match[1] for text in table.columns.values() if (match := BARE.fullmatch(text.strip()))}
-    carried = [
-        c.name for c in source if c.name not in moved and c.name not in table.columns and c.name not in table.drop
-    ]
+    carried = [c.name for c in source if c.name not in moved and c.name not in table.columns and c.name not in table.drop]
     return {**table.columns, **{name: f"`{name}`" for name in carried}}
 
 
@@ -186,9 +173,6 @@ def plan(
     `existing` are the columns of a target table that is already there; raises SpecError or UnsafePlan with every reason.
     """
     wanted = expressions(table, source)
-    unknown = [name for name in table.drop if name not in {c.name for c in source}]
-    if unknown:
-        raise SpecError(spec.path, f"table {table.source}: drop", f"{unknown[0]} is no column of {table.source}")
     _require_stable(spec, table, wanted)
     frame = _empty_frame(spark, source)
     shaped = load_function(table.function)(frame) if table.function else frame
@@ -221,9 +205,7 @@ def _spark_type(spec: Spec, table: Table, column: str, frame: DataFrame, text: s
         deterministic = cast("Any", analysed)._jdf.queryExecution().analyzed().deterministic()
     except PySparkException as error:
         problem = str(error).splitlines()[0]
-        raise SpecError(
-            spec.path, f"table {table.source}: {where}", f"{text!r} is not a valid expression: {problem}"
-        ) from error
+        raise SpecError(spec.path, f"table {table.source}: {where}", f"{text!r} is not a valid expression: {problem}") from error
     if not deterministic:
         raise SpecError(spec.path, f"table {table.source}: {where}", f"{text!r} gives another value at each run")
     return analysed.schema.fields[0].dataType.simpleString()
@@ -269,9 +251,7 @@ def _new_columns(
         origin = by_name.get(match[1]) if match and table.function is None else None
         type_name = origin.type if origin else postgres_type(found[name])
         if type_name is None:
-            raise SpecError(
-                spec.path, f"table {table.source}: columns.{name}", f"gives {found[name]}, which no column can hold"
-            )
+            raise SpecError(spec.path, f"table {table.source}: columns.{name}", f"gives {found[name]}, which no column can hold")
         spark_type = origin.spark_type if origin else found[name]
         columns.append(Column(name, type_name, spark_type, name in table.key))
     return columns

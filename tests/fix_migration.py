@@ -193,7 +193,7 @@ def make_migration(
 
         def make(tables: str, *statements: str, targets: Sequence[str] = (STORE, LAKE)) -> Migration:
             for statement in statements:
-                old.execute(sql.SQL(statement))  # type: ignore[arg-type]  # a test's own text
+                old.execute(sql.SQL(statement))
             name = f"m{random.getrandbits(40):x}"
             folder = tmp_path / name
             folder.mkdir()

@@ -95,12 +95,20 @@ def test_an_unknown_key_is_named(tmp_path: Path, old: str, new: str, where: str,
 
 
 MISSING = [
-    ('name = "follows"', "name"), ('dsn = "env:OLD_DSN"', "source.dsn"), ('kind = "postgres"', "target.store.kind"),
-    ('dsn = "env:NEW_DSN"', "target.store.dsn"), ('path = "/lake"', "target.lake.path"), ('source = "public.follows"', "table[0].source"),
-    ('target = "associations"', "table[0].target"), ('key = ["entity_a", "entity_b"]', "table[0].key"),
-    ('key = "follows-store"', "flag.key"), ('path = "/work"', "work.path"), ('[work]\npath = "/work"', "work"),
-    ('[source]\ndsn = "env:OLD_DSN"\ncapture = "slot"', "source"), ('name = "count"', "table[0].check[0].name"),
-]  # fmt: skip
+    ('name = "follows"', "name"),
+    ('dsn = "env:OLD_DSN"', "source.dsn"),
+    ('kind = "postgres"', "target.store.kind"),
+    ('dsn = "env:NEW_DSN"', "target.store.dsn"),
+    ('path = "/lake"', "target.lake.path"),
+    ('source = "public.follows"', "table[0].source"),
+    ('target = "associations"', "table[0].target"),
+    ('key = ["entity_a", "entity_b"]', "table[0].key"),
+    ('key = "follows-store"', "flag.key"),
+    ('path = "/work"', "work.path"),
+    ('[work]\npath = "/work"', "work"),
+    ('[source]\ndsn = "env:OLD_DSN"\ncapture = "slot"', "source"),
+    ('name = "count"', "table[0].check[0].name"),
+]
 
 
 @pytest.mark.parametrize(("line", "where"), MISSING)
@@ -126,7 +134,7 @@ WRONG = [
     ('key = "follows-store"\ntarget = "store"', 'key = "f"\ntarget = "other"', "flag.target", "the targets are store, lake"),
     ("[target.lake]", "[target.Lake]", "target.Lake", "lower-case"),
     ("[work]", '[ledger]\ndsn = "env:X"\n[work]', "ledger", "leave the section out"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("old", "new", "where", "problem"), WRONG)
@@ -187,7 +195,7 @@ def test_a_missing_secret_names_key_and_variable(tmp_path: Path, monkeypatch: py
 def test_no_file_and_half_a_file(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="can't be read"):
         load(tmp_path / "none.toml")
-    with pytest.raises(SpecError, match="not valid TOML.*line"):
+    with pytest.raises(SpecError, match=r"not valid TOML.*line"):
         loaded(tmp_path, WHOLE.replace('"follows"', '"foll', 1))
     (tmp_path / "bytes.toml").write_bytes(b'name = "\xff"')
     with pytest.raises(SpecError, match="not valid TOML"):
@@ -219,7 +227,10 @@ def test_the_hash_is_that_of_the_meaning(tmp_path: Path, monkeypatch: pytest.Mon
     digest = loaded(tmp_path, WHOLE).digest
     monkeypatch.setenv("OLD_DSN", "host=elsewhere")
     assert loaded(tmp_path, WHOLE + "\n# a comment\n").digest == digest
-    assert loaded(tmp_path, WHOLE.replace('capture = "slot"\n', "").replace("[source]\n", '[source]\ncapture = "slot"\n')).digest == digest
+    assert (
+        loaded(tmp_path, WHOLE.replace('capture = "slot"\n', "").replace("[source]\n", '[source]\ncapture = "slot"\n')).digest
+        == digest
+    )
     changed: list[Any] = [
         loaded(tmp_path, WHOLE.replace(old, new)).digest
         for old, new in (('"from_user"', '"to_user"'), ("/work", "/elsewhere"), ("OLD_DSN", "OTHER_DSN"), ("secret", "other"))

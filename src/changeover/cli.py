@@ -201,7 +201,7 @@ def run(spec: str, as_json: bool, debug: bool) -> None:
 @DEBUG
 def prepare(spec: str, as_json: bool, debug: bool) -> None:
     """Make publication, slot, kept snapshot, ledger, target tables and gates."""
-    from changeover.jobs.prepare import prepare as act
+    from changeover.pipeline import prepare as act
     from changeover.position import format_lsn
 
     with running(spec, "prepare", debug) as loaded:

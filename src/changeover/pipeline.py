@@ -72,11 +72,19 @@ def _prepared(spec: Spec) -> bool:
         return ledger.exists()
 
 
+def prepare(spec: Spec, spark: SparkSession) -> preparing.Prepared:
+    """Prepare, and have the flag's data file ask for the lowest stage where there is no such file yet (driver)."""
+    made = preparing.prepare(spec, spark)
+    if spec.flag is not None:
+        flag, file = cutover.flag_of(spec)
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            flagfile.write_stage(file, flag.key, Stage.OFF)
+    return made
+
+
 def _prepare(run: Run) -> None:
-    preparing.prepare(run.spec, run.spark())
-    if run.spec.flag is not None and not cutover.flag_of(run.spec)[1].exists():
-        flag, file = cutover.flag_of(run.spec)
-        flagfile.write_stage(file, flag.key, Stage.OFF)
+    prepare(run.spec, run.spark())
 
 
 def _capture(run: Run) -> None:

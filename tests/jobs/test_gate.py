@@ -24,9 +24,7 @@ KEYS = range(3)
 Offer = tuple[int, Cell]
 Cells = dict[int, Cell]
 
-versions = st.builds(
-    Version, st.integers(0, 1), st.sampled_from([0, 99, 100, 101, 2**33, 2**64 - 1]), st.integers(-1, 3)
-)
+versions = st.builds(Version, st.integers(0, 1), st.sampled_from([0, 99, 100, 101, 2**33, 2**64 - 1]), st.integers(-1, 3))
 
 
 def note_of(version: Version) -> str:
@@ -119,9 +117,7 @@ def batches_of(offered: Sequence[Offer], size: int) -> list[list[Offer]]:
     return [list({key: (key, cell) for key, cell in sorted(batch, key=lambda o: o[1].version)}.values()) for batch in cut]
 
 
-many = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+many = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @many
@@ -149,9 +145,7 @@ def test_single_rows_are_taken_exactly_when_the_rule_says_so(kept: Kept, offered
 
 @many
 @given(offered=offers(), order=st.randoms(use_true_random=False), size=st.integers(1, 4))
-def test_order_repetition_and_mixture_of_ways_change_nothing(
-    kept: Kept, offered: list[Offer], order: object, size: int
-) -> None:
+def test_order_repetition_and_mixture_of_ways_change_nothing(kept: Kept, offered: list[Offer], order: object, size: int) -> None:
     kept.clear()
     shuffled = [*offered, *offered[::2]]
     order.shuffle(shuffled)  # type: ignore[attr-defined]

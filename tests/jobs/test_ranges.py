@@ -75,9 +75,7 @@ def test_texts_are_in_the_order_of_their_collation(any_dsn: str) -> None:
     with connect(any_dsn, "test") as connection:
         for [collation] in connection.execute(COLLATIONS).fetchall():
             connection.execute("DROP TABLE IF EXISTS keyed")
-            connection.execute(
-                sql.SQL("CREATE TABLE keyed (word text COLLATE {} PRIMARY KEY)").format(sql.Identifier(collation))
-            )
+            connection.execute(sql.SQL("CREATE TABLE keyed (word text COLLATE {} PRIMARY KEY)").format(sql.Identifier(collation)))
             connection.cursor().executemany("INSERT INTO keyed VALUES (%s)", [(word,) for word in WORDS])
             sizes = planned(connection, ["word"], ["text"], 6)
             assert (len(sizes), max(sizes) - min(sizes)) == (6, 1), collation

@@ -16,15 +16,21 @@ STOPS = [
     ("TRUNCATE follows", "it was truncated, which this version does not carry"),
     ("UPDATE follows SET from_user = 200 WHERE from_user = 9", "an update changed the key {'from_user': '9', 'to_channel': '9'}"),
     ("UPDATE follows SET note = 'short' WHERE from_user = 10", "an update left the large column settings unchanged"),
-    ("ALTER TABLE follows ADD COLUMN more text; INSERT INTO follows (from_user, to_channel) VALUES (101, 1)", "its definition changed: column more was added"),
-    ("ALTER TABLE follows DROP COLUMN big; INSERT INTO follows (from_user, to_channel) VALUES (101, 1)", "its definition changed: column big was dropped"),
-]  # fmt: skip
+    (
+        "ALTER TABLE follows ADD COLUMN more text; INSERT INTO follows (from_user, to_channel) VALUES (101, 1)",
+        "its definition changed: column more was added",
+    ),
+    (
+        "ALTER TABLE follows DROP COLUMN big; INSERT INTO follows (from_user, to_channel) VALUES (101, 1)",
+        "its definition changed: column big was dropped",
+    ),
+]
 
 
-@pytest.fixture
-def loaded(make_migration: MakeMigration) -> Migration:
+def loaded(make_migration: MakeMigration, *targets: str) -> Migration:
     """A migration whose targets are loaded; user 10 has a value that is stored out of line."""
-    made = make_migration(FOLLOWS_TABLE, FOLLOWS, "ALTER TABLE follows ALTER settings SET STORAGE EXTERNAL", SEED)
+    external = "ALTER TABLE follows ALTER settings SET STORAGE EXTERNAL"
+    made = make_migration(FOLLOWS_TABLE, FOLLOWS, external, SEED, targets=targets)
     made.old.execute("UPDATE follows SET settings = to_jsonb(repeat('x', 9000)) WHERE from_user = 10")
     made.prepare()
     made.backfill()
@@ -38,21 +44,29 @@ def stopped(migration: Migration, *targets: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("statement", "reason"), STOPS, ids=["truncate", "key", "toast", "added", "dropped"])
-def test_a_table_stops_by_name_after_everything_before(loaded: Migration, statement: str, reason: str) -> None:
-    loaded.old.execute(BEFORE)
-    expected = loaded.source_rows()
-    loaded.old.execute(statement.encode())
-    loaded.old.execute(AFTER)
-    loaded.capture()
-    assert reason in stopped(loaded)
-    for target in (STORE, LAKE):
-        assert loaded.target_rows(target) == expected, f"{target}: all before the stop, nothing after it"
-    assert reason in stopped(loaded), "a second run says the same"
-    with Ledger.open(loaded.spec, "test") as ledger:
-        positions = {load.applied for load in ledger.loads()}
-        assert len(positions) == 1
+def assert_stops(migration: Migration, statement: str, reason: str) -> None:
+    """Assert that all before a statement is applied in every target, and nothing after it."""
+    migration.old.execute(BEFORE)
+    expected = migration.source_rows()
+    migration.old.execute(statement.encode())
+    migration.old.execute(AFTER)
+    migration.capture()
+    assert reason in stopped(migration)
+    for target in migration.spec.targets:
+        assert migration.target_rows(target) == expected, f"{target}: all before the stop, nothing after it"
+    assert reason in stopped(migration), "a second run says the same"
+    with Ledger.open(migration.spec, "test") as ledger:
+        assert len({load.applied for load in ledger.loads()}) == 1
         assert reason in (ledger.source_table("public.follows")[2] or "")
+
+
+@pytest.mark.parametrize(("statement", "reason"), STOPS, ids=["truncate", "key", "toast", "added", "dropped"])
+def test_a_table_stops_by_name_after_everything_before(make_migration: MakeMigration, statement: str, reason: str) -> None:
+    assert_stops(loaded(make_migration, STORE), statement, reason)
+
+
+def test_every_target_is_brought_up_to_the_stop(make_migration: MakeMigration) -> None:
+    assert_stops(loaded(make_migration, STORE, LAKE), *STOPS[0])
 
 
 TWO = FOLLOWS_TABLE + '[[table]]\nsource = "other"\ntarget = "other_too"\nkey = ["id"]\n'
@@ -90,11 +104,15 @@ def test_replay_repeated_and_in_pieces_gives_the_same(make_migration: MakeMigrat
 def test_a_row_that_leaves_and_enters_where(make_migration: MakeMigration) -> None:
     table = '[[table]]\nsource = "t"\ntarget = "kept"\nkey = ["id"]\nwhere = "note IS NOT NULL"\n'
     made = make_migration(
-        table, "CREATE TABLE t (id integer PRIMARY KEY, note text)", "INSERT INTO t VALUES (1, 'in'), (2, NULL), (3, 'in')",
+        table,
+        "CREATE TABLE t (id integer PRIMARY KEY, note text)",
+        "INSERT INTO t VALUES (1, 'in'), (2, NULL), (3, 'in')",
         targets=[STORE],
-    )  # fmt: skip
+    )
     made.prepare()
     made.backfill()
-    made.old.execute("UPDATE t SET note = NULL WHERE id = 1; UPDATE t SET note = 'entered' WHERE id = 2; DELETE FROM t WHERE id = 3")
+    made.old.execute(
+        "UPDATE t SET note = NULL WHERE id = 1; UPDATE t SET note = 'entered' WHERE id = 2; DELETE FROM t WHERE id = 3"
+    )
     made.catch_up()
     assert made.new.execute("SELECT id, note FROM kept").fetchall() == [(2, "entered")]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 
+from changeover.errors import LockNotGranted
 from changeover.position import Version, image_version
 from changeover.session import connect
 from changeover.stores import Column, TargetTable, gate
@@ -113,6 +114,6 @@ def test_the_barrier_waits_for_a_loader_that_is_still_open(new_dsn: str) -> None
         store.install(TABLE, V0)
         with offering(new_dsn, "1\told image") as loader:
             gate.load_batch(loader, GATED)
-            with pytest.raises(Exception, match="barrier of public.kept"):
+            with pytest.raises(LockNotGranted, match=r"barrier of public\.kept"):
                 gate.barrier(connection, GATED, "server", tries=1)
         gate.barrier(connection, GATED, "server", tries=1)

@@ -68,9 +68,7 @@ def reached_by_both(file: Path) -> bool:
 def sessions_end(migration: Migration) -> None:
     """Wait until the server has seen that the killed run's sessions are gone; its keeper stays."""
     deadline = time.monotonic() + SOURCE_LOST_SECONDS
-    while migration.old.execute(
-        "SELECT FROM pg_stat_activity WHERE application_name LIKE 'changeover:%:backfill%'"
-    ).fetchall():
+    while migration.old.execute("SELECT FROM pg_stat_activity WHERE application_name LIKE 'changeover:%:backfill%'").fetchall():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -93,9 +91,7 @@ def test_a_killed_backfill_goes_on_where_it_was(point: str, make_migration: Make
         one.old.execute("UPDATE follows SET note = 'written meanwhile' WHERE to_channel = 3")
         one.old.execute("DELETE FROM follows WHERE to_channel = 4")
     sessions_end(one)
-    done = {
-        target: {row.chunk: row.loaded for row in migration.chunks(target) if row.loaded} for target, migration in both.items()
-    }
+    done = {target: {row.chunk: row.loaded for row in migration.chunks(target) if row.loaded} for target, migration in both.items()}
     expected = {"chunk-read": (False, False), "target-committed": (True, False), "between-chunks": (True, True)}
     assert (bool(done[STORE]), bool(done[LAKE])) == expected[point]
     assert bool(appends(both[LAKE])) == (point != "chunk-read"), "on Delta the data comes before the ledger"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
@@ -15,28 +17,63 @@ from changeover.stores.copytext import copy_lines
 from changeover.stores.postgres import copy_in
 
 TEXTS = [
-    None, "", "NULL", "null", "\\N", "\\.", "\\", "a\\nb", "\t", "\n", "\r", "\r\n", "a\n\\.\nb", '"', '""', "'", ",", "a,b", " ",
-    "{}", "Zoë ☂ 🛞", "\x01\x7f", "x" * 70_000,
-]  # fmt: skip
+    None,
+    "",
+    "NULL",
+    "null",
+    "\\N",
+    "\\.",
+    "\\",
+    "a\\nb",
+    "\t",
+    "\n",
+    "\r",
+    "\r\n",
+    "a\n\\.\nb",
+    '"',
+    '""',
+    "'",
+    ",",
+    "a,b",
+    " ",
+    "{}",
+    "Zoë ☂ 🛞",
+    "\x01\x7f",
+    "x" * 70_000,
+]
 WHEN = datetime(1582, 10, 10, 1, 2, 3, 456789, UTC)
-SCHEMA = "id int, words string, parts array<string>, numbers array<int>, raw binary, yes boolean, score double, sum decimal(38,10), at timestamp"
+SCHEMA = (
+    "id int, words string, parts array<string>, numbers array<int>, raw binary, yes boolean, score double,"
+    " sum decimal(38,10), at timestamp"
+)
 TABLE = gate.GatedTable("public", "copied", ("id",), ("id", "words", "parts", "numbers", "raw", "yes", "score", "sum", "at"))
 
 
+Lines = tuple[list[tuple[Any, ...]], list[pa.RecordBatch]]
+
+
 @pytest.fixture(scope="module")
-def lines(spark: SparkSession) -> object:
+def lines(spark: SparkSession) -> Lines:
     """Format the rows once; two servers read them."""
     rows = [
-        (number, text, None if number % 5 == 0 else [text, None, text], [number, None] if number % 2 else [],
-         text.encode() if text else None, [True, False, None][number % 3], [float("nan"), float("-inf"), -0.0, 5e-324][number % 4],
-         Decimal("-0.0000000001") if number % 2 else None, WHEN if number % 3 else None)
+        (
+            number,
+            text,
+            None if number % 5 == 0 else [text, None, text],
+            [number, None] if number % 2 else [],
+            text.encode() if text else None,
+            [True, False, None][number % 3],
+            [float("nan"), float("-inf"), -0.0, 5e-324][number % 4],
+            Decimal("-0.0000000001") if number % 2 else None,
+            WHEN if number % 3 else None,
+        )
         for number, text in enumerate(TEXTS)
-    ]  # fmt: skip
+    ]
     return rows, copy_lines(spark.createDataFrame(rows, SCHEMA).coalesce(1)).toArrow().to_batches()
 
 
-def test_a_server_reads_back_what_was_formatted(any_dsn: str, lines: object) -> None:
-    rows, batches = lines  # type: ignore[misc]
+def test_a_server_reads_back_what_was_formatted(any_dsn: str, lines: Lines) -> None:
+    rows, batches = lines
     with connect(any_dsn, "test") as connection, connection.transaction(), connection.cursor() as cursor:
         cursor.execute(
             "CREATE TABLE copied (id integer PRIMARY KEY, words text, parts text[], numbers integer[], raw bytea, yes boolean,"

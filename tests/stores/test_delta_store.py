@@ -16,15 +16,20 @@ from changeover.errors import RowRefused
 from changeover.jobs.merge import Cell, merged
 from changeover.position import Version, image_version
 from changeover.stores import DELETED, Column, Counts, TargetTable
-from changeover.stores.appends import AppendTask
-from changeover.stores.delta import VERSION, DeltaStore, live_rows
+from changeover.stores.appends import VERSION, AppendTask
+from changeover.stores.delta import DeltaStore, live_rows
 
 V0 = image_version(100)
 TABLE = TargetTable(
-    "public", "kept",
-    (Column("id", "integer", "int", True), Column("note", "text", "string"), Column("at", "timestamp without time zone", "timestamp_ntz")),
+    "public",
+    "kept",
+    (
+        Column("id", "integer", "int", True),
+        Column("note", "text", "string"),
+        Column("at", "timestamp without time zone", "timestamp_ntz"),
+    ),
     ("id",),
-)  # fmt: skip
+)
 CHANGES = "_epoch int, _lsn bigint, _ordinal bigint, _deleted boolean, id int, note string"
 
 
@@ -85,8 +90,12 @@ def test_merges_leave_the_cells_of_the_rule(spark: SparkSession, store: DeltaSto
     offered: dict[int, Cell] = {}
     for number in range(4):
         if number != 2:  # the third batch is the second one again
-            versions = {key: Version(draw.randint(0, 1), draw.choice([99, 100, 101, 2**40]), draw.randint(-1, 2)) for key in range(6)}
-            offered = {k: Cell(v, None if (v.ordinal + k) % 3 == 0 else f"change {v}") for k, v in versions.items() if draw.random() < 0.8}
+            versions = {
+                key: Version(draw.randint(0, 1), draw.choice([99, 100, 101, 2**40]), draw.randint(-1, 2)) for key in range(6)
+            }
+            offered = {
+                k: Cell(v, None if (v.ordinal + k) % 3 == 0 else f"change {v}") for k, v in versions.items() if draw.random() < 0.8
+            }
         store.merge(TABLE, changes(spark, offered))
         for key, offer in offered.items():
             cell = merged(expected.get(key), [offer], V0)

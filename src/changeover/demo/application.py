@@ -31,9 +31,6 @@ from changeover.flags.router import Change, Experiment, Router, returned
 from changeover.spec import load, qualified
 
 WRITERS = 4
-WRITES_PER_SECOND = 50.0
-"""Of each writer."""
-
 READ_EVERY = 3
 STATUS_SECONDS = 0.2
 DRAIN_SECONDS = 10.0
@@ -177,7 +174,7 @@ class Application:
         due = time.monotonic()
         write: Callable[[random.Random, deque[Row]], None] = self._write
         for turn in range(sys.maxsize):
-            due = max(due + 1 / WRITES_PER_SECOND, time.monotonic() - 1.0)
+            due = max(due + WRITERS / self.shape.writes_per_second, time.monotonic() - 1.0)
             if self.stop.wait(max(0.0, due - time.monotonic())):
                 return
             if self.traceless.is_set() and write != self._leave_no_trace:

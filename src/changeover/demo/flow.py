@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ def demo(
     """Move the demo's table and tell about it on `console`; `broken` is one of `damage.KINDS` (driver).
 
     Raises UsageError, JavaMissing and EmbeddedServerFailed before anything is made, Interrupted for Ctrl-C and SIGTERM;
-    whatever is raised, all processes are ended.
+    whatever is raised, all processes are ended, but for a server that is to be kept.
     """
     from rich.console import Console
 
@@ -91,12 +91,15 @@ def begin(place: places.Place, spark: SparkSession, shape: Shape) -> tours.Tour:
 @contextmanager
 def _session() -> Iterator[SparkSession]:
     """Start Spark, its first job done."""
+    from py4j.protocol import Py4JError
+
     spark = spark_session("changeover demo", cores=CORES)
     try:
         spark.range(1).count()
         yield spark
     finally:
-        spark.stop()
+        with suppress(Py4JError, OSError):  # a signal to the whole group ends its JVM first
+            spark.stop()
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Outcome:
         stores = {
             "old": place.public_dsn("old"),
             "new": place.public_dsn("new"),
-            "lake": str(place.lake / "associations"),
+            "lake": str(place.lake),
         }
         return cls(
             tuple(tour.verdicts), stores, tour.shape.rows, tour.stage.value, tour.figures, dict(tour.seconds), set_up, status,
@@ -125,14 +125,16 @@ class Outcome:
 
     def next_commands(self) -> list[str]:
         """Return what to try on the servers that were kept."""
-        stop = f"kill -INT {self.postmaster}" if self.postmaster else "(the server has stopped)"
         spec = self.place / "follows.toml"
-        return [
-            "kept; the next commands to try:",
-            f"  . {self.place / 'demo.env'}                        # OLD_DSN and NEW_DSN, with the password",
-            '  psql "$NEW_DSN" -c "SELECT * FROM associations LIMIT 5"',
-            f"  changeover status {spec}",
-            f"  changeover flags show {spec}",
-            f"  changeover explain {spec} 42,follows,7",
-            f"  {stop} && rm -r {self.place}                    # end it",
+        differing = next((difference for verdict in self.verdicts for difference in verdict.sample), None)
+        about = [f"changeover explain {spec} {' '.join(map(str, differing.key.values()))}"] if differing else []
+        commands = [
+            f". {self.place / 'demo.env'}",
+            'psql "$OLD_DSN" -c "SELECT * FROM follows LIMIT 5"',
+            'psql "$NEW_DSN" -c "SELECT * FROM associations LIMIT 5"',
+            *about,
+            f"changeover status {spec}",
+            f"changeover history {spec}",
+            f"kill -INT {self.postmaster} && sleep 2 && rm -r {self.place}",
         ]
+        return ["kept; the next commands to try, the last one ends it:", *(f"  {command}" for command in commands)]

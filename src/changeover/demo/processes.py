@@ -86,7 +86,11 @@ class ApplicationProcess:
             folder / "application.log",
         )
         started = cls(child, status)
-        started.wait_for("its first writes", lambda seen: seen["writes"] > 0)
+        try:
+            started.wait_for("its first writes", lambda seen: seen["writes"] > 0)
+        except BaseException:
+            child.end()
+            raise
         return started
 
     def status(self) -> dict[str, Any]:

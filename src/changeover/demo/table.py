@@ -103,6 +103,11 @@ class Shape:
         """Return how many channels the application chooses from: a few more than have followers yet."""
         return self.rows // self.users * 11 // 10 + 2
 
+    @property
+    def writes_per_second(self) -> float:
+        """Return how often the application writes: 200 times, and less for a small table, whose rows would never rest."""
+        return min(200.0, max(30.0, self.rows / 100))
+
 
 def create(connection: Connection, shape: Shape) -> None:
     """Create the table in the old store and fill it."""

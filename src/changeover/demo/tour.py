@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING
 
 from ldclient.migrations.types import Stage
 
+from changeover import pipeline
 from changeover.demo.damage import KINDS
 from changeover.demo.follow import Follower
 from changeover.demo.place import Place
 from changeover.demo.processes import ApplicationProcess, Child, capture
 from changeover.demo.table import Shape
-from changeover.errors import CouldNotFinish, GateClosed, UnsafePlan
+from changeover.errors import CouldNotCheck, CouldNotFinish, GateClosed, UnsafePlan
 from changeover.flags import cutover
 from changeover.jobs import backfill, preflight, prepare
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.progress import progress
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import connect
 from changeover.spec import Spec
@@ -39,6 +41,7 @@ COMPARED_READS = 200
 """Shadow reads to wait for before authority moves: twice what the gate asks for."""
 
 GATE_TRIES = 5
+VERIFY_TRIES = 3
 LEFT_WITHIN = 10.0
 
 
@@ -102,6 +105,11 @@ def check(tour: Tour) -> str:
     return "the plan is safe: key, replica identity, types, rights and targets"
 
 
+def plan(tour: Tour) -> str:
+    """List the steps of the pipeline, as `changeover plan` prints them with their locks."""
+    return ", ".join(step.name for step in pipeline.STEPS) + "; then the flag, stage by stage"
+
+
 def prepare_both(tour: Tour) -> str:
     """Make slot and snapshot, ledger, target tables and gates."""
     made = prepare.prepare(tour.spec, tour.spark)
@@ -119,7 +127,8 @@ def start_capture(tour: Tour) -> str:
 def load_both(tour: Tour) -> str:
     """Load the snapshot into both targets while the application goes on writing."""
     started = time.monotonic()
-    loaded = {one.target: one for one in backfill.backfill(tour.spec, tour.spark)}
+    with progress(tour.spec, "backfill"):
+        loaded = {one.target: one for one in backfill.backfill(tour.spec, tour.spark)}
     figures = tour.figures
     figures.backfilled = loaded["store"].rows
     figures.rate = sum(one.rows for one in loaded.values()) / (time.monotonic() - started)
@@ -132,18 +141,21 @@ def load_both(tour: Tour) -> str:
 
 def catch_up(tour: Tour) -> str:
     """Wait until replay has caught up, in the lake too, where it began when all chunks were in."""
-    return f"both targets follow the stream, {_pass_marker(tour, ['store', 'lake'])} behind"
+    tour.figures.lag = _pass_marker(tour, ["store", "lake"])
+    return f"both targets follow the stream, {tour.figures.lag:,} bytes of WAL behind"
 
 
 def first_verify(tour: Tour) -> str:
     """Compare every row of both targets with the old store at one LSN."""
-    tour.verdicts = verify(tour.spec, tour.spark)
+    tour.verdicts = _verified(tour)
     return _said(tour.verdicts)
 
 
 def dualwrite(tour: Tour) -> str:
-    """Let the application write to both."""
-    return _advance(tour, Stage.DUALWRITE)
+    """Let the application write to both, and replay pass what was written to the old store alone."""
+    said = _advance(tour, Stage.DUALWRITE)
+    _pass_marker(tour, ["store"])
+    return f"{said}; replay has passed the last write that was not mirrored"
 
 
 def shadow(tour: Tour) -> str:
@@ -156,7 +168,7 @@ def shadow(tour: Tour) -> str:
 
 def live(tour: Tour) -> str:
     """Fence: authority moves to the new store."""
-    _require_equal(verify(tour.spec, tour.spark, targets=["store"]))
+    _require_equal(_verified(tour, ["store"]))
     said = _advance(tour, Stage.LIVE)
     _reach_fence(tour)
     wait = tour.application.status()["router"]["longest_wait_seconds"]
@@ -170,7 +182,7 @@ def rampdown(tour: Tour) -> str:
 
 def last_verify(tour: Tour) -> str:
     """Compare the old store with the new one as both are, and the lake at the fence's position."""
-    tour.verdicts = verify(tour.spec, tour.spark)
+    tour.verdicts = _verified(tour)
     return _said(tour.verdicts)
 
 
@@ -198,6 +210,7 @@ def finalize(tour: Tour) -> str:
 
 STEPS = (
     Step("check", check),
+    Step("plan", plan),
     Step("prepare", prepare_both),
     Step("capture", start_capture),
     Step("backfill", load_both),
@@ -226,7 +239,7 @@ def damage(tour: Tour, kind: str) -> str:
     """Damage the new store behind its back and verify: raises CouldNotFinish if the verdict does not name what was done."""
     with connect(tour.place.dsns["old"], "demo:damage") as old, connect(tour.place.dsns["new"], "demo:damage") as new:
         done = KINDS[kind](old, new)
-    tour.verdicts = verify(tour.spec, tour.spark)
+    tour.verdicts = _verified(tour)
     found = [d for v in tour.verdicts if v.target == "store" for d in v.sample]
     if not any(d.kind == done.kind and (done.column is None or done.column in d.columns) for d in found):
         raise CouldNotFinish(f"{done.done}, and verify did not name it: this is a defect of changeover, please report it")
@@ -241,6 +254,14 @@ def _named(difference: Difference) -> str:
 
 def _said(verdicts: list[Verdict]) -> str:
     return "; ".join(f"{v.target}: {v.word}, {v.source_rows:,} rows, {v.positions}" for v in verdicts)
+
+
+def _verified(tour: Tour, targets: list[str] | None = None) -> list[Verdict]:
+    """Verify, and again where rows that were written all the while left the question open."""
+    for _ in range(VERIFY_TRIES - 1):
+        with suppress(CouldNotCheck):
+            return verify(tour.spec, tour.spark, targets=targets)
+    return verify(tour.spec, tour.spark, targets=targets)
 
 
 def _require_equal(verdicts: list[Verdict]) -> None:
@@ -258,7 +279,7 @@ def _advance(tour: Tour, stage: Stage) -> str:
             break
         except GateClosed as closed:
             asked = closed.reasons
-            _require_equal(verify(tour.spec, tour.spark, targets=["store"]))
+            _require_equal(_verified(tour, ["store"]))
     else:
         raise GateClosed(stage.value, asked)
     tour.stage = stage
@@ -268,8 +289,8 @@ def _advance(tour: Tour, stage: Stage) -> str:
     return f"{done.before.value} → {done.after.value}, {gate}"
 
 
-def _pass_marker(tour: Tour, targets: list[str]) -> str:
-    """Write a marker into the source's log and wait until replay has passed it; return how far it is behind then."""
+def _pass_marker(tour: Tour, targets: list[str]) -> int:
+    """Write a marker into the source's log and wait until replay has passed it; return the bytes that it is behind then."""
     with connect(tour.place.dsns["old"], "demo:marker") as old, Ledger.open(tour.spec, "demo") as ledger:
         row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
         assert row is not None
@@ -283,8 +304,7 @@ def _pass_marker(tour: Tour, targets: list[str]) -> str:
             time.sleep(0.05)
         row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
         assert row is not None
-        tour.figures.lag = max(0, parse_lsn(row[0]) - _applied(ledger, targets))
-        return f"{tour.figures.lag:,} bytes of WAL"
+        return max(0, parse_lsn(row[0]) - _applied(ledger, targets))
 
 
 def _applied(ledger: Ledger, targets: list[str]) -> int:

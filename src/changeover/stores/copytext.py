@@ -1,7 +1,8 @@
-r"""COPY's text format, written by Spark: one string column that PostgreSQL takes as it is.
+"""COPY's CSV format, written by Spark: one string column that PostgreSQL takes as it is.
 
 The whole row is formatted inside the JVM, so a task's Python only hands Arrow's bytes on, never a row or a value. PostgreSQL's
-documentation of COPY gives the rules: `\N` is NULL; backslash, newline, carriage return and tab are escaped.
+documentation of COPY gives the rules: nothing at all is NULL, and whatever may hold a special character stands in double
+quotes, where a double quote alone is doubled. So one search in a text does what the text format needs four for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
 NULL = ""
-FORMAT = "csv"
 
 
 def copy_lines(frame: DataFrame, lsn_columns: tuple[str, ...] = ()) -> DataFrame:

@@ -35,6 +35,10 @@ TO_DELTA = {"tinyint": "byte", "smallint": "short", "int": "integer", "bigint": 
 FROM_DELTA = {delta: spark for spark, delta in TO_DELTA.items()}
 
 
+NOT_WRITTEN = ("delta.constraints.", "delta.columnMapping.", "delta.enableRowTracking", "delta.identity")
+"""Properties of a table whose files an append of ours would write wrongly, or unchecked."""
+
+
 class DeltaStore:
     """A folder of Delta tables as the target of one migration."""
 
@@ -65,13 +69,19 @@ class DeltaStore:
         )
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
-        """Return what stands against an existing table: it must have our version columns."""
+        """Return what stands against an existing table: it must have our version columns, and files that an append can write."""
         table = self._open(name)
-        if table is None or {VERSION, DELETED} <= {field.name for field in table.schema().fields}:
+        if table is None:
             return []
-        return [
-            f"target {self.name}: {self.path(name)} is a Delta table without {VERSION} and {DELETED}: name another one"
-        ]
+        place = f"target {self.name}: {self.path(name)}"
+        if not {VERSION, DELETED} <= {field.name for field in table.schema().fields}:
+            return [f"{place} is a Delta table without {VERSION} and {DELETED}: name another one"]
+        metadata = table.metadata()
+        columns = json.loads(table.schema().to_json())["fields"]
+        found = [f"is partitioned by {', '.join(metadata.partition_columns)}"] if metadata.partition_columns else []
+        found += [f"has the property {name}" for name in metadata.configuration if name.startswith(NOT_WRITTEN)]
+        found += [f"has the column {c['name']} with {rule}" for c in columns for rule in c["metadata"] if rule.startswith("delta.")]
+        return [f"{place} {reason}, which the backfill's append does not keep: name another one" for reason in found]
 
     def has_rows(self, schema: str, name: str) -> bool:
         """Return whether the table has any file."""
@@ -91,9 +101,7 @@ class DeltaStore:
             {"name": DELETED, "type": "boolean", "nullable": False, "metadata": {}},
         ]  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
-        made = DeltaTable.create(
-            str(self.path(table.name)), Schema.from_json(json.dumps({"type": "struct", "fields": fields}))
-        )
+        made = DeltaTable.create(str(self.path(table.name)), Schema.from_json(json.dumps({"type": "struct", "fields": fields})))
         if made.protocol().writer_features is not None:
             # from writer version 7 on (timestamp_ntz asks for it) NOT NULL is a feature that must be named
             made.alter.add_feature(TableFeatures.Invariants)
@@ -102,9 +110,7 @@ class DeltaStore:
         """The gate is MERGE's own condition; only the floor has to be known."""
         self.floors[table.name] = image
 
-    def load(
-        self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark
-    ) -> None:
+    def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
         """Append each chunk once and mark it: one Spark job, a task a chunk."""
         found = self._existing(table.name)
         required = tuple(field.name for field in found.schema().fields if not field.nullable and field.name in table.names)

@@ -75,11 +75,7 @@ def source_type(type_name: str) -> SourceType | None:
     sized = re.fullmatch(r"numeric\((\d+),(\d+)\)", type_name)
     if sized:
         precision, scale = int(sized[1]), int(sized[2])
-        return (
-            SourceType(f"decimal({precision},{scale})", TEXT)
-            if scale <= precision <= 38
-            else SourceType("string", TEXT)
-        )
+        return SourceType(f"decimal({precision},{scale})", TEXT) if scale <= precision <= 38 else SourceType("string", TEXT)
     base = re.sub(r"\([^)]*\)", "", type_name)
     if base not in EXACT or (base == "numeric" and type_name != "numeric"):
         return None
@@ -112,12 +108,16 @@ def moved(value: SparkColumn, type_name: str) -> SparkColumn:
         refused = value == "NaN"
     if refused is None:
         return value
-    reason = F.concat(F.lit(f"[NOT_CARRIED] {type_name} "), value, F.lit(" is a value that is not proven exact"))
+    problem = NESTED if type_name.endswith("[]") else "a value that Spark can't hold"
+    reason = F.concat(F.lit(f"[NOT_CARRIED] {type_name}: {problem}: "), value)
     return F.when(~refused, value).when(refused, F.raise_error(reason).cast("string"))
 
 
 def movable(type_name: str) -> bool:
-    """Return whether moving the text of a type saves work: not where its form is a string already, or costs nothing to print."""
+    """Return whether moving the text of a type saves work, and what `decode` would not take shows in it unparsed."""
+    if type_name.endswith("[]"):  # an element's infinity or NaN does not show
+        element = source_type(type_name.removesuffix("[]"))
+        return element is not None and not DATED.search(element.spark) and not element.spark.startswith("decimal")
     carried = source_type(type_name)
     return carried is not None and carried.spark not in {"string", "binary", "boolean", "smallint", "int", "bigint"}
 
@@ -132,10 +132,14 @@ def decode(value: SparkColumn, type_name: str, *, native: bool) -> SparkColumn:
     if carried.form == JSON:
         texts = re.sub(r"<[^<>]+>", "<string>", carried.spark)
         # an array of arrays would read as texts; no other JSON of ours begins so
-        flat = F.when(value.startswith("[["), F.lit(NESTED)).otherwise(value)
+        nested = value.startswith("[[")
+        reason = F.concat(F.lit(f"[NOT_CARRIED] {type_name}: {NESTED}: "), value)
+        flat = F.when(~nested, value).when(nested, F.raise_error(reason).cast("string"))
         # the JSON is written by PostgreSQL or by the capture, so a failure is ours and must be loud
         elements = F.from_json(flat, texts, {"mode": "FAILFAST"})
-        return F.transform(elements, _of_our_era).cast(carried.spark) if DATED.search(carried.spark) else elements.cast(carried.spark)
+        return (
+            F.transform(elements, _of_our_era).cast(carried.spark) if DATED.search(carried.spark) else elements.cast(carried.spark)
+        )
     if native and carried.form == NATIVE:
         return value
     if carried.spark == "binary":

@@ -329,10 +329,14 @@ class MergeTask:
                         raise
 
 
+ROOM = {"temp_buffers": "64MB", "work_mem": "64MB"}
+"""A batch stays in the server's memory, where it is sorted; with the defaults a chunk goes to disk and back twice."""
+
+
 @contextmanager
 def gated_session(dsn: str, application: str) -> Iterator[psycopg.Cursor[Any]]:
     """Open a session for one transaction through the gate; what is not committed is rolled back."""
-    with connect(dsn, application, autocommit=False) as connection:
+    with connect(dsn, application, autocommit=False, settings=ROOM) as connection:
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         with connection.cursor() as cursor:
             yield cursor

@@ -85,7 +85,9 @@ def read_table(
 
 def _subquery(table: ReadTable, moved: Collection[str]) -> sql.Composed:
     """The columns in the form they are read in, and the raw key beside them for the ranges (Spark prunes what it does not use)."""
-    parts = [sql.SQL("{} AS {}").format(_form(column, column.name in moved), sql.Identifier(column.name)) for column in table.columns] + [
+    parts = [
+        sql.SQL("{} AS {}").format(_form(column, column.name in moved), sql.Identifier(column.name)) for column in table.columns
+    ] + [
         sql.SQL("{} AS {}").format(sql.Identifier(column.name), sql.Identifier(f"_key{place}"))
         for place, column in enumerate(table.key)
     ]
@@ -117,8 +119,7 @@ def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
             columns,
             sql.SQL(operator),
             sql.SQL(", ").join(
-                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(column.type))
-                for value, column in zip(bound, key, strict=True)
+                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(column.type)) for value, column in zip(bound, key, strict=True)
             ),
         )
         for operator, bound in ((">=", bounds[0]), ("<", bounds[1]))
@@ -133,8 +134,7 @@ def _one_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> sql.Com
     rows = [
         sql.SQL("({})").format(
             sql.SQL(", ").join(
-                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(column.type))
-                for value, column in zip(row, key, strict=True)
+                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(column.type)) for value, column in zip(row, key, strict=True)
             )
         )
         for row in values

@@ -1,0 +1,142 @@
+"""The demo: the whole way by the command line, what it says of itself, and damage that it has to name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from changeover.demo import flow, tour
+from changeover.demo import place as places
+from changeover.demo.damage import KINDS
+from changeover.demo.place import Place
+from changeover.demo.table import Shape
+from changeover.embedded import EmbeddedServer
+from changeover.jobs.prepare import leftovers
+from changeover.session import connect
+from changeover.verifiers.verdict import Verdict
+from changeover.verifiers.verify import verify
+from tests.fix_demo import ROWS, DemoRun, RunDemo
+
+STEPS = [step.name for step in tour.STEPS]
+
+
+def test_both_targets_are_equal_at_the_end(kept_demo: DemoRun) -> None:
+    assert kept_demo.document["verdicts"] == {"store": "equal", "lake": "equal"}
+    assert kept_demo.document["stage"] == "complete"
+
+
+def test_the_object_says_what_was_done(kept_demo: DemoRun) -> None:
+    told = kept_demo.document
+    assert told["rows"] == ROWS
+    assert list(told["seconds"]) == STEPS
+    assert told["writes_during"] > 0
+    assert told["ghosts_prevented"] > 0
+
+
+def test_the_application_met_no_error_and_no_mismatch(kept_demo: DemoRun) -> None:
+    assert (kept_demo.document["errors"], kept_demo.document["mismatches"]) == (0, 0)
+
+
+def test_standard_output_holds_the_object_alone(kept_demo: DemoRun) -> None:
+    assert len(kept_demo.out.splitlines()) == 1
+
+
+def test_no_secret_is_printed(kept_demo: DemoRun) -> None:
+    lines = (kept_demo.place / "pgpass").read_text().splitlines()
+    password = lines[0].rpartition(":")[2]
+    assert password not in kept_demo.out + kept_demo.err + (kept_demo.place / "report.html").read_text()
+    for name in ("pgpass", "demo.env"):
+        assert (kept_demo.place / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_nothing_of_ours_is_left_in_the_old_store(kept_demo: DemoRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLD_DSN", kept_demo.document["stores"]["old"])
+    monkeypatch.setenv("NEW_DSN", kept_demo.document["stores"]["new"])
+    server = EmbeddedServer.attach(kept_demo.place / "server")
+    assert leftovers(Place(kept_demo.place, server, {}).spec()) == []
+
+
+def test_the_processes_have_ended(kept_demo: DemoRun) -> None:
+    spec = str(kept_demo.place / "follows.toml").encode()
+    ours = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and spec in _command(entry)]
+    assert ours == []
+
+
+def _command(entry: Path) -> bytes:
+    try:
+        return (entry / "cmdline").read_bytes()
+    except OSError:
+        return b""  # it ended meanwhile
+
+
+def test_the_report_is_a_page(kept_demo: DemoRun) -> None:
+    assert "public.follows" in Path(kept_demo.document["report"]).read_text()
+
+
+def test_break_is_named_and_exits_1(demo: RunDemo) -> None:
+    run = demo("--rows", "600", "--break", "ghost", "--json")
+    assert run.code == 1, run.err
+    assert run.document["verdicts"] == {"store": "different", "lake": "equal"}
+    assert "class extra, key (entity_a=3, kind=follows, entity_b=1)" in run.err
+    assert not (run.place / "server").exists(), "the server outlived a run that was not to be kept"
+    assert not (run.place / "lake").exists()
+    shutil.rmtree(run.place)
+
+
+@pytest.fixture(scope="module")
+def damaged(spark: SparkSession) -> Iterator[Verdict]:
+    """Go the demo's way to its first verdict, do every kind of damage, and verify once."""
+    shape = Shape(600)
+    before = os.environ.get("OLD_DSN")
+    with places.made(None, shape, keep=False) as place:
+        one = flow.begin(place, spark, shape)
+        try:
+            for step in tour.steps("ghost")[:-1]:
+                one.run(step)
+            with connect(place.dsns["old"], "test") as old, connect(place.dsns["new"], "test") as new:
+                for do in KINDS.values():
+                    do(old, new)
+            yield verify(one.spec, spark, targets=["store"])[0]
+        finally:
+            tour.end(one)
+    assert os.environ.get("OLD_DSN") == before
+    shutil.rmtree(place.root)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("ghost", {("extra", "3/1", "")}),
+        ("lost-update", {("mismatched", "4/2", "note")}),
+        ("timezone", {("mismatched", "5/1", "blocked_on")}),
+        ("truncate", {("mismatched", "6/3", "note")}),
+    ],
+)
+def test_verify_names_class_key_and_column(damaged: Verdict, kind: str, named: set[tuple[str, str, str]]) -> None:
+    found = {
+        (d.kind, f"{d.key['entity_a']}/{d.key['entity_b']}", ",".join(d.columns) if d.kind == "mismatched" else "")
+        for d in damaged.sample
+    }
+    assert named <= found, f"{kind} is not among {found}"
+
+
+def test_damage_elsewhere_is_not_reported(damaged: Verdict) -> None:
+    assert {d.key["entity_a"] for d in damaged.sample} == {"3", "4", "5", "6"}
+
+
+@pytest.mark.parametrize("arguments", [("--rows", "10"), ("--break", "nonsense")])
+def test_bad_arguments_are_a_usage_error(demo: RunDemo, arguments: tuple[str, ...]) -> None:
+    assert demo(*arguments).code == 2
+
+
+def test_a_folder_with_something_in_it_is_refused(demo: RunDemo, tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    run = demo("--work", str(tmp_path))
+    assert run.code == 2
+    assert "is not empty" in run.err
+    assert "Traceback" not in run.err

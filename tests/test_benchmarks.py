@@ -1,0 +1,28 @@
+"""The benchmark runs from end to end on little data and prints what it promises; no figure is judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PEERS = {"identity": {"psql_pipe", "spark_jdbc"}, "transformed": {"spark_jdbc"}, "delta": {"spark_jdbc"}}
+
+
+def test_copy_prints_one_object_last() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/run.py", "copy", "--rows", "2000", "--repeat", "1", "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) == {"benchmark", "rows", "cases", "peak_rss_mb"}
+    assert (result["benchmark"], result["rows"]) == ("copy", 2000)
+    assert {case["case"]: set(case["peers"]) for case in result["cases"]} == PEERS
+    for case in result["cases"]:
+        assert set(case) == {"case", "ours_s", "peers", "versus"}
+        assert case["ours_s"] > 0
+        assert set(case["versus"]) == PEERS[case["case"]]
+    assert all(result["peak_rss_mb"][party] > 0 for party in ("ours", "psql_pipe", "spark_jdbc"))
