@@ -24,6 +24,7 @@ import pytest
 from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from pyspark.sql import SparkSession
 
 from changeover import java
 from changeover.cli import main
@@ -363,6 +364,17 @@ def test_an_unknown_target_or_option_is_a_usage_error(prepared: Case) -> None:
     assert prepared.run("verify", "--tagret", "store").exit_code == 2
 
 
+def test_a_misspelt_column_inside_an_expression_is_one_sentence(
+    case: Case, spark: SparkSession, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case.change('entity_a = "from_user"', 'entity_a = "from_user"\nother = "upper(noet)"')
+    said = case.refused(2, "prepare")
+    assert "table public.follows: columns.other: 'upper(noet)' is not a valid expression" in said
+    assert "`note`" in said
+    assert capfd.readouterr().err == ""
+    assert leftovers(case.spec) == []
+
+
 def test_no_spec_at_all(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["check", str(tmp_path / "none.toml")])
     assert done.exit_code == 2
@@ -373,10 +385,11 @@ def test_no_spec_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["capture", "backfill", "replay", "verify", "status", "history", "finalize", "flags show"])
-def test_a_step_before_prepare_says_what_it_needs(case: Case, command: str) -> None:
+def test_a_step_before_prepare_says_what_it_needs(case: Case, command: str, java_starts: Path) -> None:
     case.change("[work]", '[flag]\nkey = "k"\ntarget = "store"\n[work]')
     said = case.refused(2, command)
     assert "needs prepare first: run `changeover prepare SPEC`" in said
+    assert not java_starts.exists(), "Spark's seconds are not spent on it"
 
 
 def test_a_row_is_not_explained_before_prepare(case: Case) -> None:

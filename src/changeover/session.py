@@ -7,6 +7,7 @@ extra_float_digits 1, so that the text of a value does not depend on a server's 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -105,9 +106,7 @@ def jdbc_options(dsn: str, application: str) -> dict[str, str]:
     """Return Spark's JDBC options for a psycopg DSN; the password travels as an option that Spark redacts."""
     parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items() if value is not None}
     host, port, database = parts.get("host", "localhost"), parts.get("port", "5432"), parts.get("dbname", "")
-    settings = {
-        name: value for name, value in PINNED.items() if name != "client_encoding"
-    }  # pgjdbc insists on its own UTF8
+    settings = {name: value for name, value in PINNED.items() if name != "client_encoding"}  # pgjdbc insists on its own UTF8
     options = {
         "url": f"jdbc:postgresql://{host}:{port}/{quote(database, safe='')}",
         "driver": "org.postgresql.Driver",
@@ -122,13 +121,12 @@ def jdbc_options(dsn: str, application: str) -> dict[str, str]:
     return options
 
 
-def spark_session(
-    app_name: str, *, cores: int | None = None, memory: str = "2g", shuffle_partitions: int = 4
-) -> SparkSession:
+def spark_session(app_name: str, *, cores: int | None = None, memory: str = "2g", shuffle_partitions: int = 4) -> SparkSession:
     """Return a Spark session with Delta and the pinned settings (driver).
 
     Under spark-submit the cluster's master and memory win; the SQL settings that correctness needs are set in any case.
     """
+    from pyspark.logger import PySparkLogger
     from pyspark.sql import SparkSession
 
     from changeover import java
@@ -154,10 +152,15 @@ def spark_session(
             .config("spark.scheduler.mode", "FAIR")
         )
     spark = builder.getOrCreate()
+    for name in QUERY_LOGGERS:
+        PySparkLogger.getLogger(name).setLevel(logging.CRITICAL)
     for name, value in SQL_SETTINGS.items():
         spark.conf.set(name, value)
     return spark
 
+
+QUERY_LOGGERS = ("SQLQueryContextLogger", "DataFrameQueryContextLogger")
+"""PySpark's own: they print an error that is raised anyway, with the JVM's traceback and the values of rows."""
 
 SQL_SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
