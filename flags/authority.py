@@ -154,9 +154,7 @@ class LedgerFollower:
     def _open(self) -> Ledger:
         if self._ledger is None:
             name = application_name(self.source.migration, "router")
-            self._ledger = Ledger(
-                connect(self.source.dsn, name, settings=SETTINGS), self.source.migration, self.source.dsn
-            )
+            self._ledger = Ledger(connect(self.source.dsn, name, settings=SETTINGS), self.source.migration, self.source.dsn)
             if self.last_stage is None:
                 self.last_stage = _last_stage(self._ledger)
         return self._ledger

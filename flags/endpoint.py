@@ -54,10 +54,7 @@ class Change:
 def returned(cursor: Cursor, *, deleted: bool = False) -> list[Change]:
     """Return the rows of a statement with `RETURNING *` as changes."""
     names = [column.name for column in cursor.description or ()]
-    return [
-        Change(row if isinstance(row, dict) else dict(zip(names, row, strict=True)), deleted)
-        for row in cursor.fetchall()
-    ]
+    return [Change(row if isinstance(row, dict) else dict(zip(names, row, strict=True)), deleted) for row in cursor.fetchall()]
 
 
 class Pool(Protocol):
@@ -190,8 +187,7 @@ class GateCall:
         schema, name = qualified(endpoint.table)
         columns = connection.execute(COLUMNS, [sql.Identifier(schema, name).as_string(connection)]).fetchall()
         key = endpoint.key or tuple(
-            row[0]
-            for row in connection.execute(KEY, [sql.Identifier("changeover", f"touched_{name}").as_string(connection)])
+            row[0] for row in connection.execute(KEY, [sql.Identifier("changeover", f"touched_{name}").as_string(connection)])
         )
         if not columns or not key:
             raise StepOrder(f"a mirrored write to {endpoint.name}", "prepare")
@@ -213,9 +209,7 @@ class GateCall:
         missing = sorted(wanted - set(change.row))
         unknown = sorted(set(change.row) - set(self.columns))
         if missing or (unknown and not change.deleted):
-            raise ValueError(
-                f"a row mirrored to {self.table} lacks {missing} and has {unknown} beside the table's columns"
-            )
+            raise ValueError(f"a row mirrored to {self.table} lacks {missing} and has {unknown} beside the table's columns")
         image = [
             self._value(name, type_name, change.row[name]) if name in wanted else None
             for name, type_name in zip(self.columns, self.types, strict=True)

@@ -88,9 +88,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
         _record(ledger, Authority(epoch, to.value, from_lsn, present.at, pause))
         for schema, name, _ in gaining.tables:
             refusal.remove(gaining.connection, schema, name)
-        log.info(
-            "epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(from_lsn), pause
-        )
+        log.info("epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(from_lsn), pause)
         return Fenced(epoch, to.value, from_lsn, pause)
 
 

@@ -94,9 +94,7 @@ class FileSource(UpdateProcessor):
     the process would keep its first stage until the next one. So a start during which the file changed is done again.
     """
 
-    def __init__(
-        self, path: str | Path, poll_seconds: float, config: Config, store: FeatureStore, ready: Event
-    ) -> None:
+    def __init__(self, path: str | Path, poll_seconds: float, config: Config, store: FeatureStore, ready: Event) -> None:
         self._path = path
         build = Files.new_data_source([str(path)], auto_update=True, poll_interval=poll_seconds, force_polling=True)
         if build is None:

@@ -88,16 +88,12 @@ def _verdict_fresh(e: Evidence) -> list[str]:
         if newest.verdict != "equal":
             reasons.append(f"the last verdict on {source} in {e.target} is {newest.verdict} (run {newest.run})")
         if e.now - newest.at > timedelta(hours=VERDICT_HOURS):
-            reasons.append(
-                f"the last verdict on {source} is older than {VERDICT_HOURS:g} hours: run `changeover verify`"
-            )
+            reasons.append(f"the last verdict on {source} is older than {VERDICT_HOURS:g} hours: run `changeover verify`")
         failed = last_failure(e.heartbeats)
         if failed and failed > newest.at:
             reasons.append(f"a dual write failed at {failed:%H:%M:%S}, after the last verdict: run `changeover verify`")
         if needs_fence(e.before, e.after) and e.stage_since and newest.at < e.stage_since:
-            reasons.append(
-                f"the last verdict on {source} is from before the stage {e.before.value}: run `changeover verify`"
-            )
+            reasons.append(f"the last verdict on {source} is from before the stage {e.before.value}: run `changeover verify`")
     return reasons
 
 
@@ -134,9 +130,7 @@ def _lag_small(e: Evidence) -> list[str]:
     for load in e.loads:
         behind = e.source_lsn - load.applied
         if load.target == e.target and behind > LAG_BYTES:
-            reasons.append(
-                f"{load.source} in {e.target} is {behind:,} bytes of WAL behind (at {format_lsn(load.applied)})"
-            )
+            reasons.append(f"{load.source} in {e.target} is {behind:,} bytes of WAL behind (at {format_lsn(load.applied)})")
     return reasons
 
 
@@ -146,9 +140,7 @@ def _comparisons_clean(e: Evidence) -> list[str]:
         return []
     counts = [beat.counters.get("comparisons", {}) for beat in e.heartbeats]
     compared, mismatched = (sum(int(c.get(name, 0)) for c in counts) for name in ("compared", "mismatched"))
-    reasons = (
-        [] if compared >= COMPARISONS else [f"only {compared} shadow reads were compared: {COMPARISONS} are asked for"]
-    )
+    reasons = [] if compared >= COMPARISONS else [f"only {compared} shadow reads were compared: {COMPARISONS} are asked for"]
     return reasons + ([f"{mismatched} of {compared} shadow reads mismatched"] if mismatched else [])
 
 

@@ -48,9 +48,7 @@ def before_retry(tries: int) -> float:
 class Mirror:
     """Mirrors writes to one endpoint; `offer` runs on the caller's thread and never waits."""
 
-    def __init__(
-        self, endpoint: PgEndpoint, mapping: RowMapping, application: str, *, limit: int, deadline: float
-    ) -> None:
+    def __init__(self, endpoint: PgEndpoint, mapping: RowMapping, application: str, *, limit: int, deadline: float) -> None:
         self.endpoint = endpoint
         self.mapping = mapping
         self.application = application

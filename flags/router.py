@@ -98,9 +98,7 @@ class Router:
             raise SpecError(spec.path, "flag", "is missing: the router follows a flag, so name its key and target")
         found = spec.table(table)
         if client is None and spec.flag.file is None:
-            raise SpecError(
-                spec.path, "flag.file", "is missing: name the flag's data file, or hand the router an SDK client"
-            )
+            raise SpecError(spec.path, "flag.file", "is missing: name the flag's data file, or hand the router an SDK client")
         used = client if client is not None else flagfile.client(str(spec.flag.file))
         router = cls(
             old=PgEndpoint(spec.source.dsn.resolve(), found.source),

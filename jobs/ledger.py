@@ -64,6 +64,9 @@ CREATE TABLE IF NOT EXISTS changeover.audit (
     step text NOT NULL, outcome text NOT NULL, detail jsonb NOT NULL, PRIMARY KEY (migration, entry));
 """
 
+LEDGER_TABLES = ("chunk", "load", "source_table", "authority", "verdict", "heartbeat", "audit", "migration")
+"""All of the ledger's tables, in an order in which they can be dropped."""
+
 PENDING, LOADED, CLOSED = "pending", "loaded", "closed"
 """States of a load: chunks open; all chunks committed; swept, so that it may be verified and read."""
 
@@ -175,9 +178,7 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.connection.close()
 
     def create(self) -> None:
@@ -189,9 +190,7 @@ class Ledger:
         found = self.connection.execute("SELECT to_regclass('changeover.migration') IS NOT NULL").fetchone()
         if found is None or not found[0]:
             return False
-        rows = self.connection.execute(
-            "SELECT format FROM changeover.migration WHERE name = %s", [self.migration]
-        ).fetchall()
+        rows = self.connection.execute("SELECT format FROM changeover.migration WHERE name = %s", [self.migration]).fetchall()
         if rows and rows[0][0] != FORMAT:
             raise SourceChanged("ledger format", str(FORMAT), str(rows[0][0]))
         return bool(rows)
@@ -212,8 +211,7 @@ class Ledger:
         if not self.exists():
             raise StepOrder(step, "prepare")
         row = self.connection.execute(
-            "SELECT l0::text, system_id, timeline, slot, publication, snapshot, visible FROM changeover.migration"
-            " WHERE name = %s",
+            "SELECT l0::text, system_id, timeline, slot, publication, snapshot, visible FROM changeover.migration WHERE name = %s",
             [self.migration],
         ).fetchone()
         assert row is not None
@@ -221,9 +219,7 @@ class Ledger:
 
     def spec_digest(self) -> str:
         """Return the hash of the spec that was prepared."""
-        row = self.connection.execute(
-            "SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]
-        ).fetchone()
+        row = self.connection.execute("SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
         return str(row[0]) if row else ""
 
     def record_table(self, source: str, filenode: int, columns: Sequence[SourceColumn]) -> None:
@@ -363,9 +359,7 @@ class Ledger:
                 [self.migration],
             ).fetchall()
 
-    def record_verdict(
-        self, source: str, target: str, verdict: str, stage: str | None, detail: Mapping[str, Any]
-    ) -> int:
+    def record_verdict(self, source: str, target: str, verdict: str, stage: str | None, detail: Mapping[str, Any]) -> int:
         """Record a verdict; return its run number."""
         row = self.connection.execute(
             "INSERT INTO changeover.verdict (migration, source, target, verdict, stage, detail)"
@@ -427,9 +421,7 @@ class Ledger:
         with holder:
             if wait_seconds:
                 try:
-                    holder.execute(
-                        "SELECT pg_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{self.migration}/{step}"]
-                    )
+                    holder.execute("SELECT pg_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{self.migration}/{step}"])
                 except psycopg.errors.LockNotAvailable as error:
                     raise LeaseHeld(step, self._holder(step)) from error
             else:
@@ -467,7 +459,7 @@ def mark_loaded(
 
 
 def drop_ledger(connection: Connection, migration: str) -> None:
-    """Remove one migration from the ledger, and the ledger's schema with the last one."""
+    """Remove one migration from the ledger."""
     for table in ("migration", "authority", "verdict", "heartbeat", "audit"):
         column = "name" if table == "migration" else "migration"
         connection.execute(

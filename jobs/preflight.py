@@ -61,9 +61,7 @@ class Preflight:
 
 def store_columns(columns: Sequence[SourceColumn]) -> tuple[Column, ...]:
     """Return catalogue columns as frames carry them; an unproven type has an empty Spark type."""
-    return tuple(
-        Column(c.name, c.type, carried.spark if (carried := source_type(c.type)) else "", c.not_null) for c in columns
-    )
+    return tuple(Column(c.name, c.type, carried.spark if (carried := source_type(c.type)) else "", c.not_null) for c in columns)
 
 
 SERVER_RULES = """
@@ -143,16 +141,12 @@ def preflight(spec: Spec) -> Preflight:
             for table in spec.tables:
                 schema, name = table.target_name
                 if len(name) > IDENTIFIER_LIMIT:
-                    found.reasons.append(
-                        f"the target table's name {name} is too long: {IDENTIFIER_LIMIT} characters at most"
-                    )
+                    found.reasons.append(f"the target table's name {name} is too long: {IDENTIFIER_LIMIT} characters at most")
                 if store.columns(schema, name) is None or prepared:
                     continue
                 found.reasons += store.objections(schema, name, table.key)
                 if store.has_rows(schema, name):
-                    found.reasons.append(
-                        f"target {target.name}: table {table.target} has rows: empty it or name another one"
-                    )
+                    found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
     return found
 
 
@@ -173,8 +167,7 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
         return None
     identity = tuple(r[0] for r in connection.execute(IDENTITY, [row[0]]).fetchall())
     columns = tuple(
-        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4])
-        for r in connection.execute(COLUMNS, [row[0]]).fetchall()
+        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
     return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, estimated_rows(connection, schema, name))
 
@@ -188,9 +181,7 @@ def _source_table(connection: Connection, table: Table, found: Preflight) -> Non
     quoted = sql.Identifier(schema, name).as_string(connection)
     rows = connection.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
     assert rows is not None
-    found.reasons += [
-        row[0] for row in connection.execute(TABLE_RULES, {"oid": rows[0], "name": seen.source}).fetchall()
-    ]
+    found.reasons += [row[0] for row in connection.execute(TABLE_RULES, {"oid": rows[0], "name": seen.source}).fetchall()]
     found.reasons += [
         f"{seen.source}.{c.name} has the type {c.type}, which is not proven exact: this version does not carry it"
         for c in seen.columns
@@ -224,10 +215,7 @@ def _grants(connection: Connection, spec: Spec) -> list[str]:
     statements = [
         sql.SQL("ALTER ROLE {} REPLICATION").format(role),
         sql.SQL("GRANT CREATE ON DATABASE {} TO {}").format(database, role),
-        *(
-            sql.SQL("ALTER TABLE {} OWNER TO {}").format(sql.Identifier(*table.source_name), role)
-            for table in spec.tables
-        ),
+        *(sql.SQL("ALTER TABLE {} OWNER TO {}").format(sql.Identifier(*table.source_name), role) for table in spec.tables),
     ]
     return [statement.as_string(connection) for statement in statements]
 

@@ -19,7 +19,7 @@ from psycopg import sql
 
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
 from changeover.jobs import snapshot, transform
-from changeover.jobs.ledger import CLOSED, Ledger, Stream, drop_ledger
+from changeover.jobs.ledger import CLOSED, LEDGER_TABLES, Ledger, Stream, drop_ledger
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
 from changeover.jobs.spool import Spool
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
@@ -68,9 +68,7 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
             raise
 
 
-def _make(
-    spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tuple[str, str], transform.Transform]
-) -> Prepared:
+def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tuple[str, str], transform.Transform]) -> Prepared:
     """Make everything, in the order that is the promise."""
     ledger.create()
     created = _create_targets(spec, transforms, ledger)
@@ -120,9 +118,7 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
     return Prepared(stream, _transforms(spec, spark, tables))
 
 
-def _transforms(
-    spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]
-) -> dict[tuple[str, str], transform.Transform]:
+def _transforms(spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]) -> dict[tuple[str, str], transform.Transform]:
     """Plan the transform of every table into every target."""
     planned = {}
     for target in spec.targets.values():
@@ -185,14 +181,10 @@ def _publish(old: Connection, spec: Spec) -> None:
             return
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.2)
-    raise LockNotGranted(
-        server_name(spec.source.dsn.resolve()), "lock for the publication", "a session that alters the table"
-    )
+    raise LockNotGranted(server_name(spec.source.dsn.resolve()), "lock for the publication", "a session that alters the table")
 
 
-def _record(
-    spec: Spec, ledger: Ledger, stream: Stream, found: Preflight, created: Mapping[tuple[str, str], bool]
-) -> None:
+def _record(spec: Spec, ledger: Ledger, stream: Stream, found: Preflight, created: Mapping[tuple[str, str], bool]) -> None:
     with ledger.connection.transaction():
         ledger.record_migration(spec, stream)
         for table in spec.tables:
@@ -236,9 +228,7 @@ def _drop_slot(old: Connection, slot: str) -> bool:
             return True
         old.execute("SELECT pg_terminate_backend(%s)", [row[0]])
         time.sleep(0.1)
-    raise LockNotGranted(
-        server_name(old.info.dsn), f"replication slot {slot}", "a capture that comes back: stop it first"
-    )
+    raise LockNotGranted(server_name(old.info.dsn), f"replication slot {slot}", "a capture that comes back: stop it first")
 
 
 def abort(spec: Spec) -> list[str]:
@@ -284,10 +274,12 @@ def _abort_target(spec: Spec, table: Table, target: Target, created: bool) -> li
 
 
 def _drop_empty_schema(connection: Connection) -> None:
-    """Drop the ledger's schema when no migration is left in it."""
+    """Drop the ledger's own tables when no migration is left in them, then the schema if nothing else is in it."""
     row = connection.execute("SELECT to_regclass('changeover.migration') IS NOT NULL").fetchone()
     if row and row[0] and connection.execute("SELECT FROM changeover.migration LIMIT 1").fetchone() is None:
-        connection.execute("DROP SCHEMA changeover CASCADE")
+        for table in LEDGER_TABLES:
+            connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier("changeover", table)))
+        refusal.drop_empty_schema(connection)
 
 
 def finalize(spec: Spec) -> list[str]:
@@ -301,9 +293,7 @@ def finalize(spec: Spec) -> list[str]:
         if open_loads:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
         if spec.flag is not None and ledger.authority().store != "new":
-            raise Refused(
-                "finalize: the old store still has authority: `changeover flags advance` up to complete first"
-            )
+            raise Refused("finalize: the old store still has authority: `changeover flags advance` up to complete first")
         removed = _remove_from_source(spec)
         for table in spec.tables:
             for target in spec.targets.values():

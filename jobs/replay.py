@@ -126,9 +126,7 @@ class Replay:
     def _takes_over(self, target: str) -> bool:
         return self.spec.flag is not None and self.spec.flag.target == target
 
-    def _catch_up(
-        self, load: Load, interval: Interval, end: int, transform: Transform, store: Store
-    ) -> tuple[Load, Counts]:
+    def _catch_up(self, load: Load, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Load, Counts]:
         """Offer what is left of one interval; what lies between two of them is never offered."""
         end = min(end, interval.until)
         if load.applied >= end:
@@ -194,9 +192,7 @@ def first_stop(outline: pa.Table) -> tuple[int, str] | None:
     moved = pc.and_(pc.equal(outline["op"], UPDATE), pc.is_valid(outline["key"]))
     partial = pc.greater(pc.list_value_length(outline["missing"]), 0)
     special = pc.is_in(outline["op"], pa.array([TRUNCATE, RELATION]))
-    found = outline.filter(pc.or_(pc.or_(moved, partial), special)).sort_by(
-        [("lsn", "ascending"), ("ordinal", "ascending")]
-    )
+    found = outline.filter(pc.or_(pc.or_(moved, partial), special)).sort_by([("lsn", "ascending"), ("ordinal", "ascending")])
     if not found.num_rows:
         return None
     first = found.slice(0, 1).to_pylist()[0]
@@ -257,9 +253,10 @@ def _replay_target(
     spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(target))
     with Ledger.open(spec, STEP) as ledger:
         running = Replay(spec, spark, ledger, prepared)
+        until = None if follow else running.spool.end()  # a writer that never rests would otherwise keep it for ever
         events = taken = 0
         while True:
-            done = running.round(targets=[target])
+            done = running.round(until, targets=[target])
             events, taken = events + done.events, taken + done.taken
             if stop.is_set() or (not follow and not done.events):
                 told = {"target": target, "events": events, "taken": taken, "applied": format_lsn(done.applied)}

@@ -45,9 +45,9 @@ class Replication:
 
     def start(self, stream: Stream, at: int) -> None:
         """Begin to stream what committed at `at` or later; raises LeaseHeld while another session has the slot."""
-        command = sql.SQL(
-            "START_REPLICATION SLOT {} LOGICAL {} (proto_version '1', publication_names {}, messages 'true')"
-        ).format(sql.Identifier(stream.slot), sql.SQL(format_lsn(at)), sql.Literal(f'"{stream.publication}"'))
+        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} (proto_version '1', publication_names {}, messages 'true')").format(
+            sql.Identifier(stream.slot), sql.SQL(format_lsn(at)), sql.Literal(f'"{stream.publication}"')
+        )
         result = self.connection.pgconn.exec_(command.as_bytes(self.connection))
         if result.status != pq.ExecStatus.COPY_BOTH:
             error = psycopg.errors.error_from_result(result)

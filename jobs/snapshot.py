@@ -53,9 +53,7 @@ def identify(dsn: str, application: str) -> tuple[str, int]:
     return str(row[0]), int(row[1])
 
 
-def create_slot(
-    dsn: str, application: str, slot: str, *, temporary: bool = False, seconds: float = SLOT_SECONDS
-) -> CreatedSlot:
+def create_slot(dsn: str, application: str, slot: str, *, temporary: bool = False, seconds: float = SLOT_SECONDS) -> CreatedSlot:
     """Create a logical slot with an exported snapshot; bounded in time, and nothing is left behind when it fails (driver).
 
     Raises SlotBlocked, which names the oldest open transaction, when the wait for open transactions is over.
@@ -66,9 +64,7 @@ def create_slot(
     try:
         kind = sql.SQL("TEMPORARY " if temporary else "")
         row = session.execute(
-            sql.SQL("CREATE_REPLICATION_SLOT {} {}LOGICAL pgoutput (SNAPSHOT 'export')").format(
-                sql.Identifier(slot), kind
-            )
+            sql.SQL("CREATE_REPLICATION_SLOT {} {}LOGICAL pgoutput (SNAPSHOT 'export')").format(sql.Identifier(slot), kind)
         ).fetchone()
     except psycopg.errors.QueryCanceled as error:
         session.close()

@@ -199,9 +199,7 @@ class Stores:
         return {Origin.OLD: self.old, Origin.NEW: self.new}[origin]
 
     def _table(self, origin: Origin) -> sql.Identifier:
-        return {Origin.OLD: sql.Identifier("public", "follows"), Origin.NEW: sql.Identifier("public", "associations")}[
-            origin
-        ]
+        return {Origin.OLD: sql.Identifier("public", "follows"), Origin.NEW: sql.Identifier("public", "associations")}[origin]
 
 
 @pytest.fixture(scope="session")

@@ -74,15 +74,11 @@ def explain(spec: Spec, key: Sequence[str]) -> Story:
 def _source_key(table: Table, seen: SourceTable, key: Sequence[str]) -> tuple[str, ...] | None:
     """Return the source key, where the target key holds each of its columns unchanged."""
     given = dict(zip(table.key, key, strict=True))
-    moved = {
-        match[1]: given[name] for name in table.key if (match := BARE.fullmatch(table.columns.get(name, name).strip()))
-    }
+    moved = {match[1]: given[name] for name in table.key if (match := BARE.fullmatch(table.columns.get(name, name).strip()))}
     return tuple(moved[name] for name in seen.identity) if set(seen.identity) <= set(moved) else None
 
 
-def _row(
-    connection: Connection, schema: str, name: str, key: Sequence[str], values: Sequence[str]
-) -> dict[str, Any] | None:
+def _row(connection: Connection, schema: str, name: str, key: Sequence[str], values: Sequence[str]) -> dict[str, Any] | None:
     """Return one row by its key given as text."""
     same = sql.SQL(" AND ").join(sql.SQL("{}::text = %s").format(sql.Identifier(column)) for column in key)
     with connection.cursor(row_factory=dict_row) as cursor:
@@ -105,9 +101,7 @@ def _chunks(ledger: Ledger, old: Connection, table: Table, seen: SourceTable, ow
 
 def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: ChunkRow) -> bool:
     def typed(values: Sequence[str]) -> sql.Composed:
-        parts = [
-            sql.SQL("{}::{}").format(sql.Literal(v), sql.SQL(c.type)) for v, c in zip(values, seen.key, strict=True)
-        ]
+        parts = [sql.SQL("{}::{}").format(sql.Literal(v), sql.SQL(c.type)) for v, c in zip(values, seen.key, strict=True)]
         return sql.SQL("({})").format(sql.SQL(", ").join(parts))
 
     sides = [
@@ -123,9 +117,7 @@ def _events(spec: Spec, table: Table, own: dict[str, str]) -> list[dict[str, Any
     """Return the spooled events of the source key, in stream order."""
     events = spool_of(spec).events()
     schema, name = table.source_name
-    ours = events.filter(pc.equal(events["relation"], f"{schema}.{name}")).select(
-        ["lsn", "ordinal", "op", "row", "key"]
-    )
+    ours = events.filter(pc.equal(events["relation"], f"{schema}.{name}")).select(["lsn", "ordinal", "op", "row", "key"])
     told = []
     for event in ours.to_pylist():
         image = dict(event["row"] or event["key"] or [])
@@ -163,8 +155,4 @@ def _differences(spec: Spec, table: Table, key: Sequence[str]) -> list[dict[str,
         return []
     wanted = dict(zip(table.key, key, strict=True))
     rows = DeltaTable(str(path)).to_pyarrow_table(filters=[("table", "=", table.source)]).to_pylist()
-    return [
-        {"run": row["run"], "class": row["class"], "columns": row["columns"]}
-        for row in rows
-        if dict(row["key"]) == wanted
-    ]
+    return [{"run": row["run"], "class": row["class"], "columns": row["columns"]} for row in rows if dict(row["key"]) == wanted]

@@ -71,11 +71,7 @@ def judge(
     left = [row for row in found if _key(row, diff.key) not in passed]
     still = set(chosen) - passed - hot
     if not still and (hot or len(keys) > len(chosen)):
-        what = (
-            f"{len(hot)} keys kept changing"
-            if hot
-            else f"{len(keys) - len(chosen)} differing keys were not judged again"
-        )
+        what = f"{len(hot)} keys kept changing" if hot else f"{len(keys) - len(chosen)} differing keys were not judged again"
         raise CouldNotCheck(diff.table, f"{what} while both stores were written: run verify again in a quieter moment")
     if passed:
         _replace_rows(differences, run, left)

@@ -27,9 +27,7 @@ def rows(
     gated = GatedTable(*transform.table.source_name, tuple(c.name for c in transform.identity), ())
     texts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in gated.key)
     statement = sql.SQL("SELECT {} FROM {} WHERE _epoch > 0").format(texts, gated.touched)
-    touched = spark.createDataFrame(
-        old.query(statement.as_string(None)), ", ".join(f"`{name}` string" for name in gated.key)
-    )
+    touched = spark.createDataFrame(old.query(statement.as_string(None)), ", ".join(f"`{name}` string" for name in gated.key))
     decoded = touched.select(*(decode(touched[c.name], c.type, native=False).alias(c.name) for c in transform.identity))
     keys = transform.keys(decoded).distinct()
     left, right = (frame.join(keys, list(transform.target.key), "left_anti") for frame in frames)

@@ -109,8 +109,7 @@ def _moment(
             holder, exported = held.enter_context(importing(dsn, application, made.snapshot))
             position = format_lsn(made.l0)
             sources = {
-                name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS)
-                for name, read in reads.items()
+                name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS) for name, read in reads.items()
             }
             yield Moment(made.l0, sources, targets)
         else:
@@ -199,9 +198,7 @@ class _Comparison:
             def source(keys: Sequence[recheck.Key]) -> DataFrame:
                 places = [diff.key.index(column) for column in moved] if moved else []
                 own = [tuple(key[place] for place in places) for key in keys] if moved else None
-                rows = self.transform.rows(
-                    present.enter_context(freeze(self.spark, dsn, application, read, 1)).frame(own)
-                )
+                rows = self.transform.rows(present.enter_context(freeze(self.spark, dsn, application, read, 1)).frame(own))
                 return rows if moved else rows.join(_wanted(self.spark, diff.key, keys), list(diff.key), "left_semi")
 
             def target(keys: Sequence[recheck.Key]) -> DataFrame:

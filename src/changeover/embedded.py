@@ -33,7 +33,7 @@ from changeover.session import application_name, connect, speaking_to
 BIN_VARIABLE = "CHANGEOVER_PG_BIN"
 DEBIAN_ROOT = Path("/usr/lib/postgresql")
 PROGRAMS = ("initdb", "pg_ctl", "postgres")
-SUPERUSER = "changeover"
+SUPERUSER = "embedded"
 LOOPBACK = "127.0.0.1"
 PORT_ATTEMPTS = 8
 START_WITHIN = 60
@@ -156,9 +156,7 @@ class EmbeddedServer:
 
     def dsn(self, database: str = "postgres") -> str:
         """Return the DSN of the superuser; it carries the password, so keep it out of logs and arguments."""
-        return make_conninfo(
-            host=LOOPBACK, port=self.port, user=SUPERUSER, password=self._state.password, dbname=database
-        )
+        return make_conninfo(host=LOOPBACK, port=self.port, user=SUPERUSER, password=self._state.password, dbname=database)
 
     def create_database(self, name: str) -> str:
         """Create a database and return its DSN."""
@@ -192,9 +190,7 @@ class EmbeddedServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
     def _clear_stale_pid(self) -> None:
@@ -228,9 +224,7 @@ class EmbeddedServer:
                 time.sleep(0.25 * (attempt + 1))
             else:
                 self._save(_free_port())
-        raise EmbeddedServerFailed(
-            str(self.root), f"no free port in {PORT_ATTEMPTS} attempts, the last was {self.port}"
-        )
+        raise EmbeddedServerFailed(str(self.root), f"no free port in {PORT_ATTEMPTS} attempts, the last was {self.port}")
 
     def _pg_ctl(self, action: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         command = [str(Path(self._state.bin_dir) / "pg_ctl"), action, "-D", str(self.data), *arguments]
@@ -309,9 +303,7 @@ def _absent(place: Path) -> list[str]:
 
 def _complete(place: Path, named: str) -> Path:
     if absent := _absent(place):
-        raise EmbeddedServerFailed(
-            str(place), f"{named} holds no {', '.join(absent)}: name the folder of initdb and pg_ctl"
-        )
+        raise EmbeddedServerFailed(str(place), f"{named} holds no {', '.join(absent)}: name the folder of initdb and pg_ctl")
     return place
 
 

@@ -89,9 +89,7 @@ class SecretMissing(UsageError):
     variable: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.key} refers to the environment variable {self.variable}, which is not set: export it and run again"
-        )
+        return f"{self.key} refers to the environment variable {self.variable}, which is not set: export it and run again"
 
 
 @dataclass(eq=False)
@@ -189,9 +187,7 @@ class LockNotGranted(CouldNotFinish):
     holder: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.server}: no {self.wanted} within the limit, held up by {self.holder}: run again when that has ended"
-        )
+        return f"{self.server}: no {self.wanted} within the limit, held up by {self.holder}: run again when that has ended"
 
 
 @dataclass(eq=False)

@@ -79,9 +79,7 @@ def test_closing_records_a_last_heartbeat(stores: Stores, process: Process) -> N
     assert stores.ledger.heartbeats()[0].counters == {"writes": 99}
 
 
-def test_a_broken_session_is_made_anew(
-    stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]
-) -> None:
+def test_a_broken_session_is_made_anew(stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]) -> None:
     stores.end_router_sessions(Origin.NEW)
     eventually(lambda: follower.failures > 0)
     assert follower.fact == OLD

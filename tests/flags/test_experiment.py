@@ -78,9 +78,7 @@ def put(stores: Stores, origin: Origin, user: int, note: str) -> None:
 
 
 @pytest.mark.parametrize("origin", list(Origin))
-def test_equal_answers_match_at_the_first_look(
-    stores: Stores, make_comparisons: MakeComparisons, origin: Origin
-) -> None:
+def test_equal_answers_match_at_the_first_look(stores: Stores, make_comparisons: MakeComparisons, origin: Origin) -> None:
     for store in Origin:
         put(stores, store, 1, "same")
     comparisons, experiment = make_comparisons(), Recorded()

@@ -46,9 +46,7 @@ def test_each_write_raises_version_and_modification_time(flag_file: Path) -> Non
 def test_other_flags_and_unknown_fields_stay(tmp_path: Path) -> None:
     path = tmp_path / "flags.json"
     path.write_text(
-        json.dumps(
-            {"flags": {"else": {"key": "else"}, FLAG: {"key": FLAG, "version": 7, "salt": "s", "rules": []}}, "x": 1}
-        )
+        json.dumps({"flags": {"else": {"key": "else"}, FLAG: {"key": FLAG, "version": 7, "salt": "s", "rules": []}}, "x": 1})
     )
     assert flagfile.write_stage(path, FLAG, Stage.SHADOW) == 8
     document = json.loads(path.read_text())
@@ -100,17 +98,13 @@ def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
         flagfile.read_stage(tmp_path / "none.json", FLAG)
 
 
-def test_a_running_client_follows_within_a_second(
-    flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]
-) -> None:
+def test_a_running_client_follows_within_a_second(flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]) -> None:
     for stage in [*Stage, Stage.OFF]:
         flagfile.write_stage(flag_file, FLAG, stage)
         eventually(lambda wanted=stage: flag_client.variation(FLAG, SOMEONE, None) == wanted.value, 1.0)
 
 
-def test_bursts_of_replacements_end_at_the_last(
-    flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]
-) -> None:
+def test_bursts_of_replacements_end_at_the_last(flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]) -> None:
     for last in (Stage.LIVE, Stage.DUALWRITE, Stage.COMPLETE):
         for stage in [*Stage, *Stage, last]:
             flagfile.write_stage(flag_file, FLAG, stage)

@@ -61,9 +61,7 @@ def make_mirror(stores: Stores) -> Iterator[MakeMirror]:
         }  # fmt: skip
 
     def make(limit: int = 1000, deadline: float = 2.0) -> Mirror:
-        mirror = Mirror(
-            stores.endpoint(Origin.NEW), to_new, "changeover:follows:router", limit=limit, deadline=deadline
-        )
+        mirror = Mirror(stores.endpoint(Origin.NEW), to_new, "changeover:follows:router", limit=limit, deadline=deadline)
         made.append(mirror)
         return mirror
 
@@ -127,9 +125,7 @@ def test_the_order_of_a_key_is_kept(stores: Stores, make_mirror: MakeMirror) -> 
     assert stores.rows(Origin.NEW) == [(user, 1, str(195 + user)) for user in range(5)]
 
 
-def test_a_slow_store_costs_the_caller_nothing_and_ends_at_the_deadline(
-    stores: Stores, make_mirror: MakeMirror
-) -> None:
+def test_a_slow_store_costs_the_caller_nothing_and_ends_at_the_deadline(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror(deadline=0.3)
     stores.new.execute("BEGIN; LOCK TABLE public.associations IN ACCESS EXCLUSIVE MODE")
     started = time.monotonic()
@@ -184,9 +180,7 @@ def test_an_unreachable_store_fails_within_the_deadline_and_comes_back(stores: S
 
 
 @pytest.mark.parametrize(("note", "reason"), [("partial", "ValueError"), ("broken", "RuntimeError")])
-def test_a_row_that_is_not_whole_is_never_offered(
-    stores: Stores, make_mirror: MakeMirror, note: str, reason: str
-) -> None:
+def test_a_row_that_is_not_whole_is_never_offered(stores: Stores, make_mirror: MakeMirror, note: str, reason: str) -> None:
     mirror = make_mirror()
     mirror.offer(at(1), [follow(1, note)])
     mirror.offer(at(2), [follow(2)])

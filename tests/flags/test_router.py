@@ -406,9 +406,7 @@ def test_a_request_keeps_its_stage(
     assert put(router, follow).stage is Stage.OFF
 
 
-def test_a_fence_moves_a_pinned_request_on(
-    stores: Stores, make_router: MakeRouter, set_stage: SetStage, follow: Follow
-) -> None:
+def test_a_fence_moves_a_pinned_request_on(stores: Stores, make_router: MakeRouter, set_stage: SetStage, follow: Follow) -> None:
     router = make_router()
     set_stage(router, Stage.SHADOW)
     with router.pinned():

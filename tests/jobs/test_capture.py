@@ -134,9 +134,7 @@ def prepared(
     spec = load(path)
     with connect(old_dsn, "test") as old, Ledger.open(spec, "test") as ledger:
         old.execute(TABLES)
-        old.execute(
-            psycopg.sql.SQL("CREATE PUBLICATION {} FOR TABLE follows, other").format(psycopg.sql.Identifier(spec.slot))
-        )
+        old.execute(psycopg.sql.SQL("CREATE PUBLICATION {} FOR TABLE follows, other").format(psycopg.sql.Identifier(spec.slot)))
         made = old.execute(
             "SELECT lsn::text, (SELECT system_identifier::text FROM pg_control_system()),"
             " (SELECT timeline_id FROM pg_control_checkpoint())"
@@ -200,9 +198,7 @@ def test_every_kind_of_change_in_order(prepared: Prepared) -> None:
 
 
 def test_a_whole_old_row_supplies_what_was_not_sent(prepared: Prepared) -> None:
-    prepared.sql(
-        "ALTER TABLE follows REPLICA IDENTITY FULL", f"INSERT INTO follows VALUES (1, 'a', NULL, '{'x' * 5000}')"
-    )
+    prepared.sql("ALTER TABLE follows REPLICA IDENTITY FULL", f"INSERT INTO follows VALUES (1, 'a', NULL, '{'x' * 5000}')")
     prepared.sql("UPDATE follows SET name = 'b'", "UPDATE follows SET id = 2", "DELETE FROM follows")
     prepared.catch_up()
     row = {"id": "1", "name": "b", "tags": None, "big": "x" * 5000}
@@ -270,10 +266,7 @@ def test_a_changed_table_is_told_in_its_place_and_the_others_go_on(prepared: Pre
     )
     prepared.sql("INSERT INTO other VALUES (2, 'b')")
     prepared.catch_up()
-    note = (
-        "column extra was added (type oid 2950); column name has another type (oid 1043, was text);"
-        " column tags was dropped"
-    )
+    note = "column extra was added (type oid 2950); column name has another type (oid 1043, was text); column tags was dropped"
     assert [(e["relation"], e["op"], e["ordinal"], e["note"]) for e in prepared.events()] == [
         ("public.follows", "I", 0, None),
         ("public.other", "I", 0, None),
@@ -300,9 +293,7 @@ def test_other_changes_of_a_table(prepared: Prepared, change: str, note: str) ->
     name = "elsewhere" if "elsewhere" in change else "other"
     prepared.sql(f"INSERT INTO {name} VALUES (2, 'b')")
     if name != "other":
-        prepared.sql(
-            "ALTER TABLE elsewhere RENAME TO other"
-        )  # else the publication is another one when capture connects
+        prepared.sql("ALTER TABLE elsewhere RENAME TO other")  # else the publication is another one when capture connects
     prepared.catch_up()
     told = [event["note"] for event in prepared.events() if event["op"] == "R"]
     assert [text[: len(note)] for text in told[:1]] == [note]
@@ -414,9 +405,7 @@ def test_lag(prepared: Prepared) -> None:
 
 def child(spec: Spec) -> subprocess.Popen[str]:
     """Start the entry script as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "changeover.jobs.capture", spec.path], stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, "-m", "changeover.jobs.capture", spec.path], stderr=subprocess.PIPE, text=True)
 
 
 def test_ctrl_c_ends_cleanly(prepared: Prepared) -> None:
@@ -467,8 +456,7 @@ class Writer(threading.Thread):
             gone = connection.execute("DELETE FROM follows WHERE id = %s RETURNING id", [key]).rowcount
             return [("D", str(key), None)] * gone
         row = connection.execute(
-            "INSERT INTO follows VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET name = excluded.name"
-            " RETURNING xmax = 0",
+            "INSERT INTO follows VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET name = excluded.name RETURNING xmax = 0",
             [key, name],
         ).fetchone()
         assert row is not None

@@ -68,9 +68,7 @@ def test_begin_and_commit_round_trip(lsn: int, end_lsn: int, xid: int) -> None:
 @given(st.lists(st.tuples(texts, oids, st.integers(-1, 2**31 - 1), st.booleans()), max_size=8), texts)
 def test_relation_round_trip(columns: list[tuple[str, int, int, bool]], name: str) -> None:
     parts = [bytes([key]) + cstring(column) + struct.pack("!Ii", oid, typmod) for column, oid, typmod, key in columns]
-    data = (
-        b"R" + struct.pack("!I", 7) + b"\0" + cstring(name) + b"d" + struct.pack("!H", len(columns)) + b"".join(parts)
-    )
+    data = b"R" + struct.pack("!I", 7) + b"\0" + cstring(name) + b"d" + struct.pack("!H", len(columns)) + b"".join(parts)
     expected = tuple(pgoutput.Column(*column) for column in columns)
     assert pgoutput.decode(data) == pgoutput.Relation(7, "pg_catalog", name, "d", expected)
 
@@ -104,9 +102,7 @@ def test_a_message_cut_short_or_too_long_is_refused(new: Values, data: st.DataOb
         pgoutput.decode(whole + b"n")
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"Z", b"I\0\0\0\1X", b"D\0\0\0\1N\0\0", b"I\0\0\0\1N\0\1z", b"I\0\0\0\1N\0\1t\0\0\0\1\xff"]
-)
+@pytest.mark.parametrize("data", [b"", b"Z", b"I\0\0\0\1X", b"D\0\0\0\1N\0\0", b"I\0\0\0\1N\0\1z", b"I\0\0\0\1N\0\1t\0\0\0\1\xff"])
 def test_bytes_of_no_known_message_are_refused(data: bytes) -> None:
     with pytest.raises(MalformedMessage):
         pgoutput.decode(data)

@@ -123,9 +123,7 @@ class Store(Protocol):
         """Install the gate with its floor at v0 (prepare); idempotent."""
         ...
 
-    def load(
-        self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark
-    ) -> None:
+    def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
         """Load the chunks' images; `read` gives a frame whose partition i holds chunk number `chunks[i]` (backfill)."""
         ...
 

@@ -91,7 +91,10 @@ class GatedTable:
             " _deleted = excluded._deleted"
             " WHERE (excluded._epoch, excluded._lsn, excluded._ordinal) > (t._epoch, t._lsn, t._ordinal)"
         ).format(
-            touched=self.touched, key=self.list(self.key), b_key=self.list(self.key, "b"), source=source,
+            touched=self.touched,
+            key=self.list(self.key),
+            b_key=self.list(self.key, "b"),
+            source=source,
             target=sql.Literal(self.target),
         )
 
@@ -113,8 +116,13 @@ class GatedTable:
             "INSERT INTO {table} ({columns}) SELECT {b_columns} FROM {source} AS b WHERE NOT b._deleted ORDER BY {b_key}"
             " ON CONFLICT ({key}) {action}"
         ).format(
-            table=self.table, columns=self.list(self.columns), b_columns=self.list(self.columns, "b"), source=source,
-            b_key=self.list(self.key, "b"), key=self.list(self.key), action=action,
+            table=self.table,
+            columns=self.list(self.columns),
+            b_columns=self.list(self.columns, "b"),
+            source=source,
+            b_key=self.list(self.key, "b"),
+            key=self.list(self.key),
+            action=action,
         )
 
 
@@ -126,9 +134,7 @@ def install(connection: Connection, table: GatedTable, image: Version) -> None:
             "INSERT INTO changeover.gate VALUES (%s, %s, %s, %s, %s) ON CONFLICT (target) DO NOTHING",
             [table.target, image.epoch, format_lsn(image.lsn), image.ordinal, format_lsn(image.lsn)],
         )
-        present = connection.execute(
-            "SELECT to_regclass(%s) IS NOT NULL", [table.touched.as_string(connection)]
-        ).fetchone()
+        present = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table.touched.as_string(connection)]).fetchone()
         if present is None or not present[0]:
             connection.execute(
                 sql.SQL(
@@ -136,9 +142,7 @@ def install(connection: Connection, table: GatedTable, image: Version) -> None:
                     " false AS _deleted FROM {table} WITH NO DATA"
                 ).format(touched=table.touched, key=table.list(table.key), table=table.table)
             )
-            connection.execute(
-                sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table.touched, table.list(table.key))
-            )
+            connection.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table.touched, table.list(table.key)))
         connection.execute(_function(table))
 
 
@@ -159,9 +163,7 @@ def gated(connection: Connection, schema: str, name: str, key: Sequence[str]) ->
 
 def _function(table: GatedTable) -> sql.Composed:
     """The gate for one row in one round trip: the same statements, each with a snapshot of its own (VOLATILE)."""
-    one = sql.SQL(
-        "(SELECT p_epoch AS _epoch, p_lsn AS _lsn, p_ordinal AS _ordinal, p_deleted AS _deleted, (p_image).*)"
-    )
+    one = sql.SQL("(SELECT p_epoch AS _epoch, p_lsn AS _lsn, p_ordinal AS _ordinal, p_deleted AS _deleted, (p_image).*)")
     return sql.SQL(
         """
         CREATE OR REPLACE FUNCTION {function}(p_epoch integer, p_lsn pg_lsn, p_ordinal bigint, p_deleted boolean, p_image {table})
@@ -182,16 +184,18 @@ def _function(table: GatedTable) -> sql.Composed:
         END $body$
         """
     ).format(
-        function=table.function, table=table.table, lock=table.lock_key, touch=table.touch(one),
-        delete=table.delete(one), upsert=table.upsert(one),
+        function=table.function,
+        table=table.table,
+        lock=table.lock_key,
+        touch=table.touch(one),
+        delete=table.delete(one),
+        upsert=table.upsert(one),
     )
 
 
 def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool) -> None:
     """Create the session's batch table for this transaction: the table's columns, with versions in front for changes."""
-    extra = (
-        "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
-    )
+    extra = "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
     cursor.execute(
         sql.SQL(
             "CREATE TEMPORARY TABLE changeover_batch ON COMMIT DROP AS SELECT {extra}{columns} FROM {table} WITH NO DATA"
@@ -216,9 +220,7 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     cursor.execute(
         sql.SQL(
             "WITH won AS ({touch} RETURNING {t_key}) DELETE FROM {batch} AS b WHERE NOT EXISTS (SELECT FROM won WHERE {same})"
-        ).format(
-            touch=table.touch(BATCH), t_key=table.list(table.key, "t"), batch=BATCH, same=table.same_key("won", "b")
-        )
+        ).format(touch=table.touch(BATCH), t_key=table.list(table.key, "t"), batch=BATCH, same=table.same_key("won", "b"))
     )
     deleted = cursor.execute(table.delete(BATCH)).rowcount
     written = cursor.execute(table.upsert(BATCH)).rowcount
@@ -323,9 +325,7 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
         present = connection.execute("DELETE FROM changeover.gate WHERE target = %s", [table.target]).rowcount
         if present:
             connection.execute(
-                sql.SQL("DROP FUNCTION IF EXISTS {}(integer, pg_lsn, bigint, boolean, {})").format(
-                    table.function, table.table
-                )
+                sql.SQL("DROP FUNCTION IF EXISTS {}(integer, pg_lsn, bigint, boolean, {})").format(table.function, table.table)
             )
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table.touched))
         left = connection.execute("SELECT FROM changeover.gate LIMIT 1").fetchone()

@@ -64,9 +64,7 @@ class PostgresStore:
 
     def has_rows(self, schema: str, name: str) -> bool:
         """Return whether the table has any row."""
-        row = self.connection.execute(
-            sql.SQL("SELECT EXISTS (SELECT FROM {})").format(sql.Identifier(schema, name))
-        ).fetchone()
+        row = self.connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(sql.Identifier(schema, name))).fetchone()
         return bool(row and row[0])
 
     def create(self, table: TargetTable) -> None:
@@ -82,9 +80,7 @@ class PostgresStore:
         key = sql.SQL(", ").join(sql.Identifier(name) for name in table.key)
         with speaking_to(self.dsn, f"creating {table}"):
             self.connection.execute(
-                sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY ({}))").format(
-                    sql.Identifier(table.schema, table.name), columns, key
-                )
+                sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY ({}))").format(sql.Identifier(table.schema, table.name), columns, key)
             )
 
     def install(self, table: TargetTable, image: Version) -> None:
@@ -96,9 +92,7 @@ class PostgresStore:
         """Return the table as the gate's statements need it."""
         return gate.GatedTable(table.schema, table.name, table.key, table.names)
 
-    def load(
-        self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark
-    ) -> None:
+    def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
         """Load all chunks in one Spark job, a task a chunk."""
         from changeover.stores.copytext import copy_lines
 
@@ -125,9 +119,7 @@ class PostgresStore:
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
         """Hold an exported REPEATABLE READ snapshot open; the position is the insert LSN read inside it."""
         key = tuple(column for name in table.key for column in table.columns if column.name == name)
-        with freeze(
-            spark, self.dsn, self.application, ReadTable(table.schema, table.name, table.columns, key), parts
-        ) as frozen:
+        with freeze(spark, self.dsn, self.application, ReadTable(table.schema, table.name, table.columns, key), parts) as frozen:
             yield frozen
 
     def finalize(self, table: TargetTable) -> None:
@@ -140,9 +132,7 @@ class PostgresStore:
         self.finalize(table)
         if created:
             with speaking_to(self.dsn, f"dropping {table}"):
-                self.connection.execute(
-                    sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(table.schema, table.name))
-                )
+                self.connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(table.schema, table.name)))
 
 
 @contextmanager

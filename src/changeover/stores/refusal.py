@@ -37,9 +37,9 @@ def install(connection: Connection, schema: str, name: str, epoch: int, deadline
                 for suffix, event, level in TRIGGERS:
                     trigger = sql.Identifier(f"changeover_refusal{suffix}")
                     connection.execute(
-                        sql.SQL(
-                            "CREATE OR REPLACE TRIGGER {} BEFORE {} ON {} FOR EACH {} EXECUTE FUNCTION {}()"
-                        ).format(trigger, sql.SQL(event), table, sql.SQL(level), function)
+                        sql.SQL("CREATE OR REPLACE TRIGGER {} BEFORE {} ON {} FOR EACH {} EXECUTE FUNCTION {}()").format(
+                            trigger, sql.SQL(event), table, sql.SQL(level), function
+                        )
                     )
                     connection.execute(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
             return True
@@ -83,13 +83,9 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
             [sql.Identifier(schema, name).as_string(connection)],
         ).fetchall()
         for row in found:
-            connection.execute(
-                sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), sql.Identifier(schema, name))
-            )
+            connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), sql.Identifier(schema, name)))
             removed.append(f"trigger {row[0]} on {schema}.{name}")
-        connection.execute(
-            sql.SQL("DROP FUNCTION IF EXISTS {}()").format(sql.Identifier("changeover", f"refuse_{name}"))
-        )
+        connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(sql.Identifier("changeover", f"refuse_{name}")))
     return removed
 
 
