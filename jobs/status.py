@@ -1,4 +1,7 @@
-"""Status: where a migration is, from the ledger and the old store alone; starts no JVM."""
+"""Status: where a migration is, from the ledger and the old store alone; starts no JVM.
+
+It looks and changes nothing. What it says of a position is what the ledger says: every event below it was offered.
+"""
 
 from __future__ import annotations
 

@@ -31,6 +31,8 @@ SETTLED_SECONDS = 3.0
 """How long both sides of a key must stand still before it counts as different: longer than a mirror's or a batch's way."""
 
 PATIENCE_SECONDS = 30.0
+FEWEST_ROUNDS = 10
+"""Looks at a key before it is called ever-changing: on a slow machine a round takes seconds."""
 
 Key = tuple[str, ...]
 Read = Callable[[Sequence[Key]], "DataFrame"]
@@ -85,7 +87,9 @@ def _settle(
     trails = {key: Trail() for key in keys}
     passed: set[Key] = set()
     started = time.monotonic()
+    rounds = 0
     while trails:
+        rounds += 1
         between()
         asked = sorted(trails)
         old = images(source(asked), names)
@@ -101,7 +105,7 @@ def _settle(
                 trail.last, trail.since = (old.get(key), new.get(key)), now
         if all(now - trail.since >= SETTLED_SECONDS for trail in trails.values()):
             return passed, set()
-        if now - started > PATIENCE_SECONDS:
+        if now - started > PATIENCE_SECONDS and rounds >= FEWEST_ROUNDS:
             return passed, {key for key, trail in trails.items() if now - trail.since < SETTLED_SECONDS}
         time.sleep(0.2)
     return passed, set()

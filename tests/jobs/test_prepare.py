@@ -229,7 +229,7 @@ def test_an_open_transaction_that_blocks_the_slot_is_named_and_nothing_is_left(
     monkeypatch.setattr(snapshot.create_slot, "__kwdefaults__", {"temporary": False, "seconds": 0.7})
     with connect(old_dsn, "test-blocker", autocommit=False) as blocker:
         blocker.execute("UPDATE follows SET note = 'open' WHERE from_user = 1")
-        with pytest.raises(SlotBlocked, match=f"process {blocker.info.backend_pid} of changeover, open since") as caught:
+        with pytest.raises(SlotBlocked, match=f"process {blocker.info.backend_pid} of {blocker.info.user}, open since") as caught:
             migration.prepare()
         assert "nothing was left behind" in str(caught.value)
         assert state(migration.old) == old
