@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from ldclient.migrations.types import Origin
@@ -22,6 +22,8 @@ from changeover.flags.gate import mirrors
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.ledger import Authority, Ledger
 from changeover.jobs.preflight import source_table
+from changeover.jobs.prepare import spool_of
+from changeover.jobs.replay import LEASE_SECONDS, lease_of
 from changeover.position import epoch_floor, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table
@@ -63,37 +65,80 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
 
     Raises FenceCalledOff, with writers back where they were, and TableStopped.
     """
-    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), _sides(spec, ledger) as (old, new):
+    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), _others_rest(spec, ledger), _sides(spec) as (old, new):
         present = ledger.authority()
         if present.store == to.value:
             return Fenced(present.epoch, present.store, present.from_lsn, present.pause_seconds or 0.0)
         losing, gaining = (old, new) if to is Origin.NEW else (new, old)
         epoch = present.epoch + 1
         _prepare_gates(gaining, losing, epoch)
-        started = time.monotonic()
-        deadline = started + max_pause
-        try:
-            from_lsn = _hand_over(spec, ledger, old, losing, to, epoch, deadline)
-            for schema, name, key in gaining.tables:
-                gate.raise_floor(gaining.connection, gate.GatedTable(schema, name, key, ()), epoch_floor(epoch))
-            if deadline - time.monotonic() < PERMANENT_SECONDS:
-                raise FenceCalledOff(time.monotonic() - started, "the last step, which the deadline left no time for")
-            for schema, name, _ in losing.tables:
-                refusal.make_permanent(losing.connection, schema, name, epoch)
-        except BaseException:
-            for schema, name, _ in losing.tables:
-                refusal.remove(losing.connection, schema, name)
-            raise
-        pause = time.monotonic() - started
-        _record(ledger, Authority(epoch, to.value, from_lsn, present.at, pause))
+        with _turn(spec, ledger, to) as turn:
+            pause = Pause(time.monotonic(), max_pause)
+            try:
+                from_lsn = _hand_over(spec, ledger, (old, losing), to, epoch, pause, turn.close)
+                _make_final(gaining, losing, epoch, pause)
+            except BaseException:
+                for schema, name, _ in losing.tables:
+                    refusal.remove(losing.connection, schema, name)
+                raise
+        _record(ledger, Authority(epoch, to.value, from_lsn, present.at, pause.seconds))
         for schema, name, _ in gaining.tables:
             refusal.remove(gaining.connection, schema, name)
-        log.info("epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(from_lsn), pause)
-        return Fenced(epoch, to.value, from_lsn, pause)
+        log.info("epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(from_lsn), pause.seconds)
+        return Fenced(epoch, to.value, from_lsn, pause.seconds)
+
+
+@dataclass(frozen=True)
+class Pause:
+    """How long writers have been held up, and how long they may be; seconds on the monotonic clock."""
+
+    started: float
+    limit: float
+
+    @property
+    def seconds(self) -> float:
+        """Return how long it has been."""
+        return time.monotonic() - self.started
+
+    @property
+    def deadline(self) -> float:
+        """Return when it is over, come what may."""
+        return self.started + self.limit
+
+    def wait(self, what: Callable[[], str | None]) -> None:
+        """Wait until `what` has nothing more to wait for; raises FenceCalledOff at the deadline."""
+        while (waiting := what()) is not None:
+            if time.monotonic() > self.deadline:
+                raise FenceCalledOff(self.seconds, waiting)
+            time.sleep(0.02)
 
 
 @contextmanager
-def _sides(spec: Spec, ledger: Ledger) -> Iterator[tuple[Side, Side]]:
+def _turn(spec: Spec, ledger: Ledger, to: Origin) -> Iterator[ExitStack]:
+    """Hold replay's turn, on the way to the new store, until it is closed.
+
+    The very next batch then begins with all that was written before the fence. A batch under way would make writers wait for it
+    and then for the next one.
+    """
+    assert spec.flag is not None
+    with ExitStack() as turn:
+        if to is Origin.NEW:
+            turn.enter_context(ledger.lease(lease_of(spec.flag.target), wait_seconds=LEASE_SECONDS))
+        yield turn
+
+
+def _make_final(gaining: Side, losing: Side, epoch: int, pause: Pause) -> None:
+    """Raise the gaining store's floor and take the deadline off the losing one's refusal."""
+    for schema, name, key in gaining.tables:
+        gate.raise_floor(gaining.connection, gate.GatedTable(schema, name, key, ()), epoch_floor(epoch))
+    if pause.deadline - time.monotonic() < PERMANENT_SECONDS:
+        raise FenceCalledOff(pause.seconds, "the last step, which the deadline left no time for")
+    for schema, name, _ in losing.tables:
+        refusal.make_permanent(losing.connection, schema, name, epoch)
+
+
+@contextmanager
+def _sides(spec: Spec) -> Iterator[tuple[Side, Side]]:
     assert spec.flag is not None
     old_dsn, new_dsn = spec.source.dsn.resolve(), spec.targets[spec.flag.target].dsn_value
     name = application_name(spec.name, "fence")
@@ -138,27 +183,46 @@ def _advance_sequences(connection: Connection, schema: str, name: str) -> None:
         )
 
 
-def _hand_over(spec: Spec, ledger: Ledger, old: Side, losing: Side, to: Origin, epoch: int, deadline: float) -> int:
-    """Refuse, drain, and wait until the gaining store has everything; return the old store's position at that moment."""
-    started = time.monotonic()
+def _hand_over(
+    spec: Spec, ledger: Ledger, sides: tuple[Side, Side], to: Origin, epoch: int, pause: Pause, go_on: Callable[[], None]
+) -> int:
+    """Refuse, drain, and wait until the gaining store has everything; return the old store's position at that moment.
+
+    `sides` are (old, losing); `go_on` lets replay have its turn.
+    """
+    old, losing = sides
     for schema, name, _ in losing.tables:
-        if not refusal.install(losing.connection, schema, name, epoch, deadline):
-            raise FenceCalledOff(time.monotonic() - started, f"the lock on {schema}.{name}")
-    row = old.connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    assert row is not None
-    position = parse_lsn(row[0])
+        if not refusal.install(losing.connection, schema, name, epoch, pause.deadline):
+            raise FenceCalledOff(pause.seconds, f"the lock on {schema}.{name}")
+    position = _position(old)
     emit_marker(old.connection, f"fence {epoch}")
     if to is Origin.NEW:
         _require_same_files(spec, ledger, old)
-        _wait(lambda: _behind(spec, ledger, position), started, deadline)
-    else:
-        fenced_at = ledger.connection.execute("SELECT now()").fetchone()
-        assert fenced_at is not None
-        _wait(lambda: _unmirrored(ledger, fenced_at[0]), started, deadline)
-        row = old.connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        position = parse_lsn(row[0])
-    return position
+        spool = spool_of(spec)
+        pause.wait(lambda: None if spool.end() >= position else "capture to spool the last writes")
+        go_on()
+        pause.wait(lambda: _behind(spec, ledger, position))
+        return position
+    fenced_at = ledger.connection.execute("SELECT now()").fetchone()
+    assert fenced_at is not None
+    pause.wait(lambda: _unmirrored(ledger, fenced_at[0]))
+    return _position(old)
+
+
+def _position(side: Side) -> int:
+    row = side.connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+    assert row is not None
+    return parse_lsn(row[0])
+
+
+@contextmanager
+def _others_rest(spec: Spec, ledger: Ledger) -> Iterator[None]:
+    """Keep the batches of the other targets out of the pause: they would take the machine from the one that writers wait for."""
+    assert spec.flag is not None
+    with ExitStack() as held:
+        for target in sorted(set(spec.targets) - {spec.flag.target}):
+            held.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+        yield
 
 
 def _require_same_files(spec: Spec, ledger: Ledger, old: Side) -> None:
@@ -188,13 +252,6 @@ def _unmirrored(ledger: Ledger, since: object) -> str | None:
             if mirror.get("depth"):
                 return f"the mirror of process {beat.process}"
     return None
-
-
-def _wait(what: Callable[[], str | None], started: float, deadline: float) -> None:
-    while (waiting := what()) is not None:
-        if time.monotonic() > deadline:
-            raise FenceCalledOff(time.monotonic() - started, waiting)
-        time.sleep(0.02)
 
 
 def _record(ledger: Ledger, authority: Authority) -> None:
