@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROWS_PER_CHUNK = 100_000
+ROWS_PER_CHUNK = 250_000
 FEWEST_CHUNKS = 8
 """Even a small table gets a few chunks, so that a killed run repeats little."""
 

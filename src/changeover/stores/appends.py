@@ -82,7 +82,7 @@ class AppendTask:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path = Path(self.path) / f"part-{chunk:05d}-{uuid.uuid4()}.zstd.parquet"
+        path = Path(self.path) / f"part-{chunk:05d}-{uuid.uuid4()}.snappy.parquet"
         writer: Any = None
         bounds = Bounds(self.key)
         for rows in row_groups(batches):
@@ -91,7 +91,7 @@ class AppendTask:
             whole = rows.append_column(VERSION, pa.repeat(_version(self.image), rows.num_rows)).append_column(
                 DELETED, pa.repeat(pa.scalar(False), rows.num_rows)
             )
-            writer = writer or pq.ParquetWriter(path, whole.schema, compression="zstd", compression_level=1)
+            writer = writer or pq.ParquetWriter(path, whole.schema, compression="snappy")
             writer.write_table(whole)
         if writer is None:
             return []
