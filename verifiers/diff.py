@@ -45,6 +45,7 @@ from changeover.verifiers.verdict import (
     MISSING,
     Difference,
     Range,
+    RangeCount,
     TableDiff,
 )
 
@@ -107,16 +108,7 @@ def compare(
         )
     tallies = found.tallies
     require_complete(tallies, found.rows_read, table=table)
-    counts = [
-        coverage(
-            its,
-            rows_by_range(tallies, place),
-            table=table,
-            side=SIDES[place],
-            different=rows_by_range(tallies, place, REAL),
-        )
-        for place, its in enumerate(sides)
-    ]
+    counts = _covered(found.tallies, sides, table)
     return TableDiff(
         table=table,
         store=store,
@@ -134,6 +126,14 @@ def compare(
         kept=found.kept,
         seconds=time.monotonic() - started,
     )
+
+
+def _covered(tallies: Sequence[Tally], sides: tuple[Sequence[Range], Sequence[Range]], table: str) -> list[tuple[RangeCount, ...]]:
+    """Prove for each side that its ranges account for every row, and return their counts."""
+    return [
+        coverage(its, rows_by_range(tallies, place), table=table, side=SIDES[place], different=rows_by_range(tallies, place, REAL))
+        for place, its in enumerate(sides)
+    ]
 
 
 @dataclass(frozen=True)
