@@ -19,6 +19,8 @@ UNREACHABLE = re.compile(
 )
 SNAPSHOT = re.compile(r"PSQLException: ERROR: (.*(?:snapshot).*)")
 DATABASE = re.compile(r"PSQLException: (?:ERROR: )?(.*)")
+OURS = "[NOT_CARRIED]"
+"""What our own expressions raise begins so, in Spark and in the server's message alike."""
 VALUE = re.compile(r"\[([A-Z_.]+)\] (.*)")
 
 
@@ -40,7 +42,7 @@ def translated(text: str, table: str, place: str) -> ChangeoverError:
         return ServerUnavailable("the source or target server", match[1].strip())
     if match := SNAPSHOT.search(text):
         return SnapshotLost("of this migration", match[1].strip())
-    if match := DATABASE.search(text):
+    if OURS not in text and (match := DATABASE.search(text)):
         return CouldNotFinish(f"table {table}, {place}: the server refused: {match[1].strip()}")
     if match := VALUE.search(text):
         return RowRefused(table, place, f"{match[1]}: {match[2].split(' SQLSTATE')[0].strip()}")

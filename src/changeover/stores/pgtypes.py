@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
 
-NATIVE, TEXT, JSON = "native", "text", "json"
+NATIVE, TEXT, JSON, ARRAY = "native", "text", "json", "array"
+
+NATIVE_ELEMENTS = {"text", "character varying", "integer", "bigint"}
+"""Arrays of these come by the JDBC driver as they are; parsing the JSON of any other costs Spark several times as much."""
 
 EXACT: dict[str, tuple[str, str]] = {
     "boolean": ("boolean", NATIVE),
@@ -69,9 +72,10 @@ def source_type(type_name: str) -> SourceType | None:
     """Return how a type (as `format_type` prints it) is carried, or None when that is not proven exact."""
     if type_name.endswith("[]"):
         element = source_type(type_name.removesuffix("[]"))
-        if element is None or element.form == JSON or element.spark == "binary":
+        if element is None or element.form in (JSON, ARRAY) or element.spark == "binary":
             return None
-        return SourceType(f"array<{element.spark}>", JSON)
+        base = re.sub(r"\(\d+\)", "", type_name.removesuffix("[]"))
+        return SourceType(f"array<{element.spark}>", ARRAY if base in NATIVE_ELEMENTS else JSON)
     sized = re.fullmatch(r"numeric\((\d+),(\d+)\)", type_name)
     if sized:
         precision, scale = int(sized[1]), int(sized[2])
@@ -129,7 +133,9 @@ def decode(value: SparkColumn, type_name: str, *, native: bool) -> SparkColumn:
     carried = source_type(type_name)
     if carried is None:
         raise TypeError(f"{type_name} is not carried")
-    if carried.form == JSON:
+    if native and carried.form in (NATIVE, ARRAY):
+        return value
+    if carried.form in (JSON, ARRAY):
         texts = re.sub(r"<[^<>]+>", "<string>", carried.spark)
         # an array of arrays would read as texts; no other JSON of ours begins so
         nested = value.startswith("[[")
@@ -140,8 +146,6 @@ def decode(value: SparkColumn, type_name: str, *, native: bool) -> SparkColumn:
         return (
             F.transform(elements, _of_our_era).cast(carried.spark) if DATED.search(carried.spark) else elements.cast(carried.spark)
         )
-    if native and carried.form == NATIVE:
-        return value
     if carried.spark == "binary":
         return F.unhex(F.substring(value, 3, 2147483647))
     if DATED.search(carried.spark):

@@ -14,7 +14,7 @@ from psycopg import sql
 
 from changeover.session import jdbc_options
 from changeover.stores import Column
-from changeover.stores.pgtypes import JSON, NATIVE, TEXT, decode, source_type
+from changeover.stores.pgtypes import ARRAY, JSON, NATIVE, NESTED, TEXT, decode, source_type
 from changeover.stores.pgtypes import moved as as_moved
 
 if TYPE_CHECKING:
@@ -104,11 +104,15 @@ def _form(column: Column, moved: bool) -> sql.Composable:
         TEXT: sql.SQL("CASE WHEN {0} IS NOT NULL THEN format('%s', {0}) END" if column.type == "inet" else "{0}::text"),
         # other bounds than 1 have no place in a target: marked like a nested array, which decode refuses
         JSON: sql.SQL("CASE WHEN array_lower({0}, 1) <> 1 THEN '[[' || {0}::text ELSE array_to_json({0}{1})::text END"),
+        # what an array column of Spark can't hold fails in the server, whose message then carries ours
+        ARRAY: sql.SQL("CASE WHEN array_lower({0}, 1) <> 1 OR array_ndims({0}) > 1 THEN ({2} || {0}::text)::{3} ELSE {0} END"),
     }
     if carried is None:
         raise TypeError(f"{column.name}: {column.type} is not carried")
     texts = sql.SQL("" if column.type.startswith(OWN_TEXT) else "::text[]")
-    return forms[TEXT if moved else carried.form].format(sql.Identifier(column.name), texts)
+    refused = sql.Literal(f"[NOT_CARRIED] {column.type}: {NESTED}: ")
+    form = forms[TEXT if moved else carried.form]
+    return form.format(sql.Identifier(column.name), texts, refused, sql.SQL(column.type))
 
 
 def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
