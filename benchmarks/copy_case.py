@@ -24,7 +24,8 @@ from psycopg import sql
 from benchmarks.follows import CASES, Case, create_source, fingerprint
 from benchmarks.parties import APPLICATION, Job
 from benchmarks.worker import PartyFailed, Worker
-from changeover.embedded import EmbeddedServer, find_binaries, wheel_binaries
+from changeover.binaries import find_binaries, wheel_binaries
+from changeover.embedded import EmbeddedServer
 from changeover.session import connect
 
 WARM_UP_ROWS = 20_000

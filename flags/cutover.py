@@ -19,7 +19,8 @@ from changeover.errors import ChangeoverError, GateClosed, Refused, SpecError
 from changeover.flags import flagfile, gate
 from changeover.flags.fence import MAX_PAUSE, Fenced, fence
 from changeover.flags.stages import TABLE, next_stage, previous_stage
-from changeover.jobs.ledger import Authority, Heartbeat, Ledger
+from changeover.jobs.entries import Authority, Heartbeat
+from changeover.jobs.ledger import Ledger
 from changeover.spec import Flag, Spec
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from psycopg import sql
 from changeover.errors import FenceCalledOff, TableStopped
 from changeover.flags.gate import mirrors
 from changeover.jobs.capture import emit_marker
-from changeover.jobs.ledger import Authority, Ledger
+from changeover.jobs.entries import Authority
+from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import source_table
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.replay import LEASE_SECONDS, lease_of

@@ -16,7 +16,8 @@ from typing import Any
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags.stages import ORDER, TABLE, needs_fence
-from changeover.jobs.ledger import CLOSED, Authority, Heartbeat, Ledger, Load, VerdictRow
+from changeover.jobs.entries import CLOSED, Authority, Heartbeat, Load, VerdictRow
+from changeover.jobs.ledger import Ledger
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
 from changeover.spec import Spec

@@ -18,7 +18,8 @@ import psycopg
 from changeover import points
 from changeover.errors import CouldNotFinish, SourceChanged, TableStopped
 from changeover.jobs import snapshot
-from changeover.jobs.ledger import CLOSED, LOADED, PENDING, ChunkRow, Ledger, Stream, mark_loaded
+from changeover.jobs.entries import CLOSED, LOADED, PENDING, ChunkRow, Stream
+from changeover.jobs.ledger import Ledger, mark_loaded
 from changeover.jobs.preflight import source_table, store_columns
 from changeover.jobs.prepare import exported, require_prepared
 from changeover.jobs.transform import Transform

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 from changeover.errors import ChangeoverError, DatabaseFailed, LeaseHeld, ServerUnavailable, SourceChanged
 from changeover.jobs import pgoutput
-from changeover.jobs.ledger import Ledger, SourceColumn, Stream
+from changeover.jobs.entries import SourceColumn, Stream
+from changeover.jobs.ledger import Ledger
 from changeover.jobs.replication import (
     FEEDBACK_SECONDS,
     Replication,

@@ -2,8 +2,7 @@
 
 One row per chunk and target, written in the same transaction as the chunk's rows where the target is PostgreSQL and after an
 idempotent append where it is Delta. Positions, authority, verdicts, routers' heartbeats and the record of every run stand
-here too. A step holds its lease as a session's advisory lock, so a killed run gives it back by dying. All of it runs on the
-driver or in the application; tasks touch the ledger only through `mark_loaded`.
+here too. All of it runs on the driver or in the application; tasks touch the ledger only through `mark_loaded`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
@@ -22,143 +20,12 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import class_row
 
-from changeover.errors import LeaseHeld, SourceChanged, StepOrder
-from changeover.position import Version, format_lsn, image_version, parse_lsn
+from changeover.errors import SourceChanged, StepOrder
+from changeover.jobs.entries import FORMAT, SCHEMA, Authority, ChunkRow, Heartbeat, Load, SourceColumn, Stream, VerdictRow
+from changeover.jobs.lease import hold
+from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec
-
-FORMAT = 1
-"""Version of the ledger's tables; another version found is refused, never guessed at."""
-
-SCHEMA = """
-CREATE SCHEMA IF NOT EXISTS changeover;
-CREATE TABLE IF NOT EXISTS changeover.migration (
-    name text PRIMARY KEY, format integer NOT NULL, spec_digest text NOT NULL, spec jsonb NOT NULL,
-    l0 pg_lsn NOT NULL, system_id text NOT NULL, timeline integer NOT NULL, slot text NOT NULL, publication text NOT NULL,
-    snapshot text NOT NULL, visible text NOT NULL, prepared timestamptz NOT NULL DEFAULT now(), finalized timestamptz);
-CREATE TABLE IF NOT EXISTS changeover.source_table (
-    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL,
-    filenode bigint NOT NULL, columns jsonb NOT NULL, stopped text, PRIMARY KEY (migration, source));
-CREATE TABLE IF NOT EXISTS changeover.load (
-    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL, target text NOT NULL,
-    state text NOT NULL, applied pg_lsn NOT NULL, created boolean NOT NULL DEFAULT false, refused bigint NOT NULL DEFAULT 0,
-    swept bigint NOT NULL DEFAULT 0, events bigint NOT NULL DEFAULT 0, changed timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (migration, source, target));
-CREATE TABLE IF NOT EXISTS changeover.chunk (
-    migration text NOT NULL, source text NOT NULL, target text NOT NULL, chunk integer NOT NULL,
-    lower jsonb, upper jsonb, token bigint NOT NULL DEFAULT 0, loaded timestamptz, rows bigint, refused bigint,
-    seconds double precision, PRIMARY KEY (migration, source, target, chunk),
-    FOREIGN KEY (migration, source, target) REFERENCES changeover.load ON DELETE CASCADE);
-CREATE TABLE IF NOT EXISTS changeover.authority (
-    migration text NOT NULL, epoch integer NOT NULL, store text NOT NULL CHECK (store IN ('old', 'new')),
-    from_lsn pg_lsn NOT NULL, at timestamptz NOT NULL DEFAULT now(), pause_seconds double precision,
-    PRIMARY KEY (migration, epoch));
-CREATE TABLE IF NOT EXISTS changeover.verdict (
-    migration text NOT NULL, run bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(), source text NOT NULL,
-    target text NOT NULL, verdict text NOT NULL, stage text, detail jsonb NOT NULL, PRIMARY KEY (migration, run));
-CREATE TABLE IF NOT EXISTS changeover.heartbeat (
-    migration text NOT NULL, process text NOT NULL, at timestamptz NOT NULL, stage text NOT NULL, epoch integer NOT NULL,
-    counters jsonb NOT NULL, PRIMARY KEY (migration, process));
-CREATE TABLE IF NOT EXISTS changeover.audit (
-    migration text NOT NULL, entry bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(),
-    step text NOT NULL, outcome text NOT NULL, detail jsonb NOT NULL, PRIMARY KEY (migration, entry));
-"""
-
-LEDGER_TABLES = ("chunk", "load", "source_table", "authority", "verdict", "heartbeat", "audit", "migration")
-"""All of the ledger's tables, in an order in which they can be dropped."""
-
-PENDING, LOADED, CLOSED = "pending", "loaded", "closed"
-"""States of a load: chunks open; all chunks committed; swept, so that it may be verified and read."""
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The prepared change stream: what must still be true at every connect."""
-
-    l0: int
-    system_id: str
-    timeline: int
-    slot: str
-    publication: str
-    snapshot: str
-    visible: str
-
-    @property
-    def image(self) -> Version:
-        """Return v0, the version of every backfill image."""
-        return image_version(self.l0)
-
-
-@dataclass(frozen=True)
-class SourceColumn:
-    """A column of a source table as it was at prepare: PostgreSQL's type by name and oid, in the table's order."""
-
-    name: str
-    type: str
-    oid: int
-    array: bool
-    key: bool
-    not_null: bool
-
-
-@dataclass(frozen=True)
-class Load:
-    """How far one table has come in one target; `applied` says that every event with a smaller commit LSN was offered."""
-
-    source: str
-    target: str
-    state: str
-    applied: int
-    created: bool
-    refused: int
-    swept: int
-    events: int
-
-
-@dataclass(frozen=True)
-class ChunkRow:
-    """One key range of one load: lower <= key < upper, None being infinite; key values in PostgreSQL's text form."""
-
-    chunk: int
-    lower: tuple[str, ...] | None
-    upper: tuple[str, ...] | None
-    loaded: datetime | None
-    rows: int | None
-
-
-@dataclass(frozen=True)
-class Authority:
-    """Which store has authority over all rows, since which epoch and LSN of the store that lost it."""
-
-    epoch: int
-    store: str
-    from_lsn: int
-    at: datetime
-    pause_seconds: float | None
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """What a router process last said of itself."""
-
-    process: str
-    at: datetime
-    stage: str
-    epoch: int
-    counters: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class VerdictRow:
-    """A verdict on record; `detail` is the whole verdict as JSON."""
-
-    run: int
-    at: datetime
-    source: str
-    target: str
-    verdict: str
-    stage: str | None
-    detail: Mapping[str, Any]
 
 
 class Ledger:
@@ -407,37 +274,9 @@ class Ledger:
         ).fetchall()
         return {(row[0], row[1]): row[2] for row in rows}
 
-    # -- leases
-
-    @contextmanager
-    def lease(self, step: str, wait_seconds: float = 0) -> Iterator[None]:
-        """Hold the lease of a step on a session of its own; raises LeaseHeld when another run has it (driver).
-
-        The lease is a session's advisory lock, so it ends with its holder, however that dies.
-        """
-        holder = connect(self.dsn, application_name(self.migration, f"{step}-lease"), settings={
-            "idle_session_timeout": "0", "lock_timeout": f"{int(wait_seconds * 1000)}ms",
-        })  # fmt: skip
-        with holder:
-            if wait_seconds:
-                try:
-                    holder.execute("SELECT pg_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{self.migration}/{step}"])
-                except psycopg.errors.LockNotAvailable as error:
-                    raise LeaseHeld(step, self._holder(step)) from error
-            else:
-                row = holder.execute(
-                    "SELECT pg_try_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{self.migration}/{step}"]
-                ).fetchone()
-                if row is None or not row[0]:
-                    raise LeaseHeld(step, self._holder(step))
-            yield
-
-    def _holder(self, step: str) -> str:
-        row = self.connection.execute(
-            "SELECT pid, backend_start FROM pg_stat_activity WHERE application_name = %s ORDER BY backend_start LIMIT 1",
-            [application_name(self.migration, f"{step}-lease")],
-        ).fetchone()
-        return f"server process {row[0]}, since {row[1]:%H:%M:%S}" if row else "unknown"
+    def lease(self, step: str, wait_seconds: float = 0) -> AbstractContextManager[None]:
+        """Hold the lease of a step; raises LeaseHeld when another run has it (driver)."""
+        return hold(self.dsn, self.migration, step, wait_seconds)
 
 
 def mark_loaded(

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from psycopg import sql
 
 from changeover.errors import Refused, SpecError
-from changeover.jobs.ledger import Ledger, SourceColumn
+from changeover.jobs.entries import SourceColumn
+from changeover.jobs.ledger import Ledger
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, Spec, Table, qualified, secret
 from changeover.stores import Column, open_store

@@ -19,7 +19,8 @@ from psycopg import sql
 
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
 from changeover.jobs import snapshot, transform
-from changeover.jobs.ledger import CLOSED, LEDGER_TABLES, Ledger, Stream, drop_ledger
+from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
+from changeover.jobs.ledger import Ledger, drop_ledger
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
 from changeover.jobs.spool import Spool
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to

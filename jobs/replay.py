@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from changeover.errors import TableStopped
-from changeover.jobs.ledger import CLOSED, Authority, Ledger, Load
+from changeover.jobs.entries import CLOSED, Authority, Load
+from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import Prepared, require_prepared, spool_of
 from changeover.jobs.spool import DELETE, INSERT, RELATION, TRUNCATE, UPDATE
 from changeover.jobs.transform import Transform

@@ -17,7 +17,7 @@ from psycopg import pq, sql
 
 from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, SpoolGap
 from changeover.jobs import pgoutput
-from changeover.jobs.ledger import Stream
+from changeover.jobs.entries import Stream
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, server_name
 

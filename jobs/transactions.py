@@ -18,7 +18,7 @@ from psycopg.adapt import Transformer
 
 from changeover.errors import RowRefused, SourceChanged
 from changeover.jobs import pgoutput
-from changeover.jobs.ledger import SourceColumn
+from changeover.jobs.entries import SourceColumn
 from changeover.jobs.pgoutput import UNCHANGED, Values
 from changeover.jobs.spool import DELETE, INSERT, MARKER, RELATION, TRUNCATE, UPDATE, Event
 

@@ -21,7 +21,8 @@ from pyspark.sql import DataFrame, SparkSession
 from changeover.jobs import prepare as preparing
 from changeover.jobs.backfill import Loaded, backfill
 from changeover.jobs.capture import capture, emit_marker
-from changeover.jobs.ledger import ChunkRow, Ledger
+from changeover.jobs.entries import ChunkRow
+from changeover.jobs.ledger import Ledger
 from changeover.jobs.replay import Replayed, replay
 from changeover.jobs.spool import Spool
 from changeover.session import Connection, connect

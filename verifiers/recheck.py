@@ -18,7 +18,8 @@ import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
 
 from changeover.errors import CouldNotCheck
-from changeover.jobs.ledger import Authority, Ledger
+from changeover.jobs.entries import Authority
+from changeover.jobs.ledger import Ledger
 from changeover.verifiers.verdict import CANONICALISATION, MISMATCHED, Difference, RangeCount, Recheck, TableDiff
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from changeover.errors import CouldNotFinish, StepOrder, TableStopped
 from changeover.jobs import snapshot
 from changeover.jobs.capture import emit_marker
-from changeover.jobs.ledger import CLOSED, Authority, Ledger
+from changeover.jobs.entries import CLOSED, Authority
+from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import Prepared, require_prepared
 from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of

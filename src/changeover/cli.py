@@ -7,128 +7,23 @@ need no Spark start no JVM.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-import psycopg
 
 from changeover import __version__
-from changeover.errors import ChangeoverError, CouldNotFinish, Interrupted, SpecError, UsageError
+from changeover.command import DEBUG, JSON, SPEC, TARGETS, Commands, answer, running, spark_for, terminal_text
+from changeover.errors import UsageError
+from changeover.flagcommands import flags
 from changeover.jobs.ledger import Ledger
-from changeover.record import log_file
-from changeover.spec import Spec, load
-
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
-
-    from changeover.verifiers.verdict import Verdict
-
-SPEC = click.argument("spec", type=click.Path())
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-DEBUG = click.option("--debug", is_flag=True, help="Log at debug level.")
-TARGETS = click.option("--target", "targets", multiple=True, help="Only this target; may be given more than once.")
-
-
-class Commands(click.Group):
-    """A group whose commands end with our exit codes and one sentence, never with a traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command and turn every failure into its sentence and exit code."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            fail(Interrupted(ctx.invoked_subcommand or "changeover"))
-        except ChangeoverError as error:
-            fail(error)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:
-            fail(unforeseen(error))
-
-
-def unforeseen(error: Exception, log: Path | None = None) -> CouldNotFinish:
-    """Return one sentence for an error that no part of ours has named; `log` holds the whole of it."""
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
-    details = f"; {log} has the details" if log else ""
-    if not isinstance(error, psycopg.Error):
-        return CouldNotFinish(f"unexpected {type(error).__name__}: {said}{details}")
-    if error.sqlstate is None or error.sqlstate.startswith("57P"):  # no answer of a server, or its last one
-        return CouldNotFinish(f"a database broke off ({said}): check the servers, then run the same command again{details}")
-    return CouldNotFinish(f"a database refused a statement ({said}, SQLSTATE {error.sqlstate}){details}")
-
-
-def fail(error: ChangeoverError) -> NoReturn:
-    """Print the sentence and exit."""
-    click.echo(f"changeover: {error}", err=True)
-    sys.exit(error.exit_code)
+from changeover.spec import load
 
 
 @click.group(cls=Commands)
 @click.version_option(__version__)
 def main() -> None:
     """Move a live table to another store while the application keeps reading and writing."""
-
-
-def answer(value: Any, as_json: bool, text: Callable[[], str]) -> None:
-    """Print a command's answer: one JSON object, or text for a person."""
-    click.echo(json.dumps(plain(value), default=str, ensure_ascii=False) if as_json else text())
-
-
-def plain(value: Any) -> Any:
-    """Return dataclasses as dicts, for JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def terminal_text(verdicts: Sequence[Verdict]) -> str:
-    """Return verdicts as the terminal shows them."""
-    from rich.console import Console
-
-    from changeover.verifiers.report import print_terminal
-
-    console = Console()
-    with console.capture() as captured:
-        print_terminal(verdicts, console=console)
-    return captured.get().rstrip()
-
-
-@contextmanager
-def running(path: str, step: str, debug: bool) -> Iterator[Spec]:
-    """Load the spec and log the run into a file of its own, an unforeseen error with its whole traceback."""
-    spec = load(path)
-    with log_file(spec, step, debug) as log:
-        try:
-            yield spec
-        except ChangeoverError as error:
-            logging.getLogger("changeover").error("%s", error)
-            raise
-        except Exception as error:
-            logging.getLogger("changeover").exception("unforeseen")
-            raise unforeseen(error, log) from error
-
-
-def spark_for(spec: Spec, step: str | None = None, targets: Sequence[str] = ()) -> SparkSession:
-    """Start Spark for a command; what a step needs first, and targets that are none, are said before Spark takes its seconds."""
-    from changeover.session import spark_session
-
-    for target in targets:
-        if target not in spec.targets:
-            raise SpecError(spec.path, "target", f"no target is named {target}: the targets are {', '.join(spec.targets)}")
-    if step is not None:
-        with Ledger.open(spec, step) as ledger:
-            ledger.stream(step)
-    return spark_session(f"changeover:{spec.name}")
 
 
 @main.command()
@@ -350,65 +245,7 @@ def _removed(removed: list[str], left: list[str], as_json: bool) -> None:
     answer({"removed": removed, "left": left}, as_json, lambda: "\n".join([*(f"removed: {one}" for one in removed), last]))
 
 
-@main.group()
-def flags() -> None:
-    """Show and turn the migration flag, gated by the evidence."""
-
-
-@flags.command()
-@SPEC
-@JSON
-def show(spec: str, as_json: bool) -> None:
-    """Go or no-go for the next step, with every reason."""
-    from changeover.flags.cutover import show as act
-
-    seen = act(load(spec))
-    lines = [f"stage {seen.stage.value}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
-    if seen.next is not None:
-        lines += [
-            f"next: {seen.next.value}: {'go' if seen.go else 'no-go'}",
-            *(f"  {reason}" for reason in seen.reasons),
-        ]
-    told = {**plain(seen), "stage": seen.stage.value, "next": seen.next.value if seen.next else None, "go": seen.go}
-    answer(told, as_json, lambda: "\n".join(lines))
-
-
-@flags.command()
-@SPEC
-@click.option("--override", metavar="WHY", help="Go without the gate's evidence; the reason is logged.")
-@JSON
-def advance(spec: str, override: str | None, as_json: bool) -> None:
-    """Go one stage up, if the gate's evidence holds."""
-    from changeover.flags.cutover import advance as act
-
-    _step(act(load(spec), override=override), as_json)
-
-
-@flags.command()
-@SPEC
-@JSON
-def rollback(spec: str, as_json: bool) -> None:
-    """Go one stage down; asks no gate."""
-    from changeover.flags.cutover import rollback as act
-
-    _step(act(load(spec)), as_json)
-
-
-def _step(done: Any, as_json: bool) -> None:
-    told = {"from": done.before.value, "to": done.after.value, "epoch": done.epoch, "pause_seconds": done.pause_seconds}
-    pause = f", writers were held up {done.pause_seconds:.2f} s at most" if done.pause_seconds is not None else ""
-    answer(told, as_json, lambda: f"{told['from']} → {told['to']} (epoch {told['epoch']}{pause})")
-
-
-@flags.command()
-@SPEC
-@DEBUG
-def watch(spec: str, debug: bool) -> None:
-    """Follow a flag that is turned elsewhere: ask the gate, fence, write the epoch; until stopped."""
-    from changeover.flags.cutover import watch as act
-
-    with running(spec, "flags-watch", debug) as loaded:
-        act(loaded, threading.Event())
+main.add_command(flags)
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

@@ -26,7 +26,8 @@ from tasks to the driver. A wrong row is never an exception: it is data in a ver
     │   ├── CouldNotCheck                  a comparison that has no answer
     │   ├── FenceCalledOff                 the hand-over took longer than max_pause
     │   ├── RowRefused                     a row can't be represented in the target
-    │   └── JavaMissing                    Spark can't start
+    │   ├── JavaMissing                    Spark can't start
+    │   └── EmbeddedServerFailed           the server of our own could not be made, started or stopped
     └── Interrupted                  130   Ctrl-C
 """
 
@@ -312,6 +313,18 @@ class JavaMissing(CouldNotFinish):
 
     def __str__(self) -> str:
         return f"Spark needs Java 17 or later and {self.found}: install it with `{self.command}` or set JAVA_HOME"
+
+
+@dataclass(eq=False)
+class EmbeddedServerFailed(CouldNotFinish):
+    """The server of our own could not be made, started or stopped."""
+
+    root: str
+    problem: str
+    transient: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return f"embedded PostgreSQL in {self.root}: {self.problem}"
 
 
 @dataclass(eq=False)

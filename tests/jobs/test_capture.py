@@ -21,7 +21,8 @@ import pytest
 from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, SpoolGap, StepOrder
 from changeover.jobs import capture as capture_module
 from changeover.jobs.capture import CaptureResult, capture, emit_marker, lag, main
-from changeover.jobs.ledger import Ledger, SourceColumn, Stream
+from changeover.jobs.entries import SourceColumn, Stream
+from changeover.jobs.ledger import Ledger
 from changeover.jobs.spool import Spool
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect

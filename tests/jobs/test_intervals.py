@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from changeover.jobs.ledger import Authority
+from changeover.jobs.entries import Authority
 from changeover.jobs.replay import FOR_EVER, Interval, offered_intervals
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)

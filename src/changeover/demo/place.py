@@ -18,8 +18,9 @@ from urllib.parse import quote
 
 from psycopg.conninfo import conninfo_to_dict
 
+from changeover.binaries import find_binaries, wheel_binaries
 from changeover.demo import table
-from changeover.embedded import EmbeddedServer, find_binaries, wheel_binaries
+from changeover.embedded import EmbeddedServer
 from changeover.errors import UsageError
 from changeover.flags import flagfile
 from changeover.flags.stages import ORDER

@@ -1,0 +1,147 @@
+"""The ledger's tables and the entries in them, as frozen rows: what a migration can know for certain.
+
+An entry is what a query of the ledger answers, with LSNs as integers and keys in PostgreSQL's text form. It holds no session, so it
+pickles and may be read anywhere. The statements that write and read entries are in `ledger`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from changeover.position import Version, image_version
+
+FORMAT = 1
+"""Version of the ledger's tables; another version found is refused, never guessed at."""
+
+SCHEMA = """
+CREATE SCHEMA IF NOT EXISTS changeover;
+CREATE TABLE IF NOT EXISTS changeover.migration (
+    name text PRIMARY KEY, format integer NOT NULL, spec_digest text NOT NULL, spec jsonb NOT NULL,
+    l0 pg_lsn NOT NULL, system_id text NOT NULL, timeline integer NOT NULL, slot text NOT NULL, publication text NOT NULL,
+    snapshot text NOT NULL, visible text NOT NULL, prepared timestamptz NOT NULL DEFAULT now(), finalized timestamptz);
+CREATE TABLE IF NOT EXISTS changeover.source_table (
+    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL,
+    filenode bigint NOT NULL, columns jsonb NOT NULL, stopped text, PRIMARY KEY (migration, source));
+CREATE TABLE IF NOT EXISTS changeover.load (
+    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL, target text NOT NULL,
+    state text NOT NULL, applied pg_lsn NOT NULL, created boolean NOT NULL DEFAULT false, refused bigint NOT NULL DEFAULT 0,
+    swept bigint NOT NULL DEFAULT 0, events bigint NOT NULL DEFAULT 0, changed timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (migration, source, target));
+CREATE TABLE IF NOT EXISTS changeover.chunk (
+    migration text NOT NULL, source text NOT NULL, target text NOT NULL, chunk integer NOT NULL,
+    lower jsonb, upper jsonb, token bigint NOT NULL DEFAULT 0, loaded timestamptz, rows bigint, refused bigint,
+    seconds double precision, PRIMARY KEY (migration, source, target, chunk),
+    FOREIGN KEY (migration, source, target) REFERENCES changeover.load ON DELETE CASCADE);
+CREATE TABLE IF NOT EXISTS changeover.authority (
+    migration text NOT NULL, epoch integer NOT NULL, store text NOT NULL CHECK (store IN ('old', 'new')),
+    from_lsn pg_lsn NOT NULL, at timestamptz NOT NULL DEFAULT now(), pause_seconds double precision,
+    PRIMARY KEY (migration, epoch));
+CREATE TABLE IF NOT EXISTS changeover.verdict (
+    migration text NOT NULL, run bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(), source text NOT NULL,
+    target text NOT NULL, verdict text NOT NULL, stage text, detail jsonb NOT NULL, PRIMARY KEY (migration, run));
+CREATE TABLE IF NOT EXISTS changeover.heartbeat (
+    migration text NOT NULL, process text NOT NULL, at timestamptz NOT NULL, stage text NOT NULL, epoch integer NOT NULL,
+    counters jsonb NOT NULL, PRIMARY KEY (migration, process));
+CREATE TABLE IF NOT EXISTS changeover.audit (
+    migration text NOT NULL, entry bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(),
+    step text NOT NULL, outcome text NOT NULL, detail jsonb NOT NULL, PRIMARY KEY (migration, entry));
+"""
+
+LEDGER_TABLES = ("chunk", "load", "source_table", "authority", "verdict", "heartbeat", "audit", "migration")
+"""All of the ledger's tables, in an order in which they can be dropped."""
+
+PENDING, LOADED, CLOSED = "pending", "loaded", "closed"
+"""States of a load: chunks open; all chunks committed; swept, so that it may be verified and read."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The prepared change stream: what must still be true at every connect."""
+
+    l0: int
+    system_id: str
+    timeline: int
+    slot: str
+    publication: str
+    snapshot: str
+    visible: str
+
+    @property
+    def image(self) -> Version:
+        """Return v0, the version of every backfill image."""
+        return image_version(self.l0)
+
+
+@dataclass(frozen=True)
+class SourceColumn:
+    """A column of a source table as it was at prepare: PostgreSQL's type by name and oid, in the table's order."""
+
+    name: str
+    type: str
+    oid: int
+    array: bool
+    key: bool
+    not_null: bool
+
+
+@dataclass(frozen=True)
+class Load:
+    """How far one table has come in one target; `applied` says that every event with a smaller commit LSN was offered."""
+
+    source: str
+    target: str
+    state: str
+    applied: int
+    created: bool
+    refused: int
+    swept: int
+    events: int
+
+
+@dataclass(frozen=True)
+class ChunkRow:
+    """One key range of one load: lower <= key < upper, None being infinite; key values in PostgreSQL's text form."""
+
+    chunk: int
+    lower: tuple[str, ...] | None
+    upper: tuple[str, ...] | None
+    loaded: datetime | None
+    rows: int | None
+
+
+@dataclass(frozen=True)
+class Authority:
+    """Which store has authority over all rows, since which epoch and LSN of the store that lost it."""
+
+    epoch: int
+    store: str
+    from_lsn: int
+    at: datetime
+    pause_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a router process last said of itself."""
+
+    process: str
+    at: datetime
+    stage: str
+    epoch: int
+    counters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """A verdict on record; `detail` is the whole verdict as JSON."""
+
+    run: int
+    at: datetime
+    source: str
+    target: str
+    verdict: str
+    stage: str | None
+    detail: Mapping[str, Any]

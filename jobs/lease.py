@@ -1,0 +1,46 @@
+"""The lease of a step: at most one run of it is alive, wherever it runs.
+
+It is an advisory lock of a session of its own in the ledger's database, so it ends with its holder, however that dies. Taken and
+held on the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+
+from changeover.errors import LeaseHeld
+from changeover.session import Connection, application_name, connect
+
+
+@contextmanager
+def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0) -> Iterator[None]:
+    """Hold the lease of a step of a migration; raises LeaseHeld when another run has it, or has not let go in time (driver)."""
+    application = application_name(migration, f"{step}-lease")
+    holder = connect(dsn, application, settings={
+        "idle_session_timeout": "0", "lock_timeout": f"{int(wait_seconds * 1000)}ms",
+    })  # fmt: skip
+    with holder:
+        if wait_seconds:
+            try:
+                holder.execute("SELECT pg_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{migration}/{step}"])
+            except psycopg.errors.LockNotAvailable as error:
+                raise LeaseHeld(step, _holder(holder, application)) from error
+        else:
+            row = holder.execute(
+                "SELECT pg_try_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{migration}/{step}"]
+            ).fetchone()
+            if row is None or not row[0]:
+                raise LeaseHeld(step, _holder(holder, application))
+        yield
+
+
+def _holder(session: Connection, application: str) -> str:
+    """Return the oldest session of a lease, which is its holder's: the one that asks bears the same name and came later."""
+    row = session.execute(
+        "SELECT pid, backend_start FROM pg_stat_activity WHERE application_name = %s ORDER BY backend_start LIMIT 1",
+        [application],
+    ).fetchone()
+    return f"server process {row[0]}, since {row[1]:%H:%M:%S}" if row else "unknown"

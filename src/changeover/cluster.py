@@ -1,0 +1,134 @@
+"""The folder of a PostgreSQL server of our own, and the unprivileged user that works in it.
+
+PostgreSQL refuses root, so where we are root its programs run as another user, who can reach this folder and binaries that are
+copied here if need be, and nothing else that was closed before. No mode or owner is changed outside the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from changeover.errors import EmbeddedServerFailed
+
+SUPERUSER = "embedded"
+
+
+@dataclass(frozen=True)
+class Account:
+    """The unprivileged user that the server runs as."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+def server_account() -> Account | None:
+    """Return the user to become, or None where we are nobody special: PostgreSQL refuses to run as root."""
+    if os.geteuid() != 0:
+        return None
+    known = {entry.pw_name: entry for entry in pwd.getpwall()}
+    entry = known.get("postgres") or known["nobody"]
+    return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
+
+
+def run_as(account: Account | None, command: Sequence[str], root: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a server program from inside the folder; output goes to a file, since a daemon would keep a pipe open."""
+    environ = {"PATH": os.defpath, "LC_ALL": "C"}
+    if "TZ" in os.environ:
+        environ["TZ"] = os.environ["TZ"]
+    output = root / "programs.log"
+    with output.open("ab") as sink:
+        return subprocess.run(
+            command,
+            cwd=root,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            check=False,
+            user=account.uid if account else None,
+            group=account.gid if account else None,
+            extra_groups=[] if account else None,
+        )
+
+
+def _can_run(account: Account, command: Sequence[str], root: Path) -> bool:
+    try:
+        return run_as(account, command, root).returncode == 0
+    except PermissionError:
+        return False  # the program itself, or a folder above it, is closed to this user
+
+
+LEFT_BY_A_KILLED_START = frozenset({"data", "copied", "password", "programs.log", "server.new", "server.log"})
+"""What a start that was killed before its state file may leave; the next start makes it anew."""
+
+
+def prepare_root(root: Path, bin_dir: Path, account: Account | None) -> Path:
+    """Make the folder, reachable for the server's user and nobody else, and return binaries that this user can run."""
+    if root.exists() and any(entry.name not in LEFT_BY_A_KILLED_START for entry in root.iterdir()):
+        raise EmbeddedServerFailed(str(root), "the folder holds other files: name one for the server alone")
+    root.mkdir(parents=True, exist_ok=True)
+    root.chmod(0o700)
+    if account is None:
+        return bin_dir
+    os.chown(root, 0, account.gid)
+    root.chmod(0o710)
+    if not _can_run(account, ["/bin/sh", "-c", 'cd "$0"', str(root)], root):
+        raise EmbeddedServerFailed(
+            str(root),
+            f"PostgreSQL can't run as root and its user {account.name} can't reach the folder: name one under /var/tmp",
+        )
+    if _can_run(account, [str(bin_dir / "postgres"), "--version"], root):
+        return bin_dir
+    return _copy_binaries(bin_dir, root, account)
+
+
+def _copy_binaries(bin_dir: Path, root: Path, account: Account) -> Path:
+    """Copy a closed installation (such as one in a home folder) to where the server's user may read it."""
+    place = root / "copied"
+    shutil.rmtree(place, ignore_errors=True)
+    package, installation = bin_dir.parents[1], bin_dir.parent
+    copied = place / package.name / installation.name
+    shutil.copytree(installation, copied, symlinks=True)
+    libraries = package.with_name(f"{package.name}.libs")  # a wheel keeps its shared libraries beside the package
+    if libraries.is_dir():
+        shutil.copytree(libraries, place / libraries.name, symlinks=True)
+    for path in (place, *place.rglob("*")):
+        if not path.is_symlink():
+            os.chown(path, 0, account.gid)
+            path.chmod(0o750 if path.is_dir() or os.access(path, os.X_OK) else 0o640)
+    return copied / "bin"
+
+
+def initialise(root: Path, bin_dir: Path, password: str, account: Account | None) -> None:
+    """Run initdb in the folder, anew where a killed start left half of it; raises EmbeddedServerFailed where it fails."""
+    data, secret, log = root / "data", root / "password", root / "server.log"
+    shutil.rmtree(data, ignore_errors=True)
+    for path in (secret, log):
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+    secret.write_text(password)
+    data.mkdir(mode=0o700)
+    if account is not None:
+        for path in (data, secret, log):
+            os.chown(path, account.uid, account.gid)
+    command = [str(bin_dir / "initdb"), "-D", str(data), "-U", SUPERUSER, "--pwfile", str(secret)]
+    options = ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"]
+    try:
+        done = run_as(account, [*command, *options], root)
+    finally:
+        secret.unlink()
+    if done.returncode:
+        said = (root / "programs.log").read_text(errors="replace").strip().splitlines()
+        raise EmbeddedServerFailed(str(root), f"initdb failed: {said[-1] if said else 'no output'}")
+    with (data / "postgresql.conf").open("a") as conf:
+        conf.write("include 'changeover.conf'\n")
+    (data / "changeover.conf").touch()
+    if account is not None:
+        os.chown(data / "changeover.conf", account.uid, account.gid)

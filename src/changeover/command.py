@@ -1,0 +1,122 @@
+"""A command: its options, the run that it logs, its answer, and the exit code with which it ends.
+
+Every failure ends as one sentence on standard error and the error's exit code, never as a traceback; an unforeseen one is in the
+run's log file whole. `--json` prints one object on standard output and nothing else there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+import psycopg
+
+from changeover.errors import ChangeoverError, CouldNotFinish, Interrupted, SpecError
+from changeover.jobs.ledger import Ledger
+from changeover.record import log_file
+from changeover.spec import Spec, load
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from changeover.verifiers.verdict import Verdict
+
+SPEC = click.argument("spec", type=click.Path())
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+DEBUG = click.option("--debug", is_flag=True, help="Log at debug level.")
+TARGETS = click.option("--target", "targets", multiple=True, help="Only this target; may be given more than once.")
+
+
+class Commands(click.Group):
+    """A group whose commands end with our exit codes and one sentence, never with a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command and turn every failure into its sentence and exit code."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail(Interrupted(ctx.invoked_subcommand or "changeover"))
+        except ChangeoverError as error:
+            fail(error)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            fail(unforeseen(error))
+
+
+def unforeseen(error: Exception, log: Path | None = None) -> CouldNotFinish:
+    """Return one sentence for an error that no part of ours has named; `log` holds the whole of it."""
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    details = f"; {log} has the details" if log else ""
+    if not isinstance(error, psycopg.Error):
+        return CouldNotFinish(f"unexpected {type(error).__name__}: {said}{details}")
+    if error.sqlstate is None or error.sqlstate.startswith("57P"):  # no answer of a server, or its last one
+        return CouldNotFinish(f"a database broke off ({said}): check the servers, then run the same command again{details}")
+    return CouldNotFinish(f"a database refused a statement ({said}, SQLSTATE {error.sqlstate}){details}")
+
+
+def fail(error: ChangeoverError) -> NoReturn:
+    """Print the sentence and exit."""
+    click.echo(f"changeover: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+def answer(value: Any, as_json: bool, text: Callable[[], str]) -> None:
+    """Print a command's answer: one JSON object, or text for a person."""
+    click.echo(json.dumps(plain(value), default=str, ensure_ascii=False) if as_json else text())
+
+
+def plain(value: Any) -> Any:
+    """Return dataclasses as dicts, for JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def terminal_text(verdicts: Sequence[Verdict]) -> str:
+    """Return verdicts as the terminal shows them."""
+    from rich.console import Console
+
+    from changeover.verifiers.report import print_terminal
+
+    console = Console()
+    with console.capture() as captured:
+        print_terminal(verdicts, console=console)
+    return captured.get().rstrip()
+
+
+@contextmanager
+def running(path: str, step: str, debug: bool) -> Iterator[Spec]:
+    """Load the spec and log the run into a file of its own, an unforeseen error with its whole traceback."""
+    spec = load(path)
+    with log_file(spec, step, debug) as log:
+        try:
+            yield spec
+        except ChangeoverError as error:
+            logging.getLogger("changeover").error("%s", error)
+            raise
+        except Exception as error:
+            logging.getLogger("changeover").exception("unforeseen")
+            raise unforeseen(error, log) from error
+
+
+def spark_for(spec: Spec, step: str | None = None, targets: Sequence[str] = ()) -> SparkSession:
+    """Start Spark for a command; what a step needs first, and targets that are none, are said before Spark takes its seconds."""
+    from changeover.session import spark_session
+
+    for target in targets:
+        if target not in spec.targets:
+            raise SpecError(spec.path, "target", f"no target is named {target}: the targets are {', '.join(spec.targets)}")
+    if step is not None:
+        with Ledger.open(spec, step) as ledger:
+            ledger.stream(step)
+    return spark_session(f"changeover:{spec.name}")

@@ -1,0 +1,75 @@
+"""The commands `changeover flags …`: the migration flag shown and turned, gated by the evidence.
+
+Each calls one function of `changeover.flags.cutover` with the same words, and starts no JVM.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import click
+
+from changeover.command import DEBUG, JSON, SPEC, answer, plain, running
+from changeover.spec import load
+
+
+@click.group()
+def flags() -> None:
+    """Show and turn the migration flag, gated by the evidence."""
+
+
+@flags.command()
+@SPEC
+@JSON
+def show(spec: str, as_json: bool) -> None:
+    """Go or no-go for the next step, with every reason."""
+    from changeover.flags.cutover import show as act
+
+    seen = act(load(spec))
+    lines = [f"stage {seen.stage.value}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
+    if seen.next is not None:
+        lines += [
+            f"next: {seen.next.value}: {'go' if seen.go else 'no-go'}",
+            *(f"  {reason}" for reason in seen.reasons),
+        ]
+    told = {**plain(seen), "stage": seen.stage.value, "next": seen.next.value if seen.next else None, "go": seen.go}
+    answer(told, as_json, lambda: "\n".join(lines))
+
+
+@flags.command()
+@SPEC
+@click.option("--override", metavar="WHY", help="Go without the gate's evidence; the reason is logged.")
+@JSON
+def advance(spec: str, override: str | None, as_json: bool) -> None:
+    """Go one stage up, if the gate's evidence holds."""
+    from changeover.flags.cutover import advance as act
+
+    _step(act(load(spec), override=override), as_json)
+
+
+@flags.command()
+@SPEC
+@JSON
+def rollback(spec: str, as_json: bool) -> None:
+    """Go one stage down; asks no gate."""
+    from changeover.flags.cutover import rollback as act
+
+    _step(act(load(spec)), as_json)
+
+
+def _step(done: Any, as_json: bool) -> None:
+    told = {"from": done.before.value, "to": done.after.value, "epoch": done.epoch, "pause_seconds": done.pause_seconds}
+    pause = f", writers were held up {done.pause_seconds:.2f} s at most" if done.pause_seconds is not None else ""
+    answer(told, as_json, lambda: f"{told['from']} → {told['to']} (epoch {told['epoch']}{pause})")
+
+
+@flags.command()
+@SPEC
+@DEBUG
+def watch(spec: str, debug: bool) -> None:
+    """Follow a flag that is turned elsewhere: ask the gate, fence, write the epoch; until stopped."""
+    from changeover.flags.cutover import watch as act
+
+    with running(spec, "flags-watch", debug) as loaded:
+        act(loaded, threading.Event())
