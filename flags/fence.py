@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ldclient.migrations.types import Origin
 from psycopg import sql
 
-from changeover.errors import FenceCalledOff, TableStopped
+from changeover.errors import FenceCalledOff
 from changeover.flags.gate import mirrors
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import Authority
@@ -25,6 +25,7 @@ from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import source_table
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.replay import LEASE_SECONDS, lease_of
+from changeover.jobs.rewrite import require_same_file
 from changeover.position import epoch_floor, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table
@@ -198,9 +199,10 @@ def _hand_over(
     position = _position(old)
     emit_marker(old.connection, f"fence {epoch}")
     if to is Origin.NEW:
-        _require_same_files(spec, ledger, old)
         spool = spool_of(spec)
         pause.wait(lambda: None if spool.end() >= position else "capture to spool the last writes")
+        for table in spec.tables:
+            require_same_file(ledger, spool, old.connection, table)
         go_on()
         pause.wait(lambda: _behind(spec, ledger, position))
         return position
@@ -224,14 +226,6 @@ def _others_rest(spec: Spec, ledger: Ledger) -> Iterator[None]:
         for target in sorted(set(spec.targets) - {spec.flag.target}):
             held.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
         yield
-
-
-def _require_same_files(spec: Spec, ledger: Ledger, old: Side) -> None:
-    for table in spec.tables:
-        filenode, _, stopped = ledger.source_table(table.source)
-        seen = source_table(old.connection, table)
-        if stopped or seen is None or seen.filenode != filenode:
-            raise TableStopped(table.source, stopped or "it was rewritten since prepare")
 
 
 def _behind(spec: Spec, ledger: Ledger, position: int) -> str | None:

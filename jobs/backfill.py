@@ -21,7 +21,8 @@ from changeover.jobs import snapshot
 from changeover.jobs.entries import CLOSED, LOADED, PENDING, ChunkRow, Stream
 from changeover.jobs.ledger import Ledger, mark_loaded
 from changeover.jobs.preflight import source_table, store_columns
-from changeover.jobs.prepare import exported, require_prepared
+from changeover.jobs.prepare import exported, require_prepared, spool_of
+from changeover.jobs.rewrite import require_same_file
 from changeover.jobs.transform import Transform
 from changeover.position import format_lsn
 from changeover.session import application_name, connect
@@ -149,7 +150,8 @@ class _Load:
             self.ledger.set_state(source, self.store.name, LOADED)
         if state in (PENDING, LOADED):
             points.reach("before-close")
-            self._require_same_file(source)
+            with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")) as old:
+                require_same_file(self.ledger, spool_of(self.spec), old, self.transform.table)
             self.ledger.set_state(source, self.store.name, CLOSED, swept=self.store.close(self.transform.target))
 
     def _read_table(self, columns_of: Sequence[Any]) -> ReadTable:
@@ -195,16 +197,6 @@ class _Load:
         left = [row.chunk for row in chunks if row.loaded is None]
         if left:
             raise CouldNotFinish(f"{source} into {self.store.name}: chunks {left} were claimed by another backfill: run again")
-
-    def _require_same_file(self, source: str) -> None:
-        """A table rewritten under the snapshot reads as empty, without any event: compare its file with the prepared one."""
-        filenode, _, _ = self.ledger.source_table(source)
-        with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")) as old:
-            seen = source_table(old, self.transform.table)
-        if seen is None or seen.filenode != filenode:
-            reason = "it was rewritten or truncated since prepare, and a rewritten table reads as empty under an older snapshot"
-            self.ledger.stop_table(source, reason)
-            raise TableStopped(source, reason)
 
 
 def main() -> None:

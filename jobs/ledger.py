@@ -106,6 +106,13 @@ class Ledger:
             raise StepOrder(f"table {source}", "prepare")
         return row[0], tuple(SourceColumn(**column) for column in row[1]), row[2]
 
+    def record_file(self, source: str, filenode: int) -> None:
+        """Record the file that a table has since a TRUNCATE."""
+        self.connection.execute(
+            "UPDATE changeover.source_table SET filenode = %s WHERE migration = %s AND source = %s",
+            [filenode, self.migration, source],
+        )
+
     def stop_table(self, source: str, reason: str) -> None:
         """Record why a table is stopped; the first reason stays."""
         self.connection.execute(

@@ -11,24 +11,27 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from changeover.errors import TableStopped
+from changeover.jobs.changes import completed, keys_apart
 from changeover.jobs.entries import CLOSED, Authority, Load
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import Prepared, require_prepared, spool_of
 from changeover.jobs.spool import DELETE, INSERT, RELATION, TRUNCATE, UPDATE
 from changeover.jobs.transform import Transform
-from changeover.position import format_lsn
+from changeover.position import Version, format_lsn
 from changeover.sparkerrors import from_spark
 from changeover.spec import Spec
 from changeover.stores import Counts, Store, open_store
+from changeover.stores.reader import ExportedSnapshot
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -58,11 +61,13 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Batch:
-    """One load's next events: their number, where they end, and why the table stops there, if it does."""
+    """One load's next events: their number, where they end, why the table stops there, and the last TRUNCATE among them."""
 
     until: int
     events: int
     stop: str | None
+    truncated: tuple[int, int] | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,19 @@ class Interval:
 
 
 class Replay:
-    """Replays one migration (driver); `round` is one turn over all its loads, in the thread that calls it."""
+    """Replays one migration (driver); `round` is one turn over all its loads, in the thread that calls it.
 
-    def __init__(self, spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared) -> None:
+    Values that an update did not send are read in `snapshot` where one is given: then they are those of its moment.
+    """
+
+    def __init__(
+        self, spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared, snapshot: ExportedSnapshot | None = None
+    ) -> None:
         self.spec = spec
         self.spark = spark
         self.ledger = ledger
         self.prepared = prepared
+        self.snapshot = snapshot
         self.spool = spool_of(spec)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
@@ -141,7 +152,10 @@ class Replay:
         counts = Counts(0, 0)
         if batch.events:
             with from_spark(load.source, f"changes from {format_lsn(start)} to {format_lsn(batch.until)}"):
-                counts = store.merge(transform.target, self._changes(start, batch, interval.epoch, transform))
+                if batch.truncated:
+                    store.truncate(self.spark, transform.target, Version(interval.epoch, *batch.truncated))
+                with self._changes(start, batch, interval.epoch, transform) as changes:
+                    counts = store.merge(transform.target, changes)
         self.ledger.advance(load.source, load.target, batch.until, batch.events)
         if batch.stop:
             self.ledger.stop_table(load.source, batch.stop)
@@ -152,23 +166,34 @@ class Replay:
         schema, name = transform.table.source_name
         outline = self.spool.outline(start, end)
         ours = outline.filter(pc.equal(outline["relation"], f"{schema}.{name}"))
-        stop = first_stop(ours)
-        if stop is None:
-            return Batch(end, ours.num_rows, None)
-        lsn, reason = stop
-        before = ours.filter(pc.less(ours["lsn"], lsn))
-        return Batch(lsn, before.num_rows, f"{reason} (at {format_lsn(lsn)})")
+        stop = first_stop(ours, [c.name for c in transform.identity])
+        if stop is not None:
+            end, ours = stop[0], ours.filter(pc.less(ours["lsn"], stop[0]))
+        reason = f"{stop[1]} (at {format_lsn(end)})" if stop else None
+        partial = pc.any(pc.greater(pc.list_value_length(ours["missing"]), 0)).as_py()
+        return Batch(end, ours.num_rows, reason, last_truncate(ours), bool(partial))
 
-    def _changes(self, start: int, batch: Batch, epoch: int, transform: Transform) -> DataFrame:
-        schema, name = transform.table.source_name
+    @contextmanager
+    def _changes(self, start: int, batch: Batch, epoch: int, transform: Transform) -> Iterator[DataFrame]:
+        """Yield the batch's changes, one row a key; what an update did not send is read from the source."""
+        relation = ".".join(transform.table.source_name)
         if batch.events <= SMALL_BATCH:
-            found = self.spool.events(start, batch.until).select(["relation", "lsn", "ordinal", "op", "row", "key"])
+            found = self.spool.events(start, batch.until).drop_columns(["end_lsn", "committed_at", "note"])
             events = self.spark.createDataFrame(found).coalesce(1)
         else:
             events = self.spool.read(self.spark, start, batch.until)
-        ours = events.where((events["relation"] == f"{schema}.{name}") & events["op"].isin(INSERT, UPDATE, DELETE))
-        changes = transform.changes(ours, epoch)
-        return changes.coalesce(1) if batch.events <= SMALL_BATCH else changes  # one task: the fence waits for such batches
+        ours = events.where((events["relation"] == relation) & events["op"].isin(INSERT, UPDATE, DELETE))
+        if batch.truncated:  # what came before it has nothing to say any more
+            lsn, ordinal = batch.truncated
+            ours = ours.where((ours["lsn"] > lsn) | ((ours["lsn"] == lsn) & (ours["ordinal"] > ordinal)))
+        ours = keys_apart(ours)
+        with ExitStack() as held:
+            if batch.partial:
+                partial = self.spool.partial(relation, start, batch.until)
+                ours = held.enter_context(completed(self.spec, self.spark, transform, ours, partial, self.snapshot))
+            changes = transform.changes(ours, epoch)
+            # one task: the fence waits for such batches
+            yield changes.coalesce(1) if batch.events <= SMALL_BATCH else changes
 
 
 def offered_intervals(authorities: Sequence[Authority], *, takes_over: bool) -> list[Interval]:
@@ -188,31 +213,25 @@ def offered_intervals(authorities: Sequence[Authority], *, takes_over: bool) -> 
     return [one for one in intervals if not (takes_over and one.epoch in elsewhere)]
 
 
-def first_stop(outline: pa.Table) -> tuple[int, str] | None:
+def first_stop(outline: pa.Table, identity: Sequence[str]) -> tuple[int, str] | None:
     """Return (commit LSN, reason) of the first event that this version does not carry, or None (pure)."""
-    moved = pc.and_(pc.equal(outline["op"], UPDATE), pc.is_valid(outline["key"]))
-    partial = pc.greater(pc.list_value_length(outline["missing"]), 0)
-    special = pc.is_in(outline["op"], pa.array([TRUNCATE, RELATION]))
-    found = outline.filter(pc.or_(pc.or_(moved, partial), special)).sort_by([("lsn", "ascending"), ("ordinal", "ascending")])
-    if not found.num_rows:
-        return None
-    first = found.slice(0, 1).to_pylist()[0]
-    return first["lsn"], STOPS[first["op"]](first)
+    unsent = pc.greater(pc.list_value_length(outline["missing"]), 0)
+    suspects = outline.filter(pc.or_(unsent, pc.equal(outline["op"], RELATION)))
+    for event in suspects.sort_by([("lsn", "ascending"), ("ordinal", "ascending")]).to_pylist():
+        if event["op"] == RELATION:
+            return event["lsn"], f"its definition changed: {event['note']}"
+        if met := set(event["missing"]) & set(identity):
+            return event["lsn"], (
+                f"an update left the large key column {min(met)} unchanged and so out of the stream:"
+                " ALTER TABLE … REPLICA IDENTITY FULL before prepare makes it whole"
+            )
+    return None
 
 
-STOPS: dict[str, Callable[[dict[str, Any]], str]] = {
-    TRUNCATE: lambda event: "it was truncated, which this version does not carry",
-    RELATION: lambda event: f"its definition changed: {event['note']}",
-    UPDATE: lambda event: (
-        f"an update left the large column {event['missing'][0]} unchanged and so out of the stream:"
-        " ALTER TABLE … REPLICA IDENTITY FULL before prepare makes it whole"
-        if event["missing"]
-        else f"an update changed the key {dict(event['key'])}, which this version does not carry"
-    ),
-    INSERT: lambda event: f"an insert without {event['missing']}",
-    DELETE: lambda event: f"a delete without {event['missing']}",
-}
-"""Kind of event -> why the table stops at it."""
+def last_truncate(outline: pa.Table) -> tuple[int, int] | None:
+    """Return commit LSN and ordinal of the last TRUNCATE, which is all that counts of those before it (pure)."""
+    found = outline.filter(pc.equal(outline["op"], TRUNCATE))
+    return max(zip(found["lsn"].to_pylist(), found["ordinal"].to_pylist(), strict=True), default=None)
 
 
 def lease_of(target: str) -> str:

@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 FORMAT = "1"
 """Version of the spool's columns; another version found is refused, never guessed at."""
 
-INSERT, UPDATE, DELETE, TRUNCATE, MARKER, RELATION = "I", "U", "D", "T", "M", "R"
-"""Kinds of event; MARKER and RELATION speak in `note`, MARKER and only it without a relation."""
+INSERT, UPDATE, DELETE, TRUNCATE, MARKER, RELATION, ADDED = "I", "U", "D", "T", "M", "R", "A"
+"""Kinds of event; MARKER, RELATION and ADDED speak in `note`, MARKER and only it without a relation.
+
+RELATION says that a table is not as it was prepared, ADDED that it only has more columns, which nothing of the spec needs.
+"""
 
 APPLICATION = "capture"
 FORMAT_KEY = "changeover.format"
@@ -150,6 +153,11 @@ class Spool:
     def outline(self, after: int, until: int) -> pa.Table:
         """Return relation, lsn, ordinal, op, key, missing and note of the events with ``after <= lsn < until``."""
         return self._scan(after, until, ["relation", "lsn", "ordinal", "op", "key", "missing", "note"])
+
+    def partial(self, relation: str, after: int, until: int) -> pa.Table:
+        """Return row, missing and xid of a relation's updates that leave a value out."""
+        found = self._scan(after, until, ["relation", "row", "missing", "xid"])
+        return found.filter(pc.and_(pc.equal(found["relation"], relation), pc.greater(pc.list_value_length(found["missing"]), 0)))
 
     def _scan(self, after: int, until: int, columns: list[str]) -> pa.Table:
         """Read the files whose positions meet the range: the log tells which, so the others cost nothing."""

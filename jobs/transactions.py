@@ -20,7 +20,7 @@ from changeover.errors import RowRefused, SourceChanged
 from changeover.jobs import pgoutput
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.pgoutput import UNCHANGED, Values
-from changeover.jobs.spool import DELETE, INSERT, MARKER, RELATION, TRUNCATE, UPDATE, Event
+from changeover.jobs.spool import ADDED, DELETE, INSERT, MARKER, RELATION, TRUNCATE, UPDATE, Event
 
 MARKER_PREFIX = "changeover"
 TEXT_ARRAY, BOX_ARRAY = 1009, 1020
@@ -85,20 +85,25 @@ def _array_loader(oid: int) -> Callable[[bytes], object]:
 
 
 def difference(relation: pgoutput.Relation, prepared: Sequence[SourceColumn], generated: frozenset[str]) -> str:
-    """Return how a table in the stream differs from the prepared one, naming each column; empty when it does not.
+    """Return what a table in the stream lacks of the prepared one, naming each column; empty when it has all of it.
 
     Stored generated columns are not part of the stream: their absence is no difference.
     """
     now = {column.name: column for column in relation.columns}
     before = {column.name: column for column in prepared}
-    found = [f"column {name} was added (type oid {column.oid})" for name, column in now.items() if name not in before]
-    found += [f"column {name} was dropped" for name in before if name not in now and name not in generated]
+    found = [f"column {name} was dropped" for name in before if name not in now and name not in generated]
     for name in now.keys() & before.keys():
         if now[name].oid != before[name].oid:
             found.append(f"column {name} has another type (oid {now[name].oid}, was {before[name].type})")
         if relation.identity != "f" and now[name].key != before[name].key:
             found.append(f"column {name} {'became' if now[name].key else 'is no longer'} part of the replica identity")
     return "; ".join(sorted(found))
+
+
+def additions(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> str:
+    """Return the columns that a table has beyond the prepared ones, or an empty text."""
+    before = {column.name for column in prepared}
+    return "; ".join(f"column {c.name} was added (type oid {c.oid})" for c in relation.columns if c.name not in before)
 
 
 class Transaction:
@@ -196,6 +201,8 @@ class Assembler:
         found = difference(relation, self.tables[source], self.generated.get(source, frozenset()))
         if name != source:
             found = f"the table was renamed to {name}" + (f"; {found}" if found else "")
-        if found:
+        # a renamed column is one that was dropped and one that was added
+        note = "; ".join(filter(None, (additions(relation, self.tables[source]), found)))
+        if note:
             now = self._now()
-            now.parts.append((source, 2 * now.index - 1, RELATION, None, None, (), found))
+            now.parts.append((source, 2 * now.index - 1, RELATION if found else ADDED, None, None, (), note))

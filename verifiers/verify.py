@@ -104,10 +104,10 @@ def _moment(
                     turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
                 made = snapshot.create_slot(dsn, application, f"{spec.slot}_verify", temporary=True)
                 held.enter_context(made.session)
+                holder, exported = held.enter_context(importing(dsn, application, made.snapshot))
                 emit_marker(old, "verify")
-                _replay_to(Replay(spec, spark, ledger, prepared), made.l0, sorted({target for _, target in chosen}))
+                _replay_to(Replay(spec, spark, ledger, prepared, exported), made.l0, sorted({target for _, target in chosen}))
                 targets = _freeze_targets(held, spec, spark, chosen)
-            holder, exported = held.enter_context(importing(dsn, application, made.snapshot))
             position = format_lsn(made.l0)
             sources = {
                 name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS) for name, read in reads.items()

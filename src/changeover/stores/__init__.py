@@ -135,6 +135,10 @@ class Store(Protocol):
         """Offer changes, one row a key, through the gate (replay)."""
         ...
 
+    def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:
+        """Delete every row older than a TRUNCATE of that version, and refuse what is older from then on (replay)."""
+        ...
+
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> AbstractContextManager[Frozen]:
         """Hold a state that verification reads, in about `parts` ranges of the key where the store has an order (verify)."""
         ...

@@ -29,6 +29,7 @@ from changeover.stores.postgres import OUTCOME
 from changeover.stores.reader import EVERYTHING
 
 if TYPE_CHECKING:
+    from pyspark.sql import Column as SparkColumn
     from pyspark.sql import DataFrame, SparkSession
 
 TO_DELTA = {"tinyint": "byte", "smallint": "short", "int": "integer", "bigint": "long"}
@@ -128,13 +129,9 @@ class DeltaStore:
         from delta.tables import DeltaTable as SparkDeltaTable
         from pyspark.sql import functions as F
 
-        floor = self.floors[table.name]
         version = F.struct(F.col(EPOCH).alias("epoch"), F.col(LSN).alias("lsn"), F.col(ORDINAL).alias("ordinal"))
-        offered = changes.select(*table.names, version.alias(VERSION), DELETED).where(
-            F.col(VERSION) > F.struct(
-                F.lit(floor.epoch).cast("int").alias("epoch"), F.lit(floor.lsn).cast("bigint").alias("lsn"),
-                F.lit(floor.ordinal).cast("bigint").alias("ordinal"))
-        )  # fmt: skip
+        offered = changes.select(*table.names, version.alias(VERSION), DELETED)
+        offered = offered.where(F.col(VERSION) > _literal(self.floors[table.name]))
         same = " AND ".join(f"t.`{name}` = s.`{name}`" for name in table.key)
         everything = {f"`{name}`": f"s.`{name}`" for name in (*table.names, VERSION, DELETED)}
         done = (
@@ -148,6 +145,15 @@ class DeltaStore:
         taken = done.first()
         affected = int(taken["num_affected_rows"]) if taken is not None else 0
         return Counts(affected, affected)
+
+    def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:
+        """Make a tombstone of every older row. Older changes find it: events come in order, so each has a row by now."""
+        from delta.tables import DeltaTable as SparkDeltaTable
+        from pyspark.sql import functions as F
+
+        gone: dict[str, str | SparkColumn] = {VERSION: _literal(version), DELETED: F.lit(True)}
+        gone |= {f"`{name}`": F.lit(None) for name in table.names if name not in table.key}
+        SparkDeltaTable.forPath(spark, str(self.path(table.name))).update(F.col(VERSION) < _literal(version), gone)
 
     @contextmanager
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
@@ -198,6 +204,13 @@ def live_rows(spark: SparkSession, path: Path | str, version: int | None = None)
     if version is not None:
         reader = reader.option("versionAsOf", version)
     return reader.load(str(path)).where(f"NOT {DELETED}").drop(VERSION, DELETED)
+
+
+def _literal(version: Version) -> SparkColumn:
+    from pyspark.sql import functions as F
+
+    parts = zip(version._fields, ("int", "bigint", "bigint"), version, strict=True)
+    return F.struct(*(F.lit(value).cast(kind).alias(name) for name, kind, value in parts))
 
 
 def _to_delta(spark_type: str) -> Any:

@@ -17,7 +17,7 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import CouldNotFinish, LockNotGranted, RowRefused
-from changeover.position import Version, format_lsn
+from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection
 from changeover.stores import Counts
 
@@ -307,13 +307,17 @@ def sweep(connection: Connection, table: GatedTable) -> int:
         ).rowcount
 
 
-def raise_floor(connection: Connection, table: GatedTable, floor: Version) -> None:
-    """Raise the floor, never lower it, and commit."""
-    connection.execute(
-        "UPDATE changeover.gate SET epoch = %(e)s, lsn = %(l)s, ordinal = %(o)s WHERE target = %(t)s"
-        " AND (%(e)s, %(l)s::pg_lsn, %(o)s) > (epoch, lsn, ordinal)",
+def raise_floor(connection: Connection, table: GatedTable, floor: Version) -> Version:
+    """Raise the floor, never lower it, commit, and return the floor that stands then."""
+    row = connection.execute(
+        "UPDATE changeover.gate SET (epoch, lsn, ordinal) = (SELECT g.epoch, g.lsn, g.ordinal FROM (VALUES (epoch, lsn, ordinal),"
+        " (%(e)s, %(l)s::pg_lsn, %(o)s::bigint)) AS g (epoch, lsn, ordinal) ORDER BY g DESC LIMIT 1)"
+        " WHERE target = %(t)s RETURNING epoch, lsn::text, ordinal",
         {"e": floor.epoch, "l": format_lsn(floor.lsn), "o": floor.ordinal, "t": table.target},
-    )
+    ).fetchone()
+    if row is None:
+        raise CouldNotFinish(f"{table.target} has no gate: run prepare")
+    return Version(row[0], parse_lsn(row[1]), row[2])
 
 
 def remove(connection: Connection, schema: str, name: str) -> list[str]:

@@ -86,6 +86,14 @@ def source_type(type_name: str) -> SourceType | None:
     return SourceType(*EXACT[base])
 
 
+def form_of(type_name: str) -> str:
+    """Return the form in which a carried type is read; raises TypeError for one that is not."""
+    carried = source_type(type_name)
+    if carried is None:
+        raise TypeError(f"{type_name} is not carried")
+    return carried.form
+
+
 def postgres_type(spark_type: str) -> str | None:
     """Return the PostgreSQL type that holds a computed column of a Spark type, or None."""
     array = re.fullmatch(r"array<(.+)>", spark_type)

@@ -22,6 +22,7 @@ from changeover.session import Connection, application_name, connect, server_nam
 from changeover.sparkerrors import failure_of, raise_failures
 from changeover.spec import Target
 from changeover.stores import LSN, VERSION_COLUMNS, Column, Counts, Frozen, Mark, TargetTable, gate
+from changeover.stores import truncate as truncating
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import plan_ranges
 from changeover.stores.reader import ExportedSnapshot, ReadTable, read_table
@@ -104,7 +105,8 @@ class PostgresStore:
         """Barrier, then sweep; return how many ghosts it removed."""
         with speaking_to(self.dsn, f"closing {table}"):
             gate.barrier(self.connection, self.gated(table), server_name(self.dsn))
-            return gate.sweep(self.connection, self.gated(table))
+            with truncating.alone(self.connection, self.gated(table)):
+                return gate.sweep(self.connection, self.gated(table))
 
     def merge(self, table: TargetTable, changes: DataFrame) -> Counts:
         """Offer changes through the gate, a transaction a partition; partitions must not share a key."""
@@ -114,6 +116,11 @@ class PostgresStore:
         rows = lines.mapInArrow(MergeTask(self.dsn, self.application, self.gated(table)), OUTCOME).collect()
         raise_failures(row.failure for row in rows)
         return Counts(sum(row.offered for row in rows), sum(row.taken for row in rows))
+
+    def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:
+        """Raise the floor, then delete what is older, in batches."""
+        with speaking_to(self.dsn, f"truncating {table}"):
+            truncating.truncate(self.connection, self.gated(table), version, server_name(self.dsn))
 
     @contextmanager
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
@@ -138,15 +145,22 @@ class PostgresStore:
 @contextmanager
 def freeze(spark: SparkSession, dsn: str, application: str, table: ReadTable, parts: int) -> Iterator[Frozen]:
     """Hold one state of a table in PostgreSQL; its ranges are planned in the same snapshot (driver)."""
+    with exporting(dsn, application) as (holder, snapshot):
+        row = holder.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        assert row is not None
+        yield frozen_at(spark, dsn, application, table, snapshot, row[0], holder, parts)
+
+
+@contextmanager
+def exporting(dsn: str, application: str) -> Iterator[tuple[Connection, ExportedSnapshot]]:
+    """Hold a snapshot of this moment open for others to import (driver)."""
     with connect(dsn, application, autocommit=False) as holder:
         unlimited(holder)
         holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         holder.read_only = True
-        row = holder.execute(
-            "SELECT pg_export_snapshot(), pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text"
-        ).fetchone()
+        row = holder.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text").fetchone()
         assert row is not None
-        yield frozen_at(spark, dsn, application, table, ExportedSnapshot(row[0], row[1]), row[2], holder, parts)
+        yield holder, ExportedSnapshot(*row)
 
 
 def frozen_at(

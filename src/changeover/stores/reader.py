@@ -14,7 +14,7 @@ from psycopg import sql
 
 from changeover.session import jdbc_options
 from changeover.stores import Column
-from changeover.stores.pgtypes import ARRAY, JSON, NATIVE, NESTED, TEXT, decode, source_type
+from changeover.stores.pgtypes import ARRAY, JSON, NATIVE, NESTED, TEXT, decode, form_of
 from changeover.stores.pgtypes import moved as as_moved
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 FETCH_SIZE = 10_000
 """Rows a round trip: without it the driver reads a whole range into memory."""
+
+KEYS_AT_ONCE = 1_000
+"""Keys that one query names: the planner's work grows faster than their number."""
 
 OWN_TEXT = ("inet[", "character[", "character(")
 """Arrays whose elements a cast to text would change; their JSON has the output function's text, in quotes."""
@@ -62,19 +65,11 @@ def read_table(
 ) -> DataFrame:
     """Return the table's rows as of the snapshot, one partition a range, decoded (lazy: read in tasks, on each action).
 
-    With `keys` (in PostgreSQL's text form), the rows of those alone, in one partition. Columns in `moved` are read as text.
+    With `keys` (in PostgreSQL's text form), the rows of those alone, some keys a partition. Columns in `moved` are read as text.
     """
-    options = {
-        **jdbc_options(dsn, application),
-        "dbtable": _subquery(table, moved).as_string(None),
-        "fetchsize": str(FETCH_SIZE),
-        "sessionInitStatement": _session_start(table, snapshot).as_string(None),
-    }
-    url = options.pop("url")
-    inner = options.pop("dbtable")
-    conditions = [_predicate(table.key, bounds) for bounds in ranges] if keys is None else [_one_of(table.key, keys)]
-    predicates = [condition.as_string(None) for condition in conditions]
-    frame = spark.read.jdbc(url, inner, predicates=predicates, properties=options)
+    columns = [(_form(c, TEXT if c.name in moved else form_of(c.type)), c.name) for c in table.columns]
+    conditions = [_predicate(table.key, bounds) for bounds in ranges] if keys is None else _some_of(table.key, keys)
+    frame = _read(spark, dsn, application, table, columns, conditions, snapshot)
     return frame.select(
         *(
             (as_moved(frame[c.name], c.type) if c.name in moved else decode(frame[c.name], c.type, native=True)).alias(c.name)
@@ -83,21 +78,51 @@ def read_table(
     )
 
 
-def _subquery(table: ReadTable, moved: Collection[str]) -> sql.Composed:
-    """The columns in the form they are read in, and the raw key beside them for the ranges (Spark prunes what it does not use)."""
-    parts = [
-        sql.SQL("{} AS {}").format(_form(column, column.name in moved), sql.Identifier(column.name)) for column in table.columns
-    ] + [
-        sql.SQL("{} AS {}").format(sql.Identifier(column.name), sql.Identifier(f"_key{place}"))
-        for place, column in enumerate(table.key)
-    ]
+def read_texts(
+    spark: SparkSession, dsn: str, application: str, table: ReadTable, keys: Sequence[tuple[str, ...]], snapshot: ExportedSnapshot
+) -> DataFrame:  # fmt: skip
+    """Return the rows of some keys in the texts in which the change stream has them, the key as `_text0` and so on.
+
+    Lazy: read in tasks, on each action, some keys a partition.
+    """
+    columns = [(_streamed(column), f"_text{place}") for place, column in enumerate(table.key)]
+    columns += [(_streamed(column), column.name) for column in table.columns]
+    frame = _read(spark, dsn, application, table, columns, _some_of(table.key, keys), snapshot)
+    return frame.drop(*(f"_key{place}" for place in range(len(table.key))))
+
+
+def _read(
+    spark: SparkSession, dsn: str, application: str, table: ReadTable, columns: Sequence[tuple[sql.Composable, str]],
+    conditions: Sequence[sql.Composable], snapshot: ExportedSnapshot,
+) -> DataFrame:  # fmt: skip
+    """Read expressions under their names, one partition a condition."""
+    options = {
+        **jdbc_options(dsn, application),
+        "fetchsize": str(FETCH_SIZE),
+        "sessionInitStatement": _session_start(table, snapshot).as_string(None),
+    }
+    url = options.pop("url")
+    inner = _subquery(table, columns).as_string(None)
+    return spark.read.jdbc(url, inner, predicates=[one.as_string(None) for one in conditions], properties=options)
+
+
+def _subquery(table: ReadTable, columns: Sequence[tuple[sql.Composable, str]]) -> sql.Composed:
+    """The expressions, and the raw key beside them for the conditions (Spark prunes what it does not use)."""
+    raw = [(sql.Identifier(column.name), f"_key{place}") for place, column in enumerate(table.key)]
+    parts = [sql.SQL("{} AS {}").format(form, sql.Identifier(name)) for form, name in [*columns, *raw]]
     return sql.SQL("(SELECT {} FROM ONLY {}) AS changeover_read").format(
         sql.SQL(", ").join(parts), sql.Identifier(table.schema, table.name)
     )
 
 
-def _form(column: Column, moved: bool) -> sql.Composable:
-    carried = source_type(column.type)
+def _streamed(column: Column) -> sql.Composable:
+    """The text in which the change stream has a value: the type's output function's, an array as JSON of such texts."""
+    if column.type.endswith("[]"):
+        return _form(column, JSON)
+    return sql.SQL("CASE WHEN {0} IS NOT NULL THEN format('%s', {0}) END").format(sql.Identifier(column.name))
+
+
+def _form(column: Column, form: str) -> sql.Composable:
     forms = {
         NATIVE: sql.SQL("{0}"),
         # format() asks the type's output function, as the change stream does; a cast may say more (inet) or less
@@ -107,12 +132,9 @@ def _form(column: Column, moved: bool) -> sql.Composable:
         # what an array column of Spark can't hold fails in the server, whose message then carries ours
         ARRAY: sql.SQL("CASE WHEN array_lower({0}, 1) <> 1 OR array_ndims({0}) > 1 THEN ({2} || {0}::text)::{3} ELSE {0} END"),
     }
-    if carried is None:
-        raise TypeError(f"{column.name}: {column.type} is not carried")
     texts = sql.SQL("" if column.type.startswith(OWN_TEXT) else "::text[]")
     refused = sql.Literal(f"[NOT_CARRIED] {column.type}: {NESTED}: ")
-    form = forms[TEXT if moved else carried.form]
-    return form.format(sql.Identifier(column.name), texts, refused, sql.SQL(column.type))
+    return forms[form].format(sql.Identifier(column.name), texts, refused, sql.SQL(column.type))
 
 
 def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
@@ -132,8 +154,8 @@ def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
     return sql.SQL(" AND ").join(sides) if sides else sql.SQL("true")
 
 
-def _one_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> sql.Composable:
-    """The condition of some keys."""
+def _some_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> list[sql.Composable]:
+    """The conditions that together hold for some keys, each for as many as one query names."""
     columns = sql.SQL(", ").join(sql.Identifier(f"_key{place}") for place in range(len(key)))
     rows = [
         sql.SQL("({})").format(
@@ -143,7 +165,8 @@ def _one_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> sql.Com
         )
         for row in values
     ]
-    return sql.SQL("({}) IN ({})").format(columns, sql.SQL(", ").join(rows)) if rows else sql.SQL("false")
+    parts = [rows[start : start + KEYS_AT_ONCE] for start in range(0, len(rows), KEYS_AT_ONCE)]
+    return [sql.SQL("({}) IN ({})").format(columns, sql.SQL(", ").join(part)) for part in parts] or [sql.SQL("false")]
 
 
 def _session_start(table: ReadTable, snapshot: ExportedSnapshot) -> sql.Composed:

@@ -1,0 +1,61 @@
+"""Rewrites: a table whose file was replaced reads as empty under an older snapshot, without an error and without an event.
+
+Only a TRUNCATE says so in the stream, and then every row that the old snapshot would have shown is gone anyhow. Any other new
+file stops the table, because nobody can tell which chunks read the old one (PostgreSQL, ALTER TABLE: a rewrite is not MVCC-safe).
+"""
+
+from __future__ import annotations
+
+import time
+
+import pyarrow.compute as pc
+
+from changeover.errors import CouldNotFinish, TableStopped
+from changeover.jobs.capture import emit_marker
+from changeover.jobs.ledger import Ledger
+from changeover.jobs.preflight import source_table
+from changeover.jobs.spool import TRUNCATE, Spool
+from changeover.position import format_lsn, parse_lsn
+from changeover.session import Connection
+from changeover.spec import Table
+
+SPOOL_SECONDS = 60.0
+FOR_EVER = 2**63 - 1
+
+
+def require_same_file(ledger: Ledger, spool: Spool, old: Connection, table: Table) -> None:
+    """Stop a table whose file is not the one that was prepared, unless the stream tells of a TRUNCATE since (driver)."""
+    filenode, _, stopped = ledger.source_table(table.source)
+    seen = source_table(old, table)
+    if stopped:
+        raise TableStopped(table.source, stopped)
+    if seen is not None and seen.filenode == filenode:
+        return
+    if seen is None or not _truncated(spool, old, ".".join(table.source_name)):
+        reason = "it was rewritten since prepare, and a rewritten table reads as empty under an older snapshot"
+        ledger.stop_table(table.source, reason)
+        raise TableStopped(table.source, reason)
+    ledger.record_file(table.source, seen.filenode)
+
+
+def _truncated(spool: Spool, old: Connection, relation: str) -> bool:
+    """Return whether the spool, up to this moment, holds a TRUNCATE of the table."""
+    row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+    assert row is not None
+    deadline = time.monotonic() + SPOOL_SECONDS
+    emit_marker(old, "file")  # an idle stream would not pass the position
+    while not _spooled(spool, relation):
+        if spool.end() >= parse_lsn(row[0]):
+            return _spooled(spool, relation)  # it may have come since it was looked for
+        if time.monotonic() > deadline:
+            raise CouldNotFinish(
+                f"table {relation} has a new file, and capture has not spooled up to {row[0]} after {SPOOL_SECONDS:g} s (it is at"
+                f" {format_lsn(spool.end())}), which would tell whether it was truncated: is `changeover capture` running?"
+            )
+        time.sleep(0.05)
+    return True
+
+
+def _spooled(spool: Spool, relation: str) -> bool:
+    outline = spool.outline(0, FOR_EVER)
+    return bool(pc.any(pc.and_(pc.equal(outline["relation"], relation), pc.equal(outline["op"], TRUNCATE))).as_py())
