@@ -21,8 +21,8 @@ STOPS = [
         "its definition changed: column more was added",
     ),
     (
-        "ALTER TABLE follows DROP COLUMN big; INSERT INTO follows (from_user, to_channel) VALUES (101, 1)",
-        "its definition changed: column big was dropped",
+        "ALTER TABLE follows DROP COLUMN credit; INSERT INTO follows (from_user, to_channel) VALUES (101, 1)",
+        "its definition changed: column credit was dropped",
     ),
 ]
 
