@@ -18,8 +18,9 @@ from psycopg import sql
 from changeover.errors import Refused, SpecError
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.ledger import Ledger
+from changeover.secret import secret
 from changeover.session import Connection, application_name, connect, server_name
-from changeover.spec import IDENTIFIER, Spec, Table, qualified, secret
+from changeover.spec import IDENTIFIER, Spec, Table, qualified
 from changeover.stores import Column, open_store
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import estimated_rows

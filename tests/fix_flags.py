@@ -43,6 +43,8 @@ OLD_TABLE = """
 CREATE TABLE public.follows (from_user bigint, to_channel bigint, note text DEFAULT 'none', tags text[],
     seen timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (from_user, to_channel))
 """
+"""Not the demo's table: its new row is an application's own mapping, and the store fills in columns that a write leaves out."""
+
 NEW_TABLE = """
 CREATE TABLE public.associations (subject bigint, object bigint, attributes jsonb NOT NULL, tags text[],
     seen timestamptz NOT NULL, PRIMARY KEY (subject, object))

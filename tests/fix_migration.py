@@ -18,6 +18,7 @@ import pytest
 from psycopg import sql
 from pyspark.sql import DataFrame, SparkSession
 
+from changeover.demo.table import DDL
 from changeover.jobs import prepare as preparing
 from changeover.jobs.backfill import Loaded, backfill
 from changeover.jobs.capture import capture, emit_marker
@@ -34,15 +35,12 @@ ROWS = 2000
 CHUNKS = 3
 """Fewer than the product plans at least: an append to Delta costs a Spark job."""
 
-FOLLOWS = """
-CREATE TABLE follows (
-    from_user bigint NOT NULL, to_channel bigint NOT NULL, notify boolean NOT NULL DEFAULT true, note text,
-    weight numeric(12,4), score double precision, tags text[], levels integer[], blocked_on text,
-    created_at timestamptz NOT NULL DEFAULT now(), settings jsonb, big numeric, PRIMARY KEY (from_user, to_channel));
-"""
+FOLLOWS = f"{DDL}; ALTER TABLE public.follows ALTER created_at SET DEFAULT now(), ALTER updated_at SET DEFAULT now()"
+"""The demo's table; a test writes rows without the two times."""
 
 NASTY_ROWS = r"""
-INSERT INTO follows SELECT i %% 100 + 1, i / 100 + 1, i %% 3 = 0,
+INSERT INTO follows (from_user, to_channel, notify, note, weight, score, tags, levels, blocked_on, created_at, settings, credit)
+SELECT i %% 100 + 1, i / 100 + 1, i %% 3 = 0,
     CASE i %% 7 WHEN 0 THEN NULL WHEN 1 THEN '' WHEN 2 THEN 'NULL' WHEN 3 THEN 'Zoë ☂ "q" \ back'
         WHEN 4 THEN E'two\nlines\tand tab\r' ELSE '\N' || i END,
     CASE WHEN i %% 11 = 0 THEN NULL ELSE (i::numeric / 7)::numeric(12,4) END,
@@ -76,17 +74,17 @@ TARGETS = {
 
 SOURCE_IMAGE = """
 SELECT from_user, 'follows', to_channel, notify, note, weight, score, tags, levels,
-    to_timestamp(blocked_on, 'YYYY-MM-DD HH24:MI:SS'), created_at, settings::text, big::text FROM follows
+    to_timestamp(blocked_on, 'YYYY-MM-DD HH24:MI:SS'), created_at, updated_at, settings::text, credit::text FROM follows
 """
 
 STORE_IMAGE = """
-SELECT entity_a, kind, entity_b, notify, note, weight, score, tags, levels, blocked_on, created_at, settings::text, big::text
-FROM associations
+SELECT entity_a, kind, entity_b, notify, note, weight, score, tags, levels, blocked_on, created_at, updated_at, settings::text,
+    credit::text FROM associations
 """
 
 LAKE_COLUMNS = (
     "entity_a", "kind", "entity_b", "notify", "note", "weight", "score", "tags", "levels", "blocked_on", "created_at",
-    "settings", "big",
+    "updated_at", "settings", "credit",
 )  # fmt: skip
 
 Rows = list[str]

@@ -76,6 +76,7 @@ TARGET = TargetTable(
 )
 
 FOLLOWS = "CREATE TABLE follows (from_user bigint, to_channel bigint, note text, PRIMARY KEY (from_user, to_channel))"
+"""Three columns in place of the demo's: commands are tried on it, not values."""
 
 TEN_SECONDS = 10.0
 

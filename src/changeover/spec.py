@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -18,34 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from psycopg import Error as PsycopgError
-from psycopg.conninfo import conninfo_to_dict
-
-from changeover.errors import SecretMissing, SpecError, UsageError
+from changeover.errors import SpecError
+from changeover.secret import Secret, secret
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 """A migration's name becomes part of a slot's name, whose characters PostgreSQL restricts."""
-
-
-@dataclass(frozen=True)
-class Secret:
-    """A DSN as the spec has it: an environment reference, or a DSN without a password."""
-
-    key: str
-    reference: str
-
-    def resolve(self) -> str:
-        """Return the DSN; raises SecretMissing when the environment variable is not set, UsageError for what is no DSN."""
-        if not self.reference.startswith("env:"):
-            return self.reference
-        variable = self.reference.removeprefix("env:")
-        value = os.environ.get(variable)
-        if not value:
-            raise SecretMissing(self.key, variable)
-        if problem := dsn_problem(value):
-            raise UsageError(f"{self.key}: the environment variable {variable} {problem}")
-        return value
 
 
 @dataclass(frozen=True)
@@ -148,29 +125,6 @@ class Spec:
             if name in (table.source, table.target, table.source_name[1]):
                 return table
         raise SpecError(self.path, "table", f"no table is named {name}")
-
-
-def dsn_problem(value: str) -> str | None:
-    """Return why a text is no DSN; the text itself, and what libpq says of it, may hold a password and are never repeated."""
-    shape = "write postgresql://USER@HOST:PORT/DATABASE or host=… port=… dbname=… user=…"
-    try:
-        parts = conninfo_to_dict(value)
-    except PsycopgError:
-        return f"is not a PostgreSQL DSN: {shape}"
-    if "@" in str(parts.get("host") or "").lstrip("@"):
-        return "is not a PostgreSQL DSN: its host holds an @, so write the @ of a password or user as %40"
-    return None
-
-
-def secret(path: str, key: str, value: str) -> Secret:
-    """Return a DSN as a reference; raises SpecError for what is no DSN, and for a password that isn't in the environment."""
-    if not value.startswith("env:"):
-        if problem := dsn_problem(value):
-            raise SpecError(path, key, problem)
-        if "password" in conninfo_to_dict(value):
-            problem = 'has a password in the file: put the DSN into an environment variable, "env:NAME"'
-            raise SpecError(path, key, problem)
-    return Secret(key, value)
 
 
 def qualified(name: str) -> tuple[str, str]:

@@ -14,8 +14,8 @@ AFTER = "INSERT INTO follows (from_user, to_channel, note) VALUES (100, 100, 'af
 
 STOPS = [
     (
-        "ALTER TABLE follows DROP COLUMN big; INSERT INTO follows (from_user, to_channel) VALUES (101, 1)",
-        "its definition changed: column big was dropped",
+        "ALTER TABLE follows DROP COLUMN credit; INSERT INTO follows (from_user, to_channel) VALUES (101, 1)",
+        "its definition changed: column credit was dropped",
     ),
     (
         "ALTER TABLE follows ALTER note TYPE varchar(99); INSERT INTO follows (from_user, to_channel) VALUES (101, 1)",

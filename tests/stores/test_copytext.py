@@ -14,7 +14,7 @@ from changeover.position import format_lsn
 from changeover.session import connect
 from changeover.stores import gate
 from changeover.stores.copytext import copy_lines
-from changeover.stores.postgres import copy_in
+from changeover.stores.tasks import copy_in
 
 TEXTS = [
     None,

@@ -26,7 +26,7 @@ from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused
 from changeover.position import Version
 from changeover.sparkerrors import failure_of
 from changeover.stores import DELETED, Counts, Mark
-from changeover.stores.postgres import outcome
+from changeover.stores.tasks import outcome
 
 if TYPE_CHECKING:
     import pyarrow as pa

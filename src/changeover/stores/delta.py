@@ -25,8 +25,8 @@ from changeover.sparkerrors import raise_failures
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Column, Counts, Frozen, Mark, TargetTable
 from changeover.stores.appends import VERSION, AppendTask
 from changeover.stores.pgtypes import postgres_type
-from changeover.stores.postgres import OUTCOME
 from changeover.stores.reader import EVERYTHING
+from changeover.stores.tasks import OUTCOME
 
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn

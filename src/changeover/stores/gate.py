@@ -9,6 +9,7 @@ REPEATABLE READ, a row survives its tombstone. Everything runs where the caller'
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,21 @@ CREATE TABLE IF NOT EXISTS changeover.gate (
     target text PRIMARY KEY, epoch integer NOT NULL, lsn pg_lsn NOT NULL, ordinal bigint NOT NULL, image_lsn pg_lsn NOT NULL);
 """
 
+NAME_BYTES = 63
+"""PostgreSQL cuts a longer identifier (Lexical Structure, Identifiers and Key Words)."""
+
 BATCH = sql.Identifier("pg_temp", "changeover_batch")
 """The session's temporary table in which a batch of images or changes arrives by COPY."""
+
+
+def ours(kind: str, schema: str, name: str) -> sql.Identifier:
+    """Return what stands for one table in our schema: named by schema and table, where too long cut and told apart by a hash."""
+    whole = f"{kind}_{schema}.{name}"
+    if len(whole.encode()) > NAME_BYTES:
+        mark = hashlib.sha256(whole.encode()).hexdigest()[:10]
+        begin = whole.encode()[: NAME_BYTES - len(mark) - 1].decode(errors="ignore")  # no half of a character
+        whole = f"{begin}_{mark}"
+    return sql.Identifier("changeover", whole)
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,31 @@
 """PostgreSQL as a target: chunks and batches by COPY into a temporary table, then through the gate, in one transaction.
 
-Spark's tasks format rows as CSV for COPY (`copytext`) and hand the bytes on; the statements of `gate` decide. A chunk's rows and
-its mark in the ledger commit together, so a task that dies, is repeated, or was overtaken leaves nothing behind.
+Spark's tasks format rows as CSV for COPY (`copytext`) and hand the bytes on (`tasks`); the statements of `gate` decide. What is
+read back, for verification, is one exported snapshot, held open by a session of its own.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import psycopg
 from psycopg import sql
 
-from changeover import points
-from changeover.errors import ChangeoverError, RowRefused, SnapshotLost
+from changeover.errors import SnapshotLost
 from changeover.position import Version
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
-from changeover.sparkerrors import failure_of, raise_failures
+from changeover.sparkerrors import raise_failures
 from changeover.spec import Target
 from changeover.stores import LSN, VERSION_COLUMNS, Column, Counts, Frozen, Mark, TargetTable, gate
 from changeover.stores import truncate as truncating
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import plan_ranges
 from changeover.stores.reader import ExportedSnapshot, ReadTable, read_table
+from changeover.stores.tasks import OUTCOME, LoadTask, MergeTask
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
 
@@ -226,142 +223,6 @@ def unlimited(connection: Connection) -> None:
         " 'idle_session_timeout', 'statement_timeout', 'transaction_timeout')"
     )
     connection.commit()
-
-
-OUTCOME = "offered bigint, taken bigint, failure binary"
-"""What a task yields: what it did, or the error that ended it."""
-
-
-def outcome(counts: Counts | None, failure: bytes | None = None) -> pa.RecordBatch:
-    """Return a task's one row."""
-    import pyarrow as pa
-
-    offered, taken = (counts.offered, counts.taken) if counts else (None, None)
-    return pa.RecordBatch.from_arrays(
-        [pa.array([offered], pa.int64()), pa.array([taken], pa.int64()), pa.array([failure], pa.binary())],
-        names=["offered", "taken", "failure"],
-    )
-
-
-@dataclass(frozen=True)
-class LoadTask:
-    """What a Spark task does with one chunk's lines (task; once per attempt)."""
-
-    dsn: str
-    application: str
-    table: gate.GatedTable
-    chunks: tuple[int, ...]
-    mark: Mark
-
-    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Copy, gate and mark in one transaction; a fenced-off attempt rolls back."""
-        from pyspark import TaskContext
-
-        context = TaskContext.get()
-        assert context is not None
-        chunk = self.chunks[context.partitionId()]
-        try:
-            yield outcome(self.load(chunk, batches))
-        except ChangeoverError as error:
-            yield outcome(None, failure_of(error))
-
-    def load(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> Counts:
-        """Load one chunk in one transaction."""
-        started = time.monotonic()
-        with (
-            speaking_to(self.dsn, f"loading chunk {chunk} of {self.table.target}"),
-            gated_session(self.dsn, self.application) as cursor,
-        ):
-            gate.prepare_batch(cursor, self.table, versions=False)
-            copy_in(cursor, self.table.columns, batches)
-            points.reach("chunk-read", f"{self.table.target} {chunk}")
-            counts = self._insert(cursor, chunk, started)
-            cursor.connection.commit()
-            points.reach("target-committed", f"{self.table.target} {chunk}")
-        points.reach("between-chunks", f"{self.table.target} {chunk}")
-        return counts
-
-    def _insert(self, cursor: psycopg.Cursor[Any], chunk: int, started: float) -> Counts:
-        """Insert and mark; an attempt that was fenced off, or comes after its chunk was loaded, inserts nothing."""
-        met: RowRefused | None = None
-        counts = Counts(0, 0)
-        try:
-            counts = gate.load_batch(cursor, self.table)
-        except RowRefused as refused:
-            met = refused  # by another row of the source, or by this very chunk, loaded before: the mark knows
-        marked = self.mark.in_transaction(cursor, chunk, counts, time.monotonic() - started)
-        if marked and met is None:
-            return counts
-        cursor.connection.rollback()
-        if marked and met is not None:
-            raise met
-        return Counts(0, 0)
-
-
-@dataclass(frozen=True)
-class MergeTask:
-    """What a Spark task does with one partition's changes (task; safe to repeat)."""
-
-    dsn: str
-    application: str
-    table: gate.GatedTable
-
-    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Copy and gate in one transaction, again after a deadlock with an application's write."""
-        changes = [batch for batch in batches if batch.num_rows]
-        if not changes:
-            return
-        try:
-            yield outcome(self.merge(changes))
-        except ChangeoverError as error:
-            yield outcome(None, failure_of(error))
-
-    def merge(self, changes: list[pa.RecordBatch], tries: int = 5) -> Counts:
-        """Apply one partition's changes in one transaction."""
-        with speaking_to(self.dsn, f"applying changes to {self.table.target}"):
-            while True:
-                tries -= 1
-                try:
-                    with gated_session(self.dsn, self.application) as cursor:
-                        gate.prepare_batch(cursor, self.table, versions=True)
-                        copy_in(cursor, (*VERSION_COLUMNS, *self.table.columns), iter(changes))
-                        counts = gate.apply_batch(cursor, self.table)
-                        cursor.connection.commit()
-                        return counts
-                except psycopg.errors.DeadlockDetected:
-                    if not tries:
-                        raise
-
-
-ROOM = {"temp_buffers": "64MB", "work_mem": "64MB"}
-"""A batch stays in the server's memory, where it is sorted; with the defaults a chunk goes to disk and back twice."""
-
-
-@contextmanager
-def gated_session(dsn: str, application: str) -> Iterator[psycopg.Cursor[Any]]:
-    """Open a session for one transaction through the gate; what is not committed is rolled back."""
-    with connect(dsn, application, autocommit=False, settings=ROOM) as connection:
-        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-        with connection.cursor() as cursor:
-            yield cursor
-            connection.rollback()
-
-
-def copy_in(cursor: psycopg.Cursor[Any], columns: Sequence[str], batches: Iterator[pa.RecordBatch]) -> None:
-    """Send CSV lines into the batch table: Arrow keeps them end to end, so a batch is one run of bytes."""
-    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(gate.BATCH, sql.SQL(", ").join(map(sql.Identifier, columns)))
-    with cursor.copy(statement) as copy:
-        for batch in batches:
-            if batch.num_rows:
-                copy.write(_line_bytes(batch.column(0)))
-
-
-def _line_bytes(lines: pa.StringArray) -> memoryview:
-    import pyarrow as pa
-
-    _, offsets, data = lines.buffers()
-    places = memoryview(offsets).cast("q") if pa.types.is_large_string(lines.type) else memoryview(offsets).cast("i")
-    return memoryview(data)[places[lines.offset] : places[lines.offset + len(lines)]]
 
 
 @contextmanager

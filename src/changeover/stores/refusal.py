@@ -13,7 +13,7 @@ import psycopg
 from psycopg import sql
 
 from changeover.session import Connection
-from changeover.stores.gate import FENCED
+from changeover.stores.gate import FENCED, ours
 
 LOCK_TIMEOUT = "300ms"
 
@@ -27,7 +27,7 @@ def install(connection: Connection, schema: str, name: str, epoch: int, deadline
     Once this returns True, no transaction that could write without the refusal is alive. The refusal ends by itself at the
     deadline, so that a fence that died gives the writers back, until `make_permanent`.
     """
-    table, function = sql.Identifier(schema, name), sql.Identifier("changeover", f"refuse_{name}")
+    table, function = sql.Identifier(schema, name), ours("refuse", schema, name)
     while (left := deadline - time.monotonic()) > 0:
         try:
             with connection.transaction():
@@ -50,7 +50,7 @@ def install(connection: Connection, schema: str, name: str, epoch: int, deadline
 
 def make_permanent(connection: Connection, schema: str, name: str, epoch: int) -> None:
     """Take the deadline off a refusal; the caller makes sure that it has not passed."""
-    connection.execute(_function(sql.Identifier("changeover", f"refuse_{name}"), epoch, "infinity"))
+    connection.execute(_function(ours("refuse", schema, name), epoch, "infinity"))
 
 
 def _server_time(connection: Connection, seconds: float) -> str:
@@ -85,7 +85,7 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
         for row in found:
             connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), sql.Identifier(schema, name)))
             removed.append(f"trigger {row[0]} on {schema}.{name}")
-        connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(sql.Identifier("changeover", f"refuse_{name}")))
+        connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("refuse", schema, name)))
     return removed
 
 
