@@ -7,7 +7,7 @@ values by psycopg and by Arrow, never by the product's own readers, so that a te
 from __future__ import annotations
 
 import itertools
-import random
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -194,7 +194,7 @@ def make_migration(
         def make(tables: str, *statements: str, targets: Sequence[str] = (STORE, LAKE)) -> Migration:
             for statement in statements:
                 old.execute(sql.SQL(statement))
-            name = f"m{random.getrandbits(40):x}"
+            name = f"m{secrets.token_hex(5)}"
             folder = tmp_path / name
             folder.mkdir()
             path = folder / "spec.toml"

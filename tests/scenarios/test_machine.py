@@ -1,0 +1,179 @@
+"""A state machine over the real parts: random writes, chunks, batches, repetitions and crashes; both stores must end equal.
+
+The source, both targets, the slot and Spark are real. What Hypothesis chooses is a schedule: which writes are made, how far capture
+and replay come, which chunks are loaded when, and where a step dies. A failing schedule shrinks to the fewest steps that fail, and
+is printed as the calls that make it. `pytest tests/scenarios/test_machine.py --hypothesis-profile=long` runs a hundred.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from pyspark.sql import DataFrame
+
+from changeover.jobs.backfill import LedgerMark
+from changeover.jobs.ledger import Ledger
+from changeover.stores import Store, TargetTable
+from changeover.stores.delta import DeltaStore
+from changeover.stores.postgres import PostgresStore
+from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, rows
+
+TARGETS = (STORE, LAKE)
+KINDS = {STORE: PostgresStore, LAKE: DeltaStore}
+KEYS = st.integers(1, 6)
+TABLE = '[[table]]\nsource = "public.{0}"\ntarget = "{0}_new"\nkey = ["a", "b"]\n[table.columns]\na = "id"\nb = "\'k\' || id % 2"\n'
+NUMBERS = itertools.count(1)
+
+Read = Callable[[Sequence[int]], DataFrame]
+
+
+class Crash(Exception):
+    """A step dies here."""
+
+
+def statements(table: str, key: int, other: int, value: int) -> dict[str, str]:
+    """Return the writes that the machine chooses from; a large value is stored out of line and not sent when unchanged."""
+    return {
+        "put": f"INSERT INTO {table} VALUES ({key}, 'n{value}', repeat('{value}', 5000)) ON CONFLICT (id) DO UPDATE SET"
+        " note = excluded.note, large = excluded.large",
+        "touch": f"UPDATE {table} SET note = 'n{value}' WHERE id = {key}",
+        "delete": f"DELETE FROM {table} WHERE id = {key}",
+        "move": f"UPDATE {table} SET id = {other} WHERE id = {key} AND NOT EXISTS (SELECT FROM {table} WHERE id = {other})",
+        "swap": f"UPDATE {table} SET id = -id WHERE id IN ({key}, {other}); UPDATE {table} SET id = {other} WHERE id = -{key};"
+        f" UPDATE {table} SET id = {key} WHERE id = -{other}",
+        "rollback": f"SAVEPOINT s; DELETE FROM {table}; ROLLBACK TO s",
+        "truncate": f"TRUNCATE {table}",
+    }
+
+
+WRITES = st.tuples(st.sampled_from(["put", "put", "touch", "touch", "delete", "move", "swap", "rollback", "truncate"]), KEYS, KEYS)
+
+
+class Machine(RuleBasedStateMachine):
+    """One migration of one small table into both kinds of target."""
+
+    make: MakeMigration
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = itertools.count(1)
+        self.table = f"machine{next(NUMBERS)}"
+
+    @initialize(seed=st.sets(KEYS))
+    def prepare(self, seed: set[int]) -> None:
+        """Make the source and prepare."""
+        create = f"CREATE TABLE {self.table} (id integer PRIMARY KEY, note text, large text)"
+        self.made: Migration = type(self).make(TABLE.format(self.table), create)
+        self.made.old.execute(f"ALTER TABLE {self.table} ALTER large SET STORAGE EXTERNAL".encode())
+        for key in sorted(seed):
+            self.made.old.execute(f"INSERT INTO {self.table} VALUES ({key}, 'seed', repeat('s', 5000))".encode())
+        self.made.prepare()
+
+    @rule(writes=st.lists(WRITES, min_size=1, max_size=4), whole=st.booleans())
+    def write(self, writes: list[tuple[str, int, int]], whole: bool) -> None:
+        """The application writes, in one transaction or in several."""
+        texts = [statements(self.table, key, other, next(self.values))[kind] for kind, key, other in writes]
+        texts = ["; ".join(texts)] if whole else texts
+        for text in texts:
+            self.made.old.execute(f"BEGIN; {text}; COMMIT".encode())
+
+    @rule()
+    def capture(self) -> None:
+        """Everything that was written is spooled."""
+        self.made.capture()
+
+    @rule(into=st.sampled_from(TARGETS), dies=st.booleans())
+    def replay(self, into: str, dies: bool) -> None:
+        """A target is brought up to the spool's end; it may die after the batch is committed, before that is recorded."""
+        with dying(Ledger, "advance") if dies else nothing():
+            self.made.replay(into)
+
+    @rule(into=st.sampled_from(TARGETS))
+    def repeat(self, into: str) -> None:
+        """The position is lost, so that everything is offered again."""
+        self.made.new.execute(
+            "UPDATE changeover.load SET applied = (SELECT l0 FROM changeover.migration m WHERE m.name = migration)"
+            " WHERE migration = %s AND target = %s",
+            [self.made.spec.name, into],
+        )
+
+    @rule(into=st.sampled_from(TARGETS), chunks=st.integers(1, 3), marked=st.booleans())
+    def load(self, into: str, chunks: int, marked: bool) -> None:
+        """A backfill loads some chunks and dies, with the last one recorded or not."""
+        with some_chunks(KINDS[into], chunks, marked):
+            self.made.backfill(into)
+
+    def teardown(self) -> None:
+        """Whatever happened: once everything ran to its end, both stores hold what the source holds."""
+        if not hasattr(self, "made"):
+            return
+        self.made.capture()
+        self.made.backfill()
+        self.made.replay()
+        wanted = self.made.old.execute(f"SELECT id, 'k' || id % 2, note, large FROM {self.table}".encode()).fetchall()
+        found = self.made.new.execute(f"SELECT a, b, note, large FROM {self.table}_new".encode()).fetchall()
+        lake = [
+            tuple(row.values())
+            for row in self.made.lake(f"{self.table}_new").select("a", "b", "note", "large").toArrow().to_pylist()
+        ]
+        short = [[(*row[:-1], row[-1] and row[-1][:3]) for row in one] for one in (found, lake, wanted)]
+        self.made.abort()
+        assert rows(short[0]) == rows(short[2])
+        assert rows(short[1]) == rows(short[2])
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    """Let a step live."""
+    yield
+
+
+@contextmanager
+def dying(kind: type[Any], method: str) -> Iterator[None]:
+    """Let a step die where it would call a method."""
+
+    def die(*arguments: object, **named: object) -> None:
+        raise Crash
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Crash):
+        patch.setattr(kind, method, die)
+        yield
+
+
+@contextmanager
+def some_chunks(kind: type[Any], most: int, marked: bool) -> Iterator[None]:
+    """Let a backfill die after some chunks; unless `marked` the last one was overtaken, and is not recorded."""
+    load = kind.load
+
+    def some(store: Store, table: TargetTable, chunks: Sequence[int], read: Read, mark: LedgerMark) -> None:
+        for number, chunk in enumerate(chunks[:most], 1):
+            overtaken = number == min(most, len(chunks)) and not marked
+            load(store, table, [chunk], read, replace(mark, token=mark.token - 1) if overtaken else mark)
+        raise Crash
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Crash):
+        patch.setattr(kind, "load", some)
+        yield
+
+
+settings.register_profile("long", max_examples=100)
+
+
+def test_any_schedule_ends_equal(make_migration: MakeMigration) -> None:
+    Machine.make = staticmethod(make_migration)
+    few = settings.default.max_examples if settings.default is settings.get_profile("long") else 4
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=few, stateful_step_count=12, deadline=None, derandomize=True, print_blob=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )  # fmt: skip
