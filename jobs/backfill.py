@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from changeover import points
-from changeover.errors import CouldNotFinish, SourceChanged, TableStopped
+from changeover.errors import CouldNotFinish, SnapshotLost, SourceChanged, TableStopped
 from changeover.jobs import snapshot
 from changeover.jobs.entries import CLOSED, LOADED, PENDING, ChunkRow, Stream
 from changeover.jobs.ledger import Ledger, mark_loaded
 from changeover.jobs.preflight import source_table, store_columns
 from changeover.jobs.prepare import exported, require_prepared, spool_of
+from changeover.jobs.replication import require_stream
 from changeover.jobs.rewrite import require_same_file
 from changeover.jobs.transform import Transform
 from changeover.position import format_lsn
@@ -30,7 +31,7 @@ from changeover.sparkerrors import from_spark
 from changeover.spec import Spec
 from changeover.stores import Counts, Store, open_store
 from changeover.stores import ranges as planning
-from changeover.stores.reader import ReadTable, read_table
+from changeover.stores.reader import ExportedSnapshot, ReadTable, read_table
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -179,7 +180,7 @@ class _Load:
             return
         application = application_name(self.spec.name, "backfill")
         dsn = self.spec.source.dsn.resolve()
-        live = snapshot.kept(dsn, application, exported(self.stream))
+        live = self._snapshot()
         token = self.ledger.claim(source, self.store.name)
         mark = LedgerMark(self.ledger.dsn, self.spec.name, source, self.store.name, token, self.stream.l0)
 
@@ -192,6 +193,19 @@ class _Load:
         with from_spark(source, "a chunk of the backfill"):
             self.store.load(self.transform.target, pending, rows, mark)
         self._require_all_loaded(source, self.ledger.chunks(source, self.store.name))
+
+    def _snapshot(self) -> ExportedSnapshot:
+        """Return the kept snapshot, or a new one that shows at least as much: the stream brings whatever lies between the two."""
+        dsn, application = self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")
+        stream = self.ledger.stream("backfill")
+        try:
+            return snapshot.kept(dsn, application, exported(stream))
+        except SnapshotLost as lost:
+            log.warning("%s; pending chunks are read in a new one", lost)
+        require_stream(dsn, application, stream, max(spool_of(self.spec).end(), stream.l0))
+        kept = snapshot.renew(self.spec, stream.visible)
+        self.ledger.record_snapshot(" ".join(one.name for one in kept), kept[0].visible)
+        return kept[0]
 
     def _require_all_loaded(self, source: str, chunks: Sequence[ChunkRow]) -> None:
         left = [row.chunk for row in chunks if row.loaded is None]

@@ -84,6 +84,12 @@ class Ledger:
         assert row is not None
         return Stream(parse_lsn(row[0]), *row[1:])
 
+    def record_snapshot(self, names: str, visible: str) -> None:
+        """Record the snapshot in which pending chunks are read from now on."""
+        self.connection.execute(
+            "UPDATE changeover.migration SET snapshot = %s, visible = %s WHERE name = %s", [names, visible, self.migration]
+        )
+
     def spec_digest(self) -> str:
         """Return the hash of the spec that was prepared."""
         row = self.connection.execute("SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()

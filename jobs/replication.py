@@ -10,6 +10,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Collection, Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 
 import psycopg
@@ -19,7 +20,7 @@ from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, Spool
 from changeover.jobs import pgoutput
 from changeover.jobs.entries import Stream
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, server_name
+from changeover.session import Connection, connect, server_name, speaking_to
 
 FEEDBACK_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
@@ -89,6 +90,14 @@ class Replication:
         if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
             raise psycopg.errors.error_from_result(result)
         raise ServerUnavailable(server_name(self.dsn), "the server ended the stream")
+
+
+def require_stream(dsn: str, application: str, stream: Stream, durable: int) -> None:
+    """Raise SourceChanged or SpoolGap unless the prepared stream is still whole from `durable` on (driver)."""
+    with closing(connect(dsn, application)) as connection, speaking_to(dsn, "checking the change stream"):
+        check_slot(connection, stream, durable)
+    with closing(connect(dsn, application, replication=True)) as connection:
+        Replication(connection, dsn).identify(stream)
 
 
 def check_slot(connection: Connection, stream: Stream, durable: int) -> None:

@@ -15,6 +15,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from changeover.errors import CouldNotFinish, DatabaseFailed, SlotBlocked, Snaps
 from changeover.position import parse_lsn
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import Spec
-from changeover.stores.postgres import importing, unlimited
+from changeover.stores.postgres import exporting, importing, unlimited
 from changeover.stores.reader import ExportedSnapshot
 
 log = logging.getLogger(__name__)
@@ -165,6 +166,34 @@ def kept(dsn: str, application: str, exported: Sequence[ExportedSnapshot]) -> Ex
         except SnapshotLost as error:
             lost = error
     raise lost
+
+
+def renew(spec: Spec, lost: str) -> tuple[ExportedSnapshot, ...]:
+    """Keep a snapshot of now in place of a lost one, of which `lost` says what it saw; return the kept ones (driver).
+
+    A pending chunk that is read in it bears v0 all the same: every event since the lost snapshot is in the stream and above v0. It
+    must see all that the lost one saw, which is in no stream.
+    """
+    dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "backfill")
+    deadline = time.monotonic() + SLOT_SECONDS
+    while time.monotonic() < deadline:
+        with exporting(dsn, application) as (_, fresh):
+            if contains(fresh.visible, lost):
+                return start_keeper(spec, fresh.name)
+        time.sleep(0.1)
+    raise CouldNotFinish(
+        f"no new snapshot shows all that {lost} showed after {SLOT_SECONDS:g} s: does a commit wait for a synchronous standby?"
+    )
+
+
+def contains(later: str, earlier: str) -> bool:
+    """Return whether a snapshot, as `pg_current_snapshot()` prints it, shows every transaction that another one showed (pure)."""
+    _, following, running = earlier.split(":")
+    _, later_following, still_running = later.split(":")
+    hidden = {int(xid) for xid in running.split(",") if xid}
+    return int(later_following) >= int(following) and all(
+        int(xid) >= int(following) or int(xid) in hidden for xid in still_running.split(",") if xid
+    )
 
 
 def main() -> None:

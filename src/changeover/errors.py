@@ -215,8 +215,8 @@ class SnapshotLost(CouldNotFinish):
 
     def __str__(self) -> str:
         return (
-            f"the exported snapshot {self.snapshot} is gone ({self.problem}), so pending chunks can't be read as of the start: "
-            f"`changeover abort SPEC`, empty the target tables, and run again"
+            f"the exported snapshot {self.snapshot} is gone ({self.problem}): run the same command again, and it takes a new one,"
+            f" which the change stream joins to the first"
         )
 
 
