@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from changeover.errors import CouldNotCheck
+from changeover.stores import ranges as partition
 from changeover.verifiers.verdict import CANONICALISATION, CLASSES, Range, RangeCount
 
 if TYPE_CHECKING:
@@ -59,13 +60,10 @@ def tally_rows(rows: DataFrame) -> list[Tally]:
 
 
 def require_partition(ranges: Sequence[Range], *, table: str, side: str) -> None:
-    """Prove that ranges partition a side's order of keys: no gap, no overlap, open at both ends; or CouldNotCheck."""
-    if not ranges or ranges[0].lower is not None or ranges[-1].upper is not None:
-        raise CouldNotCheck(table, f"the {side}'s ranges do not reach from minus to plus infinity")
-    for left, right in pairwise(ranges):
-        if left.upper is None or left.upper != right.lower or left.number >= right.number:
-            problem = f"there is a gap or an overlap between the ranges {left.number} and {right.number} of the {side}"
-            raise CouldNotCheck(table, problem)
+    """Prove that ranges partition a side's order of keys, and that their numbers tell them apart; or CouldNotCheck."""
+    partition.require_partition(table, [(each.lower, each.upper) for each in ranges], f"{side}'s")
+    if any(left.number >= right.number for left, right in pairwise(ranges)):
+        raise CouldNotCheck(table, f"the numbers of the {side}'s ranges do not go up")
 
 
 def coverage(

@@ -64,10 +64,14 @@ def ranges_between(bounds: Sequence[tuple[str, ...]]) -> list[KeyRange]:
     return list(pairwise(edges))
 
 
-def require_partition(table: str, ranges: Sequence[KeyRange]) -> None:
-    """Prove that ranges partition the key's order: no gap, no overlap, open at both ends; raises CouldNotCheck."""
+def require_partition(table: str, ranges: Sequence[KeyRange], whose: str = "") -> None:
+    """Prove that ranges partition the key's order: no gap, no overlap, open at both ends; raises CouldNotCheck.
+
+    `whose` says in the sentence to what the ranges belong, such as a side of a comparison.
+    """
+    named = f"{whose} ranges".lstrip()
     if not ranges or ranges[0][0] is not None or ranges[-1][1] is not None:
-        raise CouldNotCheck(table, "its ranges do not reach from minus to plus infinity")
+        raise CouldNotCheck(table, f"the {named} do not reach from minus to plus infinity")
     for number, (left, right) in enumerate(pairwise(ranges)):
         if left[1] is None or left[1] != right[0]:
-            raise CouldNotCheck(table, f"there is a gap or an overlap between the ranges {number} and {number + 1}")
+            raise CouldNotCheck(table, f"there is a gap or an overlap between the {named} {number} and {number + 1}")
