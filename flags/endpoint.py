@@ -23,6 +23,7 @@ from changeover.errors import StepOrder
 from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection, connect, server_name
 from changeover.spec import qualified
+from changeover.stores.gate import GatedTable
 
 Row = Mapping[str, Any]
 Cursor = psycopg.Cursor[Any]
@@ -185,16 +186,13 @@ class GateCall:
     def of(cls, connection: Connection, endpoint: PgEndpoint) -> GateCall:
         """Read the table's columns and the gate's key; raises StepOrder where there is no gate."""
         schema, name = qualified(endpoint.table)
-        columns = connection.execute(COLUMNS, [sql.Identifier(schema, name).as_string(connection)]).fetchall()
-        key = endpoint.key or tuple(
-            row[0] for row in connection.execute(KEY, [sql.Identifier("changeover", f"touched_{name}").as_string(connection)])
-        )
+        gated = GatedTable(schema, name, (), ())
+        columns = connection.execute(COLUMNS, [gated.table.as_string(connection)]).fetchall()
+        key = endpoint.key or tuple(row[0] for row in connection.execute(KEY, [gated.touched.as_string(connection)]))
         if not columns or not key:
             raise StepOrder(f"a mirrored write to {endpoint.name}", "prepare")
         row = sql.SQL(", ").join(sql.Placeholder() for _ in columns)
-        statement = sql.SQL("SELECT {}(%s, %s, %s, %s, ROW({})::{})").format(
-            sql.Identifier("changeover", f"gate_{name}"), row, sql.Identifier(schema, name)
-        )
+        statement = sql.SQL("SELECT {}(%s, %s, %s, %s, ROW({})::{})").format(gated.function, row, gated.table)
         names, types, generated = zip(*columns, strict=True)
         computed = frozenset(name for name, is_computed in zip(names, generated, strict=True) if is_computed)
         return cls(endpoint.table, names, types, computed, key, statement)

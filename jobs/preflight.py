@@ -22,12 +22,11 @@ from changeover.secret import secret
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, Spec, Table, qualified
 from changeover.stores import Column, open_store
+from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import estimated_rows
 
 OLDEST_SERVER = 140000
-
-IDENTIFIER_LIMIT = 63 - len("touched_")
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,8 @@ def preflight(spec: Spec) -> Preflight:
         with open_store(spec, target, "check") as store:
             for table in spec.tables:
                 schema, name = table.target_name
-                if len(name) > IDENTIFIER_LIMIT:
-                    found.reasons.append(f"the target table's name {name} is too long: {IDENTIFIER_LIMIT} characters at most")
+                if len(name.encode()) > NAME_BYTES:
+                    found.reasons.append(f"the target table's name {name} is too long: {NAME_BYTES} bytes at most")
                 if store.columns(schema, name) is None or prepared:
                     continue
                 found.reasons += store.objections(schema, name, table.key)

@@ -246,7 +246,7 @@ class _Reader:
         if not isinstance(given, list) or not given:
             self.fail("table", "needs at least one [[table]] section")
         tables = tuple(self.table(f"table[{index}]", item) for index, item in enumerate(given))
-        # a target's folder, and its tables in our schema, are named by the table alone
+        # a Delta target's folder is named by the table alone
         for label, names in (
             ("source", [".".join(t.source_name) for t in tables]), ("target", [t.target_name[1] for t in tables]),
         ):  # fmt: skip

@@ -72,7 +72,7 @@ def make_mirror(stores: Stores) -> Iterator[MakeMirror]:
 
 def touched(stores: Stores) -> list[tuple[Any, ...]]:
     return stores.new.execute(
-        "SELECT subject, _epoch, _lsn::text, _ordinal, _deleted FROM changeover.touched_associations ORDER BY subject"
+        'SELECT subject, _epoch, _lsn::text, _ordinal, _deleted FROM changeover."touched_public.associations" ORDER BY subject'
     ).fetchall()
 
 

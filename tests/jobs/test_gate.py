@@ -47,7 +47,7 @@ class Kept:
     dsn: str
 
     def clear(self) -> None:
-        self.connection.execute("TRUNCATE kept, changeover.touched_kept; DELETE FROM changeover.gate")
+        self.connection.execute('TRUNCATE kept, changeover."touched_public.kept"; DELETE FROM changeover.gate')
         gate.install(self.connection, TABLE, V0)
 
     def raise_floor(self, floor: Version) -> None:
@@ -67,7 +67,7 @@ class Kept:
         """Offer one row as an application does."""
         v, image = cell
         row = self.connection.execute(
-            "SELECT changeover.gate_kept(%s, %s, %s, %s, ROW(%s, 'k', %s)::kept)",
+            "SELECT changeover.\"gate_public.kept\"(%s, %s, %s, %s, ROW(%s, 'k', %s)::kept)",
             [v.epoch, format_lsn(v.lsn), v.ordinal, image is None, key, image],
         ).fetchone()
         assert row is not None
@@ -84,7 +84,7 @@ class Kept:
         """Return the cells: versions from `touched`, images from the table; a tombstone has none."""
         found = self.connection.execute(
             "SELECT coalesce(t.id, k.id), t._epoch, t._lsn - '0/0'::pg_lsn, t._ordinal, t._deleted, k.note, k.id IS NOT NULL"
-            " FROM kept k FULL JOIN changeover.touched_kept t USING (id, kind)"
+            ' FROM kept k FULL JOIN changeover."touched_public.kept" t USING (id, kind)'
         ).fetchall()
         cells = {}
         for key, epoch, lsn, ordinal, deleted, note, there in found:
@@ -195,7 +195,8 @@ def test_the_floor_is_never_lowered(kept: Kept) -> None:
 def test_values_of_null_are_images_and_not_tombstones(kept: Kept) -> None:
     v = Version(0, 200, 0)
     kept.connection.execute(
-        "SELECT changeover.gate_kept(%s, %s, %s, false, ROW(1, 'k', NULL)::kept)", [v.epoch, format_lsn(v.lsn), v.ordinal]
+        "SELECT changeover.\"gate_public.kept\"(%s, %s, %s, false, ROW(1, 'k', NULL)::kept)",
+        [v.epoch, format_lsn(v.lsn), v.ordinal],
     )
     assert kept.load([(1, "image"), (2, "image")]) == Counts(2, 1, 0)
     assert kept.connection.execute("SELECT id, note FROM kept ORDER BY id").fetchall() == [(1, None), (2, "image")]
@@ -215,7 +216,7 @@ def test_any_other_isolation_level_is_refused(kept: Kept, level: psycopg.Isolati
     with connect(kept.dsn, "test", autocommit=False) as session:
         session.isolation_level = level
         with pytest.raises(psycopg.errors.RaiseException, match="the gate needs READ COMMITTED"):
-            session.execute("SELECT changeover.gate_kept(0, '0/C8', 0, false, ROW(1, 'k', 'note')::kept)")
+            session.execute("SELECT changeover.\"gate_public.kept\"(0, '0/C8', 0, false, ROW(1, 'k', 'note')::kept)")
         session.rollback()
         for write in (gate.apply_batch, gate.load_batch):
             with session.cursor() as cursor:
@@ -228,7 +229,7 @@ def test_any_other_isolation_level_is_refused(kept: Kept, level: psycopg.Isolati
 def test_a_table_of_keys_alone(kept: Kept) -> None:
     kept.connection.execute("CREATE TABLE public.pairs (a integer, b integer, PRIMARY KEY (a, b))")
     gate.install_gate(kept.connection, "public", "pairs", ("a", "b"), V0)
-    offer = sql.SQL("SELECT changeover.gate_pairs(0, {}, 0, {}, ROW(1, 2)::public.pairs)")
+    offer = sql.SQL('SELECT changeover."gate_public.pairs"(0, {}, 0, {}, ROW(1, 2)::public.pairs)')
     taken = [
         kept.connection.execute(offer.format(sql.Literal(format_lsn(lsn)), sql.Literal(deleted))).fetchone()
         for lsn, deleted in ((200, False), (201, False), (202, True), (150, False))

@@ -52,7 +52,7 @@ def test_a_deleted_row_does_not_come_back_to_postgres(migration: Migration, monk
 
 
 def test_without_tombstones_it_would(migration: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
-    race(migration, PostgresStore, monkeypatch, forget="DELETE FROM changeover.touched_associations WHERE _deleted")
+    race(migration, PostgresStore, monkeypatch, forget='DELETE FROM changeover."touched_public.associations" WHERE _deleted')
     assert rows_of(migration, DELETED, STORE) == 20
 
 

@@ -1,10 +1,10 @@
 """The gate of a PostgreSQL store: the version rule in SQL, as separate statements of one READ COMMITTED transaction.
 
-A key's cell is its row in the user's table plus a row in `changeover.touched_<table>` (key, version, deleted), which exists only
-for keys that live writes touched. Each table has one floor in `changeover.gate`. A change is taken if and only if its version is
-above the floor and above the cell's (`changeover.jobs.merge.applies` is the same rule in Python). The order of statements is
-part of the rule: the shared advisory lock alone, then `touched`, then deletes, then upserts; in one statement, or under
-REPEATABLE READ, a row survives its tombstone. Everything runs where the caller's session runs.
+A key's cell is its row in the user's table plus a row in `changeover."touched_<schema>.<table>"` (key, version, deleted), which
+exists only for keys that live writes touched. Each table has one floor in `changeover.gate`. A change is taken if and only if its
+version is above the floor and above the cell's (`changeover.jobs.merge.applies` is the same rule in Python). The order of
+statements is part of the rule: the shared advisory lock alone, then `touched`, then deletes, then upserts; in one statement, or
+under REPEATABLE READ, a row survives its tombstone. Everything runs where the caller's session runs.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class GatedTable:
     @property
     def touched(self) -> sql.Identifier:
         """Return the table of versions and tombstones."""
-        return sql.Identifier("changeover", f"touched_{self.name}")
+        return ours("touched", self.schema, self.name)
 
     @property
     def function(self) -> sql.Identifier:
         """Return the function that offers one row from an application."""
-        return sql.Identifier("changeover", f"gate_{self.name}")
+        return ours("gate", self.schema, self.name)
 
     @property
     def target(self) -> str:
