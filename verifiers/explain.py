@@ -26,6 +26,7 @@ from changeover.jobs.entries import Authority, ChunkRow
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import spool_of
+from changeover.jobs.spool import TRUNCATE
 from changeover.jobs.transform import BARE
 from changeover.position import Version, parse_lsn
 from changeover.session import Connection, application_name, connect
@@ -211,7 +212,7 @@ def _of_key(batch: pa.RecordBatch, own: Key) -> pa.Array:
         for more in here[1:]:
             mask = pc.and_(mask, more)
         masks.append(pc.fill_null(mask, False))
-    return pc.or_(*masks)
+    return pc.or_(pc.or_(*masks), pc.equal(batch["op"], TRUNCATE))  # which takes every row with it
 
 
 def _in_lake(spec: Spec, table: Table, target: Target, key: Key, finalized: datetime | None) -> dict[str, Any]:
