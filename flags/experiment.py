@@ -33,6 +33,7 @@ LAG_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Seconds before each further look at a difference; as many looks as there are waits."""
 
 KEPT_MISMATCHES = 100
+OUTCOMES = ("compared", "matched", "mismatched", "ignored")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ class Comparisons:
         self.drops = Alarm("comparisons of reads are dropped, the queue is full")
         self.errors = Alarm("comparisons of reads have no answer")
         self._counts: Counter[str] = Counter()
+        self._stage: Stage | None = None
+        self._at_stage: Counter[str] = Counter()
         self._heap: list[tuple[float, int, Comparison]] = []
         self._order = count()
         self._changed = threading.Condition()
@@ -148,10 +151,20 @@ class Comparisons:
             return False
         return self._push(time.monotonic(), comparison)
 
-    def counters(self) -> dict[str, Any]:
-        """Return the counts; `compared` is the sum of matched, mismatched and ignored."""
+    def begin(self, stage: Stage) -> None:
+        """Say at which stage the process acts now: coming to one, what is said of reads there counts from nothing again."""
         with self._changed:
-            counts = {name: self._counts[name] for name in ("compared", "matched", "mismatched", "ignored")}
+            if stage is not self._stage:
+                self._stage = stage
+                self._at_stage.clear()
+
+    def counters(self) -> dict[str, Any]:
+        """Return the counts; `compared` is the sum of matched, mismatched and ignored, `at_stage` has those of this stage."""
+        with self._changed:
+            counts: dict[str, Any] = {name: self._counts[name] for name in OUTCOMES}
+            counts["at_stage"] = {
+                "stage": self._stage.value if self._stage else None, **{name: self._at_stage[name] for name in OUTCOMES},
+            }  # fmt: skip
             depth = len(self._heap) + self._busy
         return {
             **counts,
@@ -289,8 +302,9 @@ class Comparisons:
         else:
             outcome = "matched" if result.matched else "ignored" if result.ignored else "mismatched"
             with self._changed:
-                self._counts["compared"] += 1
-                self._counts[outcome] += 1
+                for name in ("compared", outcome):
+                    self._counts[name] += 1
+                    self._at_stage[name] += result.stage is self._stage
                 if result.mismatched:
                     self.mismatches.append(result)
         self._hook(experiment, "publish", result)

@@ -26,10 +26,11 @@ from changeover.jobs.preflight import source_table
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.replay import LEASE_SECONDS, lease_of
 from changeover.jobs.rewrite import require_same_file
+from changeover.jobs.transform import BARE
 from changeover.position import epoch_floor, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table
-from changeover.stores import gate, refusal
+from changeover.stores import gate, refusal, sequences
 
 log = logging.getLogger(__name__)
 
@@ -69,25 +70,46 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
     """
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), _others_rest(spec, ledger), _sides(spec) as (old, new):
         present = ledger.authority()
-        if present.store == to.value:
-            return Fenced(present.epoch, present.store, present.from_lsn, present.pause_seconds or 0.0)
         losing, gaining = (old, new) if to is Origin.NEW else (new, old)
+        if present.store == to.value:
+            _let_write(gaining)
+            return Fenced(present.epoch, present.store, present.from_lsn, present.pause_seconds or 0.0)
         epoch = present.epoch + 1
         _prepare_gates(gaining, losing, epoch)
         with _turn(spec, ledger, to) as turn:
             pause = Pause(time.monotonic(), max_pause)
             try:
                 from_lsn = _hand_over(spec, ledger, (old, losing), to, epoch, pause, turn.close)
+                _pass_the_others(spec, gaining, losing, to)
                 _make_final(gaining, losing, epoch, pause)
+                _record(ledger, Authority(epoch, to.value, from_lsn, present.at, pause.seconds))
             except BaseException:
-                for schema, name, _ in losing.tables:
-                    refusal.remove(losing.connection, schema, name)
+                _call_off(spec, losing, epoch)
                 raise
-        _record(ledger, Authority(epoch, to.value, from_lsn, present.at, pause.seconds))
-        for schema, name, _ in gaining.tables:
-            refusal.remove(gaining.connection, schema, name)
+        _let_write(gaining)
         log.info("epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(from_lsn), pause.seconds)
         return Fenced(epoch, to.value, from_lsn, pause.seconds)
+
+
+def settle(spec: Spec) -> None:
+    """Let the store that has authority take writes: a fence killed in its last steps may have left it refusing (driver)."""
+    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), _sides(spec) as (old, new):
+        _let_write(new if ledger.authority().store == Origin.NEW.value else old)
+
+
+def _let_write(side: Side) -> None:
+    for schema, name, _ in side.tables:
+        refusal.remove(side.connection, schema, name)
+
+
+def _call_off(spec: Spec, losing: Side, epoch: int) -> None:
+    """Give the writers back, unless the ledger holds the new epoch after all: its own word may have been lost on the way.
+
+    Where the ledger can't be asked the refusal stays as it is: two stores that take writes would be worse than none.
+    """
+    with Ledger.open(spec, "fence") as again:
+        if again.authority().epoch < epoch:
+            _let_write(losing)
 
 
 @dataclass(frozen=True)
@@ -163,26 +185,40 @@ def _prepare_gates(gaining: Side, losing: Side, epoch: int) -> None:
         gate.raise_floor(losing.connection, gate.GatedTable(schema, name, key, ()), epoch_floor(epoch))
     for schema, name, _ in gaining.tables:
         gaining.connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(schema, name)))
-        _advance_sequences(gaining.connection, schema, name)
+    _advance_sequences(gaining)
 
 
-def _advance_sequences(connection: Connection, schema: str, name: str) -> None:
-    """Move the sequences that a table's columns own past every row that has arrived, and past those under way."""
-    rows = connection.execute(
-        "SELECT a.attname, pg_get_serial_sequence(%(t)s, a.attname) FROM pg_attribute a WHERE a.attrelid = %(t)s::regclass"
-        " AND a.attnum > 0 AND NOT a.attisdropped AND pg_get_serial_sequence(%(t)s, a.attname) IS NOT NULL",
-        {"t": sql.Identifier(schema, name).as_string(connection)},
-    ).fetchall()
-    for column, sequence in rows:
-        connection.execute(
-            sql.SQL("SELECT setval({}, greatest((SELECT coalesce(max({}), 0) FROM {}) + {}, nextval({})))").format(
-                sql.Literal(sequence),
-                sql.Identifier(column),
-                sql.Identifier(schema, name),
-                sql.Literal(SEQUENCE_MARGIN),
-                sql.Literal(sequence),
-            )
-        )
+def _advance_sequences(gaining: Side) -> None:
+    """Before the pause, for this may read whole tables: past every row that has arrived, and past those under way."""
+    for schema, name, _ in gaining.tables:
+        for sequence in sequences.sequences(gaining.connection, schema, name):
+            held = sequences.held(gaining.connection, schema, name, sequence)
+            ahead = held + SEQUENCE_MARGIN * sequence.increment if held is not None else None
+            sequences.move_past(gaining.connection, sequence, ahead)
+
+
+def _pass_the_others(spec: Spec, gaining: Side, losing: Side, to: Origin) -> None:
+    """In the pause, when nothing is drawn any more: past what the losing store drew, used or not, and past the last rows."""
+    for table, (schema, name, _), (lost_schema, lost_name, _) in zip(spec.tables, gaining.tables, losing.tables, strict=True):
+        drawn = {
+            one.column: sequences.drawn(losing.connection, one)
+            for one in sequences.sequences(losing.connection, lost_schema, lost_name)
+        }
+        for sequence in sequences.sequences(gaining.connection, schema, name):
+            others = [drawn.get(column) for column in _same_column(table, sequence.column, to)]
+            held = sequences.held(gaining.connection, schema, name, sequence) if sequence.indexed else None
+            sequences.move_past(gaining.connection, sequence, held, *others)
+
+
+def _same_column(table: Table, column: str, to: Origin) -> list[str]:
+    """Return the columns of the losing store's table that hold what this column of the gaining one's holds (pure)."""
+    if table.function is not None:
+        return []
+    if to is Origin.NEW:
+        match = BARE.fullmatch(table.columns.get(column, column).strip())
+        return [match[1]] if match else []
+    renamed = [name for name, text in table.columns.items() if (match := BARE.fullmatch(text.strip())) and match[1] == column]
+    return [*renamed, *([column] if column not in table.columns else [])]
 
 
 def _hand_over(

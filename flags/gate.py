@@ -10,12 +10,13 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags.stages import ORDER, TABLE, needs_fence
+from changeover.flags.turns import mirrored_since, turns
 from changeover.jobs.entries import CLOSED, Authority, Heartbeat, Load, VerdictRow
 from changeover.jobs.ledger import Ledger
 from changeover.position import format_lsn, parse_lsn
@@ -26,7 +27,7 @@ VERDICT_HOURS = 24.0
 LAG_BYTES = 16 * 1024 * 1024
 HEARTBEAT_SECONDS = 10.0
 COMPARISONS = 100
-"""Shadow reads that must have been compared before authority moves: fewer say nothing."""
+"""Reads that must have been compared at a stage that compares before it is left upwards: fewer say nothing."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Evidence:
     heartbeats: Sequence[Heartbeat]
     authority: Authority
     stage_since: datetime | None
+    mirrored_since: int | None
     source_lsn: int
     capture_active: bool
     sources: tuple[str, ...]
@@ -64,12 +66,12 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage) -> Evidence
             [spec.slot],
         ).fetchone()
     assert row is not None
-    steps = [at for at, _, outcome, _ in ledger.audits("flags") if outcome in ("advanced", "rolled back")]
+    found = turns(ledger)
     return Evidence(
-        now=datetime.now(UTC), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
-        heartbeats=ledger.heartbeats(), authority=ledger.authority(), stage_since=steps[0] if steps else None,
-        source_lsn=parse_lsn(row[0]), capture_active=row[1], sources=tuple(t.source for t in spec.tables),
-        target=spec.flag.target,
+        now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
+        heartbeats=ledger.heartbeats(), authority=ledger.authority(), stage_since=found[0].at if found else None,
+        mirrored_since=mirrored_since(found), source_lsn=parse_lsn(row[0]), capture_active=row[1],
+        sources=tuple(t.source for t in spec.tables), target=spec.flag.target,
     )  # fmt: skip
 
 
@@ -117,10 +119,15 @@ def mirrors(beat: Heartbeat, origin: Origin | None = None) -> list[dict[str, Any
 
 
 def _processes_present(e: Evidence) -> list[str]:
-    alive = [b for b in e.heartbeats if (e.now - b.at).total_seconds() <= HEARTBEAT_SECONDS]
-    if not alive:
-        return ["no router was heard in the last 10 seconds: start the application"]
-    return [f"process {b.process} is at {b.stage}, not {e.before.value}" for b in alive if b.stage != e.before.value]
+    heard = [b for b in e.heartbeats if alive(b, e.now)]
+    if not heard:
+        return [f"no router was heard in the last {HEARTBEAT_SECONDS:g} seconds: start the application"]
+    return [f"process {b.process} is at {b.stage}, not {e.before.value}" for b in heard if b.stage != e.before.value]
+
+
+def alive(beat: Heartbeat, now: datetime) -> bool:
+    """Return whether a process was heard lately; `now` is the ledger's own time (pure)."""
+    return (now - beat.at).total_seconds() <= HEARTBEAT_SECONDS
 
 
 def _lag_small(e: Evidence) -> list[str]:
@@ -135,27 +142,63 @@ def _lag_small(e: Evidence) -> list[str]:
     return reasons
 
 
-def _comparisons_clean(e: Evidence) -> list[str]:
-    """Shadow reads of all processes: enough of them, and none that mismatched."""
-    if not TABLE[e.before].compares or not needs_fence(e.before, e.after):
+def _replay_past_dualwrite(e: Evidence) -> list[str]:
+    """Before reads are compared: what was written to the old store alone, before the mirror began, must be in the new one."""
+    if e.after is not Stage.SHADOW:
         return []
-    counts = [beat.counters.get("comparisons", {}) for beat in e.heartbeats]
-    compared, mismatched = (sum(int(c.get(name, 0)) for c in counts) for name in ("compared", "mismatched"))
-    reasons = [] if compared >= COMPARISONS else [f"only {compared} shadow reads were compared: {COMPARISONS} are asked for"]
-    return reasons + ([f"{mismatched} of {compared} shadow reads mismatched"] if mismatched else [])
+    if e.mirrored_since is None:
+        return ["where dualwrite began is not on record: turn the flag by `changeover flags`, or let `changeover flags watch` run"]
+    return [
+        f"{load.source} in {e.target} is replayed up to {format_lsn(load.applied)}, and dualwrite began at"
+        f" {format_lsn(e.mirrored_since)}: what was written before is not all there yet, let `changeover replay` go on"
+        for load in e.loads
+        if load.target == e.target and load.applied < e.mirrored_since
+    ]
+
+
+def _comparisons_clean(e: Evidence) -> list[str]:
+    """Reads compared at this stage, by all processes since its turn: enough of them, and none that mismatched."""
+    if not TABLE[e.before].compares:
+        return []
+    since = [beat for beat in e.heartbeats if e.stage_since is None or beat.at >= e.stage_since]
+    counts = [beat.counters.get("comparisons", {}).get("at_stage", {}) for beat in since]
+    here = [count for count in counts if count.get("stage") == e.before.value]
+    compared, mismatched = (sum(int(c.get(name, 0)) for c in here) for name in ("compared", "mismatched"))
+    reasons = [] if compared >= COMPARISONS else [
+        f"only {compared} reads were compared at {e.before.value}: {COMPARISONS} are asked for"
+    ]  # fmt: skip
+    return reasons + ([
+        f"{mismatched} of {compared} reads compared at {e.before.value} mismatched: find out why, then go back by"
+        " `changeover flags rollback` and up again, which counts anew"
+    ] if mismatched else [])  # fmt: skip
 
 
 def _mirror_whole(e: Evidence) -> list[str]:
-    """Before the old store stops receiving: nothing is queued for it, and nothing failed since authority moved."""
+    """Before the old store stops receiving: nothing that was written since authority moved was lost on its way there."""
     if e.after is not Stage.COMPLETE:
         return []
-    counts = [mirror for beat in e.heartbeats for mirror in mirrors(beat, Origin.OLD)]
-    lost = sum(int(c.get("failed", 0)) + int(c.get("dropped", 0)) for c in counts)
-    return [f"{lost} mirrored writes to the old store failed or were dropped"] if lost else []
+    gone = lost(e.heartbeats, e.authority, e.now)
+    return [f"{gone} mirrored writes to the old store failed, were dropped, or died with their process"] if gone else []
+
+
+def lost(heartbeats: Sequence[Heartbeat], authority: Authority, now: datetime) -> int:
+    """Return how many writes of rows under the new store's present authority never reached the old one (pure).
+
+    That is what a rollback over the fence loses; under the old store's authority it is none. What a dead process had queued
+    when it was last heard counts too.
+    """
+    if authority.store != Origin.NEW.value:
+        return 0
+    counts = [(beat, mirror) for beat in heartbeats for mirror in mirrors(beat, Origin.OLD)]
+    return sum(
+        int(mirror.get("lost", {}).get(str(authority.epoch), 0))
+        + (int(mirror.get("depth", 0)) if beat.epoch == authority.epoch and not alive(beat, now) else 0)
+        for beat, mirror in counts
+    )
 
 
 RULES: tuple[Callable[[Evidence], list[str]], ...] = (
-    _loads_closed, _verdict_fresh, _processes_present, _lag_small, _comparisons_clean, _mirror_whole,
+    _loads_closed, _verdict_fresh, _processes_present, _lag_small, _replay_past_dualwrite, _comparisons_clean, _mirror_whole,
 )  # fmt: skip
 
 

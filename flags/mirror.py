@@ -57,6 +57,7 @@ class Mirror:
         self.drops = Alarm(f"mirrored writes to {endpoint.name} are dropped, the queue is full")
         self.failures = Alarm(f"mirrored writes to {endpoint.name} fail")
         self._counts: Counter[str] = Counter()
+        self._lost: Counter[int] = Counter()
         self._queue: deque[Offer] = deque()
         self._changed = threading.Condition()
         self._busy = False
@@ -77,16 +78,20 @@ class Mirror:
                 self._counts["mirrored"] += 1
                 self._changed.notify_all()
         if not taken:
-            self.drops.raise_for("queue full" if not self._closing else "closing")
+            self._drop(offer, "queue full" if not self._closing else "closing")
         return taken
 
     def counters(self) -> dict[str, Any]:
-        """Return the counts: transactions mirrored and dropped; rows applied, refused, skipped and failed."""
+        """Return the counts: transactions mirrored and dropped; rows applied, refused, skipped and failed.
+
+        `lost` has the rows that were dropped or failed, by the epoch in which they were written.
+        """
         with self._changed:
+            lost = {str(epoch): rows for epoch, rows in self._lost.items()}
             counts = {name: self._counts[name] for name in ("mirrored", "applied", "refused_by_gate", "skipped")}
             depth = len(self._queue) + self._busy
         return {
-            **counts, "failed": self.failures.count, "dropped": self.drops.count, "depth": depth,
+            **counts, "lost": lost, "failed": self.failures.count, "dropped": self.drops.count, "depth": depth,
             "last_failure": self.failures.last, "last_drop": self.drops.last,
         }  # fmt: skip
 
@@ -102,11 +107,11 @@ class Mirror:
             self._changed.notify_all()
         self.drain(seconds)
         with self._changed:
-            left = len(self._queue)
+            left = list(self._queue)
             self._queue.clear()
             self._changed.notify_all()
-        for _ in range(left):
-            self.drops.raise_for("closing")
+        for offer in left:
+            self._drop(offer, "closing")
         self._thread.join(self.deadline + 1)
 
     # -- the worker's thread
@@ -136,14 +141,14 @@ class Mirror:
         # The mapping is the application's code: whatever it raises is counted as its failure and doesn't end this
         # thread.
         except Exception as error:
-            self._fail(error, len(offer.changes))
+            self._fail(error, offer.version.epoch, len(offer.changes))
             return
         for change in last:
             try:
                 self._count("applied" if self._apply(offer.version, change, until) else "refused_by_gate")
             # One row's failure must not keep the next one from its store.
             except Exception as error:
-                self._fail(error, 1)
+                self._fail(error, offer.version.epoch, 1)
 
     def _mapped(self, changes: Sequence[Change]) -> list[Change]:
         mapped = []
@@ -198,9 +203,18 @@ class Mirror:
             self._connection.close()
         self._connection = self._call = None
 
-    def _fail(self, error: Exception, rows: int) -> None:
+    def _drop(self, offer: Offer, reason: str) -> None:
+        self._lose(offer.version.epoch, len(offer.changes))
+        self.drops.raise_for(reason)
+
+    def _fail(self, error: Exception, epoch: int, rows: int) -> None:
+        self._lose(epoch, rows)
         for _ in range(rows):
             self.failures.raise_for(reason_of(error))
+
+    def _lose(self, epoch: int, rows: int) -> None:
+        with self._changed:
+            self._lost[epoch] += rows
 
     def _count(self, name: str) -> None:
         with self._changed:

@@ -7,6 +7,7 @@ makes its own and leaves the parent's alone.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 import time
@@ -84,7 +85,8 @@ class Runtime:
         )  # fmt: skip
         self.follower: Follower | None = None
         if parts.authority is not None:
-            process = parts.process or f"{socket.gethostname()}:{self.pid}"
+            # a name for each start of each process: what one counted before its end stays on record beside its successor's
+            process = f"{parts.process or socket.gethostname()}:{self.pid}.{secrets.token_hex(2)}"
             self.follower = parts.authority.follow(process, self._beat)
 
     def wish(self) -> Stage:
@@ -170,4 +172,5 @@ class Runtime:
         if self.follower is None or self.follower.fact is None:
             return None
         pin = self.decide(self.wish())
+        self.comparisons.begin(pin.stage)
         return Beat(pin.stage, pin.fact.epoch, self.counters())

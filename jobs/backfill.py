@@ -102,7 +102,7 @@ def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = No
     """
     with Ledger.open(spec, "backfill") as ledger:
         prepared = require_prepared(spec, spark, ledger, "backfill")
-        with ledger.lease("backfill"):
+        with ledger.lease("backfill"), ledger.recorded("backfill") as told:
             for (source, target), transform in prepared.transforms.items():
                 if targets is None or target in targets:
                     with open_store(spec, spec.targets[target], "backfill") as store:
@@ -111,7 +111,7 @@ def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = No
             done = [_summary(ledger, source, target) for source, target in prepared.transforms]
             if all(load.state == CLOSED for load in ledger.loads()):
                 snapshot.release(spec.source.dsn.resolve(), spec.name)
-            ledger.audit("backfill", "done", {"loads": [loaded.__dict__ for loaded in done]})
+            told["loads"] = [loaded.__dict__ for loaded in done]
             return done
 
 

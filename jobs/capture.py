@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from changeover.errors import ChangeoverError, DatabaseFailed, LeaseHeld, ServerUnavailable, SourceChanged
+from changeover.errors import ChangeoverError, DatabaseFailed, LeaseHeld, ServerUnavailable
+from changeover.interrupt import asked_to_stop
 from changeover.jobs import pgoutput
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
@@ -33,7 +34,7 @@ from changeover.jobs.replication import (
 )
 from changeover.jobs.spool import Event, Spool
 from changeover.jobs.transactions import MARKER_PREFIX, Assembler
-from changeover.position import format_lsn, parse_lsn
+from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import Spec, load, qualified
 
@@ -59,14 +60,10 @@ class CaptureResult:
     seconds: float = 0.0
     interrupted: bool = False
 
-
-@dataclass(frozen=True)
-class Lag:
-    """How far capture is behind, in bytes and LSNs; `kept_wal_bytes` is what the slot makes the source keep."""
-
-    kept_wal_bytes: int
-    spool_end: int
-    source_lsn: int
+    def recorded(self) -> dict[str, Any]:
+        """Return what goes on record."""
+        told = {"events": self.events, "transactions": self.transactions, "end": format_lsn(self.end_lsn)}
+        return {**told, "seconds": round(self.seconds, 1), **({"outcome": "interrupted"} if self.interrupted else {})}
 
 
 def capture(
@@ -88,52 +85,22 @@ def capture(
         stream = ledger.stream("capture")
         tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
         run = _Run(spec, stream, tables, stop, until or (lambda: False), patience)
-        with _signals_set(stop, run.result):
-            run.run()
-    run.result.seconds = time.monotonic() - started
-    log.info("capture ended: %s", run.result)
-    return run.result
+        result = run.result
+        with ledger.recorded("capture") as told, asked_to_stop(stop) as asked:
+            ledger.audit("capture", "started", {})  # it may run for weeks, and a kill leaves no other trace
+            try:
+                run.run()
+            finally:
+                result.interrupted = asked()
+                result.seconds = time.monotonic() - started
+                told.update(result.recorded())
+    log.info("capture ended: %s", result)
+    return result
 
 
 def emit_marker(connection: Connection, note: str) -> None:
     """Write a marker into the source's log; it reaches the spool when the caller's transaction commits."""
     connection.execute("SELECT pg_logical_emit_message(true, %s::text, %s::text)", [MARKER_PREFIX, note])
-
-
-def lag(spec: Spec) -> Lag:
-    """Return how far the spool is behind the source; raises SourceChanged when the slot is missing (driver)."""
-    dsn = spec.source.dsn.resolve()
-    with connect(dsn, application_name(spec.name, "lag")) as connection, speaking_to(dsn, "reading the slot"):
-        row = connection.execute(
-            "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint, pg_current_wal_lsn()::text"
-            " FROM pg_replication_slots WHERE slot_name = %s",
-            [spec.slot],
-        ).fetchone()
-    if row is None or row[0] is None:
-        raise SourceChanged("replication slot", spec.slot, "missing" if row is None else "lost")
-    return Lag(int(row[0]), Spool(spec.work / "spool").end(), parse_lsn(row[1]))
-
-
-@contextmanager
-def _signals_set(stop: threading.Event, result: CaptureResult) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM set `stop`, since an exception in the middle of an append has no good place to go on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: object) -> None:
-        result.interrupted = True
-        stop.set()
-        signal.signal(number, before[number])  # the second time it means it
-
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Run:

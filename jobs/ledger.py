@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +20,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import class_row
 
-from changeover.errors import SourceChanged, StepOrder
+from changeover.errors import ChangeoverError, SourceChanged, StepOrder
 from changeover.jobs.entries import FORMAT, SCHEMA, Authority, ChunkRow, Heartbeat, Load, SourceColumn, Stream, VerdictRow
 from changeover.jobs.lease import hold
 from changeover.position import format_lsn, parse_lsn
@@ -62,6 +62,13 @@ class Ledger:
             raise SourceChanged("ledger format", str(FORMAT), str(rows[0][0]))
         return bool(rows)
 
+    def now(self) -> datetime:
+        """Return the ledger's own time, by which heartbeats and verdicts are dated."""
+        row = self.connection.execute("SELECT clock_timestamp()").fetchone()
+        assert row is not None
+        found: datetime = row[0]
+        return found
+
     # -- the migration and its stream
 
     def record_migration(self, spec: Spec, stream: Stream) -> None:
@@ -89,6 +96,15 @@ class Ledger:
         self.connection.execute(
             "UPDATE changeover.migration SET snapshot = %s, visible = %s WHERE name = %s", [names, visible, self.migration]
         )
+
+    def milestones(self) -> tuple[datetime, datetime | None]:
+        """Return when the migration was prepared, and when it was finalized, None while it is not."""
+        row = self.connection.execute(
+            "SELECT prepared, finalized FROM changeover.migration WHERE name = %s", [self.migration]
+        ).fetchone()
+        if row is None:
+            raise StepOrder("status", "prepare")
+        return row[0], row[1]
 
     def spec_digest(self) -> str:
         """Return the hash of the spec that was prepared."""
@@ -274,6 +290,40 @@ class Ledger:
             [self.migration, step, step],
         ).fetchall()
         return [(r[0], r[1], r[2], r[3]) for r in rows]
+
+    @contextmanager
+    def recorded(self, step: str) -> Iterator[dict[str, Any]]:
+        """Put a run on record when the block ends: `done`, or what the block puts under "outcome", or why it failed.
+
+        What the block puts into the dict goes with it. The record is made over a session of its own, because a run may outlive
+        this one; a run that failed raises its own error even where the ledger can't be reached any more.
+        """
+        told: dict[str, Any] = {}
+        try:
+            yield told
+        except BaseException as error:
+            why = str(error) if isinstance(error, ChangeoverError) else type(error).__name__
+            outcome = "failed" if isinstance(error, Exception) else "interrupted"
+            with suppress(ChangeoverError, psycopg.Error):
+                self._record_run(step, {**told, "outcome": outcome, "error": why})
+            raise
+        self._record_run(step, told)
+
+    def _record_run(self, step: str, told: Mapping[str, Any]) -> None:
+        with connect(self.dsn, application_name(self.migration, step)) as session:
+            ledger = Ledger(session, self.migration, self.dsn)
+            if ledger.exists():  # a step before prepare has no record to go to
+                detail = {name: value for name, value in told.items() if name != "outcome"}
+                ledger.audit(step, str(told.get("outcome", "done")), detail)
+
+    def stage(self) -> str | None:
+        """Return the flag's stage as it was last put on record, None before its first turn."""
+        row = self.connection.execute(
+            "SELECT detail->>'to' FROM changeover.audit WHERE migration = %s AND step = 'flags' AND outcome <> 'refused'"
+            " ORDER BY entry DESC LIMIT 1",
+            [self.migration],
+        ).fetchone()
+        return row[0] if row else None
 
     def creating(self) -> dict[tuple[str, str], bool]:
         """Return the loads that a prepare had begun to make, and whether the target table is its own."""

@@ -271,7 +271,8 @@ def _replay_target(
 ) -> Replayed:
     """Replay into one target; a scheduler pool of its own keeps a long backfill from starving it."""
     spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(target))
-    with Ledger.open(spec, STEP) as ledger:
+    with Ledger.open(spec, STEP) as ledger, ledger.recorded(STEP) as told:
+        told["target"] = target
         running = Replay(spec, spark, ledger, prepared)
         until = None if follow else running.spool.end()  # a writer that never rests would otherwise keep it for ever
         events = taken = 0
@@ -279,8 +280,7 @@ def _replay_target(
             done = running.round(until, targets=[target])
             events, taken = events + done.events, taken + done.taken
             if stop.is_set() or (not follow and not done.events):
-                told = {"target": target, "events": events, "taken": taken, "applied": format_lsn(done.applied)}
-                ledger.audit(STEP, "done", told)
+                told.update(events=events, taken=taken, applied=format_lsn(done.applied))
                 return Replayed(events, taken, done.applied)
             if not done.events:
                 stop.wait(IDLE_SECONDS)

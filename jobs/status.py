@@ -1,66 +1,177 @@
-"""Status: where a migration is, from the ledger and the old store alone; starts no JVM.
+"""Status: where a migration is, step by step, from the ledger, the spool and the old store alone; starts no JVM.
 
-It looks and changes nothing. What it says of a position is what the ledger says: every event below it was offered.
+It looks and changes nothing, and has an answer in every state: before the copy, with a slot that is gone, after `finalize`. What
+it says of a position is what the ledger says: every event below it was offered. Rows are counted for each target by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from changeover.jobs.capture import lag
+from changeover.errors import StepOrder
+from changeover.jobs.entries import CLOSED, Authority, Load
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.progress import chunk_progress
-from changeover.position import format_lsn
+from changeover.jobs.prepare import spool_of
+from changeover.position import format_lsn, parse_lsn
+from changeover.session import application_name, connect, speaking_to
 from changeover.spec import Spec
+
+HEARD_SECONDS = 10.0
+"""Age of a heartbeat up to which its router counts as alive."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Chunks and rows loaded, each load's state and position, the stream's lag, authority, and the newest verdicts."""
+    """The steps with their state, each load with its chunks and position, the stream, the stage, and the newest verdicts.
+
+    Bytes are of the old store's write-ahead log: `behind_bytes` of a load is what lies between it and the old store's end, None
+    once the new store has authority, because replay then rests.
+    """
 
     name: str
-    chunks: int
-    chunks_loaded: int
-    rows: int
+    steps: list[dict[str, Any]]
     loads: list[dict[str, Any]]
-    spool_end: str
-    source_lsn: str
-    kept_wal_bytes: int | None
+    stream: dict[str, Any]
+    stage: str | None
+    routers: dict[str, int]
     store: str
     epoch: int
     verdicts: list[dict[str, Any]]
 
     def lines(self) -> Iterator[str]:
         """Return the page for a person."""
-        yield f"{self.name}: {self.chunks_loaded} of {self.chunks} chunks, {self.rows:,} rows"
-        for load in self.loads:
-            stopped = f", stopped: {load['stopped']}" if load["stopped"] else ""
-            yield f"  {load['source']} in {load['target']}: {load['state']}, target is at LSN {load['applied']}{stopped}"
-        kept = f"{self.kept_wal_bytes or 0:,} bytes of WAL kept"
-        yield f"  spooled up to {self.spool_end}, the source is at {self.source_lsn}, {kept}"
-        yield f"  the {self.store} store has authority (epoch {self.epoch})"
-        for verdict in self.verdicts:
-            yield f"  {verdict['source']} in {verdict['target']}: {verdict['verdict']} ({verdict['at']:%Y-%m-%d %H:%M:%S})"
+        yield self.name
+        for step in self.steps:
+            yield f"  {step['step']:<9} {step['state']}{f' ({_short(at)})' if (at := step['at']) else ''}"
+            yield from (f"    {line}" for line in self._details(step["step"]))
+        routers = ", ".join(f"{count} at {stage}" for stage, count in self.routers.items()) or "none was heard lately"
+        yield f"  flag      {self.stage or 'never turned'}; the {self.store} store has authority (epoch {self.epoch})"
+        yield f"    routers: {routers}"
+
+    def _details(self, step: str) -> list[str]:
+        if step == "capture" and self.stream["source_lsn"]:
+            return [_stream_line(self.stream)]
+        if step == "backfill":
+            return [_load_line(load) for load in self.loads]
+        if step == "replay":
+            return [_replay_line(load) for load in self.loads]
+        if step == "verify":
+            return [f"{v['source']} in {v['target']}: {v['verdict']} ({_short(v['at'])}, run {v['run']})" for v in self.verdicts]
+        return []
+
+
+def _short(at: datetime) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S}"
+
+
+def _stream_line(stream: Mapping[str, Any]) -> str:
+    spooled = f"spooled up to {stream['spool_end']}, {stream['behind_bytes']:,} bytes behind" if stream["spool_end"] else "no spool"
+    kept = f"{stream['kept_wal_bytes']:,} bytes of WAL kept" if stream["kept_wal_bytes"] is not None else "no WAL kept"
+    return f"{spooled} the source at {stream['source_lsn']}, {kept}"
+
+
+def _load_line(load: Mapping[str, Any]) -> str:
+    stopped = f"; stopped: {load['stopped']}" if load["stopped"] else ""
+    return (
+        f"{load['source']} in {load['target']}: {load['state']}, {load['chunks_loaded']} of {load['chunks']} chunks,"
+        f" {load['rows']:,} rows, {load['refused']:,} refused by a tombstone, {load['swept']:,} swept{stopped}"
+    )
+
+
+def _replay_line(load: Mapping[str, Any]) -> str:
+    behind = "at rest" if load["behind_bytes"] is None else f"{load['behind_bytes']:,} bytes behind"
+    return f"{load['source']} in {load['target']}: {load['events']:,} events, up to {load['applied']}, {behind}"
 
 
 def status(spec: Spec) -> Status:
-    """Look at the ledger, the spool and the slot (driver); raises StepOrder before prepare."""
+    """Look at the ledger, the spool and the slot (driver); raises StepOrder before prepare, ServerUnavailable."""
     with Ledger.open(spec, "status") as ledger:
-        ledger.stream("status")
-        behind = lag(spec)
-        chunks, loaded, rows = chunk_progress(ledger)
-        newest: dict[tuple[str, str], dict[str, Any]] = {}
-        for one in ledger.verdicts():
-            told = {"source": one.source, "target": one.target, "verdict": one.verdict, "at": one.at, "run": one.run}
-            newest.setdefault((one.source, one.target), told)
+        l0 = ledger.stream("status").l0
+        prepared, finalized = ledger.milestones()
+        stream = _stream(spec, l0)
         authority = ledger.authority()
-        loads = [
-            {**load.__dict__, "applied": format_lsn(load.applied), "stopped": ledger.source_table(load.source)[2]}
-            for load in ledger.loads()
-        ]
+        loads = _loads(ledger, authority, None if finalized else stream["source_lsn"])
+        verdicts = _newest_verdicts(ledger)
+        now = ledger.now()
+        heard = [beat.stage for beat in ledger.heartbeats() if (now - beat.at).total_seconds() <= HEARD_SECONDS]
         return Status(
-            spec.name, chunks, loaded, rows, loads, format_lsn(behind.spool_end), format_lsn(behind.source_lsn),
-            behind.kept_wal_bytes, authority.store, authority.epoch, list(newest.values()),
+            spec.name, _steps(ledger, loads, verdicts, stream, (prepared, finalized)), loads, stream, ledger.stage(),
+            dict(Counter(heard)), authority.store, authority.epoch, verdicts,
         )  # fmt: skip
+
+
+def _stream(spec: Spec, l0: int) -> dict[str, Any]:
+    """Return the slot's state, the spool's end, and how far both are behind; what is gone is None."""
+    dsn = spec.source.dsn.resolve()
+    with connect(dsn, application_name(spec.name, "status")) as old, speaking_to(dsn, "reading the slot"):
+        row = old.execute(
+            "SELECT pg_current_wal_insert_lsn()::text, CASE WHEN s.slot_name IS NULL THEN 'missing' WHEN s.wal_status = 'lost'"
+            " THEN 'lost' WHEN s.active THEN 'active' ELSE 'inactive' END,"
+            " pg_wal_lsn_diff(pg_current_wal_insert_lsn(), s.restart_lsn)::bigint"
+            " FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s",
+            [spec.slot],
+        ).fetchone()
+    assert row is not None
+    try:
+        end: int | None = max(spool_of(spec).end(), l0)
+    except StepOrder:  # finalized, or the work folder is elsewhere
+        end = None
+    return {
+        "slot": row[1], "source_lsn": row[0], "kept_wal_bytes": row[2], "spool_end": None if end is None else format_lsn(end),
+        "behind_bytes": None if end is None else max(0, parse_lsn(row[0]) - end),
+    }  # fmt: skip
+
+
+def _loads(ledger: Ledger, authority: Authority, source_lsn: str | None) -> list[dict[str, Any]]:
+    rests = source_lsn is None or authority.store == "new"
+    return [
+        {**load.__dict__, **_chunks(ledger, load), "applied": format_lsn(load.applied),
+         "behind_bytes": None if rests or source_lsn is None else max(0, parse_lsn(source_lsn) - load.applied),
+         "stopped": ledger.source_table(load.source)[2]}
+        for load in ledger.loads()
+    ]  # fmt: skip
+
+
+def _chunks(ledger: Ledger, load: Load) -> dict[str, int]:
+    chunks = ledger.chunks(load.source, load.target)
+    return {
+        "chunks": len(chunks), "chunks_loaded": sum(chunk.loaded is not None for chunk in chunks),
+        "rows": sum(chunk.rows or 0 for chunk in chunks),
+    }  # fmt: skip
+
+
+def _newest_verdicts(ledger: Ledger) -> list[dict[str, Any]]:
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in ledger.verdicts():
+        told = {"source": one.source, "target": one.target, "verdict": one.verdict, "at": one.at, "run": one.run}
+        newest.setdefault((one.source, one.target), told)
+    return list(newest.values())
+
+
+CAPTURE = {"active": "running", "inactive": "not running", "missing": "the slot is missing", "lost": "the slot has lost its WAL"}
+
+
+def _steps(
+    ledger: Ledger, loads: list[dict[str, Any]], verdicts: list[dict[str, Any]], stream: Mapping[str, Any],
+    milestones: tuple[datetime, datetime | None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return each step of the pipeline, and `finalize`, with its state and when it was last on record."""
+    prepared, finalized = milestones
+    last = {step: at for at, step, _, _ in reversed(ledger.audits())}
+    closed, wanted = sum(load["state"] == CLOSED for load in loads), len(loads)
+    loaded, planned = (sum(load[name] for load in loads) for name in ("chunks_loaded", "chunks"))
+    behind = [load["behind_bytes"] for load in loads if load["behind_bytes"] is not None]
+    words = {verdict["verdict"] for verdict in verdicts}
+    states = {
+        "prepare": ("done", prepared),
+        "capture": ("ended" if finalized else CAPTURE[stream["slot"]], last.get("capture")),
+        "backfill": ("done" if closed == wanted else f"{loaded} of {planned} chunks", last.get("backfill")),
+        "replay": (f"{max(behind):,} bytes behind at most" if behind else "at rest", last.get("replay")),
+        "verify": (", ".join(sorted(words)) or "never", max((verdict["at"] for verdict in verdicts), default=None)),
+        "finalize": ("done" if finalized else "not yet", finalized),
+    }  # fmt: skip
+    return [{"step": step, "state": state, "at": at} for step, (state, at) in states.items()]

@@ -557,7 +557,7 @@ def test_init_into_a_folder_that_is_not_there(case: Case, tmp_path: Path) -> Non
 KEYS = {
     "check": {"safe", "reasons", "grants"},
     "plan": {"steps"},
-    "status": {"name", "chunks", "chunks_loaded", "rows", "loads", "store", "epoch", "verdicts"},
+    "status": {"name", "steps", "loads", "stream", "stage", "routers", "store", "epoch", "verdicts"},
     "history": {"runs"},
     "abort": {"removed", "left"},
 }

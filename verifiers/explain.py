@@ -1,31 +1,44 @@
 """Explain: the story of one row by its target key, from what is on record; starts no JVM.
 
 It tells the chunk that the key belongs to, the row's image in each target, its cell (version or tombstone), the spooled events
-of its source key, the newest difference and the authority: enough to see why a row is as it is.
+of its source key, its differences, the stage and the authority: enough to see why a row is as it is. What is gone for good, as
+versions and events are after `finalize`, is said to be gone. Keys are compared by their types, so an index serves.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
+import psycopg
+import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 from psycopg import sql
 from psycopg.rows import dict_row
 
 from changeover.errors import SpecError
-from changeover.jobs.entries import ChunkRow
+from changeover.jobs.entries import Authority, ChunkRow
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import spool_of
+from changeover.jobs.spool import TRUNCATE
 from changeover.jobs.transform import BARE
 from changeover.position import Version, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table, Target
+from changeover.stores import DELETED
+from changeover.stores.appends import VERSION
 from changeover.stores.gate import GatedTable
+
+NONE = "none"
+
+Key = Mapping[str, str]
+"""A key's columns with their values in PostgreSQL's text form."""
 
 
 @dataclass
@@ -40,61 +53,123 @@ class Story:
         """Return the story for a person, a line a part."""
         yield f"{self.table} {'/'.join(self.key)}"
         for name, value in self.parts.items():
-            for one in value if isinstance(value, list) else [value]:
+            for one in (value or [NONE]) if isinstance(value, list) else [value]:
                 yield f"  {name}: {one if isinstance(one, str) else json.dumps(one, default=str, ensure_ascii=False)}"
 
 
-def explain(spec: Spec, key: Sequence[str]) -> Story:
-    """Tell the story of the row with this target key (driver); the first table whose key has as many columns.
+def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Story:
+    """Tell the story of the row with this target key (driver); `table` names the table where several have as many key columns.
 
-    Raises SpecError where no table has such a key, StepOrder before prepare.
+    Raises SpecError where no table has such a key, or where a value is none of its column's type; StepOrder before prepare.
     """
-    table = next((t for t in spec.tables if len(t.key) == len(key)), None)
-    if table is None:
-        wanted = "; ".join(f"{t.target} ({' '.join(t.key)})" for t in spec.tables)
-        raise SpecError(spec.path, "key", f"no table has a key of {len(key)} columns; the keys are: {wanted}")
-    story = Story(table.target, tuple(key))
+    found = _table(spec, key, table)
+    story = Story(found.target, tuple(key))
     with (
         Ledger.open(spec, "explain") as ledger,
         connect(spec.source.dsn.resolve(), application_name(spec.name, "explain")) as old,
     ):
         ledger.stream("explain")
-        seen = source_table(old, table)
-        if seen is not None and (own := _source_key(table, seen, key)) is not None:
-            story.parts["source row"] = _row(old, *table.source_name, seen.identity, own) or "none"
-            story.parts["chunk"] = _chunks(ledger, old, table, seen, own)
-            story.parts["spooled events"] = _events(spec, table, dict(zip(seen.identity, own, strict=True)))
+        _, finalized = ledger.milestones()
+        given = dict(zip(found.key, key, strict=True))
+        seen = source_table(old, found)
+        if seen is not None and (own := _source_key(spec, old, found, seen, given)) is not None:
+            given |= {name: own[column] for name, column in _moved(found).items() if column in own}
+            story.parts["source row"] = _row(spec, old, found.source_name, own) or NONE
+            story.parts["chunk"] = _chunks(ledger, old, found, seen, own)
+            story.parts["spooled events"] = _gone(finalized) or _events(spec, found, own, ledger.authorities())
         for target in spec.targets.values():
-            story.parts.update(_target(spec, table, target, key))
-        story.parts["differences"] = _differences(spec, table, key)
+            told = _in_lake if target.kind == "delta" else _in_postgres
+            story.parts.update(told(spec, found, target, given, finalized))
+        story.parts["differences"] = _differences(spec, found, given)
         authority = ledger.authority()
+        story.parts["stage"] = ledger.stage() or "never turned"
         story.parts["authority"] = f"{authority.store} store, epoch {authority.epoch}"
+        if finalized:
+            story.parts["finalized"] = f"{finalized:%Y-%m-%d %H:%M:%S}"
     return story
 
 
-def _source_key(table: Table, seen: SourceTable, key: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the source key, where the target key holds each of its columns unchanged."""
-    given = dict(zip(table.key, key, strict=True))
-    moved = {match[1]: given[name] for name in table.key if (match := BARE.fullmatch(table.columns.get(name, name).strip()))}
-    return tuple(moved[name] for name in seen.identity) if set(seen.identity) <= set(moved) else None
+def _gone(finalized: datetime | None) -> str | None:
+    return f"none is kept since the migration was finalized at {finalized:%Y-%m-%d %H:%M:%S}" if finalized else None
 
 
-def _row(connection: Connection, schema: str, name: str, key: Sequence[str], values: Sequence[str]) -> dict[str, Any] | None:
-    """Return one row by its key given as text."""
-    same = sql.SQL(" AND ").join(sql.SQL("{}::text = %s").format(sql.Identifier(column)) for column in key)
-    with connection.cursor(row_factory=dict_row) as cursor:
-        return cursor.execute(
-            sql.SQL("SELECT * FROM {} WHERE {}").format(sql.Identifier(schema, name), same), list(values)
-        ).fetchone()
+def _table(spec: Spec, key: Sequence[str], named: str | None) -> Table:
+    tables = (spec.table(named),) if named is not None else spec.tables
+    fitting = [table for table in tables if len(table.key) == len(key)]
+    wanted = "; ".join(f"{table.target} ({' '.join(table.key)})" for table in fitting or tables)
+    if not fitting:
+        raise SpecError(spec.path, "key", f"no table has a key of {len(key)} columns; the keys are: {wanted}")
+    if len(fitting) > 1:
+        raise SpecError(spec.path, "key", f"several tables have a key of {len(key)} columns: name one by --table of {wanted}")
+    return fitting[0]
 
 
-def _chunks(ledger: Ledger, old: Connection, table: Table, seen: SourceTable, own: Sequence[str]) -> list[str]:
+def _moved(table: Table) -> dict[str, str]:
+    """Return the target key's columns that hold a source column unchanged."""
+    if table.function is not None:
+        return {}
+    return {name: match[1] for name in table.key if (match := BARE.fullmatch(table.columns.get(name, name).strip()))}
+
+
+def _source_key(spec: Spec, old: Connection, table: Table, seen: SourceTable, given: Key) -> dict[str, str] | None:
+    """Return the source key as the database writes its values, where the target key holds each of its columns unchanged."""
+    own = {column: given[name] for name, column in _moved(table).items()}
+    if not set(seen.identity) <= set(own):
+        return None
+    types = {column.name: column.type for column in seen.key}
+    casts = sql.SQL(", ").join(sql.SQL("{}::text").format(_typed(own[name], types[name])) for name in seen.identity)
+    with _speaking_of(spec, own):
+        row = old.execute(sql.SQL("SELECT {}").format(casts)).fetchone()
+    assert row is not None
+    return dict(zip(seen.identity, row, strict=True))
+
+
+@contextmanager
+def _speaking_of(spec: Spec, key: Key) -> Iterator[None]:
+    """Turn a value that its column's type does not take into the error that says so."""
+    try:
+        yield
+    except (psycopg.DataError, pa.ArrowInvalid) as error:
+        said = str(error).strip().splitlines()[0]
+        raise SpecError(spec.path, "key", f"{'/'.join(key.values())} is no key of that table ({said})") from error
+
+
+def _typed(value: str, type_name: str) -> sql.Composed:
+    return sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(type_name))
+
+
+TYPES = """
+SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute
+WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped
+"""
+
+
+def _same(connection: Connection, name: tuple[str, str], key: Key) -> sql.Composed | None:
+    """Return the condition that a table's row has this key, its values of the columns' own types; None without the table."""
+    found = connection.execute(TYPES, [sql.Identifier(*name).as_string(connection)]).fetchall()
+    types: dict[str, str] = {row[0]: row[1] for row in found}
+    if not set(key) <= set(types):
+        return None
+    parts = [sql.SQL("{} = {}").format(sql.Identifier(column), _typed(value, types[column])) for column, value in key.items()]
+    return sql.SQL(" AND ").join(parts)
+
+
+def _row(spec: Spec, connection: Connection, name: tuple[str, str], key: Key) -> dict[str, Any] | None:
+    """Return one row by its key."""
+    same = _same(connection, name, key)
+    if same is None:
+        return None
+    with connection.cursor(row_factory=dict_row) as cursor, _speaking_of(spec, key):
+        return cursor.execute(sql.SQL("SELECT * FROM {} WHERE {}").format(sql.Identifier(*name), same)).fetchone()
+
+
+def _chunks(ledger: Ledger, old: Connection, table: Table, seen: SourceTable, own: Key) -> list[str]:
     """Return in which chunk of each load the key is; the database compares, under the key's own order."""
     found = []
     for load in ledger.loads():
         if load.source == table.source:
             for chunk in ledger.chunks(load.source, load.target):
-                if _inside(old, seen, own, chunk):
+                if _inside(old, seen, [own[name] for name in seen.identity], chunk):
                     state = f"loaded {chunk.loaded:%Y-%m-%d %H:%M:%S}" if chunk.loaded else "pending"
                     found.append(f"{load.target}: chunk {chunk.chunk}, {state}")
     return found
@@ -102,7 +177,7 @@ def _chunks(ledger: Ledger, old: Connection, table: Table, seen: SourceTable, ow
 
 def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: ChunkRow) -> bool:
     def typed(values: Sequence[str]) -> sql.Composed:
-        parts = [sql.SQL("{}::{}").format(sql.Literal(v), sql.SQL(c.type)) for v, c in zip(values, seen.key, strict=True)]
+        parts = [_typed(value, column.type) for value, column in zip(values, seen.key, strict=True)]
         return sql.SQL("({})").format(sql.SQL(", ").join(parts))
 
     sides = [
@@ -114,46 +189,75 @@ def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: Chunk
     return bool(row and row[0])
 
 
-def _events(spec: Spec, table: Table, own: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the spooled events of the source key, in stream order."""
-    events = spool_of(spec).events()
+def _events(spec: Spec, table: Table, own: Key, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
+    """Return the spooled events of the source key, in stream order; the spool is read a part at a time."""
     schema, name = table.source_name
-    ours = events.filter(pc.equal(events["relation"], f"{schema}.{name}")).select(["lsn", "ordinal", "op", "row", "key"])
+    dataset = DeltaTable(str(spool_of(spec).path)).to_pyarrow_dataset()
+    wanted = ["lsn", "ordinal", "op", "row", "key"]
     told = []
-    for event in ours.to_pylist():
-        image = dict(event["row"] or event["key"] or [])
-        if all(image.get(column) == value for column, value in own.items()):
-            told.append({"version": str(Version(0, event["lsn"], event["ordinal"])), "op": event["op"], "row": image})
-    return told
+    for batch in dataset.to_batches(columns=wanted, filter=pc.field("relation") == f"{schema}.{name}"):
+        for event in batch.filter(_of_key(batch, own)).to_pylist():
+            epoch = max((one.epoch for one in authorities if one.from_lsn <= event["lsn"]), default=0)
+            version = Version(epoch, event["lsn"], event["ordinal"])
+            told.append((version, {"version": str(version), "op": event["op"], "row": dict(event["row"] or event["key"] or [])}))
+    return [event for _, event in sorted(told, key=lambda one: one[0])]
 
 
-def _target(spec: Spec, table: Table, target: Target, key: Sequence[str]) -> dict[str, Any]:
-    schema, name = table.target_name
-    if target.kind == "delta":
-        wanted = [(column, "=", value) for column, value in zip(table.key, key, strict=True)]
-        rows = [
-            row for row in DeltaTable(str(target.folder / name)).to_pyarrow_table().to_pylist()
-            if all(str(row[column]) == value for column, _, value in wanted)
-        ]  # fmt: skip
-        return {f"{target.name} row": rows or "none"}
-    gated = GatedTable(schema, name, table.key, ())
-    same = sql.SQL(" AND ").join(sql.SQL("{}::text = %s").format(sql.Identifier(column)) for column in table.key)
+def _of_key(batch: pa.RecordBatch, own: Key) -> pa.Array:
+    """Return which events are of a source key: by the new row, or by the old key where there is no row or the key changed."""
+    masks = []
+    for images in ("row", "key"):
+        here = [pc.equal(pc.map_lookup(batch[images], column, "first"), value) for column, value in own.items()]
+        mask = here[0]
+        for more in here[1:]:
+            mask = pc.and_(mask, more)
+        masks.append(pc.fill_null(mask, False))
+    return pc.or_(pc.or_(*masks), pc.equal(batch["op"], TRUNCATE))  # which takes every row with it
+
+
+def _in_lake(spec: Spec, table: Table, target: Target, key: Key, finalized: datetime | None) -> dict[str, Any]:
+    path = target.folder / table.target_name[1]
+    if not DeltaTable.is_deltatable(str(path)):
+        return {f"{target.name} row": NONE}
+    dataset = DeltaTable(str(path)).to_pyarrow_dataset()
+    with _speaking_of(spec, key):
+        parts = [pc.field(name) == pa.scalar(value).cast(dataset.schema.field(name).type) for name, value in key.items()]
+    condition = parts[0]
+    for part in parts[1:]:
+        condition &= part
+    rows, cells = [], []
+    for row in dataset.to_table(filter=condition).to_pylist():
+        version, deleted = row.pop(VERSION), row.pop(DELETED)
+        cells.append(f"{'tombstone' if deleted else 'live'} at {Version(version['epoch'], version['lsn'], version['ordinal'])}")
+        if not deleted:
+            rows.append(row)
+    return {f"{target.name} row": rows or NONE, f"{target.name} cell": cells or _gone(finalized) or NONE}
+
+
+def _in_postgres(spec: Spec, table: Table, target: Target, key: Key, finalized: datetime | None) -> dict[str, Any]:
+    gated = GatedTable(*table.target_name, table.key, ())
     with connect(target.dsn_value, application_name(spec.name, "explain")) as new:
-        cell = new.execute(
-            sql.SQL("SELECT _epoch, _lsn::text, _ordinal, _deleted FROM {} WHERE {}").format(gated.touched, same),
-            list(key),
-        ).fetchone()
-        row = _row(new, schema, name, table.key, key)
-    state = "untouched since the backfill"
+        row = _row(spec, new, table.target_name, key)
+        present = new.execute("SELECT to_regclass(%s) IS NOT NULL", [gated.touched.as_string(new)]).fetchone()
+        same = _same(new, table.target_name, key)
+        cell = None
+        if present and present[0] and same is not None:
+            cell = new.execute(
+                sql.SQL("SELECT _epoch, _lsn::text, _ordinal, _deleted FROM {} WHERE {}").format(gated.touched, same)
+            ).fetchone()
+    state = _gone(finalized) or "no live write touched it"
     if cell is not None:
         state = f"{'tombstone' if cell[3] else 'live'} at {Version(cell[0], parse_lsn(cell[1]), cell[2])}"
-    return {f"{target.name} row": row or "none", f"{target.name} cell": state}
+    return {f"{target.name} row": row or NONE, f"{target.name} cell": state}
 
 
-def _differences(spec: Spec, table: Table, key: Sequence[str]) -> list[dict[str, Any]]:
+def _differences(spec: Spec, table: Table, key: Key) -> list[dict[str, Any]]:
     path = spec.work / "differences"
     if not DeltaTable.is_deltatable(str(path)):
         return []
-    wanted = dict(zip(table.key, key, strict=True))
     rows = DeltaTable(str(path)).to_pyarrow_table(filters=[("table", "=", table.source)]).to_pylist()
-    return [{"run": row["run"], "class": row["class"], "columns": row["columns"]} for row in rows if dict(row["key"]) == wanted]
+    return [
+        {"run": row["run"], "store": row["store"], "class": row["class"], "columns": row["columns"]}
+        for row in rows
+        if dict(row["key"]) == dict(key)
+    ]

@@ -63,7 +63,7 @@ def verify(spec: Spec, spark: SparkSession, *, targets: Sequence[str] | None = N
 
     Raises CouldNotCheck where there is no answer, StepOrder before the backfill is closed, TableStopped.
     """
-    with Ledger.open(spec, "verify") as ledger, ledger.lease("verify"):
+    with Ledger.open(spec, "verify") as ledger, ledger.lease("verify"), ledger.recorded("verify") as told:
         prepared = require_prepared(spec, spark, ledger, "verify")
         chosen = {names: t for names, t in prepared.transforms.items() if targets is None or names[1] in targets}
         _require_closed(ledger, chosen)
@@ -76,6 +76,8 @@ def verify(spec: Spec, spark: SparkSession, *, targets: Sequence[str] | None = N
                 ledger.record_verdict(source, target, verdict.word, stage, verdict.document())
                 log.info("%s in %s: %s at %s", source, target, verdict.word, verdict.positions)
                 verdicts.append(verdict)
+        told["outcome"] = "equal" if all(verdict.equal for verdict in verdicts) else "different"
+        told["verdicts"] = [{"source": v.table, "target": v.target, "verdict": v.word, "rows": v.source_rows} for v in verdicts]
         return verdicts
 
 

@@ -8,7 +8,9 @@ need no Spark start no JVM.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -192,12 +194,13 @@ def verify(spec: str, targets: tuple[str, ...], report: str | None, as_json: boo
 @main.command()
 @SPEC
 @click.argument("key", nargs=-1, required=True)
+@click.option("--table", help="The table, where several have a key of as many columns.")
 @JSON
-def explain(spec: str, key: tuple[str, ...], as_json: bool) -> None:
+def explain(spec: str, key: tuple[str, ...], table: str | None, as_json: bool) -> None:
     """Tell the story of one row by its target KEY: chunk, cell, spooled events, images, stage."""
     from changeover.verifiers.explain import explain as act
 
-    told = act(load(spec), key)
+    told = act(load(spec), key, table=table)
     answer(told, as_json, lambda: "\n".join(told.lines()))
 
 
@@ -221,11 +224,23 @@ def history(spec: str, as_json: bool) -> None:
     with Ledger.open(loaded, "history") as ledger:
         ledger.stream("history")
         rows = [{"at": at, "step": step, "outcome": outcome, **detail} for at, step, outcome, detail in ledger.audits()]
-    answer(
-        {"runs": rows},
-        as_json,
-        lambda: "\n".join(f"{r['at']:%Y-%m-%d %H:%M:%S} {r['step']} {r['outcome']}" for r in rows),
-    )
+    answer({"runs": rows}, as_json, lambda: "\n".join(
+        f"{r['at']:%Y-%m-%d %H:%M:%S}  {r['step']:<9} {r['outcome']}{details(r)}" for r in rows))  # fmt: skip
+
+
+def details(run: Mapping[str, Any]) -> str:
+    """Return what a run put on record beside its outcome, as a line's end."""
+    said = []
+    for name, value in run.items():
+        if name not in ("at", "step", "outcome", "host", "pid") and value not in (None, [], ""):
+            parts = value if isinstance(value, list) else [value]
+            said.append(f"{name} {'; '.join(map(nested, parts))}")
+    return f": {', '.join(said)}" if said else ""
+
+
+def nested(part: Any) -> str:
+    """Return a part of what a run put on record."""
+    return f"({', '.join(f'{name} {value}' for name, value in part.items())})" if isinstance(part, dict) else str(part)
 
 
 @main.command()

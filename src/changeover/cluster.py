@@ -49,6 +49,7 @@ def run_as(account: Account | None, command: Sequence[str], root: Path) -> subpr
             cwd=root,
             env=environ,
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C at the terminal is for whoever waits for this program, not for itself
             stdout=sink,
             stderr=sink,
             check=False,

@@ -329,10 +329,11 @@ class EmbeddedServerFailed(CouldNotFinish):
 
 @dataclass(eq=False)
 class Interrupted(ChangeoverError):
-    """The person at the terminal stopped the run."""
+    """The person at the terminal stopped the run; `then` says what is left of it and how to go on."""
 
     step: str
+    then: str = "nothing is lost, the same command goes on from here"
     exit_code: ClassVar[int] = 130
 
     def __str__(self) -> str:
-        return f"interrupted in {self.step}: nothing is lost, the same command goes on from here"
+        return f"interrupted in {self.step}: {self.then}"

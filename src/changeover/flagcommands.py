@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from changeover.command import DEBUG, JSON, SPEC, answer, plain, running
+from changeover.errors import Interrupted
 from changeover.spec import load
 
 
@@ -27,14 +28,18 @@ def show(spec: str, as_json: bool) -> None:
     from changeover.flags.cutover import show as act
 
     seen = act(load(spec))
-    lines = [f"stage {seen.stage.value}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
+    wish = f", the flag asks for {seen.wish.value}" if seen.wish is not seen.stage else ""
+    lines = [f"stage {seen.stage.value}{wish}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
     if seen.next is not None:
-        lines += [
-            f"next: {seen.next.value}: {'go' if seen.go else 'no-go'}",
-            *(f"  {reason}" for reason in seen.reasons),
-        ]
-    told = {**plain(seen), "stage": seen.stage.value, "next": seen.next.value if seen.next else None, "go": seen.go}
-    answer(told, as_json, lambda: "\n".join(lines))
+        lines += [f"next: {seen.next.value}: {'go' if seen.go else 'no-go'}", *(f"  {reason}" for reason in seen.reasons)]
+    if seen.back is not None:
+        lines.append(f"back: {seen.back.value}: {_loses(seen.loses, 'would be lost')}")
+    stages = {name: stage.value if (stage := getattr(seen, name)) else None for name in ("stage", "wish", "next", "back")}
+    answer({**plain(seen), **stages, "go": seen.go}, as_json, lambda: "\n".join(lines))
+
+
+def _loses(writes: int, verb: str) -> str:
+    return f"{writes:,} write{'s' * (writes > 1)} that never reached the old store {verb}" if writes else f"nothing {verb}"
 
 
 @flags.command()
@@ -55,13 +60,15 @@ def rollback(spec: str, as_json: bool) -> None:
     """Go one stage down; asks no gate."""
     from changeover.flags.cutover import rollback as act
 
-    _step(act(load(spec)), as_json)
+    _step(act(load(spec)), as_json, back=True)
 
 
-def _step(done: Any, as_json: bool) -> None:
+def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
     told = {"from": done.before.value, "to": done.after.value, "epoch": done.epoch, "pause_seconds": done.pause_seconds}
     pause = f", writers were held up {done.pause_seconds:.2f} s at most" if done.pause_seconds is not None else ""
-    answer(told, as_json, lambda: f"{told['from']} → {told['to']} (epoch {told['epoch']}{pause})")
+    lost = f"; {_loses(done.lost, 'lost')}" if back else ""
+    answer({**told, "lost": done.lost} if back else told, as_json,
+           lambda: f"{told['from']} → {told['to']} (epoch {told['epoch']}{pause}){lost}")  # fmt: skip
 
 
 @flags.command()
@@ -72,4 +79,6 @@ def watch(spec: str, debug: bool) -> None:
     from changeover.flags.cutover import watch as act
 
     with running(spec, "flags-watch", debug) as loaded:
-        act(loaded, threading.Event())
+        click.echo(f"watching the flag of {loaded.name}; Ctrl-C ends it")
+        if act(loaded, threading.Event(), say=click.echo):
+            raise Interrupted("flags watch")

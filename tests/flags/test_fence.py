@@ -2,123 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.errors import FenceCalledOff
-from changeover.flags import cutover, flagfile
+from changeover.errors import FenceCalledOff, ServerUnavailable
+from changeover.flags import cutover
+from changeover.flags import fence as fences
 from changeover.flags.fence import fence
-from changeover.flags.router import Change, Router, returned
-from changeover.jobs.capture import capture
+from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.replay import replay
 from changeover.session import connect
+from changeover.stores import refusal
 from changeover.stores.gate import FENCED
 from changeover.verifiers.verify import verify
-from tests.fix_migration import STORE, MakeMigration, Migration
-
-ACCOUNTS = "CREATE TABLE accounts (id bigint PRIMARY KEY, balance numeric(12,2) NOT NULL, note text)"
-SPEC = '[[table]]\nsource = "public.accounts"\ntarget = "ledgers"\nkey = ["id"]\n[flag]\nkey = "accounts-store"\ntarget = "store"\n'
-ROWS = 200
-
-
-@pytest.fixture
-def moved(make_migration: MakeMigration) -> Migration:
-    """Return a migration of accounts that is loaded and closed, its flag at shadow."""
-    made = make_migration(SPEC, ACCOUNTS, targets=(STORE,))
-    made.old.execute("INSERT INTO accounts SELECT i, i * 1.5, 'n' || i FROM generate_series(1, %s) i", [ROWS])
-    made.prepare()
-    made.backfill()
-    flagfile.write_stage(made.spec.work / "flags.json", "accounts-store", Stage.SHADOW)
-    return made
-
-
-@contextmanager
-def following(migration: Migration) -> Iterator[None]:
-    """Capture and replay for as long as the block lasts."""
-    stop = threading.Event()
-    errors: list[BaseException] = []
-
-    def guarded(work: Any, **options: Any) -> None:
-        try:
-            work(migration.spec, *options.pop("more", ()), stop=stop, **options)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [
-        threading.Thread(target=guarded, args=(capture,)),
-        threading.Thread(target=guarded, args=(replay,), kwargs={"more": (migration.spark,), "follow": True}),
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert not errors, errors
-
-
-@contextmanager
-def application(migration: Migration, threads: int = 3) -> Iterator[Router]:
-    """Write to every account through a router, again and again, until the block ends; an error fails the test."""
-    client = flagfile.client(migration.spec.work / "flags.json")
-    router = Router.connect(migration.spec, "accounts", to_new=dict, to_old=dict, client=client)
-    stop = threading.Event()
-    errors: list[BaseException] = []
-
-    def write(first: int) -> None:
-        account = first
-        while not stop.wait(0.004):
-            account = account % ROWS + threads
-            try:
-                router.write(old=adding("accounts", account), new=adding("ledgers", account))
-                router.read(old=finding("accounts", account), new=finding("ledgers", account))
-            except BaseException as error:
-                errors.append(error)
-                return
-
-    writers = [threading.Thread(target=write, args=(number,)) for number in range(threads)]
-    for writer in writers:
-        writer.start()
-    try:
-        yield router
-    finally:
-        stop.set()
-        for writer in writers:
-            writer.join()
-        router.drain(10)
-        router.close()
-        client.close()  # type: ignore[no-untyped-call]
-    assert not errors, errors
-
-
-def adding(table: str, account: int) -> Any:
-    """Return the application's write: one is added to an account's balance, or it is opened anew."""
-
-    def write(cursor: Any) -> list[Change]:
-        cursor.execute(f"UPDATE {table} SET balance = balance + 1 WHERE id = %s RETURNING *", [account])
-        return returned(cursor)
-
-    return write
-
-
-def finding(table: str, account: int) -> Any:
-    """Return the application's read."""
-    return lambda cursor: cursor.execute(f"SELECT id, note FROM {table} WHERE id = %s", [account]).fetchone()
-
-
-def rows(connection: psycopg.Connection[Any], table: str) -> list[tuple[Any, ...]]:
-    return connection.execute(f"SELECT id, balance, note FROM {table} ORDER BY id").fetchall()
+from tests.fix_accounts import application, following, rows, turn
+from tests.fix_migration import Migration
 
 
 def test_authority_moves_there_and_back_under_writers_and_no_write_is_lost(moved: Migration) -> None:
@@ -126,10 +28,10 @@ def test_authority_moves_there_and_back_under_writers_and_no_write_is_lost(moved
         with application(moved) as router:
             time.sleep(1)
             there = fence(moved.spec, Origin.NEW)
-            flagfile.write_stage(moved.spec.work / "flags.json", "accounts-store", Stage.LIVE)
+            turn(moved, Stage.LIVE)
             time.sleep(1)
             assert router.stage.value == "live"
-            flagfile.write_stage(moved.spec.work / "flags.json", "accounts-store", Stage.SHADOW)
+            turn(moved, Stage.SHADOW)
             back = fence(moved.spec, Origin.OLD)
             time.sleep(1)
             assert router.stage.value == "shadow"
@@ -172,8 +74,6 @@ def test_without_replay_the_fence_is_called_off_and_writers_go_on(moved: Migrati
 
 
 def test_a_refusal_whose_fence_died_ends_by_itself(moved: Migration) -> None:
-    from changeover.stores import refusal
-
     assert refusal.install(moved.old, "public", "accounts", 1, time.monotonic() + 1.0)
     with pytest.raises(psycopg.Error):
         moved.old.execute("UPDATE accounts SET note = 'x' WHERE id = 1")
@@ -185,5 +85,47 @@ def test_the_gate_asks_for_a_verdict_and_a_router(moved: Migration, tmp_path: Pa
     shown = cutover.show(moved.spec)
     assert not shown.go
     told = " ".join(shown.reasons)
-    for reason in ("never verified", "no router was heard", "capture is not running", "shadow reads were compared"):
+    for reason in ("never verified", "no router was heard", "capture is not running", "only 0 reads were compared at shadow"):
         assert reason in told
+
+
+def authority(migration: Migration) -> Authority:
+    with Ledger.open(migration.spec, "test") as ledger:
+        return ledger.authority()
+
+
+def test_a_fence_that_can_not_be_recorded_gives_the_writers_back(moved: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise ServerUnavailable("the ledger", "broke off")
+
+    monkeypatch.setattr(fences, "_record", broken)
+    with following(moved), pytest.raises(ServerUnavailable):
+        cutover.advance(moved.spec, to=Stage.LIVE, override="test")
+    assert authority(moved).store == "old"
+    assert cutover.wished(moved.spec) is Stage.SHADOW
+    moved.old.execute("UPDATE accounts SET note = 'goes on' WHERE id = 1")
+
+
+def test_a_fence_whose_record_was_made_though_nobody_heard_it_stands(moved: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = fences._record
+
+    def unheard(ledger: Ledger, made: Authority) -> None:
+        record(ledger, made)
+        raise ServerUnavailable("the ledger", "broke off after COMMIT")
+
+    monkeypatch.setattr(fences, "_record", unheard)
+    with following(moved), pytest.raises(ServerUnavailable):
+        cutover.advance(moved.spec, to=Stage.LIVE, override="test")
+    assert authority(moved).store == "new"
+    assert cutover.wished(moved.spec) is Stage.LIVE
+    with pytest.raises(psycopg.Error, match="no authority"):
+        moved.old.execute("UPDATE accounts SET note = 'stale' WHERE id = 1")
+
+
+def test_the_next_command_lets_the_store_with_authority_write_after_a_fence_was_killed(moved: Migration) -> None:
+    assert refusal.install(moved.old, "public", "accounts", 1, time.monotonic() + 5)
+    refusal.make_permanent(moved.old, "public", "accounts", 1)
+    with pytest.raises(psycopg.Error, match="no authority"):
+        moved.old.execute("UPDATE accounts SET note = 'x' WHERE id = 1")
+    assert cutover.rollback(moved.spec).after is Stage.DUALWRITE
+    moved.old.execute("UPDATE accounts SET note = 'x' WHERE id = 1")

@@ -209,6 +209,19 @@ def test_the_callers_later_changes_to_its_rows_do_not_travel(stores: Stores, mak
     assert stores.rows(Origin.NEW) == [(1, 1, "as committed")]
 
 
+def test_what_is_lost_is_counted_in_rows_by_the_epoch_of_the_write(stores: Stores, make_mirror: MakeMirror) -> None:
+    mirror = make_mirror(limit=1, deadline=0.3)
+    mirror.offer(Version(1, FAR, -1), [follow(1, "broken"), follow(2)])
+    assert mirror.drain(5)
+    mirror.offer(Version(3, FAR, -1), [follow(3, "partial")])
+    assert mirror.drain(5)
+    stores.new.execute("BEGIN; LOCK TABLE public.associations IN ACCESS EXCLUSIVE MODE")
+    taken = [mirror.offer(Version(3, FAR + number, -1), [follow(4), follow(5)]) for number in range(4)]
+    stores.new.execute("ROLLBACK")
+    assert mirror.drain(5)
+    assert mirror.counters()["lost"] == {"1": 2, "3": 1 + 2 * taken.count(False)}
+
+
 def test_closing_deals_with_the_queue_and_counts_the_rest(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror(deadline=0.3)
     stores.new.execute("BEGIN; LOCK TABLE public.associations IN ACCESS EXCLUSIVE MODE")

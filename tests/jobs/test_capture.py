@@ -20,7 +20,7 @@ import pytest
 
 from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, SpoolGap, StepOrder
 from changeover.jobs import capture as capture_module
-from changeover.jobs.capture import CaptureResult, capture, emit_marker, lag, main
+from changeover.jobs.capture import CaptureResult, capture, emit_marker, main
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.spool import Spool
@@ -390,18 +390,6 @@ def test_an_idle_stream_lets_other_tables_wal_go(prepared: Prepared, monkeypatch
     prepared.sql("INSERT INTO other VALUES (1, 'a')")
     prepared.catch_up()
     assert len(prepared.events()) == 1
-
-
-def test_lag(prepared: Prepared) -> None:
-    before = lag(prepared.spec)
-    prepared.sql("INSERT INTO other VALUES (1, 'a')")
-    prepared.catch_up()
-    after = lag(prepared.spec)
-    assert (before.spool_end, after.spool_end) == (0, prepared.spool.end())
-    assert after.kept_wal_bytes > 0
-    assert before.source_lsn < after.source_lsn
-    with pytest.raises(SourceChanged, match="missing"):
-        lag(replace(prepared.spec, name="unprepared"))
 
 
 def child(spec: Spec) -> subprocess.Popen[str]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -140,3 +147,89 @@ def test_a_folder_with_something_in_it_is_refused(demo: RunDemo, tmp_path: Path)
     assert run.code == 2
     assert "is not empty" in run.err
     assert "Traceback" not in run.err
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """Make a folder for temporary ones that a server's own user can pass through."""
+    folder = Path(tempfile.mkdtemp(prefix="changeover-interrupted-"))
+    folder.chmod(0o711)
+    yield folder
+    for server in folder.glob("*/server"):
+        EmbeddedServer.attach(server).remove()
+    shutil.rmtree(folder)
+
+
+def interrupted(temporary: Path, when: Callable[[Path, list[str]], bool], *arguments: str) -> str:
+    """Run the demo, send it both signals one after the other once it has come so far, and return the sentence that it ends with."""
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", "changeover.cli", "demo", "--rows", "600", *arguments],
+        env={**os.environ, "TMPDIR": str(temporary)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    out, err = child.stdout, child.stderr
+    assert out is not None
+    assert err is not None
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(out))
+    reader.start()
+    try:
+        deadline = time.monotonic() + 180
+        while not any(when(place, said) for place in temporary.glob("changeover-demo-*")):
+            assert child.poll() is None, err.read()
+            assert time.monotonic() < deadline, said
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+        assert child.wait(120) == 130, err.read()
+        errors = err.read()
+        assert "Traceback" not in errors
+        return errors.splitlines()[-1]
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.wait()
+        reader.join()
+        out.close()
+        err.close()
+
+
+def processes_of(folder: Path) -> list[bytes]:
+    """Return the commands of the processes that name a folder or work in it."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            command = _command(entry)
+            with suppress(OSError):
+                if bytes(folder) in command or (entry / "cwd").resolve(strict=True).is_relative_to(folder):
+                    found.append(command)
+    return found
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        lambda place, said: (place / "server" / "data").exists(),
+        lambda place, said: any(line.startswith("capture") for line in said),
+    ],
+    ids=["while its server starts", "in the backfill"],
+)
+def test_an_interrupted_demo_leaves_nothing_and_says_so(temporary: Path, when: Callable[[Path, list[str]], bool]) -> None:
+    said = interrupted(temporary, when)
+    assert said == "changeover: interrupted in demo: everything that it made is removed, and the same command begins anew"
+    assert list(temporary.glob("changeover-*")) == []
+    assert processes_of(temporary) == []
+
+
+def test_an_interrupted_demo_that_is_to_be_kept_says_what_stays_and_how_it_ends(temporary: Path) -> None:
+    said = interrupted(temporary, lambda place, said: any(line.startswith("set-up") for line in said), "--keep")
+    (place,) = temporary.glob("changeover-demo-*")
+    server = EmbeddedServer.attach(place / "server")
+    assert server.running
+    assert f"interrupted in demo: its server runs on and its data stay in {place}, as --keep asks" in said
+    own = [command for command in processes_of(temporary) if b"-m\0changeover" in command]
+    assert own == [], "the application, capture or the demo itself stays"
+    ends = said.partition("`")[2].partition("`")[0]
+    subprocess.run(["sh", "-c", ends], check=True, timeout=60)
+    assert (server.running, place.exists()) == (False, False)

@@ -23,6 +23,7 @@ from changeover.demo.outcome import Outcome
 from changeover.demo.processes import ApplicationProcess
 from changeover.demo.table import LEAST_ROWS, Shape
 from changeover.errors import Interrupted, UsageError
+from changeover.interrupt import STOPPING
 from changeover.record import log_file
 from changeover.session import spark_session
 
@@ -51,17 +52,20 @@ def demo(
     if rows < LEAST_ROWS:
         raise UsageError(f"demo: {rows} rows are too few for a race to happen: {LEAST_ROWS} at least")
     java.require()
+    left = places.Left()
     try:
-        with _sigterm_like_ctrl_c():
-            return _moved(Shape(rows), broken, keep, work, console or Console(stderr=True))
+        with _interruptible():
+            return _moved(Shape(rows), broken, keep, work, console or Console(stderr=True), left)
     except KeyboardInterrupt as error:
-        raise Interrupted("demo") from error
+        raise Interrupted("demo", left.sentence()) from error
 
 
-def _moved(shape: Shape, broken: str | None, keep: bool, work: Path | None, console: Console) -> Outcome:
+def _moved(
+    shape: Shape, broken: str | None, keep: bool, work: Path | None, console: Console, left: places.Left
+) -> Outcome:  # fmt: skip
     started = time.monotonic()
     with ExitStack() as held:
-        place = held.enter_context(places.made(work, shape, keep))
+        place = held.enter_context(places.made(work, shape, keep, left))
         spark = held.enter_context(_session())
         tour = begin(place, spark, shape)
         held.callback(tours.end, tour)
@@ -93,7 +97,10 @@ def _session() -> Iterator[SparkSession]:
     """Start Spark, its first job done."""
     from py4j.protocol import Py4JError
 
+    handler = signal.getsignal(signal.SIGINT)
     spark = spark_session("changeover demo", cores=CORES)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handler)  # Spark's own would first speak to a JVM that may be busy or gone
     try:
         spark.range(1).count()
         yield spark
@@ -103,17 +110,21 @@ def _session() -> Iterator[SparkSession]:
 
 
 @contextmanager
-def _sigterm_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that no process is left; signals belong to the main thread alone."""
+def _interruptible() -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM unwind, so that no process is left, and none after it disturb that; main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    came: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        came.append(number)
+        if len(came) == 1:
+            raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in STOPPING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

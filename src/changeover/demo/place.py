@@ -24,6 +24,7 @@ from changeover.embedded import EmbeddedServer
 from changeover.errors import UsageError
 from changeover.flags import flagfile
 from changeover.flags.stages import ORDER
+from changeover.interrupt import deferred
 from changeover.session import connect
 from changeover.spec import Spec, load
 
@@ -82,22 +83,51 @@ class Place:
 
 
 @contextmanager
-def made(work: Path | None, shape: table.Shape, keep: bool) -> Iterator[Place]:
+def made(work: Path | None, shape: table.Shape, keep: bool, left: Left | None = None) -> Iterator[Place]:
     """Make the place and stop its server at the end, with `keep` neither that nor remove its data (driver).
 
+    After Ctrl-C nothing of it stays, reports and logs neither, unless it is to be kept; `left` then says what does.
     Raises UsageError for a folder that holds anything, EmbeddedServerFailed without server binaries.
     """
     binaries = find_binaries(wheel_binaries())
+    own = work is None or not work.exists()
     root = _folder(work)
-    server = EmbeddedServer.start(root / "server", settings=SETTINGS, bin_dir=binaries)
+    server = furnished = None
+    interrupted = False
     try:
-        place = _furnished(Place(root, server, {name: server.create_database(name) for name in VARIABLES.values()}), shape)
-        with _environment(place):
-            yield place
+        with deferred():  # a server that starts has no handle yet by which it could be ended
+            server = EmbeddedServer.start(root / "server", settings=SETTINGS, bin_dir=binaries)
+        dsns = {name: server.create_database(name) for name in VARIABLES.values()}
+        furnished = _furnished(Place(root, server, dsns), shape)
+        with _environment(furnished):
+            yield furnished
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
-        if not keep:
-            server.remove()
-            _remove_data(root)
+        if keep and furnished is not None:
+            if left is not None:
+                left.kept = furnished
+        else:
+            if server is not None:
+                server.remove()
+            (_remove_all if interrupted else _remove_data)(root)
+            if interrupted and own:
+                root.rmdir()
+
+
+@dataclass
+class Left:
+    """What an interrupted demo leaves behind: nothing, or the place that it was asked to keep."""
+
+    kept: Place | None = None
+
+    def sentence(self) -> str:
+        """Return what a person has to know of it."""
+        if self.kept is None:
+            return "everything that it made is removed, and the same command begins anew"
+        end = f"kill -INT {self.kept.server.pid} && sleep 2 && rm -r {self.kept.root}"
+        return f"its server runs on and its data stay in {self.kept.root}, as --keep asks; `{end}` ends it"
 
 
 def _folder(work: Path | None) -> Path:
@@ -143,6 +173,15 @@ def _environment(place: Place) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _remove_all(root: Path) -> None:
+    """Remove all that is in the folder; an empty folder that was there before stays."""
+    for entry in root.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink()
 
 
 def _remove_data(root: Path) -> None:

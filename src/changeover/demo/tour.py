@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 CAUGHT_UP_WITHIN = 120.0
 COMPARED_READS = 200
-"""Shadow reads to wait for before authority moves: twice what the gate asks for."""
+"""Compared reads to wait for at shadow and at live: twice what the gate asks for."""
 
 GATE_TRIES = 5
 VERIFY_TRIES = 3
@@ -161,9 +161,21 @@ def dualwrite(tour: Tour) -> str:
 def shadow(tour: Tour) -> str:
     """Let the application read from both and compare."""
     said = _advance(tour, Stage.SHADOW)
-    seen = tour.application.wait_for("shadow reads", lambda status: status["router"]["comparisons"]["compared"] >= COMPARED_READS)
-    reads = seen["router"]["comparisons"]
+    reads = _compared(tour, Stage.SHADOW)
     return f"{said}; {reads['compared']:,} shadow reads compared, {reads['mismatched']} mismatched"
+
+
+def _compared(tour: Tour, stage: Stage) -> dict[str, int]:
+    """Wait until enough reads were compared at a stage for the gate to the next one; return their counts."""
+    seen = tour.application.wait_for(
+        f"reads compared at {stage.value}",
+        lambda status: (
+            status["router"]["comparisons"]["at_stage"]["stage"] == stage.value
+            and status["router"]["comparisons"]["at_stage"]["compared"] >= COMPARED_READS
+        ),
+    )
+    found: dict[str, int] = seen["router"]["comparisons"]["at_stage"]
+    return found
 
 
 def live(tour: Tour) -> str:
@@ -176,7 +188,8 @@ def live(tour: Tour) -> str:
 
 
 def rampdown(tour: Tour) -> str:
-    """Stop comparing; the old store is still mirrored to."""
+    """Stop comparing, once enough reads were compared under the new authority; the old store is still mirrored to."""
+    _compared(tour, Stage.LIVE)
     return _advance(tour, Stage.RAMPDOWN)
 
 

@@ -127,7 +127,8 @@ class GatedTable:
                 sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in rest)
             )
         return sql.SQL(
-            "INSERT INTO {table} ({columns}) SELECT {b_columns} FROM {source} AS b WHERE NOT b._deleted ORDER BY {b_key}"
+            "INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {b_columns} FROM {source} AS b WHERE NOT b._deleted"
+            " ORDER BY {b_key}"
             " ON CONFLICT ({key}) {action}"
         ).format(
             table=self.table,
@@ -253,7 +254,7 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     ).fetchone()
     inserted = cursor.execute(
         sql.SQL(
-            "INSERT INTO {table} ({columns}) SELECT {b_columns} FROM {batch} AS b, changeover.gate AS g"
+            "INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {b_columns} FROM {batch} AS b, changeover.gate AS g"
             " WHERE g.target = {target} AND (g.epoch, g.lsn, g.ordinal) = (0, g.image_lsn, -1)"
             " AND NOT EXISTS (SELECT FROM {touched} AS t WHERE {same}) ORDER BY {b_key} ON CONFLICT ({key}) DO NOTHING"
         ).format(

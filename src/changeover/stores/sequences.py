@@ -1,0 +1,85 @@
+"""Sequences of a PostgreSQL table: which ones its columns draw from, how far they are, and moving them on, never back.
+
+A column draws from a sequence that it owns (serial, identity) or that its default names. `drawn` is read from the sequence
+itself, so that values whose rows were deleted or rolled back count as used, and those that a session keeps in its cache too.
+Everything runs where the caller's session runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from changeover.session import Connection
+
+SEQUENCES = """
+SELECT DISTINCT a.attname, n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax,
+    a.atttypid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype),
+    EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indkey[0] = a.attnum AND i.indpred IS NULL)
+FROM pg_attribute a
+LEFT JOIN pg_attrdef f ON f.adrelid = a.attrelid AND f.adnum = a.attnum
+JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = a.attrelid
+        AND d.refobjsubid = a.attnum AND d.deptype IN ('a', 'i')
+    OR d.classid = 'pg_attrdef'::regclass AND d.objid = f.oid AND d.refclassid = 'pg_class'::regclass
+JOIN pg_class c ON c.relkind = 'S' AND c.oid = CASE WHEN d.classid = 'pg_class'::regclass THEN d.objid ELSE d.refobjid END
+JOIN pg_sequence s ON s.seqrelid = c.oid
+JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped
+"""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence that a column draws from; `counts` says that the column holds its values themselves, as whole numbers."""
+
+    column: str
+    schema: str
+    name: str
+    increment: int
+    least: int
+    most: int
+    counts: bool
+    indexed: bool
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        """Return its name for statements."""
+        return sql.Identifier(self.schema, self.name)
+
+    def farthest(self, *values: int | None) -> int | None:
+        """Return the value that this sequence would reach last, None without any (pure)."""
+        known = [value for value in values if value is not None]
+        return (max if self.increment > 0 else min)(known, default=None)
+
+
+def sequences(connection: Connection, schema: str, name: str) -> list[Sequence]:
+    """Return the sequences from which a table's columns draw."""
+    table = sql.Identifier(schema, name).as_string(connection)
+    return [Sequence(*row) for row in connection.execute(SEQUENCES, [table]).fetchall()]
+
+
+def drawn(connection: Connection, sequence: Sequence) -> int | None:
+    """Return the last value that may have been drawn, None of a sequence that nobody used."""
+    row = connection.execute(sql.SQL("SELECT last_value, is_called FROM {}").format(sequence.identifier)).fetchone()
+    return int(row[0]) if row is not None and row[1] else None
+
+
+def held(connection: Connection, schema: str, name: str, sequence: Sequence) -> int | None:
+    """Return the farthest value that stands in the column, None without rows or where the column holds something else."""
+    if not sequence.counts:
+        return None
+    function = sql.SQL("max" if sequence.increment > 0 else "min")
+    row = connection.execute(
+        sql.SQL("SELECT {}({}) FROM {}").format(function, sql.Identifier(sequence.column), sql.Identifier(schema, name))
+    ).fetchone()
+    return int(row[0]) if row is not None and row[0] is not None else None
+
+
+def move_past(connection: Connection, sequence: Sequence, *values: int | None) -> None:
+    """Let the next value drawn lie beyond all of these; a sequence that is further already stays where it is."""
+    now = drawn(connection, sequence)
+    wanted = sequence.farthest(now, *values)
+    if wanted is not None and wanted != now:
+        bounded = max(sequence.least, min(sequence.most, wanted))
+        connection.execute("SELECT setval(%s, %s)", [sequence.identifier.as_string(connection), bounded])

@@ -1,0 +1,147 @@
+"""Fixtures for the hand-over: accounts in the old store, loaded into the new one, with replay and an application beside them.
+
+Everything is real: capture, replay, the SDK's file data source, routers in threads. An error of any of them fails the test.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+from ldclient.migrations.types import Stage
+
+from changeover.flags import flagfile
+from changeover.flags.router import Change, Router, returned
+from changeover.jobs.capture import capture
+from changeover.jobs.replay import replay
+from tests.fix_migration import STORE, MakeMigration, Migration
+
+ACCOUNTS = "CREATE TABLE accounts (id bigint PRIMARY KEY, balance numeric(12,2) NOT NULL, note text)"
+FLAG = "accounts-store"
+TABLE = '[[table]]\nsource = "public.accounts"\ntarget = "ledgers"\nkey = ["id"]\n'
+SPEC = f'{TABLE}[flag]\nkey = "{FLAG}"\ntarget = "store"\n'
+ROWS = 200
+
+Application = Callable[..., AbstractContextManager[Router]]
+
+
+@pytest.fixture
+def moved(make_migration: MakeMigration) -> Migration:
+    """Return a migration of accounts that is loaded and closed, its flag at shadow."""
+    return loaded(make_migration, STORE)
+
+
+def loaded(make_migration: MakeMigration, *targets: str) -> Migration:
+    """Return a migration of accounts into some targets, loaded and closed, its flag at shadow."""
+    made = make_migration(SPEC, ACCOUNTS, targets=targets)
+    made.old.execute("INSERT INTO accounts SELECT i, i * 1.5, 'n' || i FROM generate_series(1, %s) i", [ROWS])
+    made.prepare()
+    made.backfill()
+    turn(made, Stage.SHADOW)
+    return made
+
+
+def turn(migration: Migration, stage: Stage) -> None:
+    """Turn the flag as somebody else would: by replacing its file."""
+    flagfile.write_stage(migration.spec.work / "flags.json", FLAG, stage)
+
+
+@contextmanager
+def following(migration: Migration) -> Iterator[None]:
+    """Capture and replay for as long as the block lasts."""
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def guarded(work: Any, **options: Any) -> None:
+        try:
+            work(migration.spec, *options.pop("more", ()), stop=stop, **options)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=guarded, args=(capture,)),
+        threading.Thread(target=guarded, args=(replay,), kwargs={"more": (migration.spark,), "follow": True}),
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not errors, errors
+
+
+@contextmanager
+def routed(migration: Migration) -> Iterator[Router]:
+    """Open a router of the migration."""
+    client = flagfile.client(migration.spec.work / "flags.json")
+    router = Router.connect(migration.spec, "accounts", to_new=dict, to_old=dict, client=client)
+    try:
+        yield router
+    finally:
+        router.drain(10)
+        router.close()
+        client.close()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def application(migration: Migration, threads: int = 3) -> Iterator[Router]:
+    """Write to every account through a router, again and again, until the block ends; an error fails the test."""
+    stop = threading.Event()
+    errors: list[BaseException] = []
+    with routed(migration) as router:
+
+        def write(first: int) -> None:
+            account = first
+            while not stop.wait(0.004):
+                account = account % ROWS + threads
+                try:
+                    add(router, account)
+                    router.read(old=finding("accounts", account), new=finding("ledgers", account))
+                except BaseException as error:
+                    errors.append(error)
+                    return
+
+        writers = [threading.Thread(target=write, args=(number,)) for number in range(threads)]
+        for writer in writers:
+            writer.start()
+        try:
+            yield router
+        finally:
+            stop.set()
+            for writer in writers:
+                writer.join()
+    assert not errors, errors
+
+
+def add(router: Router, account: int, note: str | None = None) -> Any:
+    """Make the application's write: one is added to an account's balance, and its note changed if there is one."""
+    return router.write(old=adding("accounts", account, note), new=adding("ledgers", account, note))
+
+
+def adding(table: str, account: int, note: str | None = None) -> Any:
+    """Return the write for one of the two tables."""
+
+    def write(cursor: Any) -> list[Change]:
+        cursor.execute(
+            f"UPDATE {table} SET balance = balance + 1, note = coalesce(%s, note) WHERE id = %s RETURNING *", [note, account]
+        )
+        return returned(cursor)
+
+    return write
+
+
+def finding(table: str, account: int) -> Any:
+    """Return the application's read."""
+    return lambda cursor: cursor.execute(f"SELECT id, note FROM {table} WHERE id = %s", [account]).fetchone()
+
+
+def rows(connection: Any, table: str) -> list[tuple[Any, ...]]:
+    """Return every account of a store."""
+    found: list[tuple[Any, ...]] = connection.execute(f"SELECT id, balance, note FROM {table} ORDER BY id").fetchall()
+    return found

@@ -1,0 +1,154 @@
+"""The gate's rules on heartbeats: what counts at a stage, what a rollback would lose, and where the mirror began."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from ldclient.migrations.types import Stage
+
+from changeover.flags import gate, turns
+from changeover.flags.gate import COMPARISONS, Evidence
+from changeover.flags.turns import Turn
+from changeover.jobs.entries import Authority, Heartbeat, Load
+from changeover.spec import Spec, load
+
+if TYPE_CHECKING:
+    from tests.fix_flags import Stores
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+LATELY, LONG_AGO = NOW - timedelta(seconds=1), NOW - timedelta(hours=1)
+TURNED = NOW - timedelta(minutes=5)
+
+
+def evidence(before: Stage, after: Stage, *beats: Heartbeat, **more: Any) -> Evidence:
+    """Return evidence that nothing but the heartbeats speaks against."""
+    made = Evidence(
+        now=NOW, before=before, after=after, verdicts=[], loads=[], heartbeats=beats, authority=Authority(0, "old", 0, NOW, None),
+        stage_since=TURNED, mirrored_since=100, source_lsn=0, capture_active=True, sources=(), target="store",
+    )  # fmt: skip
+    return replace(made, **more)
+
+
+def beat(stage: Stage, at: datetime = LATELY, epoch: int = 0, **counters: Mapping[str, Any]) -> Heartbeat:
+    return Heartbeat(f"web-{len(counters)}", at, stage.value, epoch, counters)
+
+
+def reads(stage: Stage, compared: int, mismatched: int = 0, at: datetime = LATELY) -> Heartbeat:
+    here = {"stage": stage.value, "compared": compared, "mismatched": mismatched}
+    return beat(stage, at, comparisons={"compared": 10**6, "mismatched": 10**6, "at_stage": here})
+
+
+@pytest.mark.parametrize(("before", "after"), [(Stage.SHADOW, Stage.LIVE), (Stage.LIVE, Stage.RAMPDOWN)])
+def test_reads_of_the_stage_that_is_left_are_asked_for(before: Stage, after: Stage) -> None:
+    def said(*beats: Heartbeat) -> str:
+        return " ".join(gate._comparisons_clean(evidence(before, after, *beats)))
+
+    assert said(reads(before, COMPARISONS)) == ""
+    assert said(reads(before, COMPARISONS - 1), reads(before, 1)) == ""
+    assert f"only 40 reads were compared at {before.value}" in said(reads(before, 40))
+    assert f"2 of 300 reads compared at {before.value} mismatched" in said(reads(before, 100, 1), reads(before, 200, 1))
+    assert "only 0 reads" in said(reads(Stage.DUALWRITE, COMPARISONS)), "of another stage"
+    assert "only 0 reads" in said(reads(before, COMPARISONS, 5, LONG_AGO)), "of an earlier time at this stage"
+    assert "5 of 100" in said(reads(before, COMPARISONS, 5, NOW - timedelta(minutes=4))), "dead since, but of this time"
+
+
+@pytest.mark.parametrize("stage", [Stage.OFF, Stage.DUALWRITE, Stage.RAMPDOWN])
+def test_a_stage_that_compares_nothing_is_asked_for_nothing(stage: Stage) -> None:
+    assert gate._comparisons_clean(evidence(stage, Stage.LIVE)) == []
+
+
+def test_what_is_lost_is_of_the_present_epoch_and_of_the_dead() -> None:
+    def lost(authority: Authority, *beats: Heartbeat) -> int:
+        return gate.lost(beats, authority, NOW)
+
+    third = Authority(3, "new", 0, NOW, None)
+    counts = {"lost": {"1": 7, "3": 2}, "depth": 4}
+    assert lost(third, beat(Stage.LIVE, epoch=3, mirror_old=counts)) == 2, "the living still deliver what is queued"
+    assert lost(third, beat(Stage.LIVE, LONG_AGO, 3, mirror_old=counts)) == 6
+    assert lost(third, beat(Stage.LIVE, LONG_AGO, 1, mirror_old=counts)) == 2, "its queue is of an epoch that is over"
+    assert lost(third, beat(Stage.LIVE, epoch=3, mirror_new=counts)) == 0, "on the way to the new store"
+    assert lost(Authority(4, "old", 0, NOW, None), beat(Stage.SHADOW, epoch=4, mirror_old=counts)) == 0
+    complete = evidence(Stage.RAMPDOWN, Stage.COMPLETE, beat(Stage.RAMPDOWN, epoch=3, mirror_old=counts), authority=third)
+    assert "2 mirrored writes to the old store failed" in " ".join(gate._mirror_whole(complete))
+    assert gate._mirror_whole(replace(complete, authority=replace(third, epoch=5))) == []
+
+
+@pytest.mark.parametrize(("began", "said"), [(None, "not on record"), (501, "dualwrite began at 0/1F5"), (500, "")])
+def test_replay_has_passed_where_the_mirror_began(began: int | None, said: str) -> None:
+    loads = [Load("public.t", "store", "closed", 500, False, 0, 0, 0), Load("public.t", "lake", "closed", 0, False, 0, 0, 0)]
+    found = gate._replay_past_dualwrite(evidence(Stage.DUALWRITE, Stage.SHADOW, loads=loads, mirrored_since=began))
+    assert (found == []) is (said == "")
+    assert said in " ".join(found)
+    assert gate._replay_past_dualwrite(evidence(Stage.SHADOW, Stage.LIVE, mirrored_since=None)) == []
+
+
+def turned(*stages: Stage) -> list[Turn]:
+    """Return the turns through some stages, newest first; each bears its place as position."""
+    return [Turn(NOW, before, after, place) for place, (before, after) in enumerate(itertools.pairwise(stages))][::-1]
+
+
+@pytest.mark.parametrize(
+    ("stages", "began"),
+    [
+        ((Stage.OFF,), None),
+        ((Stage.OFF, Stage.DUALWRITE), 0),
+        ((Stage.OFF, Stage.DUALWRITE, Stage.SHADOW, Stage.DUALWRITE), 0),
+        ((Stage.OFF, Stage.DUALWRITE, Stage.OFF), None),
+        ((Stage.OFF, Stage.DUALWRITE, Stage.OFF, Stage.DUALWRITE, Stage.SHADOW), 2),
+    ],
+)
+def test_the_mirror_began_with_the_first_turn_of_those_that_kept_it(stages: tuple[Stage, ...], began: int | None) -> None:
+    assert turns.mirrored_since(turned(*stages)) == began
+
+
+SPEC = """
+name = "follows"
+[source]
+dsn = "env:OLD_DSN"
+[target.new]
+kind = "postgres"
+dsn = "env:NEW_DSN"
+[[table]]
+source = "public.follows"
+target = "public.associations"
+key = ["subject", "object"]
+[flag]
+key = "k"
+target = "new"
+[work]
+path = "work"
+"""
+
+
+@pytest.fixture
+def spec(stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spec:
+    monkeypatch.setenv("OLD_DSN", stores.old_dsn)
+    monkeypatch.setenv("NEW_DSN", stores.new_dsn)
+    path = tmp_path / "follows.toml"
+    path.write_text(SPEC)
+    return load(path)
+
+
+def test_evidence_is_of_the_time_since_the_last_turn_by_the_ledgers_clock(
+    stores: Stores, spec: Spec, eventually: Callable[..., None]
+) -> None:
+    collected = gate.collect(spec, stores.ledger, Stage.SHADOW, Stage.LIVE)
+    assert (collected.stage_since, collected.mirrored_since) == (None, None)
+    turns.record(stores.ledger, turns.ADVANCED, Stage.OFF, Stage.DUALWRITE, 0x1F5, {})
+    turns.record(stores.ledger, turns.FOLLOWED, Stage.DUALWRITE, Stage.SHADOW, None, {"epoch": 0})
+    stores.ledger.audit(turns.STEP, "refused", {"from": "shadow", "to": "live"})
+    collected = gate.collect(spec, stores.ledger, Stage.SHADOW, Stage.LIVE)
+    newest = turns.turns(stores.ledger)[0]
+    assert (newest.before, newest.after, newest.at) == (Stage.DUALWRITE, Stage.SHADOW, collected.stage_since)
+    assert collected.mirrored_since == 0x1F5
+    assert stores.ledger.stage() == "shadow"
+    stores.ledger.beat("web-1", "shadow", 0, {})
+    collected = gate.collect(spec, stores.ledger, Stage.SHADOW, Stage.LIVE)
+    assert gate._processes_present(collected) == []
+    assert 0 <= (collected.now - collected.heartbeats[0].at).total_seconds() < 5
