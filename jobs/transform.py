@@ -90,14 +90,17 @@ class Transform:
     def changes(self, events: DataFrame, epoch: int) -> DataFrame:
         """Return changes of the target for spooled inserts, updates and deletes: one row a key, the last by version.
 
-        A delete carries the key alone. A row that `where` leaves out is a delete of its key.
+        A delete carries the key alone. A row that `where` leaves out is a delete of its key; as in a backfill, nothing of it is
+        evaluated but the key and what `where` asks for.
         """
         from pyspark.sql import functions as F
 
         gone = F.col("op") == F.lit("D")
+        texts = [F.when(gone, F.col("key")[c.name]).otherwise(F.col("row")[c.name]) for c in self.source]
+        asked = self._asked_of_every_row()
         values = [
-            decode(F.when(gone, F.col("key")[c.name]).otherwise(F.col("row")[c.name]), c.type, native=False).alias(c.name)
-            for c in self.source
+            (decode(text, c.type, native=False) if c.name in asked else text).alias(c.name)
+            for c, text in zip(self.source, texts, strict=True)
         ]
         version = [
             F.lit(epoch).cast("int").alias(EPOCH), F.col("lsn").alias(LSN), F.col("ordinal").alias(ORDINAL), gone.alias(DELETED),
@@ -105,9 +108,29 @@ class Transform:
         shaped = self._shaped(events.select(*version, *values))
         if self.table.where:
             left_out = ~F.coalesce(F.expr(self.table.where), F.lit(False))
-            shaped = shaped.withColumn(DELETED, F.col(DELETED) | left_out)
-        whole = shaped.select(*VERSION_COLUMNS, *self._columns(shaped))
-        return _last_of_each_key(whole, self.target)
+            shaped = shaped.withColumn(DELETED, F.when(F.col(DELETED), F.lit(True)).otherwise(left_out))
+        here = ~F.col(DELETED)
+        late = {c.name: F.when(here, decode(shaped[c.name], c.type, native=False)) for c in self.source if c.name not in asked}
+        whole = shaped.withColumns(late) if late else shaped
+        key = self._columns(whole, self.target.key)
+        rest = [
+            F.when(here, column).alias(name)
+            for name, column in zip(self.target.names, self._columns(whole), strict=True)
+            if name not in self.target.key
+        ]
+        return _last_of_each_key(whole.select(*VERSION_COLUMNS, *key, *rest), self.target)
+
+    def kept(self, frame: DataFrame) -> DataFrame:
+        """Return the source rows that `where` keeps, or all of them where it speaks of what the spec's function makes."""
+        return frame.where(self.table.where) if self.table.where and self.table.function is None else frame
+
+    def _asked_of_every_row(self) -> frozenset[str]:
+        """Return the source columns that are decoded before it is known whether a row is kept; in doubt a column is one."""
+        if self.table.function is not None:
+            return frozenset(c.name for c in self.source)
+        texts = [self.table.where or "", *(self.expressions[name] for name in self.target.key)]
+        words = {word.lower() for text in texts for word in WORD.findall(text)}
+        return frozenset(c.name for c in self.source if c.name.lower() in words or not WORD.fullmatch(c.name))
 
     def _shaped(self, frame: DataFrame) -> DataFrame:
         """Apply the spec's function, which must keep the pipeline's own columns."""
