@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deltalake import DeltaTable
 from psycopg import sql
 from pyspark.sql import DataFrame, SparkSession
 
@@ -30,6 +32,8 @@ from changeover.session import Connection, connect
 from changeover.spec import Spec, load
 from changeover.stores import Mark, Store, TargetTable
 from changeover.stores.delta import live_rows
+from changeover.verifiers.verdict import Verdict
+from changeover.verifiers.verify import verify
 
 ROWS = 2000
 CHUNKS = 3
@@ -132,6 +136,38 @@ class Migration:
     def leftovers(self) -> list[str]:
         """Return what is left of ours in the old store."""
         return preparing.leftovers(self.spec)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Run capture for as long as the block lasts, as the service that it is; its failure is the test's."""
+        stop = threading.Event()
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                capture(self.spec, stop=stop)
+            except BaseException as error:
+                failed.append(error)
+
+        service = threading.Thread(target=run, name="capture")
+        service.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            service.join()
+        assert not failed, failed
+
+    def verify(self, *targets: str) -> dict[str, Verdict]:
+        """Verify targets (all unless named) beside a running capture; return the first table's verdict on each."""
+        with self.capturing():
+            verdicts = verify(self.spec, self.spark, targets=targets or None)
+        return {verdict.target: verdict for verdict in reversed(verdicts)}
+
+    def differences(self, verdict: Verdict) -> list[dict[str, Any]]:
+        """Return the rows of the table of differences that a verdict speaks of."""
+        rows = DeltaTable(str(self.spec.work / "differences")).to_pyarrow_table(filters=[("run", "=", verdict.run)]).to_pylist()
+        return [{n: dict(v) if n in ("key", "source", "target") and v is not None else v for n, v in row.items()} for row in rows]
 
     def chunks(self, target: str) -> list[ChunkRow]:
         """Return the chunks of the first table's load into a target."""

@@ -231,6 +231,8 @@ def test_the_hash_is_that_of_the_meaning(tmp_path: Path, monkeypatch: pytest.Mon
         loaded(tmp_path, WHOLE.replace('capture = "slot"\n', "").replace("[source]\n", '[source]\ncapture = "slot"\n')).digest
         == digest
     )
+    checked = '[[table.check]]\nname = "count"\nsource = "SELECT 1"\ntarget = "SELECT 2"\n[flag]'
+    assert loaded(tmp_path, WHOLE.replace("[flag]", checked)).digest == digest, "a check may be corrected midway"
     changed: list[Any] = [
         loaded(tmp_path, WHOLE.replace(old, new)).digest
         for old, new in (('"from_user"', '"to_user"'), ("/work", "/elsewhere"), ("OLD_DSN", "OTHER_DSN"), ("secret", "other"))

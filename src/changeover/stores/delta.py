@@ -170,7 +170,8 @@ class DeltaStore:
 
         def query(text: str) -> list[tuple[Any, ...]]:
             live.createOrReplaceTempView(table.name)
-            return [tuple(row) for row in spark.sql(text).collect()]
+            found = spark.sql(text).toArrow()  # which keeps zones; a row's timestamps would be the machine's local time
+            return list(zip(*(column.to_pylist() for column in found.columns), strict=True))
 
         yield Frozen(f"version {version}", EVERYTHING, frame, query)
 
