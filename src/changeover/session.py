@@ -1,7 +1,7 @@
 """Sessions with PostgreSQL and Spark: the one place where they are made and pinned.
 
-Every PostgreSQL session of ours, Spark's JDBC ones too, runs with TimeZone UTC, DateStyle ISO, IntervalStyle postgres and
-extra_float_digits 1, so that the text of a value does not depend on a server's or a user's settings, and bears
+Every PostgreSQL session of ours, Spark's JDBC ones too, runs with TimeZone UTC, DateStyle ISO, IntervalStyle postgres,
+extra_float_digits 1 and bytea_output hex, so that the text of a value does not depend on a server's or a user's settings, and bears
 `changeover:<migration>:<step>` as its application name. Nothing here runs at import.
 """
 
@@ -31,6 +31,7 @@ PINNED = {
     "DateStyle": "ISO, YMD",
     "IntervalStyle": "postgres",
     "extra_float_digits": "1",
+    "bytea_output": "hex",
     "client_encoding": "UTF8",
 }
 """Settings that decide how a value reads as text; the same in psycopg's and in Spark's sessions."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.fix_migration import LAKE, STORE, MakeMigration
 
 VISITS = """
-CREATE TABLE visits (id integer PRIMARY KEY, kind text COLLATE "unicode" NOT NULL, code character(4) NOT NULL, seen text, at timestamptz,
-    weight float8)
+CREATE TABLE visits (id integer PRIMARY KEY, kind text COLLATE "unicode" NOT NULL, code character(4) NOT NULL,
+    seen text, at timestamptz, weight float8)
 """
 
 VISITS_TABLE = """

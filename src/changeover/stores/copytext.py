@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pyspark.sql import functions as F
-from pyspark.sql.types import ArrayType, BinaryType, BooleanType, DataType, StringType
+from pyspark.sql.types import ArrayType, BinaryType, BooleanType, DataType, DatetimeType, StringType
 
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
@@ -51,6 +51,8 @@ def _text(column: SparkColumn, kind: DataType) -> SparkColumn:
         return F.concat(F.lit("\\x"), F.hex(column))
     if isinstance(kind, BooleanType):
         return F.when(column, "t").otherwise(F.when(~column, "f"))
+    if isinstance(kind, DatetimeType):
+        return F.ltrim(column.cast("string"), F.lit("+"))  # the sign of a year beyond 9999, which PostgreSQL takes for a zone's
     return column.cast("string")
 
 

@@ -57,7 +57,8 @@ TO_POSTGRES = {
 
 
 NESTED = "a nested array or one whose bounds do not begin at 1"
-DATED = re.compile(r"\b(date|timestamp)")
+UNHELD = "a value that Spark can't hold"
+DATED = re.compile("date|timestamp")
 
 
 @dataclass(frozen=True)
@@ -111,25 +112,18 @@ def moved(value: SparkColumn, type_name: str) -> SparkColumn:
     """
     from pyspark.sql import functions as F
 
-    refused = None
     if type_name.endswith("[]"):
-        refused = value.startswith("{{") | value.startswith("[")
-    elif type_name.startswith(("timestamp", "date")):
-        refused = value.endswith("infinity") | value.endswith("BC")
-    elif type_name.startswith("numeric"):
-        refused = value == "NaN"
-    if refused is None:
-        return value
-    problem = NESTED if type_name.endswith("[]") else "a value that Spark can't hold"
-    reason = F.concat(F.lit(f"[NOT_CARRIED] {type_name}: {problem}: "), value)
-    return F.when(~refused, value).when(refused, F.raise_error(reason).cast("string"))
+        return _unless(value.startswith("{{") | value.startswith("["), value, type_name, NESTED)
+    if DATED.match(type_name):
+        return _dated(value, type_name)
+    return _unless(value == F.lit("NaN"), value, type_name, UNHELD) if type_name.startswith("numeric") else value
 
 
 def movable(type_name: str) -> bool:
     """Return whether moving the text of a type saves work, and what `decode` would not take shows in it unparsed."""
     if type_name.endswith("[]"):  # an element's infinity or NaN does not show
         element = source_type(type_name.removesuffix("[]"))
-        return element is not None and not DATED.search(element.spark) and not element.spark.startswith("decimal")
+        return element is not None and not DATED.match(element.spark) and not element.spark.startswith("decimal")
     carried = source_type(type_name)
     return carried is not None and carried.spark not in {"string", "binary", "boolean", "smallint", "int", "bigint"}
 
@@ -142,27 +136,40 @@ def decode(value: SparkColumn, type_name: str, *, native: bool) -> SparkColumn:
     if carried is None:
         raise TypeError(f"{type_name} is not carried")
     if native and carried.form in (NATIVE, ARRAY):
-        return value
+        # the cast takes from a char(n) what the JDBC reader says of it, by which Spark would pad what it is compared with
+        return value.cast("string") if carried.spark == "string" else value
     if carried.form in (JSON, ARRAY):
         texts = re.sub(r"<[^<>]+>", "<string>", carried.spark)
         # an array of arrays would read as texts; no other JSON of ours begins so
-        nested = value.startswith("[[")
-        reason = F.concat(F.lit(f"[NOT_CARRIED] {type_name}: {NESTED}: "), value)
-        flat = F.when(~nested, value).when(nested, F.raise_error(reason).cast("string"))
+        flat = _unless(value.startswith("[["), value, type_name, NESTED)
         # the JSON is written by PostgreSQL or by the capture, so a failure is ours and must be loud
         elements = F.from_json(flat, texts, {"mode": "FAILFAST"})
-        return (
-            F.transform(elements, _of_our_era).cast(carried.spark) if DATED.search(carried.spark) else elements.cast(carried.spark)
-        )
+        if DATED.match(type_name):
+            elements = F.transform(elements, lambda element: _dated(element, type_name))
+        return elements.cast(carried.spark)
     if carried.spark == "binary":
         return F.unhex(F.substring(value, 3, 2147483647))
-    if DATED.search(carried.spark):
-        value = _of_our_era(value)
+    if DATED.match(type_name):
+        value = _dated(value, type_name)
     return value.cast(carried.spark) if carried.spark != "string" else value
 
 
-def _of_our_era(text: SparkColumn) -> SparkColumn:
-    """Return a date's text so that no cast takes one before the year 1: Spark reads `0044-03-15 BC` as a day of the year 44."""
+def _dated(text: SparkColumn, type_name: str) -> SparkColumn:
+    """Return the text of a date or timestamp; raises for one that no cast may see, because Spark holds it not or otherwise.
+
+    Spark reads `0044-03-15 BC` as a day of the year 44, and its timestamps end in the year 294247.
+    """
     from pyspark.sql import functions as F
 
-    return F.when(text.endswith("BC"), F.concat(F.lit("before the year 1: "), text)).otherwise(text)
+    refused = text.endswith("infinity") | text.endswith("BC")
+    if not type_name.startswith("date"):
+        refused = refused | ((text >= F.lit("294247")) & (F.substring(text, 7, 1) == F.lit("-")))
+    return _unless(refused, text, type_name, UNHELD)
+
+
+def _unless(refused: SparkColumn, text: SparkColumn, type_name: str, problem: str) -> SparkColumn:
+    """Return a text, or NULL, and raise where it is refused."""
+    from pyspark.sql import functions as F
+
+    reason = F.concat(F.lit(f"[NOT_CARRIED] {type_name}: {problem}: "), text)
+    return F.when(~refused, text).when(refused, F.raise_error(reason).cast("string"))
