@@ -2,14 +2,15 @@
 
 A target may be ahead of the aligned position, because a dual write reaches it before the stream does, or behind, because a mirror
 is under way. A key passes as soon as the target holds an image that the source held at or after the comparison. A key that differs
-and stands still is a difference; one that never stands still leaves the question open, which is `CouldNotCheck`, not "equal".
+and stands still is a difference; one that never stands still leaves the question open, which is `CouldNotCheck`, not "equal". So
+do more keys than are judged again: none is left out.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,14 @@ from deltalake import DeltaTable, write_deltalake
 from changeover.errors import CouldNotCheck
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
+from changeover.verifiers.canonical import notation_only, text
 from changeover.verifiers.verdict import CANONICALISATION, MISMATCHED, Difference, RangeCount, Recheck, TableDiff
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
 LIMIT = 10_000
-"""Keys that are judged again; where more differ, those beyond count as they were found."""
+"""Keys that are judged again: their images are held in memory."""
 
 SETTLED_SECONDS = 3.0
 """How long both sides of a key must stand still before it counts as different: longer than a mirror's or a batch's way."""
@@ -36,6 +38,9 @@ FEWEST_ROUNDS = 10
 """Looks at a key before it is called ever-changing: on a slow machine a round takes seconds."""
 
 Key = tuple[str, ...]
+Image = tuple[tuple[str | None, ...], ...]
+"""What a side holds under a key, each row as the texts of its columns: no row, one, or more where a key is there twice."""
+
 Read = Callable[[Sequence[Key]], "DataFrame"]
 
 
@@ -43,9 +48,17 @@ Read = Callable[[Sequence[Key]], "DataFrame"]
 class Trail:
     """What was seen of one key: every source image, the last of both sides, and since when they stand still."""
 
-    source: set[str | None] = field(default_factory=set)
-    last: tuple[str | None, str | None] | None = None
+    source: list[Image] = field(default_factory=list)
+    last: tuple[Image, Image] | None = None
     since: float = 0.0
+
+    def meets(self, old: Image, new: Image, types: Sequence[str], now: float) -> bool:
+        """Take what both sides hold now; return whether the target's image is one that the source has held."""
+        if old not in self.source:
+            self.source.append(old)
+        if self.last != (old, new):
+            self.last, self.since = (old, new), now
+        return any(alike(seen, new, types) for seen in self.source)
 
 
 def dual_written(ledger: Ledger, authority: Authority) -> bool:
@@ -60,30 +73,54 @@ def last_stage(ledger: Ledger) -> str | None:
 
 
 def judge(
-    diff: TableDiff, differences: Path, run: str, *, source: Read, target: Read, between: Callable[[], object]
-) -> tuple[TableDiff, Recheck]:
+    diff: TableDiff, differences: Path, run: str, *, pg_types: Mapping[str, str], source: Read, target: Read,
+    between: Callable[[], object],
+) -> tuple[TableDiff, Recheck]:  # fmt: skip
     """Return the diff with the keys left out that were in flight (driver).
 
     `source` and `target` read the present rows of some target keys; `between` is called before each round, to let changes
-    arrive. Raises CouldNotCheck when nothing but ever-changing or unjudged keys is left.
+    arrive; `pg_types` are those that the comparison went by. Raises CouldNotCheck when more keys differ than are judged again,
+    and when none is left but those that never stood still.
     """
     found = _rows(differences, run)
     keys = sorted({_key(row, diff.key) for row in found if row["class"] != CANONICALISATION})
-    chosen = keys[:LIMIT]
-    passed, hot = _settle(chosen, diff.key, source, target, between)
+    if len(keys) > LIMIT or diff.kept < diff.found:
+        problem = (
+            f"{max(len(keys), diff.differing_keys):,} keys differ while both stores are written, and no more than {LIMIT:,} are"
+            f" judged again: run verify in a quieter moment, or at the stage off; they are in {differences}"
+        )
+        raise CouldNotCheck(diff.table, problem)
+    passed, hot = _settle(keys, _Sides(diff, pg_types, source, target), between)
     left = [row for row in found if _key(row, diff.key) not in passed]
-    still = set(chosen) - passed - hot
-    if not still and (hot or len(keys) > len(chosen)):
-        what = f"{len(hot)} keys kept changing" if hot else f"{len(keys) - len(chosen)} differing keys were not judged again"
-        raise CouldNotCheck(diff.table, f"{what} while both stores were written: run verify again in a quieter moment")
+    if hot and not set(keys) - passed - hot:
+        problem = f"{len(hot):,} {'key' if len(hot) == 1 else 'keys'} kept changing while both stores were written"
+        raise CouldNotCheck(diff.table, f"{problem}: run verify again in a quieter moment")
     if passed:
         _replace_rows(differences, run, left)
-    return _without(diff, found, passed), Recheck(rechecked=len(chosen), in_flight=len(passed), hot=len(hot))
+    return _without(diff, found, passed), Recheck(rechecked=len(keys), in_flight=len(passed), hot=len(hot))
 
 
-def _settle(
-    keys: Sequence[Key], names: Sequence[str], source: Read, target: Read, between: Callable[[], object]
-) -> tuple[set[Key], set[Key]]:
+@dataclass(frozen=True)
+class _Sides:
+    """Both sides of the keys in question, and how their columns are compared."""
+
+    diff: TableDiff
+    pg_types: Mapping[str, str]
+    source: Read
+    target: Read
+
+    def now(self, keys: Sequence[Key]) -> tuple[dict[Key, Image], dict[Key, Image], list[str]]:
+        """Return what each side holds now, and PostgreSQL's types of an image's columns, in its order."""
+        frames = (self.source(keys), self.target(keys))
+        names = sorted(frames[0].columns)
+        old, new = (images(frame, names, self.diff.key) for frame in frames)
+        strangers = (old.keys() | new.keys()) - set(keys)
+        if strangers:  # a key whose text is not what was asked for would be taken for one that is gone
+            raise CouldNotCheck(self.diff.table, f"the key {min(strangers)} came back for one that was asked for")
+        return old, new, [self.pg_types[name] for name in names]
+
+
+def _settle(keys: Sequence[Key], sides: _Sides, between: Callable[[], object]) -> tuple[set[Key], set[Key]]:
     """Return (keys that passed, keys that never stood still)."""
     trails = {key: Trail() for key in keys}
     passed: set[Key] = set()
@@ -93,17 +130,12 @@ def _settle(
         rounds += 1
         between()
         asked = sorted(trails)
-        old = images(source(asked), names)
-        new = images(target(asked), names)
+        old, new, types = sides.now(asked)
         now = time.monotonic()
         for key in asked:
-            trail = trails[key]
-            trail.source.add(old.get(key))
-            if new.get(key) in trail.source:
+            if trails[key].meets(old.get(key, ()), new.get(key, ()), types, now):
                 passed.add(key)
                 del trails[key]
-            elif trail.last != (old.get(key), new.get(key)):
-                trail.last, trail.since = (old.get(key), new.get(key)), now
         if all(now - trail.since >= SETTLED_SECONDS for trail in trails.values()):
             return passed, set()
         if now - started > PATIENCE_SECONDS and rounds >= FEWEST_ROUNDS:
@@ -112,13 +144,28 @@ def _settle(
     return passed, set()
 
 
-def images(frame: DataFrame, names: Sequence[str]) -> dict[Key, str]:
-    """Return each row as JSON text by its key: both sides have the same types, so equal text is equal rows."""
+def images(frame: DataFrame, names: Sequence[str], key: Sequence[str]) -> dict[Key, Image]:
+    """Return each key's rows as exact texts of the named columns, in their order."""
     from pyspark.sql import functions as F
 
-    whole = F.to_json(F.struct(*sorted(frame.columns)), {"ignoreNullFields": "false"}).alias("image")
-    rows = frame.select(*(F.col(f"`{name}`").cast("string") for name in names), whole).collect()
-    return {tuple(row[: len(names)]): row["image"] for row in rows}
+    types = dict(frame.dtypes)
+    keys, values = ([text(F.col(f"`{name}`"), types[name]) for name in chosen] for chosen in (key, names))
+    rows = frame.select(F.array(*keys).alias("key"), F.array(*values).alias("row")).collect()
+    found: dict[Key, Image] = {}
+    for row in sorted(rows, key=repr):
+        found[tuple(row["key"])] = (*found.get(tuple(row["key"]), ()), tuple(row["row"]))
+    return found
+
+
+def alike(left: Image, right: Image, types: Sequence[str]) -> bool:
+    """Return whether two images are the same but for notation; a key that is there twice is like nothing."""
+    if len(left) != len(right) or len(left) > 1:
+        return False
+    return all(
+        notation_only(kind, one, other)
+        for rows in zip(left, right, strict=True)
+        for kind, one, other in zip(types, *rows, strict=True)
+    )
 
 
 def _rows(differences: Path, run: str) -> list[dict[str, Any]]:

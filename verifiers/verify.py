@@ -29,11 +29,13 @@ from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
 from changeover.jobs.transform import Transform
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
+from changeover.sparkerrors import from_spark
 from changeover.spec import Spec
 from changeover.stores import Frozen, open_store
 from changeover.stores.postgres import freeze, frozen_at, importing
 from changeover.stores.reader import ReadTable
 from changeover.verifiers import checks, recheck, untouched
+from changeover.verifiers.canonical import text
 from changeover.verifiers.diff import compare
 from changeover.verifiers.verdict import Positions, Range, Recheck, TableDiff, Verdict
 
@@ -182,7 +184,7 @@ class _Comparison:
         return Verdict.of(
             diff, run=run, positions=Positions(self.moment.source_lsn, new.position),
             checked_at=datetime.now(UTC).isoformat(timespec="seconds"), seconds=time.monotonic() - started,
-            checks=[] if follows_new else checks.run(self.transform.table.checks, old, new), recheck=again,
+            checks=[] if follows_new else checks.run(self.source, self.transform.table.checks, old, new), recheck=again,
         )  # fmt: skip
 
     def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, Recheck]:
@@ -202,7 +204,7 @@ class _Comparison:
                 places = [diff.key.index(column) for column in moved] if moved else []
                 own = [tuple(key[place] for place in places) for key in keys] if moved else None
                 rows = self.transform.rows(present.enter_context(freeze(self.spark, dsn, application, read, 1)).frame(own))
-                return rows if moved else rows.join(_wanted(self.spark, diff.key, keys), list(diff.key), "left_semi")
+                return rows if moved else _only(rows, diff.key, keys)
 
             def target(keys: Sequence[recheck.Key]) -> DataFrame:
                 return present.enter_context(store.freeze(self.spark, self.transform.target, 1)).frame(list(keys))
@@ -212,7 +214,10 @@ class _Comparison:
                 if self.authority.store == "old":
                     replay.round(targets=[self.target])
 
-            return recheck.judge(diff, differences, run, source=source, target=target, between=between)
+            with from_spark(self.source, f"keys of {self.target} that are judged again"):
+                return recheck.judge(
+                    diff, differences, run, pg_types=self.transform.pg_types, source=source, target=target, between=between
+                )
 
     def _takes_over(self) -> bool:
         """Return whether this target is the one that the application writes to."""
@@ -221,15 +226,21 @@ class _Comparison:
     def _ranged(self, frozen: Frozen, transform: Transform | None) -> DataFrame:
         from pyspark.sql import functions as F
 
-        frame = frozen.frame(None)
+        frame = transform.kept(frozen.frame(None)) if transform else frozen.frame(None)
         one = len(frozen.ranges) == 1
         ranged = frame.withColumn("_range", F.lit(0) if one else F.spark_partition_id())
         return transform.rows(ranged, carry=["_range"]) if transform else ranged
 
 
-def _wanted(spark: SparkSession, names: Sequence[str], keys: Sequence[recheck.Key]) -> DataFrame:
-    """Return target keys as a frame, for a source whose own keys can't be told from them."""
-    return spark.createDataFrame([tuple(key) for key in keys], ", ".join(f"`{name}` string" for name in names))
+def _only(rows: DataFrame, names: Sequence[str], keys: Sequence[recheck.Key]) -> DataFrame:
+    """Return the rows of some target keys, for a source whose own keys can't be told from them."""
+    from pyspark.sql import functions as F
+
+    types = dict(rows.dtypes)
+    asked = [f"_asked{place}" for place in range(len(names))]
+    wanted = rows.sparkSession.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in asked))
+    same = [text(F.col(f"`{name}`"), types[name]) == F.col(one) for name, one in zip(names, asked, strict=True)]
+    return rows.join(wanted, same, "left_semi")
 
 
 def _ranges(frozen: Frozen) -> list[Range]:

@@ -1,0 +1,54 @@
+"""Images of rechecked keys: what tells two rows apart, and that no key is taken for one that is gone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from pyspark.sql import SparkSession
+
+from changeover.verifiers.recheck import Image, Trail, alike, images
+
+WHEN = datetime(2024, 3, 1, 12, 0, 0, 1, tzinfo=UTC)
+SCHEMA = "k binary, at timestamp, n string, tags array<string>, d double"
+ROW = (b"\x01", WHEN, "1.50", ["a", None], -0.0)
+TYPES = ["timestamp with time zone", "double precision", "bytea", "numeric", "text[]"]
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (ROW, True),
+        ((b"\x01", WHEN, "1.5", ["a", None], 0.0), True),
+        ((b"\x01", WHEN.replace(microsecond=2), "1.50", ["a", None], -0.0), False),
+        ((b"\x01", WHEN, None, ["a", None], -0.0), False),
+        ((b"\x01", WHEN, "1.50", ["a", "null"], -0.0), False),
+    ],
+)
+def test_an_image_holds_every_value_exactly(spark: SparkSession, other: tuple[object, ...], same: bool) -> None:
+    names = ["at", "d", "k", "n", "tags"]
+    left, right = (images(spark.createDataFrame([row], SCHEMA), names, ["k"]) for row in (ROW, other))
+    assert left.keys() == right.keys() == {("\\x01",)}
+    assert alike(left["\\x01",], right["\\x01",], TYPES) == same
+
+
+def test_a_key_that_is_there_twice_is_like_nothing(spark: SparkSession) -> None:
+    found = images(spark.createDataFrame([ROW, ROW], SCHEMA), ["n"], ["k"])["\\x01",]
+    assert len(found) == 2
+    assert not alike(found, found, ["numeric"])
+    assert not alike(found, found[:1], ["numeric"])
+
+
+def test_nothing_is_like_nothing_alone() -> None:
+    gone: Image = ()
+    assert alike(gone, gone, ["text"])
+    assert not alike(gone, ((None,),), ["text"])
+
+
+def test_a_target_may_hold_what_the_source_held_since() -> None:
+    trail = Trail()
+    assert not trail.meets((("a",),), (("old",),), ["text"], 1.0)
+    assert not trail.meets((("b",),), (("old",),), ["text"], 2.0)
+    assert trail.since == 2.0
+    assert trail.meets((("c",),), (("a",),), ["text"], 3.0), "the mirror of an earlier write arrives"
+    assert not Trail().meets((("c",),), (("a",),), ["text"], 3.0), "an image from before the comparison is no excuse"
