@@ -70,7 +70,7 @@ def content(wheel: Path) -> dict[str, bytes]:
 
 def expected() -> set[str]:
     """Return the files of the package as the checkout has them."""
-    shipped = {".py", ".json", ".j2", ".toml", ".typed"}
+    shipped = {".py", ".json", ".j2", ".properties", ".toml", ".typed"}
     found = set()
     for name, folder in {"": "src/changeover", "jobs/": "jobs", "verifiers/": "verifiers", "flags/": "flags"}.items():
         for path in (ROOT / folder).rglob("*"):

@@ -127,34 +127,36 @@ def spark_session(app_name: str, *, cores: int | None = None, memory: str = "2g"
 
     Under spark-submit the cluster's master and memory win; the SQL settings that correctness needs are set in any case.
     """
+    from pyspark import SparkContext
     from pyspark.logger import PySparkLogger
     from pyspark.sql import SparkSession
 
-    from changeover import java
+    from changeover import java, launch
 
     java.require()
-    builder = (
-        SparkSession.builder.appName(app_name)
-        .config("spark.sql.extensions", "io.delta.sql.DeltaSparkSessionExtension")
-        .config("spark.sql.catalog.spark_catalog", "org.apache.spark.sql.delta.catalog.DeltaCatalog")
-    )
-    if SparkSession.getActiveSession() is None and not _submitted():
+    options: dict[str, bool | float | int | str | None] = {
+        "spark.app.name": app_name,
+        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    }
+    if SparkContext._active_spark_context is None and not _submitted():
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # tasks need the packages of this interpreter
-        builder = (
-            builder.master(f"local[{cores or '*'}]")
-            .config("spark.driver.memory", memory)
-            .config("spark.driver.host", "127.0.0.1")
-            .config("spark.driver.bindAddress", "127.0.0.1")
-            .config("spark.ui.enabled", "false")
-            .config("spark.ui.showConsoleProgress", "false")
-            .config("spark.log.level", "ERROR")
-            .config("spark.sql.shuffle.partitions", str(shuffle_partitions))
-            .config("spark.databricks.delta.snapshotPartitions", "1")
-            .config("spark.scheduler.mode", "FAIR")
-        )
-    spark = builder.getOrCreate()
+        options |= {
+            "spark.master": f"local[{cores or '*'}]",
+            "spark.driver.memory": memory,
+            "spark.driver.host": "127.0.0.1",
+            "spark.driver.bindAddress": "127.0.0.1",
+            "spark.ui.enabled": "false",
+            "spark.ui.showConsoleProgress": "false",
+            "spark.sql.shuffle.partitions": str(shuffle_partitions),
+            "spark.databricks.delta.snapshotPartitions": "1",
+            "spark.scheduler.mode": "FAIR",
+        }
+        launch.start(options)
+    spark = SparkSession.builder.config(map=options).getOrCreate()
     for name in QUERY_LOGGERS:
         PySparkLogger.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger().addFilter(_not_of_the_bridge)
     for name, value in SQL_SETTINGS.items():
         spark.conf.set(name, value)
     return spark
@@ -162,6 +164,12 @@ def spark_session(app_name: str, *, cores: int | None = None, memory: str = "2g"
 
 QUERY_LOGGERS = ("SQLQueryContextLogger", "DataFrameQueryContextLogger")
 """PySpark's own: they print an error that is raised anyway, with the JVM's traceback and the values of rows."""
+
+
+def _not_of_the_bridge(record: logging.LogRecord) -> bool:
+    """Leave out what py4j logs as the root: a call that broke off, by Ctrl-C as by an error, which it raises anyway."""
+    return f"{os.sep}py4j{os.sep}" not in record.pathname
+
 
 SQL_SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
