@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import psycopg
@@ -245,3 +246,14 @@ def test_removing_the_gate_leaves_the_table(kept: Kept) -> None:
     left = kept.connection.execute("SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('changeover')").fetchall()
     assert left == []
     assert kept.connection.execute("SELECT note FROM kept").fetchall() == [("image",)]
+
+
+def test_several_sessions_install_the_gate_at_the_same_time(kept: Kept) -> None:
+    def install() -> None:
+        with connect(kept.dsn, "test-install") as session:
+            for _ in range(25):
+                gate.install(session, TABLE, V0)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(install) for _ in range(4)]:
+            done.result()

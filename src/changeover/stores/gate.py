@@ -144,6 +144,8 @@ class GatedTable:
 def install(connection: Connection, table: GatedTable, image: Version) -> None:
     """Create the floor, the touched table and the application's gate function; idempotent, the floor is never lowered."""
     with connection.transaction():
+        # two sessions that replace one function at a time would make one of them fail: replay and a fence do meet here
+        connection.execute("SELECT pg_advisory_xact_lock(hashtext('changeover.install'), 0)")
         connection.execute(GATE_TABLE)
         connection.execute(
             "INSERT INTO changeover.gate VALUES (%s, %s, %s, %s, %s) ON CONFLICT (target) DO NOTHING",
