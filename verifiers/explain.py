@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 from deltalake import DeltaTable
 from psycopg import sql
 from psycopg.rows import dict_row
+from pyarrow.dataset import dataset as dataset_of
 
 from changeover.errors import SpecError
 from changeover.jobs.entries import Authority, ChunkRow
@@ -192,7 +194,7 @@ def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: Chunk
 def _events(spec: Spec, table: Table, own: Key, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
     """Return the spooled events of the source key, in stream order; the spool is read a part at a time."""
     schema, name = table.source_name
-    dataset = DeltaTable(str(spool_of(spec).path)).to_pyarrow_dataset()
+    dataset = _dataset(spool_of(spec).path)
     wanted = ["lsn", "ordinal", "op", "row", "key"]
     told = []
     for batch in dataset.to_batches(columns=wanted, filter=pc.field("relation") == f"{schema}.{name}"):
@@ -201,6 +203,17 @@ def _events(spec: Spec, table: Table, own: Key, authorities: Sequence[Authority]
             version = Version(epoch, event["lsn"], event["ordinal"])
             told.append((version, {"version": str(version), "op": event["op"], "row": dict(event["row"] or event["key"] or [])}))
     return [event for _, event in sorted(told, key=lambda one: one[0])]
+
+
+def _dataset(path: Path) -> Any:
+    """Return a Delta table's present files as one dataset.
+
+    The one that the table makes of itself leaves out files by statistics that their writer never gave.
+    """
+    table = DeltaTable(str(path)).to_pyarrow_dataset()
+    if not table.files:
+        return dataset_of(table.schema.empty_table())
+    return dataset_of(table.files, schema=table.schema, format="parquet", filesystem=table.filesystem)
 
 
 def _of_key(batch: pa.RecordBatch, own: Key) -> pa.Array:
@@ -219,7 +232,7 @@ def _in_lake(spec: Spec, table: Table, target: Target, key: Key, finalized: date
     path = target.folder / table.target_name[1]
     if not DeltaTable.is_deltatable(str(path)):
         return {f"{target.name} row": NONE}
-    dataset = DeltaTable(str(path)).to_pyarrow_dataset()
+    dataset = _dataset(path)
     with _speaking_of(spec, key):
         parts = [pc.field(name) == pa.scalar(value).cast(dataset.schema.field(name).type) for name, value in key.items()]
     condition = parts[0]
