@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from changeover import points
+from changeover.cli import main
 from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, NASTY_ROWS, STORE, MakeMigration
 
 START_SECONDS = 300.0
@@ -115,10 +117,9 @@ def test_ctrl_c_while_spark_works(make_migration: MakeMigration, tmp_path: Path,
         until((tmp_path / "chunk").exists, START_SECONDS, child)
         interrupted(child, "backfill", whole_group=True)
     assert not any(row.loaded for row in made.chunks(STORE))
-    with command("backfill", path, "--json", PYTHONPATH=paths) as child:
-        output, errors = said(child)
-    assert (child.returncode, errors) == (0, "")
-    assert [load["rows"] for load in json.loads(output)["loads"]] == [ROWS, ROWS]
+    again = CliRunner().invoke(main, ["backfill", path, "--json"])
+    assert again.exit_code == 0, again.output
+    assert [load["rows"] for load in json.loads(again.stdout)["loads"]] == [ROWS, ROWS]
 
     with made.capturing():
         wait.touch()
@@ -126,10 +127,9 @@ def test_ctrl_c_while_spark_works(make_migration: MakeMigration, tmp_path: Path,
             until(reached.exists, START_SECONDS, child)
             interrupted(child, "verify", whole_group=False)
         wait.unlink()
-        with command("verify", path, "--json", PYTHONPATH=paths) as child:
-            output, errors = said(child)
-    assert (child.returncode, errors) == (0, "")
-    assert [(v["verdict"], v["equal_rows"]) for v in json.loads(output)["verdicts"]] == [("equal", ROWS), ("equal", ROWS)]
+        again = CliRunner().invoke(main, ["verify", path, "--json"])
+    assert again.exit_code == 0, again.output
+    assert [(v["verdict"], v["equal_rows"]) for v in json.loads(again.stdout)["verdicts"]] == [("equal", ROWS), ("equal", ROWS)]
 
 
 def test_an_error_in_a_task_is_one_sentence_and_nothing_else(make_migration: MakeMigration) -> None:
