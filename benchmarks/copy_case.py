@@ -7,12 +7,11 @@ turns within each round, so that a slow minute of the machine meets all of them,
 
 from __future__ import annotations
 
-import json
 import secrets
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from psycopg import sql
 
 from benchmarks.follows import CASES, Case, create_source, fingerprint
 from benchmarks.parties import APPLICATION, Job
+from benchmarks.result import CaseResult, Result
 from benchmarks.worker import PartyFailed, Worker
 from changeover.binaries import find_binaries, wheel_binaries
 from changeover.embedded import EmbeddedServer
@@ -33,54 +33,14 @@ SETTINGS = {"max_wal_size": "8GB", "checkpoint_timeout": "1h"}
 """Checkpoints are asked for between the runs, so that none falls into one of them; fsync stays on."""
 
 
-@dataclass(frozen=True)
-class CaseResult:
-    """One case's medians in seconds."""
-
-    case: str
-    ours: float
-    peers: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class CopyResult:
-    """What the benchmark found: seconds, and MiB."""
-
-    rows: int
-    cases: Sequence[CaseResult]
-    peak_rss_mb: Mapping[str, int]
-
-    def to_json(self) -> str:
-        """Return the benchmark's one line; `versus` is ours divided by the peer's, so below 1 is ahead."""
-        cases = [
-            {
-                "case": one.case,
-                "ours_s": round(one.ours, 3),
-                "peers": {name: round(seconds, 3) for name, seconds in one.peers.items()},
-                "versus": {name: round(one.ours / seconds, 3) for name, seconds in one.peers.items()},
-            }
-            for one in self.cases
-        ]
-        return json.dumps({"benchmark": "copy", "rows": self.rows, "cases": cases, "peak_rss_mb": dict(self.peak_rss_mb)})
-
-
-def as_table(result: CopyResult) -> str:
-    """Return the result for a person."""
-    lines = [f"{result.rows} rows, medians in seconds; versus = ours / peer"]
-    for one in result.cases:
-        peers = ", ".join(f"{name} {seconds:.2f} (versus {one.ours / seconds:.2f})" for name, seconds in one.peers.items())
-        lines.append(f"{one.case:12} ours {one.ours:.2f}, {peers}")
-    return "\n".join([*lines, "peak memory in MiB: " + ", ".join(f"{k} {v}" for k, v in result.peak_rss_mb.items())])
-
-
-def measure(rows: int, repeat: int, names: Sequence[str] = ()) -> CopyResult:
+def measure(rows: int, repeat: int, names: Sequence[str] = ()) -> Result:
     """Run the cases (all unless named) on a server of our own; raises PartyFailed."""
     cases = [case for name, case in CASES.items() if not names or name in names]
     parties = ["ours", *dict.fromkeys(peer for case in cases for peer in case.peers)]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="changeover-bench-")))
         folder.chmod(0o755)  # the server's own user must reach its folder
-        server = stack.enter_context(_server(folder / "server"))
+        server = stack.enter_context(server_at(folder / "server"))
         workers = [stack.enter_context(Worker(party)) for party in parties]
         warm, real = (_Field.make(server, folder, count) for count in (min(WARM_UP_ROWS, rows), rows))
         results = []
@@ -90,11 +50,12 @@ def measure(rows: int, repeat: int, names: Sequence[str] = ()) -> CopyResult:
             medians = {party: statistics.median(one[party] for one in rounds) for party in rounds[0]}
             results.append(CaseResult(case.name, medians.pop("ours"), medians))
         peaks = {worker.party: round(worker.peak / 2**20) for worker in workers}
-    return CopyResult(rows, results, peaks)
+    return Result("copy", rows, results, peaks)
 
 
 @contextmanager
-def _server(root: Path) -> Iterator[EmbeddedServer]:
+def server_at(root: Path) -> Iterator[EmbeddedServer]:
+    """Run a server for as long as the context is open."""
     server = EmbeddedServer.start(root, settings=SETTINGS, bin_dir=find_binaries(wheel_binaries()))
     try:
         yield server

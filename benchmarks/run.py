@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from benchmarks.result import Result
 
 
 @click.group()
@@ -35,11 +39,26 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON object alone.")
 def copy(rows: int, repeat: int, cases: tuple[str, ...], as_json: bool) -> None:
     """Copy the follows table: PostgreSQL to PostgreSQL as it is, transformed, and to Delta."""
-    from benchmarks.copy_case import as_table, measure
+    from benchmarks.copy_case import measure
 
-    result = measure(rows, repeat, cases)
+    _print(measure(rows, repeat, cases), as_json)
+
+
+@main.command()
+@click.option("--rows", default=400_000, show_default=True, type=click.IntRange(10), help="Single-row changes of the backlog.")
+@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1), help="Timed runs of each party; the median counts.")
+@click.option("--case", "cases", multiple=True, type=click.Choice(["random", "hot"]), help="Cases; all unless named.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON object alone.")
+def catchup(rows: int, repeat: int, cases: tuple[str, ...], as_json: bool) -> None:
+    """Bring a backlog of changes into the new store, beside PostgreSQL's own logical replication."""
+    from benchmarks.catchup_case import measure
+
+    _print(measure(rows, repeat, cases), as_json)
+
+
+def _print(result: Result, as_json: bool) -> None:
     if not as_json:
-        click.echo(as_table(result))
+        click.echo(result.as_table())
     click.echo(result.to_json())
 
 

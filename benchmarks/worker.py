@@ -9,15 +9,18 @@ from __future__ import annotations
 import multiprocessing
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from benchmarks.followers import FOLLOWERS, Backlog
 from benchmarks.memory import PeakMemory
 from benchmarks.parties import PARTIES, Job
 
 END_WITHIN = 30.0
+KNOWN: Mapping[str, Callable[[], Any]] = {**PARTIES, **FOLLOWERS}
 
 
 class PartyFailed(Exception):
@@ -45,18 +48,18 @@ class Worker:
         self._process.join(END_WITHIN)
         self._process.kill()
 
-    def call(self, step: str, job: Job) -> float:
+    def call(self, step: str, job: Job | Backlog) -> float:
         """Run one step and return its seconds; raises PartyFailed."""
         self._pipe.send((step, job))
         try:
             seconds, problem = self._pipe.recv()
         except EOFError as error:
-            raise PartyFailed(f"{self.party}, {step} of {job.case.name}: its process ended") from error
+            raise PartyFailed(f"{self.party}, {step}: its process ended") from error
         if problem:
-            raise PartyFailed(f"{self.party}, {step} of {job.case.name}:\n{problem}")
+            raise PartyFailed(f"{self.party}, {step}:\n{problem}")
         return float(seconds)
 
-    def measured(self, job: Job) -> float:
+    def measured(self, job: Job | Backlog) -> float:
         """Run the copy and return its seconds; `peak` then holds the most bytes seen so far."""
         assert self._process.pid is not None
         with PeakMemory(self._process.pid) as memory:
@@ -72,7 +75,7 @@ def serve(party: str, pipe: Connection) -> None:
         step, job = command
         started = time.monotonic()
         try:
-            made = made or PARTIES[party]()
+            made = made or KNOWN[party]()
             started = time.monotonic()
             getattr(made, step)(job)
             pipe.send((time.monotonic() - started, None))
