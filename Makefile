@@ -7,7 +7,7 @@ JARS := $(VENV)/.changeover-jars
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo test check bench wheel clean
+.PHONY: help setup java demo test chaos check bench wheel clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ demo: setup ## Move a live table end to end; ARGS="--rows 50000 --keep"
 
 test: setup ## Run all tests; ARGS="-k ghost -x"
 	@$(BIN)/python -m pytest $(ARGS)
+
+chaos: setup ## Kill everything at random for minutes; ARGS="--chaos-seconds 600"
+	@$(BIN)/python -m pytest -s tests/scenarios/test_chaos.py --chaos-seconds 300 $(ARGS)
 
 check: setup ## Lint, format check and types
 	@$(BIN)/ruff check .

@@ -13,3 +13,8 @@ pytest_plugins = [f"tests.{path.stem}" for path in sorted(Path(__file__).parent.
 
 for plugin in pytest_plugins:  # before the first is loaded, since plugins import each other
     pytest.register_assert_rewrite(plugin)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make chaos` last longer than the suite's short form."""
+    parser.addoption("--chaos-seconds", type=float, default=25.0, help="how long processes are killed in test_chaos")

@@ -1,0 +1,132 @@
+"""Chaos: a writer that never rests, and capture, backfill and replay killed with SIGKILL at random; at the end `verify` says equal.
+
+The short form runs with the other tests. `make chaos` runs the same for minutes: `--chaos-seconds` says how long the killing lasts.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from changeover.verifiers.verdict import Verdict
+from changeover.verifiers.verify import verify
+from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, NASTY_ROWS, ROWS, MakeMigration, Migration
+from tests.fix_writer import writing
+
+CAPTURE = [sys.executable, "-m", "changeover.cli", "capture"]
+
+JOBS = """
+import os, sys, threading, traceback
+from changeover.errors import ChangeoverError
+from changeover.jobs import backfill as loading
+from changeover.jobs.replay import replay
+from changeover.session import spark_session
+from changeover.spec import load
+
+loading.ROWS_PER_CHUNK = 100
+spec = load(sys.argv[1])
+spark = spark_session("chaos", cores=2, memory="1g", shuffle_partitions=2)
+
+def run(step):
+    try:
+        step()
+    except ChangeoverError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(70)
+
+steps = (lambda: replay(spec, spark, follow=True), lambda: loading.backfill(spec, spark))
+threads = [threading.Thread(target=run, args=(step,)) for step in steps]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+"""Replay follows from the start; the backfill begins beside it, again and again until one lives long enough."""
+
+WRITERS, PAUSE = 3, 0.001
+"""Sessions that write, and the rest in seconds between two transactions of one: some hundred changes a second."""
+
+
+@dataclass
+class Victim:
+    """A process that is started, killed after a random while, and started again."""
+
+    command: list[str]
+    lives: tuple[float, float]
+    kills: int = 0
+    troubles: list[str] = field(default_factory=list)
+
+    def suffer(self, chance: random.Random, over: threading.Event) -> None:
+        """Live and die until it is over; an end that is not by our hand must be one that may be tried again."""
+        while not over.is_set():
+            process = subprocess.Popen(
+                self.command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            over.wait(chance.uniform(*self.lives))
+            ended = process.poll()
+            if ended is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            _, said = process.communicate()
+            self.kills += ended is None
+            if ended not in (None, 0, 3, -signal.SIGKILL):
+                self.troubles.append(f"{ended}: {said[-2000:]}")
+
+
+@contextmanager
+def chaos(migration: Migration, seed: int) -> Iterator[list[Victim]]:
+    """Let capture and the Spark jobs live and die for as long as the block lasts."""
+    path = migration.spec.path
+    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), Victim([sys.executable, "-c", JOBS, path], (9.0, 20.0))]
+    over = threading.Event()
+    threads = [threading.Thread(target=v.suffer, args=(random.Random(seed + n), over)) for n, v in enumerate(victims)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield victims
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_equal_after_chaos(make_migration: MakeMigration, old_dsn: str, pytestconfig: pytest.Config) -> None:
+    seconds = pytestconfig.getoption("chaos_seconds")
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")  # shown when it fails
+    migration = make_migration(FOLLOWS_TABLE, FOLLOWS)
+    migration.old.execute(NASTY_ROWS, {"rows": ROWS})
+    migration.old.execute("ANALYZE follows")
+    migration.prepare()
+    with ExitStack() as writers:
+        written = [writers.enter_context(writing(old_dsn, seed + number, PAUSE)) for number in range(WRITERS)]
+        with chaos(migration, seed) as victims:
+            time.sleep(seconds)
+    print(f"{sum(one.writes for one in written)} transactions, kills: {[victim.kills for victim in victims]}")
+    assert not [trouble for victim in victims for trouble in victim.troubles]
+    assert all(victim.kills for victim in victims)
+    migration.capture()
+    migration.backfill()
+    migration.replay()
+    migration.assert_equal()
+    assert [verdict.word for verdict in verified(migration)] == ["equal", "equal"]
+
+
+def verified(migration: Migration) -> list[Verdict]:
+    """Verify with a capture of our own beside it."""
+    service = subprocess.Popen([*CAPTURE, migration.spec.path], start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        return verify(migration.spec, migration.spark)
+    finally:
+        service.terminate()
+        service.wait()
