@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ldclient.migrations.types import Origin
 from psycopg import sql
@@ -31,6 +31,7 @@ from changeover.position import epoch_floor, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table
 from changeover.stores import gate, refusal, sequences
+from changeover.stores.statements import HAND_OVER, Move
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
                 _pass_the_others(spec, gaining, losing, to)
                 _make_final(gaining, losing, epoch, pause)
                 _record(ledger, Authority(epoch, to.value, from_lsn, present.at, pause.seconds))
+                pause.make(Move.RECORD)
             except BaseException:
                 _call_off(spec, losing, epoch)
                 raise
@@ -118,6 +120,12 @@ class Pause:
 
     started: float
     limit: float
+    made: list[Move] = field(default_factory=list)
+
+    def make(self, move: Move) -> None:
+        """Note that a move is made; none comes before its turn in `statements.HAND_OVER`, whose order is the proof."""
+        assert move is HAND_OVER[len(self.made)], f"{move} after {self.made}"
+        self.made.append(move)
 
     @property
     def seconds(self) -> float:
@@ -155,6 +163,7 @@ def _make_final(gaining: Side, losing: Side, epoch: int, pause: Pause) -> None:
     """Raise the gaining store's floor and take the deadline off the losing one's refusal."""
     for schema, name, key in gaining.tables:
         gate.raise_floor(gaining.connection, gate.GatedTable(schema, name, key, ()), epoch_floor(epoch))
+    pause.make(Move.RAISE_FLOOR)
     if pause.deadline - time.monotonic() < PERMANENT_SECONDS:
         raise FenceCalledOff(pause.seconds, "the last step, which the deadline left no time for")
     for schema, name, _ in losing.tables:
@@ -232,8 +241,10 @@ def _hand_over(
     for schema, name, _ in losing.tables:
         if not refusal.install(losing.connection, schema, name, epoch, pause.deadline):
             raise FenceCalledOff(pause.seconds, f"the lock on {schema}.{name}")
+    pause.make(Move.FREEZE)
     position = _position(old)
     emit_marker(old.connection, f"fence {epoch}")
+    pause.make(Move.POSITION)
     if to is Origin.NEW:
         spool = spool_of(spec)
         pause.wait(lambda: None if spool.end() >= position else "capture to spool the last writes")
@@ -241,10 +252,12 @@ def _hand_over(
             require_same_file(ledger, spool, old.connection, table)
         go_on()
         pause.wait(lambda: _behind(spec, ledger, position))
+        pause.make(Move.AWAIT)
         return position
     fenced_at = ledger.connection.execute("SELECT now()").fetchone()
     assert fenced_at is not None
     pause.wait(lambda: _unmirrored(ledger, fenced_at[0]))
+    pause.make(Move.AWAIT)
     return _position(old)
 
 

@@ -19,7 +19,7 @@ from changeover.errors import UsageError
 from changeover.position import Version, format_lsn, image_version, parse_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import Spec
-from changeover.stores import gate
+from changeover.stores import batches, gate
 from changeover.stores.truncate import truncate
 
 TABLE = "rows"
@@ -69,13 +69,13 @@ class Scratch:
         """Offer all changes that wait, one by one."""
         for change in reversed(self.changes) if backwards else self.changes:
             with self._session() as cursor:
-                gate.prepare_batch(cursor, self.gated, versions=True)
+                batches.prepare_batch(cursor, self.gated, versions=True)
                 cursor.execute(
-                    sql.SQL("INSERT INTO {} VALUES (%s, %s, %s, %s, %s, %s)").format(gate.BATCH),
+                    sql.SQL("INSERT INTO {} VALUES (%s, %s, %s, %s, %s, %s)").format(batches.BATCH),
                     [change.version.epoch, format_lsn(change.version.lsn), change.version.ordinal, change.note is None,
                      change.id, change.note],
                 )  # fmt: skip
-                gate.apply_batch(cursor, self.gated)
+                batches.apply_batch(cursor, self.gated)
                 cursor.connection.commit()
             self._forget()
         self.changes.clear()
@@ -83,10 +83,10 @@ class Scratch:
     def load(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Load what was read; `meanwhile` happens before the loader commits."""
         with self._session() as cursor:
-            gate.prepare_batch(cursor, self.gated, versions=False)
+            batches.prepare_batch(cursor, self.gated, versions=False)
             for row in self.images:
-                cursor.execute(sql.SQL("INSERT INTO {} VALUES (%s, %s)").format(gate.BATCH), row)
-            gate.load_batch(cursor, self.gated)
+                cursor.execute(sql.SQL("INSERT INTO {} VALUES (%s, %s)").format(batches.BATCH), row)
+            batches.load_batch(cursor, self.gated)
             meanwhile()
             cursor.connection.commit()
 

@@ -16,7 +16,7 @@ from changeover.errors import CouldNotFinish, RowRefused
 from changeover.jobs.merge import Cell, applies, image_applies, merged
 from changeover.position import Version, epoch_floor, format_lsn, image_version
 from changeover.session import Connection, connect
-from changeover.stores import Counts, gate
+from changeover.stores import Counts, batches, gate
 
 V0 = image_version(100)
 TABLE = gate.GatedTable("public", "kept", ("id", "kind"), ("id", "kind", "note"))
@@ -57,12 +57,12 @@ class Kept:
     def batch(self, changes: Sequence[Offer]) -> Counts:
         """Offer a batch, one row a key, as replay does."""
         with self.connection.transaction(), self.connection.cursor() as cursor:
-            gate.prepare_batch(cursor, TABLE, versions=True)
+            batches.prepare_batch(cursor, TABLE, versions=True)
             cursor.executemany(
                 "INSERT INTO pg_temp.changeover_batch VALUES (%s, %s, %s, %s, %s, 'k', %s)",
                 [(v.epoch, format_lsn(v.lsn), v.ordinal, image is None, key, image) for key, (v, image) in changes],
             )
-            return gate.apply_batch(cursor, TABLE)
+            return batches.apply_batch(cursor, TABLE)
 
     def one(self, key: int, cell: Cell) -> bool:
         """Offer one row as an application does."""
@@ -77,9 +77,9 @@ class Kept:
     def load(self, images: Sequence[tuple[int, str]]) -> Counts:
         """Load backfill images."""
         with self.connection.transaction(), self.connection.cursor() as cursor:
-            gate.prepare_batch(cursor, TABLE, versions=False)
+            batches.prepare_batch(cursor, TABLE, versions=False)
             cursor.executemany("INSERT INTO pg_temp.changeover_batch VALUES (%s, 'k', %s)", images)
-            return gate.load_batch(cursor, TABLE)
+            return batches.load_batch(cursor, TABLE)
 
     def cells(self) -> Cells:
         """Return the cells: versions from `touched`, images from the table; a tombstone has none."""
@@ -219,9 +219,9 @@ def test_any_other_isolation_level_is_refused(kept: Kept, level: psycopg.Isolati
         with pytest.raises(psycopg.errors.RaiseException, match="the gate needs READ COMMITTED"):
             session.execute("SELECT changeover.\"gate_public.kept\"(0, '0/C8', 0, false, ROW(1, 'k', 'note')::kept)")
         session.rollback()
-        for write in (gate.apply_batch, gate.load_batch):
+        for write in (batches.apply_batch, batches.load_batch):
             with session.cursor() as cursor:
-                gate.prepare_batch(cursor, TABLE, versions=write is gate.apply_batch)
+                batches.prepare_batch(cursor, TABLE, versions=write is batches.apply_batch)
                 with pytest.raises(CouldNotFinish, match="READ COMMITTED"):
                     write(cursor, TABLE)
             session.rollback()

@@ -15,7 +15,7 @@ import pytest
 from changeover.errors import LockNotGranted
 from changeover.position import Version, image_version
 from changeover.session import connect
-from changeover.stores import Column, TargetTable, gate
+from changeover.stores import Column, TargetTable, batches, gate
 from changeover.stores.delta import DeltaStore
 from changeover.stores.postgres import PostgresStore
 from tests.fix_migration import LAKE, STORE, Migration, load_after
@@ -81,7 +81,7 @@ V0 = image_version(100)
 def offering(dsn: str, row: str, version: Version | None = None, deleted: bool = False) -> Iterator[psycopg.Cursor]:
     """Open a session whose batch table holds one row: an image, or a change with its version."""
     with connect(dsn, "test-offer", autocommit=False) as connection, connection.cursor() as cursor:
-        gate.prepare_batch(cursor, GATED, versions=version is not None)
+        batches.prepare_batch(cursor, GATED, versions=version is not None)
         columns = "_epoch, _lsn, _ordinal, _deleted, id, note" if version else "id, note"
         if version:
             row = f"{version.epoch}\t{version.lsn >> 32:X}/{version.lsn & 0xFFFFFFFF:X}\t{version.ordinal}\t{deleted}\t{row}"
@@ -97,9 +97,9 @@ def test_the_sweep_removes_what_the_write_skew_left(new_dsn: str) -> None:
         store.create(TABLE)
         store.install(TABLE, V0)
         with offering(new_dsn, "1\told image") as loader:
-            assert gate.load_batch(loader, GATED).taken == 1
+            assert batches.load_batch(loader, GATED).taken == 1
             with offering(new_dsn, "1\t\\N", Version(0, 200, 0), deleted=True) as writer:
-                gate.apply_batch(writer, GATED)
+                batches.apply_batch(writer, GATED)
         ghosts = connection.execute("SELECT note FROM kept").fetchall()
         assert ghosts == [("old image",)], "neither saw the other: the schedule is the race"
         assert store.close(TABLE) == 1
@@ -113,7 +113,7 @@ def test_the_barrier_waits_for_a_loader_that_is_still_open(new_dsn: str) -> None
         store.create(TABLE)
         store.install(TABLE, V0)
         with offering(new_dsn, "1\told image") as loader:
-            gate.load_batch(loader, GATED)
+            batches.load_batch(loader, GATED)
             with pytest.raises(LockNotGranted, match=r"barrier of public\.kept"):
                 gate.barrier(connection, GATED, "server", tries=1)
         gate.barrier(connection, GATED, "server", tries=1)

@@ -13,6 +13,7 @@ from pyspark.sql import SparkSession
 from changeover.position import format_lsn
 from changeover.session import connect
 from changeover.stores import gate
+from changeover.stores.batches import prepare_batch
 from changeover.stores.copytext import copy_lines
 from changeover.stores.tasks import copy_in
 
@@ -79,7 +80,7 @@ def test_a_server_reads_back_what_was_formatted(any_dsn: str, lines: Lines) -> N
             "CREATE TABLE copied (id integer PRIMARY KEY, words text, parts text[], numbers integer[], raw bytea, yes boolean,"
             " score double precision, sum numeric(38,10), at timestamptz)"
         )
-        gate.prepare_batch(cursor, TABLE, versions=False)
+        prepare_batch(cursor, TABLE, versions=False)
         copy_in(cursor, TABLE.columns, iter(batches))
         found = cursor.execute("SELECT * FROM pg_temp.changeover_batch ORDER BY id").fetchall()
     for expected, read in zip(rows, found, strict=True):

@@ -38,6 +38,9 @@ ROW_GROUP = 100_000
 LONGEST_BOUND = 32
 """Characters of a text that may stand in a file's statistics, as in Delta's own writers."""
 
+APPEND_VERSION = 1
+"""Every chunk has an application id of its own, the same for all attempts, and is appended under it once."""
+
 COMMIT_TRIES = 200
 """Every other chunk may commit first; more lost races than this are not races."""
 
@@ -162,17 +165,25 @@ class Bounds:
         }
 
 
+def appended(recorded: int | None, version: int = APPEND_VERSION) -> bool:
+    """Return whether an append was made before, given the version that the table records for its application id.
+
+    It is Delta's own rule: an id shared by chunks would lose those that commit out of order, one per attempt append twice.
+    """
+    return recorded is not None and recorded >= version
+
+
 def commit_once(path: str, identity: str, added: list[AddAction]) -> int:
     """Commit files under an application id unless that was done before; return the rows that stand under it (task)."""
     table = DeltaTable(path)
     for _ in range(COMMIT_TRIES):
-        if table.transaction_version(identity) is not None:
+        if appended(table.transaction_version(identity)):
             return appended_rows(Path(path), identity)
         try:
             table.create_write_transaction(
                 list(added), mode="append", schema=table.schema(),
                 # no retry: the commit must follow the version in which the id was looked up
-                commit_properties=CommitProperties(max_commit_retries=0, app_transactions=[Transaction(identity, 1)]),
+                commit_properties=CommitProperties(max_commit_retries=0, app_transactions=[Transaction(identity, APPEND_VERSION)]),
                 post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
             )  # fmt: skip
         except CommitFailedError:

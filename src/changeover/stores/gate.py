@@ -4,7 +4,8 @@ A key's cell is its row in the user's table plus a row in `changeover."touched_<
 exists only for keys that live writes touched. Each table has one floor in `changeover.gate`. A change is taken if and only if its
 version is above the floor and above the cell's (`changeover.jobs.merge.applies` is the same rule in Python). The order of
 statements is part of the rule: the shared advisory lock alone, then `touched`, then deletes, then upserts; in one statement, or
-under REPEATABLE READ, a row survives its tombstone. Everything runs where the caller's session runs.
+under REPEATABLE READ, a row survives its tombstone. That order stands in `statements`: `batches` and the application's
+function are composed from it, and the model checker runs it too. Everything runs where the caller's session runs.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import psycopg
 from psycopg import sql
 
-from changeover.errors import CouldNotFinish, LockNotGranted, RowRefused
+from changeover.errors import CouldNotFinish, LockNotGranted
 from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection
-from changeover.stores import Counts
+from changeover.stores.statements import GATE, Part
 
 FENCED = "CF001"
 """SQLSTATE of a write refused by the store that has lost authority."""
@@ -33,9 +33,6 @@ CREATE TABLE IF NOT EXISTS changeover.gate (
 
 NAME_BYTES = 63
 """PostgreSQL cuts a longer identifier (Lexical Structure, Identifiers and Key Words)."""
-
-BATCH = sql.Identifier("pg_temp", "changeover_batch")
-"""The session's temporary table in which a batch of images or changes arrives by COPY."""
 
 
 def ours(kind: str, schema: str, name: str) -> sql.Identifier:
@@ -105,12 +102,9 @@ class GatedTable:
             " _deleted = excluded._deleted"
             " WHERE (excluded._epoch, excluded._lsn, excluded._ordinal) > (t._epoch, t._lsn, t._ordinal)"
         ).format(
-            touched=self.touched,
-            key=self.list(self.key),
-            b_key=self.list(self.key, "b"),
-            source=source,
+            touched=self.touched, key=self.list(self.key), b_key=self.list(self.key, "b"), source=source,
             target=sql.Literal(self.target),
-        )
+        )  # fmt: skip
 
     def delete(self, source: sql.Composable) -> sql.Composed:
         """Statement 3: the winners that are deletes."""
@@ -131,14 +125,9 @@ class GatedTable:
             " ORDER BY {b_key}"
             " ON CONFLICT ({key}) {action}"
         ).format(
-            table=self.table,
-            columns=self.list(self.columns),
-            b_columns=self.list(self.columns, "b"),
-            source=source,
-            b_key=self.list(self.key, "b"),
-            key=self.list(self.key),
-            action=action,
-        )
+            table=self.table, columns=self.list(self.columns), b_columns=self.list(self.columns, "b"), source=source,
+            b_key=self.list(self.key, "b"), key=self.list(self.key), action=action,
+        )  # fmt: skip
 
 
 def install(connection: Connection, table: GatedTable, image: Version) -> None:
@@ -181,6 +170,12 @@ def gated(connection: Connection, schema: str, name: str, key: Sequence[str]) ->
 def _function(table: GatedTable) -> sql.Composed:
     """The gate for one row in one round trip: the same statements, each with a snapshot of its own (VOLATILE)."""
     one = sql.SQL("(SELECT p_epoch AS _epoch, p_lsn AS _lsn, p_ordinal AS _ordinal, p_deleted AS _deleted, (p_image).*)")
+    parts = {
+        Part.LOCK_SHARED: sql.SQL("PERFORM pg_advisory_xact_lock_shared({});").format(table.lock_key),
+        Part.TOUCH: sql.SQL("{}; GET DIAGNOSTICS won = ROW_COUNT; IF won = 0 THEN RETURN false; END IF;").format(table.touch(one)),
+        Part.DELETE: sql.SQL("IF p_deleted THEN {}; END IF;").format(table.delete(one)),
+        Part.UPSERT: sql.SQL("IF NOT p_deleted THEN {}; END IF;").format(table.upsert(one)),
+    }
     return sql.SQL(
         """
         CREATE OR REPLACE FUNCTION {function}(p_epoch integer, p_lsn pg_lsn, p_ordinal bigint, p_deleted boolean, p_image {table})
@@ -192,122 +187,21 @@ def _function(table: GatedTable) -> sql.Composed:
                     current_setting('transaction_isolation');
             END IF;
             PERFORM set_config('changeover.epoch', p_epoch::text, true);
-            PERFORM pg_advisory_xact_lock_shared({lock});
-            {touch};
-            GET DIAGNOSTICS won = ROW_COUNT;
-            IF won = 0 THEN RETURN false; END IF;
-            IF p_deleted THEN {delete}; ELSE {upsert}; END IF;
+            {gate}
             RETURN true;
         END $body$
         """
-    ).format(
-        function=table.function,
-        table=table.table,
-        lock=table.lock_key,
-        touch=table.touch(one),
-        delete=table.delete(one),
-        upsert=table.upsert(one),
-    )
+    ).format(function=table.function, table=table.table, gate=sql.SQL(" ").join(parts[part] for (part,) in GATE))
 
 
-def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool) -> None:
-    """Create the session's batch table for this transaction: the table's columns, with versions in front for changes."""
-    extra = "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
-    cursor.execute(
-        sql.SQL(
-            "CREATE TEMPORARY TABLE changeover_batch ON COMMIT DROP AS SELECT {extra}{columns} FROM {table} WITH NO DATA"
-        ).format(extra=sql.SQL(extra), columns=table.list(table.columns), table=table.table)
-    )
-
-
-def lock_shared(cursor: psycopg.Cursor[Any], table: GatedTable) -> None:
-    """Statement 1: the table's lock, SHARED, alone, so that the next statement's snapshot is taken under it."""
-    row = cursor.execute("SHOW transaction_isolation").fetchone()
-    if row is None or row[0] != "read committed":
-        raise CouldNotFinish(f"the gate needs READ COMMITTED, not {row}")
-    cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock_shared({})").format(table.lock_key))
-
-
-def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
-    """Offer the batch table's changes, one row a key, through the gate, in the caller's transaction."""
-    offered = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
-    lock_shared(cursor, table)
-    # a store that has lost authority lets the gate of the present epoch pass, see refusal
-    cursor.execute(sql.SQL("SELECT set_config('changeover.epoch', max(_epoch)::text, true) FROM {}").format(BATCH))
-    cursor.execute(
-        sql.SQL(
-            "WITH won AS ({touch} RETURNING {t_key}) DELETE FROM {batch} AS b WHERE NOT EXISTS (SELECT FROM won WHERE {same})"
-        ).format(touch=table.touch(BATCH), t_key=table.list(table.key, "t"), batch=BATCH, same=table.same_key("won", "b"))
-    )
-    deleted = cursor.execute(table.delete(BATCH)).rowcount
-    written = cursor.execute(table.upsert(BATCH)).rowcount
-    return Counts(int(offered[0]) if offered else 0, deleted + written)
-
-
-def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
-    """Insert the batch table's images where no cell is, in the caller's transaction; count those that a tombstone refused."""
-    lock_shared(cursor, table)
-    offered = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
-    gone = cursor.execute(
-        sql.SQL(
-            "WITH gone AS (DELETE FROM {batch} AS b USING {touched} AS t WHERE {same} RETURNING t._deleted)"
-            " SELECT count(*), count(*) FILTER (WHERE _deleted) FROM gone"
-        ).format(batch=BATCH, touched=table.touched, same=table.same_key("t", "b"))
-    ).fetchone()
-    inserted = cursor.execute(
-        sql.SQL(
-            "INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {b_columns} FROM {batch} AS b, changeover.gate AS g"
-            " WHERE g.target = {target} AND (g.epoch, g.lsn, g.ordinal) = (0, g.image_lsn, -1)"
-            " AND NOT EXISTS (SELECT FROM {touched} AS t WHERE {same}) ORDER BY {b_key} ON CONFLICT ({key}) DO NOTHING"
-        ).format(
-            table=table.table,
-            columns=table.list(table.columns),
-            b_columns=table.list(table.columns, "b"),
-            batch=BATCH,
-            target=sql.Literal(table.target),
-            touched=table.touched,
-            same=table.same_key("t", "b"),
-            b_key=table.list(table.key, "b"),
-            key=table.list(table.key),
-        )
-    ).rowcount
-    assert offered is not None
-    assert gone is not None
-    if offered[0] - gone[0] > inserted:
-        met = collisions(cursor, table)
-        if met:
-            raise RowRefused(table.target, f"target key {met[0]}", "two source rows meet in this one target key")
-    return Counts(int(offered[0]), inserted, int(gone[1]))
-
-
-def collisions(cursor: psycopg.Cursor[Any], table: GatedTable) -> list[str]:
-    """Return keys in which two images meet: twice in the batch, or in a row that another chunk wrote (no live write did)."""
-    rows = cursor.execute(
-        sql.SQL(
-            "SELECT ROW({b_key})::text FROM {batch} AS b JOIN {table} AS t ON {same_table}"
-            " WHERE t.xmin <> pg_current_xact_id()::xid"
-            " AND NOT EXISTS (SELECT FROM {touched} AS d WHERE {same_touched})"
-            " UNION ALL SELECT ROW({b_key})::text FROM {batch} AS b GROUP BY {b_key} HAVING count(*) > 1 LIMIT 5"
-        ).format(
-            b_key=table.list(table.key, "b"),
-            batch=BATCH,
-            table=table.table,
-            same_table=table.same_key("t", "b"),
-            touched=table.touched,
-            same_touched=table.same_key("d", "b"),
-        )
-    ).fetchall()
-    return [str(row[0]) for row in rows]
-
-
-def barrier(connection: Connection, table: GatedTable, server: str, tries: int = 60) -> None:
-    """Wait until every gated statement that began before has ended, without ever queueing long before writers."""
+def barrier(connection: Connection, table: GatedTable, server: str, tries: int = 60) -> int:
+    """Wait until every gated statement that began before has ended, without queueing long before writers; removes no row."""
     for _ in range(tries):
         try:
             with connection.transaction():
                 connection.execute("SET LOCAL lock_timeout = '500ms'")
                 connection.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(table.lock_key))
-            return
+            return 0
         except psycopg.errors.LockNotAvailable:
             continue
     raise LockNotGranted(server, f"barrier of {table.target}", "gated writes that do not end")

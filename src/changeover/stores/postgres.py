@@ -23,6 +23,7 @@ from changeover.stores import truncate as truncating
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import plan_ranges
 from changeover.stores.reader import ExportedSnapshot, ReadTable, read_table
+from changeover.stores.statements import CLOSE, Part
 from changeover.stores.tasks import OUTCOME, LoadTask, MergeTask
 
 if TYPE_CHECKING:
@@ -99,11 +100,17 @@ class PostgresStore:
         raise_failures(row.failure for row in lines.mapInArrow(task, OUTCOME).collect())
 
     def close(self, table: TargetTable) -> int:
-        """Barrier, then sweep; return how many ghosts it removed."""
+        """Close by `statements.CLOSE`: barrier, then sweep; return how many ghosts it removed."""
         with speaking_to(self.dsn, f"closing {table}"):
-            gate.barrier(self.connection, self.gated(table), server_name(self.dsn))
-            with truncating.alone(self.connection, self.gated(table)):
-                return gate.sweep(self.connection, self.gated(table))
+            steps = {Part.LOCK_EXCLUSIVE: self._barrier, Part.SWEEP: self._sweep}
+            return sum(steps[part](self.gated(table)) for ((part,),) in CLOSE)
+
+    def _barrier(self, table: gate.GatedTable) -> int:
+        return gate.barrier(self.connection, table, server_name(self.dsn))
+
+    def _sweep(self, table: gate.GatedTable) -> int:
+        with truncating.alone(self.connection, table):
+            return gate.sweep(self.connection, table)
 
     def merge(self, table: TargetTable, changes: DataFrame) -> Counts:
         """Offer changes through the gate, a transaction a partition; partitions must not share a key."""

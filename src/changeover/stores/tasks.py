@@ -20,6 +20,7 @@ from changeover.errors import ChangeoverError, RowRefused
 from changeover.session import connect, speaking_to
 from changeover.sparkerrors import failure_of
 from changeover.stores import VERSION_COLUMNS, Counts, Mark, gate
+from changeover.stores.batches import BATCH, apply_batch, load_batch, prepare_batch
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,7 +69,7 @@ class LoadTask:
             speaking_to(self.dsn, f"loading chunk {chunk} of {self.table.target}"),
             gated_session(self.dsn, self.application) as cursor,
         ):
-            gate.prepare_batch(cursor, self.table, versions=False)
+            prepare_batch(cursor, self.table, versions=False)
             copy_in(cursor, self.table.columns, batches)
             points.reach("chunk-read", f"{self.table.target} {chunk}")
             counts = self._insert(cursor, chunk, started)
@@ -82,7 +83,7 @@ class LoadTask:
         met: RowRefused | None = None
         counts = Counts(0, 0)
         try:
-            counts = gate.load_batch(cursor, self.table)
+            counts = load_batch(cursor, self.table)
         except RowRefused as refused:
             met = refused  # by another row of the source, or by this very chunk, loaded before: the mark knows
         marked = self.mark.in_transaction(cursor, chunk, counts, time.monotonic() - started)
@@ -119,9 +120,9 @@ class MergeTask:
                 tries -= 1
                 try:
                     with gated_session(self.dsn, self.application) as cursor:
-                        gate.prepare_batch(cursor, self.table, versions=True)
+                        prepare_batch(cursor, self.table, versions=True)
                         copy_in(cursor, (*VERSION_COLUMNS, *self.table.columns), iter(changes))
-                        counts = gate.apply_batch(cursor, self.table)
+                        counts = apply_batch(cursor, self.table)
                         cursor.connection.commit()
                         return counts
                 except psycopg.errors.DeadlockDetected:
@@ -145,7 +146,7 @@ def gated_session(dsn: str, application: str) -> Iterator[psycopg.Cursor[Any]]:
 
 def copy_in(cursor: psycopg.Cursor[Any], columns: Sequence[str], batches: Iterator[pa.RecordBatch]) -> None:
     """Send CSV lines into the batch table: Arrow keeps them end to end, so a batch is one run of bytes."""
-    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(gate.BATCH, sql.SQL(", ").join(map(sql.Identifier, columns)))
+    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(BATCH, sql.SQL(", ").join(map(sql.Identifier, columns)))
     with cursor.copy(statement) as copy:
         for batch in batches:
             if batch.num_rows:

@@ -14,7 +14,8 @@ from psycopg import sql
 
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
-from changeover.stores.gate import BATCH, GatedTable, apply_batch, barrier, prepare_batch, raise_floor
+from changeover.stores.batches import BATCH, apply_batch, prepare_batch
+from changeover.stores.gate import GatedTable, barrier, raise_floor
 
 ROWS_PER_BATCH = 50_000
 

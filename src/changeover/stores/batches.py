@@ -1,0 +1,143 @@
+"""Batches at the gate of a PostgreSQL store: many changes or a chunk's images, offered in one transaction of the caller's.
+
+A batch arrives by COPY in a temporary table and goes through the parts that `statements` names, in that order: changes by GATE, a
+chunk's images by LOAD. What each part does is said here, once. Only READ COMMITTED is accepted. Runs where the cursor's session
+runs, in tasks mostly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from changeover.errors import CouldNotFinish, RowRefused
+from changeover.stores import Counts
+from changeover.stores.gate import GatedTable
+from changeover.stores.statements import GATE, LOAD, Part
+
+BATCH = sql.Identifier("pg_temp", "changeover_batch")
+"""The session's temporary table in which a batch of images or changes arrives by COPY."""
+
+
+def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool) -> None:
+    """Create the session's batch table for this transaction: the table's columns, with versions in front for changes."""
+    extra = "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
+    cursor.execute(
+        sql.SQL(
+            "CREATE TEMPORARY TABLE changeover_batch ON COMMIT DROP AS SELECT {extra}{columns} FROM {table} WITH NO DATA"
+        ).format(extra=sql.SQL(extra), columns=table.list(table.columns), table=table.table)
+    )
+
+
+def lock_shared(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+    """Take the table's lock, SHARED, alone, so that the next statement's snapshot is taken under it."""
+    row = cursor.execute("SHOW transaction_isolation").fetchone()
+    if row is None or row[0] != "read committed":
+        raise CouldNotFinish(f"the gate needs READ COMMITTED, not {row}")
+    cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock_shared({})").format(table.lock_key))
+    return Counts(0, 0)
+
+
+def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+    """Offer the batch table's changes, one row a key, through the gate, in the caller's transaction."""
+    offered = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
+    # a store that has lost authority lets the gate of the present epoch pass, see refusal
+    cursor.execute(sql.SQL("SELECT set_config('changeover.epoch', max(_epoch)::text, true) FROM {}").format(BATCH))
+    taken = sum(OF_CHANGES[part](cursor, table).taken for (part,) in GATE)
+    return Counts(int(offered[0]) if offered else 0, taken)
+
+
+def _touch_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+    """Record the winners and leave only them in the batch; rows are counted where they are written."""
+    cursor.execute(
+        sql.SQL(
+            "WITH won AS ({touch} RETURNING {t_key}) DELETE FROM {batch} AS b WHERE NOT EXISTS (SELECT FROM won WHERE {same})"
+        ).format(touch=table.touch(BATCH), t_key=table.list(table.key, "t"), batch=BATCH, same=table.same_key("won", "b"))
+    )
+    return Counts(0, 0)
+
+
+Step = Callable[[psycopg.Cursor[Any], GatedTable], Counts]
+
+OF_CHANGES: dict[Part, Step] = {
+    Part.LOCK_SHARED: lock_shared,
+    Part.TOUCH: _touch_batch,
+    Part.DELETE: lambda cursor, table: Counts(0, cursor.execute(table.delete(BATCH)).rowcount),
+    Part.UPSERT: lambda cursor, table: Counts(0, cursor.execute(table.upsert(BATCH)).rowcount),
+}
+"""What each part of `statements.GATE` does with a batch of changes; what it took are rows written."""
+
+
+def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+    """Insert the batch table's images where no cell is, in the caller's transaction; count those that a tombstone refused.
+
+    The chunk's mark, the last part of `statements.LOAD`, is the caller's, in the same transaction.
+    """
+    found = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
+    offered = int(found[0]) if found else 0
+    done = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
+    touched, inserted = done[Part.REFUSE].offered, done[Part.INSERT].taken
+    if offered - touched > inserted and (met := collisions(cursor, table)):
+        raise RowRefused(table.target, f"target key {met[0]}", "two source rows meet in this one target key")
+    return Counts(offered, inserted, done[Part.REFUSE].refused)
+
+
+def _refuse_touched(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+    """Take images of touched keys out of the batch; count them and those that a tombstone refused."""
+    gone = cursor.execute(
+        sql.SQL(
+            "WITH gone AS (DELETE FROM {batch} AS b USING {touched} AS t WHERE {same} RETURNING t._deleted)"
+            " SELECT count(*), count(*) FILTER (WHERE _deleted) FROM gone"
+        ).format(batch=BATCH, touched=table.touched, same=table.same_key("t", "b"))
+    ).fetchone()
+    assert gone is not None
+    return Counts(int(gone[0]), 0, int(gone[1]))
+
+
+def _insert_images(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+    """Insert what is left of the batch, by floor and cell as this statement's own snapshot has them."""
+    inserted = cursor.execute(
+        sql.SQL(
+            "INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {b_columns} FROM {batch} AS b, changeover.gate AS g"
+            " WHERE g.target = {target} AND (g.epoch, g.lsn, g.ordinal) = (0, g.image_lsn, -1)"
+            " AND NOT EXISTS (SELECT FROM {touched} AS t WHERE {same}) ORDER BY {b_key} ON CONFLICT ({key}) DO NOTHING"
+        ).format(
+            table=table.table,
+            columns=table.list(table.columns),
+            b_columns=table.list(table.columns, "b"),
+            batch=BATCH,
+            target=sql.Literal(table.target),
+            touched=table.touched,
+            same=table.same_key("t", "b"),
+            b_key=table.list(table.key, "b"),
+            key=table.list(table.key),
+        )
+    ).rowcount
+    return Counts(0, inserted)
+
+
+OF_IMAGES: dict[Part, Step] = {Part.LOCK_SHARED: lock_shared, Part.REFUSE: _refuse_touched, Part.INSERT: _insert_images}
+"""What each part of `statements.LOAD` does with a chunk's images."""
+
+
+def collisions(cursor: psycopg.Cursor[Any], table: GatedTable) -> list[str]:
+    """Return keys in which two images meet: twice in the batch, or in a row that another chunk wrote (no live write did)."""
+    rows = cursor.execute(
+        sql.SQL(
+            "SELECT ROW({b_key})::text FROM {batch} AS b JOIN {table} AS t ON {same_table}"
+            " WHERE t.xmin <> pg_current_xact_id()::xid"
+            " AND NOT EXISTS (SELECT FROM {touched} AS d WHERE {same_touched})"
+            " UNION ALL SELECT ROW({b_key})::text FROM {batch} AS b GROUP BY {b_key} HAVING count(*) > 1 LIMIT 5"
+        ).format(
+            b_key=table.list(table.key, "b"),
+            batch=BATCH,
+            table=table.table,
+            same_table=table.same_key("t", "b"),
+            touched=table.touched,
+            same_touched=table.same_key("d", "b"),
+        )
+    ).fetchall()
+    return [str(row[0]) for row in rows]

@@ -1,0 +1,99 @@
+"""The order of what runs against a gated table, as data: which parts share a statement, which statements a transaction.
+
+The order is part of the rule (`gate` says why). `stores.gate` runs and composes its SQL from these sequences, and the model
+checker interprets the same ones statement by statement, so what is proved is what runs. Every statement of a transaction
+takes a snapshot of its own (READ COMMITTED); parts that shared a statement would share its snapshot, which is why none do.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Part(Enum):
+    """One piece of work on a gated table; rows are always locked in key order, so that two batches can't deadlock."""
+
+    LOCK_SHARED = "takes the table's lock, shared"
+    """Advisory, to the end of the transaction, and alone: the next statement's snapshot is then taken under it."""
+    LOCK_EXCLUSIVE = "takes the table's lock, exclusive"
+    """In a transaction of its own this is the barrier: every earlier gated statement has ended."""
+    TOUCH = "touches"
+    """Record the versions of changes that win, by `merge.applies`: the floor from the snapshot, the cell under its row's lock."""
+    DELETE = "deletes"
+    """Delete the rows of winners that are deletes, as far as the snapshot shows them."""
+    UPSERT = "upserts"
+    """Write the rows of winners that are puts, always ON CONFLICT."""
+    REFUSE = "refuses images of"
+    """Drop the images of touched keys, to count those that a tombstone refused."""
+    INSERT = "inserts the image of"
+    """Insert images by `merge.image_applies`, floor and cell from the snapshot, ON CONFLICT DO NOTHING."""
+    MARK = "marks the chunk"
+    """Mark the chunk in the ledger by `chunks.markable`; the transaction rolls back where that fails."""
+    SWEEP = "sweeps"
+    """Lock the tombstones in key order, then delete their keys' rows as far as the snapshot shows them."""
+    RAISE_FLOOR = "raises the floor"
+    """Raise the table's floor; never lowered."""
+    PURGE = "purges"
+    """Delete touched rows up to the floor, by `merge.collected`, each looked at again under its lock."""
+    LIST = "lists"
+    """Make a batch of deletes at a TRUNCATE's version, one for each row that the snapshot shows and nothing newer has touched."""
+    APPEND = "appends the chunk"
+    """Commit a chunk's file to a Delta table under its application id, unless `appends.appended` says that it was."""
+    DROP_OLDER = "compares"
+    """Drop from a batch what `merge.applies` refuses; under the exclusive lock nothing changes beneath it."""
+
+
+Statement = tuple[Part, ...]
+Transaction = tuple[Statement, ...]
+Procedure = tuple[Transaction, ...]
+
+GATE: Transaction = ((Part.LOCK_SHARED,), (Part.TOUCH,), (Part.DELETE,), (Part.UPSERT,))
+"""Changes, one a key, offered by replay or by a dual write."""
+
+LOAD: Transaction = ((Part.LOCK_SHARED,), (Part.REFUSE,), (Part.INSERT,), (Part.MARK,))
+"""A chunk's images and its mark."""
+
+BARRIER: Transaction = ((Part.LOCK_EXCLUSIVE,),)
+
+CLOSE: Procedure = (BARRIER, ((Part.SWEEP,),))
+"""After the last chunk's commit; until its end a ghost may be seen, so nothing is verified, read or collected before it."""
+
+COLLECT: Procedure = (((Part.RAISE_FLOOR,),), BARRIER, ((Part.PURGE,),))
+"""Collection of touched rows up to the new floor, where `merge.collectable` allows it."""
+
+TRUNCATE: Procedure = (((Part.RAISE_FLOOR,),), BARRIER, ((Part.LIST,), *GATE))
+"""A TRUNCATE of the source: the floor to `merge.truncated_floor`, then gated deletes at the TRUNCATE's own version."""
+
+APPEND_LOAD: Procedure = (((Part.APPEND,),), ((Part.MARK,),))
+"""A chunk of a Delta table: idempotent append first, ledger second; what dies between them is appended again, without effect."""
+
+CATCH_UP: Procedure = (
+    ((Part.LOCK_EXCLUSIVE,), (Part.DROP_OLDER,), (Part.DELETE,), (Part.UPSERT,), (Part.RAISE_FLOOR,)),
+)  # fmt: skip
+"""A batch of replay on a closed table whose position, as `merge.caught_up_floor`, is the gate: no version is written per key.
+
+Nobody waits for the lock while replay is the only writer; a direct write that appears all the same waits for the batch, and then
+finds the floor above what it must not overwrite. TRUNCATE, collection and closing exclude each other by the target's lease.
+"""
+
+
+class Move(Enum):
+    """A step by which authority over some rows moves from one store to the other."""
+
+    FREEZE = "takes authority from the old store"
+    """Commit that the losing store refuses: a cohort's row of authority, or the refusing trigger, whose lock is the drain."""
+    POSITION = "reads the position"
+    """Read the losing store's position and emit a marker there: no later write of the old authority can be above it."""
+    AWAIT = "sees everything below it applied"
+    RAISE_FLOOR = "raises the floor to the new epoch"
+    RECORD = "records the new epoch"
+
+
+HAND_OVER: tuple[Move, ...] = (Move.FREEZE, Move.POSITION, Move.AWAIT, Move.RAISE_FLOOR, Move.RECORD)
+"""The order is the proof (`flags.fence`): a position read before the freeze may be overtaken by a write that nobody carries."""
+
+AUTHORITY_READ = "FOR SHARE"
+"""How a writing transaction reads its cohort's authority: a plain read sees the authority that its snapshot had."""
+
+TRIGGER_LOG_TIMING = "AFTER"
+"""When a trigger log draws a row's version: a BEFORE trigger draws it before the insert waits for an earlier row of its key."""
