@@ -22,6 +22,7 @@ from typing import Any
 from changeover.errors import ChangeoverError, DatabaseFailed, LeaseHeld, ServerUnavailable
 from changeover.interrupt import asked_to_stop
 from changeover.jobs import pgoutput
+from changeover.jobs.chunks import acknowledged
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.replication import (
@@ -173,7 +174,7 @@ class _Run:
                 last = self._ended()
                 if last or time.monotonic() >= self.flush_at:
                     self._flush()
-                    replication.answer(self.durable)
+                    replication.answer(acknowledged(self.durable, replication.received))
                 if time.monotonic() >= self.answer_at:
                     self._stay_in_touch(replication, assembler)
             if last:
@@ -236,7 +237,7 @@ class _Run:
             # all that committed below has been sent, and whatever commits later lies above
             self.whole = replication.received
             self._flush()
-        replication.answer(self.durable, ping=True)
+        replication.answer(acknowledged(self.durable, replication.received), ping=True)
         self.answer_at = time.monotonic() + self.answer_every
 
 

@@ -207,7 +207,7 @@ class Ledger:
         return [ChunkRow(r[0], *(None if b is None else tuple(b) for b in r[1:3]), *r[3:]) for r in rows]  # type: ignore[arg-type]
 
     def claim(self, source: str, target: str) -> int:
-        """Fence off every earlier attempt at the open chunks of a load; return this attempt's token."""
+        """Fence off every earlier attempt at the open chunks of a load (`chunks.claimed`); return this attempt's token."""
         row = self.connection.execute(
             "WITH next AS (SELECT coalesce(max(token), 0) + 1 AS token FROM changeover.chunk"
             " WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s), claimed AS (UPDATE changeover.chunk"
@@ -349,7 +349,7 @@ def mark_loaded(
     """Mark a chunk as loaded in the caller's transaction (task or driver); False when the attempt was fenced off.
 
     `counts` is (rows offered, images refused because of a tombstone). A chunk that is already loaded, or that a later attempt
-    has claimed, is left alone, and the caller must roll back.
+    has claimed, is left alone (`chunks.markable`), and the caller must roll back.
     """
     with_chunk = [migration, source, target, chunk, token]
     done = cursor.execute(

@@ -1,7 +1,8 @@
-"""The gate's rule as one pure function, and what a batch of offers does to a cell.
+"""The gate's rule as pure functions: what is taken, what a batch of offers does to a cell, and what moves a table's floor.
 
-The stores state the same rule in their own language (`stores.gate` in SQL, `stores.delta` as a MERGE condition); tests hold
-them against this one. Nothing here touches a store.
+The stores state the same rules in their own language (`stores.gate` in SQL, `stores.delta` as a MERGE condition); tests hold
+them against these, and the model checker runs these. Nothing here touches a store. Each table has one floor, first v0, never
+lowered; a key without a cell has the floor's version.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from changeover.position import Version
+from changeover.position import DUAL_WRITE_ORDINAL, Version
 
 
 class Cell(NamedTuple):
@@ -35,3 +36,31 @@ def merged(cell: Cell | None, offers: Iterable[Cell], floor: Version) -> Cell | 
         if applies(offer.version, cell.version if cell else None, floor):
             cell = offer
     return cell
+
+
+def truncated_floor(at: Version) -> Version:
+    """Return the floor that a TRUNCATE raises: right below its own version, at which the deletes that follow are offered."""
+    return at._replace(ordinal=at.ordinal - 1)
+
+
+def collectable(closed: bool, applied: int, upto: Version) -> bool:
+    """Return whether touched rows up to a version may go: the table is swept, and every event up to there was offered.
+
+    Before the sweep images are pending, which the raised floor would refuse. `applied` says that every event with a smaller
+    commit LSN was offered. Time is no reason: a change may come late by any time.
+    """
+    return closed and upto < caught_up_floor(upto.epoch, applied)
+
+
+def collected(cell: Version, upto: Version) -> bool:
+    """Return whether collection up to a version removes a touched row: the floor then answers for its key."""
+    return cell <= upto
+
+
+def caught_up_floor(epoch: int, applied: int) -> Version:
+    """Return the floor of a table where every event below a position was applied in order and nothing else is under way.
+
+    No event of the stream has exactly this version, and every later one lies above it: a batch that raises the floor to it in
+    its own transaction has recorded its position, and needs no version per key (`stores.statements.CATCH_UP`).
+    """
+    return Version(epoch, applied, DUAL_WRITE_ORDINAL)

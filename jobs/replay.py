@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from changeover.errors import TableStopped
 from changeover.jobs.changes import completed, keys_apart
+from changeover.jobs.chunks import mergeable
 from changeover.jobs.entries import CLOSED, Authority, Load
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import Prepared, require_prepared, spool_of
@@ -121,7 +122,7 @@ class Replay:
                 continue
             load = self.ledger.load(source, target)
             with open_store(self.spec, self.spec.targets[target], "replay") as store:
-                if not (store.merges_while_loading or load.state == CLOSED):
+                if not mergeable(store.merges_while_loading, load.state == CLOSED):
                     continue
                 store.install(transform.target, self.prepared.stream.image)
                 try:

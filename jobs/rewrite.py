@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from changeover.errors import CouldNotFinish, TableStopped
 from changeover.jobs.capture import emit_marker
+from changeover.jobs.chunks import same_file
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import source_table
 from changeover.jobs.spool import TRUNCATE, Spool
@@ -29,7 +30,7 @@ def require_same_file(ledger: Ledger, spool: Spool, old: Connection, table: Tabl
     seen = source_table(old, table)
     if stopped:
         raise TableStopped(table.source, stopped)
-    if seen is not None and seen.filenode == filenode:
+    if same_file(filenode, seen.filenode if seen else None):
         return
     if seen is None or not _truncated(spool, old, ".".join(table.source_name)):
         reason = "it was rewritten since prepare, and a rewritten table reads as empty under an older snapshot"

@@ -1,0 +1,59 @@
+"""Chunks: who may mark one, when a table may be closed, and when changes may be merged, as pure functions.
+
+A chunk is a key range that is loaded once. Each attempt at it has a fencing token; claiming the open chunks for a new attempt
+fences off every earlier one, whatever it still does. The ledger states these rules in SQL (`ledger.mark_loaded`, `claim`);
+tests hold it against them, and the model checker runs them. Nothing here touches a store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Chunk(NamedTuple):
+    """A chunk's state: the token of the latest attempt, 0 before the first, and whether its rows are in."""
+
+    token: int = 0
+    loaded: bool = False
+
+
+def claimed(chunks: Sequence[Chunk]) -> tuple[int, tuple[Chunk, ...]]:
+    """Return a new attempt's token, above every earlier one, and the chunks with the open ones claimed for it."""
+    token = max((chunk.token for chunk in chunks), default=0) + 1
+    return token, tuple(chunk if chunk.loaded else chunk._replace(token=token) for chunk in chunks)
+
+
+def markable(chunk: Chunk, token: int) -> bool:
+    """Return whether an attempt may mark a chunk: nobody has loaded it or claimed it since. Else it rolls back."""
+    return chunk.token == token and not chunk.loaded
+
+
+def closable(chunks: Sequence[Chunk], prepared: int, file: int | None, truncated: bool) -> bool:
+    """Return whether a table may be closed: every chunk is in, and no chunk can have read a file that its rows had left.
+
+    Another file than the prepared one is right only where the stream tells of a TRUNCATE since: then every row that the snapshot
+    would have shown is gone.
+    """
+    return all(chunk.loaded for chunk in chunks) and (same_file(prepared, file) or (file is not None and truncated))
+
+
+def same_file(prepared: int, file: int | None) -> bool:
+    """Return whether a source table has the file that was prepared; None says that the table is gone.
+
+    A table rewritten under the snapshot reads as empty, without any event.
+    """
+    return file == prepared
+
+
+def mergeable(merges_while_loading: bool, closed: bool) -> bool:
+    """Return whether replay may offer changes to a target now.
+
+    Where an append is blind to the rows that are there (Delta), replay begins only after the last chunk.
+    """
+    return merges_while_loading or closed
+
+
+def acknowledged(durable: int, received: int) -> int:
+    """Return the position that the slot may forget: what is durably in the spool, however much more was received."""
+    return durable

@@ -1,0 +1,65 @@
+"""Tenure: which store had authority over a row, from where to where in its own log, and what that makes of an event.
+
+The authority log has a row per cohort and move. It stamps every event with the epoch of its interval; what a store's log
+holds outside of its store's intervals is never offered to another store: there it is the echo of our own marked write, or a
+rogue write, which is kept and alarmed. Everything here is pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from typing import NamedTuple
+
+from changeover.position import Version
+
+FOR_EVER = 2**63 - 1
+
+
+class Tenure(NamedTuple):
+    """A cohort's authority of one store: the epoch, and the commit LSNs since <= lsn < until in that store's own log."""
+
+    cohort: str
+    epoch: int
+    store: str
+    since: int
+    until: int = FOR_EVER
+
+
+class Standing(Enum):
+    """What an event of a store's log is."""
+
+    OFFERED = "offered"
+    ECHO = "echo"
+    """Our own write, made through the gate of a store without authority: its origin has offered it already."""
+    ROGUE = "rogue"
+    """Somebody's write to a store without authority: kept and alarmed, never offered, never dropped."""
+
+
+def epoch_of(log: Iterable[Tenure], cohort: str, store: str, lsn: int) -> int | None:
+    """Return the epoch under which a store had authority over a cohort at a place in its log, or None where it had none."""
+    return next((t.epoch for t in log if (t.cohort, t.store) == (cohort, store) and t.since <= lsn < t.until), None)
+
+
+def standing(log: Iterable[Tenure], cohort: str, store: str, lsn: int, marked: bool) -> Standing:
+    """Return what an event is, by its place and by whether its transaction carries the mark of our own writes."""
+    if marked:
+        return Standing.ECHO
+    return Standing.ROGUE if epoch_of(log, cohort, store, lsn) is None else Standing.OFFERED
+
+
+def stamped(log: Iterable[Tenure], cohort: str, store: str, version: Version) -> Version | None:
+    """Return an event's version with the epoch that the log gives it, or None where it is never offered."""
+    epoch = epoch_of(log, cohort, store, version.lsn)
+    return None if epoch is None else version._replace(epoch=epoch)
+
+
+def moved(log: Iterable[Tenure], cohort: str, to: str, fence: int, since: int) -> tuple[Tenure, ...]:
+    """Return the log after a cohort's authority has moved: it ends at `fence` in the losing log, begins at `since` in the other.
+
+    The epoch goes up by one; the cohort's floor in the gaining store becomes `position.epoch_floor` of it.
+    """
+    entries = list(log)
+    last = max((t for t in entries if t.cohort == cohort), key=lambda t: t.epoch)
+    entries[entries.index(last)] = last._replace(until=fence)
+    return (*entries, Tenure(cohort, last.epoch + 1, to, since))
