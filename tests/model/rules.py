@@ -1,0 +1,84 @@
+"""The product's rules, gathered so that a mutant can replace one; nothing here is a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from changeover.jobs import changes, chunks, merge, offers, snapshot, tenure
+from changeover.jobs.backfill import LedgerMark
+from changeover.jobs.chunks import Chunk
+from changeover.jobs.merge import Cell
+from changeover.jobs.offers import Change, Image, Key
+from changeover.jobs.replay import Interval, offered_intervals
+from changeover.jobs.tenure import Standing, Tenure
+from changeover.position import Version, epoch_floor, image_version
+from changeover.stores import statements
+from changeover.stores.appends import APPEND_VERSION, appended
+from changeover.stores.delta import DeltaStore
+from changeover.stores.ranges import ranges_between
+from changeover.stores.reader import KeyRange
+from changeover.stores.statements import Move, Procedure, Transaction
+from tests.model.carried import Held
+
+
+def _application(chunk: int, token: int) -> tuple[str, int]:
+    """Return the application id and version under which an attempt appends a chunk to Delta."""
+    return LedgerMark("", "migration", "source", "target", token, 15).identity(chunk), APPEND_VERSION
+
+
+def _batch(changes: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:
+    """Return what a batch offers, as replay makes it; what the target holds is not asked."""
+    return offers.last_of_each_key(offers.completed(changes, read))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Every rule that the model runs, by default the product's own."""
+
+    applies: Callable[[Version, Version | None, Version], bool] = merge.applies
+    image_applies: Callable[[Version | None, Version, Version], bool] = merge.image_applies
+    merged: Callable[[Cell | None, Iterable[Cell], Version], Cell | None] = merge.merged
+    truncated_floor: Callable[[Version], Version] = merge.truncated_floor
+    collectable: Callable[[bool, int, Version], bool] = merge.collectable
+    collected: Callable[[Version, Version], bool] = merge.collected
+    caught_up_floor: Callable[[int, int], Version] = merge.caught_up_floor
+    claimed: Callable[[Sequence[Chunk]], tuple[int, tuple[Chunk, ...]]] = chunks.claimed
+    markable: Callable[[Chunk, int], bool] = chunks.markable
+    closable: Callable[[Sequence[Chunk], int, int | None, bool], bool] = chunks.closable
+    mergeable: Callable[[bool, bool], bool] = chunks.mergeable
+    appended: Callable[[int | None, int], bool] = appended
+    application: Callable[[int, int], tuple[str, int]] = _application
+    apart: Callable[[Version, Key, Image | None, Key | None], tuple[Change, ...]] = offers.apart
+    after_truncate: Callable[[Iterable[Change], Version | None], list[Change]] = offers.after_truncate
+    batch: Callable[[Iterable[Change], Mapping[Key, Held], bool, Mapping[Key, Image]], list[Change]] = _batch
+    visible: Callable[[int, str], bool] = changes.visible
+    contains: Callable[[str, str], bool] = snapshot.contains
+    acknowledged: Callable[[int, int], int] = chunks.acknowledged
+    stamp: Callable[[int, int], Version] = lambda l0, now: image_version(l0)
+    lake_merges_while_loading: bool = DeltaStore.merges_while_loading
+    stamped: Callable[[Iterable[Tenure], str, str, Version], Version | None] = tenure.stamped
+    standing: Callable[[Iterable[Tenure], str, str, int, bool], Standing] = tenure.standing
+    offered_intervals: Callable[..., list[Interval]] = offered_intervals
+    epoch_floor: Callable[[int], Version] = epoch_floor
+    ranges: Callable[[Sequence[tuple[str, ...]]], list[KeyRange]] = ranges_between
+    keeps_order: bool = False
+    spare_rate: int = 1
+    catches_up_while_loading: bool = False
+    tombstones: bool = True
+    truncates: bool = True
+    waits_for_commit: bool = True
+    collection_floor: bool = True
+    gate: Transaction = statements.GATE
+    load: Transaction = statements.LOAD
+    close: Procedure = statements.CLOSE
+    collect: Procedure = statements.COLLECT
+    truncate: Procedure = statements.TRUNCATE
+    append_load: Procedure = statements.APPEND_LOAD
+    catch_up: Procedure = statements.CATCH_UP
+    hand_over: tuple[Move, ...] = statements.HAND_OVER
+    authority_read: str = statements.AUTHORITY_READ
+    trigger_timing: str = statements.TRIGGER_LOG_TIMING
+
+
+RULES = Rules()
