@@ -1,10 +1,10 @@
 """Capture: the one long-lived service, which brings the slot's changes into the spool in commit order.
 
-Transactions go in whole. The slot is told to forget only what the spool holds durably, and every connection goes on
-from the spool's end, so a kill at any point loses nothing and repeats nothing. Each connection first proves that this
-is still the prepared stream, with no gap between slot and spool; else it stops with the reason. A table that no longer
-looks as it was prepared gets an event that says so, at its place in the stream, while the others go on. Runs on one
-machine, without Spark; a transaction is held in memory until its commit arrives.
+The slot is told to forget only what the spool holds durably, and every connection goes on from the spool's end, so a kill at any
+point loses nothing and repeats nothing. A transaction that outgrows one batch goes in by parts, so memory does not grow with it;
+one that is cut off there is sent again, and what the spool holds of it is left out. Each connection first proves that this is
+still the prepared stream, with no gap between slot and spool; else it stops with the reason. A table that no longer looks as it
+was prepared gets an event that says so, at its place in the stream, while the others go on. Runs on one machine, without Spark.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from changeover.jobs.replication import (
     check_slot,
     generated_columns,
 )
-from changeover.jobs.spool import Event, Spool
+from changeover.jobs.spool import Spool
 from changeover.jobs.transactions import MARKER_PREFIX, Assembler
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import Spec, load, qualified
 
 BATCH_EVENTS = 20_000
+BATCH_BYTES = 32 << 20
 BATCH_SECONDS = 0.2
 UNTIL_SECONDS = 0.2
 LEASE_SECONDS = 5.0
@@ -104,7 +105,7 @@ def emit_marker(connection: Connection, note: str) -> None:
 
 
 class _Run:
-    """One run: connection after connection, the whole transactions that are not yet in the spool, and the counts."""
+    """One run: connection after connection, where the last whole transaction ends, and the counts."""
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class _Run:
         self.dsn = spec.source.dsn.resolve()
         self.spool = Spool(spec.work / "spool")
         self.result = CaptureResult()
-        self.batch: list[Event] = []
+        self.bytes = 0
         self.whole = self.durable = self.spool.end()
         self.flush_at = self.answer_at = float("inf")
         self.answer_every = FEEDBACK_SECONDS
@@ -148,13 +149,13 @@ class _Run:
     @contextmanager
     def _opened(self) -> Iterator[tuple[Replication, Assembler]]:
         """Prove that this is the prepared stream, and start it where the spool ends."""
-        self.batch, self.flush_at = [], float("inf")
+        self.bytes, self.flush_at = 0, float("inf")
         self.whole = self.durable = self.spool.end()
         name = application_name(self.spec.name, "capture")
         with closing(connect(self.dsn, name)) as connection, speaking_to(self.dsn, "checking the change stream"):
             check_slot(connection, self.stream, max(self.durable, self.stream.l0))
             check_publication(connection, self.stream.publication, self.tables)
-            assembler = Assembler(self.tables, generated_columns(connection, self.stream.publication))
+            assembler = Assembler(self.tables, generated_columns(connection, self.stream.publication), self.spool.held())
             self.answer_every = answer_interval(connection)
         with closing(connect(self.dsn, name, replication=True)) as connection:
             replication = Replication(connection, self.dsn)
@@ -172,7 +173,7 @@ class _Run:
                 self._take(replication, assembler)
                 last = self._ended()
                 if last or time.monotonic() >= self.flush_at:
-                    self._flush()
+                    self._flush(assembler)
                     replication.answer(self.durable)
                 if time.monotonic() >= self.answer_at:
                     self._stay_in_touch(replication, assembler)
@@ -189,18 +190,20 @@ class _Run:
                     replication.received = max(replication.received, alive.wal_end)
                     if alive.reply:
                         self.answer_at = 0.0
-                elif whole := assembler.feed(pgoutput.decode(frame, pgoutput.XLOG_HEADER)):
-                    self._add(*whole)
-                if len(self.batch) >= BATCH_EVENTS or self.flush_at == 0.0:
+                    continue
+                self.bytes += len(frame)
+                if end_lsn := assembler.feed(pgoutput.decode(frame, pgoutput.XLOG_HEADER)):
+                    self._committed(end_lsn, assembler.marker)
+                if len(assembler.events) >= BATCH_EVENTS or self.bytes >= BATCH_BYTES:
                     self.flush_at = 0.0
+                if self.flush_at == 0.0:
                     return
         except pgoutput.MalformedMessage as error:
             raise DatabaseFailed(server_name(self.dsn), "decoding the change stream", str(error)) from error
 
-    def _add(self, events: list[Event], end_lsn: int, marker: bool) -> None:
+    def _committed(self, end_lsn: int, marker: bool) -> None:
         if end_lsn <= self.durable:
             return
-        self.batch.extend(events)
         self.whole = end_lsn
         self.result.transactions += 1
         if marker:
@@ -208,16 +211,16 @@ class _Run:
         elif self.flush_at == float("inf"):
             self.flush_at = time.monotonic() + BATCH_SECONDS
 
-    def _flush(self) -> None:
-        """Make the whole transactions durable."""
-        self.flush_at = float("inf")
-        if self.whole <= self.durable:
+    def _flush(self, assembler: Assembler) -> None:
+        """Make everything so far durable: the whole transactions, and what there is of the next one."""
+        self.bytes, self.flush_at = 0, float("inf")
+        batch = assembler.taken()
+        if not batch and self.whole <= self.durable:
             return
-        self.spool.append(self.batch, self.whole)
-        self.result.events += len(self.batch)
+        self.spool.append(batch, self.whole)
+        self.result.events += len(batch)
         self.result.appends += 1
         self.durable = self.result.end_lsn = self.whole
-        self.batch = []
         self.ask_at = 0.0
 
     def _ended(self) -> bool:
@@ -235,7 +238,7 @@ class _Run:
         if idle and replication.received - self.durable >= IDLE_STEP:
             # all that committed below has been sent, and whatever commits later lies above
             self.whole = replication.received
-            self._flush()
+            self._flush(assembler)
         replication.answer(self.durable, ping=True)
         self.answer_at = time.monotonic() + self.answer_every
 

@@ -67,11 +67,11 @@ class Replication:
                 if poll.poll(0 if count else wait_seconds * 1000):
                     wire.consume_input()
                     size, data = wire.get_copy_data(1)
+                    self.heard = time.monotonic()
                 if size == 0:
                     return
             if size < 0:
                 self._ended()
-            self.heard = time.monotonic()
             yield bytes(data)
 
     def answer(self, durable: int, *, ping: bool = False) -> None:
