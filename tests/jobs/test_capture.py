@@ -410,6 +410,110 @@ def test_ctrl_c_ends_cleanly(prepared: Prepared) -> None:
     assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) == prepared.spool.end()
 
 
+def peak_megabytes(process: subprocess.Popen[str]) -> float:
+    """Return the most memory that a process has had."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, as long as the process lives."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_memory_does_not_grow_with_a_transaction(prepared: Prepared) -> None:
+    process = child(prepared.spec)
+    emit_marker(prepared.old, "running")
+    wait_for(process, prepared.seen("running"))
+    before = peak_megabytes(process)
+    wide = "SELECT i, repeat(md5(i::text), 4), ARRAY['a', 'b'] FROM generate_series(1, 200000) i"
+    prepared.sql(f"INSERT INTO follows {wide}", "SELECT pg_logical_emit_message(true, 'changeover', 'done')")
+    wait_for(process, prepared.seen("done"))
+    grown = peak_megabytes(process) - before
+    process.terminate()
+    process.communicate()
+    assert grown < 160, f"{grown:.0f} MB: held whole, it takes twice that"
+    assert [int(event["row"]["id"]) for event in prepared.events() if event["op"] == "I"] == list(range(1, 200_001))
+
+
+def test_a_large_transaction_killed_midway_is_there_once_and_seen_only_whole(prepared: Prepared) -> None:
+    prepared.sql("INSERT INTO other VALUES (1, 'before')")
+    prepared.catch_up()
+    end = prepared.spool.end()
+    prepared.sql(
+        "INSERT INTO follows SELECT i FROM generate_series(1, 70000) i",
+        "ALTER TABLE follows ADD extra integer",
+        "INSERT INTO follows SELECT i FROM generate_series(70001, 150000) i",
+        "TRUNCATE other",
+    )
+    for parts in (1, 3, 5):
+        process = child(prepared.spec)
+        wait_for(process, lambda parts=parts: prepared.spool.held()[1] >= 2 * parts * 19_000)
+        process.kill()
+        process.communicate()
+        lsn, ordinal = prepared.spool.held()
+        assert lsn >= end == prepared.spool.end(), "it was killed before the last part"
+        assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) <= end
+        assert [event["row"]["b"] for event in prepared.events()] == ["before"]
+    prepared.catch_up()
+    events = prepared.events()[1:]
+    assert [int(event["row"]["id"]) for event in events if event["op"] == "I"] == list(range(1, 150_001))
+    assert [(e["op"], e["ordinal"]) for e in events if e["op"] != "I"] == [("A", 139_999), ("T", 300_000)]
+    assert [event["ordinal"] for event in events if event["op"] != "A"] == list(range(0, 300_002, 2))
+
+
+def test_what_was_rolled_back_to_a_savepoint_never_comes(prepared: Prepared) -> None:
+    many = "INSERT INTO follows SELECT i, 'gone' FROM generate_series({}, {}) i"
+    prepared.sql(
+        "INSERT INTO follows VALUES (1, 'kept')",
+        "SAVEPOINT a", many.format(100, 5000), "SAVEPOINT b", "INSERT INTO other VALUES (1, 'gone')", "ROLLBACK TO a",
+        "SAVEPOINT c", "INSERT INTO follows VALUES (2, 'kept')", "SAVEPOINT d", "DELETE FROM follows WHERE id = 1", "RELEASE d",
+        "SAVEPOINT e", "TRUNCATE follows", "ROLLBACK TO e", "RELEASE c", "UPDATE follows SET name = 'end' WHERE id = 2",
+    )  # fmt: skip
+    prepared.sql("SAVEPOINT a", "INSERT INTO other VALUES (2, 'gone')", "ROLLBACK TO a")
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        prepared.sql(many.format(10, 30_000), "SELECT 1 / 0")
+    prepared.catch_up()
+    told = [(e["op"], (e["row"] or e["key"])["id"], e["ordinal"]) for e in prepared.events()]
+    assert told == [("I", "1", 0), ("I", "2", 2), ("D", "1", 4), ("U", "2", 6)]
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["while it runs", "while it is down"])
+def test_a_prepared_transaction_comes_when_it_is_committed_and_at_that_place(prepared: Prepared, running: bool) -> None:
+    kept, gone = f"{prepared.spec.name} kept", f"{prepared.spec.name} gone"
+    stop = threading.Event()
+    thread = threading.Thread(target=capture, args=[prepared.spec], kwargs={"stop": stop})
+    if running:
+        thread.start()
+    for name, values in ((kept, "(1, 'prepared')"), (gone, "(2, 'rolled back')")):
+        for statement in ("BEGIN", f"INSERT INTO other VALUES {values}", f"PREPARE TRANSACTION '{name}'"):
+            prepared.old.execute(statement.encode())
+    prepared.sql("INSERT INTO other VALUES (3, 'between')")
+    if running:
+        while not prepared.events():
+            time.sleep(0.02)
+    else:
+        prepared.catch_up()
+    assert [event["row"]["b"] for event in prepared.events()] == ["between"]
+    prepared.old.execute(f"COMMIT PREPARED '{kept}'".encode())
+    prepared.old.execute(f"ROLLBACK PREPARED '{gone}'".encode())
+    prepared.sql("INSERT INTO other VALUES (4, 'after')")
+    if running:
+        while len(prepared.events()) < 3:
+            time.sleep(0.02)
+        stop.set()
+        thread.join()
+    prepared.catch_up()
+    events = prepared.events()
+    assert [event["row"]["b"] for event in events] == ["between", "prepared", "after"]
+    assert [event["ordinal"] for event in events] == [0, 0, 0]
+    assert sorted(event["lsn"] for event in events) == [event["lsn"] for event in events]
+
+
 def test_errors_are_one_sentence(prepared: Prepared, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([str(tmp_path / "none.toml")]) == 2
     assert "can't be read" in capsys.readouterr().err
