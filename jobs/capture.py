@@ -43,6 +43,9 @@ BATCH_BYTES = 32 << 20
 BATCH_SECONDS = 0.2
 UNTIL_SECONDS = 0.2
 LEASE_SECONDS = 5.0
+COMPACT_EVERY = 50
+"""Appends after which their small files become one."""
+
 IDLE_STEP = 1 << 20
 """Bytes of other tables' WAL after which an idle stream moves the spool's end, so that the slot lets that WAL go."""
 
@@ -221,6 +224,8 @@ class _Run:
         self.result.events += len(batch)
         self.result.appends += 1
         self.durable = self.result.end_lsn = self.whole
+        if self.result.appends % COMPACT_EVERY == 0:
+            self.spool.compact()
         self.ask_at = 0.0
 
     def _ended(self) -> bool:

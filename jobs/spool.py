@@ -4,8 +4,8 @@ An append is one Delta commit that carries the rows and, as the application tran
 the spool is complete; so data and resume position can't part, and an append that was made before is left out. A large transaction
 comes in parts: the end stays below it until it is whole, no reader takes what lies beyond the end, and the place of the last event
 is in the same commits, so no part comes twice. An append returns only when the data file, then the log entry, then their folders
-are on stable storage, because the slot is told to forget what the spool says it holds. One writer at a time (the lease `capture`);
-any number of readers.
+are on stable storage, because the slot is told to forget what the spool says it holds. One writer at a time (the lease `capture`),
+which also merges small files; any number of readers. No event is ever removed before `finalize`, since a replay may begin anew.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +26,7 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
 from changeover.errors import LeaseHeld, SourceChanged, StepOrder
+from changeover.jobs.compaction import grouped, mergeable
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -43,6 +44,12 @@ APPLICATION = "capture"
 PART_LSN, PART_ORDINAL = "capture.part.lsn", "capture.part.ordinal"
 FORMAT_KEY = "changeover.format"
 CHECKPOINT_EVERY = 50
+
+RETAIN_SECONDS = 86_400
+"""How long a file that was merged stays for the readers who have listed it."""
+
+LOG_RETENTION = "interval 15 minutes"
+"""How long log entries below a checkpoint stay: five a second are written, and Spark lists them all."""
 
 REPETITIVE = ["relation", "op", "row.key_value.key", "key.key_value.key", "missing.list.element"]
 """Columns with few values, for which a dictionary is worth its making: half the file and two thirds of the time."""
@@ -110,7 +117,12 @@ class Spool:
                 self.path,
                 SCHEMA,
                 mode="ignore",
-                configuration={FORMAT_KEY: FORMAT, "delta.checkpointInterval": str(CHECKPOINT_EVERY)},
+                configuration={
+                    FORMAT_KEY: FORMAT,
+                    "delta.checkpointInterval": str(CHECKPOINT_EVERY),
+                    "delta.logRetentionDuration": LOG_RETENTION,
+                    "delta.deletedFileRetentionDuration": LOG_RETENTION,
+                },
                 raise_if_key_not_exists=False,
             )
             log = self.path / "_delta_log"
@@ -144,21 +156,24 @@ class Spool:
             marks += [Transaction(PART_LSN, reach[0]), Transaction(PART_ORDINAL, reach[1])]
         if reach <= self.held():
             return
-        table = self._table()
-        actions: list[AddAction | RemoveAction] = [self._write(batch)] if batch else []
-        try:
-            table.create_write_transaction(
-                actions,
-                mode="append",
-                schema=SCHEMA,
-                # no retry: the commit must be the one right after the version in which the position was looked up
-                commit_properties=CommitProperties(max_commit_retries=0, app_transactions=marks),
-                post_commithook_properties=PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False),
-            )
-        except CommitFailedError as error:
-            raise LeaseHeld("capture", f"it committed to the spool {self.path}") from error
-        table.update_incremental()
-        self._sync_log(table)
+        self._commit([self._write(batch)] if batch else [], marks)
+
+    def compact(self) -> int:
+        """Merge the newest small files into one, as durably as an append, and return how many they were (capture alone).
+
+        Events, end and place stay as they are, and the merged files stay on disk for RETAIN_SECONDS. Each event comes to a file
+        at least twice as large as the one that it was in, so it is written a few times at most.
+        """
+        files = pa.table(self._latest().get_add_actions(flatten=True)).to_pylist()
+        small = mergeable(files)
+        if small:
+            merged = self._merge(small)
+            now = int(time.time() * 1000)
+            for file in small:
+                os.utime(self.path / file["path"])  # from here on it counts as left behind
+            self._commit([merged, *(RemoveAction(file["path"], False, now, file["size_bytes"], {}) for file in small)], [])
+        self._remove_leavings({file["path"] for file in files})
+        return len(small)
 
     def read(self, spark: SparkSession, after: int, until: int) -> DataFrame:
         """Return the events of whole transactions with ``after <= lsn < until``, in no order, as Spark reads them (driver)."""
@@ -214,20 +229,52 @@ class Spool:
         self._handle = None
         return self._table()
 
+    def _commit(self, actions: list[AddAction | RemoveAction], marks: list[Transaction]) -> None:
+        """Commit right after the version that was looked at, durably; raises LeaseHeld where another commit came between."""
+        table = self._table()
+        try:
+            table.create_write_transaction(
+                actions,
+                mode="append",
+                schema=SCHEMA,
+                # no retry: the commit must be the one right after the version in which the position was looked up
+                commit_properties=CommitProperties(max_commit_retries=0, app_transactions=marks),
+                post_commithook_properties=PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False),
+            )
+        except CommitFailedError as error:
+            raise LeaseHeld("capture", f"it committed to the spool {self.path}") from error
+        table.update_incremental()
+        self._sync_log(table)
+
     def _write(self, batch: Sequence[Event]) -> AddAction:
+        """Write an append's file."""
+        lsns = [event.lsn for event in batch]
+        return self._written([arrow_table(batch)], min(lsns), max(lsns), data_change=True)
+
+    def _merge(self, files: Sequence[Mapping[str, Any]]) -> AddAction:
+        """Write the events of several files into one."""
+        tables = (pq.read_table(self.path / file["path"], schema=SCHEMA) for file in files)
+        first, last = min(file["min.lsn"] for file in files), max(file["max.lsn"] for file in files)
+        return self._written(grouped(tables), first, last, data_change=False)
+
+    def _written(self, tables: Iterable[pa.Table], first: int, last: int, *, data_change: bool) -> AddAction:
         """Write one data file and bring it to stable storage before any log entry can name it."""
         path = self.path / f"part-{uuid.uuid4()}.parquet"
-        pq.write_table(arrow_table(batch), path, compression="zstd", compression_level=1, use_dictionary=REPETITIVE)
+        count = 0
+        with pq.ParquetWriter(path, SCHEMA, compression="zstd", compression_level=1, use_dictionary=REPETITIVE) as writer:
+            for table in tables:
+                writer.write_table(table)
+                count += table.num_rows
         _sync(path)
         _sync(self.path)
-        lsns = [event.lsn for event in batch]
-        stats = {
-            "numRecords": len(batch),
-            "minValues": {"lsn": min(lsns)},
-            "maxValues": {"lsn": max(lsns)},
-            "nullCount": {"lsn": 0},
-        }
-        return AddAction(path.name, path.stat().st_size, {}, int(time.time() * 1000), True, json.dumps(stats))
+        stats = {"numRecords": count, "minValues": {"lsn": first}, "maxValues": {"lsn": last}, "nullCount": {"lsn": 0}}
+        return AddAction(path.name, path.stat().st_size, {}, int(time.time() * 1000), data_change, json.dumps(stats))
+
+    def _remove_leavings(self, listed: Collection[str]) -> None:
+        """Delete files that were merged a while ago, or written by a capture that was killed before its commit."""
+        for path in self.path.glob("*.parquet"):
+            if path.name not in listed and path.stat().st_mtime < time.time() - RETAIN_SECONDS:
+                path.unlink()
 
     def _sync_log(self, table: DeltaTable) -> None:
         log = self.path / "_delta_log"
@@ -237,6 +284,7 @@ class Spool:
             for path in log.glob(f"{table.version():020d}.checkpoint*"):
                 _sync(path)
             _sync(log / "_last_checkpoint")
+            table.cleanup_metadata()
         _sync(log)
 
 

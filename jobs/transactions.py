@@ -196,7 +196,9 @@ class Assembler:
         lsn, ordinal, xid, committed_at, held = self._next()
         if held:
             return
-        row, key, missing = None, None, ()
+        row: Image | None = None
+        key: Image | None = None
+        missing: tuple[str, ...] = ()
         if new is not None:
             row, missing = shape.row(new, old if kind == "O" else None)
         if old is not None and (new is None or shape.key_moved(old, new)):
