@@ -31,6 +31,7 @@ from changeover.jobs.replication import (
     check_publication,
     check_slot,
     generated_columns,
+    slot_alarm,
 )
 from changeover.jobs.spool import Spool
 from changeover.jobs.transactions import MARKER_PREFIX, Assembler
@@ -43,6 +44,9 @@ BATCH_BYTES = 32 << 20
 BATCH_SECONDS = 0.2
 UNTIL_SECONDS = 0.2
 LEASE_SECONDS = 5.0
+WATCH_SECONDS = 60.0
+"""How often to look whether the server is about to drop the slot."""
+
 COMPACT_EVERY = 50
 """Appends after which their small files become one."""
 
@@ -127,7 +131,7 @@ class _Run:
         self.result = CaptureResult()
         self.bytes = 0
         self.whole = self.durable = self.spool.end()
-        self.flush_at = self.answer_at = float("inf")
+        self.flush_at = self.answer_at = self.watch_at = float("inf")
         self.answer_every = FEEDBACK_SECONDS
         self.failing_since: float | None = None
 
@@ -160,6 +164,7 @@ class _Run:
             check_publication(connection, self.stream.publication, self.tables)
             assembler = Assembler(self.tables, generated_columns(connection, self.stream.publication), self.spool.held())
             self.answer_every = answer_interval(connection)
+            self._watch(connection)
         with closing(connect(self.dsn, name, replication=True)) as connection:
             replication = Replication(connection, self.dsn)
             with speaking_to(self.dsn, "starting the change stream"):
@@ -237,8 +242,17 @@ class _Run:
         self.ask_at = time.monotonic() + UNTIL_SECONDS
         return answer
 
+    def _watch(self, connection: Connection) -> None:
+        """Raise the alarm while the server still keeps what the slot needs."""
+        if alarm := slot_alarm(connection, self.stream.slot):
+            log.warning("%s", alarm)
+        self.watch_at = time.monotonic() + WATCH_SECONDS
+
     def _stay_in_touch(self, replication: Replication, assembler: Assembler) -> None:
         replication.check_alive()
+        if time.monotonic() >= self.watch_at:
+            with closing(connect(self.dsn, application_name(self.spec.name, "capture"))) as connection:
+                self._watch(connection)
         idle = assembler.open is None and self.whole == self.durable
         if idle and replication.received - self.durable >= IDLE_STEP:
             # all that committed below has been sent, and whatever commits later lies above

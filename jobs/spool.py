@@ -194,14 +194,28 @@ class Spool:
         found = self._scan(after, until, ["relation", "row", "missing", "xid"])
         return found.filter(pc.and_(pc.equal(found["relation"], relation), pc.greater(pc.list_value_length(found["missing"]), 0)))
 
-    def _scan(self, after: int, until: int, columns: list[str]) -> pa.Table:
-        """Read the files whose positions meet the range: the log tells which, so the others cost nothing."""
+    def notes(self) -> list[tuple[str, int, str]]:
+        """Return (relation, commit LSN, note) of how tables changed, each note of a table once, where it was first told."""
+        found = self._scan(0, 2**63 - 1, ["relation", "lsn", "op", "note"], noted=True)
+        told = found.filter(pc.is_in(found["op"], pa.array([RELATION, ADDED]))).sort_by("lsn")
+        first: dict[tuple[str, str], int] = {}
+        for event in told.to_pylist():
+            first.setdefault((event["relation"], event["note"]), event["lsn"])
+        return [(relation, lsn, note) for (relation, note), lsn in first.items()]
+
+    def _scan(self, after: int, until: int, columns: list[str], *, noted: bool = False) -> pa.Table:
+        """Read the files whose positions meet the range: the log tells which, so the others cost nothing.
+
+        With `noted`, of those the files that hold a note.
+        """
         table = self._latest()
         until = min(until, table.transaction_version(APPLICATION) or 0)
         actions = pa.table(table.get_add_actions(flatten=True))
         if "min.lsn" not in actions.column_names:  # nothing was ever appended
             return SCHEMA.empty_table().select(columns)
         met = actions.filter((pc.field("max.lsn") >= after) & (pc.field("min.lsn") < until))
+        if noted:
+            met = met.filter(pc.field("null_count.note") < pc.field("num_records"))
         paths = [str(self.path / name) for name in met["path"].to_pylist()]
         if not paths:
             return SCHEMA.empty_table().select(columns)
@@ -260,14 +274,16 @@ class Spool:
     def _written(self, tables: Iterable[pa.Table], first: int, last: int, *, data_change: bool) -> AddAction:
         """Write one data file and bring it to stable storage before any log entry can name it."""
         path = self.path / f"part-{uuid.uuid4()}.parquet"
-        count = 0
+        count = without = 0
         with pq.ParquetWriter(path, SCHEMA, compression="zstd", compression_level=1, use_dictionary=REPETITIVE) as writer:
             for table in tables:
                 writer.write_table(table)
                 count += table.num_rows
+                without += table["note"].null_count
         _sync(path)
         _sync(self.path)
-        stats = {"numRecords": count, "minValues": {"lsn": first}, "maxValues": {"lsn": last}, "nullCount": {"lsn": 0}}
+        nulls = {"lsn": 0, "note": without}
+        stats = {"numRecords": count, "minValues": {"lsn": first}, "maxValues": {"lsn": last}, "nullCount": nulls}
         return AddAction(path.name, path.stat().st_size, {}, int(time.time() * 1000), data_change, json.dumps(stats))
 
     def _remove_leavings(self, listed: Collection[str]) -> None:

@@ -9,6 +9,7 @@ already is known by its place. A table that differs from the prepared one gets a
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ from changeover.jobs import pgoutput
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.pgoutput import UNCHANGED, Values
 from changeover.jobs.spool import ADDED, DELETE, INSERT, MARKER, NOWHERE, RELATION, TRUNCATE, UPDATE, Event, Image, Place
+
+log = logging.getLogger(__name__)
 
 MARKER_PREFIX = "changeover"
 TEXT_ARRAY, BOX_ARRAY = 1009, 1020
@@ -136,6 +139,7 @@ class Assembler:
     events: list[Event] = field(default_factory=list)
     marker: bool = False
     shapes: dict[int, Shape] = field(default_factory=dict)
+    told: set[tuple[str, str]] = field(default_factory=set)
     open: pgoutput.Begin | None = None
 
     def __post_init__(self) -> None:
@@ -231,4 +235,7 @@ class Assembler:
         if note:
             lsn, committed_at, xid = self._now()
             op = RELATION if found else ADDED
+            if (source, note) not in self.told:
+                self.told.add((source, note))
+                log.warning("%s: %s", source, note)
             self._notes.append(Event(source, lsn, 2 * self._index - 1, op, None, None, (), xid, committed_at, note))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +22,19 @@ from typing import Any
 import psycopg
 import pytest
 
+from changeover.embedded import EmbeddedServer
 from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, SpoolGap, StepOrder
 from changeover.jobs import capture as capture_module
 from changeover.jobs.capture import CaptureResult, capture, emit_marker, main
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.replication import slot_alarm
 from changeover.jobs.spool import Spool
-from changeover.position import parse_lsn
+from changeover.jobs.status import status
+from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
+from tests.fix_postgres import SETTINGS
 
 TABLES = """
 CREATE TABLE follows (id integer PRIMARY KEY, name text, tags text[], big text);
@@ -268,6 +276,7 @@ def test_a_changed_table_is_told_in_its_place_and_the_others_go_on(prepared: Pre
     )
     prepared.sql("INSERT INTO other VALUES (2, 'b')")
     prepared.catch_up()
+    prepared.catch_up()  # by another connection, which is told the same again
     note = "column name has another type (oid 1043, was text); column tags was dropped; column extra was added (type oid 2950)"
     assert [(e["relation"], e["op"], e["ordinal"], e["note"]) for e in prepared.events()] == [
         ("public.follows", "I", 0, None),
@@ -276,6 +285,20 @@ def test_a_changed_table_is_told_in_its_place_and_the_others_go_on(prepared: Pre
         ("public.follows", "I", 2, None),
         ("public.other", "I", 0, None),
     ]
+    place = format_lsn(next(event["lsn"] for event in prepared.events() if event["op"] == "R"))
+    assert f"    public.follows: {note} (at {place})" in status(prepared.spec).lines()
+
+
+def test_an_added_column_goes_on_and_status_says_so(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
+    prepared.sql("ALTER TABLE follows ADD extra uuid", "INSERT INTO follows VALUES (1, 'a')")
+    for name in "bc":
+        prepared.catch_up()
+        prepared.sql(f"UPDATE follows SET name = '{name}'")
+    prepared.catch_up()
+    note = "public.follows: column extra was added (type oid 2950)"
+    assert note in [record.getMessage() for record in caplog.records]
+    assert [event["op"] for event in prepared.events()] == ["A", "I", "A", "U", "A", "U"], "each connection is told"
+    assert len([line for line in status(prepared.spec).lines() if note in line]) == 1
 
 
 @pytest.mark.parametrize(
@@ -371,6 +394,103 @@ def test_a_slot_ahead_of_the_spool_stops_the_run(prepared: Prepared) -> None:
     prepared.old.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [prepared.spec.slot])
     with pytest.raises(SpoolGap, match="changes between them are lost"):
         capture(prepared.spec)
+
+
+@contextmanager
+def keeping(connection: Connection, size: str) -> Iterator[None]:
+    """Limit the WAL that the server keeps for slots."""
+    connection.execute(f"ALTER SYSTEM SET max_slot_wal_keep_size = '{size}'".encode())
+    connection.execute("SELECT pg_reload_conf()")
+    try:
+        yield
+    finally:
+        connection.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")
+        connection.execute("SELECT pg_reload_conf()")
+
+
+def fill_segments(prepared: Prepared, count: int) -> None:
+    """Have the server write WAL of other tables: 16 MB at a time."""
+    for _ in range(count):
+        prepared.old.execute("SELECT pg_logical_emit_message(false, 'noise', 'x'), pg_switch_wal()")
+    prepared.old.execute("CHECKPOINT")
+
+
+def test_the_alarm_comes_before_the_slot_is_lost(
+    prepared: Prepared, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_module, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(capture_module, "answer_interval", lambda _: 0.1)
+    alarm = re.compile(
+        f"slot {prepared.spec.slot} keeps [0-9,]+ bytes of WAL .wal_status [a-z]+.; [0-9,]+ bytes more and it is lost: see that"
+        r" capture runs and keeps up and that no transaction stays open .* raise max_slot_wal_keep_size \(now 67,108,864 bytes\)"
+    )
+
+    def alarmed() -> bool:
+        return any(alarm.fullmatch(record.getMessage()) for record in caplog.records)
+
+    prepared.catch_up()
+    assert not alarmed()
+    with keeping(prepared.old, "64MB"), connect(prepared.spec.source.dsn.resolve(), "open", autocommit=False) as blocker:
+        blocker.execute("INSERT INTO other VALUES (1, 'open')")
+        filled = threading.Event()
+
+        def until() -> bool:
+            if not filled.is_set():  # while capture runs and keeps up
+                assert not alarmed()
+                fill_segments(prepared, 4)
+                filled.set()
+            return alarmed() or time.monotonic() > deadline
+
+        deadline = time.monotonic() + 30
+        capture(prepared.spec, until=until)
+        assert alarmed()
+        assert any(alarm.fullmatch(line.strip()) for line in status(prepared.spec).lines())
+        blocker.rollback()
+    assert slot_alarm(prepared.old, prepared.spec.slot) is None
+
+
+def test_a_slot_that_is_lost_under_a_capture_that_hangs_stops_it_with_the_way_back(prepared: Prepared) -> None:
+    process = child(prepared.spec)
+    emit_marker(prepared.old, "running")
+    wait_for(process, prepared.seen("running"))
+    process.send_signal(signal.SIGSTOP)
+    with keeping(prepared.old, "16MB"):
+        deadline = time.monotonic() + 30
+        while prepared.slot("wal_status") != "lost":
+            assert time.monotonic() < deadline
+            fill_segments(prepared, 3)
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert errors.strip().splitlines()[-1] == (
+        f"the source's replication slot is invalidated, so that the WAL it needs is gone, but {prepared.spec.slot} was prepared:"
+        " its change stream has a gap; `changeover abort SPEC`, empty the target tables, and run again"
+    )
+    assert any("the slot has lost its WAL" in line for line in status(prepared.spec).lines())
+
+
+def test_a_copy_of_the_source_that_was_promoted_is_another_source(
+    prepared: Prepared, any_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared.sql("INSERT INTO other VALUES (1, 'a')")
+    prepared.catch_up()
+    database = prepared.old.info.dbname
+    with tempfile.TemporaryDirectory(prefix="changeover-pg-") as parent:
+        Path(parent).chmod(0o755)
+        copy = Path(parent) / "copy"
+        any_server.stop()
+        subprocess.run(["cp", "-a", any_server.root, copy], check=True)
+        any_server.restart()
+        signal_file = copy / "data" / "standby.signal"
+        signal_file.touch()
+        owner = (copy / "data").stat()
+        os.chown(signal_file, owner.st_uid, owner.st_gid)
+        with EmbeddedServer.start(copy, settings=SETTINGS) as promoted:
+            with connect(promoted.dsn(), "test") as session:
+                session.execute("SELECT pg_promote()")
+            monkeypatch.setenv("OLD_DSN", promoted.dsn(database))
+            with pytest.raises(SourceChanged, match=r"the source's timeline is 2, but 1 was prepared: .* `changeover abort SPEC`"):
+                capture(prepared.spec, patience=0)
 
 
 def test_before_prepare(prepared: Prepared) -> None:
