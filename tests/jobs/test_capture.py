@@ -178,7 +178,7 @@ def test_every_kind_of_change_in_order(prepared: Prepared) -> None:
         "TRUNCATE follows, other",
     )
     prepared.catch_up()
-    f, tags = "public.follows", json.dumps([["x"], ["y"]])
+    f, tags = "public.follows", "[[[0:1][1:1]={{x},{y}}"
     assert prepared.brief() == [
         (f, "I", {"id": "1", "name": None, "tags": None, "big": None}, None, [], None),
         (f, "I", {"id": "2", "name": "", "tags": "[]", "big": "größe 你好"}, None, [], None),
