@@ -1,10 +1,10 @@
 """Capture: the one long-lived service, which brings the slot's changes into the spool in commit order.
 
-Transactions go in whole. The slot is told to forget only what the spool holds durably, and every connection goes on
-from the spool's end, so a kill at any point loses nothing and repeats nothing. Each connection first proves that this
-is still the prepared stream, with no gap between slot and spool; else it stops with the reason. A table that no longer
-looks as it was prepared gets an event that says so, at its place in the stream, while the others go on. Runs on one
-machine, without Spark; a transaction is held in memory until its commit arrives.
+The slot is told to forget only what the spool holds durably, and every connection goes on from the spool's end, so a kill at any
+point loses nothing and repeats nothing. A transaction that outgrows one batch goes in by parts, so memory does not grow with it;
+one that is cut off there is sent again, and what the spool holds of it is left out. Each connection first proves that this is
+still the prepared stream, with no gap between slot and spool; else it stops with the reason. A table that no longer looks as it
+was prepared gets an event that says so, at its place in the stream, while the others go on. Runs on one machine, without Spark.
 """
 
 from __future__ import annotations
@@ -32,17 +32,25 @@ from changeover.jobs.replication import (
     check_publication,
     check_slot,
     generated_columns,
+    slot_alarm,
 )
-from changeover.jobs.spool import Event, Spool
+from changeover.jobs.spool import Spool
 from changeover.jobs.transactions import MARKER_PREFIX, Assembler
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import Spec, load, qualified
 
 BATCH_EVENTS = 20_000
+BATCH_BYTES = 32 << 20
 BATCH_SECONDS = 0.2
 UNTIL_SECONDS = 0.2
 LEASE_SECONDS = 5.0
+WATCH_SECONDS = 60.0
+"""How often to look whether the server is about to drop the slot."""
+
+COMPACT_EVERY = 50
+"""Appends after which their small files become one."""
+
 IDLE_STEP = 1 << 20
 """Bytes of other tables' WAL after which an idle stream moves the spool's end, so that the slot lets that WAL go."""
 
@@ -105,7 +113,7 @@ def emit_marker(connection: Connection, note: str) -> None:
 
 
 class _Run:
-    """One run: connection after connection, the whole transactions that are not yet in the spool, and the counts."""
+    """One run: connection after connection, where the last whole transaction ends, and the counts."""
 
     def __init__(
         self,
@@ -122,9 +130,9 @@ class _Run:
         self.dsn = spec.source.dsn.resolve()
         self.spool = Spool(spec.work / "spool")
         self.result = CaptureResult()
-        self.batch: list[Event] = []
+        self.bytes = 0
         self.whole = self.durable = self.spool.end()
-        self.flush_at = self.answer_at = float("inf")
+        self.flush_at = self.answer_at = self.watch_at = float("inf")
         self.answer_every = FEEDBACK_SECONDS
         self.failing_since: float | None = None
 
@@ -149,14 +157,15 @@ class _Run:
     @contextmanager
     def _opened(self) -> Iterator[tuple[Replication, Assembler]]:
         """Prove that this is the prepared stream, and start it where the spool ends."""
-        self.batch, self.flush_at = [], float("inf")
+        self.bytes, self.flush_at = 0, float("inf")
         self.whole = self.durable = self.spool.end()
         name = application_name(self.spec.name, "capture")
         with closing(connect(self.dsn, name)) as connection, speaking_to(self.dsn, "checking the change stream"):
             check_slot(connection, self.stream, max(self.durable, self.stream.l0))
             check_publication(connection, self.stream.publication, self.tables)
-            assembler = Assembler(self.tables, generated_columns(connection, self.stream.publication))
+            assembler = Assembler(self.tables, generated_columns(connection, self.stream.publication), self.spool.held())
             self.answer_every = answer_interval(connection)
+            self._watch(connection)
         with closing(connect(self.dsn, name, replication=True)) as connection:
             replication = Replication(connection, self.dsn)
             with speaking_to(self.dsn, "starting the change stream"):
@@ -173,7 +182,7 @@ class _Run:
                 self._take(replication, assembler)
                 last = self._ended()
                 if last or time.monotonic() >= self.flush_at:
-                    self._flush()
+                    self._flush(assembler)
                     replication.answer(acknowledged(self.durable, replication.received))
                 if time.monotonic() >= self.answer_at:
                     self._stay_in_touch(replication, assembler)
@@ -190,18 +199,20 @@ class _Run:
                     replication.received = max(replication.received, alive.wal_end)
                     if alive.reply:
                         self.answer_at = 0.0
-                elif whole := assembler.feed(pgoutput.decode(frame, pgoutput.XLOG_HEADER)):
-                    self._add(*whole)
-                if len(self.batch) >= BATCH_EVENTS or self.flush_at == 0.0:
+                    continue
+                self.bytes += len(frame)
+                if end_lsn := assembler.feed(pgoutput.decode(frame, pgoutput.XLOG_HEADER)):
+                    self._committed(end_lsn, assembler.marker)
+                if len(assembler.events) >= BATCH_EVENTS or self.bytes >= BATCH_BYTES:
                     self.flush_at = 0.0
+                if self.flush_at == 0.0:
                     return
         except pgoutput.MalformedMessage as error:
             raise DatabaseFailed(server_name(self.dsn), "decoding the change stream", str(error)) from error
 
-    def _add(self, events: list[Event], end_lsn: int, marker: bool) -> None:
+    def _committed(self, end_lsn: int, marker: bool) -> None:
         if end_lsn <= self.durable:
             return
-        self.batch.extend(events)
         self.whole = end_lsn
         self.result.transactions += 1
         if marker:
@@ -209,16 +220,18 @@ class _Run:
         elif self.flush_at == float("inf"):
             self.flush_at = time.monotonic() + BATCH_SECONDS
 
-    def _flush(self) -> None:
-        """Make the whole transactions durable."""
-        self.flush_at = float("inf")
-        if self.whole <= self.durable:
+    def _flush(self, assembler: Assembler) -> None:
+        """Make everything so far durable: the whole transactions, and what there is of the next one."""
+        self.bytes, self.flush_at = 0, float("inf")
+        batch = assembler.taken()
+        if not batch and self.whole <= self.durable:
             return
-        self.spool.append(self.batch, self.whole)
-        self.result.events += len(self.batch)
+        self.spool.append(batch, self.whole)
+        self.result.events += len(batch)
         self.result.appends += 1
         self.durable = self.result.end_lsn = self.whole
-        self.batch = []
+        if self.result.appends % COMPACT_EVERY == 0:
+            self.spool.compact()
         self.ask_at = 0.0
 
     def _ended(self) -> bool:
@@ -230,13 +243,22 @@ class _Run:
         self.ask_at = time.monotonic() + UNTIL_SECONDS
         return answer
 
+    def _watch(self, connection: Connection) -> None:
+        """Raise the alarm while the server still keeps what the slot needs."""
+        if alarm := slot_alarm(connection, self.stream.slot):
+            log.warning("%s", alarm)
+        self.watch_at = time.monotonic() + WATCH_SECONDS
+
     def _stay_in_touch(self, replication: Replication, assembler: Assembler) -> None:
         replication.check_alive()
+        if time.monotonic() >= self.watch_at:
+            with closing(connect(self.dsn, application_name(self.spec.name, "capture"))) as connection:
+                self._watch(connection)
         idle = assembler.open is None and self.whole == self.durable
         if idle and replication.received - self.durable >= IDLE_STEP:
             # all that committed below has been sent, and whatever commits later lies above
             self.whole = replication.received
-            self._flush()
+            self._flush(assembler)
         replication.answer(acknowledged(self.durable, replication.received), ping=True)
         self.answer_at = time.monotonic() + self.answer_every
 

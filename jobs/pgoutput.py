@@ -17,6 +17,9 @@ from typing import NamedTuple
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 """PostgreSQL counts microseconds from here."""
 
+EPOCH_MICROS = 946_684_800_000_000
+"""The same moment in microseconds since 1970, as Arrow counts."""
+
 
 class MalformedMessage(ValueError):
     """Bytes that no known message has."""
@@ -34,10 +37,10 @@ Values = tuple[Value, ...]
 
 
 class Begin(NamedTuple):
-    """A transaction follows; `commit_lsn` is the start of its commit record."""
+    """A transaction follows; `commit_lsn` is the start of its commit record, `committed_at` in microseconds since 1970."""
 
     commit_lsn: int
-    committed_at: datetime
+    committed_at: int
     xid: int
 
 
@@ -46,7 +49,6 @@ class Commit(NamedTuple):
 
     commit_lsn: int
     end_lsn: int
-    committed_at: datetime
 
 
 class Origin(NamedTuple):
@@ -177,10 +179,6 @@ def feedback(received: int, durable: int, now: datetime, *, ping: bool = False) 
     return _feedback.pack(b"r", max(received, durable), durable, durable, micros, ping)
 
 
-def _time(micros: int) -> datetime:
-    return EPOCH + timedelta(microseconds=micros)
-
-
 def _string(data: bytes, at: int) -> tuple[str, int]:
     end = data.index(b"\0", at)
     return data[at:end].decode(), end + 1
@@ -209,12 +207,12 @@ def _values(data: bytes, at: int) -> tuple[Values, int]:
 
 def _read_begin(data: bytes, at: int) -> tuple[Begin, int]:
     lsn, micros, xid = _begin.unpack_from(data, at)
-    return Begin(lsn, _time(micros), xid), at + _begin.size
+    return Begin(lsn, EPOCH_MICROS + micros, xid), at + _begin.size
 
 
 def _read_commit(data: bytes, at: int) -> tuple[Commit, int]:
-    _, lsn, end_lsn, micros = _commit.unpack_from(data, at)
-    return Commit(lsn, end_lsn, _time(micros)), at + _commit.size
+    _, lsn, end_lsn, _ = _commit.unpack_from(data, at)
+    return Commit(lsn, end_lsn), at + _commit.size
 
 
 def _read_origin(data: bytes, at: int) -> tuple[Origin, int]:

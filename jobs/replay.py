@@ -179,7 +179,7 @@ class Replay:
         """Yield the batch's changes, one row a key; what an update did not send is read from the source."""
         relation = ".".join(transform.table.source_name)
         if batch.events <= SMALL_BATCH:
-            found = self.spool.events(start, batch.until).drop_columns(["end_lsn", "committed_at", "note"])
+            found = self.spool.events(start, batch.until).drop_columns(["committed_at", "note"])
             events = self.spark.createDataFrame(found).coalesce(1)
         else:
             events = self.spool.read(self.spark, start, batch.until)

@@ -25,6 +25,9 @@ from changeover.session import Connection, connect, server_name, speaking_to
 FEEDBACK_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
 
+LOW_SHARE = 0.25
+"""Share of max_slot_wal_keep_size below which what is left of it is an alarm."""
+
 
 class Replication:
     """A session with the slot's walsender; every wait in it is bounded."""
@@ -67,11 +70,11 @@ class Replication:
                 if poll.poll(0 if count else wait_seconds * 1000):
                     wire.consume_input()
                     size, data = wire.get_copy_data(1)
+                    self.heard = time.monotonic()
                 if size == 0:
                     return
             if size < 0:
                 self._ended()
-            self.heard = time.monotonic()
             yield bytes(data)
 
     def answer(self, durable: int, *, ping: bool = False) -> None:
@@ -116,6 +119,27 @@ def check_slot(connection: Connection, stream: Stream, durable: int) -> None:
         raise SourceChanged("replication slot", stream.slot, "invalidated, so that the WAL it needs is gone")
     if parse_lsn(acknowledged) > durable:
         raise SpoolGap(acknowledged, format_lsn(durable))
+
+
+def slot_alarm(connection: Connection, slot: str) -> str | None:
+    """Return what to do about a slot that the server will drop, or that fills its disk, unless something changes; else None."""
+    row = connection.execute(
+        "SELECT s.wal_status, s.safe_wal_size, pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn)::bigint,"
+        " l.setting::bigint << 20 FROM pg_replication_slots s, pg_settings l"
+        " WHERE s.slot_name = %s AND l.name = 'max_slot_wal_keep_size' AND s.wal_status <> 'lost'",
+        [slot],
+    ).fetchone()
+    if row is None:
+        return None
+    status, safe, kept, limit = row
+    if status == "reserved" and (safe is None or safe > limit * LOW_SHARE):
+        return None
+    then = "no limit is set, so the server's disk may fill up" if safe is None else f"{max(safe, 0):,} bytes more and it is lost"
+    raising = "set max_slot_wal_keep_size" if safe is None else f"raise max_slot_wal_keep_size (now {limit:,} bytes)"
+    return (
+        f"slot {slot} keeps {kept:,} bytes of WAL (wal_status {status}); {then}: see that capture runs and keeps up and that no"
+        f" transaction stays open for long, or {raising}"
+    )
 
 
 def check_publication(connection: Connection, publication: str, tables: Collection[str]) -> None:

@@ -1,10 +1,11 @@
 """The spool: every captured change of the source, durable, in commit order, in one Delta table.
 
-An append is one Delta commit that carries the rows and, as the application transaction `capture`, the commit END LSN
-up to which the spool is complete; so data and resume position can't part, and an append that was made before is left
-out. An append returns only when the data file, then the log entry, then their folders are on stable storage, because
-the slot is told to forget what the spool says it holds. One writer at a time (the lease `capture`); any number of
-readers.
+An append is one Delta commit that carries the rows and, as the application transaction `capture`, the commit END LSN up to which
+the spool is complete; so data and resume position can't part, and an append that was made before is left out. A large transaction
+comes in parts: the end stays below it until it is whole, no reader takes what lies beyond the end, and the place of the last event
+is in the same commits, so no part comes twice. An append returns only when the data file, then the log entry, then their folders
+are on stable storage, because the slot is told to forget what the spool says it holds. One writer at a time (the lease `capture`),
+which also merges small files; any number of readers. No event is ever removed before `finalize`, since a replay may begin anew.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,11 +26,12 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
 from changeover.errors import LeaseHeld, SourceChanged, StepOrder
+from changeover.jobs.compaction import grouped, mergeable
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-FORMAT = "1"
+FORMAT = "2"
 """Version of the spool's columns; another version found is refused, never guessed at."""
 
 INSERT, UPDATE, DELETE, TRUNCATE, MARKER, RELATION, ADDED = "I", "U", "D", "T", "M", "R", "A"
@@ -40,8 +41,18 @@ RELATION says that a table is not as it was prepared, ADDED that it only has mor
 """
 
 APPLICATION = "capture"
+PART_LSN, PART_ORDINAL = "capture.part.lsn", "capture.part.ordinal"
 FORMAT_KEY = "changeover.format"
 CHECKPOINT_EVERY = 50
+
+RETAIN_SECONDS = 86_400
+"""How long a file that was merged stays for the readers who have listed it."""
+
+LOG_RETENTION = "interval 15 minutes"
+"""How long log entries below a checkpoint stay: five a second are written, and Spark lists them all."""
+
+REPETITIVE = ["relation", "op", "row.key_value.key", "key.key_value.key", "missing.list.element"]
+"""Columns with few values, for which a dictionary is worth its making: half the file and two thirds of the time."""
 
 TEXTS = pa.map_(pa.string(), pa.string())
 SCHEMA = pa.schema(
@@ -54,33 +65,40 @@ SCHEMA = pa.schema(
         pa.field("key", TEXTS),
         pa.field("missing", pa.list_(pa.string()), nullable=False),
         pa.field("xid", pa.int64(), nullable=False),
-        pa.field("end_lsn", pa.int64(), nullable=False),
         pa.field("committed_at", pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field("note", pa.string()),
     ]
 )
 
 
+Image = tuple[tuple[str, ...], tuple[str | None, ...]]
+"""Column names and, place by place, their values; events of one table share the names, so that a row costs no dict."""
+
+Place = tuple[int, int]
+"""Commit LSN and ordinal, by which events are in stream order."""
+
+NOWHERE: Place = (0, -2)
+"""Before every event: the first ordinal of a transaction is 0, or -1 for what is told of a table before it."""
+
+
 class Event(NamedTuple):
     """One change of one row (or a TRUNCATE, a marker, a changed relation) and its place on the version axis.
 
-    `lsn` is the commit LSN (start of the commit record), `end_lsn` the end of that record, `ordinal` twice the index
-    of the change inside its transaction. Values are PostgreSQL's text; those of array columns are JSON arrays of
-    element texts. `key` is the old key: always on a delete, on an update only when the key changed. `missing` names
-    columns whose large value was unchanged and so not sent: they are absent from `row`, which is not the same as
-    NULL.
+    `lsn` is the commit LSN (start of the commit record), `ordinal` twice the index of the change inside its transaction,
+    `committed_at` microseconds since 1970. Values are PostgreSQL's text; those of array columns are JSON arrays of element
+    texts. `key` is the old key: always on a delete, on an update only when the key changed. `missing` names columns whose
+    large value was unchanged and so not sent: they are absent from `row`, which is not the same as NULL.
     """
 
     relation: str
     lsn: int
     ordinal: int
     op: str
-    row: Mapping[str, str | None] | None
-    key: Mapping[str, str | None] | None
+    row: Image | None
+    key: Image | None
     missing: tuple[str, ...]
     xid: int
-    end_lsn: int
-    committed_at: datetime
+    committed_at: int
     note: str | None = None
 
 
@@ -99,7 +117,12 @@ class Spool:
                 self.path,
                 SCHEMA,
                 mode="ignore",
-                configuration={FORMAT_KEY: FORMAT, "delta.checkpointInterval": str(CHECKPOINT_EVERY)},
+                configuration={
+                    FORMAT_KEY: FORMAT,
+                    "delta.checkpointInterval": str(CHECKPOINT_EVERY),
+                    "delta.logRetentionDuration": LOG_RETENTION,
+                    "delta.deletedFileRetentionDuration": LOG_RETENTION,
+                },
                 raise_if_key_not_exists=False,
             )
             log = self.path / "_delta_log"
@@ -114,40 +137,52 @@ class Spool:
         """
         return self._latest().transaction_version(APPLICATION) or 0
 
-    def append(self, batch: Sequence[Event], end_lsn: int) -> None:
-        """Append whole transactions that end at `end_lsn`, durably and once: what ends at or below `end()` is left out.
+    def held(self) -> Place:
+        """Return the place up to which events are durable: that of the last part, where it lies beyond the end."""
+        table = self._latest()
+        end, lsn, ordinal = (table.transaction_version(name) or 0 for name in (APPLICATION, PART_LSN, PART_ORDINAL))
+        return max((end, NOWHERE[1]), (lsn, ordinal) if lsn else NOWHERE)
 
-        Raises LeaseHeld when another writer has committed meanwhile.
+    def append(self, batch: Sequence[Event], end_lsn: int) -> None:
+        """Append whole transactions that end at `end_lsn`, and of the next one what is there, durably and once.
+
+        An append that reaches no further than the spool does is left out. Raises LeaseHeld when another writer has
+        committed meanwhile.
         """
-        if end_lsn <= self.end():
+        reach = (end_lsn, NOWHERE[1])
+        marks = [Transaction(APPLICATION, end_lsn)]
+        if batch and batch[-1].lsn >= end_lsn:
+            reach = (batch[-1].lsn, batch[-1].ordinal)
+            marks += [Transaction(PART_LSN, reach[0]), Transaction(PART_ORDINAL, reach[1])]
+        if reach <= self.held():
             return
-        table = self._table()
-        actions: list[AddAction | RemoveAction] = [self._write(batch)] if batch else []
-        try:
-            table.create_write_transaction(
-                actions,
-                mode="append",
-                schema=SCHEMA,
-                # no retry: the commit must be the one right after the version in which the position was looked up
-                commit_properties=CommitProperties(max_commit_retries=0, app_transactions=[Transaction(APPLICATION, end_lsn)]),
-                post_commithook_properties=PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False),
-            )
-        except CommitFailedError as error:
-            raise LeaseHeld("capture", f"it committed to the spool {self.path}") from error
-        table.update_incremental()
-        self._sync_log(table)
+        self._commit([self._write(batch)] if batch else [], marks)
+
+    def compact(self) -> int:
+        """Merge the newest small files into one, as durably as an append, and return how many they were (capture alone).
+
+        Events, end and place stay as they are, and the merged files stay on disk for RETAIN_SECONDS. Each event comes to a file
+        at least twice as large as the one that it was in, so it is written a few times at most.
+        """
+        files = pa.table(self._latest().get_add_actions(flatten=True)).to_pylist()
+        small = mergeable(files)
+        if small:
+            merged = self._merge(small)
+            now = int(time.time() * 1000)
+            for file in small:
+                os.utime(self.path / file["path"])  # from here on it counts as left behind
+            self._commit([merged, *(RemoveAction(file["path"], False, now, file["size_bytes"], {}) for file in small)], [])
+        self._remove_leavings({file["path"] for file in files})
+        return len(small)
 
     def read(self, spark: SparkSession, after: int, until: int) -> DataFrame:
-        """Return the events with ``after <= lsn < until`` (commit LSNs), in no order, as Spark reads them (driver).
-
-        All of them are there when `until` is not above `end()`, as read before the call.
-        """
-        self._table()
+        """Return the events of whole transactions with ``after <= lsn < until``, in no order, as Spark reads them (driver)."""
+        until = min(until, self.end())
         frame = spark.read.format("delta").load(str(self.path))
         return frame.where((frame["lsn"] >= after) & (frame["lsn"] < until))
 
     def events(self, after: int = 0, until: int = 2**63 - 1) -> pa.Table:
-        """Return the events with ``after <= lsn < until`` in stream order, without Spark."""
+        """Return the events of whole transactions with ``after <= lsn < until`` in stream order, without Spark."""
         return self._scan(after, until, SCHEMA.names).sort_by([("lsn", "ascending"), ("ordinal", "ascending")])
 
     def outline(self, after: int, until: int) -> pa.Table:
@@ -159,12 +194,28 @@ class Spool:
         found = self._scan(after, until, ["relation", "row", "missing", "xid"])
         return found.filter(pc.and_(pc.equal(found["relation"], relation), pc.greater(pc.list_value_length(found["missing"]), 0)))
 
-    def _scan(self, after: int, until: int, columns: list[str]) -> pa.Table:
-        """Read the files whose positions meet the range: the log tells which, so the others cost nothing."""
-        actions = pa.table(self._latest().get_add_actions(flatten=True))
+    def notes(self) -> list[tuple[str, int, str]]:
+        """Return (relation, commit LSN, note) of how tables changed, each note of a table once, where it was first told."""
+        found = self._scan(0, 2**63 - 1, ["relation", "lsn", "op", "note"], noted=True)
+        told = found.filter(pc.is_in(found["op"], pa.array([RELATION, ADDED]))).sort_by("lsn")
+        first: dict[tuple[str, str], int] = {}
+        for event in told.to_pylist():
+            first.setdefault((event["relation"], event["note"]), event["lsn"])
+        return [(relation, lsn, note) for (relation, note), lsn in first.items()]
+
+    def _scan(self, after: int, until: int, columns: list[str], *, noted: bool = False) -> pa.Table:
+        """Read the files whose positions meet the range: the log tells which, so the others cost nothing.
+
+        With `noted`, of those the files that hold a note.
+        """
+        table = self._latest()
+        until = min(until, table.transaction_version(APPLICATION) or 0)
+        actions = pa.table(table.get_add_actions(flatten=True))
         if "min.lsn" not in actions.column_names:  # nothing was ever appended
             return SCHEMA.empty_table().select(columns)
         met = actions.filter((pc.field("max.lsn") >= after) & (pc.field("min.lsn") < until))
+        if noted:
+            met = met.filter(pc.field("null_count.note") < pc.field("num_records"))
         paths = [str(self.path / name) for name in met["path"].to_pylist()]
         if not paths:
             return SCHEMA.empty_table().select(columns)
@@ -192,20 +243,54 @@ class Spool:
         self._handle = None
         return self._table()
 
+    def _commit(self, actions: list[AddAction | RemoveAction], marks: list[Transaction]) -> None:
+        """Commit right after the version that was looked at, durably; raises LeaseHeld where another commit came between."""
+        table = self._table()
+        try:
+            table.create_write_transaction(
+                actions,
+                mode="append",
+                schema=SCHEMA,
+                # no retry: the commit must be the one right after the version in which the position was looked up
+                commit_properties=CommitProperties(max_commit_retries=0, app_transactions=marks),
+                post_commithook_properties=PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False),
+            )
+        except CommitFailedError as error:
+            raise LeaseHeld("capture", f"it committed to the spool {self.path}") from error
+        table.update_incremental()
+        self._sync_log(table)
+
     def _write(self, batch: Sequence[Event]) -> AddAction:
+        """Write an append's file."""
+        lsns = [event.lsn for event in batch]
+        return self._written([arrow_table(batch)], min(lsns), max(lsns), data_change=True)
+
+    def _merge(self, files: Sequence[Mapping[str, Any]]) -> AddAction:
+        """Write the events of several files into one."""
+        tables = (pq.read_table(self.path / file["path"], schema=SCHEMA) for file in files)
+        first, last = min(file["min.lsn"] for file in files), max(file["max.lsn"] for file in files)
+        return self._written(grouped(tables), first, last, data_change=False)
+
+    def _written(self, tables: Iterable[pa.Table], first: int, last: int, *, data_change: bool) -> AddAction:
         """Write one data file and bring it to stable storage before any log entry can name it."""
         path = self.path / f"part-{uuid.uuid4()}.parquet"
-        pq.write_table(arrow_table(batch), path, compression="zstd", compression_level=1)
+        count = without = 0
+        with pq.ParquetWriter(path, SCHEMA, compression="zstd", compression_level=1, use_dictionary=REPETITIVE) as writer:
+            for table in tables:
+                writer.write_table(table)
+                count += table.num_rows
+                without += table["note"].null_count
         _sync(path)
         _sync(self.path)
-        lsns = [event.lsn for event in batch]
-        stats = {
-            "numRecords": len(batch),
-            "minValues": {"lsn": min(lsns)},
-            "maxValues": {"lsn": max(lsns)},
-            "nullCount": {"lsn": 0},
-        }
-        return AddAction(path.name, path.stat().st_size, {}, int(time.time() * 1000), True, json.dumps(stats))
+        nulls = {"lsn": 0, "note": without}
+        stats = {"numRecords": count, "minValues": {"lsn": first}, "maxValues": {"lsn": last}, "nullCount": nulls}
+        return AddAction(path.name, path.stat().st_size, {}, int(time.time() * 1000), data_change, json.dumps(stats))
+
+    def _remove_leavings(self, listed: Collection[str]) -> None:
+        """Delete files that were merged a while ago, or written by a capture that was killed before its commit."""
+        for path in self.path.glob("*.parquet"):
+            if path.name not in listed and path.stat().st_mtime < time.time() - RETAIN_SECONDS:
+                path.unlink()
 
     def _sync_log(self, table: DeltaTable) -> None:
         log = self.path / "_delta_log"
@@ -215,29 +300,32 @@ class Spool:
             for path in log.glob(f"{table.version():020d}.checkpoint*"):
                 _sync(path)
             _sync(log / "_last_checkpoint")
+            table.cleanup_metadata()
         _sync(log)
 
 
 def arrow_table(batch: Sequence[Event]) -> pa.Table:
     """Return the events as Arrow, in the spool's schema."""
-    relation, lsn, ordinal, op, row, key, missing, xid, end_lsn, committed_at, note = zip(*batch, strict=True)
+    relation, lsn, ordinal, op, row, key, missing, xid, committed_at, note = zip(*batch, strict=True)
     simple = {"relation": relation, "lsn": lsn, "ordinal": ordinal, "op": op, "missing": missing, "xid": xid,
-              "end_lsn": end_lsn, "committed_at": committed_at, "note": note}  # fmt: skip
+              "committed_at": committed_at, "note": note}  # fmt: skip
     columns = {name: pa.array(values, SCHEMA.field(name).type) for name, values in simple.items()}
     columns |= {"row": _maps(row), "key": _maps(key)}
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def _maps(rows: Iterable[Mapping[str, str | None] | None]) -> pa.Array:
+def _maps(images: Iterable[Image | None]) -> pa.Array:
     """Build a map column from its flat parts, many times faster than from pairs."""
     offsets: list[int | None] = []
     names: list[str] = []
     values: list[str | None] = []
-    for row in rows:
-        offsets.append(None if row is None else len(names))
-        if row:
-            names.extend(row)
-            values.extend(row.values())
+    for image in images:
+        if image is None:
+            offsets.append(None)
+        else:
+            offsets.append(len(names))
+            names += image[0]
+            values += image[1]
     offsets.append(len(names))
     return pa.MapArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(names, pa.string()), pa.array(values, pa.string()))
 

@@ -16,6 +16,7 @@ from changeover.errors import StepOrder
 from changeover.jobs.entries import CLOSED, Authority, Load
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
+from changeover.jobs.replication import slot_alarm
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect, speaking_to
 from changeover.spec import Spec
@@ -54,7 +55,7 @@ class Status:
 
     def _details(self, step: str) -> list[str]:
         if step == "capture" and self.stream["source_lsn"]:
-            return [_stream_line(self.stream)]
+            return [line for line in (_stream_line(self.stream), self.stream["alarm"], *self.stream["notes"]) if line]
         if step == "backfill":
             return [_load_line(load) for load in self.loads]
         if step == "replay":
@@ -115,13 +116,17 @@ def _stream(spec: Spec, l0: int) -> dict[str, Any]:
             " FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s",
             [spec.slot],
         ).fetchone()
+        alarm = slot_alarm(old, spec.slot)
     assert row is not None
+    notes: list[str] = []
     try:
         end: int | None = max(spool_of(spec).end(), l0)
+        notes = [f"{relation}: {note} (at {format_lsn(lsn)})" for relation, lsn, note in spool_of(spec).notes()]
     except StepOrder:  # finalized, or the work folder is elsewhere
         end = None
     return {
-        "slot": row[1], "source_lsn": row[0], "kept_wal_bytes": row[2], "spool_end": None if end is None else format_lsn(end),
+        "slot": row[1], "alarm": alarm, "notes": notes,
+        "source_lsn": row[0], "kept_wal_bytes": row[2], "spool_end": None if end is None else format_lsn(end),
         "behind_bytes": None if end is None else max(0, parse_lsn(row[0]) - end),
     }  # fmt: skip
 

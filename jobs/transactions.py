@@ -1,16 +1,18 @@
 """Transactions: the stream's messages put together as spool events, each at its place on the version axis.
 
-A transaction comes out whole, at its commit, and nothing of it before. The ordinal of a change is twice its index
-among all data messages of the transaction, counted before anything is left out, so another connection that reads the
-same log gives the same events. A table that differs from the prepared one gets an event that says how, at its place
-in the stream. A transaction is held in memory until its commit arrives.
+Events come out one by one, in stream order, with their commit LSN, which the stream tells before the first of them; so a
+transaction of any size passes through. The ordinal of a change is twice its index among all data messages of the transaction,
+counted before anything is left out, so another connection that reads the same log gives the same places, and what is held
+already is known by its place. A table that differs from the prepared one gets an event that says how, at its place.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import psycopg
 from psycopg import pq
@@ -20,16 +22,16 @@ from changeover.errors import RowRefused, SourceChanged
 from changeover.jobs import pgoutput
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.pgoutput import UNCHANGED, Values
-from changeover.jobs.spool import ADDED, DELETE, INSERT, MARKER, RELATION, TRUNCATE, UPDATE, Event
+from changeover.jobs.spool import ADDED, DELETE, INSERT, MARKER, NOWHERE, RELATION, TRUNCATE, UPDATE, Event, Image, Place
+
+log = logging.getLogger(__name__)
 
 MARKER_PREFIX = "changeover"
 TEXT_ARRAY, BOX_ARRAY = 1009, 1020
 VECTORS = (22, 30)
 """int2vector and oidvector, which are arrays to the catalogue but are written as words."""
 
-Texts = Mapping[str, str | None]
-Part = tuple[str, int, str, Texts | None, Texts | None, tuple[str, ...], str | None]
-"""An event's relation, ordinal, op, row, key, missing and note: all but what its transaction says."""
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Shape:
@@ -40,43 +42,57 @@ class Shape:
         self.name = name
         self.columns = tuple(column.name for column in relation.columns)
         self.keys = [i for i, column in enumerate(self.columns) if column in by_name and by_name[column].key]
+        self.key_columns = tuple(self.columns[i] for i in self.keys)
         self.arrays = [
-            (i, column.name, _array_loader(column.oid))
+            (i, _array_loader(column.oid))
             for i, column in enumerate(relation.columns)
             if column.name in by_name and by_name[column.name].array
         ]
 
-    def row(self, values: Values, old: Values | None = None) -> tuple[dict[str, str | None], tuple[str, ...]]:
-        """Return the row by name and the names of the values that were not sent; a whole old row supplies those."""
-        if UNCHANGED in values and old is not None:
+    def row(self, values: Values, old: Values | None = None) -> tuple[Image, tuple[str, ...]]:
+        """Return the row and the names of the values that were not sent; a whole old row supplies those."""
+        if old is not None and UNCHANGED in values:
             values = tuple(o if v is UNCHANGED else v for v, o in zip(values, old, strict=True))
-        missing: tuple[str, ...] = ()
-        if UNCHANGED in values:
-            missing = tuple(n for n, v in zip(self.columns, values, strict=True) if v is UNCHANGED)
-        row: dict[str, str | None] = dict(zip(self.columns, values, strict=True))  # type: ignore[arg-type]
-        for name in missing:
-            del row[name]
-        for index, name, load_array in self.arrays:
-            if isinstance(text := values[index], str):
-                row[name] = self._array(name, text, load_array)
-        return row, missing
+        if self.arrays:
+            values = self._with_arrays(values)
+        if UNCHANGED not in values:
+            return (self.columns, values), ()  # type: ignore[return-value]
+        sent = [v is not UNCHANGED for v in values]
+        names = tuple(n for n, there in zip(self.columns, sent, strict=True) if there)
+        missing = tuple(n for n, there in zip(self.columns, sent, strict=True) if not there)
+        return (names, tuple(v for v in values if v is not UNCHANGED)), missing
 
-    def key(self, values: Values) -> dict[str, str | None]:
+    def key(self, values: Values) -> Image:
         """Return the key columns of an old row."""
-        row, _ = self.row(values)
-        return {self.columns[i]: row.get(self.columns[i]) for i in self.keys}
+        values = self._with_arrays(values)
+        return self.key_columns, tuple(values[i] for i in self.keys)  # type: ignore[misc]
 
     def key_moved(self, old: Values, new: Values) -> bool:
         """Return whether an update gave its row another key; that an old image was sent does not yet say so."""
         return any(old[i] != new[i] and new[i] is not UNCHANGED for i in self.keys)
 
+    def _with_arrays(self, values: Values) -> Values:
+        """Return the values with each array as JSON."""
+        changed = list(values)
+        for index, load_array in self.arrays:
+            if isinstance(text := values[index], str):
+                changed[index] = self._array(self.columns[index], text, load_array)
+        return tuple(changed)
+
     def _array(self, name: str, text: str, load_array: Callable[[bytes], object]) -> str:
         if text.startswith("["):  # bounds of its own, which the loader would lose: marked as the snapshot's reader marks them
             return f"[[{text}"
         try:
-            return json.dumps(load_array(text.encode()), ensure_ascii=False)
+            return _json(load_array(text.encode()))
         except psycopg.DataError as error:
             raise RowRefused(self.name, f"column {name}", f"its value is no array literal: {error}") from error
+
+
+def _json(value: Any) -> str:
+    """Write an array of texts as the encoder does that is made anew for each list, three times as fast."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_json, value))}]"
+    return "null" if value is None else _quoted(value)
 
 
 def _array_loader(oid: int) -> Callable[[bytes], object]:
@@ -108,60 +124,57 @@ def additions(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> 
     return "; ".join(f"column {c.name} was added (type oid {c.oid})" for c in relation.columns if c.name not in before)
 
 
-class Transaction:
-    """One transaction while its messages arrive; `marker` when it carries one of ours."""
-
-    def __init__(self, begin: pgoutput.Begin) -> None:
-        self.begin = begin
-        self.index = 0
-        self.marker = False
-        self.parts: list[Part] = []
-
-    def events(self, end_lsn: int) -> list[Event]:
-        """Return the events, now that the commit's end is known."""
-        lsn, committed_at, xid = self.begin
-        return [
-            Event(relation, lsn, ordinal, op, row, key, missing, xid, end_lsn, committed_at, note)
-            for relation, ordinal, op, row, key, missing, note in self.parts
-        ]
-
-
 @dataclass
 class Assembler:
-    """Turns the messages of one connection into whole transactions; table shapes last as long as the connection.
+    """Turns the messages of one connection into events, which gather in `events`; table shapes last as long as the connection.
 
-    The ordinal of a change is twice its index among all data messages of its transaction, whatever comes of them;
-    that a table looks different stands one below the first change in the new shape.
+    What lies at or below `held` is left out. The ordinal of a change is twice its index among all data messages of its
+    transaction, whatever comes of them; that a table looks different stands one below the first change in the new shape, and
+    comes with that change.
     """
 
     tables: Mapping[str, Sequence[SourceColumn]]
     generated: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    held: Place = NOWHERE
+    events: list[Event] = field(default_factory=list)
+    marker: bool = False
     shapes: dict[int, Shape] = field(default_factory=dict)
-    open: Transaction | None = None
+    told: set[tuple[str, str]] = field(default_factory=set)
+    open: pgoutput.Begin | None = None
 
-    def feed(self, message: pgoutput.Decoded) -> tuple[list[Event], int, bool] | None:
-        """Take a message; at a commit return (events, commit end LSN, whether a marker is among them)."""
-        match message:
-            case pgoutput.Insert(relation, new):
-                self._change(relation, INSERT, new)
-            case pgoutput.Update(relation, kind, old, new):
-                self._change(relation, UPDATE, new, kind, old)
-            case pgoutput.Delete(relation, kind, old):
-                self._change(relation, DELETE, None, kind, old)
-            case pgoutput.Begin():
-                self.open = Transaction(message)
-            case pgoutput.Commit():
-                whole, self.open = self._now(), None
-                return whole.events(message.end_lsn), message.end_lsn, whole.marker
-            case pgoutput.Relation():
-                self._relation(message)
-            case pgoutput.Truncate(relations):
-                self._note(TRUNCATE, [self._shape(relation).name for relation in relations])
-            case pgoutput.Message(transactional=True):
-                self._message(message)
+    def __post_init__(self) -> None:
+        """Build the table of what to do with each kind of message; the kinds left out say nothing to us."""
+        self._index = 0
+        self._notes: list[Event] = []
+        self._take: dict[type, Callable[[Any], None]] = {
+            pgoutput.Begin: self._begin,
+            pgoutput.Insert: lambda m: self._change(m.relation, INSERT, m.new),
+            pgoutput.Update: lambda m: self._change(m.relation, UPDATE, m.new, m.kind, m.old),
+            pgoutput.Delete: lambda m: self._change(m.relation, DELETE, None, m.kind, m.old),
+            pgoutput.Truncate: lambda m: self._note(TRUNCATE, [self._shape(relation).name for relation in m.relations]),
+            pgoutput.Message: self._message,
+            pgoutput.Relation: self._relation,
+        }
+
+    def feed(self, message: pgoutput.Decoded) -> int | None:
+        """Take a message; at a commit return the commit's end LSN."""
+        if isinstance(message, pgoutput.Commit):
+            self._now()
+            self.open = None
+            return message.end_lsn
+        if take := self._take.get(type(message)):
+            take(message)
         return None
 
-    def _now(self) -> Transaction:
+    def taken(self) -> list[Event]:
+        """Return the events so far and begin anew."""
+        events, self.events, self.marker = self.events, [], False
+        return events
+
+    def _begin(self, message: pgoutput.Begin) -> None:
+        self.open, self._index = message, 0
+
+    def _now(self) -> pgoutput.Begin:
         if self.open is None:
             raise pgoutput.MalformedMessage("a change outside of a transaction")
         return self.open
@@ -171,27 +184,41 @@ class Assembler:
             raise pgoutput.MalformedMessage(f"a change of the relation {relation}, which was not described")
         return self.shapes[relation]
 
+    def _next(self) -> tuple[int, int, int, int, bool]:
+        """Return the commit LSN, ordinal, xid and time of the next data message, and whether it is held already."""
+        lsn, committed_at, xid = self._now()
+        ordinal = 2 * self._index
+        self._index += 1
+        held = (lsn, ordinal) <= self.held
+        if self._notes:
+            self.events += [] if held else self._notes
+            self._notes = []
+        return lsn, ordinal, xid, committed_at, held
+
     def _change(self, relation: int, op: str, new: Values | None, kind: str = "", old: Values | None = None) -> None:
-        shape, now = self._shape(relation), self._now()
-        row: dict[str, str | None] | None = None
-        key: dict[str, str | None] | None = None
+        shape = self._shape(relation)
+        lsn, ordinal, xid, committed_at, held = self._next()
+        if held:
+            return
+        row: Image | None = None
+        key: Image | None = None
         missing: tuple[str, ...] = ()
         if new is not None:
             row, missing = shape.row(new, old if kind == "O" else None)
         if old is not None and (new is None or shape.key_moved(old, new)):
             key = shape.key(old)
-        now.parts.append((shape.name, 2 * now.index, op, row, key, missing, None))
-        now.index += 1
+        self.events.append(Event(shape.name, lsn, ordinal, op, row, key, missing, xid, committed_at, None))
 
     def _note(self, op: str, relations: Sequence[str], note: str | None = None) -> None:
-        now = self._now()
-        now.parts.extend((relation, 2 * now.index, op, None, None, (), note) for relation in relations)
-        now.index += 1
+        lsn, ordinal, xid, committed_at, held = self._next()
+        if not held:
+            self.events += [Event(name, lsn, ordinal, op, None, None, (), xid, committed_at, note) for name in relations]
 
     def _message(self, message: pgoutput.Message) -> None:
-        ours = message.prefix == MARKER_PREFIX
-        self._note(MARKER, [""] if ours else [], message.content.decode(errors="backslashreplace"))
-        self._now().marker |= ours
+        if message.transactional:
+            ours = message.prefix == MARKER_PREFIX
+            self._note(MARKER, [""] if ours else [], message.content.decode(errors="backslashreplace"))
+            self.marker |= ours
 
     def _relation(self, relation: pgoutput.Relation) -> None:
         name = f"{relation.schema}.{relation.name}"
@@ -204,7 +231,11 @@ class Assembler:
         if name != source:
             found = f"the table was renamed to {name}" + (f"; {found}" if found else "")
         # a renamed column is one that was dropped and one that was added
-        note = "; ".join(filter(None, (additions(relation, self.tables[source]), found)))
+        note = "; ".join(filter(None, (found, additions(relation, self.tables[source]))))
         if note:
-            now = self._now()
-            now.parts.append((source, 2 * now.index - 1, RELATION if found else ADDED, None, None, (), note))
+            lsn, committed_at, xid = self._now()
+            op = RELATION if found else ADDED
+            if (source, note) not in self.told:
+                self.told.add((source, note))
+                log.warning("%s: %s", source, note)
+            self._notes.append(Event(source, lsn, 2 * self._index - 1, op, None, None, (), xid, committed_at, note))

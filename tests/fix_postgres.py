@@ -20,7 +20,7 @@ from changeover.binaries import all_binaries, find_binaries, major_version, whee
 from changeover.embedded import EmbeddedServer
 from changeover.session import connect
 
-SETTINGS = {"fsync": "off", "max_connections": "100"}
+SETTINGS = {"fsync": "off", "max_connections": "100", "max_prepared_transactions": "10"}
 SLOT_ENDS_WITHIN = 10.0
 
 
@@ -59,9 +59,12 @@ def fresh_database(server: EmbeddedServer, prefix: str) -> Iterator[str]:
 
 
 def drop_database(server: EmbeddedServer, name: str) -> None:
-    """Drop a database, its sessions and its replication slots; a test may have stopped the server."""
+    """Drop a database, its sessions, prepared transactions and replication slots; a test may have stopped the server."""
     if not server.running:
         server.restart()
+    with connect(server.dsn(name), "changeover:tests:drop") as inside:
+        for (left,) in inside.execute("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()").fetchall():
+            inside.execute(sql.SQL("ROLLBACK PREPARED {}").format(sql.Literal(left)))
     with connect(server.dsn(), "changeover:tests:drop") as admin:
         deadline = time.monotonic() + SLOT_ENDS_WITHIN
         while slots := admin.execute(

@@ -194,10 +194,12 @@ def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: Chunk
 def _events(spec: Spec, table: Table, own: Key, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
     """Return the spooled events of the source key, in stream order; the spool is read a part at a time."""
     schema, name = table.source_name
-    dataset = _dataset(spool_of(spec).path)
+    spool = spool_of(spec)
+    ours = (pc.field("relation") == f"{schema}.{name}") & (pc.field("lsn") < spool.end())  # beyond it, a part of a transaction
+    dataset = _dataset(spool.path)
     wanted = ["lsn", "ordinal", "op", "row", "key"]
     told = []
-    for batch in dataset.to_batches(columns=wanted, filter=pc.field("relation") == f"{schema}.{name}"):
+    for batch in dataset.to_batches(columns=wanted, filter=ours):
         for event in batch.filter(_of_key(batch, own)).to_pylist():
             epoch = max((one.epoch for one in authorities if one.from_lsn <= event["lsn"]), default=0)
             version = Version(epoch, event["lsn"], event["ordinal"])

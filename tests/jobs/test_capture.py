@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +22,19 @@ from typing import Any
 import psycopg
 import pytest
 
+from changeover.embedded import EmbeddedServer
 from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, SpoolGap, StepOrder
 from changeover.jobs import capture as capture_module
 from changeover.jobs.capture import CaptureResult, capture, emit_marker, main
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.replication import slot_alarm
 from changeover.jobs.spool import Spool
-from changeover.position import parse_lsn
+from changeover.jobs.status import status
+from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
+from tests.fix_postgres import SETTINGS
 
 TABLES = """
 CREATE TABLE follows (id integer PRIMARY KEY, name text, tags text[], big text);
@@ -125,15 +133,15 @@ def columns_of(connection: Connection, table: str) -> list[SourceColumn]:
 
 @pytest.fixture
 def prepared(
-    old_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    any_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[Prepared]:
-    monkeypatch.setenv("OLD_DSN", old_dsn)
+    monkeypatch.setenv("OLD_DSN", any_dsn)
     monkeypatch.setenv("NEW_DSN", new_dsn)
     name = f"t{random.getrandbits(40):x}"
     path = tmp_path / "spec.toml"
     path.write_text(SPEC.format(name=name, work=tmp_path / "work"))
     spec = load(path)
-    with connect(old_dsn, "test") as old, Ledger.open(spec, "test") as ledger:
+    with connect(any_dsn, "test") as old, Ledger.open(spec, "test") as ledger:
         old.execute(TABLES)
         old.execute(psycopg.sql.SQL("CREATE PUBLICATION {} FOR TABLE follows, other").format(psycopg.sql.Identifier(spec.slot)))
         made = old.execute(
@@ -170,7 +178,7 @@ def test_every_kind_of_change_in_order(prepared: Prepared) -> None:
         "TRUNCATE follows, other",
     )
     prepared.catch_up()
-    f, tags = "public.follows", json.dumps([["x"], ["y"]])
+    f, tags = "public.follows", "[[[0:1][1:1]={{x},{y}}"
     assert prepared.brief() == [
         (f, "I", {"id": "1", "name": None, "tags": None, "big": None}, None, [], None),
         (f, "I", {"id": "2", "name": "", "tags": "[]", "big": "größe 你好"}, None, [], None),
@@ -194,8 +202,9 @@ def test_every_kind_of_change_in_order(prepared: Prepared) -> None:
     ]
     events = prepared.events()
     assert [event["ordinal"] for event in events] == [0, 2, 4, 6, 8, 10, 12, 14, 16, 20, 22, 22]
-    assert len({(e["lsn"], e["end_lsn"], e["xid"], e["committed_at"]) for e in events}) == 1
-    assert prepared.stream.l0 <= events[0]["lsn"] < events[0]["end_lsn"] <= prepared.spool.end()
+    assert len({(e["lsn"], e["xid"], e["committed_at"]) for e in events}) == 1
+    assert prepared.stream.l0 <= events[0]["lsn"] < prepared.spool.end()
+    assert abs(time.time() - events[0]["committed_at"].timestamp()) < 60
 
 
 def test_a_whole_old_row_supplies_what_was_not_sent(prepared: Prepared) -> None:
@@ -267,7 +276,8 @@ def test_a_changed_table_is_told_in_its_place_and_the_others_go_on(prepared: Pre
     )
     prepared.sql("INSERT INTO other VALUES (2, 'b')")
     prepared.catch_up()
-    note = "column extra was added (type oid 2950); column name has another type (oid 1043, was text); column tags was dropped"
+    prepared.catch_up()  # by another connection, which is told the same again
+    note = "column name has another type (oid 1043, was text); column tags was dropped; column extra was added (type oid 2950)"
     assert [(e["relation"], e["op"], e["ordinal"], e["note"]) for e in prepared.events()] == [
         ("public.follows", "I", 0, None),
         ("public.other", "I", 0, None),
@@ -275,6 +285,20 @@ def test_a_changed_table_is_told_in_its_place_and_the_others_go_on(prepared: Pre
         ("public.follows", "I", 2, None),
         ("public.other", "I", 0, None),
     ]
+    place = format_lsn(next(event["lsn"] for event in prepared.events() if event["op"] == "R"))
+    assert f"    public.follows: {note} (at {place})" in status(prepared.spec).lines()
+
+
+def test_an_added_column_goes_on_and_status_says_so(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
+    prepared.sql("ALTER TABLE follows ADD extra uuid", "INSERT INTO follows VALUES (1, 'a')")
+    for name in "bc":
+        prepared.catch_up()
+        prepared.sql(f"UPDATE follows SET name = '{name}'")
+    prepared.catch_up()
+    note = "public.follows: column extra was added (type oid 2950)"
+    assert note in [record.getMessage() for record in caplog.records]
+    assert [event["op"] for event in prepared.events()] == ["A", "I", "A", "U", "A", "U"], "each connection is told"
+    assert len([line for line in status(prepared.spec).lines() if note in line]) == 1
 
 
 @pytest.mark.parametrize(
@@ -372,9 +396,127 @@ def test_a_slot_ahead_of_the_spool_stops_the_run(prepared: Prepared) -> None:
         capture(prepared.spec)
 
 
+@contextmanager
+def keeping(connection: Connection, size: str) -> Iterator[None]:
+    """Limit the WAL that the server keeps for slots."""
+    connection.execute(f"ALTER SYSTEM SET max_slot_wal_keep_size = '{size}'".encode())
+    connection.execute("SELECT pg_reload_conf()")
+    try:
+        yield
+    finally:
+        connection.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")
+        connection.execute("SELECT pg_reload_conf()")
+
+
+def fill_segments(prepared: Prepared, count: int) -> None:
+    """Have the server write WAL of other tables: 16 MB at a time."""
+    for _ in range(count):
+        prepared.old.execute("SELECT pg_logical_emit_message(false, 'noise', 'x'), pg_switch_wal()")
+    prepared.old.execute("CHECKPOINT")
+
+
+def test_the_alarm_comes_before_the_slot_is_lost(
+    prepared: Prepared, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_module, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(capture_module, "answer_interval", lambda _: 0.1)
+    alarm = re.compile(
+        f"slot {prepared.spec.slot} keeps [0-9,]+ bytes of WAL .wal_status [a-z]+.; [0-9,]+ bytes more and it is lost: see that"
+        r" capture runs and keeps up and that no transaction stays open .* raise max_slot_wal_keep_size \(now 67,108,864 bytes\)"
+    )
+
+    def alarmed() -> bool:
+        return any(alarm.fullmatch(record.getMessage()) for record in caplog.records)
+
+    prepared.catch_up()
+    assert not alarmed()
+    with keeping(prepared.old, "64MB"), connect(prepared.spec.source.dsn.resolve(), "open", autocommit=False) as blocker:
+        blocker.execute("INSERT INTO other VALUES (1, 'open')")
+        filled = threading.Event()
+
+        def until() -> bool:
+            if not filled.is_set():  # while capture runs and keeps up
+                assert not alarmed()
+                fill_segments(prepared, 4)
+                filled.set()
+            return alarmed() or time.monotonic() > deadline
+
+        deadline = time.monotonic() + 30
+        capture(prepared.spec, until=until)
+        assert alarmed()
+        assert any(alarm.fullmatch(line.strip()) for line in status(prepared.spec).lines())
+        blocker.rollback()
+    assert slot_alarm(prepared.old, prepared.spec.slot) is None
+
+
+def test_a_slot_that_is_lost_under_a_capture_that_hangs_stops_it_with_the_way_back(prepared: Prepared) -> None:
+    process = child(prepared.spec)
+    emit_marker(prepared.old, "running")
+    wait_for(process, prepared.seen("running"))
+    process.send_signal(signal.SIGSTOP)
+    with keeping(prepared.old, "16MB"):
+        deadline = time.monotonic() + 30
+        while prepared.slot("wal_status") != "lost":
+            assert time.monotonic() < deadline
+            fill_segments(prepared, 3)
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert errors.strip().splitlines()[-1] == (
+        f"the source's replication slot is invalidated, so that the WAL it needs is gone, but {prepared.spec.slot} was prepared:"
+        " its change stream has a gap; `changeover abort SPEC`, empty the target tables, and run again"
+    )
+    assert any("the slot has lost its WAL" in line for line in status(prepared.spec).lines())
+
+
+def test_a_copy_of_the_source_that_was_promoted_is_another_source(
+    prepared: Prepared, any_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared.sql("INSERT INTO other VALUES (1, 'a')")
+    prepared.catch_up()
+    database = prepared.old.info.dbname
+    with tempfile.TemporaryDirectory(prefix="changeover-pg-") as parent:
+        Path(parent).chmod(0o755)
+        copy = Path(parent) / "copy"
+        any_server.stop()
+        subprocess.run(["cp", "-a", any_server.root, copy], check=True)
+        any_server.restart()
+        signal_file = copy / "data" / "standby.signal"
+        signal_file.touch()
+        owner = (copy / "data").stat()
+        os.chown(signal_file, owner.st_uid, owner.st_gid)
+        with EmbeddedServer.start(copy, settings=SETTINGS) as promoted:
+            with connect(promoted.dsn(), "test") as session:
+                session.execute("SELECT pg_promote()")
+            monkeypatch.setenv("OLD_DSN", promoted.dsn(database))
+            with pytest.raises(SourceChanged, match=r"the source's timeline is 2, but 1 was prepared: .* `changeover abort SPEC`"):
+                capture(prepared.spec, patience=0)
+
+
 def test_before_prepare(prepared: Prepared) -> None:
     with pytest.raises(StepOrder, match="changeover prepare"):
         capture(replace(prepared.spec, name="unprepared"))
+
+
+def test_small_files_are_merged_under_a_reader(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "COMPACT_EVERY", 3)
+    monkeypatch.setattr(capture_module, "BATCH_SECONDS", 0.0)
+    stop = threading.Event()
+    thread = threading.Thread(target=capture, args=[prepared.spec], kwargs={"stop": stop})
+    thread.start()
+    spool, seen, number = prepared.spool, 0, 0
+    while seen < 60:
+        prepared.sql(f"INSERT INTO other VALUES ({number}, 'x')")
+        number += 1
+        found = [int(event["row"]["a"]) for event in spool.events().to_pylist(maps_as_pydicts="strict")]
+        assert found == list(range(len(found)))
+        assert len(found) >= seen
+        seen = len(found)
+    stop.set()
+    thread.join()
+    prepared.catch_up()
+    assert [int(event["row"]["a"]) for event in prepared.events()] == list(range(number))
+    assert spool._latest().get_add_actions().num_rows < 15, "of 60 appends and more"
 
 
 def test_an_idle_stream_lets_other_tables_wal_go(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,6 +549,111 @@ def test_ctrl_c_ends_cleanly(prepared: Prepared) -> None:
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) == prepared.spool.end()
+
+
+def peak_megabytes(process: subprocess.Popen[str]) -> float:
+    """Return the most memory that a process has had."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, as long as the process lives."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_memory_does_not_grow_with_a_transaction(prepared: Prepared) -> None:
+    process = child(prepared.spec)
+    emit_marker(prepared.old, "running")
+    wait_for(process, prepared.seen("running"))
+    before = peak_megabytes(process)
+    wide = "SELECT i, repeat(md5(i::text), 4), ARRAY['a', 'b'] FROM generate_series(1, 200000) i"
+    prepared.sql(f"INSERT INTO follows {wide}", "SELECT pg_logical_emit_message(true, 'changeover', 'done')")
+    wait_for(process, prepared.seen("done"))
+    grown = peak_megabytes(process) - before
+    process.terminate()
+    process.communicate()
+    assert grown < 160, f"{grown:.0f} MB: held whole, it takes twice that"
+    assert [int(event["row"]["id"]) for event in prepared.events() if event["op"] == "I"] == list(range(1, 200_001))
+
+
+def test_a_large_transaction_killed_midway_is_there_once_and_seen_only_whole(prepared: Prepared) -> None:
+    prepared.sql("INSERT INTO other VALUES (1, 'before')")
+    prepared.catch_up()
+    end = prepared.spool.end()
+    prepared.sql(
+        "INSERT INTO follows SELECT i FROM generate_series(1, 70000) i",
+        "ALTER TABLE follows ADD extra integer",
+        "INSERT INTO follows SELECT i FROM generate_series(70001, 150000) i",
+        "TRUNCATE other",
+    )
+    for parts in (1, 3, 5):
+        process = child(prepared.spec)
+        wanted = 2 * parts * 19_000
+        while prepared.spool.held()[1] < wanted:
+            assert process.poll() is None, process.communicate()[1]
+        process.kill()
+        process.communicate()
+        assert prepared.spool.held()[0] >= end == prepared.spool.end(), "it was killed before the last part"
+        assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) <= end
+        assert [event["row"]["b"] for event in prepared.events()] == ["before"]
+    prepared.catch_up()
+    events = prepared.events()[1:]
+    assert [int(event["row"]["id"]) for event in events if event["op"] == "I"] == list(range(1, 150_001))
+    assert [(e["op"], e["ordinal"]) for e in events if e["op"] != "I"] == [("A", 139_999), ("T", 300_000)]
+    assert [event["ordinal"] for event in events if event["op"] != "A"] == list(range(0, 300_002, 2))
+
+
+def test_what_was_rolled_back_to_a_savepoint_never_comes(prepared: Prepared) -> None:
+    many = "INSERT INTO follows SELECT i, 'gone' FROM generate_series({}, {}) i"
+    prepared.sql(
+        "INSERT INTO follows VALUES (1, 'kept')",
+        "SAVEPOINT a", many.format(100, 5000), "SAVEPOINT b", "INSERT INTO other VALUES (1, 'gone')", "ROLLBACK TO a",
+        "SAVEPOINT c", "INSERT INTO follows VALUES (2, 'kept')", "SAVEPOINT d", "DELETE FROM follows WHERE id = 1", "RELEASE d",
+        "SAVEPOINT e", "TRUNCATE follows", "ROLLBACK TO e", "RELEASE c", "UPDATE follows SET name = 'end' WHERE id = 2",
+    )  # fmt: skip
+    prepared.sql("SAVEPOINT a", "INSERT INTO other VALUES (2, 'gone')", "ROLLBACK TO a")
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        prepared.sql(many.format(10, 30_000), "SELECT 1 / 0")
+    prepared.catch_up()
+    told = [(e["op"], (e["row"] or e["key"])["id"], e["ordinal"]) for e in prepared.events()]
+    assert told == [("I", "1", 0), ("I", "2", 2), ("D", "1", 4), ("U", "2", 6)]
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["while it runs", "while it is down"])
+def test_a_prepared_transaction_comes_when_it_is_committed_and_at_that_place(prepared: Prepared, running: bool) -> None:
+    kept, gone = f"{prepared.spec.name} kept", f"{prepared.spec.name} gone"
+    stop = threading.Event()
+    thread = threading.Thread(target=capture, args=[prepared.spec], kwargs={"stop": stop})
+    if running:
+        thread.start()
+    for name, values in ((kept, "(1, 'prepared')"), (gone, "(2, 'rolled back')")):
+        for statement in ("BEGIN", f"INSERT INTO other VALUES {values}", f"PREPARE TRANSACTION '{name}'"):
+            prepared.old.execute(statement.encode())
+    prepared.sql("INSERT INTO other VALUES (3, 'between')")
+    if running:
+        while not prepared.events():
+            time.sleep(0.02)
+    else:
+        prepared.catch_up()
+    assert [event["row"]["b"] for event in prepared.events()] == ["between"]
+    prepared.old.execute(f"COMMIT PREPARED '{kept}'".encode())
+    prepared.old.execute(f"ROLLBACK PREPARED '{gone}'".encode())
+    prepared.sql("INSERT INTO other VALUES (4, 'after')")
+    if running:
+        while len(prepared.events()) < 3:
+            time.sleep(0.02)
+        stop.set()
+        thread.join()
+    prepared.catch_up()
+    events = prepared.events()
+    assert [event["row"]["b"] for event in events] == ["between", "prepared", "after"]
+    assert [event["ordinal"] for event in events] == [0, 0, 0]
+    assert sorted(event["lsn"] for event in events) == [event["lsn"] for event in events]
 
 
 def test_errors_are_one_sentence(prepared: Prepared, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

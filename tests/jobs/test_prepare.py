@@ -242,6 +242,32 @@ def test_an_open_transaction_that_blocks_the_slot_is_named_and_nothing_is_left(
     assert state(migration.new) == new
 
 
+def test_prepared_transactions_around_the_slot(migration: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
+    early, late = (f"{migration.spec.name} {when}" for when in ("early", "late"))
+
+    def prepare_transaction(name: str, key: int) -> None:
+        change = f"UPDATE follows SET note = '{name}' WHERE from_user = {key}"
+        for statement in ("BEGIN", change, f"PREPARE TRANSACTION '{name}'"):
+            migration.old.execute(statement.encode())
+
+    prepare_transaction(early, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshot.create_slot, "__kwdefaults__", {"temporary": False, "seconds": 0.7})
+        with pytest.raises(SlotBlocked, match=f"prepared transaction {early} of {migration.old.info.user}, since"):
+            migration.prepare()
+    assert migration.leftovers() == []
+    migration.old.execute(f"COMMIT PREPARED '{early}'".encode())
+    migration.prepare()
+    prepare_transaction(late, 2)
+    migration.backfill()
+    migration.catch_up()
+    migration.assert_equal()
+    migration.old.execute(f"COMMIT PREPARED '{late}'".encode())
+    migration.catch_up()
+    migration.assert_equal()
+    assert any(late in row for row in migration.target_rows(STORE))
+
+
 class Killed(BaseException):
     """Stands for kill -9 between two statements: nothing that handles errors sees it as one."""
 
