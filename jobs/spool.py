@@ -48,8 +48,8 @@ CHECKPOINT_EVERY = 50
 RETAIN_SECONDS = 86_400
 """How long a file that was merged stays for the readers who have listed it."""
 
-LOG_RETENTION = "interval 15 minutes"
-"""How long log entries below a checkpoint stay: five a second are written, and Spark lists them all."""
+LOG_RETENTION = "interval 1 hours"
+"""How long log entries below a checkpoint stay: up to five a second are written, and Spark lists them all."""
 
 REPETITIVE = ["relation", "op", "row.key_value.key", "key.key_value.key", "missing.list.element"]
 """Columns with few values, for which a dictionary is worth its making: half the file and two thirds of the time."""

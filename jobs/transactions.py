@@ -146,8 +146,9 @@ class Assembler:
         """Build the table of what to do with each kind of message; the kinds left out say nothing to us."""
         self._index = 0
         self._notes: list[Event] = []
-        self._take: dict[type, Callable[[Any], None]] = {
+        self._take: dict[type, Callable[[Any], int | None]] = {
             pgoutput.Begin: self._begin,
+            pgoutput.Commit: self._commit,
             pgoutput.Insert: lambda m: self._change(m.relation, INSERT, m.new),
             pgoutput.Update: lambda m: self._change(m.relation, UPDATE, m.new, m.kind, m.old),
             pgoutput.Delete: lambda m: self._change(m.relation, DELETE, None, m.kind, m.old),
@@ -158,13 +159,8 @@ class Assembler:
 
     def feed(self, message: pgoutput.Decoded) -> int | None:
         """Take a message; at a commit return the commit's end LSN."""
-        if isinstance(message, pgoutput.Commit):
-            self._now()
-            self.open = None
-            return message.end_lsn
-        if take := self._take.get(type(message)):
-            take(message)
-        return None
+        take = self._take.get(type(message))
+        return take(message) if take else None
 
     def taken(self) -> list[Event]:
         """Return the events so far and begin anew."""
@@ -173,6 +169,11 @@ class Assembler:
 
     def _begin(self, message: pgoutput.Begin) -> None:
         self.open, self._index = message, 0
+
+    def _commit(self, message: pgoutput.Commit) -> int:
+        self._now()
+        self.open = None
+        return message.end_lsn
 
     def _now(self) -> pgoutput.Begin:
         if self.open is None:

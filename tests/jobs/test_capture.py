@@ -608,6 +608,13 @@ def test_a_large_transaction_killed_midway_is_there_once_and_seen_only_whole(pre
     assert [event["ordinal"] for event in events if event["op"] != "A"] == list(range(0, 300_002, 2))
 
 
+def test_a_batch_is_bounded_in_bytes_too(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "BATCH_BYTES", 100_000)
+    prepared.sql("INSERT INTO follows SELECT i, repeat('x', 10000) FROM generate_series(1, 100) i")
+    assert prepared.catch_up().appends >= 10
+    assert [int(event["row"]["id"]) for event in prepared.events()] == list(range(1, 101))
+
+
 def test_what_was_rolled_back_to_a_savepoint_never_comes(prepared: Prepared) -> None:
     many = "INSERT INTO follows SELECT i, 'gone' FROM generate_series({}, {}) i"
     prepared.sql(

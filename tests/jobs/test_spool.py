@@ -177,8 +177,12 @@ def test_old_log_entries_go_and_a_reader_that_slept_goes_on(tmp_path: Path, monk
     for number in range(1, 3 * CHECKPOINT_EVERY):
         spool.append([put(10 * number)], 10 * number + 8)
     assert len(list((spool.path / "_delta_log").glob("*.json"))) < 2 * CHECKPOINT_EVERY
-    assert reader.end() == spool.end() == Spool(spool.path).end()
+    end = spool.end()
+    assert reader.end() == Spool(spool.path).end() == end
     assert reader.events().num_rows == 3 * CHECKPOINT_EVERY
+    for ordinal in range(0, 2 * CHECKPOINT_EVERY, 2):  # a part on both sides of a checkpoint
+        spool.append([put(10 * end, ordinal)], end)
+        assert Spool(spool.path).held() == reader.held() == (10 * end, ordinal)
 
 
 def test_the_end_and_the_events_survive_checkpoints(spool: Spool) -> None:
