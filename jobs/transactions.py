@@ -31,6 +31,7 @@ TEXT_ARRAY, BOX_ARRAY = 1009, 1020
 VECTORS = (22, 30)
 """int2vector and oidvector, which are arrays to the catalogue but are written as words."""
 
+
 class Shape:
     """How the values of one table's messages become a spool event's row and key."""
 
