@@ -132,24 +132,23 @@ class Race:
     steps: Callable[[Scratch], None]
 
 
-def _ghost(scratch: Scratch) -> None:
-    scratch.read()
-    scratch.write(DELETE.format(1))
-    scratch.offer()
-    scratch.load()
+def _late_image(*writes: str) -> Callable[[Scratch], None]:
+    """Writes that are offered after the rows were read and before their old images are loaded."""
+
+    def steps(scratch: Scratch) -> None:
+        scratch.read()
+        for statement in writes:
+            scratch.write(statement)
+        scratch.offer()
+        scratch.load()
+
+    return steps
 
 
 def _skew(scratch: Scratch) -> None:
     scratch.read()
     scratch.write(DELETE.format(1))
     scratch.load(meanwhile=scratch.offer)
-
-
-def _late_update(scratch: Scratch) -> None:
-    scratch.read()
-    scratch.write(UPDATE.format(1, "newer"))
-    scratch.offer()
-    scratch.load()
 
 
 def _out_of_order(scratch: Scratch) -> None:
@@ -160,22 +159,6 @@ def _out_of_order(scratch: Scratch) -> None:
     scratch.offer(backwards=True)
 
 
-def _reinsert(scratch: Scratch) -> None:
-    scratch.read()
-    scratch.write(DELETE.format(1))
-    scratch.write(INSERT.format(1, "again"))
-    scratch.offer()
-    scratch.load()
-
-
-def _key(scratch: Scratch) -> None:
-    scratch.read()
-    scratch.write(DELETE.format(1))
-    scratch.write(INSERT.format(9, "seed 1"))
-    scratch.offer()
-    scratch.load()
-
-
 def _truncate(scratch: Scratch) -> None:
     scratch.read()
     scratch.truncate()
@@ -183,14 +166,17 @@ def _truncate(scratch: Scratch) -> None:
 
 
 RACES = (
-    Race("ghost", "a row is read, then deleted in both stores, then its old image is loaded", _ghost),
+    Race("ghost", "a row is read, then deleted in both stores, then its old image is loaded", _late_image(DELETE.format(1))),
     Race("write skew", "a row is deleted while the loader that brings its old image has not committed", _skew),
-    Race("late update", "a row is read, then updated in both stores, then its old image is loaded", _late_update),
+    Race("late update", "a row is read, then updated in both stores, then its old image is loaded",
+         _late_image(UPDATE.format(1, "newer"))),
     Race("out of order", "a row is updated and then deleted, and the update arrives last", _out_of_order),
-    Race("reinsert", "a row is read, then deleted and inserted anew, then its old image is loaded", _reinsert),
-    Race("key move", "a row is read, then moves to another key, then its old image is loaded", _key),
+    Race("reinsert", "a row is read, then deleted and inserted anew, then its old image is loaded",
+         _late_image(DELETE.format(1), INSERT.format(1, "again"))),
+    Race("key move", "a row is read, then moves to another key, then its old image is loaded",
+         _late_image(DELETE.format(1), INSERT.format(9, "seed 1"))),
     Race("truncate", "a table is read, then truncated, then its old rows are loaded", _truncate),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
