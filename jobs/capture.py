@@ -19,6 +19,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from changeover.errors import ChangeoverError, DatabaseFailed, LeaseHeld, ServerUnavailable
 from changeover.interrupt import asked_to_stop
 from changeover.jobs import pgoutput
@@ -34,15 +36,18 @@ from changeover.jobs.replication import (
     generated_columns,
     slot_alarm,
 )
-from changeover.jobs.spool import Spool
+from changeover.jobs.spool import SCHEMA, Spool
 from changeover.jobs.transactions import MARKER_PREFIX, Assembler
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import Spec, load, qualified
 
-BATCH_EVENTS = 20_000
+BATCH_EVENTS = 100_000
 BATCH_BYTES = 32 << 20
 BATCH_SECONDS = 0.2
+TAKE_BYTES = 4 << 20
+"""How much of the stream is taken at once: each message then costs little, and the server is answered in time."""
+
 UNTIL_SECONDS = 0.2
 LEASE_SECONDS = 5.0
 WATCH_SECONDS = 60.0
@@ -191,30 +196,29 @@ class _Run:
 
     def _take(self, replication: Replication, assembler: Assembler) -> None:
         """Take the frames that are there, as far as one batch goes."""
+        frames = replication.frames(0.05, min(TAKE_BYTES, BATCH_BYTES))
+        if not frames:
+            return
+        self.failing_since = None
         try:
-            for frame in replication.frames(wait_seconds=0.05):
-                self.failing_since = None
-                if frame[0] == pgoutput.KEEPALIVE:
-                    alive = pgoutput.keepalive(frame)
-                    replication.received = max(replication.received, alive.wal_end)
-                    if alive.reply:
-                        self.answer_at = 0.0
-                    continue
-                self.bytes += len(frame)
-                if end_lsn := assembler.feed(pgoutput.decode(frame, pgoutput.XLOG_HEADER)):
-                    self._committed(end_lsn, assembler.marker)
-                if len(assembler.events) >= BATCH_EVENTS or self.bytes >= BATCH_BYTES:
-                    self.flush_at = 0.0
-                if self.flush_at == 0.0:
-                    return
+            for frame in [frame for frame in frames if frame[0] == pgoutput.KEEPALIVE]:
+                alive = pgoutput.keepalive(frame)
+                replication.received = max(replication.received, alive.wal_end)
+                if alive.reply:
+                    self.answer_at = 0.0
+            self._committed(assembler.take([frame for frame in frames if frame[0] != pgoutput.KEEPALIVE]), assembler.marker)
         except pgoutput.MalformedMessage as error:
             raise DatabaseFailed(server_name(self.dsn), "decoding the change stream", str(error)) from error
+        self.bytes += sum(map(len, frames))
+        if assembler.count >= BATCH_EVENTS or self.bytes >= BATCH_BYTES:
+            self.flush_at = 0.0
 
-    def _committed(self, end_lsn: int, marker: bool) -> None:
-        if end_lsn <= self.durable:
+    def _committed(self, ends: Sequence[int], marker: bool) -> None:
+        news = [end for end in ends if end > self.durable]
+        if not news:
             return
-        self.whole = end_lsn
-        self.result.transactions += 1
+        self.whole = news[-1]
+        self.result.transactions += len(news)
         if marker:
             self.flush_at = 0.0
         elif self.flush_at == float("inf"):
@@ -223,8 +227,8 @@ class _Run:
     def _flush(self, assembler: Assembler) -> None:
         """Make everything so far durable: the whole transactions, and what there is of the next one."""
         self.bytes, self.flush_at = 0, float("inf")
-        batch = assembler.taken()
-        if not batch and self.whole <= self.durable:
+        batch = pa.concat_tables([SCHEMA.empty_table(), *assembler.taken()])
+        if not len(batch) and self.whole <= self.durable:
             return
         self.spool.append(batch, self.whole)
         self.result.events += len(batch)

@@ -1,6 +1,7 @@
-"""Changes: spooled events made ready for the transform, one key each and with whole rows.
+"""Changes: spooled events made ready for the transform, the last one of each key and with whole rows.
 
-An update that gave its row another key is two changes, the old key's delete and a put of the new one. A large value that an update
+Of a key's events in a batch the last one says all, since the key of the target follows from the source's. An update that gave its
+row another key is two changes, the old key's delete and a put of the new one. A large value that an update
 left unchanged, and PostgreSQL therefore out of the stream, is neither NULL nor the target's, it is the source row's. It is read by
 key in one snapshot in which every transaction of the batch is visible: a commit stands in the log before other sessions see it, so
 a row might else be older than its event. The row may be newer; whatever made it so is later in the stream and is offered then. A
@@ -11,15 +12,18 @@ the text in which the stream would have sent them.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from changeover.errors import CouldNotFinish
-from changeover.jobs.transform import Transform
+from changeover.jobs.spool import DELETE, UPDATE
+from changeover.jobs.transform import AT_LSN, AT_ORDINAL, GONE, Transform
 from changeover.session import application_name
 from changeover.spec import Spec
 from changeover.stores.postgres import exporting
@@ -34,42 +38,117 @@ VISIBLE_SECONDS = 30.0
 XIDS = 2**32
 
 
-def keys_apart(events: DataFrame) -> DataFrame:
-    """Return the events with each update that gave its row another key as two: the old one's delete, and right after it a put."""
-    from pyspark.sql import functions as F
+MISSING, XID = "_changeover_missing", "_changeover_xid"
+"""What a change has besides, until its row is whole: the columns that were not sent, and the transaction."""
 
-    moved = (F.col("op") == F.lit("U")) & F.col("key").isNotNull()
-    itself = F.struct("op", "ordinal", "missing")
-    gone = F.struct(F.lit("D").alias("op"), "ordinal", F.array().cast("array<string>").alias("missing"))
-    put = F.struct("op", (F.col("ordinal") + 1).alias("ordinal"), "missing")
-    each = events.withColumn("_each", F.explode(F.when(moved, F.array(gone, put)).otherwise(F.array(itself))))
-    return each.withColumns({name: F.col(f"_each.{name}") for name in ("op", "ordinal", "missing")}).drop("_each")
+
+def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequence[str]) -> pa.Table:
+    """Return the last change of each source key, with its source columns as texts; a delete has those of its key (pure).
+
+    `events` are inserts, updates and deletes of one table in the spool's schema.
+    """
+    rows, keys = _Maps(events["row"]), _Maps(events["key"])
+    op, lsn, ordinal = (events[name].to_numpy() for name in ("op", "lsn", "ordinal"))
+    deletes = np.flatnonzero(op == DELETE)
+    puts = np.flatnonzero(op != DELETE)
+    moved = puts[(op[puts] == UPDATE) & keys.there[puts]]
+    # an update that gave its row another key: at its place the old one's delete, and right after it a put
+    gone, place = np.concatenate((deletes, moved)), np.concatenate((deletes, moved, puts))
+    after = np.concatenate((ordinal[gone], ordinal[puts] + np.isin(puts, moved)))
+    names = {name: pa.concat_arrays([keys.texts(name, gone), rows.texts(name, puts)]) for name in identity}
+    last = _last(names, lsn[place], after)
+    dead, live = last[last < len(gone)], last[last >= len(gone)]
+    chosen = np.concatenate((dead, live))
+    of_live = place[live]
+    texts = {
+        name: pa.concat_arrays(
+            [keys.texts(name, place[dead]) if name in identity else pa.nulls(len(dead), pa.string()), rows.texts(name, of_live)]
+        )
+        for name in columns
+    }
+    missing = events["missing"].combine_chunks()
+    unsent = pa.concat_arrays([_empty_lists(len(dead)), missing.take(pa.array(of_live))])
+    gone_now = np.arange(len(chosen)) < len(dead)
+    xid = events["xid"].to_numpy()
+    stamps = {GONE: gone_now, AT_LSN: lsn[place[chosen]], AT_ORDINAL: after[chosen], MISSING: unsent, XID: xid[place[chosen]]}
+    return pa.table({**stamps, **texts})
+
+
+def _last(keys: dict[str, pa.Array], lsn: npt.NDArray[np.int64], ordinal: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the places of the last change of each key."""
+    order = np.lexsort((ordinal, lsn))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    latest = pa.table({**{f"key {name}": key for name, key in keys.items()}, "rank": rank}).group_by(
+        [f"key {name}" for name in keys], use_threads=False
+    )
+    return np.sort(order[latest.aggregate([("rank", "max")])["rank_max"].to_numpy()])
+
+
+class _Maps:
+    """A column of maps from column name to text, asked for one name and some rows at a time."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        maps = column.combine_chunks()
+        if isinstance(maps, pa.ChunkedArray):  # an older pyarrow keeps the one chunk
+            maps = maps.chunk(0) if maps.num_chunks else pa.array([], column.type)
+        self.there: npt.NDArray[np.bool_] = maps.is_valid().to_numpy(zero_copy_only=False)
+        offsets = maps.offsets.to_numpy()
+        self.values = maps.items
+        self.names = maps.keys.slice(offsets[0], offsets[-1] - offsets[0]).dictionary_encode()
+        self.first = int(offsets[0])
+        self.row = np.repeat(np.arange(len(maps)), np.diff(offsets))
+        self.count = len(maps)
+
+    def texts(self, name: str, rows: npt.NDArray[np.int64]) -> pa.Array:
+        """Return the value of that name in each of the rows, NULL where there is none."""
+        at = np.full(self.count, -1, np.int64)
+        if (code := self.names.dictionary.index(name).as_py()) >= 0:
+            entries = np.flatnonzero(self.names.indices.to_numpy() == code)
+            at[self.row[entries]] = entries + self.first
+        chosen = at[rows]
+        return self.values.take(pa.array(chosen, mask=chosen < 0))
+
+
+def _empty_lists(count: int) -> pa.Array:
+    return pa.array([[]], pa.list_(pa.string())).take(pa.array(np.zeros(count, np.int64)))
 
 
 @contextmanager
 def completed(
-    spec: Spec, spark: SparkSession, transform: Transform, events: DataFrame, partial: pa.Table, snapshot: ExportedSnapshot | None
+    spec: Spec, spark: SparkSession, transform: Transform, changes: pa.Table, snapshot: ExportedSnapshot | None
 ) -> Iterator[DataFrame]:
-    """Yield the events with whole rows; `partial` are row, missing and xid of those that are not (driver, read in tasks).
+    """Yield the changes with whole rows, as Spark has them (driver; what was not sent is read in tasks).
 
     The source is read in `snapshot` where one is given, which must hold all of the updates.
     """
     from pyspark.sql import functions as F
 
+    frame = spark.createDataFrame(changes.drop_columns([XID]))
+    partial = changes.filter(pc.greater(pc.list_value_length(changes[MISSING]), 0))
+    if not len(partial):
+        yield frame
+        return
     dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "replay")
     identity = [c.name for c in transform.identity]
-    names = sorted({name for missing in partial["missing"].to_pylist() for name in missing} & {c.name for c in transform.source})
-    keys = sorted({tuple(dict(row)[name] for name in identity) for row in partial["row"].to_pylist()})
+    names = set(pc.unique(pc.list_flatten(partial[MISSING])).to_pylist())
+    keys = sorted(zip(*(partial[name].to_pylist() for name in identity), strict=True))
     read = ReadTable(*transform.table.source_name, tuple(c for c in transform.source if c.name in names), transform.identity)
     with ExitStack() as held:
-        seen = snapshot or held.enter_context(_seeing(dsn, application, pc.unique(partial["xid"]).to_pylist()))
+        seen = snapshot or held.enter_context(_seeing(dsn, application, pc.unique(partial[XID]).to_pylist()))
         present = read_texts(spark, dsn, application, read, keys, seen)
-        same = [F.col("row")[name] == present[f"_text{place}"] for place, name in enumerate(identity)]
-        texts = F.create_map(*(part for name in names for part in (F.lit(name), present[name])))
-        unsent = F.map_filter(texts, lambda name, _: F.array_contains("missing", name))
-        whole = F.size("missing") == 0
-        joined = events.join(present, [~whole, *same], "left").where(whole | present["_text0"].isNotNull())
-        yield joined.withColumn("row", F.when(whole, F.col("row")).otherwise(F.map_concat("row", unsent))).select(*events.columns)
+        there = present.select(*(F.col(f"`{name}`").alias(f"_now{place}") for place, name in enumerate(present.columns)))
+        now = {name: there[f"_now{place}"] for place, name in enumerate(present.columns)}
+        same = [frame[f"`{name}`"] == now[f"_text{place}"] for place, name in enumerate(identity)]
+        whole = F.size(MISSING) == 0
+        joined = frame.join(there, [~whole, *same], "left").where(whole | now["_text0"].isNotNull())
+        yield joined.select(
+            *(
+                F.when(F.array_contains(MISSING, name), now[name]).otherwise(frame[f"`{name}`"]).alias(name)
+                if name in now else frame[f"`{name}`"]
+                for name in frame.columns
+            )
+        )  # fmt: skip
 
 
 @contextmanager

@@ -11,9 +11,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from changeover.errors import TableStopped
-from changeover.jobs.changes import completed, keys_apart
+from changeover.jobs.changes import completed, last_of_each_key
 from changeover.jobs.chunks import mergeable
 from changeover.jobs.entries import CLOSED, Authority, Load
 from changeover.jobs.ledger import Ledger
@@ -35,7 +34,7 @@ from changeover.stores import Counts, Store, open_store
 from changeover.stores.reader import ExportedSnapshot
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import SparkSession
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +42,11 @@ STEP = "replay"
 LEASE_SECONDS = 120.0
 """How long a batch may wait for its turn: longer than any other batch or alignment takes."""
 
+BATCH_EVENTS, BATCH_BYTES = 250_000, 64 << 20
+"""About how many events, and bytes of the spool's files, one batch takes, so that memory does not grow with the backlog."""
+
 SMALL_BATCH = 20_000
-"""Events up to which a batch is handed to Spark as Arrow data, which spares it the look into the spool's log."""
+"""Changes up to which one task offers a batch."""
 
 IDLE_SECONDS = 0.1
 
@@ -68,7 +70,6 @@ class Batch:
     events: int
     stop: str | None
     truncated: tuple[int, int] | None = None
-    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,51 +151,45 @@ class Replay:
         if stopped and self._next_batch(start, self.spool.end(), transform).stop is None:
             raise TableStopped(load.source, stopped)
         batch = self._next_batch(start, end, transform)
-        counts = Counts(0, 0)
+        taken = 0
         if batch.events:
             with from_spark(load.source, f"changes from {format_lsn(start)} to {format_lsn(batch.until)}"):
                 if batch.truncated:
                     store.truncate(self.spark, transform.target, Version(interval.epoch, *batch.truncated))
-                with self._changes(start, batch, interval.epoch, transform) as changes:
-                    counts = store.merge(transform.target, changes)
+                taken = self._offer(start, batch, interval.epoch, transform, store)
         self.ledger.advance(load.source, load.target, batch.until, batch.events)
         if batch.stop:
             self.ledger.stop_table(load.source, batch.stop)
             raise TableStopped(load.source, batch.stop)
-        return replace(load, applied=batch.until), Counts(batch.events, counts.taken)
+        return replace(load, applied=batch.until), Counts(batch.events, taken)
 
     def _next_batch(self, start: int, end: int, transform: Transform) -> Batch:
-        schema, name = transform.table.source_name
+        end = self.spool.reach(start, end, BATCH_EVENTS, BATCH_BYTES)
+        relation = ".".join(transform.table.source_name)
         outline = self.spool.outline(start, end)
-        ours = outline.filter(pc.equal(outline["relation"], f"{schema}.{name}"))
+        ours = outline.filter(pc.equal(outline["relation"], relation))
         stop = first_stop(ours, [c.name for c in transform.identity])
         if stop is not None:
             end, ours = stop[0], ours.filter(pc.less(ours["lsn"], stop[0]))
         reason = f"{stop[1]} (at {format_lsn(end)})" if stop else None
-        partial = pc.any(pc.greater(pc.list_value_length(ours["missing"]), 0)).as_py()
-        return Batch(end, ours.num_rows, reason, last_truncate(ours), bool(partial))
+        return Batch(end, ours.num_rows, reason, last_truncate(ours))
 
-    @contextmanager
-    def _changes(self, start: int, batch: Batch, epoch: int, transform: Transform) -> Iterator[DataFrame]:
-        """Yield the batch's changes, one row a key; what an update did not send is read from the source."""
+    def _offer(self, start: int, batch: Batch, epoch: int, transform: Transform, store: Store) -> int:
+        """Offer the batch's changes; return how many were taken. A batch is one part, unless one transaction outgrew it."""
         relation = ".".join(transform.table.source_name)
-        if batch.events <= SMALL_BATCH:
-            found = self.spool.events(start, batch.until).drop_columns(["committed_at", "note"])
-            events = self.spark.createDataFrame(found).coalesce(1)
-        else:
-            events = self.spool.read(self.spark, start, batch.until)
-        ours = events.where((events["relation"] == relation) & events["op"].isin(INSERT, UPDATE, DELETE))
-        if batch.truncated:  # what came before it has nothing to say any more
-            lsn, ordinal = batch.truncated
-            ours = ours.where((ours["lsn"] > lsn) | ((ours["lsn"] == lsn) & (ours["ordinal"] > ordinal)))
-        ours = keys_apart(ours)
-        with ExitStack() as held:
-            if batch.partial:
-                partial = self.spool.partial(relation, start, batch.until)
-                ours = held.enter_context(completed(self.spec, self.spark, transform, ours, partial, self.snapshot))
-            changes = transform.changes(ours, epoch)
-            # one task: the fence waits for such batches
-            yield changes.coalesce(1) if batch.events <= SMALL_BATCH else changes
+        identity, columns = [c.name for c in transform.identity], [c.name for c in transform.source]
+        taken = 0
+        for events in self.spool.parts(start, batch.until, relation, BATCH_EVENTS):
+            ours = events.filter(pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE])))
+            if batch.truncated:  # what came before it has nothing to say any more
+                ours = ours.filter(_after(ours, *batch.truncated))
+            last = last_of_each_key(ours, identity, columns)
+            with completed(self.spec, self.spark, transform, last, self.snapshot) as whole:
+                moved = transform.moved_in_stream() if store.takes_text else frozenset()
+                changes = transform.changes(whole, epoch, moved)
+                # one task: the fence waits for such batches
+                taken += store.merge(transform.target, changes.coalesce(1) if len(last) <= SMALL_BATCH else changes).taken
+        return taken
 
 
 def offered_intervals(authorities: Sequence[Authority], *, takes_over: bool) -> list[Interval]:
@@ -227,6 +222,11 @@ def first_stop(outline: pa.Table, identity: Sequence[str]) -> tuple[int, str] | 
                 " ALTER TABLE … REPLICA IDENTITY FULL before prepare makes it whole"
             )
     return None
+
+
+def _after(events: pa.Table, lsn: int, ordinal: int) -> pa.ChunkedArray:
+    later = pc.and_(pc.equal(events["lsn"], lsn), pc.greater(events["ordinal"], ordinal))
+    return pc.or_(pc.greater(events["lsn"], lsn), later)
 
 
 def last_truncate(outline: pa.Table) -> tuple[int, int] | None:

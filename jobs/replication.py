@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import closing
 from datetime import UTC, datetime
 
@@ -59,23 +59,33 @@ class Replication:
                 raise LeaseHeld("capture", str(error).strip()) from error
             raise error
 
-    def frames(self, wait_seconds: float, limit: int = 1000) -> Iterator[bytes]:
-        """Yield up to `limit` frames that are there, after waiting up to `wait_seconds` when there is none."""
-        wire = self.connection.pgconn
-        for count in range(limit):
-            size, data = wire.get_copy_data(1)
-            if size == 0:
-                poll = select.poll()
-                poll.register(wire.socket, select.POLLIN)
-                if poll.poll(0 if count else wait_seconds * 1000):
-                    wire.consume_input()
-                    size, data = wire.get_copy_data(1)
-                    self.heard = time.monotonic()
-                if size == 0:
-                    return
-            if size < 0:
+    def frames(self, wait_seconds: float, most: int) -> list[bytes]:
+        """Return the frames that are there, up to about `most` bytes, after waiting up to `wait_seconds` when there is none."""
+        found: list[bytes] = []
+        wire, size = self.connection.pgconn, 0
+        while size < most:
+            length, data = wire.get_copy_data(1)
+            if length > 0:
+                found.append(bytes(data))
+                size += length
+            elif length < 0:
+                if found:
+                    break  # what came before the end is taken first
                 self._ended()
-            yield bytes(data)
+            elif not self._more(0 if found else wait_seconds):
+                break
+        return found
+
+    def _more(self, wait_seconds: float) -> bool:
+        """Read what the socket has; return whether it had anything."""
+        wire = self.connection.pgconn
+        poll = select.poll()
+        poll.register(wire.socket, select.POLLIN)
+        if not poll.poll(wait_seconds * 1000):
+            return False
+        wire.consume_input()
+        self.heard = time.monotonic()
+        return True
 
     def answer(self, durable: int, *, ping: bool = False) -> None:
         """Tell the server what is durable; with `ping` it answers at once, which shows that it is alive."""

@@ -14,9 +14,9 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,9 +27,6 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from changeover.errors import LeaseHeld, SourceChanged, StepOrder
 from changeover.jobs.compaction import grouped, mergeable
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
 
 FORMAT = "2"
 """Version of the spool's columns; another version found is refused, never guessed at."""
@@ -103,7 +100,7 @@ class Event(NamedTuple):
 
 
 class Spool:
-    """The spool of one migration at a local path (driver; `read` is executed by Spark)."""
+    """The spool of one migration at a local path (driver)."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -143,20 +140,23 @@ class Spool:
         end, lsn, ordinal = (table.transaction_version(name) or 0 for name in (APPLICATION, PART_LSN, PART_ORDINAL))
         return max((end, NOWHERE[1]), (lsn, ordinal) if lsn else NOWHERE)
 
-    def append(self, batch: Sequence[Event], end_lsn: int) -> None:
+    def append(self, batch: Sequence[Event] | pa.Table, end_lsn: int) -> None:
         """Append whole transactions that end at `end_lsn`, and of the next one what is there, durably and once.
 
+        A table has the spool's schema; its rows are in any order.
         An append that reaches no further than the spool does is left out. Raises LeaseHeld when another writer has
         committed meanwhile.
         """
+        events = batch if isinstance(batch, pa.Table) else arrow_table(batch)
         reach = (end_lsn, NOWHERE[1])
         marks = [Transaction(APPLICATION, end_lsn)]
-        if batch and batch[-1].lsn >= end_lsn:
-            reach = (batch[-1].lsn, batch[-1].ordinal)
+        last = _last_place(events)
+        if last[0] >= end_lsn:
+            reach = last
             marks += [Transaction(PART_LSN, reach[0]), Transaction(PART_ORDINAL, reach[1])]
         if reach <= self.held():
             return
-        self._commit([self._write(batch)] if batch else [], marks)
+        self._commit([self._write(events)] if len(events) else [], marks)
 
     def compact(self) -> int:
         """Merge the newest small files into one, as durably as an append, and return how many they were (capture alone).
@@ -175,12 +175,6 @@ class Spool:
         self._remove_leavings({file["path"] for file in files})
         return len(small)
 
-    def read(self, spark: SparkSession, after: int, until: int) -> DataFrame:
-        """Return the events of whole transactions with ``after <= lsn < until``, in no order, as Spark reads them (driver)."""
-        until = min(until, self.end())
-        frame = spark.read.format("delta").load(str(self.path))
-        return frame.where((frame["lsn"] >= after) & (frame["lsn"] < until))
-
     def events(self, after: int = 0, until: int = 2**63 - 1) -> pa.Table:
         """Return the events of whole transactions with ``after <= lsn < until`` in stream order, without Spark."""
         return self._scan(after, until, SCHEMA.names).sort_by([("lsn", "ascending"), ("ordinal", "ascending")])
@@ -189,10 +183,32 @@ class Spool:
         """Return relation, lsn, ordinal, op, key, missing and note of the events with ``after <= lsn < until``."""
         return self._scan(after, until, ["relation", "lsn", "ordinal", "op", "key", "missing", "note"])
 
-    def partial(self, relation: str, after: int, until: int) -> pa.Table:
-        """Return row, missing and xid of a relation's updates that leave a value out."""
-        found = self._scan(after, until, ["relation", "row", "missing", "xid"])
-        return found.filter(pc.and_(pc.equal(found["relation"], relation), pc.greater(pc.list_value_length(found["missing"]), 0)))
+    def reach(self, after: int, until: int, events: int, size: int) -> int:
+        """Return a position above `after` up to which about so many events, or bytes of files, lie; it splits no transaction."""
+        table = self._latest()
+        until = min(until, table.transaction_version(APPLICATION) or 0)
+        for file in _met(table, after, until):
+            events, size = events - file["num_records"], size - file["size_bytes"]
+            if events <= 0 or size <= 0:
+                return min(until, max(int(file["max.lsn"]), after) + 1)
+        return until
+
+    def parts(self, after: int, until: int, relation: str, events: int) -> Iterator[pa.Table]:
+        """Yield a relation's events with ``after <= lsn < until``, about so many at a time and in no order."""
+        table = self._latest()
+        until = min(until, table.transaction_version(APPLICATION) or 0)
+        held: list[pa.Table] = []
+        for file in _met(table, after, until):
+            with pq.ParquetFile(self.path / file["path"]) as data:
+                for batch in data.iter_batches(events, columns=SCHEMA.names):
+                    read = pa.Table.from_batches([batch]).cast(SCHEMA)
+                    ours = pc.and_(pc.greater_equal(read["lsn"], after), pc.less(read["lsn"], until))
+                    held.append(read.filter(pc.and_(ours, pc.equal(read["relation"], relation))))
+                    if sum(map(len, held)) >= events:
+                        yield pa.concat_tables(held)
+                        held = []
+        if any(map(len, held)):
+            yield pa.concat_tables(held)
 
     def notes(self) -> list[tuple[str, int, str]]:
         """Return (relation, commit LSN, note) of how tables changed, each note of a table once, where it was first told."""
@@ -204,19 +220,11 @@ class Spool:
         return [(relation, lsn, note) for (relation, note), lsn in first.items()]
 
     def _scan(self, after: int, until: int, columns: list[str], *, noted: bool = False) -> pa.Table:
-        """Read the files whose positions meet the range: the log tells which, so the others cost nothing.
-
-        With `noted`, of those the files that hold a note.
-        """
+        """Read the files whose positions meet the range; with `noted`, those of them that hold a note."""
         table = self._latest()
         until = min(until, table.transaction_version(APPLICATION) or 0)
-        actions = pa.table(table.get_add_actions(flatten=True))
-        if "min.lsn" not in actions.column_names:  # nothing was ever appended
-            return SCHEMA.empty_table().select(columns)
-        met = actions.filter((pc.field("max.lsn") >= after) & (pc.field("min.lsn") < until))
-        if noted:
-            met = met.filter(pc.field("null_count.note") < pc.field("num_records"))
-        paths = [str(self.path / name) for name in met["path"].to_pylist()]
+        met = _met(table, after, until)
+        paths = [str(self.path / file["path"]) for file in met if not noted or file["null_count.note"] < file["num_records"]]
         if not paths:
             return SCHEMA.empty_table().select(columns)
         chosen = (pc.field("lsn") >= after) & (pc.field("lsn") < until)
@@ -260,10 +268,10 @@ class Spool:
         table.update_incremental()
         self._sync_log(table)
 
-    def _write(self, batch: Sequence[Event]) -> AddAction:
+    def _write(self, events: pa.Table) -> AddAction:
         """Write an append's file."""
-        lsns = [event.lsn for event in batch]
-        return self._written([arrow_table(batch)], min(lsns), max(lsns), data_change=True)
+        lsns = pc.min_max(events["lsn"])
+        return self._written([events], lsns["min"].as_py(), lsns["max"].as_py(), data_change=True)
 
     def _merge(self, files: Sequence[Mapping[str, Any]]) -> AddAction:
         """Write the events of several files into one."""
@@ -306,12 +314,31 @@ class Spool:
 
 def arrow_table(batch: Sequence[Event]) -> pa.Table:
     """Return the events as Arrow, in the spool's schema."""
+    if not batch:
+        return SCHEMA.empty_table()
     relation, lsn, ordinal, op, row, key, missing, xid, committed_at, note = zip(*batch, strict=True)
     simple = {"relation": relation, "lsn": lsn, "ordinal": ordinal, "op": op, "missing": missing, "xid": xid,
               "committed_at": committed_at, "note": note}  # fmt: skip
     columns = {name: pa.array(values, SCHEMA.field(name).type) for name, values in simple.items()}
     columns |= {"row": _maps(row), "key": _maps(key)}
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _met(table: DeltaTable, after: int, until: int) -> list[dict[str, Any]]:
+    """Return the files whose positions meet the range, in order: the log tells which, so the others cost nothing."""
+    actions = pa.table(table.get_add_actions(flatten=True))
+    if "min.lsn" not in actions.column_names:  # nothing was ever appended
+        return []
+    met: list[dict[str, Any]] = actions.filter((pc.field("max.lsn") >= after) & (pc.field("min.lsn") < until)).to_pylist()
+    return sorted(met, key=lambda file: (file["max.lsn"], file["min.lsn"]))
+
+
+def _last_place(events: pa.Table) -> Place:
+    """Return the place of the last event in stream order; that before every event without one."""
+    if not len(events):
+        return NOWHERE
+    lsn = pc.max(events["lsn"])
+    return lsn.as_py(), pc.max(events.filter(pc.equal(events["lsn"], lsn))["ordinal"]).as_py()
 
 
 def _maps(images: Iterable[Image | None]) -> pa.Array:

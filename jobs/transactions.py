@@ -1,6 +1,6 @@
 """Transactions: the stream's messages put together as spool events, each at its place on the version axis.
 
-Events come out one by one, in stream order, with their commit LSN, which the stream tells before the first of them; so a
+Events come out in stream order, with their commit LSN, which the stream tells before the first of them; so a
 transaction of any size passes through. The ordinal of a change is twice its index among all data messages of the transaction,
 counted before anything is left out, so another connection that reads the same log gives the same places, and what is held
 already is known by its place. A table that differs from the prepared one gets an event that says how, at its place.
@@ -9,95 +9,23 @@ already is known by its place. A table that differs from the prepared one gets a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from json.encoder import encode_basestring
-from typing import Any
+from typing import NamedTuple
 
-import psycopg
-from psycopg import pq
-from psycopg.adapt import Transformer
+import numpy as np
+import pyarrow as pa
 
-from changeover.errors import RowRefused, SourceChanged
-from changeover.jobs import pgoutput
+from changeover.errors import SourceChanged
+from changeover.jobs import pgoutput, rows
 from changeover.jobs.entries import SourceColumn
-from changeover.jobs.pgoutput import UNCHANGED, Values
-from changeover.jobs.spool import ADDED, DELETE, INSERT, MARKER, NOWHERE, RELATION, TRUNCATE, UPDATE, Event, Image, Place
+from changeover.jobs.rows import Mask, Places, Wire
+from changeover.jobs.shapes import Shape, Stamps
+from changeover.jobs.spool import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
 
 log = logging.getLogger(__name__)
 
 MARKER_PREFIX = "changeover"
-TEXT_ARRAY, BOX_ARRAY = 1009, 1020
-VECTORS = (22, 30)
-"""int2vector and oidvector, which are arrays to the catalogue but are written as words."""
-
-
-class Shape:
-    """How the values of one table's messages become a spool event's row and key."""
-
-    def __init__(self, name: str, relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> None:
-        by_name = {column.name: column for column in prepared}
-        self.name = name
-        self.columns = tuple(column.name for column in relation.columns)
-        self.keys = [i for i, column in enumerate(self.columns) if column in by_name and by_name[column].key]
-        self.key_columns = tuple(self.columns[i] for i in self.keys)
-        self.arrays = [
-            (i, _array_loader(column.oid))
-            for i, column in enumerate(relation.columns)
-            if column.name in by_name and by_name[column.name].array
-        ]
-
-    def row(self, values: Values, old: Values | None = None) -> tuple[Image, tuple[str, ...]]:
-        """Return the row and the names of the values that were not sent; a whole old row supplies those."""
-        if old is not None and UNCHANGED in values:
-            values = tuple(o if v is UNCHANGED else v for v, o in zip(values, old, strict=True))
-        if self.arrays:
-            values = self._with_arrays(values)
-        if UNCHANGED not in values:
-            return (self.columns, values), ()  # type: ignore[return-value]
-        sent = [v is not UNCHANGED for v in values]
-        names = tuple(n for n, there in zip(self.columns, sent, strict=True) if there)
-        missing = tuple(n for n, there in zip(self.columns, sent, strict=True) if not there)
-        return (names, tuple(v for v in values if v is not UNCHANGED)), missing
-
-    def key(self, values: Values) -> Image:
-        """Return the key columns of an old row."""
-        values = self._with_arrays(values)
-        return self.key_columns, tuple(values[i] for i in self.keys)  # type: ignore[misc]
-
-    def key_moved(self, old: Values, new: Values) -> bool:
-        """Return whether an update gave its row another key; that an old image was sent does not yet say so."""
-        return any(old[i] != new[i] and new[i] is not UNCHANGED for i in self.keys)
-
-    def _with_arrays(self, values: Values) -> Values:
-        """Return the values with each array as JSON."""
-        changed = list(values)
-        for index, load_array in self.arrays:
-            if isinstance(text := values[index], str):
-                changed[index] = self._array(self.columns[index], text, load_array)
-        return tuple(changed)
-
-    def _array(self, name: str, text: str, load_array: Callable[[bytes], object]) -> str:
-        if text.startswith("["):  # bounds of its own, which the loader would lose: marked as the snapshot's reader marks them
-            return f"[[{text}"
-        try:
-            return _json(load_array(text.encode()))
-        except psycopg.DataError as error:
-            raise RowRefused(self.name, f"column {name}", f"its value is no array literal: {error}") from error
-
-
-def _json(value: Any) -> str:
-    """Write an array of texts as `json.dumps` does, which makes an encoder anew for each list."""
-    if isinstance(value, str):
-        return encode_basestring(value)
-    return "null" if value is None else f"[{', '.join([_json(part) for part in value])}]"
-
-
-def _array_loader(oid: int) -> Callable[[bytes], object]:
-    if oid in VECTORS:
-        return lambda raw: raw.decode().split()
-    # text[] reads any array as its elements' texts; box[] alone has another delimiter, by which psycopg knows it
-    return Transformer().get_loader(oid if oid == BOX_ARRAY else TEXT_ARRAY, pq.Format.TEXT).load
 
 
 def difference(relation: pgoutput.Relation, prepared: Sequence[SourceColumn], generated: frozenset[str]) -> str:
@@ -122,102 +50,137 @@ def additions(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> 
     return "; ".join(f"column {c.name} was added (type oid {c.oid})" for c in relation.columns if c.name not in before)
 
 
+class Open(NamedTuple):
+    """The transaction that the messages so far leave open, and how many of its data messages there were."""
+
+    lsn: int
+    xid: int
+    committed_at: int
+    data: int
+
+
+ROWS = (rows.INSERT, rows.UPDATE, rows.DELETE)
+BETWEEN = tuple(map(ord, "BCOY"))
+"""Begin and commit; where a transaction came from, and types, which say nothing to us."""
+
+DESCRIPTION = ord("R")
+
+
 @dataclass
 class Assembler:
     """Turns the messages of one connection into events, which gather in `events`; table shapes last as long as the connection.
 
     What lies at or below `held` is left out. The ordinal of a change is twice its index among all data messages of its
     transaction, whatever comes of them; that a table looks different stands one below the first change in the new shape, and
-    comes with that change.
+    comes with that change. `count` is the number of events that gather.
     """
 
     tables: Mapping[str, Sequence[SourceColumn]]
     generated: Mapping[str, frozenset[str]] = field(default_factory=dict)
     held: Place = NOWHERE
-    events: list[Event] = field(default_factory=list)
+    events: list[pa.Table] = field(default_factory=list)
+    count: int = 0
     marker: bool = False
     shapes: dict[int, Shape] = field(default_factory=dict)
     told: set[tuple[str, str]] = field(default_factory=set)
-    open: pgoutput.Begin | None = None
+    open: Open | None = None
+    _notes: list[Event] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        """Build the table of what to do with each kind of message; the kinds left out say nothing to us."""
-        self._index = 0
-        self._notes: list[Event] = []
-        self._take: dict[type, Callable[[Any], int | None]] = {
-            pgoutput.Begin: self._begin,
-            pgoutput.Commit: self._commit,
-            pgoutput.Insert: lambda m: self._change(m.relation, INSERT, m.new),
-            pgoutput.Update: lambda m: self._change(m.relation, UPDATE, m.new, m.kind, m.old),
-            pgoutput.Delete: lambda m: self._change(m.relation, DELETE, None, m.kind, m.old),
-            pgoutput.Truncate: lambda m: self._note(TRUNCATE, [self._shape(relation).name for relation in m.relations]),
-            pgoutput.Message: self._message,
-            pgoutput.Relation: self._relation,
-        }
+    def take(self, frames: Sequence[bytes]) -> list[int]:
+        """Take the messages of some frames; return the end LSNs of the commits among them."""
+        if not frames:
+            return []
+        wire = Wire(frames)
+        ends: list[int] = []
+        begin = 0
+        # a table's new shape holds for what comes behind it, so the messages are taken run by run
+        for described in np.flatnonzero(wire.kind == DESCRIPTION).tolist():
+            ends += self._run(wire, np.arange(begin, described))
+            self._relation(pgoutput.relation(wire.message(described)))
+            begin = described + 1
+        return ends + self._run(wire, np.arange(begin, len(frames)))
 
-    def feed(self, message: pgoutput.Decoded) -> int | None:
-        """Take a message; at a commit return the commit's end LSN."""
-        take = self._take.get(type(message))
-        return take(message) if take else None
-
-    def taken(self) -> list[Event]:
+    def taken(self) -> list[pa.Table]:
         """Return the events so far and begin anew."""
-        events, self.events, self.marker = self.events, [], False
+        events, self.events, self.count, self.marker = self.events, [], 0, False
         return events
 
-    def _begin(self, message: pgoutput.Begin) -> None:
-        self.open, self._index = message, 0
+    def _run(self, wire: Wire, numbers: Places) -> list[int]:
+        """Take messages between which no table changes its shape."""
+        kind = wire.kind[numbers]
+        row = np.isin(kind, ROWS)
+        message = kind == rows.MESSAGE
+        transactional = (wire.codes[wire.start[numbers] + 1] & rows.TRANSACTIONAL).astype(np.bool_)
+        data = row | (kind == rows.TRUNCATE) | (message & transactional)
+        if not np.all(data | message | np.isin(kind, BETWEEN)):
+            unknown = chr(kind[~(data | message | np.isin(kind, BETWEEN))][0])
+            raise pgoutput.MalformedMessage(f"a message of unknown kind {unknown!r}")
+        stamps = self._stamps(wire, numbers, kind, data)
+        self._tell(wire, numbers[data], row[data], stamps)
+        return rows.commit_ends(wire, numbers[kind == rows.COMMIT]).tolist()  # type: ignore[no-any-return]
 
-    def _commit(self, message: pgoutput.Commit) -> int:
-        self._now()
-        self.open = None
-        return message.end_lsn
+    def _stamps(self, wire: Wire, numbers: Places, kind: rows.Codes, data: Mask) -> Stamps:
+        """Return where the data messages stand, and note the transaction that is left open."""
+        begin = kind == rows.BEGIN
+        found = rows.begins(wire, numbers[begin])
+        before = self.open or Open(0, 0, 0, 0)
+        lsn, xid, at = (
+            np.concatenate(([carried], new))
+            for carried, new in zip(before[:3], (found.lsn, found.xid, found.committed_at), strict=True)
+        )
+        inside = int(self.open is not None) + np.cumsum(begin) - np.cumsum(kind == rows.COMMIT)
+        if np.any((inside < 0) | (inside > 1)) or np.any(inside[data] != 1):
+            raise pgoutput.MalformedMessage("a change, a begin or a commit that is not where a transaction has it")
+        transaction, seen = np.cumsum(begin), np.cumsum(data)
+        first = np.concatenate(([-before.data], seen[begin]))
+        if len(numbers):
+            last = transaction[-1]
+            left = Open(int(lsn[last]), int(xid[last]), int(at[last]), int(seen[-1] - first[last]))
+            self.open = left if inside[-1] else None
+        of = transaction[data]
+        return Stamps(lsn[of], 2 * (seen[data] - 1 - first[of]), xid[of], at[of])
 
-    def _now(self) -> pgoutput.Begin:
-        if self.open is None:
-            raise pgoutput.MalformedMessage("a change outside of a transaction")
-        return self.open
+    def _tell(self, wire: Wire, numbers: Places, row: Mask, stamps: Stamps) -> None:
+        """Gather the events of data messages, as far as they are not held."""
+        if not len(numbers):
+            return
+        new = (stamps.lsn > self.held[0]) | ((stamps.lsn == self.held[0]) & (stamps.ordinal > self.held[1]))
+        self._gather_events(self._notes if new[0] else [])
+        self._notes = []
+        relation = wire.unsigned(4, wire.start[numbers] + 1)
+        for oid in np.unique(relation[row]).tolist():
+            shape = self._shape(oid)
+            ours = np.flatnonzero(row & new & (relation == oid))
+            for group in rows.changes(wire, numbers[ours], len(shape.columns)):
+                places = ours[np.searchsorted(numbers[ours], group.numbers)]
+                self._gather(shape.events(group, Stamps(*(part[places] for part in stamps))))
+        for place in np.flatnonzero(~row & new).tolist():
+            self._other(wire.message(int(numbers[place])), *(int(part[place]) for part in stamps))
+
+    def _gather(self, events: pa.Table) -> None:
+        self.events.append(events)
+        self.count += len(events)
+
+    def _gather_events(self, events: Sequence[Event]) -> None:
+        if events:
+            self._gather(arrow_table(events))
+
+    def _other(self, message: bytes, lsn: int, ordinal: int, xid: int, committed_at: int) -> None:
+        """Take a TRUNCATE or a message of pg_logical_emit_message."""
+        note = None
+        if message[0] == rows.TRUNCATE:
+            op, names = TRUNCATE, [self._shape(oid).name for oid in pgoutput.truncate(message).relations]
+        else:
+            said = pgoutput.message(message)
+            ours = said.prefix == MARKER_PREFIX
+            self.marker |= ours
+            op, names, note = MARKER, [""] if ours else [], said.content.decode(errors="backslashreplace")
+        self._gather_events([Event(name, lsn, ordinal, op, None, None, (), xid, committed_at, note) for name in names])
 
     def _shape(self, relation: int) -> Shape:
         if relation not in self.shapes:
             raise pgoutput.MalformedMessage(f"a change of the relation {relation}, which was not described")
         return self.shapes[relation]
-
-    def _next(self) -> tuple[int, int, int, int, bool]:
-        """Return the commit LSN, ordinal, xid and time of the next data message, and whether it is held already."""
-        lsn, committed_at, xid = self._now()
-        ordinal = 2 * self._index
-        self._index += 1
-        held = (lsn, ordinal) <= self.held
-        if self._notes:
-            self.events += [] if held else self._notes
-            self._notes = []
-        return lsn, ordinal, xid, committed_at, held
-
-    def _change(self, relation: int, op: str, new: Values | None, kind: str = "", old: Values | None = None) -> None:
-        shape = self._shape(relation)
-        lsn, ordinal, xid, committed_at, held = self._next()
-        if held:
-            return
-        row: Image | None = None
-        key: Image | None = None
-        missing: tuple[str, ...] = ()
-        if new is not None:
-            row, missing = shape.row(new, old if kind == "O" else None)
-        if old is not None and (new is None or shape.key_moved(old, new)):
-            key = shape.key(old)
-        self.events.append(Event(shape.name, lsn, ordinal, op, row, key, missing, xid, committed_at, None))
-
-    def _note(self, op: str, relations: Sequence[str], note: str | None = None) -> None:
-        lsn, ordinal, xid, committed_at, held = self._next()
-        if not held:
-            self.events += [Event(name, lsn, ordinal, op, None, None, (), xid, committed_at, note) for name in relations]
-
-    def _message(self, message: pgoutput.Message) -> None:
-        if message.transactional:
-            ours = message.prefix == MARKER_PREFIX
-            self._note(MARKER, [""] if ours else [], message.content.decode(errors="backslashreplace"))
-            self.marker |= ours
 
     def _relation(self, relation: pgoutput.Relation) -> None:
         name = f"{relation.schema}.{relation.name}"
@@ -232,9 +195,11 @@ class Assembler:
         # a renamed column is one that was dropped and one that was added
         note = "; ".join(filter(None, (found, additions(relation, self.tables[source]))))
         if note:
-            lsn, committed_at, xid = self._now()
+            if self.open is None:
+                raise pgoutput.MalformedMessage("a table's description outside of a transaction")
+            lsn, xid, committed_at, data = self.open
             op = RELATION if found else ADDED
             if (source, note) not in self.told:
                 self.told.add((source, note))
                 log.warning("%s: %s", source, note)
-            self._notes.append(Event(source, lsn, 2 * self._index - 1, op, None, None, (), xid, committed_at, note))
+            self._notes.append(Event(source, lsn, 2 * data - 1, op, None, None, (), xid, committed_at, note))

@@ -19,13 +19,20 @@ from changeover.errors import SpecError, UnsafePlan
 from changeover.spec import Spec, Table
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, VERSION_COLUMNS, Column, TargetTable
 from changeover.stores.pgtypes import decode, movable, postgres_type, source_type
+from changeover.stores.pgtypes import moved as text_moved
 
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
     from pyspark.sql import DataFrame, SparkSession
 
+GONE, AT_LSN, AT_ORDINAL = "_changeover_gone", "_changeover_lsn", "_changeover_ordinal"
+"""What a change of a source row has beside the row's columns."""
+
 BARE = re.compile(r"`?([A-Za-z_][A-Za-z0-9_]*)`?")
 WORD = re.compile(r"\w+")
+WRITTEN_ONE_WAY = re.compile(r"(smallint|integer|bigint|uuid|date|text|character varying(\(\d+\))?|timestamp.*)")
+"""Types of which PostgreSQL writes equal values as the same text; 1.0 and 1.00 are equal numbers, -0 and 0 are."""
+
 UNSTABLE = re.compile(
     r"\b(now|current_timestamp|current_date|localtimestamp|current_time|current_user|user|session_user|uuid|rand|randn|random|"
     r"monotonically_increasing_id|spark_partition_id|input_file_name|shuffle)\b\s*(\(|$|[^\w(])",
@@ -87,38 +94,57 @@ class Transform:
         }  # fmt: skip
         return tuple(moved[name] for name in identity) if self.table.function is None and set(identity) <= set(moved) else None
 
-    def changes(self, events: DataFrame, epoch: int) -> DataFrame:
-        """Return changes of the target for spooled inserts, updates and deletes: one row a key, the last by version.
+    def changes(self, events: DataFrame, epoch: int, moved: Collection[str] = ()) -> DataFrame:
+        """Return changes of the target for those of the source (`changes.last_of_each_key`): one row a key, the last by version.
 
         A delete carries the key alone. A row that `where` leaves out is a delete of its key; as in a backfill, nothing of it is
-        evaluated but the key and what `where` asks for.
+        evaluated but the key and what `where` asks for. Source columns in `moved`, of `moved_in_stream`, are passed on as text.
         """
         from pyspark.sql import functions as F
 
-        gone = F.col("op") == F.lit("D")
-        texts = [F.when(gone, F.col("key")[c.name]).otherwise(F.col("row")[c.name]) for c in self.source]
         asked = self._asked_of_every_row()
         values = [
             (decode(text, c.type, native=False) if c.name in asked else text).alias(c.name)
-            for c, text in zip(self.source, texts, strict=True)
+            for c in self.source
+            for text in (F.col(f"`{c.name}`"),)
         ]
         version = [
-            F.lit(epoch).cast("int").alias(EPOCH), F.col("lsn").alias(LSN), F.col("ordinal").alias(ORDINAL), gone.alias(DELETED),
+            F.lit(epoch).cast("int").alias(EPOCH), F.col(AT_LSN).alias(LSN), F.col(AT_ORDINAL).alias(ORDINAL),
+            F.col(GONE).alias(DELETED),
         ]  # fmt: skip
         shaped = self._shaped(events.select(*version, *values))
         if self.table.where:
             left_out = ~F.coalesce(F.expr(self.table.where), F.lit(False))
             shaped = shaped.withColumn(DELETED, F.when(F.col(DELETED), F.lit(True)).otherwise(left_out))
         here = ~F.col(DELETED)
-        late = {c.name: F.when(here, decode(shaped[c.name], c.type, native=False)) for c in self.source if c.name not in asked}
+        late = {
+            c.name: F.when(here, text_moved(text, c.type) if c.name in moved else decode(text, c.type, native=False))
+            for c in self.source
+            if c.name not in asked
+            for text in (shaped[f"`{c.name}`"],)
+        }
         whole = shaped.withColumns(late) if late else shaped
         key = self._columns(whole, self.target.key)
         rest = [
             F.when(here, column).alias(name)
-            for name, column in zip(self.target.names, self._columns(whole), strict=True)
+            for name, column in zip(self.target.names, self._columns(whole, moved=moved), strict=True)
             if name not in self.target.key
         ]
-        return _last_of_each_key(whole.select(*VERSION_COLUMNS, *key, *rest), self.target)
+        changes = whole.select(*VERSION_COLUMNS, *key, *rest)
+        return changes if self._one_to_one() else _last_of_each_key(changes, self.target)
+
+    def moved_in_stream(self) -> frozenset[str]:
+        """Return the source columns outside the key of which one target column of the same type is all that is made.
+
+        Arrays are not among them: the stream's are JSON.
+        """
+        asked = self._asked_of_every_row()
+        return frozenset(c.name for c in self.source if c.name in self.only_moved() - asked and not c.type.endswith("[]"))
+
+    def _one_to_one(self) -> bool:
+        """Return whether no two keys of the source that differ as texts can be one key of the target."""
+        names = [c.name for c in self.identity]
+        return self.source_key(names) is not None and all(WRITTEN_ONE_WAY.fullmatch(c.type) for c in self.identity)
 
     def kept(self, frame: DataFrame) -> DataFrame:
         """Return the source rows that `where` keeps, or all of them where it speaks of what the spec's function makes."""

@@ -1,14 +1,17 @@
-"""What a batch offers: Spark's expressions against the pure functions that the model runs."""
+"""What a batch offers: the product's tables and expressions against the pure functions that the model runs."""
 
 from __future__ import annotations
 
 from random import Random
-from typing import Any, cast
+from typing import cast
 
 from pyspark.sql import SparkSession
 
-from changeover.jobs.changes import keys_apart
+from changeover.jobs.changes import last_of_each_key as last_in_arrow
 from changeover.jobs.offers import UNSENT, Change, Image, Key, after_truncate, apart, completed, last_of_each_key
+from changeover.jobs.spool import Event as SpoolEvent
+from changeover.jobs.spool import Image as SpoolImage
+from changeover.jobs.spool import arrow_table
 from changeover.jobs.transform import Transform
 from changeover.position import Version
 from changeover.spec import Table
@@ -22,7 +25,6 @@ TRANSFORM = Transform(
     {"id": "`id`", "note": "`note`"},
     COLUMNS[:1],
 )
-SCHEMA = "lsn long, ordinal long, op string, row map<string,string>, key map<string,string>, missing array<string>"
 EPOCH_OF_ALL = 3
 
 Event = tuple[Version, str, str | None, str | None]
@@ -42,21 +44,26 @@ def events(number: int) -> list[Event]:
     return drawn
 
 
-def spooled(batch: int, event: Event) -> tuple[Any, ...]:
+def spooled(batch: int, event: Event) -> SpoolEvent:
     """Return an event as the spool has it, its keys told apart by the batch."""
     (_, lsn, ordinal), key, note, old_key = event
-    of_batch = {"id": f"{batch}{key}"}
+
+    def of_batch(name: str, *more: str) -> SpoolImage:
+        return ("id", "note")[: 1 + len(more)], (f"{batch}{name}", *more)
+
     if note is None:
-        return lsn, ordinal, "D", None, of_batch, []
-    return lsn, ordinal, "U", {**of_batch, "note": note}, {"id": f"{batch}{old_key}"} if old_key else None, []
+        return SpoolEvent("public.kept", lsn, ordinal, "D", None, of_batch(key), (), 7, 0)
+    old = of_batch(old_key) if old_key else None
+    return SpoolEvent("public.kept", lsn, ordinal, "U", of_batch(key, note), old, (), 7, 0)
 
 
-def test_spark_offers_what_the_rule_says(spark: SparkSession) -> None:
+def test_a_batch_offers_what_the_rule_says(spark: SparkSession) -> None:
     batches = {number: events(number) for number in range(40)}
-    frame = spark.createDataFrame([spooled(n, event) for n, batch in batches.items() for event in batch], SCHEMA)
+    table = arrow_table([spooled(n, event) for n, batch in batches.items() for event in batch])
+    frame = spark.createDataFrame(last_in_arrow(table, ["id"], ["id", "note"]))
     found = {
         (row["id"], Version(row[EPOCH], row[LSN], row[ORDINAL]), None if row[DELETED] else row["note"])
-        for row in TRANSFORM.changes(keys_apart(frame), EPOCH_OF_ALL).collect()
+        for row in TRANSFORM.changes(frame, EPOCH_OF_ALL).collect()
     }
     expected = set()
     for number, batch in batches.items():

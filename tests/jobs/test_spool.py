@@ -239,11 +239,29 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 def test_spark_reads_the_same(spool: Spool, spark: SparkSession) -> None:
     spool.append([put(10, 0, a="1", b=None), put(20, 0, a="2")], 28)
     spool.append([put(30, 0, a="3")], 38)
-    rows = spool.read(spark, 10, 30).orderBy("lsn").collect()
+    rows = spark.read.format("delta").load(str(spool.path)).orderBy("lsn").collect()
     assert [(row.lsn, row.row, row.key, row.missing) for row in rows] == [
         (10, {"a": "1", "b": None}, None, []),
         (20, {"a": "2"}, None, []),
+        (30, {"a": "3"}, None, []),
     ]
+
+
+def test_a_batch_reaches_so_far_and_splits_no_transaction(spool: Spool) -> None:
+    for lsn in range(10, 100, 10):
+        spool.append([put(lsn, 2 * n) for n in range(5)], lsn + 5)
+    spool.append([put(100, 2 * n) for n in range(3)], 95)
+    spool.append([put(100, 2 * n) for n in range(3, 6)], 105)
+    assert spool.reach(0, 2**62, 12, 1 << 30) == 31, "three files, and no transaction in part"
+    assert spool.reach(31, 2**62, 1, 1 << 30) == 41
+    assert spool.reach(0, 2**62, 1000, 1) == 11, "bytes count too"
+    assert spool.reach(95, 2**62, 1, 1 << 30) == 101, "a transaction in two files"
+    assert spool.reach(0, 25, 1000, 1 << 30) == 25
+    assert spool.reach(105, 2**62, 1, 1 << 30) == 105, "nothing is left"
+    parts = list(spool.parts(20, 101, "public.follows", 12))
+    assert [len(part) for part in parts] == [15, 15, 13, 3]
+    assert sorted({lsn for part in parts for lsn in part["lsn"].to_pylist()}) == [*range(20, 101, 10)]
+    assert not list(spool.parts(0, 2**62, "public.other", 12))
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))

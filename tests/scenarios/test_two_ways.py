@@ -7,6 +7,7 @@ from psycopg import sql
 from pyspark.sql import DataFrame
 
 from changeover.errors import RowRefused
+from changeover.jobs.changes import last_of_each_key
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import require_prepared
 from changeover.jobs.spool import Spool
@@ -109,7 +110,9 @@ def test_what_one_way_refuses_the_other_does_too(make_migration: MakeMigration) 
         transforms = require_prepared(made.spec, made.spark, ledger, "test").transforms
     transform = transforms["odd", STORE]
     assert {f"c{n}" for n, (kind, _) in enumerate(REFUSED) if kind in ("integer[]", "date")} < transform.only_moved()
-    spooled = made.spark.createDataFrame(Spool(made.spec.work / "spool").events().select(["lsn", "ordinal", "op", "row", "key"]))
+    events = Spool(made.spec.work / "spool").events()
+    changes = last_of_each_key(events, ["id"], [column.name for column in transform.source])
+    spooled = made.spark.createDataFrame(changes)
     with made.old.transaction():
         made.old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         found = made.old.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text").fetchone()
@@ -118,7 +121,10 @@ def test_what_one_way_refuses_the_other_does_too(make_migration: MakeMigration) 
             ways = {
                 "moved": snapshot(made, transform, row, ExportedSnapshot(*found), moved=True),
                 "decoded": snapshot(made, transform, row, ExportedSnapshot(*found), moved=False),
-                "streamed": transform.changes(spooled.where(spooled["row"]["id"] == str(SECOND + row)), 0),
+                "streamed": transform.changes(spooled.where(spooled["id"] == str(SECOND + row)), 0),
+                "streamed and moved": transform.changes(
+                    spooled.where(spooled["id"] == str(SECOND + row)), 0, transform.moved_in_stream()
+                ),
             }
             refusing = {way: refused(frame.select(f"c{row}")) for way, frame in ways.items()}
             assert refusing == dict.fromkeys(ways, True), f"{kind} {value!r}"
