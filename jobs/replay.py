@@ -24,6 +24,7 @@ from changeover.jobs.changes import completed, last_of_each_key
 from changeover.jobs.chunks import mergeable
 from changeover.jobs.entries import CLOSED, Authority, Load
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.merge import caught_up_floor
 from changeover.jobs.prepare import Prepared, require_prepared, spool_of
 from changeover.jobs.spool import DELETE, INSERT, RELATION, TRUNCATE, UPDATE
 from changeover.jobs.transform import Transform
@@ -156,7 +157,7 @@ class Replay:
             with from_spark(load.source, f"changes from {format_lsn(start)} to {format_lsn(batch.until)}"):
                 if batch.truncated:
                     store.truncate(self.spark, transform.target, Version(interval.epoch, *batch.truncated))
-                taken = self._offer(start, batch, interval.epoch, transform, store)
+                taken = self._offer(start, batch, interval.epoch, transform, store, closed=load.state == CLOSED)
         self.ledger.advance(load.source, load.target, batch.until, batch.events)
         if batch.stop:
             self.ledger.stop_table(load.source, batch.stop)
@@ -174,12 +175,18 @@ class Replay:
         reason = f"{stop[1]} (at {format_lsn(end)})" if stop else None
         return Batch(end, ours.num_rows, reason, last_truncate(ours))
 
-    def _offer(self, start: int, batch: Batch, epoch: int, transform: Transform, store: Store) -> int:
-        """Offer the batch's changes; return how many were taken. A batch is one part, unless one transaction outgrew it."""
+    def _offer(self, start: int, batch: Batch, epoch: int, transform: Transform, store: Store, *, closed: bool) -> int:
+        """Offer the batch's changes; return how many were taken. A batch is one part, unless one transaction outgrew it.
+
+        A large one, of a table that is closed, may let its position be the gate; with small ones an application's own writes
+        would wait more often than they do.
+        """
         relation = ".".join(transform.table.source_name)
         identity, columns = [c.name for c in transform.identity], [c.name for c in transform.source]
         taken = 0
-        for events in self.spool.parts(start, batch.until, relation, BATCH_EVENTS):
+        alone = closed and SMALL_BATCH < batch.events < 2 * BATCH_EVENTS
+        reached = caught_up_floor(epoch, batch.until) if alone else None
+        for events in self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS):
             ours = events.filter(pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE])))
             if batch.truncated:  # what came before it has nothing to say any more
                 ours = ours.filter(_after(ours, *batch.truncated))
@@ -188,7 +195,8 @@ class Replay:
                 moved = transform.moved_in_stream() if store.takes_text else frozenset()
                 changes = transform.changes(whole, epoch, moved)
                 # one task: the fence waits for such batches
-                taken += store.merge(transform.target, changes.coalesce(1) if len(last) <= SMALL_BATCH else changes).taken
+                changes = changes.coalesce(1) if len(last) <= SMALL_BATCH else changes
+                taken += store.merge(transform.target, changes, reached).taken
         return taken
 
 

@@ -54,15 +54,15 @@ class Kept:
     def raise_floor(self, floor: Version) -> None:
         gate.raise_floor(self.connection, TABLE, floor)
 
-    def batch(self, changes: Sequence[Offer]) -> Counts:
-        """Offer a batch, one row a key, as replay does."""
+    def batch(self, changes: Sequence[Offer], reached: Version | None = None) -> Counts:
+        """Offer a batch, one row a key, as replay does; with `reached` its position is the gate."""
         with self.connection.transaction(), self.connection.cursor() as cursor:
             batches.prepare_batch(cursor, TABLE, versions=True)
             cursor.executemany(
                 "INSERT INTO pg_temp.changeover_batch VALUES (%s, %s, %s, %s, %s, 'k', %s)",
                 [(v.epoch, format_lsn(v.lsn), v.ordinal, image is None, key, image) for key, (v, image) in changes],
             )
-            return batches.apply_batch(cursor, TABLE)
+            return batches.apply_batch(cursor, TABLE, reached)
 
     def one(self, key: int, cell: Cell) -> bool:
         """Offer one row as an application does."""
@@ -80,6 +80,10 @@ class Kept:
             batches.prepare_batch(cursor, TABLE, versions=False)
             cursor.executemany("INSERT INTO pg_temp.changeover_batch VALUES (%s, 'k', %s)", images)
             return batches.load_batch(cursor, TABLE)
+
+    def live(self) -> dict[int, object]:
+        """Return the images of the live cells."""
+        return dict(self.connection.execute("SELECT id, note FROM kept").fetchall())
 
     def cells(self) -> Cells:
         """Return the cells: versions from `touched`, images from the table; a tombstone has none."""
@@ -157,6 +161,33 @@ def test_order_repetition_and_mixture_of_ways_change_nothing(kept: Kept, offered
             for key, cell in batch:
                 kept.one(key, cell)
     assert kept.cells() == by_rule(offered, V0)
+
+
+@many
+@given(stream=offers(), direct=offers(), size=st.integers(1, 5))
+def test_a_closed_tables_position_is_as_good_a_gate(kept: Kept, stream: list[Offer], direct: list[Offer], size: int) -> None:
+    """Batches in the stream's order, a direct write after each, and each batch once more, as after a kill."""
+    kept.clear()
+    cells: Cells = {}
+    floor = V0
+    late = iter(direct)
+    for batch in batches_of(sorted(stream, key=lambda offer: offer[1].version), size):
+        reached = max(cell.version for _, cell in batch)
+        assert kept.batch(batch, reached).offered == len(batch)
+        cells, floor = by_rule(batch, floor, cells), max(floor, reached)
+        for key, cell in [one] if (one := next(late, None)) else []:
+            kept.one(key, cell)
+            cells = by_rule([(key, cell)], floor, cells)
+        assert kept.batch(batch, reached).taken == 0, "offered again, nothing is taken"
+    assert kept.live() == {key: cell.image for key, cell in cells.items() if cell.image is not None}
+
+
+def test_a_lock_that_is_held_leaves_the_versions_to_decide(kept: Kept) -> None:
+    with connect(kept.dsn, "test") as other, other.transaction(), other.cursor() as cursor:
+        batches.lock_shared(cursor, TABLE)
+        kept.batch([(1, Cell(Version(0, 200, 0), "a"))], Version(0, 300, -1))
+    assert kept.cells() == {1: Cell(Version(0, 200, 0), "a")}
+    assert kept.one(2, Cell(Version(0, 250, 0), "b")), "the floor was not raised"
 
 
 @many

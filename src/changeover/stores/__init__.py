@@ -131,8 +131,12 @@ class Store(Protocol):
         """Barrier and sweep after the last chunk; return the ghosts removed (backfill)."""
         ...
 
-    def merge(self, table: TargetTable, changes: DataFrame) -> Counts:
-        """Offer changes, one row a key, through the gate (replay)."""
+    def merge(self, table: TargetTable, changes: DataFrame, reached: Version | None = None) -> Counts:
+        """Offer changes, one row a key, through the gate (replay).
+
+        `reached` says that the table is closed, and that these are all changes up to that version that were not offered before:
+        a store may then let the position be the gate, and write no version for each key.
+        """
         ...
 
     def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:

@@ -1,8 +1,8 @@
 """Batches at the gate of a PostgreSQL store: many changes or a chunk's images, offered in one transaction of the caller's.
 
-A batch arrives by COPY in a temporary table and goes through the parts that `statements` names, in that order: changes by GATE, a
-chunk's images by LOAD. What each part does is said here, once. Only READ COMMITTED is accepted. Runs where the cursor's session
-runs, in tasks mostly.
+A batch arrives by COPY in a temporary table and goes through the parts that `statements` names, in that order: changes by GATE or
+CATCH_UP, a chunk's images by LOAD. What each part does is said here, once. Only READ COMMITTED is accepted. Runs where the
+cursor's session runs, in tasks mostly.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import CouldNotFinish, RowRefused
+from changeover.position import Version
 from changeover.stores import Counts
-from changeover.stores.gate import GatedTable
-from changeover.stores.statements import GATE, LOAD, Part
+from changeover.stores.gate import GatedTable, raise_floor
+from changeover.stores.statements import CATCH_UP, GATE, LOAD, Part
 
 BATCH = sql.Identifier("pg_temp", "changeover_batch")
 """The session's temporary table in which a batch of images or changes arrives by COPY."""
@@ -34,20 +35,68 @@ def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool
 
 def lock_shared(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     """Take the table's lock, SHARED, alone, so that the next statement's snapshot is taken under it."""
-    row = cursor.execute("SHOW transaction_isolation").fetchone()
-    if row is None or row[0] != "read committed":
-        raise CouldNotFinish(f"the gate needs READ COMMITTED, not {row}")
+    require_read_committed(cursor)
     cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock_shared({})").format(table.lock_key))
     return Counts(0, 0)
 
 
-def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
-    """Offer the batch table's changes, one row a key, through the gate, in the caller's transaction."""
-    offered = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
+def require_read_committed(cursor: psycopg.Cursor[Any]) -> None:
+    """Raise CouldNotFinish at any other isolation level: each statement must see what committed before it."""
+    row = cursor.execute("SHOW transaction_isolation").fetchone()
+    if row is None or row[0] != "read committed":
+        raise CouldNotFinish(f"the gate needs READ COMMITTED, not {row}")
+
+
+def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version | None = None) -> Counts:
+    """Offer the batch table's changes, one row a key, through the gate, in the caller's transaction.
+
+    With `reached` the batch has every change up to that version that was not offered before, and the position is the gate
+    (`statements.CATCH_UP`), unless another session holds the table's lock: then each key's version is, as always.
+    """
+    found = cursor.execute(sql.SQL("SELECT count(*), max(_epoch)::text FROM {}").format(BATCH)).fetchone()
+    assert found is not None
     # a store that has lost authority lets the gate of the present epoch pass, see refusal
-    cursor.execute(sql.SQL("SELECT set_config('changeover.epoch', max(_epoch)::text, true) FROM {}").format(BATCH))
-    taken = sum(OF_CHANGES[part](cursor, table).taken for (part,) in GATE)
-    return Counts(int(offered[0]) if offered else 0, taken)
+    cursor.execute("SELECT set_config('changeover.epoch', %s, true)", [found[1]])
+    steps: dict[Part, Step] = OF_CHANGES
+    procedure = GATE
+    if reached is not None and _lock_exclusive(cursor, table):
+        steps = {**OF_CHANGES, Part.LOCK_EXCLUSIVE: _locked, Part.RAISE_FLOOR: lambda cursor, table: _raise(cursor, table, reached)}
+        (procedure,) = CATCH_UP
+    return Counts(int(found[0]), sum(steps[part](cursor, table).taken for (part,) in procedure))
+
+
+def _lock_exclusive(cursor: psycopg.Cursor[Any], table: GatedTable) -> bool:
+    """Take the table's lock, exclusive, if it is free: nobody is made to wait who was there before."""
+    require_read_committed(cursor)
+    row = cursor.execute(sql.SQL("SELECT pg_try_advisory_xact_lock({})").format(table.lock_key)).fetchone()
+    return row is not None and bool(row[0])
+
+
+def _locked(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+    """The lock is there already: whether it was free decided on the procedure."""
+    return Counts(0, 0)
+
+
+def _drop_older(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+    """Leave in the batch what is above the floor and above the cell; under the exclusive lock nothing changes beneath it."""
+    cursor.execute(
+        sql.SQL(
+            "DELETE FROM {batch} AS b USING changeover.gate AS g WHERE g.target = {target}"
+            " AND (b._epoch, b._lsn, b._ordinal) <= (g.epoch, g.lsn, g.ordinal)"
+        ).format(batch=BATCH, target=sql.Literal(table.target))
+    )
+    cursor.execute(
+        sql.SQL(
+            "DELETE FROM {batch} AS b USING {touched} AS t WHERE {same}"
+            " AND (b._epoch, b._lsn, b._ordinal) <= (t._epoch, t._lsn, t._ordinal)"
+        ).format(batch=BATCH, touched=table.touched, same=table.same_key("t", "b"))
+    )
+    return Counts(0, 0)
+
+
+def _raise(cursor: psycopg.Cursor[Any], table: GatedTable, floor: Version) -> Counts:
+    raise_floor(cursor.connection, table, floor)
+    return Counts(0, 0)
 
 
 def _touch_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
@@ -65,10 +114,11 @@ Step = Callable[[psycopg.Cursor[Any], GatedTable], Counts]
 OF_CHANGES: dict[Part, Step] = {
     Part.LOCK_SHARED: lock_shared,
     Part.TOUCH: _touch_batch,
+    Part.DROP_OLDER: _drop_older,
     Part.DELETE: lambda cursor, table: Counts(0, cursor.execute(table.delete(BATCH)).rowcount),
     Part.UPSERT: lambda cursor, table: Counts(0, cursor.execute(table.upsert(BATCH)).rowcount),
 }
-"""What each part of `statements.GATE` does with a batch of changes; what it took are rows written."""
+"""What each part of `statements.GATE` and `CATCH_UP` does with a batch of changes; what it took are rows written."""
 
 
 def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:

@@ -124,7 +124,7 @@ class DeltaStore:
         """Nothing to sweep: no merge ran before the last append."""
         return 0
 
-    def merge(self, table: TargetTable, changes: DataFrame) -> Counts:
+    def merge(self, table: TargetTable, changes: DataFrame, reached: Version | None = None) -> Counts:
         """Offer changes by one MERGE: an older one changes nothing, a delete of an absent key leaves a tombstone."""
         from delta.tables import DeltaTable as SparkDeltaTable
         from pyspark.sql import functions as F

@@ -112,12 +112,17 @@ class PostgresStore:
         with truncating.alone(self.connection, table):
             return gate.sweep(self.connection, table)
 
-    def merge(self, table: TargetTable, changes: DataFrame) -> Counts:
-        """Offer changes through the gate, a transaction a partition; partitions must not share a key."""
+    def merge(self, table: TargetTable, changes: DataFrame, reached: Version | None = None) -> Counts:
+        """Offer changes through the gate, a transaction a partition; partitions must not share a key.
+
+        With `reached` it is one transaction, whose position is the gate.
+        """
         from changeover.stores.copytext import copy_lines
 
+        if reached is not None:
+            changes = changes.coalesce(1)
         lines = copy_lines(changes.select(*VERSION_COLUMNS, *table.names), lsn_columns=(LSN,))
-        rows = lines.mapInArrow(MergeTask(self.dsn, self.application, self.gated(table)), OUTCOME).collect()
+        rows = lines.mapInArrow(MergeTask(self.dsn, self.application, self.gated(table), reached), OUTCOME).collect()
         raise_failures(row.failure for row in rows)
         return Counts(sum(row.offered for row in rows), sum(row.taken for row in rows))
 

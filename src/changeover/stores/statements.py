@@ -72,7 +72,7 @@ CATCH_UP: Procedure = (
 )  # fmt: skip
 """A batch of replay on a closed table whose position, as `merge.caught_up_floor`, is the gate: no version is written per key.
 
-Nobody waits for the lock while replay is the only writer; a direct write that appears all the same waits for the batch, and then
+The lock is taken where it is free, so replay waits for nobody; a direct write that appears meanwhile waits for the batch, and then
 finds the floor above what it must not overwrite. TRUNCATE, collection and closing exclude each other by the target's lease.
 """
 

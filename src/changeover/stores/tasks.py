@@ -17,6 +17,7 @@ from psycopg import sql
 
 from changeover import points
 from changeover.errors import ChangeoverError, RowRefused
+from changeover.position import Version
 from changeover.session import connect, speaking_to
 from changeover.sparkerrors import failure_of
 from changeover.stores import VERSION_COLUMNS, Counts, Mark, gate
@@ -102,6 +103,7 @@ class MergeTask:
     dsn: str
     application: str
     table: gate.GatedTable
+    reached: Version | None = None
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Copy and gate in one transaction, again after a deadlock with an application's write."""
@@ -122,7 +124,7 @@ class MergeTask:
                     with gated_session(self.dsn, self.application) as cursor:
                         prepare_batch(cursor, self.table, versions=True)
                         copy_in(cursor, (*VERSION_COLUMNS, *self.table.columns), iter(changes))
-                        counts = apply_batch(cursor, self.table)
+                        counts = apply_batch(cursor, self.table, self.reached)
                         cursor.connection.commit()
                         return counts
                 except psycopg.errors.DeadlockDetected:
