@@ -48,15 +48,16 @@ def keys_apart(events: DataFrame) -> DataFrame:
 
 @contextmanager
 def completed(
-    spec: Spec, spark: SparkSession, transform: Transform, events: DataFrame, partial: pa.Table, snapshot: ExportedSnapshot | None
-) -> Iterator[DataFrame]:
+    spec: Spec, spark: SparkSession, transform: Transform, events: DataFrame, partial: pa.Table, snapshot: ExportedSnapshot | None,
+    dsn: str,
+) -> Iterator[DataFrame]:  # fmt: skip
     """Yield the events with whole rows; `partial` are row, missing and xid of those that are not (driver, read in tasks).
 
-    The source is read in `snapshot` where one is given, which must hold all of the updates.
+    The store at `dsn` is read, in `snapshot` where one is given, which must hold all of the updates.
     """
     from pyspark.sql import functions as F
 
-    dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "replay")
+    application = application_name(spec.name, "replay")
     identity = [c.name for c in transform.identity]
     names = sorted({name for missing in partial["missing"].to_pylist() for name in missing} & {c.name for c in transform.source})
     keys = sorted({tuple(dict(row)[name] for name in identity) for row in partial["row"].to_pylist()})

@@ -15,18 +15,23 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from ldclient.migrations.types import Stage
 
-from changeover.errors import TableStopped
+from changeover import points
+from changeover.errors import ChangeoverError, TableStopped
+from changeover.jobs import reverse
 from changeover.jobs.changes import completed, keys_apart
 from changeover.jobs.chunks import mergeable
-from changeover.jobs.entries import CLOSED, Authority, Load
+from changeover.jobs.entries import CLOSED
+from changeover.jobs.journal import Back, Journal, OldJournal
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import Prepared, require_prepared, spool_of
-from changeover.jobs.spool import DELETE, INSERT, RELATION, TRUNCATE, UPDATE
+from changeover.jobs.spool import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE
+from changeover.jobs.tenure import NEW, Interval, offered_intervals
 from changeover.jobs.transform import Transform
 from changeover.position import Version, format_lsn
 from changeover.sparkerrors import from_spark
@@ -48,7 +53,8 @@ SMALL_BATCH = 20_000
 
 IDLE_SECONDS = 0.1
 
-FOR_EVER = 2**63 - 1
+AGAIN_SECONDS = 2.0
+"""How long to wait before what the old store refused is offered to it again."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +77,11 @@ class Batch:
     partial: bool = False
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A part of the old store's stream: the epoch of its events, and the commit LSNs since <= lsn < until."""
-
-    epoch: int
-    since: int
-    until: int
-
-
 class Replay:
     """Replays one migration (driver); `round` is one turn over all its loads, in the thread that calls it.
 
-    Values that an update did not send are read in `snapshot` where one is given: then they are those of its moment.
+    Values that an update did not send are read in `snapshot` where one is given: then they are those of its moment. What was
+    written to the new store while it had authority goes to the other targets as well, and back to the old store.
     """
 
     def __init__(
@@ -93,8 +91,10 @@ class Replay:
         self.spark = spark
         self.ledger = ledger
         self.prepared = prepared
-        self.snapshot = snapshot
         self.spool = spool_of(spec)
+        self.carrier = Carrier(spec, spark, OldJournal(spec, ledger, self.spool), snapshot)
+        self.back = Back(spec, spark, ledger, prepared.transforms)
+        self.returning = Carrier(spec, spark, self.back.journal, None)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Offer everything spooled below `until` to each target, in one turn of that target's lease."""
@@ -114,6 +114,7 @@ class Replay:
         """Do a round's work; the caller holds the leases of the targets. A table that stops is named when the others are done."""
         end = min([self.spool.end()] + ([until] if until is not None else []))
         authorities = self.ledger.authorities()
+        carried = self.back.carried(authorities)
         events = taken = 0
         positions = []
         stops = []
@@ -126,9 +127,15 @@ class Replay:
                     continue
                 store.install(transform.target, self.prepared.stream.image)
                 try:
-                    for interval in offered_intervals(authorities, takes_over=self._takes_over(target)):
-                        load, offered = self._catch_up(load, interval, end, transform, store)
+                    for interval in offered_intervals(authorities, takes_over=self._takes_over(target), carried=carried):
+                        if interval.store == NEW:
+                            there, offered = self._bring_back(interval, source, target, store)
+                        else:
+                            load, offered = self.carrier.catch_up(load, interval, end, transform, store)
+                            there = load.applied >= interval.until
                         events, taken = events + offered.offered, taken + offered.taken
+                        if not there:  # epochs are offered one after the other
+                            break
                 except TableStopped as stop:
                     stops.append(stop)
             positions.append(load.applied)
@@ -139,34 +146,74 @@ class Replay:
     def _takes_over(self, target: str) -> bool:
         return self.spec.flag is not None and self.spec.flag.target == target
 
-    def _catch_up(self, load: Load, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Load, Counts]:
+    def bring_back(self) -> Replayed:
+        """Offer what was written to the new store while it had authority to the old store; the caller holds that lease.
+
+        Once the last stage was reached the old store gets nothing any more.
+        """
+        intervals = self.back.intervals() if self.spec.flag is not None else []
+        end, positions, events, taken = self.back.end(intervals), [], 0, 0
+        for load in self.back.loads(reverse.OLD_STORE) if intervals and self.ledger.stage() != Stage.COMPLETE.value else []:
+            if load.applied < end:
+                with open_store(self.spec, reverse.old_target(self.spec), "replay") as store:
+                    for interval in intervals:
+                        there, offered = self._bring_back(interval, load.source, load.target, store)
+                        events, taken = events + offered.offered, taken + offered.taken
+                        if not there:
+                            break
+            positions.append(load.applied)
+        return Replayed(events, taken, min(positions, default=0))
+
+    def _bring_back(self, interval: Interval, source: str, target: str, store: Store) -> tuple[bool, Counts]:
+        """Offer what is left of one interval of the new store's stream; tell whether all of the interval was."""
+        load = next(load for load in self.back.loads(target) if load.source == source)
+        transform = self.back.transform(source, target)
+        load, counts = self.returning.catch_up(load, interval, self.back.journal.spool.end(), transform, store)
+        return load.applied >= interval.until, counts
+
+
+class Carrier:
+    """Carries batches of one store's stream into a target (driver)."""
+
+    def __init__(self, spec: Spec, spark: SparkSession, journal: Journal, snapshot: ExportedSnapshot | None) -> None:
+        self.spec = spec
+        self.spark = spark
+        self.journal = journal
+        self.spool = journal.spool
+        self.snapshot = snapshot
+
+    def catch_up(self, load: Any, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
         """Offer what is left of one interval; what lies between two of them is never offered."""
         end = min(end, interval.until)
         if load.applied >= end:
             return load, Counts(0, 0)
         start = max(load.applied, interval.since)
-        _, _, stopped = self.ledger.source_table(load.source)
+        stopped = self.journal.stopped(load)
         # stopped by an event: each target is still brought up to it
-        if stopped and self._next_batch(start, self.spool.end(), transform).stop is None:
+        if stopped and self._next_batch(start, self.spool.end(), transform, interval).stop is None:
             raise TableStopped(load.source, stopped)
-        batch = self._next_batch(start, end, transform)
+        batch = self._next_batch(start, end, transform, interval)
         counts = Counts(0, 0)
         if batch.events:
             with from_spark(load.source, f"changes from {format_lsn(start)} to {format_lsn(batch.until)}"):
                 if batch.truncated:
+                    self.journal.require_truncatable(load)
                     store.truncate(self.spark, transform.target, Version(interval.epoch, *batch.truncated))
-                with self._changes(start, batch, interval.epoch, transform) as changes:
+                with self._changes(start, batch, interval, transform) as changes:
                     counts = store.merge(transform.target, changes)
-        self.ledger.advance(load.source, load.target, batch.until, batch.events)
+        points.reach("batch-offered", f"{load.source} {load.target} {batch.events}")
+        self.journal.advance(load, batch.until, batch.events)
         if batch.stop:
-            self.ledger.stop_table(load.source, batch.stop)
+            self.journal.stop(load, batch.stop)
             raise TableStopped(load.source, batch.stop)
         return replace(load, applied=batch.until), Counts(batch.events, counts.taken)
 
-    def _next_batch(self, start: int, end: int, transform: Transform) -> Batch:
+    def _next_batch(self, start: int, end: int, transform: Transform, interval: Interval) -> Batch:
         schema, name = transform.table.source_name
         outline = self.spool.outline(start, end)
         ours = outline.filter(pc.equal(outline["relation"], f"{schema}.{name}"))
+        if not interval.echo:
+            ours = ours.filter(pc.or_(pc.is_null(ours["note"]), pc.is_in(ours["op"], pa.array([RELATION, ADDED]))))
         stop = first_stop(ours, [c.name for c in transform.identity])
         if stop is not None:
             end, ours = stop[0], ours.filter(pc.less(ours["lsn"], stop[0]))
@@ -175,15 +222,18 @@ class Replay:
         return Batch(end, ours.num_rows, reason, last_truncate(ours), bool(partial))
 
     @contextmanager
-    def _changes(self, start: int, batch: Batch, epoch: int, transform: Transform) -> Iterator[DataFrame]:
+    def _changes(self, start: int, batch: Batch, interval: Interval, transform: Transform) -> Iterator[DataFrame]:
         """Yield the batch's changes, one row a key; what an update did not send is read from the source."""
         relation = ".".join(transform.table.source_name)
         if batch.events <= SMALL_BATCH:
-            found = self.spool.events(start, batch.until).drop_columns(["committed_at", "note"])
+            found = self.spool.events(start, batch.until).drop_columns(["committed_at"])
             events = self.spark.createDataFrame(found).coalesce(1)
         else:
             events = self.spool.read(self.spark, start, batch.until)
         ours = events.where((events["relation"] == relation) & events["op"].isin(INSERT, UPDATE, DELETE))
+        if not interval.echo:
+            ours = ours.where(ours["note"].isNull())
+        ours = ours.drop("note")  # the table may have a column of that name
         if batch.truncated:  # what came before it has nothing to say any more
             lsn, ordinal = batch.truncated
             ours = ours.where((ours["lsn"] > lsn) | ((ours["lsn"] == lsn) & (ours["ordinal"] > ordinal)))
@@ -191,27 +241,12 @@ class Replay:
         with ExitStack() as held:
             if batch.partial:
                 partial = self.spool.partial(relation, start, batch.until)
-                ours = held.enter_context(completed(self.spec, self.spark, transform, ours, partial, self.snapshot))
-            changes = transform.changes(ours, epoch)
+                ours = held.enter_context(
+                    completed(self.spec, self.spark, transform, ours, partial, self.snapshot, self.journal.dsn)
+                )
+            changes = transform.changes(ours, interval.epoch)
             # one task: the fence waits for such batches
             yield changes.coalesce(1) if batch.events <= SMALL_BATCH else changes
-
-
-def offered_intervals(authorities: Sequence[Authority], *, takes_over: bool) -> list[Interval]:
-    """Return the intervals of the old store's stream that a target is offered, by the authority log (pure).
-
-    While the new store has authority, the old one's stream holds our own mirrored writes. The target that takes over wrote them
-    itself, so it never gets that echo. Any other target waits at the fence; it learns of those writes by the echo once authority is
-    back, because then the old store is the truth again.
-    """
-    intervals = [Interval(0, 0, FOR_EVER)]
-    for change in authorities:
-        intervals[-1] = replace(intervals[-1], until=change.from_lsn)
-        intervals.append(Interval(change.epoch, change.from_lsn, FOR_EVER))
-    if authorities and authorities[-1].store == "new":
-        intervals.pop()
-    elsewhere = {change.epoch for change in authorities if change.store == "new"}
-    return [one for one in intervals if not (takes_over and one.epoch in elsewhere)]
 
 
 def first_stop(outline: pa.Table, identity: Sequence[str]) -> tuple[int, str] | None:
@@ -250,7 +285,7 @@ def replay(
     spec: Spec, spark: SparkSession, *, follow: bool = False, stop: threading.Event | None = None,
     targets: Sequence[str] | None = None,
 ) -> Replayed:  # fmt: skip
-    """Replay until caught up with the spool, or with `follow` until `stop` is set (driver).
+    """Replay until caught up with the spool, or with `follow` until `stop` is set, back to the old store too (driver).
 
     Each target is followed in a thread of its own, so that a slow one does not hold up another, and an error in one stops all.
     Raises StepOrder before prepare, TableStopped, ServerUnavailable.
@@ -259,12 +294,15 @@ def replay(
     with Ledger.open(spec, STEP) as ledger:
         prepared = require_prepared(spec, spark, ledger, STEP)
     chosen = list(targets or spec.targets)
-    with ThreadPoolExecutor(len(chosen), thread_name_prefix="replay") as pool:
+    with ThreadPoolExecutor(len(chosen) + 1, thread_name_prefix="replay") as pool:
         running = [pool.submit(_replay_target, spec, spark, prepared, target, follow, stop) for target in chosen]
+        back = pool.submit(_replay_back, spec, spark, prepared, follow, stop) if spec.flag is not None else None
         try:
-            return total([one.result() for one in as_completed(running)])
+            done = total([one.result() for one in as_completed(running)])
         finally:
             stop.set()
+        came = back.result() if back is not None else Replayed(0, 0, 0)
+    return replace(done, events=done.events + came.events, taken=done.taken + came.taken)
 
 
 def _replay_target(
@@ -285,6 +323,30 @@ def _replay_target(
                 return Replayed(events, taken, done.applied)
             if not done.events:
                 stop.wait(IDLE_SECONDS)
+
+
+def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bool, stop: threading.Event) -> Replayed:
+    """Replay from the new store into the old one; with `follow` what stands in the way is on record, and tried again."""
+    spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(reverse.OLD_STORE))
+    with Ledger.open(spec, STEP) as ledger:
+        running = Replay(spec, spark, ledger, prepared)
+        events = taken = 0
+        while True:
+            wait = IDLE_SECONDS
+            try:
+                with ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
+                    done = running.bring_back()
+            except ChangeoverError as error:
+                reverse.stop(ledger, reverse.OLD_STORE, str(error))
+                if not follow:
+                    raise
+                log.warning("nothing comes back to the old store: %s", error)
+                done, wait = Replayed(0, 0, 0), AGAIN_SECONDS
+            events, taken = events + done.events, taken + done.taken
+            if stop.is_set() or (not follow and not done.events):
+                return Replayed(events, taken, done.applied)
+            if not done.events:
+                stop.wait(wait)
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ FORMAT = "2"
 INSERT, UPDATE, DELETE, TRUNCATE, MARKER, RELATION, ADDED = "I", "U", "D", "T", "M", "R", "A"
 """Kinds of event; MARKER, RELATION and ADDED speak in `note`, MARKER and only it without a relation.
 
+A row's change or a TRUNCATE has a note only where its transaction bears the mark of our own writes: what of ours made it.
 RELATION says that a table is not as it was prepared, ADDED that it only has more columns, which nothing of the spec needs.
 """
 
@@ -203,10 +204,16 @@ class Spool:
             first.setdefault((event["relation"], event["note"]), event["lsn"])
         return [(relation, lsn, note) for (relation, note), lsn in first.items()]
 
-    def _scan(self, after: int, until: int, columns: list[str], *, noted: bool = False) -> pa.Table:
+    def unmarked(self, after: int, until: int) -> pa.Table:
+        """Return relation, lsn, xid and committed_at of what with ``after <= lsn < until`` bears no mark of ours."""
+        found = self._scan(after, until, ["relation", "lsn", "op", "xid", "committed_at", "note"], noted=False)
+        changes = pc.is_in(found["op"], pa.array([INSERT, UPDATE, DELETE, TRUNCATE]))
+        return found.filter(pc.and_(changes, pc.is_null(found["note"]))).drop_columns(["op", "note"])
+
+    def _scan(self, after: int, until: int, columns: list[str], *, noted: bool | None = None) -> pa.Table:
         """Read the files whose positions meet the range: the log tells which, so the others cost nothing.
 
-        With `noted`, of those the files that hold a note.
+        With `noted`, of those the files that hold a note, or something without one.
         """
         table = self._latest()
         until = min(until, table.transaction_version(APPLICATION) or 0)
@@ -214,8 +221,8 @@ class Spool:
         if "min.lsn" not in actions.column_names:  # nothing was ever appended
             return SCHEMA.empty_table().select(columns)
         met = actions.filter((pc.field("max.lsn") >= after) & (pc.field("min.lsn") < until))
-        if noted:
-            met = met.filter(pc.field("null_count.note") < pc.field("num_records"))
+        if noted is not None:
+            met = met.filter(pc.field("null_count.note") < pc.field("num_records") if noted else pc.field("null_count.note") > 0)
         paths = [str(self.path / name) for name in met["path"].to_pylist()]
         if not paths:
             return SCHEMA.empty_table().select(columns)

@@ -3,7 +3,8 @@
 Events come out one by one, in stream order, with their commit LSN, which the stream tells before the first of them; so a
 transaction of any size passes through. The ordinal of a change is twice its index among all data messages of the transaction,
 counted before anything is left out, so another connection that reads the same log gives the same places, and what is held
-already is known by its place. A table that differs from the prepared one gets an event that says how, at its place.
+already is known by its place. What follows the mark of our own writes in its transaction has that mark as its note. A table that
+differs from the prepared one gets an event that says how, at its place.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from changeover.jobs import pgoutput
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.pgoutput import UNCHANGED, Values
 from changeover.jobs.spool import ADDED, DELETE, INSERT, MARKER, NOWHERE, RELATION, TRUNCATE, UPDATE, Event, Image, Place
+from changeover.stores.gate import OURS
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +145,7 @@ class Assembler:
     def __post_init__(self) -> None:
         """Build the table of what to do with each kind of message; the kinds left out say nothing to us."""
         self._index = 0
+        self._ours: str | None = None
         self._notes: list[Event] = []
         self._take: dict[type, Callable[[Any], int | None]] = {
             pgoutput.Begin: self._begin,
@@ -150,7 +153,7 @@ class Assembler:
             pgoutput.Insert: lambda m: self._change(m.relation, INSERT, m.new),
             pgoutput.Update: lambda m: self._change(m.relation, UPDATE, m.new, m.kind, m.old),
             pgoutput.Delete: lambda m: self._change(m.relation, DELETE, None, m.kind, m.old),
-            pgoutput.Truncate: lambda m: self._note(TRUNCATE, [self._shape(relation).name for relation in m.relations]),
+            pgoutput.Truncate: lambda m: self._note(TRUNCATE, [self._shape(relation).name for relation in m.relations], self._ours),
             pgoutput.Message: self._message,
             pgoutput.Relation: self._relation,
         }
@@ -166,7 +169,7 @@ class Assembler:
         return events
 
     def _begin(self, message: pgoutput.Begin) -> None:
-        self.open, self._index = message, 0
+        self.open, self._index, self._ours = message, 0, None
 
     def _commit(self, message: pgoutput.Commit) -> int:
         self._now()
@@ -206,7 +209,7 @@ class Assembler:
             row, missing = shape.row(new, old if kind == "O" else None)
         if old is not None and (new is None or shape.key_moved(old, new)):
             key = shape.key(old)
-        self.events.append(Event(shape.name, lsn, ordinal, op, row, key, missing, xid, committed_at, None))
+        self.events.append(Event(shape.name, lsn, ordinal, op, row, key, missing, xid, committed_at, self._ours))
 
     def _note(self, op: str, relations: Sequence[str], note: str | None = None) -> None:
         lsn, ordinal, xid, committed_at, held = self._next()
@@ -218,6 +221,8 @@ class Assembler:
             ours = message.prefix == MARKER_PREFIX
             self._note(MARKER, [""] if ours else [], message.content.decode(errors="backslashreplace"))
             self.marker |= ours
+            if message.prefix == OURS:
+                self._ours = message.content.decode(errors="backslashreplace")
 
     def _relation(self, relation: pgoutput.Relation) -> None:
         name = f"{relation.schema}.{relation.name}"

@@ -1,0 +1,319 @@
+"""The reverse path: the stream by which a store that took over tells the others what was written to it.
+
+It is opened in front of the fence, publication first and then the slot, so it holds whatever commits under the new authority;
+capture brings it into a spool of its own, and replay offers from there. What stands on record is where the stream began, how its
+tables looked, and how far each load has come, in the new store's own log. Where a path can't be, `obstacles` says why in sentences,
+and the mirror alone keeps the old store up to date. Everything here runs on the driver and starts no JVM.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from changeover.errors import SourceChanged, SpoolGap
+from changeover.jobs import inverse, snapshot
+from changeover.jobs.entries import Authority, SourceColumn, Stream
+from changeover.jobs.ledger import Ledger
+from changeover.jobs.preflight import SERVER_RULES, TABLE_RULES, SourceTable, source_table, store_columns
+from changeover.jobs.replication import require_stream
+from changeover.jobs.spool import Spool
+from changeover.jobs.tenure import NEW, tenures
+from changeover.position import format_lsn, parse_lsn
+from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, speaking_to
+from changeover.spec import Spec, Table, Target
+from changeover.stores import Column
+
+log = logging.getLogger(__name__)
+
+OLD_STORE = "old store"
+"""The old store as a target of the way back; no target of a spec can bear a name with a space."""
+
+OLDEST_SERVER = 140000
+
+
+@dataclass(frozen=True)
+class Path:
+    """The path on record: its stream, the columns of each of its tables by name, and why it is of no use any more, if so."""
+
+    stream: Stream
+    tables: Mapping[str, tuple[SourceColumn, ...]]
+    broken: str | None
+
+
+@dataclass(frozen=True)
+class ReverseLoad:
+    """How far a table's changes have come into a target; `applied` is in the new store's log, `stopped` why they stand still."""
+
+    source: str
+    target: str
+    applied: int
+    events: int
+    stopped: str | None
+
+
+def slot_of(spec: Spec) -> str:
+    """Return the name of the new store's slot and publication; no migration's name begins as its own part does."""
+    return f"changeover__new_{spec.name}"
+
+
+def spool_of(spec: Spec) -> Spool:
+    """Return the spool of the new store's stream."""
+    return Spool(spec.work / "spool-new")
+
+
+def new_dsn(spec: Spec) -> str:
+    """Return the DSN of the store that takes over; there is one wherever the spec has a flag."""
+    assert spec.flag is not None
+    return spec.targets[spec.flag.target].dsn_value
+
+
+def old_target(spec: Spec) -> Target:
+    """Return the old store as a target."""
+    return Target(OLD_STORE, "postgres", dsn=spec.source.dsn)
+
+
+def targets_of(spec: Spec) -> list[str]:
+    """Return the targets that the new store's stream is offered to: the old store, and every one beside the new store."""
+    assert spec.flag is not None
+    return [OLD_STORE, *sorted(set(spec.targets) - {spec.flag.target})]
+
+
+# -- the record
+
+
+def recorded(ledger: Ledger) -> Path | None:
+    """Return the path on record, None where there is none."""
+    row = ledger.connection.execute(
+        "SELECT l0::text, system_id, timeline, slot, tables, broken FROM changeover.reverse_stream WHERE migration = %s",
+        [ledger.migration],
+    ).fetchone()
+    if row is None:
+        return None
+    tables = {name: tuple(SourceColumn(**column) for column in columns) for name, columns in row[4].items()}
+    return Path(Stream(parse_lsn(row[0]), row[1], row[2], row[3], row[3], "", ""), tables, row[5])
+
+
+def loads(ledger: Ledger) -> list[ReverseLoad]:
+    """Return how far each table has come back into each target."""
+    rows = ledger.connection.execute(
+        "SELECT source, target, applied::text, events, stopped FROM changeover.reverse_load WHERE migration = %s"
+        " ORDER BY source, target",
+        [ledger.migration],
+    ).fetchall()
+    return [ReverseLoad(r[0], r[1], parse_lsn(r[2]), r[3], r[4]) for r in rows]
+
+
+def advance(ledger: Ledger, source: str, target: str, applied: int, events: int) -> None:
+    """Record that every event below `applied` was offered, and that nothing stands in the way; the position never goes back."""
+    ledger.connection.execute(
+        "UPDATE changeover.reverse_load SET applied = greatest(applied, %s), events = events + %s, stopped = NULL"
+        " WHERE migration = %s AND source = %s AND target = %s",
+        [format_lsn(applied), events, ledger.migration, source, target],
+    )
+
+
+def stop(ledger: Ledger, target: str, reason: str, source: str | None = None) -> None:
+    """Record why changes do not come back into a target, of one table or of all; the next batch that does takes it away."""
+    ledger.connection.execute(
+        "UPDATE changeover.reverse_load SET stopped = %s WHERE migration = %s AND target = %s AND source = coalesce(%s, source)",
+        [reason, ledger.migration, target, source],
+    )
+
+
+def break_off(ledger: Ledger, reason: str) -> None:
+    """Record that the path is of no use any more; the next fence opens a new one."""
+    ledger.connection.execute(
+        "UPDATE changeover.reverse_stream SET broken = coalesce(broken, %s) WHERE migration = %s", [reason, ledger.migration]
+    )
+
+
+def carried(path: Path | None, changes: Sequence[Authority]) -> frozenset[int]:
+    """Return the epochs of the new store whose every event the path carries (pure)."""
+    if path is None or path.broken:
+        return frozenset()
+    return frozenset(t.epoch for t in tenures(changes) if t.store == NEW and path.stream.l0 <= t.since)
+
+
+def whole(ledger: Ledger) -> str | None:
+    """Return why the old store does not get all that is written to the new one, which has authority; None where it does."""
+    path = recorded(ledger)
+    if path is None:
+        return "there is no reverse path"
+    if ledger.authority().epoch not in carried(path, ledger.authorities()):
+        return path.broken or "the reverse path does not reach back to the fence"
+    stopped = [load for load in loads(ledger) if load.target == OLD_STORE and load.stopped]
+    return f"{stopped[0].source}: {stopped[0].stopped}" if stopped else None
+
+
+# -- whether there can be one
+
+
+ORDINARY = """
+SELECT format('%%s is not an ordinary table of its own, whose changes one publication tells', %(name)s::text)
+FROM pg_class c WHERE c.oid = %(oid)s
+    AND (c.relkind <> 'r' OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid OR i.inhparent = c.oid))
+"""
+
+
+def obstacles(spec: Spec, old: Connection, new: Connection) -> list[str]:
+    """Return why no path back can be opened, each a sentence that says what to do; a table that is not there yet is no reason."""
+    there = recorded_slot(new, slot_of(spec))
+    # a slot that is there needs no second one
+    reasons = [
+        row[0] for row in new.execute(SERVER_RULES, {"oldest": OLDEST_SERVER}).fetchall() if not there or "slots" not in row[0]
+    ]
+    for table in spec.tables:
+        seen = source_table(old, table)
+        if seen is None:
+            continue
+        found = source_table(new, target_as_source(table))
+        lack = inverse.missing(spec, table, seen.store_columns, found.store_columns if found else None)
+        reasons += [lack] if lack else []
+        if found is not None:
+            reasons += _unfit(new, found)
+    return [f"the new store: {reason}" if reason.startswith(("the ", "wal_level", "all ")) else reason for reason in reasons]
+
+
+def _unfit(new: Connection, found: SourceTable) -> list[str]:
+    quoted = sql.Identifier(*found.source.split(".", 1)).as_string(new)
+    row = new.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
+    assert row is not None
+    asked = {"oid": row[0], "name": found.source}
+    rows = [*new.execute(ORDINARY, asked).fetchall(), *new.execute(TABLE_RULES, asked).fetchall()]
+    return [found for (found,) in rows if "generated column" not in found]  # it is computed anew, and no part of a transform
+
+
+def target_as_source(table: Table) -> Table:
+    """Return a table's target as a source of its own."""
+    return Table(".".join(table.target_name), table.source, table.key)
+
+
+def recorded_slot(connection: Connection, slot: str) -> bool:
+    """Return whether a server has the slot."""
+    return connection.execute("SELECT FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone() is not None
+
+
+# -- making and removing it
+
+
+def open_path(spec: Spec, ledger: Ledger) -> Path | None:
+    """Open the path unless it is open and whole; None, with the reasons in the log, where there can be none.
+
+    Waits for open transactions of the new store's server, so it comes before a fence's pause. Raises SlotBlocked, which names the
+    oldest of them, LockNotGranted, and SpecError.
+    """
+    path = recorded(ledger)
+    if path is not None and not path.broken and not any(load.stopped for load in loads(ledger)) and _intact(spec, path):
+        return path
+    dsn, application = new_dsn(spec), application_name(spec.name, "reverse")
+    with connect(spec.source.dsn.resolve(), application) as old, connect(dsn, application) as new:
+        reasons = obstacles(spec, old, new)
+        if reasons:
+            log.warning("no reverse path, the mirror alone keeps the old store up to date: %s", "; ".join(reasons))
+            break_off(ledger, reasons[0])
+            return None
+        system_id, timeline = snapshot.identify(dsn, application)
+        _remove(new, slot_of(spec))
+        seen = [source_table(new, target_as_source(table)) for table in spec.tables]
+        tables = {one.source: one.columns for one in seen if one is not None}
+        with speaking_to(dsn, "creating the publication"):
+            _publish(new, slot_of(spec), [tuple(name.split(".", 1)) for name in tables])
+        made = snapshot.create_slot(dsn, application, slot_of(spec))
+        made.session.close()
+    spool_of(spec).create()
+    _record(spec, ledger, Stream(made.l0, system_id, timeline, slot_of(spec), slot_of(spec), "", ""), tables)
+    log.info("the reverse path is open: slot %s of the new store, from %s", slot_of(spec), format_lsn(made.l0))
+    return recorded(ledger)
+
+
+def _intact(spec: Spec, path: Path) -> bool:
+    try:
+        durable = max(spool_of(spec).end(), path.stream.l0)
+        require_stream(new_dsn(spec), application_name(spec.name, "reverse"), path.stream, durable)
+    except (SourceChanged, SpoolGap) as error:
+        log.warning("the reverse path is opened anew: %s", error)
+        return False
+    return True
+
+
+def _publish(new: Connection, name: str, tables: Sequence[tuple[str, ...]]) -> None:
+    """Create the publication; its lock is asked for briefly, the caller may try again."""
+    with new.transaction():
+        new.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
+        listed = sql.SQL(", ").join(sql.Identifier(*table) for table in tables)
+        new.execute(sql.SQL("CREATE PUBLICATION {} FOR TABLE ONLY {}").format(sql.Identifier(name), listed))
+
+
+def _record(spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, Sequence[SourceColumn]]) -> None:
+    """Put an opened path on record in one transaction, each load at its beginning."""
+    columns = json.dumps({name: [column.__dict__ for column in columns] for name, columns in tables.items()})
+    with ledger.connection.transaction():
+        ledger.connection.execute(
+            "INSERT INTO changeover.reverse_stream (migration, l0, system_id, timeline, slot, tables)"
+            " VALUES (%s, %s, %s, %s, %s, %s)"
+            " ON CONFLICT (migration) DO UPDATE SET l0 = excluded.l0, system_id = excluded.system_id, timeline = excluded.timeline,"
+            " tables = excluded.tables, opened = now(), broken = NULL",
+            [spec.name, format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, columns],
+        )
+        for table in spec.tables:
+            for target in targets_of(spec):
+                ledger.connection.execute(
+                    "INSERT INTO changeover.reverse_load (migration, source, target, applied) VALUES (%s, %s, %s, %s)"
+                    " ON CONFLICT (migration, source, target) DO UPDATE SET stopped = NULL,"
+                    " applied = greatest(reverse_load.applied, excluded.applied)",
+                    [spec.name, table.source, target, format_lsn(stream.l0)],
+                )
+
+
+def remove(spec: Spec, ledger: Ledger | None) -> list[str]:
+    """Take the path away: its record first, so that capture lets go of it; return what was removed."""
+    if spec.flag is None:
+        return []
+    if ledger is not None:
+        ledger.connection.execute("DELETE FROM changeover.reverse_stream WHERE migration = %s", [spec.name])
+    dsn = new_dsn(spec)
+    with connect(dsn, application_name(spec.name, "remove")) as new, speaking_to(dsn, "removing the reverse path"):
+        removed = [f"{what} of the new store" for what in _remove(new, slot_of(spec))]
+    if spool_of(spec).path.exists():
+        shutil.rmtree(spool_of(spec).path)
+        removed.append("spool of the new store")
+    return removed
+
+
+def _remove(new: Connection, name: str) -> list[str]:
+    removed = [f"replication slot {name}"] if snapshot.drop_slot(new, name) else []
+    if new.execute("SELECT FROM pg_publication WHERE pubname = %s", [name]).fetchone() is not None:
+        new.execute(sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(name)))
+        removed.append(f"publication {name}")
+    return removed
+
+
+def columns_of(path: Path, table: Table) -> tuple[Column, ...]:
+    """Return the new table's columns as frames carry them."""
+    return store_columns(path.tables[".".join(table.target_name)])
+
+
+def leftovers(spec: Spec) -> list[str]:
+    """Return what is left of the path in the new store (looks only)."""
+    if spec.flag is None:
+        return []
+    with connect(new_dsn(spec), application_name(spec.name, "leftovers")) as new:
+        found = [f"replication slot {slot_of(spec)}"] if recorded_slot(new, slot_of(spec)) else []
+        rows = new.execute("SELECT 'publication ' || pubname FROM pg_publication WHERE pubname = %s", [slot_of(spec)]).fetchall()
+    return found + [row[0] for row in rows]
+
+
+def notes(spec: Spec) -> list[str]:
+    """Return what `check` has to say of the way back: why there is none (driver; looks only)."""
+    if spec.flag is None:
+        return []
+    application = application_name(spec.name, "check")
+    with connect(spec.source.dsn.resolve(), application) as old, connect(new_dsn(spec), application) as new:
+        reasons = obstacles(spec, old, new)
+    return [f"{reason}; until then the router's mirror alone keeps the old store up to date" for reason in reasons]
