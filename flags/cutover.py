@@ -28,6 +28,7 @@ from changeover.jobs import reverse
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import Authority, Heartbeat
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.rogue import Rogue, rogue
 from changeover.position import parse_lsn
 from changeover.session import application_name, connect
 from changeover.spec import Flag, Spec
@@ -72,6 +73,8 @@ class Shown:
     loses: int
     heartbeats: Sequence[Heartbeat]
     longest_pause: float
+    way_back: reverse.State | None
+    rogue: Sequence[Rogue]
 
     @property
     def go(self) -> bool:
@@ -103,7 +106,8 @@ def show(spec: Spec) -> Shown:
         reasons = gate.objections(gate.collect(spec, ledger, stage, above)) if above else []
         back = None if turns.completed(turns.turns(ledger)) else previous_stage(stage)
         return Shown(
-            stage, wish, authority, above, reasons, back, losses(ledger, stage, back), ledger.heartbeats(), MAX_PAUSE
+            stage, wish, authority, above, reasons, back, losses(ledger, stage, back), ledger.heartbeats(), MAX_PAUSE,
+            reverse.state(spec, ledger), rogue(spec, ledger),
         )  # fmt: skip
 
 

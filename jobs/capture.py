@@ -34,6 +34,7 @@ from changeover.jobs.replication import (
     generated_columns,
     slot_alarm,
 )
+from changeover.jobs.rogue import rogue
 from changeover.jobs.spool import Spool
 from changeover.jobs.transactions import MARKER_PREFIX, Assembler
 from changeover.position import format_lsn
@@ -50,6 +51,9 @@ WATCH_SECONDS = 60.0
 
 COMPACT_EVERY = 50
 """Appends after which their small files become one."""
+
+ROGUE_SECONDS = 5.0
+"""How often to look for writes to a store without authority."""
 
 NEW_STORE_SECONDS = 0.5
 """How often to look whether the new store has a stream to follow by now."""
@@ -121,13 +125,29 @@ def new_store_beside(spec: Spec) -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    beside = threading.Thread(target=_follow_new_store, args=(spec, ended), name="capture-new")
-    beside.start()
+    beside = [threading.Thread(target=work, args=(spec, ended), name=work.__name__) for work in (_follow_new_store, _tell_rogue)]
+    for thread in beside:
+        thread.start()
     try:
         yield
     finally:
         ended.set()
-        beside.join()
+        for thread in beside:
+            thread.join()
+
+
+def _tell_rogue(spec: Spec, ended: threading.Event) -> None:
+    """Raise the alarm for writes to a store without authority, each state of affairs once."""
+    said: set[str] = set()
+    while not ended.wait(ROGUE_SECONDS):
+        try:
+            with Ledger.open(spec, "capture") as ledger:
+                told = {str(one) for one in rogue(spec, ledger)}
+        except ChangeoverError as error:
+            told = {f"rogue writes can't be looked for: {error}"}
+        for line in sorted(told - said):
+            log.warning("%s", line)
+        said = told
 
 
 def _follow_new_store(spec: Spec, ended: threading.Event) -> None:

@@ -137,11 +137,12 @@ class NewJournal:
 
 
 class Back:
-    """The new store's stream of one migration, planned once its path is there (driver)."""
+    """The new store's stream of one migration, planned once its path is there; `limit` bounds what is offered (driver)."""
 
     def __init__(self, spec: Spec, spark: SparkSession, ledger: Ledger, transforms: Transforms) -> None:
         self.spec, self.spark, self.ledger, self.forward = spec, spark, ledger, transforms
         self.journal = NewJournal(spec, ledger, reverse.spool_of(spec))
+        self.limit: int | None = None
         self._planned: tuple[reverse.Path, Transforms] | None = None
 
     def carried(self, changes: Sequence[Authority]) -> frozenset[int]:
@@ -158,7 +159,12 @@ class Back:
 
     def end(self, intervals: Sequence[Interval]) -> int:
         """Return where the spooled stream ends, as far as it is offered; 0 where nothing is."""
-        return min(self.journal.spool.end(), intervals[-1].until) if intervals else 0
+        return min(self.reach(), intervals[-1].until) if intervals else 0
+
+    def reach(self) -> int:
+        """Return how far the stream is offered: to the end of its spool, or to the limit that was set."""
+        end = self.journal.spool.end()
+        return end if self.limit is None else min(end, self.limit)
 
     def loads(self, target: str) -> list[reverse.ReverseLoad]:
         """Return the loads into a target."""

@@ -168,7 +168,7 @@ class Replay:
         """Offer what is left of one interval of the new store's stream; tell whether all of the interval was."""
         load = next(load for load in self.back.loads(target) if load.source == source)
         transform = self.back.transform(source, target)
-        load, counts = self.returning.catch_up(load, interval, self.back.journal.spool.end(), transform, store)
+        load, counts = self.returning.catch_up(load, interval, self.back.reach(), transform, store)
         return load.applied >= interval.until, counts
 
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from changeover.errors import SourceChanged, SpoolGap
+from changeover.errors import SourceChanged, SpoolGap, StepOrder
 from changeover.jobs import inverse, snapshot
 from changeover.jobs.entries import Authority, SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import SERVER_RULES, TABLE_RULES, SourceTable, source_table, store_columns
-from changeover.jobs.replication import require_stream
+from changeover.jobs.replication import require_stream, slot_alarm
 from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import NEW, tenures
 from changeover.position import format_lsn, parse_lsn
@@ -149,6 +149,69 @@ def whole(ledger: Ledger) -> str | None:
         return path.broken or "the reverse path does not reach back to the fence"
     stopped = [load for load in loads(ledger) if load.target == OLD_STORE and load.stopped]
     return f"{stopped[0].source}: {stopped[0].stopped}" if stopped else None
+
+
+@dataclass(frozen=True)
+class State:
+    """The path as a person wants it told: `lacking` is why the old store does not get everything while the new one has authority.
+
+    `slot` says whether capture reads the stream; bytes are of the new store's write-ahead log. `behind_bytes` is how far the
+    slowest load is behind, None while nothing has to come back.
+    """
+
+    watched_from: str | None
+    lacking: str | None
+    slot: str
+    spool_end: str | None
+    behind_bytes: int | None
+    alarm: str | None
+    loads: tuple[ReverseLoad, ...]
+
+    @property
+    def line(self) -> str:
+        """Return it as a sentence."""
+        if self.lacking is not None:
+            return f"the mirror alone keeps the old store up to date: {self.lacking}"
+        if self.watched_from is None:
+            return "opened by the fence"
+        if self.behind_bytes is None:
+            return f"open, at rest; the new store is watched from {self.watched_from}"
+        return f"{self.behind_bytes:,} bytes behind, the stream is {CAPTURED[self.slot]}"
+
+
+CAPTURED = {"active": "captured", "inactive": "not captured", "missing": "gone", "lost": "lost"}
+
+
+def state(spec: Spec, ledger: Ledger) -> State | None:
+    """Return how the path stands, None without a flag (driver; looks only)."""
+    if spec.flag is None:
+        return None
+    path, application = recorded(ledger), application_name(spec.name, "status")
+    with connect(new_dsn(spec), application) as new:
+        row = new.execute(SLOT, [slot_of(spec)]).fetchone()
+        alarm = slot_alarm(new, slot_of(spec))
+        if ledger.authority().store == NEW:
+            lacking = whole(ledger) or ("its slot is gone" if row and row[1] in ("missing", "lost") else None)
+        else:
+            with connect(spec.source.dsn.resolve(), application) as old:
+                lacking = next(iter(obstacles(spec, old, new)), None)
+    assert row is not None
+    here = tuple(loads(ledger))
+    comes_back = path is not None and ledger.authority().store == NEW
+    try:
+        end = None if path is None else max(spool_of(spec).end(), path.stream.l0)
+    except StepOrder:  # the work folder is elsewhere
+        end = None
+    watched_from = format_lsn(path.stream.l0) if path is not None and not path.broken else None
+    behind = max((max(0, parse_lsn(row[0]) - load.applied) for load in here), default=0) if comes_back else None
+    return State(watched_from, lacking, row[1], None if end is None else format_lsn(end), behind, alarm, here)
+
+
+SLOT = """
+SELECT pg_current_wal_insert_lsn()::text, CASE WHEN s.slot_name IS NULL THEN 'missing' WHEN s.wal_status = 'lost' THEN 'lost'
+    WHEN s.active THEN 'active' ELSE 'inactive' END
+FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s
+"""
 
 
 # -- whether there can be one

@@ -1,4 +1,4 @@
-"""The way back: what is written to the new store after the hand-over comes to the old one and to the lake, once and without an echo.
+"""The way back: what is written to the new store after the hand-over comes to the old one and to the lake, without an echo.
 
 The application here writes by plain SQL to the store that has authority: it has no mirror at all, so whatever arrives elsewhere
 was brought by the stream.
@@ -21,14 +21,17 @@ import pytest
 from ldclient.migrations.types import Origin, Stage
 
 from changeover import points
+from changeover.errors import GateClosed
 from changeover.flags import cutover, flagfile
 from changeover.flags.fence import fence
 from changeover.jobs import reverse
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.prepare import finalize, leftovers, spool_of
+from changeover.jobs.prepare import leftovers, spool_of
+from changeover.jobs.status import status
+from changeover.position import parse_lsn
 from changeover.session import connect
-from changeover.spec import load
+from changeover.verifiers.verify import verify
 from tests.fix_accounts import following
 from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
 from tests.fix_migration import rows as comparable
@@ -208,3 +211,94 @@ def test_what_is_written_to_the_new_store_comes_back_and_nothing_echoes(people: 
 
 def spool_events(spool: Any, relation: str) -> list[dict[str, Any]]:
     return [event for event in spool.events().to_pylist() if event["relation"] == relation]
+
+
+def shown(migration: Migration) -> cutover.Shown:
+    return cutover.show(migration.spec)
+
+
+def wait_for(condition: Any, what: str, seconds: float = 40.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no sign of {what}"
+        time.sleep(0.1)
+
+
+CHILD = """
+import sys
+from changeover.jobs.replay import replay
+from changeover.session import spark_session
+from changeover.spec import load
+replay(load(sys.argv[1]), spark_session("killed", cores=1, memory="1g", shuffle_partitions=1), follow=True)
+"""
+
+
+@contextmanager
+def stopped_after_a_batch(migration: Migration, file: Path) -> Iterator[None]:
+    """Run replay in a child until it has offered a batch to the old store and not written down so; kill it when the block ends."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, migration.spec.path], env={**os.environ, points.VARIABLE: f"batch-offered:{file}"},
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: file.exists() and reverse.OLD_STORE in file.read_text(), "the batch", 180)
+        yield
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with following(people):
+        before = shown(people).way_back
+        assert before is not None
+        assert before.line == "opened by the fence"
+        fence(people.spec, Origin.NEW)
+        turn(people, Stage.LIVE)
+        people.new.execute("UPDATE people SET name = 'of the application' WHERE person = 1")
+        settled(people)
+        assert shown(people).rogue == []
+
+        people.old.execute("ALTER TABLE members DISABLE TRIGGER changeover_refusal")
+        people.old.execute("UPDATE members SET note = 'rogue' WHERE id IN (7, 8)")
+        people.old.execute("ALTER TABLE members ENABLE ALWAYS TRIGGER changeover_refusal")
+        wait_for(lambda: shown(people).rogue, "the rogue write")
+        [rogue] = shown(people).rogue
+        assert (rogue.store, rogue.table, rogue.changes, rogue.transactions) == ("old", "public.members", 2, 1)
+        assert any("which had no authority: 2 changes of 1 transaction" in reason for reason in shown(people).reasons)
+        assert any("which had no authority" in line for line in status(people.spec).lines())
+        with pytest.raises(GateClosed, match="had no authority"):
+            cutover.advance(people.spec)
+        wait_for(lambda: "which had no authority" in caplog.text, "the alarm in capture's log")
+        settled(people)
+        kept = [event for event in spool_events(spool_of(people.spec), "public.members") if event["note"] is None]
+        assert [dict(event["row"])["note"] for event in kept if event["lsn"] >= parse_lsn(rogue.first)] == ["rogue"] * 2
+        assert "rogue" not in {row[0] for row in people.new.execute("SELECT note FROM people").fetchall()}, "offered to nobody"
+        different = {verdict.target: verdict.equal for verdict in verify(people.spec, people.spark)}
+        assert different[STORE] is False
+        people.new.execute("UPDATE people SET note = 'settled' WHERE person IN (7, 8)")
+        settled(people)
+        assert all(verdict.equal for verdict in verify(people.spec, people.spark))
+        assert shown(people).rogue == [], "a verdict from behind it settles it"
+
+    with people.capturing():
+        people.new.execute("UPDATE people SET paid = paid + 1 WHERE person < 50")
+        people.new.execute("DELETE FROM people WHERE person = 60")
+        with stopped_after_a_batch(people, tmp_path / "reached"):
+            pass
+        assert old_rows(people) == new_rows(people), "the batch was committed"
+        people.new.execute("INSERT INTO people (person, name, active) VALUES (60, 'again', true)")
+    with following(people):
+        settled(people)
+        assert old_rows(people) == new_rows(people)
+        turn(people, Stage.SHADOW)
+        fence(people.spec, Origin.OLD)
+        people.new.execute("ALTER TABLE people DISABLE TRIGGER changeover_refusal")
+        people.new.execute("DELETE FROM people WHERE person = 70")
+        people.new.execute("ALTER TABLE people ENABLE ALWAYS TRIGGER changeover_refusal")
+        wait_for(lambda: shown(people).rogue, "the rogue write to the new store")
+        assert [(one.store, one.changes) for one in shown(people).rogue] == [("new", 1)]
+        assert old_rows(people) != new_rows(people)
+    people.abort()
+    assert leftovers(people.spec) == []
+    assert not reverse.spool_of(people.spec).path.exists()
