@@ -218,7 +218,7 @@ FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s
 
 
 ORDINARY = """
-SELECT format('%%s is not an ordinary table of its own, whose changes one publication tells', %(name)s::text)
+SELECT format('%%s is no ordinary table of its own, whose changes one publication tells', %(name)s::text)
 FROM pg_class c WHERE c.oid = %(oid)s
     AND (c.relkind <> 'r' OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid OR i.inhparent = c.oid))
 """

@@ -102,8 +102,8 @@ GIVEN = '[table.reverse]\nname = "lower(upper)"'
 def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Stores) -> None:
     [note] = reverse.notes(stores.spec)
     assert note == (
-        "follows has no way back from links: nothing gives its column name (state it in [table.reverse] as an expression over the row"
-        " of links); until then the router's mirror alone keeps the old store up to date"
+        "follows has no way back from links: nothing gives its column name (state it in [table.reverse] as an expression over the"
+        " row of links); until then the router's mirror alone keeps the old store up to date"
     )
     assert reverse.open_path(stores.spec, stores.ledger) is None
     assert stores.slots() == []
@@ -122,7 +122,7 @@ def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Sto
             "DROP TABLE links; CREATE TABLE links (a integer PRIMARY KEY) PARTITION BY RANGE (a)",
             "is not an ordinary table",
         ),
-        ("CREATE TABLE more () INHERITS (links)", "is not an ordinary table"),
+        ("CREATE TABLE more () INHERITS (links)", "is no ordinary table"),
     ],
 )
 def test_a_table_whose_changes_can_not_be_told_has_no_way_back(stores: Stores, change: str, reason: str) -> None:
