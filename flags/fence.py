@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from ldclient.migrations.types import Origin
 from psycopg import sql
 
-from changeover.errors import FenceCalledOff, Refused
+from changeover.errors import FenceCalledOff
 from changeover.flags.gate import mirrors
 from changeover.jobs import reverse
 from changeover.jobs.capture import emit_marker
@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 MAX_PAUSE = 10.0
 """Seconds after which a fence is called off and writers go on where they were."""
+
+NEAR_SECONDS = 60.0
+"""How long the way back may take to bring the old store near the new one, before writers are held up at all."""
 
 PERMANENT_SECONDS = 1.0
 """What must be left of the pause when the refusal is made permanent: the deadline may not pass in between."""
@@ -85,7 +88,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
             _let_write(gaining)
             return Fenced(present.epoch, present.store, present.from_lsn, present.pause_seconds or 0.0)
         epoch = present.epoch + 1
-        lacking = reverse.whole(ledger) if to is Origin.OLD else None
+        lacking = _draw_near(ledger, new) if to is Origin.OLD else None
         _prepare_gates(gaining, losing, epoch)
         with _turn(spec, ledger, to) as turn:
             pause = Pause(time.monotonic(), max_pause)
@@ -279,13 +282,34 @@ def _hand_back(
         spool = reverse.spool_of(spec)
         pause.wait(lambda: None if spool.end() >= position else "capture to spool the new store's last writes")
         go_on()
-        pause.wait(lambda: _not_back(ledger, position))
+        pause.wait(lambda: _not_back(pause, ledger, position))
     else:
         log.warning("back by the mirror alone, which loses what it dropped: %s", lacking)
         now = ledger.now()
         pause.wait(lambda: _unmirrored(ledger, now))
     pause.make(Move.AWAIT)
     return _position(old), position
+
+
+def _draw_near(ledger: Ledger, new: Side) -> str | None:
+    """Before the pause of the way back: wait until the old store has what the new one holds now; return why it will not have it all.
+
+    Writers go on meanwhile. Raises FenceCalledOff where replay does not come near.
+    """
+    if lacking := reverse.whole(ledger):
+        return lacking
+    position, deadline = _position(new), time.monotonic() + NEAR_SECONDS
+    emit_marker(new.connection, "fence ahead")
+    while late := [one for one in reverse.loads(ledger) if one.target == reverse.OLD_STORE and one.applied < position]:
+        if lacking := reverse.whole(ledger):
+            return lacking
+        if time.monotonic() > deadline:
+            what = (
+                f"replay to bring {late[0].source} back to the old store, up to {format_lsn(position)}, before anybody is held up"
+            )
+            raise FenceCalledOff(NEAR_SECONDS, what)
+        time.sleep(0.1)
+    return None
 
 
 def _frozen(losing: Side, epoch: int, pause: Pause) -> int:
@@ -300,13 +324,12 @@ def _frozen(losing: Side, epoch: int, pause: Pause) -> int:
     return position
 
 
-def _not_back(ledger: Ledger, position: int) -> str | None:
-    """Return what is missing in the old store; what stands in the way ends the wait."""
+def _not_back(pause: Pause, ledger: Ledger, position: int) -> str | None:
+    """Return what is missing in the old store; what stands in the way ends the wait, and the next try goes back without."""
     late = [load for load in reverse.loads(ledger) if load.target == reverse.OLD_STORE and load.applied < position]
-    stopped = [load for load in late if load.stopped]
-    if stopped:
-        raise Refused(f"the fence back: {stopped[0].source} does not come back to the old store ({stopped[0].stopped}): remove the"
-                      " cause, or run the same again, which goes back by the mirror alone")  # fmt: skip
+    for load in late:
+        if load.stopped:
+            raise FenceCalledOff(pause.seconds, f"{load.source} to come back to the old store, which stands still: {load.stopped}")
     return f"replay to bring {late[0].source} back to the old store, up to {format_lsn(position)}" if late else None
 
 

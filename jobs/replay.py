@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pyarrow as pa
 import pyarrow.compute as pc
 from ldclient.migrations.types import Stage
@@ -149,20 +150,37 @@ class Replay:
     def bring_back(self) -> Replayed:
         """Offer what was written to the new store while it had authority to the old store; the caller holds that lease.
 
-        Once the last stage was reached the old store gets nothing any more.
+        What stands in the way of a table is on record, and raised when the others are done. Once the last stage was reached the old
+        store gets nothing any more.
         """
         intervals = self.back.intervals() if self.spec.flag is not None else []
-        end, positions, events, taken = self.back.end(intervals), [], 0, 0
-        for load in self.back.loads(reverse.OLD_STORE) if intervals and self.ledger.stage() != Stage.COMPLETE.value else []:
-            if load.applied < end:
-                with open_store(self.spec, reverse.old_target(self.spec), "replay") as store:
-                    for interval in intervals:
-                        there, offered = self._bring_back(interval, load.source, load.target, store)
-                        events, taken = events + offered.offered, taken + offered.taken
-                        if not there:
-                            break
-            positions.append(load.applied)
-        return Replayed(events, taken, min(positions, default=0))
+        if not intervals or self.ledger.stage() == Stage.COMPLETE.value:
+            return Replayed(0, 0, 0)
+        end, counts = self.back.end(intervals), Counts(0, 0)
+        failed: list[ChangeoverError] = []
+        loads = self.back.loads(reverse.OLD_STORE)
+        for load in (load for load in loads if load.applied < end):
+            try:
+                done = self._table_back(load.source, intervals)
+                counts = Counts(counts.offered + done.offered, counts.taken + done.taken)
+            except ChangeoverError as error:
+                if not isinstance(error, TableStopped):  # else its own reason is on record
+                    reverse.stop(self.ledger, load.target, str(error), load.source)
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        return Replayed(counts.offered, counts.taken, min((load.applied for load in loads), default=0))
+
+    def _table_back(self, source: str, intervals: Sequence[Interval]) -> Counts:
+        """Offer one table's changes of all intervals to the old store."""
+        events = taken = 0
+        with open_store(self.spec, reverse.old_target(self.spec), "replay") as store:
+            for interval in intervals:
+                there, offered = self._bring_back(interval, source, reverse.OLD_STORE, store)
+                events, taken = events + offered.offered, taken + offered.taken
+                if not there:
+                    break
+        return Counts(events, taken)
 
     def _bring_back(self, interval: Interval, source: str, target: str, store: Store) -> tuple[bool, Counts]:
         """Offer what is left of one interval of the new store's stream; tell whether all of the interval was."""
@@ -326,27 +344,33 @@ def _replay_target(
 
 
 def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bool, stop: threading.Event) -> Replayed:
-    """Replay from the new store into the old one; with `follow` what stands in the way is on record, and tried again."""
+    """Replay from the new store into the old one; with `follow` whatever goes wrong is tried again, since the others go on."""
     spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(reverse.OLD_STORE))
-    with Ledger.open(spec, STEP) as ledger:
-        running = Replay(spec, spark, ledger, prepared)
-        events = taken = 0
-        while True:
-            wait = IDLE_SECONDS
-            try:
-                with ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
-                    done = running.bring_back()
-            except ChangeoverError as error:
-                reverse.stop(ledger, reverse.OLD_STORE, str(error))
-                if not follow:
-                    raise
+    said = ""
+    while True:
+        try:
+            with Ledger.open(spec, STEP) as ledger:
+                return _back_rounds(Replay(spec, spark, ledger, prepared), follow, stop)
+        except (ChangeoverError, psycopg.Error) as error:
+            if not follow:
+                raise
+            if str(error) != said:
                 log.warning("nothing comes back to the old store: %s", error)
-                done, wait = Replayed(0, 0, 0), AGAIN_SECONDS
-            events, taken = events + done.events, taken + done.taken
-            if stop.is_set() or (not follow and not done.events):
-                return Replayed(events, taken, done.applied)
-            if not done.events:
-                stop.wait(wait)
+            said = str(error)
+        if stop.wait(AGAIN_SECONDS):
+            return Replayed(0, 0, 0)
+
+
+def _back_rounds(running: Replay, follow: bool, stop: threading.Event) -> Replayed:
+    events = taken = 0
+    while True:
+        with running.ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
+            done = running.bring_back()
+        events, taken = events + done.events, taken + done.taken
+        if stop.is_set() or (not follow and not done.events):
+            return Replayed(events, taken, done.applied)
+        if not done.events:
+            stop.wait(IDLE_SECONDS)
 
 
 def main() -> None:

@@ -14,13 +14,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ldclient.migrations.types import Stage
 from psycopg import sql
 
 from changeover.errors import SourceChanged, SpoolGap, StepOrder
-from changeover.jobs import inverse, snapshot
+from changeover.jobs import snapshot
 from changeover.jobs.entries import Authority, SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.preflight import SERVER_RULES, TABLE_RULES, SourceTable, source_table, store_columns
+from changeover.jobs.obstacles import has_slot, obstacles, target_as_source
+from changeover.jobs.preflight import source_table, store_columns
 from changeover.jobs.replication import require_stream, slot_alarm
 from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import NEW, tenures
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 OLD_STORE = "old store"
 """The old store as a target of the way back; no target of a spec can bear a name with a space."""
 
-OLDEST_SERVER = 140000
+COMPLETED = "the last stage was reached, from which the old store gets nothing any more"
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def whole(ledger: Ledger) -> str | None:
     path = recorded(ledger)
     if path is None:
         return "there is no reverse path"
+    if ledger.stage() == Stage.COMPLETE.value:
+        return COMPLETED
     if ledger.authority().epoch not in carried(path, ledger.authorities()):
         return path.broken or "the reverse path does not reach back to the fence"
     stopped = [load for load in loads(ledger) if load.target == OLD_STORE and load.stopped]
@@ -170,6 +174,8 @@ class State:
     @property
     def line(self) -> str:
         """Return it as a sentence."""
+        if self.lacking == COMPLETED:
+            return self.lacking
         if self.lacking is not None:
             return f"the mirror alone keeps the old store up to date: {self.lacking}"
         if self.watched_from is None:
@@ -194,7 +200,7 @@ def state(spec: Spec, ledger: Ledger) -> State | None:
             lacking = whole(ledger) or ("its slot is gone" if row and row[1] in ("missing", "lost") else None)
         else:
             with connect(spec.source.dsn.resolve(), application) as old:
-                lacking = next(iter(obstacles(spec, old, new)), None)
+                lacking = next(iter(obstacles(spec, old, new, slot_of(spec))), None)
     assert row is not None
     here = tuple(loads(ledger))
     comes_back = path is not None and ledger.authority().store == NEW
@@ -214,54 +220,6 @@ FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s
 """
 
 
-# -- whether there can be one
-
-
-ORDINARY = """
-SELECT format('%%s is no ordinary table of its own, whose changes one publication tells', %(name)s::text)
-FROM pg_class c WHERE c.oid = %(oid)s
-    AND (c.relkind <> 'r' OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid OR i.inhparent = c.oid))
-"""
-
-
-def obstacles(spec: Spec, old: Connection, new: Connection) -> list[str]:
-    """Return why no path back can be opened, each a sentence that says what to do; a table that is not there yet is no reason."""
-    there = recorded_slot(new, slot_of(spec))
-    # a slot that is there needs no second one
-    reasons = [
-        row[0] for row in new.execute(SERVER_RULES, {"oldest": OLDEST_SERVER}).fetchall() if not there or "slots" not in row[0]
-    ]
-    for table in spec.tables:
-        seen = source_table(old, table)
-        if seen is None:
-            continue
-        found = source_table(new, target_as_source(table))
-        lack = inverse.missing(spec, table, seen.store_columns, found.store_columns if found else None)
-        reasons += [lack] if lack else []
-        if found is not None:
-            reasons += _unfit(new, found)
-    return [f"the new store: {reason}" if reason.startswith(("the ", "wal_level", "all ")) else reason for reason in reasons]
-
-
-def _unfit(new: Connection, found: SourceTable) -> list[str]:
-    quoted = sql.Identifier(*found.source.split(".", 1)).as_string(new)
-    row = new.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
-    assert row is not None
-    asked = {"oid": row[0], "name": found.source}
-    rows = [*new.execute(ORDINARY, asked).fetchall(), *new.execute(TABLE_RULES, asked).fetchall()]
-    return [found for (found,) in rows if "generated column" not in found]  # it is computed anew, and no part of a transform
-
-
-def target_as_source(table: Table) -> Table:
-    """Return a table's target as a source of its own."""
-    return Table(".".join(table.target_name), table.source, table.key)
-
-
-def recorded_slot(connection: Connection, slot: str) -> bool:
-    """Return whether a server has the slot."""
-    return connection.execute("SELECT FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone() is not None
-
-
 # -- making and removing it
 
 
@@ -276,7 +234,7 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
         return path
     dsn, application = new_dsn(spec), application_name(spec.name, "reverse")
     with connect(spec.source.dsn.resolve(), application) as old, connect(dsn, application) as new:
-        reasons = obstacles(spec, old, new)
+        reasons = obstacles(spec, old, new, slot_of(spec))
         if reasons:
             log.warning("no reverse path, the mirror alone keeps the old store up to date: %s", "; ".join(reasons))
             break_off(ledger, reasons[0])
@@ -367,16 +325,6 @@ def leftovers(spec: Spec) -> list[str]:
     if spec.flag is None:
         return []
     with connect(new_dsn(spec), application_name(spec.name, "leftovers")) as new:
-        found = [f"replication slot {slot_of(spec)}"] if recorded_slot(new, slot_of(spec)) else []
+        found = [f"replication slot {slot_of(spec)}"] if has_slot(new, slot_of(spec)) else []
         rows = new.execute("SELECT 'publication ' || pubname FROM pg_publication WHERE pubname = %s", [slot_of(spec)]).fetchall()
     return found + [row[0] for row in rows]
-
-
-def notes(spec: Spec) -> list[str]:
-    """Return what `check` has to say of the way back: why there is none (driver; looks only)."""
-    if spec.flag is None:
-        return []
-    application = application_name(spec.name, "check")
-    with connect(spec.source.dsn.resolve(), application) as old, connect(new_dsn(spec), application) as new:
-        reasons = obstacles(spec, old, new)
-    return [f"{reason}; until then the router's mirror alone keeps the old store up to date" for reason in reasons]

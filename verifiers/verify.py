@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from changeover.errors import CouldNotFinish, StepOrder, TableStopped
+from changeover.errors import CouldNotCheck, CouldNotFinish, StepOrder, TableStopped
 from changeover.jobs import reverse, snapshot
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import CLOSED, Authority
@@ -125,12 +125,12 @@ def _moment(
             yield Moment(made.l0, sources, targets)
         else:
             with ExitStack() as turn:
-                aligned = reverse.whole(ledger) is None
+                lakes = [one for one in reverse.targets_of(spec) if one in {target for _, target in chosen}]
+                aligned = _comes_back(ledger, lakes, min(source for source, _ in chosen))
                 if aligned:
-                    others = [one for one in reverse.targets_of(spec) if one == reverse.OLD_STORE or one in {t for _, t in chosen}]
-                    for target in others:
+                    for target in (reverse.OLD_STORE, *lakes):
                         turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
-                    _bring_back_to_now(spec, Replay(spec, spark, ledger, prepared), [t for t in others if t != reverse.OLD_STORE])
+                    _bring_back_to_now(spec, Replay(spec, spark, ledger, prepared), lakes)
                 targets = _freeze_targets(held, spec, spark, chosen)
                 sources = {n: held.enter_context(freeze(spark, dsn, application, read, PARTS)) for n, read in reads.items()}
             yield Moment(max((parse_lsn(s.position) for s in sources.values()), default=0), sources, targets, aligned)
@@ -156,6 +156,17 @@ def _await_spool(spool: Spool, position: int, what: str) -> None:
                 f" {SPOOL_SECONDS:g} s: is `changeover capture` running?"
             )
         time.sleep(0.05)
+
+
+def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str) -> bool:
+    """Return whether the old store gets all that is written to the new one; a lake that gets more than it has nothing beside it."""
+    lacking = reverse.whole(ledger)
+    if lacking is None:
+        return True
+    if lakes and reverse.carried(reverse.recorded(ledger), ledger.authorities()) & {ledger.authority().epoch}:
+        problem = f"the lake follows the new store, and the old store, which it is held against, does not: {lacking}"
+        raise CouldNotCheck(source, problem)
+    return False
 
 
 def _bring_back_to_now(spec: Spec, replay: Replay, lakes: Sequence[str]) -> None:

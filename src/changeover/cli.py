@@ -51,8 +51,8 @@ def init(dsn: str, table: str, output: str) -> None:
 @JSON
 def check(spec: str, as_json: bool) -> None:
     """Look at both sides, change nothing, and say whether the plan is safe."""
+    from changeover.jobs.obstacles import notes
     from changeover.jobs.preflight import preflight
-    from changeover.jobs.reverse import notes
 
     found, way_back = preflight(load(spec)), notes(load(spec))
     lines = [*(f"refused: {reason}" for reason in found.reasons), *(f"grant: {grant}" for grant in found.grants),

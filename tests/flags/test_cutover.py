@@ -155,9 +155,12 @@ def test_a_rollback_over_the_fence_prints_what_it_lost_and_writers_go_on(moved: 
         wait_for(lambda: router.stage is Stage.LIVE, "live")
         add(router, 1000, "a note that the old store refuses")
         wait_for(lambda: router.counters()["mirror_old"]["lost"] == {"1": 1}, "the failed write")
-        time.sleep(0.7)  # the next heartbeat
+        wait_for(
+            lambda: "back: shadow: 1 write that never reached the old store would be lost" in run("show", moved).stdout,
+            "what the old store refuses from the stream as well",
+        )
         shown = run("show", moved)
-        assert "back: shadow: 1 write that never reached the old store would be lost" in shown.stdout
+        assert "reverse path: the mirror alone keeps the old store up to date: public.accounts: " in shown.stdout
         done = run("rollback", moved, "--json")
         told = json.loads(done.stdout)
         assert {**told, "pause_seconds": None} == {

@@ -21,7 +21,7 @@ import pytest
 from ldclient.migrations.types import Origin, Stage
 
 from changeover import points
-from changeover.errors import GateClosed
+from changeover.errors import CouldNotCheck, GateClosed
 from changeover.flags import cutover, flagfile
 from changeover.flags.fence import fence
 from changeover.jobs import reverse
@@ -302,3 +302,35 @@ def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, cap
     people.abort()
     assert leftovers(people.spec) == []
     assert not reverse.spool_of(people.spec).path.exists()
+
+
+def test_a_truncate_comes_back_and_with_where_it_is_told(people: Migration) -> None:
+    with following(people):
+        fence(people.spec, Origin.NEW)
+        turn(people, Stage.LIVE)
+        people.new.execute("TRUNCATE people")
+        people.new.execute("INSERT INTO people (person, name, active) VALUES (1, 'since', true)")
+        wait_for(lambda: "TRUNCATE" in (((way := shown(people).way_back) and way.lacking) or ""), "what stands in the way")
+        assert any("a TRUNCATE of the new table" in reason for reason in shown(people).reasons)
+        assert robots(people) == [(9001, "r2"), (9002, "c3")]
+        with pytest.raises(CouldNotCheck, match="the lake follows the new store"):
+            verify(people.spec, people.spark, targets=[LAKE])
+        turn(people, Stage.SHADOW)
+        back = fence(people.spec, Origin.OLD)
+        assert back.lacking is not None
+        assert "TRUNCATE" in back.lacking
+        assert len(old_rows(people)) == 200, "which nobody has taken away"
+        fence(people.spec, Origin.NEW)
+        people.new.execute("UPDATE people SET name = 'by another path' WHERE person = 1")
+        settled(people)
+        assert people.old.execute("SELECT name FROM members WHERE id = 1").fetchall() == [("by another path",)]
+
+
+def test_a_truncate_of_a_whole_table_comes_back(moved: Migration) -> None:
+    with following(moved):
+        fence(moved.spec, Origin.NEW)
+        moved.new.execute("INSERT INTO ledgers VALUES (5000, 1, 'before')")
+        moved.new.execute("TRUNCATE ledgers")
+        moved.new.execute("INSERT INTO ledgers VALUES (5001, 1, 'since')")
+        settled(moved)
+        assert moved.old.execute("SELECT id, balance, note FROM accounts").fetchall() == [(5001, 1, "since")]

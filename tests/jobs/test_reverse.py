@@ -14,7 +14,7 @@ import pytest
 from psycopg import sql
 
 from changeover.errors import SlotBlocked
-from changeover.jobs import reverse, snapshot
+from changeover.jobs import obstacles, reverse, snapshot
 from changeover.jobs.capture import capture_new, emit_marker
 from changeover.jobs.entries import Stream
 from changeover.jobs.ledger import Ledger
@@ -100,7 +100,7 @@ GIVEN = '[table.reverse]\nname = "lower(upper)"'
 
 
 def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Stores) -> None:
-    [note] = reverse.notes(stores.spec)
+    [note] = obstacles.notes(stores.spec)
     assert note == (
         "follows has no way back from links: nothing gives its column name (state it in [table.reverse] as an expression over the"
         " row of links); until then the router's mirror alone keeps the old store up to date"
@@ -111,7 +111,7 @@ def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Sto
     assert state is not None
     assert state.line.startswith("the mirror alone keeps the old store up to date: follows has no way back")
     stores.state(GIVEN)
-    assert reverse.notes(stores.spec) == []
+    assert obstacles.notes(stores.spec) == []
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Sto
         ("ALTER TABLE links DROP CONSTRAINT links_pkey", "public.links has no primary key and no replica identity"),
         (
             "DROP TABLE links; CREATE TABLE links (a integer PRIMARY KEY) PARTITION BY RANGE (a)",
-            "is not an ordinary table",
+            "is no ordinary table",
         ),
         ("CREATE TABLE more () INHERITS (links)", "is no ordinary table"),
     ],
@@ -129,7 +129,7 @@ def test_a_table_whose_changes_can_not_be_told_has_no_way_back(stores: Stores, c
     stores.state(GIVEN)
     stores.new.execute('DROP FUNCTION IF EXISTS changeover."gate_public.links"')
     stores.new.execute(change.encode())
-    assert any(reason in one for one in reverse.notes(stores.spec))
+    assert any(reason in one for one in obstacles.notes(stores.spec))
     assert reverse.open_path(stores.spec, stores.ledger) is None
 
 
