@@ -292,7 +292,7 @@ def _hand_back(
 
 
 def _draw_near(ledger: Ledger, new: Side) -> str | None:
-    """Before the pause of the way back: wait until the old store has what the new one holds now; return why it will not have it all.
+    """Wait, before the pause of the way back, until the old store has what the new one holds; return why it will not have it all.
 
     Writers go on meanwhile. Raises FenceCalledOff where replay does not come near.
     """
