@@ -24,9 +24,11 @@ from changeover.flags import flagfile, gate, turns
 from changeover.flags.fence import MAX_PAUSE, Fenced, fence, settle
 from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previous_stage
 from changeover.interrupt import asked_to_stop
+from changeover.jobs import reverse
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import Authority, Heartbeat
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.rogue import Rogue, rogue
 from changeover.position import parse_lsn
 from changeover.session import application_name, connect
 from changeover.spec import Flag, Spec
@@ -71,6 +73,8 @@ class Shown:
     loses: int
     heartbeats: Sequence[Heartbeat]
     longest_pause: float
+    way_back: reverse.State | None
+    rogue: Sequence[Rogue]
 
     @property
     def go(self) -> bool:
@@ -102,7 +106,8 @@ def show(spec: Spec) -> Shown:
         reasons = gate.objections(gate.collect(spec, ledger, stage, above)) if above else []
         back = None if turns.completed(turns.turns(ledger)) else previous_stage(stage)
         return Shown(
-            stage, wish, authority, above, reasons, back, losses(ledger, stage, back), ledger.heartbeats(), MAX_PAUSE
+            stage, wish, authority, above, reasons, back, losses(ledger, stage, back), ledger.heartbeats(), MAX_PAUSE,
+            reverse.state(spec, ledger), rogue(spec, ledger),
         )  # fmt: skip
 
 
@@ -142,7 +147,7 @@ def rollback(spec: Spec) -> Advanced:
         expected = losses(ledger, before, after)
         lost_in = ledger.authority()
         done = _turn(spec, ledger, before, after)
-        lost = gate.lost(ledger.heartbeats(), lost_in, ledger.now()) if done else expected
+        lost = _lost(ledger, lost_in, done) if done else expected
         _record(spec, ledger, turns.ROLLED_BACK, before, after, {"lost": lost})
         return Advanced(before, after, ledger.authority().epoch, done.pause_seconds if done else None, lost)
 
@@ -151,7 +156,14 @@ def losses(ledger: Ledger, before: Stage, after: Stage | None) -> int:
     """Return how many writes a step down would lose: those that never reached the store to which authority goes back."""
     if after is None or TABLE[before].writes is TABLE[after].writes:
         return 0
+    if reverse.whole(ledger) is None:
+        return 0
     return gate.lost(ledger.heartbeats(), ledger.authority(), ledger.now())
+
+
+def _lost(ledger: Ledger, authority: Authority, done: Fenced) -> int:
+    """Return how many writes a fence back has lost: none where the reverse path brought them all."""
+    return gate.lost(ledger.heartbeats(), authority, ledger.now()) if done.lacking is not None else 0
 
 
 def _require_way_back(ledger: Ledger, before: Stage) -> None:
@@ -255,7 +267,7 @@ def _follow(spec: Spec) -> str | None:
             else:
                 _require_way_back(ledger, before)
             done = fence(spec, wanted)
-            lost = gate.lost(ledger.heartbeats(), authority, ledger.now())
+            lost = _lost(ledger, authority, done)
             _record(spec, ledger, turns.FOLLOWED, before, wish, {"epoch": done.epoch, "pause": done.pause_seconds, "lost": lost})
         left = f"; lost: {lost} writes that never reached the old store" if lost else ""
         return (

@@ -19,6 +19,7 @@ from psycopg import sql
 
 from changeover.errors import FenceCalledOff
 from changeover.flags.gate import mirrors
+from changeover.jobs import reverse
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 MAX_PAUSE = 10.0
 """Seconds after which a fence is called off and writers go on where they were."""
 
+NEAR_SECONDS = 60.0
+"""How long the way back may take to bring the old store near the new one, before writers are held up at all."""
+
 PERMANENT_SECONDS = 1.0
 """What must be left of the pause when the refusal is made permanent: the deadline may not pass in between."""
 
@@ -47,12 +51,16 @@ SEQUENCE_MARGIN = 10_000
 
 @dataclass(frozen=True)
 class Fenced:
-    """A fence that was done: the new epoch, the store that has authority, and how long writers waited at most."""
+    """A fence that was done: the new epoch, the store that has authority, and how long writers waited at most.
+
+    `lacking` is why, on the way back, the old store got no more than the mirror brought; None where it got everything.
+    """
 
     epoch: int
     store: str
     from_lsn: int
     pause_seconds: float
+    lacking: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,32 +73,44 @@ class Side:
 
 
 def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
-    """Move authority over all rows to a store (driver); replay must be running for the way to the new one.
+    """Move authority over all rows to a store (driver); capture and replay must be running.
 
-    Raises FenceCalledOff, with writers back where they were, and TableStopped.
+    Raises FenceCalledOff, with writers back where they were, TableStopped, and SlotBlocked before anything was held up.
     """
-    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), _others_rest(spec, ledger), _sides(spec) as (old, new):
+    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), ExitStack() as held:
         present = ledger.authority()
+        if to is Origin.NEW and present.store != to.value:
+            reverse.open_path(spec, ledger)  # which waits for open transactions, so it comes before anybody else has to
+        held.enter_context(_others_rest(spec, ledger))
+        old, new = held.enter_context(_sides(spec))
         losing, gaining = (old, new) if to is Origin.NEW else (new, old)
         if present.store == to.value:
             _let_write(gaining)
             return Fenced(present.epoch, present.store, present.from_lsn, present.pause_seconds or 0.0)
         epoch = present.epoch + 1
+        lacking = _draw_near(ledger, new) if to is Origin.OLD else None
         _prepare_gates(gaining, losing, epoch)
         with _turn(spec, ledger, to) as turn:
             pause = Pause(time.monotonic(), max_pause)
             try:
-                from_lsn = _hand_over(spec, ledger, (old, losing), to, epoch, pause, turn.close)
+                if to is Origin.NEW:
+                    places = _hand_over(spec, ledger, (old, new), epoch, pause, turn.close)
+                else:
+                    places = _hand_back(spec, ledger, (old, new), epoch, pause, turn.close, lacking)
                 _pass_the_others(spec, gaining, losing, to)
                 _make_final(gaining, losing, epoch, pause)
-                _record(ledger, Authority(epoch, to.value, from_lsn, present.at, pause.seconds))
+                _record(ledger, Authority(epoch, to.value, places[0], present.at, pause.seconds, places[1]))
                 pause.make(Move.RECORD)
             except BaseException:
                 _call_off(spec, losing, epoch)
                 raise
         _let_write(gaining)
-        log.info("epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(from_lsn), pause.seconds)
-        return Fenced(epoch, to.value, from_lsn, pause.seconds)
+        if lacking is not None:
+            reverse.break_off(ledger, f"authority went back without it: {lacking}")
+        log.info(
+            "epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(places[0]), pause.seconds
+        )
+        return Fenced(epoch, to.value, places[0], pause.seconds, lacking)
 
 
 def settle(spec: Spec) -> None:
@@ -147,15 +167,15 @@ class Pause:
 
 @contextmanager
 def _turn(spec: Spec, ledger: Ledger, to: Origin) -> Iterator[ExitStack]:
-    """Hold replay's turn, on the way to the new store, until it is closed.
+    """Hold replay's turn at the gaining store until it is closed.
 
     The very next batch then begins with all that was written before the fence. A batch under way would make writers wait for it
     and then for the next one.
     """
     assert spec.flag is not None
     with ExitStack() as turn:
-        if to is Origin.NEW:
-            turn.enter_context(ledger.lease(lease_of(spec.flag.target), wait_seconds=LEASE_SECONDS))
+        target = spec.flag.target if to is Origin.NEW else reverse.OLD_STORE
+        turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
         yield turn
 
 
@@ -231,34 +251,86 @@ def _same_column(table: Table, column: str, to: Origin) -> list[str]:
 
 
 def _hand_over(
-    spec: Spec, ledger: Ledger, sides: tuple[Side, Side], to: Origin, epoch: int, pause: Pause, go_on: Callable[[], None]
-) -> int:
-    """Refuse, drain, and wait until the gaining store has everything; return the old store's position at that moment.
+    spec: Spec, ledger: Ledger, sides: tuple[Side, Side], epoch: int, pause: Pause, go_on: Callable[[], None]
+) -> tuple[int, int]:
+    """Have the old store refuse, drain, and wait until the new one has everything; return where both stores' logs were then.
 
-    `sides` are (old, losing); `go_on` lets replay have its turn.
+    `go_on` lets replay have its turn.
     """
-    old, losing = sides
+    old, new = sides
+    position = _frozen(old, epoch, pause)
+    spool = spool_of(spec)
+    pause.wait(lambda: None if spool.end() >= position else "capture to spool the last writes")
+    for table in spec.tables:
+        require_same_file(ledger, spool, old.connection, table)
+    go_on()
+    pause.wait(lambda: _behind(spec, ledger, position))
+    pause.make(Move.AWAIT)
+    return position, _position(new)
+
+
+def _hand_back(
+    spec: Spec, ledger: Ledger, sides: tuple[Side, Side], epoch: int, pause: Pause, go_on: Callable[[], None], lacking: str | None
+) -> tuple[int, int]:
+    """Have the new store refuse, drain, and wait until the old one has everything; return where both stores' logs were then.
+
+    Where there is no whole reverse path, that is what the routers' mirrors have brought, as each says after the refusal.
+    """
+    old, new = sides
+    position = _frozen(new, epoch, pause)
+    if lacking is None:
+        spool = reverse.spool_of(spec)
+        pause.wait(lambda: None if spool.end() >= position else "capture to spool the new store's last writes")
+        go_on()
+        pause.wait(lambda: _not_back(pause, ledger, position))
+    else:
+        log.warning("back by the mirror alone, which loses what it dropped: %s", lacking)
+        now = ledger.now()
+        pause.wait(lambda: _unmirrored(ledger, now))
+    pause.make(Move.AWAIT)
+    return _position(old), position
+
+
+def _draw_near(ledger: Ledger, new: Side) -> str | None:
+    """Wait, before the pause of the way back, until the old store has what the new one holds; return why it will not have it all.
+
+    Writers go on meanwhile. Raises FenceCalledOff where replay does not come near.
+    """
+    if lacking := reverse.whole(ledger):
+        return lacking
+    position, deadline = _position(new), time.monotonic() + NEAR_SECONDS
+    emit_marker(new.connection, "fence ahead")
+    while late := [one for one in reverse.loads(ledger) if one.target == reverse.OLD_STORE and one.applied < position]:
+        if lacking := reverse.whole(ledger):
+            return lacking
+        if time.monotonic() > deadline:
+            what = (
+                f"replay to bring {late[0].source} back to the old store, up to {format_lsn(position)}, before anybody is held up"
+            )
+            raise FenceCalledOff(NEAR_SECONDS, what)
+        time.sleep(0.1)
+    return None
+
+
+def _frozen(losing: Side, epoch: int, pause: Pause) -> int:
+    """Have a store refuse and drain; return its position then, behind which a marker hurries its stream on."""
     for schema, name, _ in losing.tables:
         if not refusal.install(losing.connection, schema, name, epoch, pause.deadline):
             raise FenceCalledOff(pause.seconds, f"the lock on {schema}.{name}")
     pause.make(Move.FREEZE)
-    position = _position(old)
-    emit_marker(old.connection, f"fence {epoch}")
+    position = _position(losing)
+    emit_marker(losing.connection, f"fence {epoch}")
     pause.make(Move.POSITION)
-    if to is Origin.NEW:
-        spool = spool_of(spec)
-        pause.wait(lambda: None if spool.end() >= position else "capture to spool the last writes")
-        for table in spec.tables:
-            require_same_file(ledger, spool, old.connection, table)
-        go_on()
-        pause.wait(lambda: _behind(spec, ledger, position))
-        pause.make(Move.AWAIT)
-        return position
-    fenced_at = ledger.connection.execute("SELECT now()").fetchone()
-    assert fenced_at is not None
-    pause.wait(lambda: _unmirrored(ledger, fenced_at[0]))
-    pause.make(Move.AWAIT)
-    return _position(old)
+    return position
+
+
+def _not_back(pause: Pause, ledger: Ledger, position: int) -> str | None:
+    """Return what is missing in the old store; what stands in the way ends the wait, and the next try goes back without."""
+    late = [load for load in reverse.loads(ledger) if load.target == reverse.OLD_STORE and load.applied < position]
+    for load in late:
+        if load.stopped:
+            raise FenceCalledOff(pause.seconds, f"{load.source} to come back to the old store, which stands still: {load.stopped}")
+    return f"replay to bring {late[0].source} back to the old store, up to {format_lsn(position)}" if late else None
 
 
 def _position(side: Side) -> int:
@@ -301,6 +373,8 @@ def _unmirrored(ledger: Ledger, since: object) -> str | None:
 def _record(ledger: Ledger, authority: Authority) -> None:
     """The one statement by which authority moves."""
     ledger.connection.execute(
-        "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds) VALUES (%s, %s, %s, %s, %s)",
-        [ledger.migration, authority.epoch, authority.store, format_lsn(authority.from_lsn), authority.pause_seconds],
-    )
+        "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn)"
+        " VALUES (%s, %s, %s, %s, %s, %s)",
+        [ledger.migration, authority.epoch, authority.store, format_lsn(authority.from_lsn), authority.pause_seconds,
+         format_lsn(authority.new_lsn)],
+    )  # fmt: skip

@@ -19,6 +19,8 @@ from changeover.flags.stages import ORDER, TABLE, needs_fence
 from changeover.flags.turns import mirrored_since, turns
 from changeover.jobs.entries import CLOSED, Authority, Heartbeat, Load, VerdictRow
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.reverse import State, state
+from changeover.jobs.rogue import Rogue, rogue
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
 from changeover.spec import Spec
@@ -47,6 +49,8 @@ class Evidence:
     capture_active: bool
     sources: tuple[str, ...]
     target: str
+    way_back: State | None = None
+    rogue: tuple[Rogue, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -71,7 +75,8 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage) -> Evidence
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
         heartbeats=ledger.heartbeats(), authority=ledger.authority(), stage_since=found[0].at if found else None,
         mirrored_since=mirrored_since(found), source_lsn=parse_lsn(row[0]), capture_active=row[1],
-        sources=tuple(t.source for t in spec.tables), target=spec.flag.target,
+        sources=tuple(t.source for t in spec.tables), target=spec.flag.target, way_back=state(spec, ledger),
+        rogue=tuple(rogue(spec, ledger)),
     )  # fmt: skip
 
 
@@ -175,7 +180,7 @@ def _comparisons_clean(e: Evidence) -> list[str]:
 
 def _mirror_whole(e: Evidence) -> list[str]:
     """Before the old store stops receiving: nothing that was written since authority moved was lost on its way there."""
-    if e.after is not Stage.COMPLETE:
+    if e.after is not Stage.COMPLETE or (e.way_back is not None and e.way_back.lacking is None):
         return []
     gone = lost(e.heartbeats, e.authority, e.now)
     return [f"{gone} mirrored writes to the old store failed, were dropped, or died with their process"] if gone else []
@@ -197,8 +202,27 @@ def lost(heartbeats: Sequence[Heartbeat], authority: Authority, now: datetime) -
     )
 
 
+def _way_back_open(e: Evidence) -> list[str]:
+    """While the new store has authority: what is written to it reaches the old one, if there is a path at all."""
+    way = e.way_back
+    if e.authority.store == "old" or way is None or way.watched_from is None:
+        return []
+    if way.lacking is not None:
+        return [f"what is written to the new store does not come back to the old one: {way.lacking}"]
+    reasons = [] if way.slot == "active" else ["the new store's stream is not captured: start `changeover capture`"]
+    behind = way.behind_bytes or 0
+    return reasons + ([f"the old store is {behind:,} bytes of WAL behind the new one: let `changeover replay` go on"]
+                      if behind > LAG_BYTES else [])  # fmt: skip
+
+
+def _nothing_rogue(e: Evidence) -> list[str]:
+    """Nobody has written to the store without authority, or both stores were found equal since."""
+    return [str(one) for one in e.rogue]
+
+
 RULES: tuple[Callable[[Evidence], list[str]], ...] = (
     _loads_closed, _verdict_fresh, _processes_present, _lag_small, _replay_past_dualwrite, _comparisons_clean, _mirror_whole,
+    _way_back_open, _nothing_rogue,
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from changeover.errors import ChangeoverError, DatabaseFailed, LeaseHeld, ServerUnavailable
 from changeover.interrupt import asked_to_stop
-from changeover.jobs import pgoutput
+from changeover.jobs import pgoutput, reverse
 from changeover.jobs.chunks import acknowledged
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
@@ -36,6 +36,7 @@ from changeover.jobs.replication import (
     generated_columns,
     slot_alarm,
 )
+from changeover.jobs.rogue import rogue
 from changeover.jobs.spool import SCHEMA, Spool
 from changeover.jobs.transactions import MARKER_PREFIX, Assembler
 from changeover.position import format_lsn
@@ -55,6 +56,12 @@ WATCH_SECONDS = 60.0
 
 COMPACT_EVERY = 50
 """Appends after which their small files become one."""
+
+ROGUE_SECONDS = 5.0
+"""How often to look for writes to a store without authority."""
+
+NEW_STORE_SECONDS = 0.5
+"""How often to look whether the new store has a stream to follow by now."""
 
 IDLE_STEP = 1 << 20
 """Bytes of other tables' WAL after which an idle stream moves the spool's end, so that the slot lets that WAL go."""
@@ -98,9 +105,10 @@ def capture(
     with Ledger.open(spec, "capture") as ledger, ledger.lease("capture", wait_seconds=LEASE_SECONDS):
         stream = ledger.stream("capture")
         tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
-        run = _Run(spec, stream, tables, stop, until or (lambda: False), patience)
+        feed = Feed(spec.source.dsn.resolve(), stream, tables, Spool(spec.work / "spool"))
+        run = _Run(spec, feed, stop, until or (lambda: False), patience)
         result = run.result
-        with ledger.recorded("capture") as told, asked_to_stop(stop) as asked:
+        with ledger.recorded("capture") as told, asked_to_stop(stop) as asked, new_store_beside(spec):
             ledger.audit("capture", "started", {})  # it may run for weeks, and a kill leaves no other trace
             try:
                 run.run()
@@ -112,28 +120,89 @@ def capture(
     return result
 
 
+@contextmanager
+def new_store_beside(spec: Spec) -> Iterator[None]:
+    """Bring the new store's changes into a spool of their own while the block lasts, from when its stream is there.
+
+    Whatever goes wrong with it is in the log and tried again: the old store's stream goes on meanwhile.
+    """
+    if spec.flag is None:
+        yield
+        return
+    ended = threading.Event()
+    beside = [threading.Thread(target=work, args=(spec, ended), name=work.__name__) for work in (_follow_new_store, _tell_rogue)]
+    for thread in beside:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in beside:
+            thread.join()
+
+
+def _tell_rogue(spec: Spec, ended: threading.Event) -> None:
+    """Raise the alarm for writes to a store without authority, each state of affairs once."""
+    said: set[str] = set()
+    while not ended.wait(ROGUE_SECONDS):
+        try:
+            with Ledger.open(spec, "capture") as ledger:
+                told = {str(one) for one in rogue(spec, ledger)}
+        except ChangeoverError as error:
+            told = {f"rogue writes can't be looked for: {error}"}
+        for line in sorted(told - said):
+            log.warning("%s", line)
+        said = told
+
+
+def _follow_new_store(spec: Spec, ended: threading.Event) -> None:
+    said = ""
+    while not ended.is_set():
+        try:
+            capture_new(spec, ended)
+        except ChangeoverError as error:
+            if str(error) != said:
+                log.warning("the new store's stream: %s", error)
+            said = str(error)
+        ended.wait(NEW_STORE_SECONDS)
+
+
+def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = lambda: False) -> CaptureResult | None:
+    """Bring the new store's changes into its spool until `stop` or `until()`; None where no stream of it is on record (driver)."""
+    with Ledger.open(spec, "capture") as ledger:
+        path = reverse.recorded(ledger)
+        if path is None or path.broken:
+            return None
+        with ledger.lease("capture-new"):
+            feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec))
+            run = _Run(spec, feed, stop, until, patience=0.0)
+            run.run()
+    return run.result
+
+
 def emit_marker(connection: Connection, note: str) -> None:
-    """Write a marker into the source's log; it reaches the spool when the caller's transaction commits."""
+    """Write a marker into a store's log; it reaches the spool when the caller's transaction commits."""
     connection.execute("SELECT pg_logical_emit_message(true, %s::text, %s::text)", [MARKER_PREFIX, note])
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A store's stream: where it is read, what must still be true of it, the columns of its tables by name, and where it goes."""
+
+    dsn: str
+    stream: Stream
+    tables: Mapping[str, Sequence[SourceColumn]]
+    spool: Spool
 
 
 class _Run:
     """One run: connection after connection, where the last whole transaction ends, and the counts."""
 
-    def __init__(
-        self,
-        spec: Spec,
-        stream: Stream,
-        tables: Mapping[str, Sequence[SourceColumn]],
-        stop: threading.Event,
-        until: Callable[[], bool],
-        patience: float,
-    ) -> None:
-        self.spec, self.stream, self.tables = spec, stream, tables
+    def __init__(self, spec: Spec, feed: Feed, stop: threading.Event, until: Callable[[], bool], patience: float) -> None:
+        self.spec, self.stream, self.tables = spec, feed.stream, feed.tables
         self.stop, self.until, self.patience = stop, until, patience
         self.ask_at = 0.0
-        self.dsn = spec.source.dsn.resolve()
-        self.spool = Spool(spec.work / "spool")
+        self.dsn, self.spool = feed.dsn, feed.spool
         self.result = CaptureResult()
         self.bytes = 0
         self.whole = self.durable = self.spool.end()

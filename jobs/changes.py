@@ -116,11 +116,11 @@ def _empty_lists(count: int) -> pa.Array:
 
 @contextmanager
 def completed(
-    spec: Spec, spark: SparkSession, transform: Transform, changes: pa.Table, snapshot: ExportedSnapshot | None
+    spec: Spec, spark: SparkSession, transform: Transform, changes: pa.Table, snapshot: ExportedSnapshot | None, dsn: str
 ) -> Iterator[DataFrame]:
     """Yield the changes with whole rows, as Spark has them (driver; what was not sent is read in tasks).
 
-    The source is read in `snapshot` where one is given, which must hold all of the updates.
+    The store at `dsn` is read, in `snapshot` where one is given, which must hold all of the updates.
     """
     from pyspark.sql import functions as F
 
@@ -129,7 +129,7 @@ def completed(
     if not len(partial):
         yield frame
         return
-    dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "replay")
+    application = application_name(spec.name, "replay")
     identity = [c.name for c in transform.identity]
     names = set(pc.unique(pc.list_flatten(partial[MISSING])).to_pylist())
     keys = sorted(zip(*(partial[name].to_pylist() for name in identity), strict=True))

@@ -13,7 +13,7 @@ from typing import Any
 
 from changeover.position import Version, image_version
 
-FORMAT = 1
+FORMAT = 2
 """Version of the ledger's tables; another version found is refused, never guessed at."""
 
 SCHEMA = """
@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS changeover.chunk (
     FOREIGN KEY (migration, source, target) REFERENCES changeover.load ON DELETE CASCADE);
 CREATE TABLE IF NOT EXISTS changeover.authority (
     migration text NOT NULL, epoch integer NOT NULL, store text NOT NULL CHECK (store IN ('old', 'new')),
-    from_lsn pg_lsn NOT NULL, at timestamptz NOT NULL DEFAULT now(), pause_seconds double precision,
+    from_lsn pg_lsn NOT NULL, at timestamptz NOT NULL DEFAULT now(), pause_seconds double precision, new_lsn pg_lsn,
     PRIMARY KEY (migration, epoch));
 CREATE TABLE IF NOT EXISTS changeover.verdict (
     migration text NOT NULL, run bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(), source text NOT NULL,
@@ -48,9 +48,26 @@ CREATE TABLE IF NOT EXISTS changeover.heartbeat (
 CREATE TABLE IF NOT EXISTS changeover.audit (
     migration text NOT NULL, entry bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(),
     step text NOT NULL, outcome text NOT NULL, detail jsonb NOT NULL, PRIMARY KEY (migration, entry));
+CREATE TABLE IF NOT EXISTS changeover.reverse_stream (
+    migration text PRIMARY KEY REFERENCES changeover.migration ON DELETE CASCADE, l0 pg_lsn NOT NULL, system_id text NOT NULL,
+    timeline integer NOT NULL, slot text NOT NULL, tables jsonb NOT NULL, opened timestamptz NOT NULL DEFAULT now(), broken text);
+CREATE TABLE IF NOT EXISTS changeover.reverse_load (
+    migration text NOT NULL REFERENCES changeover.reverse_stream ON DELETE CASCADE, source text NOT NULL, target text NOT NULL,
+    applied pg_lsn NOT NULL, events bigint NOT NULL DEFAULT 0, stopped text, PRIMARY KEY (migration, source, target));
 """
 
-LEDGER_TABLES = ("chunk", "load", "source_table", "authority", "verdict", "heartbeat", "audit", "migration")
+LEDGER_TABLES = (
+    "reverse_load",
+    "reverse_stream",
+    "chunk",
+    "load",
+    "source_table",
+    "authority",
+    "verdict",
+    "heartbeat",
+    "audit",
+    "migration",
+)
 """All of the ledger's tables, in an order in which they can be dropped."""
 
 PENDING, LOADED, CLOSED = "pending", "loaded", "closed"
@@ -114,13 +131,18 @@ class ChunkRow:
 
 @dataclass(frozen=True)
 class Authority:
-    """Which store has authority over all rows, since which epoch and LSN of the store that lost it."""
+    """Which store has authority over all rows, since which epoch; `from_lsn`, `new_lsn` are where the stores' logs were then.
+
+    In the old store's log `from_lsn` parts what was written under one authority from what came under the next, and in the new
+    store's log `new_lsn` does.
+    """
 
     epoch: int
     store: str
     from_lsn: int
     at: datetime
     pause_seconds: float | None
+    new_lsn: int = 0
 
 
 @dataclass(frozen=True)

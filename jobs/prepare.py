@@ -18,7 +18,7 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
-from changeover.jobs import snapshot, transform
+from changeover.jobs import inverse, reverse, snapshot, transform
 from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.ledger import Ledger, drop_ledger
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
@@ -62,6 +62,7 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
             raise UnsafePlan(tuple(found.reasons))
         _remove_unfinished(spec, ledger)  # what a killed prepare left
         transforms = _transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
+        _require_way_back(spec, spark, transforms)
         try:
             return _make(spec, ledger, found, transforms)
         except ChangeoverError:
@@ -84,7 +85,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
 
 def _remove_unfinished(spec: Spec, ledger: Ledger) -> list[str]:
     """Remove from both stores what a prepare made that never came to its record."""
-    removed = _remove_from_source(spec)
+    removed = reverse.remove(spec, None) + _remove_from_source(spec)
     creating = ledger.creating()
     removed += _abort_targets(spec, creating)
     if creating:
@@ -131,6 +132,16 @@ def _transforms(spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTabl
                     spark, spec, table, store_columns(seen.columns), seen.identity, existing
                 )
     return planned
+
+
+def _require_way_back(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[str, str], transform.Transform]) -> None:
+    """Analyse the expressions by which rows will come back; that there are none is no error, the mirror is left."""
+    for table in spec.tables if spec.flag is not None else ():
+        assert spec.flag is not None
+        planned = transforms[table.source, spec.flag.target]
+        if inverse.missing(spec, table, planned.source, planned.target.columns) is None:
+            old = planned.source, [c.name for c in planned.identity]
+            inverse.plan(spark, spec, table, old, planned.target.columns, table.key)
 
 
 def _create_targets(
@@ -206,7 +217,7 @@ def _remove_from_source(spec: Spec) -> list[str]:
     with connect(dsn, application_name(spec.name, "remove")) as old, speaking_to(dsn, "removing what prepare made"):
         if snapshot.release(dsn, spec.name, old):
             removed.append("snapshot keeper")
-        if _drop_slot(old, spec.slot):
+        if snapshot.drop_slot(old, spec.slot):
             removed.append(f"replication slot {spec.slot}")
         for table in spec.tables:
             removed += refusal.remove(old, *table.source_name)
@@ -216,20 +227,6 @@ def _remove_from_source(spec: Spec) -> list[str]:
             old.execute(sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(spec.slot)))
             removed.append(f"publication {spec.slot}")
     return removed
-
-
-def _drop_slot(old: Connection, slot: str) -> bool:
-    """Drop the slot, ending the capture that still reads it."""
-    for _ in range(50):
-        row = old.execute("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone()
-        if row is None:
-            return False
-        if row[0] is None:
-            old.execute("SELECT pg_drop_replication_slot(%s)", [slot])
-            return True
-        old.execute("SELECT pg_terminate_backend(%s)", [row[0]])
-        time.sleep(0.1)
-    raise LockNotGranted(server_name(old.info.dsn), f"replication slot {slot}", "a capture that comes back: stop it first")
 
 
 def abort(spec: Spec) -> list[str]:
@@ -242,7 +239,7 @@ def abort(spec: Spec) -> list[str]:
         if prepared and ledger.authority().store == "new":
             raise Refused("abort: authority has moved to the new store: `changeover flags rollback` first")
         if prepared:
-            removed = _remove_from_source(spec)
+            removed = reverse.remove(spec, ledger) + _remove_from_source(spec)
             removed += _abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
             drop_ledger(ledger.connection, spec.name)
             _drop_empty_schema(ledger.connection)
@@ -295,7 +292,7 @@ def finalize(spec: Spec) -> list[str]:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
         if spec.flag is not None and ledger.authority().store != "new":
             raise Refused("finalize: the old store still has authority: `changeover flags advance` up to complete first")
-        removed = _remove_from_source(spec)
+        removed = reverse.remove(spec, ledger) + _remove_from_source(spec)
         for table in spec.tables:
             for target in spec.targets.values():
                 with open_store(spec, target, "finalize") as store:
@@ -324,6 +321,7 @@ UNION ALL SELECT format('session %s', application_name) FROM pg_stat_activity
 
 
 def leftovers(spec: Spec) -> list[str]:
-    """Return everything of ours that is still in the old store (driver; looks only)."""
+    """Return everything of ours that is still in the old store, and what is left of the reverse path (driver; looks only)."""
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "leftovers")) as old:
-        return [row[0] for row in old.execute(LEFTOVERS).fetchall()]
+        left = [row[0] for row in old.execute(LEFTOVERS).fetchall()]
+    return left + [one for one in reverse.leftovers(spec) if one not in left]

@@ -14,19 +14,25 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pyarrow as pa
 import pyarrow.compute as pc
+from ldclient.migrations.types import Stage
 
-from changeover.errors import TableStopped
+from changeover import points
+from changeover.errors import ChangeoverError, TableStopped
+from changeover.jobs import reverse
 from changeover.jobs.changes import completed, last_of_each_key
 from changeover.jobs.chunks import mergeable
-from changeover.jobs.entries import CLOSED, Authority, Load
+from changeover.jobs.entries import CLOSED
+from changeover.jobs.journal import Back, Journal, OldJournal
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.merge import caught_up_floor
 from changeover.jobs.prepare import Prepared, require_prepared, spool_of
-from changeover.jobs.spool import DELETE, INSERT, RELATION, TRUNCATE, UPDATE
+from changeover.jobs.spool import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE
+from changeover.jobs.tenure import NEW, Interval, offered_intervals
 from changeover.jobs.transform import Transform
 from changeover.position import Version, format_lsn
 from changeover.sparkerrors import from_spark
@@ -51,7 +57,8 @@ SMALL_BATCH = 20_000
 
 IDLE_SECONDS = 0.1
 
-FOR_EVER = 2**63 - 1
+AGAIN_SECONDS = 2.0
+"""How long to wait before what the old store refused is offered to it again."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +80,11 @@ class Batch:
     truncated: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A part of the old store's stream: the epoch of its events, and the commit LSNs since <= lsn < until."""
-
-    epoch: int
-    since: int
-    until: int
-
-
 class Replay:
     """Replays one migration (driver); `round` is one turn over all its loads, in the thread that calls it.
 
-    Values that an update did not send are read in `snapshot` where one is given: then they are those of its moment.
+    Values that an update did not send are read in `snapshot` where one is given: then they are those of its moment. What was
+    written to the new store while it had authority goes to the other targets as well, and back to the old store.
     """
 
     def __init__(
@@ -95,8 +94,10 @@ class Replay:
         self.spark = spark
         self.ledger = ledger
         self.prepared = prepared
-        self.snapshot = snapshot
         self.spool = spool_of(spec)
+        self.carrier = Carrier(spec, spark, OldJournal(spec, ledger, self.spool), snapshot)
+        self.back = Back(spec, spark, ledger, prepared.transforms)
+        self.returning = Carrier(spec, spark, self.back.journal, None)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Offer everything spooled below `until` to each target, in one turn of that target's lease."""
@@ -116,6 +117,7 @@ class Replay:
         """Do a round's work; the caller holds the leases of the targets. A table that stops is named when the others are done."""
         end = min([self.spool.end()] + ([until] if until is not None else []))
         authorities = self.ledger.authorities()
+        carried = self.back.carried(authorities)
         events = taken = 0
         positions = []
         stops = []
@@ -128,9 +130,15 @@ class Replay:
                     continue
                 store.install(transform.target, self.prepared.stream.image)
                 try:
-                    for interval in offered_intervals(authorities, takes_over=self._takes_over(target)):
-                        load, offered = self._catch_up(load, interval, end, transform, store)
+                    for interval in offered_intervals(authorities, takes_over=self._takes_over(target), carried=carried):
+                        if interval.store == NEW:
+                            there, offered = self._bring_back(interval, source, target, store)
+                        else:
+                            load, offered = self.carrier.catch_up(load, interval, end, transform, store)
+                            there = load.applied >= interval.until
                         events, taken = events + offered.offered, taken + offered.taken
+                        if not there:  # epochs are offered one after the other
+                            break
                 except TableStopped as stop:
                     stops.append(stop)
             positions.append(load.applied)
@@ -141,41 +149,98 @@ class Replay:
     def _takes_over(self, target: str) -> bool:
         return self.spec.flag is not None and self.spec.flag.target == target
 
-    def _catch_up(self, load: Load, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Load, Counts]:
+    def bring_back(self) -> Replayed:
+        """Offer what was written to the new store while it had authority to the old store; the caller holds that lease.
+
+        What stands in the way of a table is on record, and raised when the others are done. Once the last stage was reached the old
+        store gets nothing any more.
+        """
+        intervals = self.back.intervals() if self.spec.flag is not None else []
+        if not intervals or self.ledger.stage() == Stage.COMPLETE.value:
+            return Replayed(0, 0, 0)
+        end, counts = self.back.end(intervals), Counts(0, 0)
+        failed: list[ChangeoverError] = []
+        loads = self.back.loads(reverse.OLD_STORE)
+        for load in (load for load in loads if load.applied < end):
+            try:
+                done = self._table_back(load.source, intervals)
+                counts = Counts(counts.offered + done.offered, counts.taken + done.taken)
+            except ChangeoverError as error:
+                if not isinstance(error, TableStopped):  # else its own reason is on record
+                    reverse.stop(self.ledger, load.target, str(error), load.source)
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        return Replayed(counts.offered, counts.taken, min((load.applied for load in loads), default=0))
+
+    def _table_back(self, source: str, intervals: Sequence[Interval]) -> Counts:
+        """Offer one table's changes of all intervals to the old store."""
+        events = taken = 0
+        with open_store(self.spec, reverse.old_target(self.spec), "replay") as store:
+            for interval in intervals:
+                there, offered = self._bring_back(interval, source, reverse.OLD_STORE, store)
+                events, taken = events + offered.offered, taken + offered.taken
+                if not there:
+                    break
+        return Counts(events, taken)
+
+    def _bring_back(self, interval: Interval, source: str, target: str, store: Store) -> tuple[bool, Counts]:
+        """Offer what is left of one interval of the new store's stream; tell whether all of the interval was."""
+        load = next(load for load in self.back.loads(target) if load.source == source)
+        transform = self.back.transform(source, target)
+        load, counts = self.returning.catch_up(load, interval, self.back.reach(), transform, store)
+        return load.applied >= interval.until, counts
+
+
+class Carrier:
+    """Carries batches of one store's stream into a target (driver)."""
+
+    def __init__(self, spec: Spec, spark: SparkSession, journal: Journal, snapshot: ExportedSnapshot | None) -> None:
+        self.spec = spec
+        self.spark = spark
+        self.journal = journal
+        self.spool = journal.spool
+        self.snapshot = snapshot
+
+    def catch_up(self, load: Any, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
         """Offer what is left of one interval; what lies between two of them is never offered."""
         end = min(end, interval.until)
         if load.applied >= end:
             return load, Counts(0, 0)
         start = max(load.applied, interval.since)
-        _, _, stopped = self.ledger.source_table(load.source)
+        stopped = self.journal.stopped(load)
         # stopped by an event: each target is still brought up to it
-        if stopped and self._next_batch(start, self.spool.end(), transform).stop is None:
+        if stopped and self._next_batch(start, self.spool.end(), transform, interval).stop is None:
             raise TableStopped(load.source, stopped)
-        batch = self._next_batch(start, end, transform)
+        batch = self._next_batch(start, end, transform, interval)
         taken = 0
         if batch.events:
             with from_spark(load.source, f"changes from {format_lsn(start)} to {format_lsn(batch.until)}"):
                 if batch.truncated:
+                    self.journal.require_truncatable(load)
                     store.truncate(self.spark, transform.target, Version(interval.epoch, *batch.truncated))
-                taken = self._offer(start, batch, interval.epoch, transform, store, closed=load.state == CLOSED)
-        self.ledger.advance(load.source, load.target, batch.until, batch.events)
+                taken = self._offer(load, start, batch, interval, transform, store)
+        points.reach("batch-offered", f"{load.source} {load.target} {batch.events}")
+        self.journal.advance(load, batch.until, batch.events)
         if batch.stop:
-            self.ledger.stop_table(load.source, batch.stop)
+            self.journal.stop(load, batch.stop)
             raise TableStopped(load.source, batch.stop)
         return replace(load, applied=batch.until), Counts(batch.events, taken)
 
-    def _next_batch(self, start: int, end: int, transform: Transform) -> Batch:
+    def _next_batch(self, start: int, end: int, transform: Transform, interval: Interval) -> Batch:
         end = self.spool.reach(start, end, BATCH_EVENTS, BATCH_BYTES)
         relation = ".".join(transform.table.source_name)
         outline = self.spool.outline(start, end)
         ours = outline.filter(pc.equal(outline["relation"], relation))
+        if not interval.echo:
+            ours = ours.filter(pc.or_(pc.is_null(ours["note"]), pc.is_in(ours["op"], pa.array([RELATION, ADDED]))))
         stop = first_stop(ours, [c.name for c in transform.identity])
         if stop is not None:
             end, ours = stop[0], ours.filter(pc.less(ours["lsn"], stop[0]))
         reason = f"{stop[1]} (at {format_lsn(end)})" if stop else None
         return Batch(end, ours.num_rows, reason, last_truncate(ours))
 
-    def _offer(self, start: int, batch: Batch, epoch: int, transform: Transform, store: Store, *, closed: bool) -> int:
+    def _offer(self, load: Any, start: int, batch: Batch, interval: Interval, transform: Transform, store: Store) -> int:
         """Offer the batch's changes; return how many were taken. A batch is one part, unless one transaction outgrew it.
 
         A large one, of a table that is closed, may let its position be the gate; with small ones an application's own writes
@@ -184,37 +249,22 @@ class Replay:
         relation = ".".join(transform.table.source_name)
         identity, columns = [c.name for c in transform.identity], [c.name for c in transform.source]
         taken = 0
-        alone = closed and SMALL_BATCH < batch.events < 2 * BATCH_EVENTS
-        reached = caught_up_floor(epoch, batch.until) if alone else None
+        alone = self.journal.closed(load) and SMALL_BATCH < batch.events < 2 * BATCH_EVENTS
+        reached = caught_up_floor(interval.epoch, batch.until) if alone else None
         for events in self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS):
             ours = events.filter(pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE])))
+            if not interval.echo:
+                ours = ours.filter(pc.is_null(ours["note"]))
             if batch.truncated:  # what came before it has nothing to say any more
                 ours = ours.filter(_after(ours, *batch.truncated))
             last = last_of_each_key(ours, identity, columns)
-            with completed(self.spec, self.spark, transform, last, self.snapshot) as whole:
+            with completed(self.spec, self.spark, transform, last, self.snapshot, self.journal.dsn) as whole:
                 moved = transform.moved_in_stream() if store.takes_text else frozenset()
-                changes = transform.changes(whole, epoch, moved)
+                changes = transform.changes(whole, interval.epoch, moved)
                 # one task: the fence waits for such batches
                 changes = changes.coalesce(1) if len(last) <= SMALL_BATCH else changes
                 taken += store.merge(transform.target, changes, reached).taken
         return taken
-
-
-def offered_intervals(authorities: Sequence[Authority], *, takes_over: bool) -> list[Interval]:
-    """Return the intervals of the old store's stream that a target is offered, by the authority log (pure).
-
-    While the new store has authority, the old one's stream holds our own mirrored writes. The target that takes over wrote them
-    itself, so it never gets that echo. Any other target waits at the fence; it learns of those writes by the echo once authority is
-    back, because then the old store is the truth again.
-    """
-    intervals = [Interval(0, 0, FOR_EVER)]
-    for change in authorities:
-        intervals[-1] = replace(intervals[-1], until=change.from_lsn)
-        intervals.append(Interval(change.epoch, change.from_lsn, FOR_EVER))
-    if authorities and authorities[-1].store == "new":
-        intervals.pop()
-    elsewhere = {change.epoch for change in authorities if change.store == "new"}
-    return [one for one in intervals if not (takes_over and one.epoch in elsewhere)]
 
 
 def first_stop(outline: pa.Table, identity: Sequence[str]) -> tuple[int, str] | None:
@@ -258,7 +308,7 @@ def replay(
     spec: Spec, spark: SparkSession, *, follow: bool = False, stop: threading.Event | None = None,
     targets: Sequence[str] | None = None,
 ) -> Replayed:  # fmt: skip
-    """Replay until caught up with the spool, or with `follow` until `stop` is set (driver).
+    """Replay until caught up with the spool, or with `follow` until `stop` is set, back to the old store too (driver).
 
     Each target is followed in a thread of its own, so that a slow one does not hold up another, and an error in one stops all.
     Raises StepOrder before prepare, TableStopped, ServerUnavailable.
@@ -267,12 +317,15 @@ def replay(
     with Ledger.open(spec, STEP) as ledger:
         prepared = require_prepared(spec, spark, ledger, STEP)
     chosen = list(targets or spec.targets)
-    with ThreadPoolExecutor(len(chosen), thread_name_prefix="replay") as pool:
+    with ThreadPoolExecutor(len(chosen) + 1, thread_name_prefix="replay") as pool:
         running = [pool.submit(_replay_target, spec, spark, prepared, target, follow, stop) for target in chosen]
+        back = pool.submit(_replay_back, spec, spark, prepared, follow, stop) if spec.flag is not None else None
         try:
-            return total([one.result() for one in as_completed(running)])
+            done = total([one.result() for one in as_completed(running)])
         finally:
             stop.set()
+        came = back.result() if back is not None else Replayed(0, 0, 0)
+    return replace(done, events=done.events + came.events, taken=done.taken + came.taken)
 
 
 def _replay_target(
@@ -293,6 +346,36 @@ def _replay_target(
                 return Replayed(events, taken, done.applied)
             if not done.events:
                 stop.wait(IDLE_SECONDS)
+
+
+def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bool, stop: threading.Event) -> Replayed:
+    """Replay from the new store into the old one; with `follow` whatever goes wrong is tried again, since the others go on."""
+    spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(reverse.OLD_STORE))
+    said = ""
+    while True:
+        try:
+            with Ledger.open(spec, STEP) as ledger:
+                return _back_rounds(Replay(spec, spark, ledger, prepared), follow, stop)
+        except (ChangeoverError, psycopg.Error) as error:
+            if not follow:
+                raise
+            if str(error) != said:
+                log.warning("nothing comes back to the old store: %s", error)
+            said = str(error)
+        if stop.wait(AGAIN_SECONDS):
+            return Replayed(0, 0, 0)
+
+
+def _back_rounds(running: Replay, follow: bool, stop: threading.Event) -> Replayed:
+    events = taken = 0
+    while True:
+        with running.ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
+            done = running.bring_back()
+        events, taken = events + done.events, taken + done.taken
+        if stop.is_set() or (not follow and not done.events):
+            return Replayed(events, taken, done.applied)
+        if not done.events:
+            stop.wait(IDLE_SECONDS)
 
 
 def main() -> None:

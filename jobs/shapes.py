@@ -56,7 +56,7 @@ class Shape:
             if column.name in by_name and by_name[column.name].array
         }
 
-    def events(self, group: Changes, stamps: Stamps) -> pa.Table:
+    def events(self, group: Changes, stamps: Stamps, notes: pa.Array) -> pa.Table:
         """Return a group of changes as spool events, in their order; raises RowRefused, MalformedMessage."""
         count = len(group.numbers)
         new = group.new
@@ -73,7 +73,7 @@ class Shape:
             "missing": self._missing(new, count),
             "xid": pa.array(stamps.xid),
             "committed_at": pa.array(stamps.committed_at).cast(spool.SCHEMA.field("committed_at").type),
-            "note": pa.nulls(count, pa.string()),
+            "note": notes,
         }
         return pa.table([columns[name] for name in spool.SCHEMA.names], schema=spool.SCHEMA)
 

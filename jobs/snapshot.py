@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
-from changeover.errors import CouldNotFinish, DatabaseFailed, SlotBlocked, SnapshotLost
+from changeover.errors import CouldNotFinish, DatabaseFailed, LockNotGranted, SlotBlocked, SnapshotLost
 from changeover.position import parse_lsn
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import Spec
@@ -89,6 +89,20 @@ def _oldest(dsn: str, application: str) -> str:
             " FROM pg_prepared_xacts) AS open ORDER BY 2 LIMIT 1"
         ).fetchone()
     return str(row[0]) if row else "it has ended since"
+
+
+def drop_slot(connection: Connection, slot: str) -> bool:
+    """Drop a slot, ending the capture that still reads it; False where there is none. Raises LockNotGranted (driver)."""
+    for _ in range(50):
+        row = connection.execute("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone()
+        if row is None:
+            return False
+        if row[0] is None:
+            connection.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+            return True
+        connection.execute("SELECT pg_terminate_backend(%s)", [row[0]])
+        time.sleep(0.1)
+    raise LockNotGranted(server_name(connection.info.dsn), f"replication slot {slot}", "a capture that comes back: stop it first")
 
 
 # -- keepers

@@ -34,6 +34,7 @@ FORMAT = "2"
 INSERT, UPDATE, DELETE, TRUNCATE, MARKER, RELATION, ADDED = "I", "U", "D", "T", "M", "R", "A"
 """Kinds of event; MARKER, RELATION and ADDED speak in `note`, MARKER and only it without a relation.
 
+A row's change or a TRUNCATE has a note only where its transaction bears the mark of our own writes: what of ours made it.
 RELATION says that a table is not as it was prepared, ADDED that it only has more columns, which nothing of the spec needs.
 """
 
@@ -219,12 +220,22 @@ class Spool:
             first.setdefault((event["relation"], event["note"]), event["lsn"])
         return [(relation, lsn, note) for (relation, note), lsn in first.items()]
 
-    def _scan(self, after: int, until: int, columns: list[str], *, noted: bool = False) -> pa.Table:
-        """Read the files whose positions meet the range; with `noted`, those of them that hold a note."""
+    def unmarked(self, after: int, until: int) -> pa.Table:
+        """Return relation, lsn, xid and committed_at of what with ``after <= lsn < until`` bears no mark of ours."""
+        found = self._scan(after, until, ["relation", "lsn", "op", "xid", "committed_at", "note"], noted=False)
+        changes = pc.is_in(found["op"], pa.array([INSERT, UPDATE, DELETE, TRUNCATE]))
+        return found.filter(pc.and_(changes, pc.is_null(found["note"]))).drop_columns(["op", "note"])
+
+    def _scan(self, after: int, until: int, columns: list[str], *, noted: bool | None = None) -> pa.Table:
+        """Read the files whose positions meet the range; with `noted`, those that hold a note, or something without one."""
         table = self._latest()
         until = min(until, table.transaction_version(APPLICATION) or 0)
         met = _met(table, after, until)
-        paths = [str(self.path / file["path"]) for file in met if not noted or file["null_count.note"] < file["num_records"]]
+        if noted is not None:
+            met = [
+                file for file in met if (file["null_count.note"] < file["num_records"] if noted else file["null_count.note"] > 0)
+            ]
+        paths = [str(self.path / file["path"]) for file in met]
         if not paths:
             return SCHEMA.empty_table().select(columns)
         chosen = (pc.field("lsn") >= after) & (pc.field("lsn") < until)

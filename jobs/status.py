@@ -13,10 +13,12 @@ from datetime import datetime
 from typing import Any
 
 from changeover.errors import StepOrder
+from changeover.jobs import reverse
 from changeover.jobs.entries import CLOSED, Authority, Load
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.replication import slot_alarm
+from changeover.jobs.rogue import Rogue, rogue
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect, speaking_to
 from changeover.spec import Spec
@@ -42,6 +44,8 @@ class Status:
     store: str
     epoch: int
     verdicts: list[dict[str, Any]]
+    way_back: reverse.State | None
+    rogue: list[Rogue]
 
     def lines(self) -> Iterator[str]:
         """Return the page for a person."""
@@ -52,6 +56,10 @@ class Status:
         routers = ", ".join(f"{count} at {stage}" for stage, count in self.routers.items()) or "none was heard lately"
         yield f"  flag      {self.stage or 'never turned'}; the {self.store} store has authority (epoch {self.epoch})"
         yield f"    routers: {routers}"
+        if self.way_back is not None:
+            yield f"  way back  {self.way_back.line}"
+            yield from (f"    {line}" for line in _reverse_lines(self.way_back))
+        yield from (f"  rogue     {one}" for one in self.rogue)
 
     def _details(self, step: str) -> list[str]:
         if step == "capture" and self.stream["source_lsn"]:
@@ -88,6 +96,14 @@ def _replay_line(load: Mapping[str, Any]) -> str:
     return f"{load['source']} in {load['target']}: {load['events']:,} events, up to {load['applied']}, {behind}"
 
 
+def _reverse_lines(state: reverse.State) -> list[str]:
+    stopped = [f"; stands still: {load.stopped}" if load.stopped else "" for load in state.loads]
+    return ([state.alarm] if state.alarm else []) + [
+        f"{load.source} in {load.target}: {load.events:,} events, up to {format_lsn(load.applied)}{why}"
+        for load, why in zip(state.loads, stopped, strict=True)
+    ]
+
+
 def status(spec: Spec) -> Status:
     """Look at the ledger, the spool and the slot (driver); raises StepOrder before prepare, ServerUnavailable."""
     with Ledger.open(spec, "status") as ledger:
@@ -102,6 +118,7 @@ def status(spec: Spec) -> Status:
         return Status(
             spec.name, _steps(ledger, loads, verdicts, stream, (prepared, finalized)), loads, stream, ledger.stage(),
             dict(Counter(heard)), authority.store, authority.epoch, verdicts,
+            None if finalized else reverse.state(spec, ledger), [] if finalized else rogue(spec, ledger),
         )  # fmt: skip
 
 

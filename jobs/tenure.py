@@ -7,10 +7,12 @@ rogue write, which is kept and alarmed. Everything here is pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from changeover.jobs.entries import Authority
 from changeover.position import Version
 
 FOR_EVER = 2**63 - 1
@@ -63,3 +65,64 @@ def moved(log: Iterable[Tenure], cohort: str, to: str, fence: int, since: int) -
     last = max((t for t in entries if t.cohort == cohort), key=lambda t: t.epoch)
     entries[entries.index(last)] = last._replace(until=fence)
     return (*entries, Tenure(cohort, last.epoch + 1, to, since))
+
+
+EVERYTHING = ""
+"""The one cohort while all rows move at once."""
+
+OLD, NEW = "old", "new"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A part of a store's stream that is offered: its events' epoch, and the commit LSNs since <= lsn < until in that store's log.
+
+    Of an `echo` our own marked writes are offered, and what came with them; else what others wrote, and nothing of ours.
+    """
+
+    epoch: int
+    since: int
+    until: int
+    store: str = OLD
+    echo: bool = False
+
+
+def tenures(changes: Iterable[Authority]) -> tuple[Tenure, ...]:
+    """Return the authority log of both stores, first to last, from the moves on record; all rows move at once."""
+    log: tuple[Tenure, ...] = (Tenure(EVERYTHING, 0, OLD, 0),)
+    for change in changes:
+        places = {OLD: change.from_lsn, NEW: change.new_lsn}
+        log = moved(log, EVERYTHING, change.store, places[log[-1].store], places[change.store])
+    return log
+
+
+def without(log: Sequence[Tenure], store: str, since: int) -> list[tuple[int, int]]:
+    """Return where in a store's log, from `since` on, it had no authority: whatever is there and is not ours is a rogue write."""
+    gaps = []
+    for tenure in (t for t in log if t.store == store):
+        if tenure.since > since:
+            gaps.append((since, tenure.since))
+        since = max(since, tenure.until)
+    return [*gaps, (since, FOR_EVER)] if since < FOR_EVER else gaps
+
+
+def offered_intervals(changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset()) -> list[Interval]:
+    """Return the intervals of both stores' streams that a target is offered, in the order of their epochs (pure).
+
+    `carried` are the epochs of the new store that its own stream carries. The target that takes over never gets them, it made them
+    itself. Any other target gets those that are carried; one that is not, it learns by the echo in the old store's stream once
+    authority is back, because then the old store is the truth again.
+    """
+    log = tenures(changes)
+    intervals = []
+    for tenure, after in zip(log, [*log[1:], None], strict=True):
+        if tenure.store == OLD:
+            intervals.append(Interval(tenure.epoch, tenure.since, tenure.until))
+        elif takes_over:
+            continue
+        elif tenure.epoch in carried:
+            intervals.append(Interval(tenure.epoch, tenure.since, tenure.until, NEW))
+        elif after is not None:
+            began = log[tenure.epoch - 1].until
+            intervals.append(Interval(tenure.epoch, began, after.since, echo=True))
+    return intervals

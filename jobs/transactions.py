@@ -3,7 +3,8 @@
 Events come out in stream order, with their commit LSN, which the stream tells before the first of them; so a
 transaction of any size passes through. The ordinal of a change is twice its index among all data messages of the transaction,
 counted before anything is left out, so another connection that reads the same log gives the same places, and what is held
-already is known by its place. A table that differs from the prepared one gets an event that says how, at its place.
+already is known by its place. What follows the mark of our own writes in its transaction has that mark as its note. A table that
+differs from the prepared one gets an event that says how, at its place.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from changeover.jobs.entries import SourceColumn
 from changeover.jobs.rows import Mask, Places, Wire
 from changeover.jobs.shapes import Shape, Stamps
 from changeover.jobs.spool import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
+from changeover.stores.gate import OURS
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,8 @@ class Assembler:
     told: set[tuple[str, str]] = field(default_factory=set)
     open: Open | None = None
     _notes: list[Event] = field(default_factory=list)
+    _mark: tuple[int, str] = (-1, "")
+    """The last mark of our own writes: its transaction's commit LSN, and what it says."""
 
     def take(self, frames: Sequence[bytes]) -> list[int]:
         """Take the messages of some frames; return the end LSNs of the commits among them."""
@@ -147,15 +151,30 @@ class Assembler:
         new = (stamps.lsn > self.held[0]) | ((stamps.lsn == self.held[0]) & (stamps.ordinal > self.held[1]))
         self._gather_events(self._notes if new[0] else [])
         self._notes = []
+        marks = self._marks(wire, numbers, ~row, stamps)
         relation = wire.unsigned(4, wire.start[numbers] + 1)
         for oid in np.unique(relation[row]).tolist():
             shape = self._shape(oid)
             ours = np.flatnonzero(row & new & (relation == oid))
             for group in rows.changes(wire, numbers[ours], len(shape.columns)):
                 places = ours[np.searchsorted(numbers[ours], group.numbers)]
-                self._gather(shape.events(group, Stamps(*(part[places] for part in stamps))))
+                self._gather(shape.events(group, Stamps(*(part[places] for part in stamps)), marks.take(pa.array(places))))
         for place in np.flatnonzero(~row & new).tolist():
-            self._other(wire.message(int(numbers[place])), *(int(part[place]) for part in stamps))
+            at = Stamps(*(part[place : place + 1] for part in stamps))
+            self._other(wire.message(int(numbers[place])), at, marks[place].as_py())
+
+    def _marks(self, wire: Wire, numbers: Places, other: Mask, stamps: Stamps) -> pa.Array:
+        """Return for each data message what the mark of our own writes before it in its transaction says, or NULL."""
+        places, lsns, says = [-1], [self._mark[0]], [self._mark[1]]
+        for place in np.flatnonzero(other & (wire.kind[numbers] == rows.MESSAGE)).tolist():
+            said = pgoutput.message(wire.message(int(numbers[place])))
+            if said.prefix == OURS:
+                places.append(place)
+                lsns.append(int(stamps.lsn[place]))
+                says.append(said.content.decode(errors="backslashreplace"))
+        self._mark = lsns[-1], says[-1]
+        last = np.searchsorted(np.array(places), np.arange(len(numbers)), side="left") - 1
+        return pa.array(says, pa.string()).take(pa.array(last, mask=np.array(lsns)[last] != stamps.lsn))
 
     def _gather(self, events: pa.Table) -> None:
         self.events.append(events)
@@ -165,9 +184,9 @@ class Assembler:
         if events:
             self._gather(arrow_table(events))
 
-    def _other(self, message: bytes, lsn: int, ordinal: int, xid: int, committed_at: int) -> None:
+    def _other(self, message: bytes, stamps: Stamps, note: str | None) -> None:
         """Take a TRUNCATE or a message of pg_logical_emit_message."""
-        note = None
+        lsn, ordinal, xid, committed_at = (int(part[0]) for part in stamps)
         if message[0] == rows.TRUNCATE:
             op, names = TRUNCATE, [self._shape(oid).name for oid in pgoutput.truncate(message).relations]
         else:

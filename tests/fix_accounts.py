@@ -5,6 +5,7 @@ Everything is real: capture, replay, the SDK's file data source, routers in thre
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -59,6 +60,7 @@ def following(migration: Migration) -> Iterator[None]:
         try:
             work(migration.spec, *options.pop("more", ()), stop=stop, **options)
         except BaseException as error:
+            logging.exception("%s ended", work.__name__)
             errors.append(error)
 
     threads = [

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from psycopg import sql
 
+from changeover.position import DUAL_WRITE_ORDINAL
 from changeover.stores import Frozen
 from changeover.stores.gate import GatedTable
 from changeover.stores.pgtypes import decode
@@ -21,12 +22,17 @@ if TYPE_CHECKING:
 
 
 def rows(
-    spark: SparkSession, transform: Transform, old: Frozen, frames: tuple[DataFrame, DataFrame]
+    spark: SparkSession, transform: Transform, old: Frozen, frames: tuple[DataFrame, DataFrame], *, aligned: bool
 ) -> tuple[DataFrame, DataFrame]:
-    """Return both frames without the keys that the old store's gate has seen since authority moved (driver)."""
+    """Return both frames without the keys that the old store's gate has seen since authority moved (driver).
+
+    Where both sides are `aligned` at one position of the new store's stream, only those are left out which a mirrored write has
+    brought there ahead of it: what the stream has brought bears its event's place, which is no direct write's.
+    """
     gated = GatedTable(*transform.table.source_name, tuple(c.name for c in transform.identity), ())
     texts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in gated.key)
-    statement = sql.SQL("SELECT {} FROM {} WHERE _epoch > 0").format(texts, gated.touched)
+    ahead = sql.SQL(" AND _ordinal = {}").format(sql.Literal(DUAL_WRITE_ORDINAL)) if aligned else sql.SQL("")
+    statement = sql.SQL("SELECT {} FROM {} WHERE _epoch > 0{}").format(texts, gated.touched, ahead)
     touched = spark.createDataFrame(old.query(statement.as_string(None)), ", ".join(f"`{name}` string" for name in gated.key))
     decoded = touched.select(*(decode(touched[c.name], c.type, native=False).alias(c.name) for c in transform.identity))
     keys = transform.keys(decoded).distinct()

@@ -3,7 +3,8 @@
 While the old store has authority the moment is exact: a temporary slot gives an LSN X and its snapshot, replay offers every
 event below X and none at or above, then each target is frozen and replay goes on. Where the application writes to both
 stores, a target may be ahead of X, so differing keys are judged again (`recheck`). After authority has moved the old store is
-compared with the new one as both are, and the lake, which stays at the fence, with the rows that no later write touched.
+compared with the new one as both are, and the lake with the rows that no mirrored write has touched ahead of the stream; without a
+reverse path the lake stays at the fence, and is compared with the rows that no later write touched at all.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from changeover.errors import CouldNotFinish, StepOrder, TableStopped
-from changeover.jobs import snapshot
+from changeover.errors import CouldNotCheck, CouldNotFinish, StepOrder, TableStopped
+from changeover.jobs import reverse, snapshot
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import CLOSED, Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import Prepared, require_prepared
 from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
+from changeover.jobs.spool import Spool
 from changeover.jobs.transform import Transform
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
@@ -53,11 +55,15 @@ PARTS = 8
 
 @dataclass(frozen=True)
 class Moment:
-    """The moment of one verification: the old store's state per table, and the targets' states, all held open."""
+    """The moment of one verification: the old store's state per table, and the targets' states, all held open.
+
+    `aligned` says that the new store has authority, and that the old store and the lake have what it had told up to one position.
+    """
 
     source_lsn: int
     sources: dict[str, Frozen]
     targets: dict[tuple[str, str], Frozen]
+    aligned: bool = False
 
 
 def verify(spec: Spec, spark: SparkSession, *, targets: Sequence[str] | None = None) -> list[Verdict]:
@@ -118,9 +124,16 @@ def _moment(
             }
             yield Moment(made.l0, sources, targets)
         else:
-            targets = _freeze_targets(held, spec, spark, chosen)
-            sources = {n: held.enter_context(freeze(spark, dsn, application, read, PARTS)) for n, read in reads.items()}
-            yield Moment(max((parse_lsn(s.position) for s in sources.values()), default=0), sources, targets)
+            with ExitStack() as turn:
+                lakes = [one for one in reverse.targets_of(spec) if one in {target for _, target in chosen}]
+                aligned = _comes_back(ledger, lakes, min(source for source, _ in chosen))
+                if aligned:
+                    for target in (reverse.OLD_STORE, *lakes):
+                        turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+                    _bring_back_to_now(spec, Replay(spec, spark, ledger, prepared), lakes)
+                targets = _freeze_targets(held, spec, spark, chosen)
+                sources = {n: held.enter_context(freeze(spark, dsn, application, read, PARTS)) for n, read in reads.items()}
+            yield Moment(max((parse_lsn(s.position) for s in sources.values()), default=0), sources, targets, aligned)
 
 
 def _read(seen: SourceTable) -> ReadTable:
@@ -130,15 +143,44 @@ def _read(seen: SourceTable) -> ReadTable:
 
 def _replay_to(replay: Replay, position: int, targets: Sequence[str]) -> None:
     """Offer every event below a position, once capture has made them durable."""
+    _await_spool(replay.spool, position, "the source's stream")
+    replay.offer(until=position, targets=targets)
+
+
+def _await_spool(spool: Spool, position: int, what: str) -> None:
     deadline = time.monotonic() + SPOOL_SECONDS
-    while replay.spool.end() < position:
+    while spool.end() < position:
         if time.monotonic() > deadline:
             raise CouldNotFinish(
-                f"verify: capture has spooled up to {format_lsn(replay.spool.end())} and not {format_lsn(position)} after"
+                f"verify: capture has spooled {what} up to {format_lsn(spool.end())} and not {format_lsn(position)} after"
                 f" {SPOOL_SECONDS:g} s: is `changeover capture` running?"
             )
         time.sleep(0.05)
-    replay.offer(until=position, targets=targets)
+
+
+def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str) -> bool:
+    """Return whether the old store gets all that is written to the new one; a lake that gets more than it has nothing beside it."""
+    lacking = reverse.whole(ledger)
+    if lacking is None:
+        return True
+    if lakes and reverse.carried(reverse.recorded(ledger), ledger.authorities()) & {ledger.authority().epoch}:
+        problem = f"the lake follows the new store, and the old store, which it is held against, does not: {lacking}"
+        raise CouldNotCheck(source, problem)
+    return False
+
+
+def _bring_back_to_now(spec: Spec, replay: Replay, lakes: Sequence[str]) -> None:
+    """Offer what was written to the new store, up to one position, to the old store and the lakes, whose leases are held."""
+    with connect(reverse.new_dsn(spec), application_name(spec.name, "verify")) as new:
+        row = new.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        assert row is not None
+        emit_marker(new, "verify")
+    position = parse_lsn(row[0])
+    _await_spool(replay.back.journal.spool, position, "the new store's stream")
+    replay.back.limit = position
+    replay.bring_back()
+    if lakes:
+        replay.offer(targets=lakes)
 
 
 def _freeze_targets(
@@ -172,7 +214,7 @@ class _Comparison:
         frames = (self._ranged(old, self.transform), self._ranged(new, None))
         follows_new = self.authority.store == "new" and not self._takes_over()
         if follows_new:
-            frames = untouched.rows(self.spark, self.transform, old, frames)
+            frames = untouched.rows(self.spark, self.transform, old, frames, aligned=self.moment.aligned)
         differences = self.spec.work / "differences"
         diff = compare(
             *frames, table=self.source, store=self.target, key=self.transform.target.key, pg_types=self.transform.pg_types,
@@ -213,6 +255,9 @@ class _Comparison:
                 present.close()
                 if self.authority.store == "old":
                     replay.round(targets=[self.target])
+                elif self.moment.aligned:
+                    with ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
+                        replay.bring_back()
 
             with from_spark(self.source, f"keys of {self.target} that are judged again"):
                 return recheck.judge(

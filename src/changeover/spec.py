@@ -68,7 +68,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: where it comes from, where it goes, and how a row changes on the way."""
+    """One table: where it comes from, where it goes, and how a row changes on the way.
+
+    `reverse` are the source's columns as Spark SQL expressions over the target's row, for the way back.
+    """
 
     source: str
     target: str
@@ -78,6 +81,7 @@ class Table:
     where: str | None = None
     function: str | None = None
     checks: tuple[Check, ...] = ()
+    reverse: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def source_name(self) -> tuple[str, str]:
@@ -152,8 +156,11 @@ NOT_CARRIED = {
 
 
 def _digest(document: Mapping[str, Any]) -> str:
-    """Return the hash of what a migration is; its checks only ask about it, so that a query may be corrected midway."""
-    tables = [{key: value for key, value in table.items() if key != "check"} for table in document["table"]]
+    """Return the hash of what a migration is.
+
+    Its checks only ask about it, so a query may be corrected midway; its way back begins at the fence, and may be told until then.
+    """
+    tables = [{key: value for key, value in table.items() if key not in ("check", "reverse")} for table in document["table"]]
     return hashlib.sha256(json.dumps({**document, "table": tables}, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -262,13 +269,11 @@ class _Reader:
         return tables
 
     def table(self, where: str, given: Mapping[str, Any]) -> Table:
-        self.only(where, given, ("source", "target", "key", "columns", "drop", "where", "transform", "check"))
+        self.only(where, given, ("source", "target", "key", "columns", "drop", "where", "transform", "check", "reverse"))
         key = self.texts(where, given, "key")
         if not key:
             self.fail(f"{where}.key", "is missing: name the target's key columns")
-        columns = self.section(where, {"columns": {}, **given}, "columns")
-        for column in columns:
-            self.text(f"{where}.columns", columns, column)
+        columns = self.expressions(where, given, "columns")
         transform = self.section(where, {"transform": {}, **given}, "transform")
         self.only(f"{where}.transform", transform, ("function",))
         function = self.optional_text(f"{where}.transform", transform, "function")
@@ -283,7 +288,15 @@ class _Reader:
             where=self.optional_text(where, given, "where"),
             function=function,
             checks=tuple(self.check(f"{where}.check[{i}]", item) for i, item in enumerate(given.get("check", []))),
+            reverse=dict(self.expressions(where, given, "reverse")),
         )
+
+    def expressions(self, where: str, given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+        """Return a section of columns and the expression that fills each, empty where it is left out."""
+        section = self.section(where, {key: {}, **given}, key)
+        for column in section:
+            self.text(f"{where}.{key}", section, column)
+        return section
 
     def check(self, where: str, given: Mapping[str, Any]) -> Check:
         self.only(where, given, ("name", "source", "target"))

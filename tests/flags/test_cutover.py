@@ -22,6 +22,7 @@ from changeover.flags import cutover, turns
 from changeover.flags.fence import fence
 from changeover.flags.gate import COMPARISONS
 from changeover.flags.router import Router, returned
+from changeover.jobs import reverse
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
@@ -154,9 +155,12 @@ def test_a_rollback_over_the_fence_prints_what_it_lost_and_writers_go_on(moved: 
         wait_for(lambda: router.stage is Stage.LIVE, "live")
         add(router, 1000, "a note that the old store refuses")
         wait_for(lambda: router.counters()["mirror_old"]["lost"] == {"1": 1}, "the failed write")
-        time.sleep(0.7)  # the next heartbeat
+        wait_for(
+            lambda: "back: shadow: 1 write that never reached the old store would be lost" in run("show", moved).stdout,
+            "what the old store refuses from the stream as well",
+        )
         shown = run("show", moved)
-        assert "back: shadow: 1 write that never reached the old store would be lost" in shown.stdout
+        assert "reverse path: the mirror alone keeps the old store up to date: public.accounts: " in shown.stdout
         done = run("rollback", moved, "--json")
         told = json.loads(done.stdout)
         assert {**told, "pause_seconds": None} == {
@@ -231,7 +235,10 @@ def settle(migration: Migration) -> None:
         wait_for(lambda: min(load.applied for load in ledger.loads()) >= row[0], "replay")
 
 
-def test_the_lake_learns_by_the_echo_what_was_written_while_the_new_store_had_authority(make_migration: MakeMigration) -> None:
+def test_without_a_reverse_path_the_lake_learns_by_the_echo_what_was_written_while_the_new_store_had_authority(
+    make_migration: MakeMigration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reverse, "obstacles", lambda *stores: ["the new store can't tell"])
     made = loaded(make_migration, STORE, LAKE)
     with following(made):
         with routed(made) as router:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from changeover.jobs.entries import Authority
-from changeover.jobs.replay import FOR_EVER, Interval, offered_intervals
+from changeover.jobs.tenure import FOR_EVER, Interval, Standing, offered_intervals, standing, tenures, without
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 THERE = Authority(1, "new", 100, AT, 0.1)
@@ -27,7 +28,7 @@ def test_after_a_rollback_the_echo_goes_to_the_other_target_alone() -> None:
     assert offered_intervals([THERE, BACK], takes_over=True) == [Interval(0, 0, 100), Interval(2, 200, FOR_EVER)]
     assert offered_intervals([THERE, BACK], takes_over=False) == [
         Interval(0, 0, 100),
-        Interval(1, 100, 200),
+        Interval(1, 100, 200, echo=True),
         Interval(2, 200, FOR_EVER),
     ]
 
@@ -35,3 +36,35 @@ def test_after_a_rollback_the_echo_goes_to_the_other_target_alone() -> None:
 def test_a_second_fence_closes_the_last_interval_again() -> None:
     assert offered_intervals([THERE, BACK, AGAIN], takes_over=True) == [Interval(0, 0, 100), Interval(2, 200, 300)]
     assert offered_intervals([THERE, BACK, AGAIN], takes_over=False)[-1] == Interval(2, 200, 300)
+
+
+NEW_THERE, NEW_BACK = replace(THERE, new_lsn=5000), replace(BACK, new_lsn=6000)
+
+
+def test_what_the_new_stores_own_stream_carries_is_offered_from_there_at_once() -> None:
+    carried = {1}
+    assert offered_intervals([NEW_THERE], takes_over=False, carried=carried) == [
+        Interval(0, 0, 100),
+        Interval(1, 5000, FOR_EVER, "new"),
+    ]
+    assert offered_intervals([NEW_THERE, NEW_BACK], takes_over=False, carried=carried) == [
+        Interval(0, 0, 100),
+        Interval(1, 5000, 6000, "new"),
+        Interval(2, 200, FOR_EVER),
+    ]
+    assert offered_intervals([NEW_THERE], takes_over=True, carried=carried) == [Interval(0, 0, 100)]
+
+
+def test_a_store_without_authority_has_rogue_writes_alone() -> None:
+    changes = [NEW_THERE, NEW_BACK, replace(AGAIN, new_lsn=7000)]
+    log = tenures(changes)
+    assert without(log, "old", 0) == [(100, 200), (300, FOR_EVER)]
+    assert without(log, "new", 4000) == [(4000, 5000), (6000, 7000)]
+    assert without(tenures([]), "new", 4000) == [(4000, FOR_EVER)]
+    assert without(tenures([]), "old", 0) == []
+    for store, lsn, expected in (
+        ("old", 99, Standing.OFFERED), ("old", 100, Standing.ROGUE), ("old", 200, Standing.OFFERED), ("new", 4999, Standing.ROGUE),
+        ("new", 5000, Standing.OFFERED), ("new", 6000, Standing.ROGUE), ("new", 7000, Standing.OFFERED),
+    ):  # fmt: skip
+        assert standing(log, "", store, lsn, marked=False) is expected
+        assert any(since <= lsn < until for since, until in without(log, store, 0)) == (expected is Standing.ROGUE)

@@ -18,6 +18,7 @@ from changeover.jobs.entries import SourceColumn
 from changeover.jobs.pgoutput import MalformedMessage
 from changeover.jobs.spool import NOWHERE, Place
 from changeover.jobs.transactions import Assembler
+from changeover.stores.gate import OURS
 
 WHEN = datetime(2026, 11, 21, 12, 30, 0, 123456, tzinfo=UTC)
 MICROS = (WHEN - pgoutput.EPOCH) // timedelta(microseconds=1)
@@ -248,6 +249,31 @@ def test_a_change_outside_of_a_transaction_is_refused() -> None:
         assembler.take([begin(900, 6), described("public.two"), commit(900)])
         with pytest.raises(MalformedMessage):
             assembler.take(frames)
+
+
+def marked(prefix: str, content: str, transactional: bool = True) -> bytes:
+    raw = content.encode()
+    return framed(b"M" + struct.pack("!BQ", transactional, 1) + cstring(prefix) + struct.pack("!I", len(raw)) + raw)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_what_follows_our_mark_in_its_transaction_bears_it(size: int) -> None:
+    two = told(Change("public.two", "I", "", None, ("1",)))
+    empty = framed(b"T" + struct.pack("!IBI", 1, 0, OIDS["public.two"]))
+    frames = [
+        begin(1000, 7), described("public.two"), two, marked(OURS, "changes"), two, marked("other", "x"), two, empty, commit(1000),
+        begin(2000, 8), two, commit(2000), begin(3000, 9), marked(OURS, "no", transactional=False), two,
+        marked(OURS, "images"), two, commit(3000),
+    ]  # fmt: skip
+    assembler = Assembler(TABLES)
+    rows: list[dict[str, Any]] = []
+    for at in range(0, len(frames), size):
+        assembler.take(frames[at : at + size])
+        rows += found(assembler)
+    assert [(row["lsn"], row["ordinal"], row["op"], row["note"]) for row in rows] == [
+        (1000, 0, "I", None), (1000, 4, "I", "changes"), (1000, 8, "I", "changes"), (1000, 10, "T", "changes"),
+        (2000, 0, "I", None), (3000, 0, "I", None), (3000, 4, "I", "images"),
+    ]  # fmt: skip
 
 
 def test_an_array_of_its_own_bounds_is_marked_and_no_array_is_refused() -> None:

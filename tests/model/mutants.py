@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from changeover.jobs import merge, offers, tenure
 from changeover.jobs.offers import UNSENT, Change, Image, Key
-from changeover.jobs.replay import FOR_EVER, Interval, offered_intervals
-from changeover.jobs.tenure import Standing, Tenure
+from changeover.jobs.tenure import FOR_EVER, Interval, Standing, Tenure, offered_intervals
 from changeover.position import Version, epoch_floor
 from changeover.stores.statements import BARRIER, CLOSE, COLLECT, HAND_OVER, TRUNCATE, Move, Part, Procedure
 from tests.model import carried

@@ -10,8 +10,7 @@ from changeover.jobs.backfill import LedgerMark
 from changeover.jobs.chunks import Chunk
 from changeover.jobs.merge import Cell
 from changeover.jobs.offers import Change, Image, Key
-from changeover.jobs.replay import Interval, offered_intervals
-from changeover.jobs.tenure import Standing, Tenure
+from changeover.jobs.tenure import Interval, Standing, Tenure, offered_intervals
 from changeover.position import Version, epoch_floor, image_version
 from changeover.stores import statements
 from changeover.stores.appends import APPEND_VERSION, appended

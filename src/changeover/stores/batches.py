@@ -16,7 +16,7 @@ from psycopg import sql
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.position import Version
 from changeover.stores import Counts
-from changeover.stores.gate import GatedTable, raise_floor
+from changeover.stores.gate import MARK, OURS, GatedTable, raise_floor
 from changeover.stores.statements import CATCH_UP, GATE, LOAD, Part
 
 BATCH = sql.Identifier("pg_temp", "changeover_batch")
@@ -24,7 +24,8 @@ BATCH = sql.Identifier("pg_temp", "changeover_batch")
 
 
 def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool) -> None:
-    """Create the session's batch table for this transaction: the table's columns, with versions in front for changes."""
+    """Mark this transaction as ours and create its batch table: the table's columns, with versions in front for changes."""
+    cursor.execute(MARK, [OURS, "changes" if versions else "images"])
     extra = "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
     cursor.execute(
         sql.SQL(

@@ -25,6 +25,12 @@ from changeover.stores.statements import GATE, Part
 FENCED = "CF001"
 """SQLSTATE of a write refused by the store that has lost authority."""
 
+OURS = "changeover.ours"
+"""Prefix of the message that begins each transaction of ours on a user's table: by it a stream tells our writes from others'."""
+
+MARK = "SELECT pg_logical_emit_message(true, %s::text, %s::text)"
+"""Marks the transaction, before its first write, by `OURS` and by what of ours it is; open to plain roles."""
+
 GATE_TABLE = """
 CREATE SCHEMA IF NOT EXISTS changeover;
 CREATE TABLE IF NOT EXISTS changeover.gate (
@@ -186,12 +192,15 @@ def _function(table: GatedTable) -> sql.Composed:
                 RAISE EXCEPTION 'the gate needs READ COMMITTED: under % a row survives its tombstone',
                     current_setting('transaction_isolation');
             END IF;
+            PERFORM pg_logical_emit_message(true, {ours}, 'mirror');
             PERFORM set_config('changeover.epoch', p_epoch::text, true);
             {gate}
             RETURN true;
         END $body$
         """
-    ).format(function=table.function, table=table.table, gate=sql.SQL(" ").join(parts[part] for (part,) in GATE))
+    ).format(
+        function=table.function, table=table.table, ours=sql.Literal(OURS), gate=sql.SQL(" ").join(parts[part] for (part,) in GATE)
+    )
 
 
 def barrier(connection: Connection, table: GatedTable, server: str, tries: int = 60) -> int:
@@ -210,6 +219,7 @@ def barrier(connection: Connection, table: GatedTable, server: str, tries: int =
 def sweep(connection: Connection, table: GatedTable) -> int:
     """Remove rows whose key has a tombstone: the ghosts that the write skew of loader and writer can leave."""
     with connection.transaction():
+        connection.execute(MARK, [OURS, "sweep"])
         return connection.execute(
             sql.SQL(
                 "DELETE FROM {table} AS t USING (SELECT {key} FROM {touched} WHERE _deleted ORDER BY {key} FOR UPDATE) AS b"

@@ -1,0 +1,204 @@
+"""A journal: one store's spooled stream as replay carries it on, and where it writes down how far each load has come.
+
+There are two, the old store's and the new one's; whoever carries a batch asks its journal and knows no direction. A position that
+is written down says that every event below it was offered, in the log of that store. Lives on the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from changeover.errors import TableStopped
+from changeover.jobs import inverse, reverse
+from changeover.jobs.entries import CLOSED, Authority
+from changeover.jobs.ledger import Ledger
+from changeover.jobs.spool import Spool
+from changeover.jobs.tenure import NEW, Interval, offered_intervals
+from changeover.jobs.transform import Transform
+from changeover.spec import Spec
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+Transforms = Mapping[tuple[str, str], Transform]
+
+
+class Progress(Protocol):
+    """A load of one of the two streams, as far as carrying needs it."""
+
+    @property
+    def source(self) -> str:
+        """Return the source table's name in the spec."""
+        ...
+
+    @property
+    def target(self) -> str:
+        """Return the target's name."""
+        ...
+
+    @property
+    def applied(self) -> int:
+        """Return the position below which every event was offered."""
+        ...
+
+
+class Journal(Protocol):
+    """What carrying a batch asks of the stream that it is from."""
+
+    @property
+    def spool(self) -> Spool:
+        """Return where the stream is spooled."""
+        ...
+
+    @property
+    def dsn(self) -> str:
+        """Return where the values are read that an update did not send."""
+        ...
+
+    def stopped(self, load: Progress) -> str | None:
+        """Return why the table is stopped."""
+        ...
+
+    def stop(self, load: Progress, reason: str) -> None:
+        """Write down why the table is stopped."""
+        ...
+
+    def advance(self, load: Progress, until: int, events: int) -> None:
+        """Write down that every event below `until` was offered."""
+        ...
+
+    def closed(self, load: Progress) -> bool:
+        """Return whether the target's table is closed, and needs no version for each key that is written."""
+        ...
+
+    def require_truncatable(self, load: Progress) -> None:
+        """Raise TableStopped where a TRUNCATE would take rows with it that are none of the stream's."""
+        ...
+
+
+@dataclass(frozen=True)
+class OldJournal:
+    """The old store's stream."""
+
+    spec: Spec
+    ledger: Ledger
+    spool: Spool
+
+    @property
+    def dsn(self) -> str:
+        """Return the old store's DSN."""
+        return self.spec.source.dsn.resolve()
+
+    def stopped(self, load: Progress) -> str | None:
+        """Return why the table is stopped, in all targets."""
+        return self.ledger.source_table(load.source)[2]
+
+    def stop(self, load: Progress, reason: str) -> None:
+        """Stop the table in all targets."""
+        self.ledger.stop_table(load.source, reason)
+
+    def advance(self, load: Progress, until: int, events: int) -> None:
+        """Write down the position in the old store's log."""
+        self.ledger.advance(load.source, load.target, until, events)
+
+    def closed(self, load: Progress) -> bool:
+        """Return whether all chunks are loaded and swept."""
+        return self.ledger.load(load.source, load.target).state == CLOSED
+
+    def require_truncatable(self, load: Progress) -> None:
+        """Every row of a target is the old table's."""
+
+
+@dataclass(frozen=True)
+class NewJournal:
+    """The new store's stream; a table that stands still in one target goes on in the others."""
+
+    spec: Spec
+    ledger: Ledger
+    spool: Spool
+
+    @property
+    def dsn(self) -> str:
+        """Return the new store's DSN."""
+        return reverse.new_dsn(self.spec)
+
+    def stopped(self, load: Progress) -> str | None:
+        """Nothing that stands in the way is for ever: it is tried again."""
+        return None
+
+    def stop(self, load: Progress, reason: str) -> None:
+        """Write down what stands in the way."""
+        reverse.stop(self.ledger, load.target, reason, load.source)
+
+    def advance(self, load: Progress, until: int, events: int) -> None:
+        """Write down the position in the new store's log."""
+        reverse.advance(self.ledger, load.source, load.target, until, events)
+
+    def closed(self, load: Progress) -> bool:
+        """A verification asks which keys were written since authority moved, so each has its version."""
+        return False
+
+    def require_truncatable(self, load: Progress) -> None:
+        """The old table may have rows that `where` leaves out, which a TRUNCATE of the new one does not mean."""
+        if load.target == reverse.OLD_STORE and self.spec.table(load.source).where is not None:
+            reason = "a TRUNCATE of the new table, which would empty the old one of the rows too that `where` leaves out"
+            self.stop(load, reason)
+            raise TableStopped(load.source, reason)
+
+
+class Back:
+    """The new store's stream of one migration, planned once its path is there; `limit` bounds what is offered (driver)."""
+
+    def __init__(self, spec: Spec, spark: SparkSession, ledger: Ledger, transforms: Transforms) -> None:
+        self.spec, self.spark, self.ledger, self.forward = spec, spark, ledger, transforms
+        self.journal = NewJournal(spec, ledger, reverse.spool_of(spec))
+        self.limit: int | None = None
+        self._planned: tuple[reverse.Path, Transforms] | None = None
+
+    def carried(self, changes: Sequence[Authority]) -> frozenset[int]:
+        """Return the epochs that the path on record carries."""
+        if self.spec.flag is None or all(change.store != NEW for change in changes):
+            return frozenset()
+        return reverse.carried(reverse.recorded(self.ledger), changes)
+
+    def intervals(self) -> list[Interval]:
+        """Return the parts of the new store's stream that are offered."""
+        changes = self.ledger.authorities()
+        found = offered_intervals(changes, takes_over=False, carried=self.carried(changes))
+        return [interval for interval in found if interval.store == NEW]
+
+    def end(self, intervals: Sequence[Interval]) -> int:
+        """Return where the spooled stream ends, as far as it is offered; 0 where nothing is."""
+        return min(self.reach(), intervals[-1].until) if intervals else 0
+
+    def reach(self) -> int:
+        """Return how far the stream is offered: to the end of its spool, or to the limit that was set."""
+        end = self.journal.spool.end()
+        return end if self.limit is None else min(end, self.limit)
+
+    def loads(self, target: str) -> list[reverse.ReverseLoad]:
+        """Return the loads into a target."""
+        return [load for load in reverse.loads(self.ledger) if load.target == target]
+
+    def transform(self, source: str, target: str) -> Transform:
+        """Return what a row of the new table goes through on its way into a target; raises SpecError or UnsafePlan."""
+        path = reverse.recorded(self.ledger)
+        assert path is not None
+        if self._planned is None or self._planned[0] != path:
+            self._planned = path, {}
+        planned = self._planned[1]
+        if (source, target) not in planned:
+            self._planned = path, {**planned, (source, target): self._plan(path, source, target)}
+        return self._planned[1][source, target]
+
+    def _plan(self, path: reverse.Path, source: str, target: str) -> Transform:
+        assert self.spec.flag is not None
+        table = self.spec.table(source)
+        new, forward = reverse.columns_of(path, table), self.forward[source, self.spec.flag.target]
+        key = [c.name for c in path.tables[".".join(table.target_name)] if c.key]
+        if target == reverse.OLD_STORE:
+            old = forward.source, [c.name for c in forward.identity]
+            return inverse.plan(self.spark, self.spec, table, old, new, key)
+        return inverse.same(self.spark, self.spec, table, new, key, self.forward[source, target].target.columns)

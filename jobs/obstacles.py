@@ -1,0 +1,74 @@
+"""Obstacles: why the new store can't tell the old one what is written to it, in sentences that say what to do.
+
+It looks at both stores and touches nothing: whether every column of the old tables can be had back, and whether the new store's
+changes can be streamed without harm to the application's own statements. No reason means that a reverse path can be opened. Runs on
+the driver and starts no JVM.
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from changeover.jobs import inverse
+from changeover.jobs.preflight import SERVER_RULES, TABLE_RULES, SourceTable, source_table
+from changeover.session import Connection, application_name, connect
+from changeover.spec import Spec, Table
+
+OLDEST_SERVER = 140000
+
+
+ORDINARY = """
+SELECT format('%%s is no ordinary table of its own, whose changes one publication tells', %(name)s::text)
+FROM pg_class c WHERE c.oid = %(oid)s
+    AND (c.relkind <> 'r' OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid OR i.inhparent = c.oid))
+"""
+
+
+def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> list[str]:
+    """Return why no path back can be opened; a table that is not there yet is no reason, nor is a `slot` that is taken by it."""
+    there = has_slot(new, slot)
+    reasons = [
+        row[0] for row in new.execute(SERVER_RULES, {"oldest": OLDEST_SERVER}).fetchall() if not there or "slots" not in row[0]
+    ]
+    for table in spec.tables:
+        seen = source_table(old, table)
+        if seen is None:
+            continue
+        found = source_table(new, target_as_source(table))
+        lack = inverse.missing(spec, table, seen.store_columns, found.store_columns if found else None)
+        reasons += [lack] if lack else []
+        if found is not None:
+            reasons += _unfit(new, found)
+    return [f"the new store: {reason}" if reason.startswith(("the ", "wal_level", "all ")) else reason for reason in reasons]
+
+
+def _unfit(new: Connection, found: SourceTable) -> list[str]:
+    quoted = sql.Identifier(*found.source.split(".", 1)).as_string(new)
+    row = new.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
+    assert row is not None
+    asked = {"oid": row[0], "name": found.source}
+    rows = [*new.execute(ORDINARY, asked).fetchall(), *new.execute(TABLE_RULES, asked).fetchall()]
+    return [found for (found,) in rows if "generated column" not in found]  # it is computed anew, and no part of a transform
+
+
+def target_as_source(table: Table) -> Table:
+    """Return a table's target as a source of its own."""
+    return Table(".".join(table.target_name), table.source, table.key)
+
+
+def has_slot(connection: Connection, slot: str) -> bool:
+    """Return whether a server has the slot."""
+    return connection.execute("SELECT FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone() is not None
+
+
+def notes(spec: Spec) -> list[str]:
+    """Return what `check` has to say of the way back: why there is none (driver; looks only)."""
+    if spec.flag is None:
+        return []
+    application = application_name(spec.name, "check")
+    with (
+        connect(spec.source.dsn.resolve(), application) as old,
+        connect(spec.targets[spec.flag.target].dsn_value, application) as new,
+    ):
+        reasons = obstacles(spec, old, new)
+    return [f"{reason}; until then the router's mirror alone keeps the old store up to date" for reason in reasons]

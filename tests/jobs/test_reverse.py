@@ -1,0 +1,212 @@
+"""The reverse path on real servers: opened, watched, opened anew, taken away; and what bears the mark of our own writes."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from changeover.errors import SlotBlocked
+from changeover.jobs import obstacles, reverse, snapshot
+from changeover.jobs.capture import capture_new, emit_marker
+from changeover.jobs.entries import Stream
+from changeover.jobs.ledger import Ledger
+from changeover.jobs.prepare import spool_of
+from changeover.jobs.rogue import rogue
+from changeover.position import epoch_floor, image_version
+from changeover.session import Connection, connect
+from changeover.spec import Spec, load
+from changeover.stores.batches import BATCH, apply_batch, prepare_batch
+from changeover.stores.gate import gated, install_gate, sweep
+
+SPEC = """
+name = "{name}"
+[source]
+dsn = "env:OLD_DSN"
+[target.store]
+kind = "postgres"
+dsn = "env:NEW_DSN"
+[[table]]
+source = "follows"
+target = "links"
+key = ["a"]
+[table.columns]
+a = "id"
+upper = "upper(name)"
+{reverse}
+[flag]
+key = "f"
+target = "store"
+[work]
+path = "{work}"
+"""
+
+
+@dataclass
+class Stores:
+    """A migration as prepare leaves it, made by plain SQL, without Spark."""
+
+    spec: Spec
+    old: Connection
+    new: Connection
+    ledger: Ledger
+    path: Path
+
+    def state(self, reverse_section: str) -> None:
+        """State the way back in the spec."""
+        self.path.write_text(SPEC.format(name=self.spec.name, work=self.spec.work, reverse=reverse_section))
+        self.spec = load(self.path)
+
+    def captured(self) -> list[dict[str, Any]]:
+        """Return the changes in the new store's spool, everything committed by now included."""
+        emit_marker(self.new, note := f"end {random.random()}")
+        spool = reverse.spool_of(self.spec)
+        capture_new(self.spec, threading.Event(), until=lambda: note in spool.events().column("note").to_pylist())
+        rows: list[dict[str, Any]] = spool.events().to_pylist(maps_as_pydicts="strict")
+        return [row for row in rows if row["relation"]]
+
+    def slots(self) -> list[str]:
+        """Return the new store's slots."""
+        rows = self.new.execute("SELECT slot_name FROM pg_replication_slots WHERE database = current_database()").fetchall()
+        return [row[0] for row in rows]
+
+
+@pytest.fixture
+def stores(old_dsn: str, any_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stores]:
+    monkeypatch.setenv("OLD_DSN", old_dsn)
+    monkeypatch.setenv("NEW_DSN", any_dsn)
+    name, path = f"t{random.getrandbits(40):x}", tmp_path / "spec.toml"
+    path.write_text(SPEC.format(name=name, work=tmp_path / "work", reverse=""))
+    spec = load(path)
+    with connect(old_dsn, "test") as old, connect(any_dsn, "test") as new, Ledger.open(spec, "test") as ledger:
+        old.execute("CREATE TABLE follows (id integer PRIMARY KEY, name text)")
+        new.execute("CREATE TABLE links (a integer PRIMARY KEY, upper text)")
+        ledger.create()
+        system_id, timeline = snapshot.identify(old_dsn, "test")
+        ledger.record_migration(spec, Stream(1, system_id, timeline, spec.slot, spec.slot, "", ""))
+        install_gate(new, "public", "links", ["a"], image_version(1))
+        spool_of(spec).create()
+        yield Stores(spec, old, new, ledger, path)
+
+
+GIVEN = '[table.reverse]\nname = "lower(upper)"'
+
+
+def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Stores) -> None:
+    [note] = obstacles.notes(stores.spec)
+    assert note == (
+        "follows has no way back from links: nothing gives its column name (state it in [table.reverse] as an expression over the"
+        " row of links); until then the router's mirror alone keeps the old store up to date"
+    )
+    assert reverse.open_path(stores.spec, stores.ledger) is None
+    assert stores.slots() == []
+    state = reverse.state(stores.spec, stores.ledger)
+    assert state is not None
+    assert state.line.startswith("the mirror alone keeps the old store up to date: follows has no way back")
+    stores.state(GIVEN)
+    assert obstacles.notes(stores.spec) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("ALTER TABLE links DROP CONSTRAINT links_pkey", "public.links has no primary key and no replica identity"),
+        (
+            "DROP TABLE links; CREATE TABLE links (a integer PRIMARY KEY) PARTITION BY RANGE (a)",
+            "is no ordinary table",
+        ),
+        ("CREATE TABLE more () INHERITS (links)", "is no ordinary table"),
+    ],
+)
+def test_a_table_whose_changes_can_not_be_told_has_no_way_back(stores: Stores, change: str, reason: str) -> None:
+    stores.state(GIVEN)
+    stores.new.execute('DROP FUNCTION IF EXISTS changeover."gate_public.links"')
+    stores.new.execute(change.encode())
+    assert any(reason in one for one in obstacles.notes(stores.spec))
+    assert reverse.open_path(stores.spec, stores.ledger) is None
+
+
+def test_the_path_is_opened_once_watched_and_taken_away(stores: Stores) -> None:
+    stores.state(GIVEN)
+    path = reverse.open_path(stores.spec, stores.ledger)
+    assert path is not None
+    assert stores.slots() == [path.stream.slot] == [f"changeover__new_{stores.spec.name}"]
+    assert reverse.open_path(stores.spec, stores.ledger) == path
+    stores.new.execute("INSERT INTO links VALUES (1, 'X')")
+    assert [event["row"] for event in stores.captured()] == [{"a": "1", "upper": "X"}]
+    reverse.advance(stores.ledger, "follows", reverse.OLD_STORE, path.stream.l0 + 8, 3)
+
+    stores.new.execute("SELECT pg_drop_replication_slot(%s)", [path.stream.slot])
+    again = reverse.open_path(stores.spec, stores.ledger)
+    assert again is not None
+    assert again.stream.l0 > path.stream.l0, "another stream, from now on"
+    stores.new.execute("INSERT INTO links VALUES (2, 'Y')")
+    assert [event["row"]["a"] for event in stores.captured()] == ["1", "2"], "what was spooled is kept"
+    [load_] = reverse.loads(stores.ledger)
+    assert (load_.target, load_.applied, load_.events) == (reverse.OLD_STORE, again.stream.l0, 3)
+
+    assert reverse.leftovers(stores.spec) != []
+    removed = reverse.remove(stores.spec, stores.ledger)
+    assert len(removed) == 3
+    assert reverse.leftovers(stores.spec) == stores.slots() == []
+    assert not reverse.spool_of(stores.spec).path.exists()
+    assert reverse.recorded(stores.ledger) is None
+
+
+def test_an_open_transaction_holds_up_the_path_and_is_named(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores.state(GIVEN)
+    monkeypatch.setattr(snapshot.create_slot, "__kwdefaults__", {"temporary": False, "seconds": 0.5})
+    with connect(stores.spec.targets["store"].dsn_value, "slow", autocommit=False) as slow:
+        slow.execute("INSERT INTO links VALUES (5, 'slow')")
+        with pytest.raises(SlotBlocked, match="process"):
+            reverse.open_path(stores.spec, stores.ledger)
+    assert stores.slots() == []
+    assert reverse.open_path(stores.spec, stores.ledger) is not None, "what a failed one left is no hindrance"
+
+
+def test_our_writes_are_marked_and_others_to_a_store_without_authority_are_rogue(stores: Stores) -> None:
+    stores.state(GIVEN)
+    stores.new.execute("INSERT INTO links VALUES (9, 'before it is watched')")
+    reverse.open_path(stores.spec, stores.ledger)
+    table = gated(stores.new, "public", "links", ["a"])
+    mirror = sql.SQL("SELECT {}(0, '0/9', -1, %s, ROW(%s, 'MIRROR')::links)").format(table.function)
+    stores.new.execute(mirror, [False, 1])
+    stores.new.execute(mirror, [True, 9])
+    with stores.new.transaction(), stores.new.cursor() as cursor:
+        prepare_batch(cursor, table, versions=True)
+        cursor.execute(sql.SQL("INSERT INTO {} VALUES (0, '0/99', 0, false, 2, 'REPLAY')").format(BATCH))
+        apply_batch(cursor, table)
+    stores.new.execute("INSERT INTO links VALUES (77, 'ghost')")
+    stores.new.execute(sql.SQL("INSERT INTO {} VALUES (77, 0, '0/1', 0, true)").format(table.touched))
+    sweep(stores.new, table)
+    assert [(event["op"], event["note"]) for event in stores.captured()] == [
+        ("I", "mirror"), ("D", "mirror"), ("I", "changes"), ("I", None), ("D", "sweep"),
+    ]  # fmt: skip
+    [found] = rogue(stores.spec, stores.ledger)
+    assert (found.store, found.table, found.changes) == ("new", "public.links", 1)
+    told = {"positions": {"source_lsn": 2**60, "target": "FFFF/0"}}
+    stores.ledger.record_verdict("follows", "store", "different", None, told)
+    assert rogue(stores.spec, stores.ledger) == [found]
+    stores.ledger.record_verdict("follows", "store", "equal", None, told)
+    assert rogue(stores.spec, stores.ledger) == []
+
+
+def test_a_rolled_back_write_and_one_beside_the_tables_are_no_rogue(stores: Stores) -> None:
+    stores.state(GIVEN)
+    reverse.open_path(stores.spec, stores.ledger)
+    stores.new.execute("CREATE TABLE elsewhere (x integer)")
+    stores.new.execute("INSERT INTO elsewhere VALUES (1)")
+    with stores.new.transaction(force_rollback=True):
+        stores.new.execute("INSERT INTO links VALUES (1, 'X')")
+    with pytest.raises(psycopg.Error), stores.new.transaction():
+        stores.new.execute("INSERT INTO links VALUES (2, 'X'), (2, 'X')")
+    install_gate(stores.new, "public", "links", ["a"], epoch_floor(0))
+    assert stores.captured() == []
+    assert rogue(stores.spec, stores.ledger) == []
