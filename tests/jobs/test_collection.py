@@ -70,7 +70,7 @@ def late_write(migration: Migration, user: int, at: str) -> bool:
     """Offer a row as an application whose mirror is late."""
     row = migration.new.execute(
         'SELECT changeover."gate_public.associations"(0, %s, -1, false, jsonb_populate_record(NULL::associations,'
-        " jsonb_build_object('entity_a', %s, 'kind', 'follows', 'entity_b', %s, 'note', 'late', 'created_at', now(), 'updated_at', now())))",
+        " jsonb_build_object('entity_a', %s, 'kind', 'follows', 'entity_b', %s, 'created_at', now(), 'updated_at', now())))",
         [at, user, user],
     ).fetchone()
     assert row is not None
