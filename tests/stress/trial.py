@@ -24,13 +24,16 @@ from changeover.jobs import merge
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
 from changeover.stores import batches
-from tests.stress.field import GATED, NAME, STATEMENT, TABLE, WRITERS, Field, hesitate
+from tests.stress.field import GATED, NAME, SHARE, STATEMENT, TABLE, WRITERS, Field, hesitate
 from tests.stress.source import Source, Write
 
 KEYS, TRANSACTIONS = (12, 40, 80), 50
 """Few keys meet again and again; of many, most are written once, so that nothing heals what went wrong."""
 
 IMAGES_PER_CHUNK = 12
+BEFORE_COMMIT = ((SHARE, STATEMENT), (SHARE, STATEMENT), (0.5, 0.1))
+"""How many of a writer's transactions wait before they commit, and seconds at most; in a third of the trials longer than a load."""
+
 RETRIED = (psycopg.errors.DeadlockDetected,)
 FUNCTION = f'SELECT changeover."gate_public.{NAME}"(%s, %s, %s, %s, ROW(%s, %s)::{NAME})'.encode()
 
@@ -60,10 +63,12 @@ class Trial:
     pending: dict[Version, int] = field(default_factory=dict)
     writes: int = 0
     collected: int = 0
+    pause: tuple[float, float] = (0.0, 0.0)
 
     def run(self) -> Ended:
         """Let everybody work to the end, then judge."""
         self.source = Source.run(self.chance, self.chance.choice(KEYS), TRANSACTIONS, self.chance.choice((0, 1, 1, 2)))
+        self.pause = self.chance.choice(BEFORE_COMMIT)
         self.place.reset()
         tasks, late = self._tasks()
         with ThreadPoolExecutor(WRITERS + 3) as pool:
@@ -113,7 +118,7 @@ class Trial:
         """Offer one row as an application does."""
         [(version, write)] = group
         parameters = [version.epoch, format_lsn(version.lsn), version.ordinal, write.note is None, write.key, write.note]
-        _again(session, lambda: session.execute(FUNCTION, parameters))
+        _again(session, lambda: session.execute(FUNCTION, parameters), self.pause)
         self._offered(group)
 
     def _offer_batch(self, group: list[Offer], session: Connection) -> None:
@@ -129,7 +134,7 @@ class Trial:
                 )
                 batches.apply_batch(cursor, GATED)
 
-        _again(session, offer)
+        _again(session, offer, self.pause)
         self._offered(group)
 
     def _offered(self, group: Sequence[Offer]) -> None:
@@ -218,12 +223,12 @@ class Trial:
         return wrong + (["the floor lets its own version pass"] if row is None or row[0] else [])
 
 
-def _again(session: Connection, work: Callable[[], object]) -> None:
+def _again(session: Connection, work: Callable[[], object], pause: tuple[float, float]) -> None:
     """Do a transaction, again after a deadlock."""
     while True:
         try:
             work()
-            hesitate(longest=STATEMENT)
+            hesitate(*pause)
             session.commit()
             return
         except RETRIED:
