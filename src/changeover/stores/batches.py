@@ -22,13 +22,21 @@ BATCH = sql.Identifier("pg_temp", "changeover_batch")
 """The session's temporary table in which a batch of images or changes arrives by COPY."""
 
 
-def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool) -> None:
-    """Create the session's batch table for this transaction: the table's columns, with versions in front for changes."""
+def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool, *, keep: bool = False) -> None:
+    """Create the session's batch table: the table's columns, with versions in front for changes.
+
+    It lasts for this transaction, or where it is kept as long as the session, for a transaction that may have to be repeated.
+    """
     extra = "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
     cursor.execute(
         sql.SQL(
-            "CREATE TEMPORARY TABLE changeover_batch ON COMMIT DROP AS SELECT {extra}{columns} FROM {table} WITH NO DATA"
-        ).format(extra=sql.SQL(extra), columns=table.list(table.columns), table=table.table)
+            "CREATE TEMPORARY TABLE changeover_batch ON COMMIT {end} AS SELECT {extra}{columns} FROM {table} WITH NO DATA"
+        ).format(
+            end=sql.SQL("PRESERVE ROWS" if keep else "DROP"),
+            extra=sql.SQL(extra),
+            columns=table.list(table.columns),
+            table=table.table,
+        )
     )
 
 
