@@ -31,8 +31,10 @@ WRITERS = 8
 APPLICATION = "changeover:stress:session"
 
 HESITATION = """
-CREATE FUNCTION hesitate() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN
-    IF random() < TG_ARGV[0]::float8 THEN PERFORM pg_sleep(random() * TG_ARGV[1]::float8); END IF;
+CREATE FUNCTION hesitate() RETURNS trigger LANGUAGE plpgsql AS $body$
+DECLARE slow float8 := coalesce(nullif(current_setting('stress.slow', true), ''), '1')::float8;
+BEGIN
+    IF random() < slow * TG_ARGV[0]::float8 THEN PERFORM pg_sleep(random() * slow * TG_ARGV[1]::float8); END IF;
     IF TG_LEVEL = 'STATEMENT' THEN RETURN NULL; END IF;
     IF TG_OP = 'DELETE' THEN RETURN OLD; END IF;
     RETURN NEW;
@@ -48,6 +50,10 @@ CREATE TRIGGER before_row BEFORE INSERT OR UPDATE OR DELETE ON {table} FOR EACH 
 
 SHARE, STATEMENT, ROW = 0.15, 0.025, 0.004
 """How many statements and rows hesitate; seconds at most, between a statement's snapshot and its first row, and before a row."""
+
+
+LOADER_SLOW = 3
+"""A chunk's one statement is under way for seconds in a real load, so the loader hesitates more often and for longer."""
 
 
 def hesitate(share: float = SHARE, longest: float = ROW) -> None:
@@ -99,7 +105,8 @@ class Field:
                 return PostgresStore(name, dsn, "stress", name, session())
 
             writers = [session(autocommit=False) for _ in range(WRITERS)]
-            yield cls(admin, writers, session(autocommit=False), store("close"), store("truncate"), store("collect"))
+            loader = session(autocommit=False, settings={"stress.slow": str(LOADER_SLOW)})
+            yield cls(admin, writers, loader, store("close"), store("truncate"), store("collect"))
 
     def reset(self) -> None:
         """Empty the table, its versions and the ledger, and install the gate as it now is."""

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from changeover.position import Version, format_lsn
 from changeover.session import Connection
 from changeover.stores import batches
 from tests.stress.field import GATED, NAME, SHARE, STATEMENT, TABLE, WRITERS, Field, hesitate
-from tests.stress.source import Source, Write
+from tests.stress.source import L0, Source, Write
 
 KEYS, TRANSACTIONS = (12, 40, 80), 50
 """Few keys meet again and again; of many, most are written once, so that nothing heals what went wrong."""
@@ -72,12 +72,15 @@ class Trial:
         self.place.reset()
         tasks, late = self._tasks()
         with ThreadPoolExecutor(WRITERS + 3) as pool:
-            done = [pool.submit(self._write, writer, tasks) for writer in self.place.writers]
-            done += [pool.submit(self._truncate), pool.submit(self._load)]
-            collecting = pool.submit(self._collect)
-            failures = _failures(done)
-            self.over.set()
-            failures += _failures([collecting])
+            work: list[Callable[[], None]] = [partial(self._truncate, tasks), self._load]
+            work += [partial(self._write, writer, tasks) for writer in self.place.writers]
+            done = [pool.submit(self._guarded, one) for one in work]
+            collecting = pool.submit(self._guarded, self._collect)
+            try:
+                wait(done)
+            finally:
+                self.over.set()
+            failures = _failures([*done, collecting])
         if not failures:
             self._collect_once()
             for task in late:  # what comes when nobody expects it any more
@@ -101,7 +104,7 @@ class Trial:
             alone = len(group) == 1 and self.chance.random() < 0.6
             tasks.append((group[0][0].lsn, partial(self._offer_one if alone else self._offer_batch, group)))
         self.pending |= dict.fromkeys(self.source.truncates, 1)
-        spread = (self.source.lsn - 1_000) / 4
+        spread = (self.source.lsn - L0) / 4
         tasks.sort(key=lambda task: task[0] + self.chance.uniform(-spread, spread))
         return [task for _, task in tasks], [partial(self._offer_one, [offer]) for offer in late]
 
@@ -146,6 +149,14 @@ class Trial:
 
     # -- who works
 
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Do one's part; whoever can't, ends the trial for those who would wait for him."""
+        try:
+            work()
+        except BaseException:
+            self.over.set()
+            raise
+
     def _write(self, session: Connection, tasks: list[Task]) -> None:
         while True:
             with self.lock:
@@ -166,30 +177,31 @@ class Trial:
         self.closed.set()
 
     def _load_chunk(self, images: list[tuple[int, str]]) -> None:
+        """Load a chunk as a task of the backfill does, again after a deadlock."""
         session = self.place.loader
-        try:
+
+        def load() -> None:
             with session.cursor() as cursor:
                 batches.prepare_batch(cursor, GATED, versions=False)
                 cursor.executemany("INSERT INTO pg_temp.changeover_batch VALUES (%s, %s)", images)
                 batches.load_batch(cursor, GATED)
-            hesitate(0.7, 0.05)  # a real chunk is under way for seconds
-            session.commit()
+
+        try:
+            _again(session, load, (0.7, 0.05))
         except RowRefused:
             session.rollback()
             raise
 
-    def _truncate(self) -> None:
+    def _truncate(self, tasks: list[Task]) -> None:
+        """Offer each TRUNCATE about when what stands beside it in the log is offered, or well before or after."""
+        whole = len(tasks)
         for version in self.source.truncates:
-            while self._position() < version.lsn - random.randrange(1_500) and not self._rests():
+            share = (version.lsn - L0) / (self.source.lsn - L0) + self.chance.uniform(-0.3, 0.3)
+            while len(tasks) > whole * max(0.0, 1 - share) and not self.over.is_set():
                 time.sleep(0.002)
             self.place.truncater.truncate(None, TABLE, version)  # type: ignore[arg-type]
             with self.lock:
                 del self.pending[version]
-
-    def _rests(self) -> bool:
-        """Return whether nothing but TRUNCATEs is to be offered."""
-        with self.lock:
-            return all(version in self.source.truncates for version in self.pending)
 
     def _collect(self) -> None:
         while not self.over.is_set():
