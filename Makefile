@@ -7,7 +7,7 @@ JARS := $(VENV)/.changeover-jars
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo test chaos check bench wheel clean
+.PHONY: help setup java demo test chaos stress check bench wheel clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test: setup ## Run all tests; ARGS="-k ghost -x"
 
 chaos: setup ## Kill everything at random for minutes; ARGS="--chaos-seconds 600"
 	@$(BIN)/python -m pytest -s tests/scenarios/test_chaos.py --chaos-seconds 300 $(ARGS)
+
+stress: setup ## Everybody on one gated table at once, 500 trials; ARGS="--mutant all" without each rule
+	@$(BIN)/python -m tests.stress $(ARGS)
 
 check: setup ## Lint, format check and types
 	@$(BIN)/ruff check .

@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+DIGITS = 6
+"""Of seconds: a single statement takes some ten thousandths of one."""
+
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case's medians in seconds."""
+    """One case's figures in seconds: medians, or the percentile that the case is named after."""
 
     case: str
     ours: float
@@ -30,8 +33,8 @@ class Result:
         cases = [
             {
                 "case": one.case,
-                "ours_s": round(one.ours, 3),
-                "peers": {name: round(seconds, 3) for name, seconds in one.peers.items()},
+                "ours_s": round(one.ours, DIGITS),
+                "peers": {name: round(seconds, DIGITS) for name, seconds in one.peers.items()},
                 "versus": {name: round(one.ours / seconds, 3) for name, seconds in one.peers.items()},
             }
             for one in self.cases
@@ -40,8 +43,13 @@ class Result:
 
     def as_table(self) -> str:
         """Return the result for a person."""
-        lines = [f"{self.rows} rows, medians in seconds; versus = ours / peer"]
+        lines = [f"{self.rows} rows, seconds; versus = ours / peer"]
         for one in self.cases:
-            peers = ", ".join(f"{name} {seconds:.2f} (versus {one.ours / seconds:.2f})" for name, seconds in one.peers.items())
-            lines.append(f"{one.case:12} ours {one.ours:.2f}, {peers}")
+            peers = ", ".join(f"{name} {_short(seconds)} (versus {one.ours / seconds:.2f})" for name, seconds in one.peers.items())
+            lines.append(f"{one.case:12} ours {_short(one.ours)}, {peers}")
         return "\n".join([*lines, "peak memory in MiB: " + ", ".join(f"{k} {v}" for k, v in self.peak_rss_mb.items())])
+
+
+def _short(seconds: float) -> str:
+    """Return seconds in three figures."""
+    return f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.3g}"

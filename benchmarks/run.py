@@ -56,6 +56,20 @@ def catchup(rows: int, repeat: int, cases: tuple[str, ...], as_json: bool) -> No
     _print(measure(rows, repeat, cases), as_json)
 
 
+@main.command()
+@click.option(
+    "--rows", default=1_000_000, show_default=True, type=click.IntRange(1), help="Rows of the backfill beside the writer."
+)
+@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1), help="Backfills; their samples count together.")
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="Of writing at rest, after each.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON object alone.")
+def writer(rows: int, repeat: int, seconds: float, as_json: bool) -> None:
+    """Time an application's dual write beside a backfill and at rest, beside a plain upsert."""
+    from benchmarks.writer_case import measure
+
+    _print(measure(rows, repeat, seconds), as_json)
+
+
 def _print(result: Result, as_json: bool) -> None:
     if not as_json:
         click.echo(result.as_table())

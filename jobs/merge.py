@@ -52,6 +52,11 @@ def collectable(closed: bool, applied: int, upto: Version) -> bool:
     return closed and upto < caught_up_floor(upto.epoch, applied)
 
 
+def collection_bound(epoch: int, applied: int) -> Version:
+    """Return the highest version up to which `collectable` allows collection where a position is reached."""
+    return caught_up_floor(epoch, applied)._replace(ordinal=DUAL_WRITE_ORDINAL - 1)
+
+
 def collected(cell: Version, upto: Version) -> bool:
     """Return whether collection up to a version removes a touched row: the floor then answers for its key."""
     return cell <= upto

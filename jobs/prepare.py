@@ -266,6 +266,7 @@ def _abort_target(spec: Spec, table: Table, target: Target, created: bool) -> li
     with open_store(spec, target, "abort") as store:
         columns = store.columns(*table.target_name)
         if columns is None:
+            store.finalize(TargetTable(*table.target_name, (), table.key))  # what is left of ours beside it
             return []
         store.abort(TargetTable(*table.target_name, columns, table.key), created)
     return [f"{'table' if created else 'gate of'} {table.target} in {target.name}"]
@@ -296,9 +297,9 @@ def finalize(spec: Spec) -> list[str]:
         for table in spec.tables:
             for target in spec.targets.values():
                 with open_store(spec, target, "finalize") as store:
-                    columns = store.columns(*table.target_name)
-                    if columns is not None:
-                        store.finalize(TargetTable(*table.target_name, columns, table.key))
+                    # a table that its owner dropped has left our own beside it
+                    columns = store.columns(*table.target_name) or ()
+                    store.finalize(TargetTable(*table.target_name, columns, table.key))
         ledger.connection.execute("UPDATE changeover.migration SET finalized = now() WHERE name = %s", [spec.name])
         ledger.audit("finalize", "done", {"removed": removed})
     if (spec.work / "spool").exists():

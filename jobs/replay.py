@@ -26,6 +26,7 @@ from changeover.errors import ChangeoverError, TableStopped
 from changeover.jobs import reverse
 from changeover.jobs.changes import completed, last_of_each_key
 from changeover.jobs.chunks import mergeable
+from changeover.jobs.collection import Collecting
 from changeover.jobs.entries import CLOSED
 from changeover.jobs.journal import Back, Journal, OldJournal
 from changeover.jobs.ledger import Ledger
@@ -336,15 +337,19 @@ def _replay_target(
     with Ledger.open(spec, STEP) as ledger, ledger.recorded(STEP) as told:
         told["target"] = target
         running = Replay(spec, spark, ledger, prepared)
+        collecting = Collecting(spec, ledger, prepared, target)
         until = None if follow else running.spool.end()  # a writer that never rests would otherwise keep it for ever
         events = taken = 0
         while True:
             done = running.round(until, targets=[target])
             events, taken = events + done.events, taken + done.taken
-            if stop.is_set() or (not follow and not done.events):
+            if collects := collecting.due(done.events):
+                with ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS):
+                    collecting.turn()
+            if stop.is_set() or not (follow or done.events or collects):
                 told.update(events=events, taken=taken, applied=format_lsn(done.applied))
                 return Replayed(events, taken, done.applied)
-            if not done.events:
+            if not (done.events or collects):
                 stop.wait(IDLE_SECONDS)
 
 

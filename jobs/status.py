@@ -1,4 +1,4 @@
-"""Status: where a migration is, step by step, from the ledger, the spool and the old store alone; starts no JVM.
+"""Status: where a migration is, step by step, from the ledger, the spool and the stores; starts no JVM.
 
 It looks and changes nothing, and has an answer in every state: before the copy, with a slot that is gone, after `finalize`. What
 it says of a position is what the ledger says: every event below it was offered. Rows are counted for each target by itself.
@@ -22,6 +22,7 @@ from changeover.jobs.rogue import Rogue, rogue
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect, speaking_to
 from changeover.spec import Spec
+from changeover.stores import TargetTable, open_store
 
 HEARD_SECONDS = 10.0
 """Age of a heartbeat up to which its router counts as alive."""
@@ -93,7 +94,8 @@ def _load_line(load: Mapping[str, Any]) -> str:
 
 def _replay_line(load: Mapping[str, Any]) -> str:
     behind = "at rest" if load["behind_bytes"] is None else f"{load['behind_bytes']:,} bytes behind"
-    return f"{load['source']} in {load['target']}: {load['events']:,} events, up to {load['applied']}, {behind}"
+    kept = f", about {load['touched']:,} touched rows" if load["touched"] else ""
+    return f"{load['source']} in {load['target']}: {load['events']:,} events, up to {load['applied']}, {behind}{kept}"
 
 
 def _reverse_lines(state: reverse.State) -> list[str]:
@@ -111,7 +113,8 @@ def status(spec: Spec) -> Status:
         prepared, finalized = ledger.milestones()
         stream = _stream(spec, l0)
         authority = ledger.authority()
-        loads = _loads(ledger, authority, None if finalized else stream["source_lsn"])
+        touched = _touched(spec)
+        loads = _loads(ledger, authority, None if finalized else stream["source_lsn"], touched)
         verdicts = _newest_verdicts(ledger)
         now = ledger.now()
         heard = [beat.stage for beat in ledger.heartbeats() if (now - beat.at).total_seconds() <= HEARD_SECONDS]
@@ -148,12 +151,24 @@ def _stream(spec: Spec, l0: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _loads(ledger: Ledger, authority: Authority, source_lsn: str | None) -> list[dict[str, Any]]:
+def _touched(spec: Spec) -> dict[tuple[str, str], int]:
+    """Return about how many versions each target keeps beside each table; what is not collected yet, or can't be."""
+    found = {}
+    for target in spec.targets.values():
+        with open_store(spec, target, "status") as store:
+            for table in spec.tables:
+                found[table.source, target.name] = store.touched(TargetTable(*table.target_name, (), table.key))
+    return found
+
+
+def _loads(
+    ledger: Ledger, authority: Authority, source_lsn: str | None, touched: Mapping[tuple[str, str], int]
+) -> list[dict[str, Any]]:
     rests = source_lsn is None or authority.store == "new"
     return [
         {**load.__dict__, **_chunks(ledger, load), "applied": format_lsn(load.applied),
          "behind_bytes": None if rests or source_lsn is None else max(0, parse_lsn(source_lsn) - load.applied),
-         "stopped": ledger.source_table(load.source)[2]}
+         "stopped": ledger.source_table(load.source)[2], "touched": touched.get((load.source, load.target), 0)}
         for load in ledger.loads()
     ]  # fmt: skip
 

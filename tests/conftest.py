@@ -16,5 +16,6 @@ for plugin in pytest_plugins:  # before the first is loaded, since plugins impor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let `make chaos` last longer than the suite's short form."""
+    """Let `make chaos` and the stress last longer than the suite's short forms."""
     parser.addoption("--chaos-seconds", type=float, default=25.0, help="how long processes are killed in test_chaos")
+    parser.addoption("--stress-trials", type=int, default=6, help="trials under the product's rules in test_stress")

@@ -26,3 +26,20 @@ def test_copy_prints_one_object_last() -> None:
         assert case["ours_s"] > 0
         assert set(case["versus"]) == PEERS[case["case"]]
     assert all(result["peak_rss_mb"][party] > 0 for party in ("ours", "psql_pipe", "spark_jdbc"))
+
+
+def test_writer_prints_one_object_of_the_same_form() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/run.py", "writer", "--rows", "2000", "--repeat", "1", "--seconds", "1", "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) == {"benchmark", "rows", "cases", "peak_rss_mb"}
+    assert (result["benchmark"], result["rows"]) == ("writer", 2000)
+    assert [case["case"] for case in result["cases"]] == ["backfill p50", "backfill p99", "rest p50", "rest p99"]
+    for case in result["cases"]:
+        assert set(case) == {"case", "ours_s", "peers", "versus"}
+        assert case["ours_s"] > 0
+        assert case["peers"].keys() == case["versus"].keys() == {"upsert"}
+    assert result["peak_rss_mb"]["ours"] > 0

@@ -249,20 +249,32 @@ def _in_lake(spec: Spec, table: Table, target: Target, key: Key, finalized: date
     return {f"{target.name} row": rows or NONE, f"{target.name} cell": cells or _gone(finalized) or NONE}
 
 
+FLOOR = """
+SELECT epoch, lsn::text, ordinal FROM changeover.gate WHERE target = %s AND (epoch, lsn, ordinal) > (0, image_lsn, -1)
+"""
+"""A floor that was raised: versions up to it are not kept."""
+
+
+def _version(row: Sequence[Any]) -> Version:
+    """Return the version in a row's first three columns."""
+    return Version(row[0], parse_lsn(row[1]), row[2])
+
+
 def _in_postgres(spec: Spec, table: Table, target: Target, key: Key, finalized: datetime | None) -> dict[str, Any]:
     gated = GatedTable(*table.target_name, table.key, ())
     with connect(target.dsn_value, application_name(spec.name, "explain")) as new:
         row = _row(spec, new, table.target_name, key)
         present = new.execute("SELECT to_regclass(%s) IS NOT NULL", [gated.touched.as_string(new)]).fetchone()
         same = _same(new, table.target_name, key)
-        cell = None
+        cell = floor = None
         if present and present[0] and same is not None:
+            floor = new.execute(FLOOR, [gated.target]).fetchone()
             cell = new.execute(
                 sql.SQL("SELECT _epoch, _lsn::text, _ordinal, _deleted FROM {} WHERE {}").format(gated.touched, same)
             ).fetchone()
-    state = _gone(finalized) or "no live write touched it"
-    if cell is not None:
-        state = f"{'tombstone' if cell[3] else 'live'} at {Version(cell[0], parse_lsn(cell[1]), cell[2])}"
+    state = _gone(finalized) or (f"no live write touched it above {_version(floor)}" if floor else "no live write touched it")
+    if cell is not None and (floor is None or _version(cell) > _version(floor)):  # else a batch's position has overtaken it
+        state = f"{'tombstone' if cell[3] else 'live'} at {_version(cell)}"
     return {f"{target.name} row": row or NONE, f"{target.name} cell": state}
 
 

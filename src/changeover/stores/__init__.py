@@ -64,6 +64,14 @@ class Counts:
     refused: int = 0
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What one turn of a collection did: versions removed, and the place where the next turn goes on, None after the last."""
+
+    rows: int
+    following: int | None
+
+
 class Mark(Protocol):
     """Marks a chunk as loaded in the ledger; picklable, used in a task or on the driver."""
 
@@ -141,6 +149,14 @@ class Store(Protocol):
 
     def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:
         """Delete every row older than a TRUNCATE of that version, and refuse what is older from then on (replay)."""
+        ...
+
+    def touched(self, table: TargetTable) -> int:
+        """Return about how many versions are kept beside the table; costs next to nothing (replay, status)."""
+        ...
+
+    def collect(self, table: TargetTable, upto: Version, place: int) -> Collected:
+        """Remove some of the versions up to one that `merge.collectable` allows, from a place on, first 0 (replay)."""
         ...
 
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> AbstractContextManager[Frozen]:

@@ -23,14 +23,21 @@ BATCH = sql.Identifier("pg_temp", "changeover_batch")
 """The session's temporary table in which a batch of images or changes arrives by COPY."""
 
 
-def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool) -> None:
-    """Mark this transaction as ours and create its batch table: the table's columns, with versions in front for changes."""
-    cursor.execute(MARK, [OURS, "changes" if versions else "images"])
+def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool, *, keep: bool = False) -> None:
+    """Create the session's batch table: the table's columns, with versions in front for changes.
+
+    It lasts for this transaction, or where it is kept as long as the session, for a transaction that may have to be repeated.
+    """
     extra = "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
     cursor.execute(
         sql.SQL(
-            "CREATE TEMPORARY TABLE changeover_batch ON COMMIT DROP AS SELECT {extra}{columns} FROM {table} WITH NO DATA"
-        ).format(extra=sql.SQL(extra), columns=table.list(table.columns), table=table.table)
+            "CREATE TEMPORARY TABLE changeover_batch ON COMMIT {end} AS SELECT {extra}{columns} FROM {table} WITH NO DATA"
+        ).format(
+            end=sql.SQL("PRESERVE ROWS" if keep else "DROP"),
+            extra=sql.SQL(extra),
+            columns=table.list(table.columns),
+            table=table.table,
+        )
     )
 
 
@@ -56,6 +63,7 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     """
     found = cursor.execute(sql.SQL("SELECT count(*), max(_epoch)::text FROM {}").format(BATCH)).fetchone()
     assert found is not None
+    cursor.execute(MARK, [OURS, "changes"])
     # a store that has lost authority lets the gate of the present epoch pass, see refusal
     cursor.execute("SELECT set_config('changeover.epoch', %s, true)", [found[1]])
     steps: dict[Part, Step] = OF_CHANGES
@@ -127,6 +135,7 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
 
     The chunk's mark, the last part of `statements.LOAD`, is the caller's, in the same transaction.
     """
+    cursor.execute(MARK, [OURS, "images"])
     found = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
     offered = int(found[0]) if found else 0
     done = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}

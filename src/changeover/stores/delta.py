@@ -22,7 +22,7 @@ from deltalake.schema import Schema
 from changeover.errors import CouldNotFinish
 from changeover.position import Version
 from changeover.sparkerrors import raise_failures
-from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Column, Counts, Frozen, Mark, TargetTable
+from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Collected, Column, Counts, Frozen, Mark, TargetTable
 from changeover.stores.appends import VERSION, AppendTask
 from changeover.stores.pgtypes import postgres_type
 from changeover.stores.reader import EVERYTHING
@@ -154,6 +154,14 @@ class DeltaStore:
         gone: dict[str, str | SparkColumn] = {VERSION: _literal(version), DELETED: F.lit(True)}
         gone |= {f"`{name}`": F.lit(None) for name in table.names if name not in table.key}
         SparkDeltaTable.forPath(spark, str(self.path(table.name))).update(F.col(VERSION) < _literal(version), gone)
+
+    def touched(self, table: TargetTable) -> int:
+        """Return 0: versions are columns of the rows, and tombstones are rows that stay until `finalize`."""
+        return 0
+
+    def collect(self, table: TargetTable, upto: Version, place: int) -> Collected:
+        """Collect nothing: no floor in the table would turn away a MERGE of a replay that lost its lease without knowing."""
+        return Collected(0, None)
 
     @contextmanager
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:

@@ -18,7 +18,7 @@ from changeover.position import Version
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.sparkerrors import raise_failures
 from changeover.spec import Target
-from changeover.stores import LSN, VERSION_COLUMNS, Column, Counts, Frozen, Mark, TargetTable, gate
+from changeover.stores import LSN, VERSION_COLUMNS, Collected, Column, Counts, Frozen, Mark, TargetTable, collection, gate, refusal
 from changeover.stores import truncate as truncating
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import plan_ranges
@@ -28,6 +28,10 @@ from changeover.stores.tasks import OUTCOME, LoadTask, MergeTask
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
+
+
+BATCHES_PER_TURN = 8
+"""Transactions of a collection after which replay goes on: its lag, and a fence that waits for its turn, do not notice."""
 
 
 class PostgresStore:
@@ -131,6 +135,17 @@ class PostgresStore:
         with speaking_to(self.dsn, f"truncating {table}"):
             truncating.truncate(self.connection, self.gated(table), version, server_name(self.dsn))
 
+    def touched(self, table: TargetTable) -> int:
+        """Return the server's own estimate of the touched rows."""
+        return collection.touched_rows(self.connection, self.gated(table))
+
+    def collect(self, table: TargetTable, upto: Version, place: int) -> Collected:
+        """Collect touched rows by `statements.COLLECT`, in a turn that is over in about a second."""
+        with speaking_to(self.dsn, f"collecting touched rows of {table}"):
+            return collection.collect(
+                self.connection, self.gated(table), upto, server_name(self.dsn), block=place, batches=BATCHES_PER_TURN
+            )
+
     @contextmanager
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
         """Hold an exported REPEATABLE READ snapshot open; the position is the insert LSN read inside it."""
@@ -139,9 +154,10 @@ class PostgresStore:
             yield frozen
 
     def finalize(self, table: TargetTable) -> None:
-        """Remove the gate, its floor and its tombstones; the table and its rows stay."""
+        """Remove the gate, its floor, its tombstones and a refusal; the table and its rows stay."""
         with speaking_to(self.dsn, f"removing the gate of {table}"):
             gate.remove(self.connection, table.schema, table.name)
+            refusal.remove(self.connection, table.schema, table.name)
 
     def abort(self, table: TargetTable, created: bool) -> None:
         """Remove the gate, and the table where prepare created it."""

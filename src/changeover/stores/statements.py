@@ -34,7 +34,10 @@ class Part(Enum):
     RAISE_FLOOR = "raises the floor"
     """Raise the table's floor; never lowered."""
     PURGE = "purges"
-    """Delete touched rows up to the floor, by `merge.collected`, each looked at again under its lock."""
+    """Delete touched rows up to the floor, by `merge.collected`, each looked at again under its lock.
+
+    In whatever portions and order; a row that a writer holds may be passed over. A row that stays is never wrong.
+    """
     LIST = "lists"
     """Make a batch of deletes at a TRUNCATE's version, one for each row that the snapshot shows and nothing newer has touched."""
     APPEND = "appends the chunk"

@@ -1,7 +1,8 @@
 """What Spark's tasks do with a PostgreSQL target, and the one row in which any store's task says what it did.
 
-A task copies its lines into a temporary table and puts them through the gate in one transaction. A chunk's rows and its mark in the
-ledger commit together, so a task that dies, is repeated, or was overtaken leaves nothing behind. An error is yielded as data.
+A task copies its lines into a temporary table and puts them through the gate in one transaction, again after a deadlock. A chunk's
+rows and its mark in the ledger commit together, so a task that dies, is repeated, or was overtaken leaves nothing behind. An error
+is yielded as data.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 OUTCOME = "offered bigint, taken bigint, failure binary"
 """What a task yields: what it did, or the error that ended it."""
+
+
+TRIES = 5
+"""How often a transaction is tried that the server ends because of a deadlock."""
 
 
 def outcome(counts: Counts | None, failure: bytes | None = None) -> pa.RecordBatch:
@@ -70,14 +75,28 @@ class LoadTask:
             speaking_to(self.dsn, f"loading chunk {chunk} of {self.table.target}"),
             gated_session(self.dsn, self.application) as cursor,
         ):
-            prepare_batch(cursor, self.table, versions=False)
+            prepare_batch(cursor, self.table, versions=False, keep=True)
             copy_in(cursor, self.table.columns, batches)
+            cursor.connection.commit()  # Spark gives the rows once, and a deadlock may take the next transaction
             points.reach("chunk-read", f"{self.table.target} {chunk}")
-            counts = self._insert(cursor, chunk, started)
-            cursor.connection.commit()
+            counts = self._commit(cursor, chunk, started)
             points.reach("target-committed", f"{self.table.target} {chunk}")
         points.reach("between-chunks", f"{self.table.target} {chunk}")
         return counts
+
+    def _commit(self, cursor: psycopg.Cursor[Any], chunk: int, started: float) -> Counts:
+        """Insert, mark and commit; a batch of replay that deletes and then inserts can cross a chunk's rows in another order."""
+        tries = TRIES
+        while True:
+            tries -= 1
+            try:
+                counts = self._insert(cursor, chunk, started)
+                cursor.connection.commit()
+                return counts
+            except psycopg.errors.DeadlockDetected:
+                cursor.connection.rollback()
+                if not tries:
+                    raise
 
     def _insert(self, cursor: psycopg.Cursor[Any], chunk: int, started: float) -> Counts:
         """Insert and mark; an attempt that was fenced off, or comes after its chunk was loaded, inserts nothing."""
@@ -115,8 +134,9 @@ class MergeTask:
         except ChangeoverError as error:
             yield outcome(None, failure_of(error))
 
-    def merge(self, changes: list[pa.RecordBatch], tries: int = 5) -> Counts:
+    def merge(self, changes: list[pa.RecordBatch]) -> Counts:
         """Apply one partition's changes in one transaction."""
+        tries = TRIES
         with speaking_to(self.dsn, f"applying changes to {self.table.target}"):
             while True:
                 tries -= 1
