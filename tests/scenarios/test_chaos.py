@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from changeover.jobs.ledger import Ledger
 from changeover.verifiers.verdict import Verdict
 from changeover.verifiers.verify import verify
 from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, NASTY_ROWS, ROWS, MakeMigration, Migration
@@ -87,7 +88,7 @@ class Victim:
 def chaos(migration: Migration, seed: int) -> Iterator[list[Victim]]:
     """Let capture and the Spark jobs live and die for as long as the block lasts."""
     path = migration.spec.path
-    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), Victim([sys.executable, "-c", JOBS, path], (9.0, 20.0))]
+    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), Victim([sys.executable, "-c", JOBS, path], (9.0, 40.0))]
     over = threading.Event()
     threads = [threading.Thread(target=v.suffer, args=(random.Random(seed + n), over)) for n, v in enumerate(victims)]
     for thread in threads:
@@ -112,7 +113,9 @@ def test_equal_after_chaos(make_migration: MakeMigration, old_dsn: str, pytestco
         written = [writers.enter_context(writing(old_dsn, seed + number, PAUSE)) for number in range(WRITERS)]
         with chaos(migration, seed) as victims:
             time.sleep(seconds)
-    print(f"{sum(one.writes for one in written)} transactions, kills: {[victim.kills for victim in victims]}")
+    changes = sum(one.changes for one in written)
+    print(f"{sum(one.writes for one in written)} transactions, {changes / seconds:.0f} changes a second")
+    print(f"kills: {[victim.kills for victim in victims]}; {'; '.join(progress(migration))}")
     assert not [trouble for victim in victims for trouble in victim.troubles]
     assert all(victim.kills for victim in victims)
     migration.capture()
@@ -120,6 +123,18 @@ def test_equal_after_chaos(make_migration: MakeMigration, old_dsn: str, pytestco
     migration.replay()
     migration.assert_equal()
     assert [verdict.word for verdict in verified(migration)] == ["equal", "equal"]
+
+
+def progress(migration: Migration) -> list[str]:
+    """Return how far each load came although it was killed again and again: what is left proves less."""
+    with Ledger.open(migration.spec, "test") as ledger:
+        loads = ledger.loads()
+    chunks = {load.target: migration.chunks(load.target) for load in loads}
+    return [
+        f"{load.target}: {sum(one.loaded is not None for one in chunks[load.target])} of {len(chunks[load.target])} chunks,"
+        f" {load.state}, {load.events} changes offered"
+        for load in loads
+    ]
 
 
 def verified(migration: Migration) -> list[Verdict]:
