@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from psycopg import sql
 from pyspark.sql import SparkSession
 
 from changeover.embedded import EmbeddedServer
+from changeover.jobs.offers import Change
 from changeover.session import Connection, connect
 from changeover.stores import gate
 from changeover.stores.delta import DeltaStore
@@ -144,3 +146,28 @@ def test_delta_merges_to_the_end(lake: dict[str, Cells], name: str) -> None:
 def test_delta_copies_to_the_end(lake: dict[str, Cells], name: str) -> None:
     case, reads = COPIES[name]
     assert rows_of(lake[name]) == rows_of(copied_by(case, reads)), case.source
+
+
+BROKEN: dict[str, tuple[str, Any, int]] = {
+    "equal versions are taken": ("changeover.jobs.merge.applies", lambda offered, cell, floor: cell is None or offered >= cell, 3),
+    "whatever comes last is taken": ("changeover.jobs.merge.applies", lambda *_: True, 30),
+    "the LSN alone counts": ("changeover.jobs.merge.applies", lambda offered, cell, _: cell is None or offered.lsn > cell.lsn, 15),
+    "an image goes over a cell": ("tests.cases.playing.image_applies", lambda *_: True, 8),
+    "a batch brings its last event": (
+        "tests.cases.playing.last_of_each_key",
+        lambda changes: list({change.key: change for change in changes}.values()),
+        10,
+    ),
+    "a new key is a put alone": ("tests.cases.playing.apart", lambda at, key, row, old=None: (Change(key, at, row, old),), 2),
+}
+"""What a wrong rule would be, and how many cases tell at least."""
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_the_cases_tell_a_broken_rule(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = {name: Copy(case, reads, Rule()).play() for name, (case, reads) in COPIES.items()}
+    place, broken, least = BROKEN[fault]
+    monkeypatch.setattr(place, broken)
+    told = [n for n, c in MERGES.items() if c.seen(merged_by(c, False)) not in [c.seen(end) for end in c.ends]]
+    told += [name for name, (case, reads) in COPIES.items() if rows_of(copied_by(case, reads)) != sources[name]]
+    assert len(told) >= least, told
