@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from changeover.spec import load
 loading.ROWS_PER_CHUNK = 100
 spec = load(sys.argv[1])
 spark = spark_session("chaos", cores=2, memory="1g", shuffle_partitions=2)
+print("begun", flush=True)
 
 def run(step):
     try:
@@ -61,10 +63,14 @@ WRITERS, PAUSE = 3, 0.001
 
 @dataclass
 class Victim:
-    """A process that is started, killed after a random while, and started again."""
+    """A process that is started, killed after a random while, and started again.
+
+    The while begins when the process says a first line, if it `speaks`: on a busy machine it else never lives to its work.
+    """
 
     command: list[str]
     lives: tuple[float, float]
+    speaks: bool = False
     kills: int = 0
     troubles: list[str] = field(default_factory=list)
 
@@ -72,8 +78,11 @@ class Victim:
         """Live and die until it is over; an end that is not by our hand must be one that may be tried again."""
         while not over.is_set():
             process = subprocess.Popen(
-                self.command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                self.command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
+            assert process.stdout is not None
+            while self.speaks and not over.is_set() and not select.select([process.stdout], [], [], 0.1)[0]:
+                pass
             over.wait(chance.uniform(*self.lives))
             ended = process.poll()
             if ended is None:
@@ -88,7 +97,7 @@ class Victim:
 def chaos(migration: Migration, seed: int) -> Iterator[list[Victim]]:
     """Let capture and the Spark jobs live and die for as long as the block lasts."""
     path = migration.spec.path
-    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), Victim([sys.executable, "-c", JOBS, path], (9.0, 40.0))]
+    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), Victim([sys.executable, "-c", JOBS, path], (0.0, 25.0), speaks=True)]
     over = threading.Event()
     threads = [threading.Thread(target=v.suffer, args=(random.Random(seed + n), over)) for n, v in enumerate(victims)]
     for thread in threads:
