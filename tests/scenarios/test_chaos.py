@@ -58,7 +58,10 @@ threads = [threading.Thread(target=run, args=(step,)) for step in steps]
 """Replay follows from the start; the backfill begins beside it, again and again until one lives long enough."""
 
 WRITERS, PAUSE = 3, 0.001
-"""Sessions that write, and the rest in seconds between two transactions of one: some hundred changes a second."""
+"""Sessions that write, and the rest in seconds between two transactions of one: about a thousand changes a second."""
+
+LONGEST = 25.0
+"""Seconds that a Spark job lives at most, or a quarter of the chaos: a batch that is killed begins anew, and longer."""
 
 
 @dataclass
@@ -94,10 +97,10 @@ class Victim:
 
 
 @contextmanager
-def chaos(migration: Migration, seed: int) -> Iterator[list[Victim]]:
-    """Let capture and the Spark jobs live and die for as long as the block lasts."""
+def chaos(migration: Migration, seed: int, longest: float) -> Iterator[list[Victim]]:
+    """Let capture and the Spark jobs live and die for as long as the block lasts, the latter for `longest` seconds at most."""
     path = migration.spec.path
-    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), Victim([sys.executable, "-c", JOBS, path], (0.0, 25.0), speaks=True)]
+    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), Victim([sys.executable, "-c", JOBS, path], (0.0, longest), speaks=True)]
     over = threading.Event()
     threads = [threading.Thread(target=v.suffer, args=(random.Random(seed + n), over)) for n, v in enumerate(victims)]
     for thread in threads:
@@ -120,7 +123,7 @@ def test_equal_after_chaos(make_migration: MakeMigration, old_dsn: str, pytestco
     migration.prepare()
     with ExitStack() as writers:
         written = [writers.enter_context(writing(old_dsn, seed + number, PAUSE)) for number in range(WRITERS)]
-        with chaos(migration, seed) as victims:
+        with chaos(migration, seed, max(seconds / 4, LONGEST)) as victims:
             time.sleep(seconds)
     changes = sum(one.changes for one in written)
     print(f"{sum(one.writes for one in written)} transactions, {changes / seconds:.0f} changes a second")
