@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from changeover.jobs.ledger import Ledger
 from changeover.verifiers.verdict import Verdict
 from changeover.verifiers.verify import verify
 from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, NASTY_ROWS, ROWS, MakeMigration, Migration
@@ -36,6 +38,7 @@ from changeover.spec import load
 loading.ROWS_PER_CHUNK = 100
 spec = load(sys.argv[1])
 spark = spark_session("chaos", cores=2, memory="1g", shuffle_partitions=2)
+print("begun", flush=True)
 
 def run(step):
     try:
@@ -55,15 +58,22 @@ threads = [threading.Thread(target=run, args=(step,)) for step in steps]
 """Replay follows from the start; the backfill begins beside it, again and again until one lives long enough."""
 
 WRITERS, PAUSE = 3, 0.001
-"""Sessions that write, and the rest in seconds between two transactions of one: some hundred changes a second."""
+"""Sessions that write, and the rest in seconds between two transactions of one: about a thousand changes a second."""
+
+LONGEST = 25.0
+"""Seconds that a Spark job lives at most, or a quarter of the chaos: a batch that is killed begins anew, and longer."""
 
 
 @dataclass
 class Victim:
-    """A process that is started, killed after a random while, and started again."""
+    """A process that is started, killed after a random while, and started again.
+
+    The while begins when the process says a first line, if it `speaks`: on a busy machine it else never lives to its work.
+    """
 
     command: list[str]
     lives: tuple[float, float]
+    speaks: bool = False
     kills: int = 0
     troubles: list[str] = field(default_factory=list)
 
@@ -71,8 +81,11 @@ class Victim:
         """Live and die until it is over; an end that is not by our hand must be one that may be tried again."""
         while not over.is_set():
             process = subprocess.Popen(
-                self.command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                self.command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
+            assert process.stdout is not None
+            while self.speaks and not over.is_set() and not select.select([process.stdout], [], [], 0.1)[0]:
+                pass
             over.wait(chance.uniform(*self.lives))
             ended = process.poll()
             if ended is None:
@@ -84,10 +97,10 @@ class Victim:
 
 
 @contextmanager
-def chaos(migration: Migration, seed: int) -> Iterator[list[Victim]]:
-    """Let capture and the Spark jobs live and die for as long as the block lasts."""
+def chaos(migration: Migration, seed: int, longest: float) -> Iterator[list[Victim]]:
+    """Let capture and the Spark jobs live and die for as long as the block lasts, the latter for `longest` seconds at most."""
     path = migration.spec.path
-    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), Victim([sys.executable, "-c", JOBS, path], (9.0, 20.0))]
+    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), Victim([sys.executable, "-c", JOBS, path], (0.0, longest), speaks=True)]
     over = threading.Event()
     threads = [threading.Thread(target=v.suffer, args=(random.Random(seed + n), over)) for n, v in enumerate(victims)]
     for thread in threads:
@@ -110,9 +123,11 @@ def test_equal_after_chaos(make_migration: MakeMigration, old_dsn: str, pytestco
     migration.prepare()
     with ExitStack() as writers:
         written = [writers.enter_context(writing(old_dsn, seed + number, PAUSE)) for number in range(WRITERS)]
-        with chaos(migration, seed) as victims:
+        with chaos(migration, seed, max(seconds / 4, LONGEST)) as victims:
             time.sleep(seconds)
-    print(f"{sum(one.writes for one in written)} transactions, kills: {[victim.kills for victim in victims]}")
+    changes = sum(one.changes for one in written)
+    print(f"{sum(one.writes for one in written)} transactions, {changes / seconds:.0f} changes a second")
+    print(f"kills: {[victim.kills for victim in victims]}; {'; '.join(progress(migration))}")
     assert not [trouble for victim in victims for trouble in victim.troubles]
     assert all(victim.kills for victim in victims)
     migration.capture()
@@ -120,6 +135,18 @@ def test_equal_after_chaos(make_migration: MakeMigration, old_dsn: str, pytestco
     migration.replay()
     migration.assert_equal()
     assert [verdict.word for verdict in verified(migration)] == ["equal", "equal"]
+
+
+def progress(migration: Migration) -> list[str]:
+    """Return how far each load came although it was killed again and again: what is left proves less."""
+    with Ledger.open(migration.spec, "test") as ledger:
+        loads = ledger.loads()
+    chunks = {load.target: migration.chunks(load.target) for load in loads}
+    return [
+        f"{load.target}: {sum(one.loaded is not None for one in chunks[load.target])} of {len(chunks[load.target])} chunks,"
+        f" {load.state}, {load.events} changes offered"
+        for load in loads
+    ]
 
 
 def verified(migration: Migration) -> list[Verdict]:
