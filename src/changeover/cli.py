@@ -54,8 +54,9 @@ def check(spec: str, as_json: bool) -> None:
     from changeover.jobs.preflight import preflight
 
     found = preflight(load(spec))
-    lines = [*(f"refused: {reason}" for reason in found.reasons), *(f"grant: {grant}" for grant in found.grants)]
-    answer({"safe": not found.reasons, "reasons": found.reasons, "grants": found.grants}, as_json,
+    told = {"refused": found.reasons, "grant": found.grants, "note": found.notes}
+    lines = [f"{kind}: {line}" for kind, said in told.items() for line in said]
+    answer({"safe": not found.reasons, "reasons": found.reasons, "grants": found.grants, "notes": found.notes}, as_json,
            lambda: "\n".join([*lines, "unsafe" if found.reasons else "safe"]))  # fmt: skip
     sys.exit(1 if found.reasons else 0)
 
