@@ -353,9 +353,12 @@ def observe(made: Logged, dsn: str, stop: threading.Event, witness: Witness, ali
             end = spool.end()
             witness.ends.append((end, spool.outline(0, end).num_rows))
             if len(witness.ends) % 9 == 0:
+                file = session.execute("SELECT pg_relation_filenode('counters')").fetchone()
                 with windows.aligned(dsn, "verifier", made.log) as window:
                     rows = window.holder.execute("SELECT * FROM counters").fetchall()
-                    aligned.append((window.end, {row[0]: row for row in rows}))
+                    # a table truncated meanwhile reads as empty under an older snapshot, which the product's readers look for
+                    if session.execute("SELECT pg_relation_filenode('counters')").fetchone() == file:
+                        aligned.append((window.end, {row[0]: row for row in rows}))
 
 
 @contextmanager
@@ -577,7 +580,7 @@ def test_a_log_with_a_gap_is_refused(counters: Logged) -> None:
     with pytest.raises(SpoolGap):
         counters.catch_up()
     triggerlog.remove(counters.old, counters.spec.name)
-    with pytest.raises(SourceChanged, match=r"trigger log .* is missing"):
+    with pytest.raises(SourceChanged, match="trigger log is missing"):
         capture(counters.spec, until=lambda: True)
 
 
