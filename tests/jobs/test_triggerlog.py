@@ -233,15 +233,19 @@ def test_nested_statements_end_with_what_the_table_holds(counters: Logged) -> No
         " END IF; RETURN NULL; END $$",
         "CREATE TRIGGER aaa AFTER UPDATE ON counters FOR EACH ROW EXECUTE FUNCTION poke()",
         "CREATE TRIGGER zzz AFTER UPDATE ON counters FOR EACH ROW EXECUTE FUNCTION poke()",
+        "CREATE FUNCTION revive() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF pg_trigger_depth() = 1 THEN"
+        " INSERT INTO counters VALUES (2, 20, 'again'), (6, 60, 'again') ON CONFLICT DO NOTHING; END IF; RETURN NULL; END $$",
+        "CREATE TRIGGER aab AFTER DELETE ON counters FOR EACH ROW EXECUTE FUNCTION revive()",
         "CREATE FUNCTION sly(k integer) RETURNS integer LANGUAGE plpgsql AS $$ BEGIN IF k = 9 THEN"
         " UPDATE counters SET stamp = 'sly' WHERE id = 8; DELETE FROM counters WHERE id = 7; END IF; RETURN 7; END $$",
     )
     counters.sql("UPDATE counters SET n = n + 1")
     counters.sql("ALTER TABLE counters DISABLE TRIGGER aaa, DISABLE TRIGGER zzz")
     counters.sql("UPDATE counters SET n = sly(id)")
+    counters.sql("DELETE FROM counters WHERE id IN (2, 6)")
     counters.catch_up()
     held = {row[0]: row for row in counters.old.execute("SELECT * FROM counters").fetchall()}
-    assert held[8][2] == "sly"
+    assert (held[8][2], held[6][2]) == ("sly", "again")
     assert 7 not in held
     assert replayed(counters, counters.events())["public.counters"] == held
 
@@ -398,10 +402,12 @@ def test_each_commit_once_in_order_and_every_position_exact(
 
     works = [lambda seed=seed: write(source_dsn, counters.log, seed, stop, witness) for seed in range(6)]
     with beside(follow):
-        with beside(*works, lambda: observe(counters, source_dsn, stop, witness, aligned)):
-            time.sleep(10)
-            stop.set()
-        stopped_capture.set()
+        try:
+            with beside(*works, lambda: observe(counters, source_dsn, stop, witness, aligned)):
+                time.sleep(10)
+                stop.set()
+        finally:
+            stopped_capture.set()
     counters.catch_up()
     judge(counters, witness, aligned)
 
