@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks import triggers
+
 ROOT = Path(__file__).parents[1]
 PEERS = {"identity": {"psql_pipe", "spark_jdbc"}, "transformed": {"spark_jdbc"}, "delta": {"spark_jdbc"}}
 
@@ -26,3 +30,13 @@ def test_copy_prints_one_object_last() -> None:
         assert case["ours_s"] > 0
         assert set(case["versus"]) == PEERS[case["case"]]
     assert all(result["peak_rss_mb"][party] > 0 for party in ("ours", "psql_pipe", "spark_jdbc"))
+
+
+def test_the_cost_of_triggers_is_told_for_both_tables(old_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triggers, "ROUNDS", 1)
+    monkeypatch.setattr(triggers, "WRITES", 3)
+    monkeypatch.setattr(triggers, "LARGE", 50)
+    found = triggers.costs(old_dsn)
+    kinds = ("insert", "update", "insert_20000_rows")
+    assert found.keys() == {f"{what} {where}" for what in kinds for where in ("plain", "logged")}
+    assert all(0 < figures["p50"] <= figures["p99"] for figures in found.values())
