@@ -114,7 +114,7 @@ STEPS: tuple[Step, ...] = (
         " SHARE ROW EXCLUSIVE in place of both where capture is by triggers",
         _prepare,
     ),
-    Step("capture", "spool the change stream, as a service of its own", "none: it reads the write-ahead log, or the triggers' log", _capture),
+    Step("capture", "spool all changes, as a service of its own", "none: it reads the write-ahead log or a log", _capture),
     Step("backfill", "load the snapshot chunk by chunk, with replay beside it", "ACCESS SHARE on each table", _backfill),
     Step("replay", "offer what was spooled until caught up", "none: it reads the spool", _replay),
     Step("verify", "compare every row at one position", "ACCESS SHARE on each table; a temporary slot", _verify),
