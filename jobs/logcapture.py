@@ -23,8 +23,9 @@ from psycopg.adapt import Transformer
 from changeover.errors import RowRefused, ServerUnavailable, SourceChanged
 from changeover.jobs import pgoutput, triggerlog, windows
 from changeover.jobs.entries import SourceColumn, Stream
+from changeover.jobs.shapes import Shape
 from changeover.jobs.spool import ADDED, RELATION, Event, Image, Spool
-from changeover.jobs.transactions import Shape, additions, difference
+from changeover.jobs.transactions import additions, difference
 from changeover.jobs.triggerlog import Log
 from changeover.jobs.windows import Row, Seen, Window
 from changeover.position import format_lsn
@@ -182,6 +183,7 @@ class Source:
         schema, _, table = name.partition(".")
         columns = tuple(pgoutput.Column(c.name, c.oid, -1, c.key) for c in prepared)
         self.shape = Shape(name, pgoutput.Relation(0, schema, table, "d", columns), prepared)
+        self.key = tuple(self.shape.columns[place] for place in self.shape.keys)
         self._load = Transformer().get_loader(RECORD, pq.Format.TEXT).load
         self._told: str | None = None
 
@@ -211,13 +213,21 @@ class Source:
 
     def images(self, image: str | None, gone: str | None) -> tuple[Image | None, Image | None]:
         """Return the new row and the old key; a column that was added since prepare is left out."""
-        row = self.shape.row(self._values(image))[0] if image is not None else None
-        return row, self.shape.key(self._values(gone)) if gone is not None else None
+        shape = self.shape
+        row = (shape.columns, self._values(image)) if image is not None else None
+        if gone is None:
+            return row, None
+        values = self._values(gone)
+        return row, (self.key, tuple(values[place] for place in shape.keys))
 
     def _values(self, text: str) -> tuple[str | None, ...]:
-        values: tuple[str | None, ...] = self._load(text.encode())
+        """Return a composite text's values as the slot's events have them, of which arrays are JSON."""
+        values: list[str | None] = list(self._load(text.encode()))
+        for column in self.shape.arrays:
+            if column < len(values) and (array := values[column]) is not None:
+                values[column] = self.shape.as_json(column, array)
         if len(values) < len(self.prepared):
             raise RowRefused(
                 self.name, "a row of the trigger log", f"it has {len(values)} columns, {len(self.prepared)} were prepared"
             )
-        return values[: len(self.prepared)]
+        return tuple(values[: len(self.prepared)])
