@@ -20,7 +20,8 @@ from psycopg.pq import TransactionStatus
 from psycopg.types.json import Json, Jsonb
 
 from changeover.errors import StepOrder
-from changeover.position import Version, format_lsn, parse_lsn
+from changeover.jobs.triggerlog import Log
+from changeover.position import ZERO_LSN, Version, format_lsn, parse_lsn
 from changeover.session import Connection, connect, server_name
 from changeover.spec import qualified
 from changeover.stores.gate import GatedTable
@@ -79,6 +80,7 @@ class PgEndpoint:
     table: str
     key: tuple[str, ...] = ()
     pool: Pool | None = None
+    log: Log | None = None
 
     @property
     def name(self) -> str:
@@ -163,12 +165,20 @@ def transaction(connection: psycopg.Connection[Any]) -> Iterator[Cursor]:
             connection.isolation_level = before
 
 
-def position(cursor: Cursor) -> int:
-    """Return the LSN of what the transaction has written so far, and make its COMMIT durable."""
+def position(cursor: Cursor, log: Log | None = None) -> int:
+    """Return the LSN of what the transaction has written so far, and make its COMMIT durable.
+
+    Where a trigger log captures the write, the position is that of the log's newest window, above which the write's own event
+    comes to stand; without a window, as after `abort`, it is below everything.
+    """
     with cursor.connection.cursor(row_factory=psycopg.rows.tuple_row) as plain:
         row = plain.execute(POSITION).fetchone()
+        if log is not None:
+            row = plain.execute("SELECT to_regclass(%s)", [log.windows.as_string(plain)]).fetchone()
+            if row is not None and row[0] is not None:
+                row = plain.execute(sql.SQL('SELECT max("end")::text FROM {}').format(log.windows)).fetchone()
     assert row is not None
-    return parse_lsn(row[0])
+    return parse_lsn(row[0]) if row[0] is not None else ZERO_LSN
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from changeover.jobs.entries import CLOSED, Authority, Heartbeat, Load, VerdictR
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.reverse import State, state
 from changeover.jobs.rogue import Rogue, rogue
+from changeover.jobs.triggerlog import capturing
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
-from changeover.spec import Spec
+from changeover.spec import TRIGGER, Spec
 
 VERDICT_HOURS = 24.0
 LAG_BYTES = 16 * 1024 * 1024
@@ -69,12 +70,13 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage) -> Evidence
             " coalesce((SELECT active FROM pg_replication_slots WHERE slot_name = %s), false)",
             [spec.slot],
         ).fetchone()
+        log_read = spec.source.capture == TRIGGER and capturing(old, spec.name)
     assert row is not None
     found = turns(ledger)
     return Evidence(
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
         heartbeats=ledger.heartbeats(), authority=ledger.authority(), stage_since=found[0].at if found else None,
-        mirrored_since=mirrored_since(found), source_lsn=parse_lsn(row[0]), capture_active=row[1],
+        mirrored_since=mirrored_since(found), source_lsn=parse_lsn(row[0]), capture_active=row[1] or log_read,
         sources=tuple(t.source for t in spec.tables), target=spec.flag.target, way_back=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)),
     )  # fmt: skip

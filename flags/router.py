@@ -38,9 +38,10 @@ from changeover.flags.mirror import RETRIED, TRIES, before_retry
 from changeover.flags.runtime import Limits, Parts, Pin, Runtime
 from changeover.flags.stages import FENCED, other
 from changeover.flags.wish import FlagStage, StageSource
+from changeover.jobs.triggerlog import Log
 from changeover.position import DUAL_WRITE_ORDINAL, Version
 from changeover.session import application_name
-from changeover.spec import Spec
+from changeover.spec import TRIGGER, Spec
 
 __all__ = ["Change", "Experiment", "Limits", "PgEndpoint", "Router", "Written", "returned"]
 
@@ -101,7 +102,7 @@ class Router:
             raise SpecError(spec.path, "flag.file", "is missing: name the flag's data file, or hand the router an SDK client")
         used = client if client is not None else flagfile.client(str(spec.flag.file))
         router = cls(
-            old=PgEndpoint(spec.source.dsn.resolve(), found.source),
+            old=PgEndpoint(spec.source.dsn.resolve(), found.source, log=Log(spec.name) if spec.source.capture == TRIGGER else None),
             new=PgEndpoint(spec.targets[spec.flag.target].dsn_value, found.target, found.key),
             to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key),
             authority=LedgerAuthority(spec.ledger.resolve(), spec.name), name=spec.name, process=process, limits=limits,
@@ -235,7 +236,7 @@ class Router:
             if not isinstance(changes, (list, tuple)) or not all(isinstance(change, Change) for change in changes):
                 raise TypeError("a write's function returns a list of Change: `returned(cursor)` after RETURNING *")
             if pin.rule.mirrors and changes:
-                lsn = position(cursor)
+                lsn = position(cursor, self._parts.endpoints[origin].log)
         # From here on the COMMIT is acknowledged; any exception above means that it is not, and nothing is mirrored.
         if lsn is None:
             return Written(origin, pin.stage, changes, None, mirrored=False)

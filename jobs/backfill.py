@@ -17,7 +17,7 @@ import psycopg
 
 from changeover import points
 from changeover.errors import CouldNotFinish, SnapshotLost, SourceChanged, TableStopped
-from changeover.jobs import snapshot
+from changeover.jobs import snapshot, windows
 from changeover.jobs.entries import CLOSED, LOADED, PENDING, ChunkRow, Stream
 from changeover.jobs.ledger import Ledger, mark_loaded
 from changeover.jobs.preflight import source_table, store_columns
@@ -28,7 +28,7 @@ from changeover.jobs.transform import Transform
 from changeover.position import format_lsn
 from changeover.session import application_name, connect
 from changeover.sparkerrors import from_spark
-from changeover.spec import Spec
+from changeover.spec import SLOT, Spec
 from changeover.stores import Counts, Store, open_store
 from changeover.stores import ranges as planning
 from changeover.stores.reader import ExportedSnapshot, ReadTable, read_table
@@ -202,7 +202,11 @@ class _Load:
             return snapshot.kept(dsn, application, exported(stream))
         except SnapshotLost as lost:
             log.warning("%s; pending chunks are read in a new one", lost)
-        require_stream(dsn, application, stream, max(spool_of(self.spec).end(), stream.l0))
+        durable = max(spool_of(self.spec).end(), stream.l0)
+        if self.spec.source.capture == SLOT:
+            require_stream(dsn, application, stream, durable)
+        else:
+            windows.require_log(dsn, application, stream, self.spec.name, durable)
         kept = snapshot.renew(self.spec, stream.visible)
         self.ledger.record_snapshot(" ".join(one.name for one in kept), kept[0].visible)
         return kept[0]

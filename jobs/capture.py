@@ -1,4 +1,4 @@
-"""Capture: the one long-lived service, which brings the slot's changes into the spool in commit order.
+"""Capture: the one long-lived service, which brings the source's changes into the spool in commit order.
 
 The slot is told to forget only what the spool holds durably, and every connection goes on from the spool's end, so a kill at any
 point loses nothing and repeats nothing. A transaction that outgrows one batch goes in by parts, so memory does not grow with it;
@@ -23,10 +23,11 @@ import pyarrow as pa
 
 from changeover.errors import ChangeoverError, DatabaseFailed, LeaseHeld, ServerUnavailable
 from changeover.interrupt import asked_to_stop
-from changeover.jobs import pgoutput, reverse
+from changeover.jobs import pgoutput, reverse, triggerlog
 from changeover.jobs.chunks import acknowledged
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.logcapture import LogRun
 from changeover.jobs.replication import (
     FEEDBACK_SECONDS,
     Replication,
@@ -41,7 +42,7 @@ from changeover.jobs.spool import SCHEMA, Spool
 from changeover.jobs.transactions import MARKER_PREFIX, Assembler
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
-from changeover.spec import Spec, load, qualified
+from changeover.spec import SLOT, Spec, load, qualified
 
 BATCH_EVENTS = 100_000
 BATCH_BYTES = 32 << 20
@@ -105,9 +106,10 @@ def capture(
     with Ledger.open(spec, "capture") as ledger, ledger.lease("capture", wait_seconds=LEASE_SECONDS):
         stream = ledger.stream("capture")
         tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
+        result = CaptureResult()
         feed = Feed(spec.source.dsn.resolve(), stream, tables, Spool(spec.work / "spool"))
-        run = _Run(spec, feed, stop, until or (lambda: False), patience)
-        result = run.result
+        follow = _Run if spec.source.capture == SLOT else LogRun
+        run = follow(spec, feed, stop, until or (lambda: False), patience, result)
         with ledger.recorded("capture") as told, asked_to_stop(stop) as asked, new_store_beside(spec):
             ledger.audit("capture", "started", {})  # it may run for weeks, and a kill leaves no other trace
             try:
@@ -175,14 +177,15 @@ def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = l
             return None
         with ledger.lease("capture-new"):
             feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec))
-            run = _Run(spec, feed, stop, until, patience=0.0)
+            run = _Run(spec, feed, stop, until, 0.0, CaptureResult())
             run.run()
     return run.result
 
 
 def emit_marker(connection: Connection, note: str) -> None:
-    """Write a marker into a store's log; it reaches the spool when the caller's transaction commits."""
+    """Write a marker into a store's logs; it reaches the spools when the caller's transaction commits."""
     connection.execute("SELECT pg_logical_emit_message(true, %s::text, %s::text)", [MARKER_PREFIX, note])
+    triggerlog.mark(connection, note)
 
 
 @dataclass(frozen=True)
@@ -198,12 +201,14 @@ class Feed:
 class _Run:
     """One run: connection after connection, where the last whole transaction ends, and the counts."""
 
-    def __init__(self, spec: Spec, feed: Feed, stop: threading.Event, until: Callable[[], bool], patience: float) -> None:
+    def __init__(
+        self, spec: Spec, feed: Feed, stop: threading.Event, until: Callable[[], bool], patience: float, result: CaptureResult
+    ) -> None:
         self.spec, self.stream, self.tables = spec, feed.stream, feed.tables
         self.stop, self.until, self.patience = stop, until, patience
         self.ask_at = 0.0
         self.dsn, self.spool = feed.dsn, feed.spool
-        self.result = CaptureResult()
+        self.result = result
         self.bytes = 0
         self.whole = self.durable = self.spool.end()
         self.flush_at = self.answer_at = self.watch_at = float("inf")

@@ -1,8 +1,8 @@
 """The preflight: whether a plan is safe, and why not; it touches nothing.
 
-Each rule is one query or one line whose answer is a sentence, so that `check` prints all reasons at once. The rules are those
-of PostgreSQL's logical decoding (a table without replica identity makes the application's own UPDATE and DELETE fail once a
-publication holds it) and of what this version carries.
+Each rule is one query or one line whose answer is a sentence, so that `check` prints all reasons at once. The rules are those of
+the way to capture, mostly of PostgreSQL's logical decoding (a table without replica identity makes the application's own UPDATE and
+DELETE fail once a publication holds it), and of what this version carries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from changeover.jobs.entries import SourceColumn
 from changeover.jobs.ledger import Ledger
 from changeover.secret import secret
 from changeover.session import Connection, application_name, connect, server_name
-from changeover.spec import IDENTIFIER, Spec, Table, qualified
+from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table, qualified
 from changeover.stores import Column, open_store
 from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
@@ -53,11 +53,12 @@ class SourceTable:
 
 @dataclass
 class Preflight:
-    """What the preflight found: reasons against the plan, the tables, and the statements that grant what a role needs."""
+    """What the preflight found: reasons against the plan, the tables, the statements that grant what a role needs, and the cost."""
 
     reasons: list[str] = field(default_factory=list)
     tables: dict[str, SourceTable] = field(default_factory=dict)
     grants: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def store_columns(columns: Sequence[SourceColumn]) -> tuple[Column, ...]:
@@ -68,8 +69,14 @@ def store_columns(columns: Sequence[SourceColumn]) -> tuple[Column, ...]:
 SERVER_RULES = """
 SELECT format('the server is PostgreSQL %%s: 14 or later is needed', current_setting('server_version'))
 WHERE current_setting('server_version_num')::int < %(oldest)s
-UNION ALL SELECT format('wal_level is %%s: set wal_level = logical and restart the server', current_setting('wal_level'))
-WHERE current_setting('wal_level') <> 'logical'
+UNION ALL SELECT 'the server is a standby: name the primary' WHERE pg_is_in_recovery()
+UNION ALL
+"""
+
+CAPTURE_RULES = {
+    SLOT: """
+SELECT format('wal_level is %%s: set wal_level = logical and restart the server, or capture = "trigger" in the spec''s [source]',
+    current_setting('wal_level')) WHERE current_setting('wal_level') <> 'logical'
 UNION ALL SELECT format('the role %%s may not replicate: ALTER ROLE %%I REPLICATION', current_user, current_user)
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = current_user AND (rolreplication OR rolsuper))
 UNION ALL SELECT format('the role %%s may not create a publication: GRANT CREATE ON DATABASE %%I TO %%I', current_user,
@@ -77,8 +84,18 @@ UNION ALL SELECT format('the role %%s may not create a publication: GRANT CREATE
 UNION ALL SELECT format('all %%s replication slots are in use: raise max_replication_slots',
     current_setting('max_replication_slots'))
 WHERE (SELECT count(*) FROM pg_replication_slots) >= current_setting('max_replication_slots')::int
-UNION ALL SELECT 'the server is a standby: name the primary' WHERE pg_is_in_recovery()
-"""
+""",
+    TRIGGER: """
+SELECT format('the role %%s may not create the schema changeover for the log: GRANT CREATE ON DATABASE %%I TO %%I', current_user,
+    current_database(), current_user)
+WHERE NOT coalesce(has_schema_privilege(to_regnamespace('changeover'), 'CREATE'),
+    has_database_privilege(current_database(), 'CREATE'))
+UNION ALL SELECT format('the role %%s may not run pg_control_system, which tells one server from another: GRANT EXECUTE ON FUNCTION'
+    ' pg_control_system TO %%I', current_user, current_user)
+WHERE NOT has_function_privilege('pg_control_system()', 'EXECUTE')
+""",
+}
+"""What each way to capture asks of the server."""
 
 TABLE_RULES = """
 SELECT format('%%s is a %%s: this version moves ordinary tables alone', %(name)s::text, CASE c.relkind
@@ -91,7 +108,7 @@ UNION ALL SELECT format('%%s takes part in inheritance, which this version does 
 WHERE EXISTS (SELECT FROM pg_inherits WHERE inhrelid = %(oid)s OR inhparent = %(oid)s)
 UNION ALL SELECT format('%%s has row-level security that hides rows from the role %%s', %(name)s::text, current_user)
 WHERE row_security_active(%(oid)s::oid)
-UNION ALL SELECT format('the role %%s does not own %%s, which a publication asks for: ALTER TABLE %%s OWNER TO %%I',
+UNION ALL SELECT format('the role %%s does not own %%s, which capture asks for: ALTER TABLE %%s OWNER TO %%I',
     current_user, %(name)s::text, %(name)s::text, current_user)
 FROM pg_class c WHERE c.oid = %(oid)s AND NOT pg_has_role(c.relowner, 'USAGE')
 UNION ALL SELECT format('%%s has no primary key and no replica identity: ALTER TABLE %%s ADD PRIMARY KEY, or REPLICA IDENTITY USING'
@@ -131,13 +148,15 @@ def preflight(spec: Spec) -> Preflight:
     """
     found = Preflight()
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
-        found.reasons += [row[0] for row in old.execute(SERVER_RULES, {"oldest": OLDEST_SERVER}).fetchall()]
+        rules = SERVER_RULES + CAPTURE_RULES[spec.source.capture]
+        found.reasons += [row[0] for row in old.execute(rules, {"oldest": OLDEST_SERVER}).fetchall()]
         for table in spec.tables:
             _source_table(old, table, found)
             _require_columns(spec, table, found.tables.get(table.source))
             if spec.flag is not None:
                 found.reasons += _not_mirrored(old, found.tables.get(table.source))
         found.grants += _grants(old, spec)
+        found.notes += COSTS[spec.source.capture]
     prepared = _is_prepared(spec)
     for target in spec.targets.values():
         with open_store(spec, target, "check") as store:
@@ -152,6 +171,15 @@ def preflight(spec: Spec) -> Preflight:
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
     return found
 
+
+COSTS: dict[str, tuple[str, ...]] = {
+    SLOT: (),
+    TRIGGER: (
+        "capture by triggers writes every row that the application writes once more, whole and in the same transaction; capture"
+        " empties the log, but its space is free again only when the copy has ended",
+    ),
+}
+"""What a way to capture costs the old store beyond what the slot does."""
 
 UNWRITABLE = """
 SELECT format('%%s.%%s is GENERATED ALWAYS AS IDENTITY outside the key, so no mirrored update can bring it: ALTER TABLE %%s'
@@ -231,7 +259,7 @@ def _grants(connection: Connection, spec: Spec) -> list[str]:
     assert row is not None
     role, database = sql.Identifier(row[0]), sql.Identifier(row[1])
     statements = [
-        sql.SQL("ALTER ROLE {} REPLICATION").format(role),
+        *([sql.SQL("ALTER ROLE {} REPLICATION").format(role)] if spec.source.capture == SLOT else []),
         sql.SQL("GRANT CREATE ON DATABASE {} TO {}").format(database, role),
         *(sql.SQL("ALTER TABLE {} OWNER TO {}").format(sql.Identifier(*table.source_name), role) for table in spec.tables),
     ]

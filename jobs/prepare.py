@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,13 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
-from changeover.jobs import inverse, reverse, snapshot, transform
+from changeover.jobs import inverse, reverse, snapshot, transform, triggerlog, windows
 from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.ledger import Ledger, drop_ledger
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
 from changeover.jobs.spool import Spool
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
-from changeover.spec import Spec, Table, Target
+from changeover.spec import SLOT, Spec, Table, Target
 from changeover.stores import TargetTable, gate, open_store, refusal
 from changeover.stores.reader import ExportedSnapshot
 
@@ -74,7 +74,10 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
     """Make everything, in the order that is the promise."""
     ledger.create()
     created = _create_targets(spec, transforms, ledger)
-    stream = _open_stream(spec)
+    if spec.source.capture == SLOT:
+        stream = _open_stream(spec)
+    else:
+        stream = _open_log(spec, [found.tables[table.source].identity for table in spec.tables])
     for (_, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
             store.install(planned.target, stream.image)
@@ -176,6 +179,20 @@ def _open_stream(spec: Spec) -> Stream:
     return Stream(made.l0, system_id, timeline, spec.slot, spec.slot, names, kept[0].visible)
 
 
+def _open_log(spec: Spec, keys: Sequence[Sequence[str]]) -> Stream:
+    """Make the trigger log, then its first window, whose snapshot keepers hold."""
+    dsn = spec.source.dsn.resolve()
+    application = application_name(spec.name, "prepare")
+    log = triggerlog.Log(spec.name)
+    with connect(dsn, application) as old, speaking_to(dsn, "making the trigger log"):
+        system_id, timeline = windows.identify(old)
+        triggerlog.install(old, spec, keys)
+    with windows.aligned(dsn, application, log, [table.source_name for table in spec.tables]) as first:
+        kept = snapshot.start_keeper(spec, first.snapshot.name)
+    names = " ".join(one.name for one in kept)
+    return Stream(first.end, system_id, timeline, spec.slot, str(log), names, kept[0].visible)
+
+
 def exported(stream: Stream) -> tuple[ExportedSnapshot, ...]:
     """Return the kept snapshots by name; all of them see the same."""
     return tuple(ExportedSnapshot(name, stream.visible) for name in stream.snapshot.split())
@@ -211,7 +228,7 @@ def _record(spec: Spec, ledger: Ledger, stream: Stream, found: Preflight, create
 
 
 def _remove_from_source(spec: Spec) -> list[str]:
-    """Remove keeper, slot, publication, refusal and gate from the old store; return what was removed."""
+    """Remove keeper, slot, publication, trigger log, refusal and gate from the old store; return what was removed."""
     dsn = spec.source.dsn.resolve()
     removed = []
     with connect(dsn, application_name(spec.name, "remove")) as old, speaking_to(dsn, "removing what prepare made"):
@@ -219,6 +236,7 @@ def _remove_from_source(spec: Spec) -> list[str]:
             removed.append("snapshot keeper")
         if snapshot.drop_slot(old, spec.slot):
             removed.append(f"replication slot {spec.slot}")
+        removed += triggerlog.remove(old, spec.name)
         for table in spec.tables:
             removed += refusal.remove(old, *table.source_name)
             removed += gate.remove(old, *table.source_name)

@@ -109,11 +109,12 @@ class Shape:
             if column in self.arrays:
                 mask = (place == index) & (kinds == rows.TEXT)
                 texts = values.filter(pa.array(mask)).dictionary_encode()
-                made = [self._array(column, text.as_py()) for text in texts.dictionary]
+                made = [self.as_json(column, text.as_py()) for text in texts.dictionary]
                 values = pc.replace_with_mask(values, pa.array(mask), pa.array(made, pa.string()).take(texts.indices))
         return values
 
-    def _array(self, column: int, text: str) -> str:
+    def as_json(self, column: int, text: str) -> str:
+        """Return an array's text as JSON; raises RowRefused."""
         if text.startswith("["):  # bounds of its own, which the loader would lose: marked as the snapshot's reader marks them
             return f"[[{text}"
         try:

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from changeover.errors import StepOrder
-from changeover.jobs import reverse
+from changeover.jobs import reverse, triggerlog
 from changeover.jobs.entries import CLOSED, Authority, Load
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
@@ -21,7 +21,7 @@ from changeover.jobs.replication import slot_alarm
 from changeover.jobs.rogue import Rogue, rogue
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect, speaking_to
-from changeover.spec import Spec
+from changeover.spec import TRIGGER, Spec
 from changeover.stores import TargetTable, open_store
 
 HEARD_SECONDS = 10.0
@@ -81,6 +81,8 @@ def _short(at: datetime) -> str:
 def _stream_line(stream: Mapping[str, Any]) -> str:
     spooled = f"spooled up to {stream['spool_end']}, {stream['behind_bytes']:,} bytes behind" if stream["spool_end"] else "no spool"
     kept = f"{stream['kept_wal_bytes']:,} bytes of WAL kept" if stream["kept_wal_bytes"] is not None else "no WAL kept"
+    if stream["log_bytes"] is not None:
+        kept = f"the trigger log has {stream['log_bytes']:,} bytes"
     return f"{spooled} the source at {stream['source_lsn']}, {kept}"
 
 
@@ -126,7 +128,7 @@ def status(spec: Spec) -> Status:
 
 
 def _stream(spec: Spec, l0: int) -> dict[str, Any]:
-    """Return the slot's state, the spool's end, and how far both are behind; what is gone is None."""
+    """Return the state of the slot or the trigger log, the spool's end, and how far both are behind; what is gone is None."""
     dsn = spec.source.dsn.resolve()
     with connect(dsn, application_name(spec.name, "status")) as old, speaking_to(dsn, "reading the slot"):
         row = old.execute(
@@ -137,6 +139,10 @@ def _stream(spec: Spec, l0: int) -> dict[str, Any]:
             [spec.slot],
         ).fetchone()
         alarm = slot_alarm(old, spec.slot)
+        log_bytes = None
+        if spec.source.capture == TRIGGER:
+            found, log_bytes, alarm = triggerlog.state(old, spec.name)
+            row = (row[0], found, None) if row else None
     assert row is not None
     notes: list[str] = []
     try:
@@ -145,7 +151,7 @@ def _stream(spec: Spec, l0: int) -> dict[str, Any]:
     except StepOrder:  # finalized, or the work folder is elsewhere
         end = None
     return {
-        "slot": row[1], "alarm": alarm, "notes": notes,
+        "slot": row[1], "alarm": alarm, "notes": notes, "log_bytes": log_bytes,
         "source_lsn": row[0], "kept_wal_bytes": row[2], "spool_end": None if end is None else format_lsn(end),
         "behind_bytes": None if end is None else max(0, parse_lsn(row[0]) - end),
     }  # fmt: skip
@@ -189,7 +195,8 @@ def _newest_verdicts(ledger: Ledger) -> list[dict[str, Any]]:
     return list(newest.values())
 
 
-CAPTURE = {"active": "running", "inactive": "not running", "missing": "the slot is missing", "lost": "the slot has lost its WAL"}
+CAPTURE = {"active": "running", "inactive": "not running", "missing": "the slot is missing", "lost": "the slot has lost its WAL",
+           "no log": "the trigger log is missing"}  # fmt: skip
 
 
 def _steps(

@@ -35,9 +35,9 @@ def moved(make_migration: MakeMigration) -> Migration:
     return loaded(make_migration, STORE)
 
 
-def loaded(make_migration: MakeMigration, *targets: str) -> Migration:
+def loaded(make_migration: MakeMigration, *targets: str, kind: str = "slot") -> Migration:
     """Return a migration of accounts into some targets, loaded and closed, its flag at shadow."""
-    made = make_migration(SPEC, ACCOUNTS, targets=targets)
+    made = make_migration(SPEC, ACCOUNTS, targets=targets, kind=kind)
     made.old.execute("INSERT INTO accounts SELECT i, i * 1.5, 'n' || i FROM generate_series(1, %s) i", [ROWS])
     made.prepare()
     made.backfill()

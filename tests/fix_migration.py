@@ -227,14 +227,14 @@ def make_migration(
         old = open_sessions.enter_context(connect(old_dsn, "test-old"))
         new = open_sessions.enter_context(connect(new_dsn, "test-new"))
 
-        def make(tables: str, *statements: str, targets: Sequence[str] = (STORE, LAKE)) -> Migration:
+        def make(tables: str, *statements: str, targets: Sequence[str] = (STORE, LAKE), kind: str = "slot") -> Migration:
             for statement in statements:
                 old.execute(sql.SQL(statement))
             name = f"m{secrets.token_hex(5)}"
             folder = tmp_path / name
             folder.mkdir()
             path = folder / "spec.toml"
-            path.write_text(spec_text(name, tables, folder, targets), encoding="utf-8")
+            path.write_text(spec_text(name, tables, folder, targets, kind), encoding="utf-8")
             return Migration(load(path), spark, old, new)
 
         yield make
@@ -270,11 +270,12 @@ def load_after(monkeypatch: pytest.MonkeyPatch, kind: type[Any], meanwhile: Call
     monkeypatch.setattr(kind, "load", late)
 
 
-def spec_text(name: str, tables: str, folder: Path, targets: Sequence[str]) -> str:
-    """Return a spec's text."""
+def spec_text(name: str, tables: str, folder: Path, targets: Sequence[str], kind: str = "slot") -> str:
+    """Return a spec's text; `kind` is the way of capture."""
     chosen = "".join(TARGETS[target].format(folder=folder) for target in targets)
     ledger = "" if STORE in targets else '[ledger]\ndsn = "env:NEW_DSN"\n'
-    return f'name = "{name}"\n[source]\ndsn = "env:OLD_DSN"\n{chosen}{ledger}{tables}\n[work]\npath = "{folder}"\n'
+    source = f'[source]\ndsn = "env:OLD_DSN"\ncapture = "{kind}"\n'
+    return f'name = "{name}"\n{source}{chosen}{ledger}{tables}\n[work]\npath = "{folder}"\n'
 
 
 @pytest.fixture

@@ -37,10 +37,10 @@ def binaries_by_major() -> dict[int, Path]:
 
 
 @contextmanager
-def passing_server(bin_dir: Path) -> Iterator[EmbeddedServer]:
+def passing_server(bin_dir: Path, **settings: str) -> Iterator[EmbeddedServer]:
     """Run a server in a folder of its own and remove both at the end, whatever happened."""
     root = Path(tempfile.mkdtemp(prefix="changeover-pg-"))
-    server = EmbeddedServer.start(root, settings=SETTINGS, bin_dir=bin_dir)
+    server = EmbeddedServer.start(root, settings={**SETTINGS, **settings}, bin_dir=bin_dir)
     try:
         yield server
     finally:

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks import triggers
+
 ROOT = Path(__file__).parents[1]
 PEERS = {"identity": {"psql_pipe", "spark_jdbc"}, "transformed": {"spark_jdbc"}, "delta": {"spark_jdbc"}}
 
@@ -43,3 +47,13 @@ def test_writer_prints_one_object_of_the_same_form() -> None:
         assert case["ours_s"] > 0
         assert case["peers"].keys() == case["versus"].keys() == {"upsert"}
     assert result["peak_rss_mb"]["ours"] > 0
+
+
+def test_the_cost_of_triggers_is_told_for_both_tables(old_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triggers, "ROUNDS", 1)
+    monkeypatch.setattr(triggers, "WRITES", 3)
+    monkeypatch.setattr(triggers, "LARGE", 50)
+    found = triggers.costs(old_dsn)
+    kinds = ("insert", "update", "insert_20000_rows")
+    assert found.keys() == {f"{what} {where}" for what in kinds for where in ("plain", "logged")}
+    assert all(0 < figures["p50"] <= figures["p99"] for figures in found.values())

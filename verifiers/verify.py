@@ -1,10 +1,10 @@
 """Verify: both sides brought to one moment, every row compared, the verdict put on record.
 
-While the old store has authority the moment is exact: a temporary slot gives an LSN X and its snapshot, replay offers every
-event below X and none at or above, then each target is frozen and replay goes on. Where the application writes to both
-stores, a target may be ahead of X, so differing keys are judged again (`recheck`). After authority has moved the old store is
-compared with the new one as both are, and the lake with the rows that no mirrored write has touched ahead of the stream; without a
-reverse path the lake stays at the fence, and is compared with the rows that no later write touched at all.
+While the old store has authority the moment is exact: a temporary slot, or a window of the trigger log, gives an LSN X and its
+snapshot, replay offers every event below X and none at or above, then each target is frozen and replay goes on. Where the
+application writes to both stores, a target may be ahead of X, so differing keys are judged again (`recheck`). After authority has
+moved the old store is compared with the new one as both are, and the lake with the rows that no mirrored write has touched ahead
+of the stream; without a reverse path the lake stays at the fence, and is compared with the rows that no later write touched at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from changeover.errors import CouldNotCheck, CouldNotFinish, StepOrder, TableStopped
-from changeover.jobs import reverse, snapshot
+from changeover.jobs import reverse, snapshot, windows
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import CLOSED, Authority
 from changeover.jobs.ledger import Ledger
@@ -29,13 +29,14 @@ from changeover.jobs.prepare import Prepared, require_prepared
 from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
 from changeover.jobs.spool import Spool
 from changeover.jobs.transform import Transform
+from changeover.jobs.triggerlog import Log
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import application_name, connect
+from changeover.session import Connection, application_name, connect
 from changeover.sparkerrors import from_spark
-from changeover.spec import Spec
+from changeover.spec import TRIGGER, Spec
 from changeover.stores import Frozen, open_store
 from changeover.stores.postgres import freeze, frozen_at, importing
-from changeover.stores.reader import ReadTable
+from changeover.stores.reader import ExportedSnapshot, ReadTable
 from changeover.verifiers import checks, recheck, untouched
 from changeover.verifiers.canonical import text
 from changeover.verifiers.diff import compare
@@ -112,17 +113,15 @@ def _moment(
             with ExitStack() as turn:
                 for target in sorted({target for _, target in chosen}):
                     turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
-                made = snapshot.create_slot(dsn, application, f"{spec.slot}_verify", temporary=True)
-                held.enter_context(made.session)
-                holder, exported = held.enter_context(importing(dsn, application, made.snapshot))
+                lsn, holder, exported = _aligned(held, spec, dsn, application)
                 emit_marker(old, "verify")
-                _replay_to(Replay(spec, spark, ledger, prepared, exported), made.l0, sorted({target for _, target in chosen}))
+                _replay_to(Replay(spec, spark, ledger, prepared, exported), lsn, sorted({target for _, target in chosen}))
                 targets = _freeze_targets(held, spec, spark, chosen)
-            position = format_lsn(made.l0)
+            position = format_lsn(lsn)
             sources = {
                 name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS) for name, read in reads.items()
             }
-            yield Moment(made.l0, sources, targets)
+            yield Moment(lsn, sources, targets)
         else:
             with ExitStack() as turn:
                 lakes = [one for one in reverse.targets_of(spec) if one in {target for _, target in chosen}]
@@ -134,6 +133,16 @@ def _moment(
                 targets = _freeze_targets(held, spec, spark, chosen)
                 sources = {n: held.enter_context(freeze(spark, dsn, application, read, PARTS)) for n, read in reads.items()}
             yield Moment(max((parse_lsn(s.position) for s in sources.values()), default=0), sources, targets, aligned)
+
+
+def _aligned(held: ExitStack, spec: Spec, dsn: str, application: str) -> tuple[int, Connection, ExportedSnapshot]:
+    """Return a position, and a snapshot that shows exactly what the change stream has below it, with the session that holds it."""
+    if spec.source.capture == TRIGGER:
+        window = held.enter_context(windows.aligned(dsn, application, Log(spec.name)))
+        return window.end, window.holder, window.snapshot
+    made = snapshot.create_slot(dsn, application, f"{spec.slot}_verify", temporary=True)
+    held.enter_context(made.session)
+    return made.l0, *held.enter_context(importing(dsn, application, made.snapshot))
 
 
 def _read(seen: SourceTable) -> ReadTable:

@@ -51,13 +51,14 @@ def init(dsn: str, table: str, output: str) -> None:
 @JSON
 def check(spec: str, as_json: bool) -> None:
     """Look at both sides, change nothing, and say whether the plan is safe."""
-    from changeover.jobs.obstacles import notes
+    from changeover.jobs import obstacles
     from changeover.jobs.preflight import preflight
 
-    found, way_back = preflight(load(spec)), notes(load(spec))
-    lines = [*(f"refused: {reason}" for reason in found.reasons), *(f"grant: {grant}" for grant in found.grants),
-             *(f"note: {note}" for note in way_back)]  # fmt: skip
-    answer({"safe": not found.reasons, "reasons": found.reasons, "grants": found.grants, "notes": way_back}, as_json,
+    found = preflight(load(spec))
+    notes = [*found.notes, *obstacles.notes(load(spec))]
+    told = {"refused": found.reasons, "grant": found.grants, "note": notes}
+    lines = [f"{kind}: {line}" for kind, said in told.items() for line in said]
+    answer({"safe": not found.reasons, "reasons": found.reasons, "grants": found.grants, "notes": notes}, as_json,
            lambda: "\n".join([*lines, "unsafe" if found.reasons else "safe"]))  # fmt: skip
     sys.exit(1 if found.reasons else 0)
 

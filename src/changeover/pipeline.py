@@ -109,11 +109,12 @@ STEPS: tuple[Step, ...] = (
     Step("check", "look at both sides and change nothing", "none", _check),
     Step(
         "prepare",
-        "publication, replication slot with its snapshot, ledger, target tables and gates",
-        "SHARE UPDATE EXCLUSIVE on each table for the publication, asked for 2 s at a time; the slot waits for open transactions",
+        "publication and replication slot (or triggers and their log) with a snapshot, ledger, target tables and gates",
+        "SHARE UPDATE EXCLUSIVE on each table for the publication, asked for 2 s at a time; the slot waits for open transactions;"
+        " SHARE ROW EXCLUSIVE in place of both where capture is by triggers",
         _prepare,
     ),
-    Step("capture", "spool the change stream, as a service of its own", "none: it reads the write-ahead log", _capture),
+    Step("capture", "spool all changes, as a service of its own", "none: it reads the write-ahead log or a log", _capture),
     Step("backfill", "load the snapshot chunk by chunk, with replay beside it", "ACCESS SHARE on each table", _backfill),
     Step("replay", "offer what was spooled until caught up", "none: it reads the spool", _replay),
     Step("verify", "compare every row at one position", "ACCESS SHARE on each table; a temporary slot", _verify),

@@ -25,12 +25,16 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 """A migration's name becomes part of a slot's name, whose characters PostgreSQL restricts."""
 
 
+SLOT, TRIGGER = CAPTURES = ("slot", "trigger")
+"""How changes are captured: by logical decoding, or by triggers that write a log."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The old store, a PostgreSQL database, reached by a direct connection."""
 
     dsn: Secret
-    capture: str = "slot"
+    capture: str = SLOT
 
 
 @dataclass(frozen=True)
@@ -232,9 +236,9 @@ class _Reader:
 
     def source(self, given: Mapping[str, Any]) -> Source:
         self.only("source", given, ("dsn", "capture"))
-        capture = self.optional_text("source", given, "capture") or "slot"
-        if capture != "slot":
-            self.fail("source.capture", f'is "{capture}": this version captures by "slot" alone')
+        capture = self.optional_text("source", given, "capture") or SLOT
+        if capture not in CAPTURES:
+            self.fail("source.capture", f'is "{capture}": it may be {" or ".join(CAPTURES)}')
         return Source(self.secret("source", given), capture)
 
     def targets(self, given: Mapping[str, Any]) -> dict[str, Target]:

@@ -28,7 +28,10 @@ FENCED = "CF001"
 OURS = "changeover.ours"
 """Prefix of the message that begins each transaction of ours on a user's table: by it a stream tells our writes from others'."""
 
-MARK = "SELECT pg_logical_emit_message(true, %s::text, %s::text)"
+MARK = (
+    "SELECT pg_logical_emit_message(true, mark.name, mark.says), set_config(mark.name, mark.says, true)"
+    " FROM (VALUES (%s::text, %s::text)) AS mark (name, says)"
+)
 """Marks the transaction, before its first write, by `OURS` and by what of ours it is; open to plain roles."""
 
 GATE_TABLE = """
@@ -193,6 +196,7 @@ def _function(table: GatedTable) -> sql.Composed:
                     current_setting('transaction_isolation');
             END IF;
             PERFORM pg_logical_emit_message(true, {ours}, 'mirror');
+            PERFORM set_config({ours}, 'mirror', true);
             PERFORM set_config('changeover.epoch', p_epoch::text, true);
             {gate}
             RETURN true;

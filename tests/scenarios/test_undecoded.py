@@ -1,0 +1,88 @@
+"""A whole migration from a server without logical decoding, by a role that may not replicate: verified and handed over."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+
+import pytest
+from ldclient.migrations.types import Origin, Stage
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from changeover.flags.fence import fence
+from changeover.jobs import snapshot
+from changeover.jobs.prepare import finalize
+from changeover.session import connect
+from changeover.verifiers.verify import verify
+from tests.fix_accounts import application, following, loaded, rows, turn
+from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, STORE, MakeMigration
+from tests.fix_postgres import default_binaries, fresh_database, passing_server
+from tests.fix_writer import writing
+
+
+@pytest.fixture
+def old_dsn() -> Iterator[str]:
+    """Yield the DSN of a plain owner in a server that can't decode: `make_migration` takes it for the old store."""
+    role, password = f"owner_{secrets.token_hex(4)}", secrets.token_hex(8)
+    with passing_server(default_binaries(), wal_level="replica") as server, fresh_database(server, "old") as dsn:
+        with connect(dsn, "test") as admin:
+            admin.execute(
+                sql.SQL("CREATE ROLE {} LOGIN PASSWORD {} NOSUPERUSER NOREPLICATION").format(
+                    sql.Identifier(role), sql.Literal(password)
+                )
+            )
+            name = sql.Identifier(conninfo_to_dict(dsn)["dbname"])  # type: ignore[arg-type]
+            admin.execute(sql.SQL("GRANT CREATE ON DATABASE {} TO {}").format(name, sql.Identifier(role)))
+            admin.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(role)))
+        yield make_conninfo(dsn, user=role, password=password)
+
+
+def test_loaded_followed_and_verified_beside_a_live_writer(make_migration: MakeMigration, old_dsn: str) -> None:
+    made = make_migration(FOLLOWS_TABLE, FOLLOWS, kind="trigger")
+    made.old.execute(NASTY_ROWS, {"rows": 2000})
+    made.old.execute("ANALYZE follows")
+    with writing(old_dsn) as writer:
+        made.prepare()
+        made.catch_up()
+        made.backfill(STORE)
+        made.catch_up()
+        snapshot.release(old_dsn, made.spec.name)  # the snapshot is lost, and the rest is read in a new one
+        made.old.execute("TRUNCATE follows")
+        made.old.execute(NASTY_ROWS, {"rows": 1000})
+        with made.capturing():  # which tells the backfill of the TRUNCATE that gave the table its new file
+            made.backfill(LAKE)
+        made.catch_up()
+        verdicts = made.verify()
+        assert {name: verdict.word for name, verdict in verdicts.items()} == {STORE: "equal", LAKE: "equal"}
+        assert verdicts[STORE].source_rows > 500
+    made.catch_up()
+    assert writer.writes
+    made.assert_equal()
+    made.new.execute("UPDATE associations SET note = 'behind its back' WHERE entity_a = 5 AND entity_b = 1")
+    assert made.verify(STORE)[STORE].word == "different"
+    assert made.leftovers()
+    made.abort()
+    assert made.leftovers() == []
+    made.old.execute("UPDATE follows SET note = 'free again'")
+
+
+def test_authority_moves_there_and_back_under_writers_and_no_write_is_lost(make_migration: MakeMigration) -> None:
+    moved = loaded(make_migration, STORE, LAKE, kind="trigger")
+    with following(moved):
+        with application(moved) as router:
+            time.sleep(1)
+            there = fence(moved.spec, Origin.NEW)
+            turn(moved, Stage.LIVE)
+            time.sleep(1)
+            turn(moved, Stage.SHADOW)
+            back = fence(moved.spec, Origin.OLD)
+            time.sleep(1)
+            assert router.stage.value == "shadow"
+        assert ((there.epoch, there.store), (back.epoch, back.store)) == ((1, "new"), (2, "old"))
+        assert all(verdict.equal for verdict in verify(moved.spec, moved.spark))
+        fence(moved.spec, Origin.NEW)
+    assert rows(moved.old, "accounts") == rows(moved.new, "ledgers")
+    finalize(moved.spec)
+    assert moved.leftovers() == []
