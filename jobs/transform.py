@@ -188,7 +188,7 @@ def _last_of_each_key(changes: DataFrame, target: TargetTable) -> DataFrame:
 
     rest = [name for name in changes.columns if name not in target.key]
     last = F.max_by(F.struct(*(F.col(f"`{name}`") for name in rest)), F.struct(EPOCH, LSN, ORDINAL)).alias("_last")
-    latest = changes.groupBy(*target.key).agg(last)
+    latest = changes.groupBy(*(F.col(f"`{name}`") for name in target.key)).agg(last)
     image = [
         F.col(f"`{name}`") if name in target.key
         else F.when(~F.col(f"_last.{DELETED}"), F.col(f"_last.`{name}`")).alias(name)

@@ -1,7 +1,7 @@
 """The real stores as targets of a case: a gated PostgreSQL table, and a Delta table that takes the batches of all cases together.
 
 Cases share a table in which each has keys of its own, so that a run makes one database and few MERGEs. What a chunk's task and a
-batch do is the product's own: `LoadTask`, `apply_batch`, the gate's function, `AppendTask`, `keys_apart`, `Transform.changes`.
+batch do is the product's own: `LoadTask`, `apply_batch`, the gate's function, `AppendTask`, `last_of_each_key`, `Transform.changes`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 from psycopg import sql
 from pyspark.sql import SparkSession
 
-from changeover.jobs.changes import keys_apart
+from changeover.jobs.changes import last_of_each_key
 from changeover.jobs.merge import Cell
 from changeover.jobs.spool import DELETE, SCHEMA, UPDATE
 from changeover.jobs.transform import Transform
@@ -43,7 +43,7 @@ DELTA = TargetTable("public", "cases", COLUMNS, KEY)
 TRANSFORM = Transform(
     Table("public.cases", "public.cases", KEY), COLUMNS, DELTA, {name: f"`{name}`" for name in NAMES}, COLUMNS[: len(KEY)]
 )
-SPOOLED = pa.schema([SCHEMA.field(name) for name in ("lsn", "ordinal", "op", "row", "key", "missing")])
+SPOOLED = pa.schema([SCHEMA.field(name) for name in ("lsn", "ordinal", "op", "row", "key", "missing", "xid")])
 
 
 class Died(Exception):
@@ -141,8 +141,8 @@ class Lake:
         """Offer the first batches of all cases in one MERGE, then the second ones, and so on."""
         for batch in self.waiting:
             events = pa.Table.from_pylist([_spooled(of_case, event) for of_case, event in batch], SPOOLED)
-            frame = spark.createDataFrame(events).coalesce(1)
-            self.store.merge(DELTA, TRANSFORM.changes(keys_apart(frame), 0).coalesce(1))
+            frame = spark.createDataFrame(last_of_each_key(events, KEY, NAMES)).coalesce(1)
+            self.store.merge(DELTA, TRANSFORM.changes(frame, 0).coalesce(1))
 
     def cells(self, spark: SparkSession) -> dict[str, Cells]:
         """Return each case's cells."""
@@ -186,7 +186,7 @@ def _spooled(of_case: str, event: Event) -> dict[str, Any]:
         return dict(zip(KEY, (of_case, *key), strict=True))
 
     _, lsn, ordinal = event.version
-    found: dict[str, Any] = {"lsn": lsn, "ordinal": ordinal, "missing": []}
+    found: dict[str, Any] = {"lsn": lsn, "ordinal": ordinal, "missing": [], "xid": 7}
     if event.image is None:
         return {**found, "op": DELETE, "key": named(event.key)}
     row = {**named(event.key), **dict(zip(NAMES[len(KEY) :], event.image, strict=True))}
