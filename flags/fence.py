@@ -246,7 +246,7 @@ def _hand_over(
     emit_marker(old.connection, f"fence {epoch}")
     pause.make(Move.POSITION)
     if to is Origin.NEW:
-        spool = spool_of(spec)
+        spool = spool_of(spec, ledger.stream("fence").epoch)
         pause.wait(lambda: None if spool.end() >= position else "capture to spool the last writes")
         for table in spec.tables:
             require_same_file(ledger, spool, old.connection, table)

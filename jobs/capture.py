@@ -36,7 +36,7 @@ from changeover.jobs.replication import (
     generated_columns,
     slot_alarm,
 )
-from changeover.jobs.spool import SCHEMA, Spool
+from changeover.jobs.spool import SCHEMA, Spool, spool_path
 from changeover.jobs.transactions import MARKER_PREFIX, Assembler
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
@@ -133,7 +133,7 @@ class _Run:
         self.stop, self.until, self.patience = stop, until, patience
         self.ask_at = 0.0
         self.dsn = spec.source.dsn.resolve()
-        self.spool = Spool(spec.work / "spool")
+        self.spool = Spool(spool_path(spec.work, stream.epoch))
         self.result = CaptureResult()
         self.bytes = 0
         self.whole = self.durable = self.spool.end()

@@ -13,7 +13,7 @@ from typing import Any
 
 from changeover.position import Version, image_version
 
-FORMAT = 1
+FORMAT = 2
 """Version of the ledger's tables; another version found is refused, never guessed at."""
 
 SCHEMA = """
@@ -21,7 +21,8 @@ CREATE SCHEMA IF NOT EXISTS changeover;
 CREATE TABLE IF NOT EXISTS changeover.migration (
     name text PRIMARY KEY, format integer NOT NULL, spec_digest text NOT NULL, spec jsonb NOT NULL,
     l0 pg_lsn NOT NULL, system_id text NOT NULL, timeline integer NOT NULL, slot text NOT NULL, publication text NOT NULL,
-    snapshot text NOT NULL, visible text NOT NULL, prepared timestamptz NOT NULL DEFAULT now(), finalized timestamptz);
+    snapshot text NOT NULL, visible text NOT NULL, prepared timestamptz NOT NULL DEFAULT now(), finalized timestamptz,
+    epoch integer NOT NULL DEFAULT 0, begun integer);
 CREATE TABLE IF NOT EXISTS changeover.source_table (
     migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL,
     filenode bigint NOT NULL, columns jsonb NOT NULL, stopped text, PRIMARY KEY (migration, source));
@@ -68,11 +69,13 @@ class Stream:
     publication: str
     snapshot: str
     visible: str
+    epoch: int = 0
+    """The epoch in which the tables were begun: 0, or that of the last `prepare --anew`."""
 
     @property
     def image(self) -> Version:
         """Return v0, the version of every backfill image."""
-        return image_version(self.l0)
+        return image_version(self.l0, self.epoch)
 
 
 @dataclass(frozen=True)

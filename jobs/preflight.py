@@ -76,7 +76,7 @@ UNION ALL SELECT format('the role %%s may not create a publication: GRANT CREATE
     current_database(), current_user) WHERE NOT has_database_privilege(current_database(), 'CREATE')
 UNION ALL SELECT format('all %%s replication slots are in use: raise max_replication_slots',
     current_setting('max_replication_slots'))
-WHERE (SELECT count(*) FROM pg_replication_slots) >= current_setting('max_replication_slots')::int
+WHERE (SELECT count(*) FROM pg_replication_slots WHERE slot_name <> %(slot)s) >= current_setting('max_replication_slots')::int
 UNION ALL SELECT 'the server is a standby: name the primary' WHERE pg_is_in_recovery()
 """
 
@@ -131,7 +131,7 @@ def preflight(spec: Spec) -> Preflight:
     """
     found = Preflight()
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
-        found.reasons += [row[0] for row in old.execute(SERVER_RULES, {"oldest": OLDEST_SERVER}).fetchall()]
+        found.reasons += [row[0] for row in old.execute(SERVER_RULES, {"oldest": OLDEST_SERVER, "slot": spec.slot})]
         for table in spec.tables:
             _source_table(old, table, found)
             _require_columns(spec, table, found.tables.get(table.source))

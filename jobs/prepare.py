@@ -8,7 +8,6 @@ transaction, so a killed prepare leaves nothing that a second one does not take 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from changeover.jobs import snapshot, transform
 from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.ledger import Ledger, drop_ledger
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
-from changeover.jobs.spool import Spool
+from changeover.jobs.spool import Spool, remove_spools, spool_path
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import Spec, Table, Target
 from changeover.stores import TargetTable, gate, open_store, refusal
@@ -44,9 +43,9 @@ class Prepared:
     transforms: Mapping[tuple[str, str], transform.Transform]
 
 
-def spool_of(spec: Spec) -> Spool:
-    """Return the migration's spool."""
-    return Spool(spec.work / "spool")
+def spool_of(spec: Spec, epoch: int = 0) -> Spool:
+    """Return the migration's spool of the epoch in which its tables were begun (`Stream.epoch`)."""
+    return Spool(spool_path(spec.work, epoch))
 
 
 def prepare(spec: Spec, spark: SparkSession) -> Prepared:
@@ -61,7 +60,7 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
         _remove_unfinished(spec, ledger)  # what a killed prepare left
-        transforms = _transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
+        transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
         try:
             return _make(spec, ledger, found, transforms)
         except ChangeoverError:
@@ -73,7 +72,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
     """Make everything, in the order that is the promise."""
     ledger.create()
     created = _create_targets(spec, transforms, ledger)
-    stream = _open_stream(spec)
+    stream = open_stream(spec)
     for (_, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
             store.install(planned.target, stream.image)
@@ -84,7 +83,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
 
 def _remove_unfinished(spec: Spec, ledger: Ledger) -> list[str]:
     """Remove from both stores what a prepare made that never came to its record."""
-    removed = _remove_from_source(spec)
+    removed = remove_from_source(spec)
     creating = ledger.creating()
     removed += _abort_targets(spec, creating)
     if creating:
@@ -116,10 +115,12 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
             filenode, columns, _ = ledger.source_table(table.source)
             identity = seen.identity if seen else tuple(c.name for c in columns if c.key)
             tables[table.source] = SourceTable(table.source, filenode, identity, columns, seen.rows if seen else 0)
-    return Prepared(stream, _transforms(spec, spark, tables))
+    return Prepared(stream, plan_transforms(spec, spark, tables))
 
 
-def _transforms(spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]) -> dict[tuple[str, str], transform.Transform]:
+def plan_transforms(
+    spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]
+) -> dict[tuple[str, str], transform.Transform]:
     """Plan the transform of every table into every target."""
     planned = {}
     for target in spec.targets.values():
@@ -151,7 +152,7 @@ def _create_targets(
     return created
 
 
-def _open_stream(spec: Spec) -> Stream:
+def open_stream(spec: Spec) -> Stream:
     """Commit the publication, then make slot and snapshot by one command and have keepers hold the snapshot."""
     dsn = spec.source.dsn.resolve()
     application = application_name(spec.name, "prepare")
@@ -199,7 +200,7 @@ def _record(spec: Spec, ledger: Ledger, stream: Stream, found: Preflight, create
 # -- the way back, and the end
 
 
-def _remove_from_source(spec: Spec) -> list[str]:
+def remove_from_source(spec: Spec) -> list[str]:
     """Remove keeper, slot, publication, refusal and gate from the old store; return what was removed."""
     dsn = spec.source.dsn.resolve()
     removed = []
@@ -242,14 +243,13 @@ def abort(spec: Spec) -> list[str]:
         if prepared and ledger.authority().store == "new":
             raise Refused("abort: authority has moved to the new store: `changeover flags rollback` first")
         if prepared:
-            removed = _remove_from_source(spec)
+            removed = remove_from_source(spec)
             removed += _abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
             drop_ledger(ledger.connection, spec.name)
             _drop_empty_schema(ledger.connection)
         else:
             removed = _remove_unfinished(spec, ledger)
-    if (spec.work / "spool").exists():
-        shutil.rmtree(spec.work / "spool")
+    if remove_spools(spec.work):
         removed.append("spool")
     return removed
 
@@ -295,7 +295,7 @@ def finalize(spec: Spec) -> list[str]:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
         if spec.flag is not None and ledger.authority().store != "new":
             raise Refused("finalize: the old store still has authority: `changeover flags advance` up to complete first")
-        removed = _remove_from_source(spec)
+        removed = remove_from_source(spec)
         for table in spec.tables:
             for target in spec.targets.values():
                 with open_store(spec, target, "finalize") as store:
@@ -304,8 +304,7 @@ def finalize(spec: Spec) -> list[str]:
                         store.finalize(TargetTable(*table.target_name, columns, table.key))
         ledger.connection.execute("UPDATE changeover.migration SET finalized = now() WHERE name = %s", [spec.name])
         ledger.audit("finalize", "done", {"removed": removed})
-    if (spec.work / "spool").exists():
-        shutil.rmtree(spec.work / "spool")
+    remove_spools(spec.work)
     return removed
 
 

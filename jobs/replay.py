@@ -96,7 +96,7 @@ class Replay:
         self.ledger = ledger
         self.prepared = prepared
         self.snapshot = snapshot
-        self.spool = spool_of(spec)
+        self.spool = spool_of(spec, prepared.stream.epoch)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Offer everything spooled below `until` to each target, in one turn of that target's lease."""
@@ -115,7 +115,8 @@ class Replay:
     def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Do a round's work; the caller holds the leases of the targets. A table that stops is named when the others are done."""
         end = min([self.spool.end()] + ([until] if until is not None else []))
-        authorities = self.ledger.authorities()
+        epoch = self.prepared.stream.epoch
+        authorities = [change for change in self.ledger.authorities() if change.epoch > epoch]
         events = taken = 0
         positions = []
         stops = []
@@ -128,7 +129,7 @@ class Replay:
                     continue
                 store.install(transform.target, self.prepared.stream.image)
                 try:
-                    for interval in offered_intervals(authorities, takes_over=self._takes_over(target)):
+                    for interval in offered_intervals(authorities, takes_over=self._takes_over(target), begun=epoch):
                         load, offered = self._catch_up(load, interval, end, transform, store)
                         events, taken = events + offered.offered, taken + offered.taken
                 except TableStopped as stop:
@@ -158,7 +159,7 @@ class Replay:
                 if batch.truncated:
                     store.truncate(self.spark, transform.target, Version(interval.epoch, *batch.truncated))
                 taken = self._offer(start, batch, interval.epoch, transform, store, closed=load.state == CLOSED)
-        self.ledger.advance(load.source, load.target, batch.until, batch.events)
+        self.ledger.advance(load.source, load.target, batch.until, batch.events, self.prepared.stream.epoch)
         if batch.stop:
             self.ledger.stop_table(load.source, batch.stop)
             raise TableStopped(load.source, batch.stop)
@@ -200,14 +201,14 @@ class Replay:
         return taken
 
 
-def offered_intervals(authorities: Sequence[Authority], *, takes_over: bool) -> list[Interval]:
-    """Return the intervals of the old store's stream that a target is offered, by the authority log (pure).
+def offered_intervals(authorities: Sequence[Authority], *, takes_over: bool, begun: int = 0) -> list[Interval]:
+    """Return the intervals of the old store's stream that a target is offered, by the authority log since it was begun (pure).
 
     While the new store has authority, the old one's stream holds our own mirrored writes. The target that takes over wrote them
     itself, so it never gets that echo. Any other target waits at the fence; it learns of those writes by the echo once authority is
     back, because then the old store is the truth again.
     """
-    intervals = [Interval(0, 0, FOR_EVER)]
+    intervals = [Interval(begun, 0, FOR_EVER)]
     for change in authorities:
         intervals[-1] = replace(intervals[-1], until=change.from_lsn)
         intervals.append(Interval(change.epoch, change.from_lsn, FOR_EVER))

@@ -272,7 +272,7 @@ class Killed(BaseException):
     """Stands for kill -9 between two statements: nothing that handles errors sees it as one."""
 
 
-HALFWAY = ["_create_targets", "_publish", "_open_stream", "spool_of", "_record"]
+HALFWAY = ["_create_targets", "_publish", "open_stream", "spool_of", "_record"]
 
 
 @pytest.mark.parametrize("place", HALFWAY)

@@ -138,6 +138,11 @@ class PostgresStore:
         with freeze(spark, self.dsn, self.application, ReadTable(table.schema, table.name, table.columns, key), parts) as frozen:
             yield frozen
 
+    def begin_anew(self, table: TargetTable, image: Version, appended: Sequence[str]) -> None:
+        """Empty the table and its touched rows under a new floor; a chunk of an earlier epoch has lost its mark in the ledger."""
+        with speaking_to(self.dsn, f"emptying {table}"):
+            gate.begin_anew(self.connection, self.gated(table), image, server_name(self.dsn))
+
     def finalize(self, table: TargetTable) -> None:
         """Remove the gate, its floor and its tombstones; the table and its rows stay."""
         with speaking_to(self.dsn, f"removing the gate of {table}"):
