@@ -164,7 +164,7 @@ class _Load:
             seen = source_table(old, self.transform.table)
         if seen is None:
             raise SourceChanged(f"table {self.transform.table.source}", "a table", "nothing by that name")
-        return ReadTable(schema, name, tuple(columns_of), seen.key)
+        return ReadTable(schema, name, tuple(columns_of), seen.key, seen.partitions is not None)
 
     def _plan(self, source: str, read: ReadTable) -> None:
         """Record the ranges once; a later run goes on with the same ones."""

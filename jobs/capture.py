@@ -27,6 +27,7 @@ from changeover.jobs import pgoutput
 from changeover.jobs.chunks import acknowledged
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.partitions import Roots
 from changeover.jobs.replication import (
     FEEDBACK_SECONDS,
     Replication,
@@ -98,7 +99,7 @@ def capture(
     with Ledger.open(spec, "capture") as ledger, ledger.lease("capture", wait_seconds=LEASE_SECONDS):
         stream = ledger.stream("capture")
         tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
-        run = _Run(spec, stream, tables, stop, until or (lambda: False), patience)
+        run = _Run(spec, stream, tables, stop, until or (lambda: False), patience, Roots(spec, ledger))
         result = run.result
         with ledger.recorded("capture") as told, asked_to_stop(stop) as asked:
             ledger.audit("capture", "started", {})  # it may run for weeks, and a kill leaves no other trace
@@ -128,7 +129,9 @@ class _Run:
         stop: threading.Event,
         until: Callable[[], bool],
         patience: float,
+        roots: Roots,
     ) -> None:
+        self.roots = roots
         self.spec, self.stream, self.tables = spec, stream, tables
         self.stop, self.until, self.patience = stop, until, patience
         self.ask_at = 0.0
@@ -168,9 +171,10 @@ class _Run:
         with closing(connect(self.dsn, name)) as connection, speaking_to(self.dsn, "checking the change stream"):
             check_slot(connection, self.stream, max(self.durable, self.stream.l0))
             check_publication(connection, self.stream.publication, self.tables)
-            assembler = Assembler(self.tables, generated_columns(connection, self.stream.publication), self.spool.held())
             self.answer_every = answer_interval(connection)
             self._watch(connection)
+            generated = generated_columns(connection, self.stream.publication)
+            assembler = Assembler(self.tables, generated, self.spool.held(), roots=self.roots)
         with closing(connect(self.dsn, name, replication=True)) as connection:
             replication = Replication(connection, self.dsn)
             with speaking_to(self.dsn, "starting the change stream"):
@@ -248,7 +252,9 @@ class _Run:
         return answer
 
     def _watch(self, connection: Connection) -> None:
-        """Raise the alarm while the server still keeps what the slot needs."""
+        """Raise the alarm while the server still keeps what the slot needs, and where a table lost or got a partition."""
+        for stopped in self.roots.look(connection):
+            log.warning("%s", stopped)
         if alarm := slot_alarm(connection, self.stream.slot):
             log.warning("%s", alarm)
         self.watch_at = time.monotonic() + WATCH_SECONDS

@@ -25,7 +25,12 @@ CREATE TABLE IF NOT EXISTS changeover.migration (
     epoch integer NOT NULL DEFAULT 0, begun integer);
 CREATE TABLE IF NOT EXISTS changeover.source_table (
     migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL,
-    filenode bigint NOT NULL, columns jsonb NOT NULL, stopped text, PRIMARY KEY (migration, source));
+    filenode bigint NOT NULL, columns jsonb NOT NULL, partitioned boolean NOT NULL DEFAULT false, stopped text,
+    PRIMARY KEY (migration, source));
+CREATE TABLE IF NOT EXISTS changeover.source_partition (
+    migration text NOT NULL, source text NOT NULL, oid bigint NOT NULL, name text NOT NULL, filenode bigint NOT NULL,
+    attached text NOT NULL, PRIMARY KEY (migration, source, oid),
+    FOREIGN KEY (migration, source) REFERENCES changeover.source_table ON DELETE CASCADE);
 CREATE TABLE IF NOT EXISTS changeover.load (
     migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL, target text NOT NULL,
     state text NOT NULL, applied pg_lsn NOT NULL, created boolean NOT NULL DEFAULT false, refused bigint NOT NULL DEFAULT 0,
@@ -51,7 +56,7 @@ CREATE TABLE IF NOT EXISTS changeover.audit (
     step text NOT NULL, outcome text NOT NULL, detail jsonb NOT NULL, PRIMARY KEY (migration, entry));
 """
 
-LEDGER_TABLES = ("chunk", "load", "source_table", "authority", "verdict", "heartbeat", "audit", "migration")
+LEDGER_TABLES = ("chunk", "load", "source_partition", "source_table", "authority", "verdict", "heartbeat", "audit", "migration")
 """All of the ledger's tables, in an order in which they can be dropped."""
 
 PENDING, LOADED, CLOSED = "pending", "loaded", "closed"
@@ -88,6 +93,16 @@ class SourceColumn:
     array: bool
     key: bool
     not_null: bool
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A part of a partitioned source table: its file, 0 where it is partitioned itself, and the transaction that attached it."""
+
+    name: str
+    oid: int
+    filenode: int
+    attached: str
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,19 @@ from psycopg.rows import class_row
 
 from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, StepOrder
 from changeover.jobs.chunks import first_token
-from changeover.jobs.entries import FORMAT, PENDING, SCHEMA, Authority, ChunkRow, Heartbeat, Load, SourceColumn, Stream, VerdictRow
+from changeover.jobs.entries import (
+    FORMAT,
+    PENDING,
+    SCHEMA,
+    Authority,
+    ChunkRow,
+    Heartbeat,
+    Load,
+    Partition,
+    SourceColumn,
+    Stream,
+    VerdictRow,
+)  # fmt: skip
 from changeover.jobs.lease import hold
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
@@ -159,12 +171,37 @@ class Ledger:
         row = self.connection.execute("SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
         return str(row[0]) if row else ""
 
-    def record_table(self, source: str, filenode: int, columns: Sequence[SourceColumn]) -> None:
-        """Record a source table as it was before the slot was made."""
+    def record_table(
+        self, source: str, filenode: int, columns: Sequence[SourceColumn], partitions: Sequence[Partition] | None = None
+    ) -> None:
+        """Record a source table, with its partitions where it has such, as it was before the slot was made."""
         self.connection.execute(
-            "INSERT INTO changeover.source_table (migration, source, filenode, columns) VALUES (%s, %s, %s, %s)",
-            [self.migration, source, filenode, json.dumps([column.__dict__ for column in columns])],
+            "INSERT INTO changeover.source_table (migration, source, filenode, columns, partitioned) VALUES (%s, %s, %s, %s, %s)",
+            [self.migration, source, filenode, json.dumps([column.__dict__ for column in columns]), partitions is not None],
         )
+        self.record_partitions(source, partitions or ())
+
+    def record_partitions(self, source: str, partitions: Sequence[Partition]) -> None:
+        """Record partitions of a source table; of one that is on record the file may be another."""
+        with self.connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO changeover.source_partition (migration, source, oid, name, filenode, attached)"
+                " VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (migration, source, oid) DO UPDATE SET filenode = excluded.filenode",
+                [[self.migration, source, one.oid, one.name, one.filenode, one.attached] for one in partitions],
+            )
+
+    def partitions(self, source: str) -> tuple[Partition, ...] | None:
+        """Return the partitions on record, None where the source table has none by its nature."""
+        row = self.connection.execute(
+            "SELECT partitioned FROM changeover.source_table WHERE migration = %s AND source = %s", [self.migration, source]
+        ).fetchone()
+        if row is None or not row[0]:
+            return None
+        with self.connection.cursor(row_factory=class_row(Partition)) as cursor:
+            return tuple(cursor.execute(
+                "SELECT name, oid, filenode, attached FROM changeover.source_partition WHERE migration = %s AND source = %s"
+                " ORDER BY name", [self.migration, source],
+            ))  # fmt: skip
 
     def source_table(self, source: str) -> tuple[int, tuple[SourceColumn, ...], str | None]:
         """Return (filenode, columns, reason why it is stopped or None) of a prepared source table."""

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from psycopg import sql
 
 from changeover.errors import Refused, SpecError
-from changeover.jobs.entries import SourceColumn
+from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.partitions import partitions_of
 from changeover.secret import secret
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, Spec, Table, qualified
@@ -38,6 +39,8 @@ class SourceTable:
     identity: tuple[str, ...]
     columns: tuple[SourceColumn, ...]
     rows: int
+    partitions: tuple[Partition, ...] | None = None
+    """None for an ordinary table."""
 
     @property
     def store_columns(self) -> tuple[Column, ...]:
@@ -81,14 +84,30 @@ UNION ALL SELECT 'the server is a standby: name the primary' WHERE pg_is_in_reco
 """
 
 TABLE_RULES = """
-SELECT format('%%s is a %%s: this version moves ordinary tables alone', %(name)s::text, CASE c.relkind
-    WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table'
+SELECT format('%%s is a %%s: this version moves tables alone', %(name)s::text, CASE c.relkind
+    WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table'
     ELSE 'relation of kind ' || c.relkind::text END)
-FROM pg_class c WHERE c.oid = %(oid)s AND c.relkind <> 'r'
+FROM pg_class c WHERE c.oid = %(oid)s AND c.relkind NOT IN ('r', 'p')
 UNION ALL SELECT format('%%s is not a permanent table', %(name)s::text)
 FROM pg_class c WHERE c.oid = %(oid)s AND c.relpersistence <> 'p'
 UNION ALL SELECT format('%%s takes part in inheritance, which this version does not carry', %(name)s::text)
-WHERE EXISTS (SELECT FROM pg_inherits WHERE inhrelid = %(oid)s OR inhparent = %(oid)s)
+FROM pg_class c WHERE c.oid = %(oid)s AND NOT c.relispartition AND c.relkind <> 'p'
+    AND EXISTS (SELECT FROM pg_inherits WHERE inhrelid = %(oid)s OR inhparent = %(oid)s)
+UNION ALL SELECT format('%%s is a partition of %%s: name the whole table', %(name)s::text, pg_partition_root(c.oid)::text)
+FROM pg_class c WHERE c.oid = %(oid)s AND c.relispartition
+UNION ALL SELECT format('%%s, a partition of %%s, is %%s: this version moves permanent tables alone', c.oid::regclass,
+    %(name)s::text, CASE c.relkind WHEN 'f' THEN 'a foreign table' ELSE 'not a permanent table' END)
+FROM pg_partition_tree(%(oid)s::oid::regclass) t JOIN pg_class c ON c.oid = t.relid
+WHERE t.level > 0 AND (c.relkind NOT IN ('r', 'p') OR c.relpersistence <> 'p')
+UNION ALL SELECT format('%%s, a partition of %%s, has the replica identity (%%s) and not (%%s): ALTER TABLE %%s REPLICA IDENTITY'
+    ' DEFAULT, or give it the same key', c.oid::regclass, %(name)s::text, coalesce(k.names, 'none'), %(identity)s::text,
+    c.oid::regclass)
+FROM pg_partition_tree(%(oid)s::oid::regclass) t JOIN pg_class c ON c.oid = t.relid CROSS JOIN LATERAL (
+    SELECT string_agg(a.attname, ', ' ORDER BY a.attname) AS names FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid
+        AND a.attnum = ANY ((i.indkey::smallint[])[:i.indnkeyatts - 1])
+    WHERE i.indrelid = c.oid AND c.relreplident <> 'n' AND i.indimmediate
+        AND CASE WHEN c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END) k
+WHERE t.isleaf AND t.level > 0 AND c.relkind = 'r' AND k.names IS DISTINCT FROM %(identity)s::text
 UNION ALL SELECT format('%%s has row-level security that hides rows from the role %%s', %(name)s::text, current_user)
 WHERE row_security_active(%(oid)s::oid)
 UNION ALL SELECT format('the role %%s does not own %%s, which a publication asks for: ALTER TABLE %%s OWNER TO %%I',
@@ -187,7 +206,8 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
     columns = tuple(
         SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
-    return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, estimated_rows(connection, schema, name))
+    parts = partitions_of(connection, schema, name)
+    return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, estimated_rows(connection, schema, name), parts)
 
 
 def _source_table(connection: Connection, table: Table, found: Preflight) -> None:
@@ -199,7 +219,8 @@ def _source_table(connection: Connection, table: Table, found: Preflight) -> Non
     quoted = sql.Identifier(schema, name).as_string(connection)
     rows = connection.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
     assert rows is not None
-    found.reasons += [row[0] for row in connection.execute(TABLE_RULES, {"oid": rows[0], "name": seen.source}).fetchall()]
+    named = {"oid": rows[0], "name": seen.source, "identity": ", ".join(sorted(seen.identity))}
+    found.reasons += [row[0] for row in connection.execute(TABLE_RULES, named).fetchall()]
     found.reasons += [
         f"{seen.source}.{c.name} has the type {c.type}, which is not proven exact: this version does not carry it"
         for c in seen.columns

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -114,7 +114,8 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
             seen = source_table(old, table)
             filenode, columns, _ = ledger.source_table(table.source)
             identity = seen.identity if seen else tuple(c.name for c in columns if c.key)
-            tables[table.source] = SourceTable(table.source, filenode, identity, columns, seen.rows if seen else 0)
+            rows, parts = (seen.rows, seen.partitions) if seen else (0, None)
+            tables[table.source] = SourceTable(table.source, filenode, identity, columns, rows, parts)
     return Prepared(stream, plan_transforms(spec, spark, tables))
 
 
@@ -128,9 +129,8 @@ def plan_transforms(
             for table in spec.tables:
                 seen = tables[table.source]
                 existing = store.columns(*table.target_name)
-                planned[table.source, target.name] = transform.plan(
-                    spark, spec, table, store_columns(seen.columns), seen.identity, existing
-                )
+                plan = transform.plan(spark, spec, table, store_columns(seen.columns), seen.identity, existing)
+                planned[table.source, target.name] = replace(plan, partitioned=seen.partitions is not None)
     return planned
 
 
@@ -191,7 +191,7 @@ def _record(spec: Spec, ledger: Ledger, stream: Stream, found: Preflight, create
         ledger.record_migration(spec, stream)
         for table in spec.tables:
             seen = found.tables[table.source]
-            ledger.record_table(table.source, seen.filenode, seen.columns)
+            ledger.record_table(table.source, seen.filenode, seen.columns, seen.partitions)
         for (source, target), made in created.items():
             ledger.record_load(source, target, stream.l0, made)
         ledger.audit("prepare", "done", {"l0": stream.l0, "slot": stream.slot, "spec": spec.digest})

@@ -104,7 +104,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
         ledger.record_epoch(stream)
         for table in spec.tables:
             seen = found.tables[table.source]
-            ledger.record_table(table.source, seen.filenode, seen.columns)
+            ledger.record_table(table.source, seen.filenode, seen.columns, seen.partitions)
         emptied = [f"{planned.target} in {target}" for (_, target), planned in transforms.items()]
         told = {"epoch": epoch, "l0": format_lsn(stream.l0), "removed": removed, "emptied": emptied}
         ledger.audit("prepare", "anew", told)

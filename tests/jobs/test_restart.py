@@ -31,7 +31,7 @@ from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, STORE,
 from tests.fix_postgres import SETTINGS
 from tests.fix_writer import writing
 
-WAY_BACK = r"its change stream has a gap; `changeover prepare --anew SPEC` empties the target tables, and every chunk is copied again"
+WAY_BACK = "a gap; `changeover prepare --anew SPEC` empties the target tables, and every chunk is copied again"
 
 IN_THE_GAP = """
 DELETE FROM follows WHERE from_user % 7 = 0;
@@ -81,7 +81,7 @@ def test_a_slot_that_is_lost_under_live_writes(migration: Migration) -> None:
     with writing(migration.old.info.dsn + f" password={migration.old.info.password}", seed=3):
         lose_slot(migration)
         migration.old.execute(IN_THE_GAP)
-        with pytest.raises(SourceChanged, match=f"the source's replication slot is missing, but .* was prepared: {WAY_BACK}"):
+        with pytest.raises(SourceChanged, match=f"the source's replication slot is missing, but .* was prepared: .*{WAY_BACK}"):
             capture(migration.spec, patience=0)
         with pytest.raises(SourceChanged, match=WAY_BACK):
             capture(migration.spec, patience=0)  # and it stays so
@@ -165,7 +165,7 @@ def test_a_source_that_failed_over_to_an_older_state(
             migration.old.close()
             migration = replace(migration, old=old)
             old.execute(IN_THE_GAP)
-            with pytest.raises(SourceChanged, match=f"the source's timeline is 2, but 1 was prepared: {WAY_BACK}"):
+            with pytest.raises(SourceChanged, match=f"the source's timeline is 2, but 1 was prepared: .*{WAY_BACK}"):
                 capture(migration.spec, patience=0)
             stream = anew(migration)
             assert stream.l0 < seen, "the positions of the new primary are below those that were seen"
