@@ -22,19 +22,7 @@ from psycopg.rows import class_row
 
 from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, StepOrder
 from changeover.jobs.chunks import first_token
-from changeover.jobs.entries import (
-    FORMAT,
-    PENDING,
-    SCHEMA,
-    Authority,
-    ChunkRow,
-    Heartbeat,
-    Load,
-    Partition,
-    SourceColumn,
-    Stream,
-    VerdictRow,
-)  # fmt: skip
+from changeover.jobs.entries import FORMAT, SCHEMA, Authority, ChunkRow, Heartbeat, Load, SourceColumn, Stream, VerdictRow
 from changeover.jobs.lease import hold
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
@@ -115,42 +103,6 @@ class Ledger:
         row = self.connection.execute("SELECT begun FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
         return row[0] if row else None
 
-    def begin_epoch(self) -> int:
-        """Begin an epoch above all that ever were: every load is pending, and no attempt at a chunk may mark it any more."""
-        with self.connection.transaction():
-            row = self.connection.execute(
-                "UPDATE changeover.migration AS m SET begun = 1 + greatest(m.epoch, m.begun, (SELECT max(a.epoch)"
-                " FROM changeover.authority AS a WHERE a.migration = m.name)) WHERE m.name = %s RETURNING m.begun",
-                [self.migration],
-            ).fetchone()
-            assert row is not None
-            self.connection.execute(
-                "UPDATE changeover.chunk SET token = %s WHERE migration = %s", [first_token(row[0]), self.migration]
-            )
-            self.connection.execute("UPDATE changeover.load SET state = %s WHERE migration = %s", [PENDING, self.migration])
-            self.audit("prepare", "begun anew", {"epoch": row[0]})
-        return int(row[0])
-
-    def record_epoch(self, stream: Stream) -> None:
-        """Record, in the caller's transaction, what an epoch begins with: its stream, no chunk, no event offered, no table."""
-        self.connection.execute(
-            "UPDATE changeover.migration SET l0 = %s, system_id = %s, timeline = %s, slot = %s, publication = %s, snapshot = %s,"
-            " visible = %s, epoch = %s, begun = NULL, prepared = now() WHERE name = %s",
-            [format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, stream.publication, stream.snapshot,
-             stream.visible, stream.epoch, self.migration],
-        )  # fmt: skip
-        self.connection.execute("DELETE FROM changeover.chunk WHERE migration = %s", [self.migration])
-        self.connection.execute("DELETE FROM changeover.source_table WHERE migration = %s", [self.migration])
-        self.connection.execute(
-            "UPDATE changeover.load SET state = %s, applied = %s, refused = 0, swept = 0, events = 0, changed = now()"
-            " WHERE migration = %s",
-            [PENDING, format_lsn(stream.l0), self.migration],
-        )
-        self.connection.execute(
-            "INSERT INTO changeover.authority (migration, epoch, store, from_lsn) VALUES (%s, %s, 'old', %s)",
-            [self.migration, stream.epoch, format_lsn(stream.l0)],
-        )
-
     def record_snapshot(self, names: str, visible: str) -> None:
         """Record the snapshot in which pending chunks are read from now on."""
         self.connection.execute(
@@ -171,37 +123,12 @@ class Ledger:
         row = self.connection.execute("SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
         return str(row[0]) if row else ""
 
-    def record_table(
-        self, source: str, filenode: int, columns: Sequence[SourceColumn], partitions: Sequence[Partition] | None = None
-    ) -> None:
-        """Record a source table, with its partitions where it has such, as it was before the slot was made."""
+    def record_table(self, source: str, filenode: int, columns: Sequence[SourceColumn], partitioned: bool = False) -> None:
+        """Record a source table as it was before the slot was made."""
         self.connection.execute(
             "INSERT INTO changeover.source_table (migration, source, filenode, columns, partitioned) VALUES (%s, %s, %s, %s, %s)",
-            [self.migration, source, filenode, json.dumps([column.__dict__ for column in columns]), partitions is not None],
+            [self.migration, source, filenode, json.dumps([column.__dict__ for column in columns]), partitioned],
         )
-        self.record_partitions(source, partitions or ())
-
-    def record_partitions(self, source: str, partitions: Sequence[Partition]) -> None:
-        """Record partitions of a source table; of one that is on record the file may be another."""
-        with self.connection.cursor() as cursor:
-            cursor.executemany(
-                "INSERT INTO changeover.source_partition (migration, source, oid, name, filenode, attached)"
-                " VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (migration, source, oid) DO UPDATE SET filenode = excluded.filenode",
-                [[self.migration, source, one.oid, one.name, one.filenode, one.attached] for one in partitions],
-            )
-
-    def partitions(self, source: str) -> tuple[Partition, ...] | None:
-        """Return the partitions on record, None where the source table has none by its nature."""
-        row = self.connection.execute(
-            "SELECT partitioned FROM changeover.source_table WHERE migration = %s AND source = %s", [self.migration, source]
-        ).fetchone()
-        if row is None or not row[0]:
-            return None
-        with self.connection.cursor(row_factory=class_row(Partition)) as cursor:
-            return tuple(cursor.execute(
-                "SELECT name, oid, filenode, attached FROM changeover.source_partition WHERE migration = %s AND source = %s"
-                " ORDER BY name", [self.migration, source],
-            ))  # fmt: skip
 
     def source_table(self, source: str) -> tuple[int, tuple[SourceColumn, ...], str | None]:
         """Return (filenode, columns, reason why it is stopped or None) of a prepared source table."""

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from contextlib import closing
 
 from psycopg import sql
+from psycopg.rows import class_row
 
 from changeover.errors import TableStopped
 from changeover.jobs.entries import Partition
@@ -43,11 +44,34 @@ def partitions_of(connection: Connection, schema: str, name: str) -> tuple[Parti
     return tuple(Partition(*row[:4]) for row in connection.execute(PARTITIONS, {"root": root}).fetchall())
 
 
-def difference(recorded: Collection[Partition], present: Collection[Partition], born: Collection[int]) -> str | None:
+def record(ledger: Ledger, source: str, parts: Sequence[Partition]) -> None:
+    """Record partitions of a prepared source table; of one that is on record the file may be another now."""
+    with ledger.connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO changeover.source_partition (migration, source, oid, name, filenode, attached)"
+            " VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (migration, source, oid) DO UPDATE SET filenode = excluded.filenode",
+            [[ledger.migration, source, one.oid, one.name, one.filenode, one.attached] for one in parts],
+        )
+
+
+def recorded(ledger: Ledger, source: str) -> tuple[Partition, ...] | None:
+    """Return the partitions on record, None for a source table that is not partitioned."""
+    row = ledger.connection.execute(
+        "SELECT partitioned FROM changeover.source_table WHERE migration = %s AND source = %s", [ledger.migration, source]
+    ).fetchone()
+    if row is None or not row[0]:
+        return None
+    with ledger.connection.cursor(row_factory=class_row(Partition)) as cursor:
+        query = "SELECT name, oid, filenode, attached FROM changeover.source_partition WHERE migration = %s AND source = %s"
+        query += " ORDER BY name"
+        return tuple(cursor.execute(query, [ledger.migration, source]))
+
+
+def difference(prepared: Collection[Partition], present: Collection[Partition], born: Collection[int]) -> str | None:
     """Return what came to or left a table without an event, or None; `born` are the oids that were created as partitions (pure)."""
     now = {part.oid: part for part in present}
-    before = {part.oid for part in recorded}
-    for part in recorded:
+    before = {part.oid for part in prepared}
+    for part in prepared:
         if part.oid not in now:
             return f"its partition {part.name} was detached or dropped since prepare: what it held left the table without any event"
         if now[part.oid].attached != part.attached:
@@ -63,18 +87,17 @@ def look(ledger: Ledger, connection: Connection, table: Table) -> str | None:
 
     Returns the reason why it is stopped by this, None for a table that is as it was or is not partitioned.
     """
-    recorded = ledger.partitions(table.source)
-    if recorded is None:
+    prepared = recorded(ledger, table.source)
+    if prepared is None:
         return None
     present = partitions_of(connection, *table.source_name)
     if present is None:
         reason: str | None = "it is no partitioned table any more"
     else:
-        known = {part.oid for part in recorded}
-        fresh = [part for part in present if part.oid not in known]
-        born = [part for part in fresh if _born(connection, table, part)]
-        reason = difference(recorded, present, [part.oid for part in born])
-        ledger.record_partitions(table.source, born)
+        known = {part.oid for part in prepared}
+        born = [part for part in present if part.oid not in known and _born(connection, table, part)]
+        reason = difference(prepared, present, [part.oid for part in born])
+        record(ledger, table.source, born)
     if reason is not None:
         ledger.stop_table(table.source, reason)
     return reason
@@ -106,7 +129,7 @@ class Roots:
 
     def __init__(self, spec: Spec, ledger: Ledger) -> None:
         self.spec, self.ledger = spec, ledger
-        self.tables = [table for table in spec.tables if ledger.partitions(table.source) is not None]
+        self.tables = [table for table in spec.tables if recorded(ledger, table.source) is not None]
         self.names = tuple(".".join(table.source_name) for table in self.tables)
         self._root: dict[int, str] = {}
         self._part: dict[int, Partition] = {}
@@ -115,7 +138,7 @@ class Roots:
         """Compare all partitioned tables with the ledger; return which were stopped by it, and why."""
         found = [(table, look(self.ledger, connection, table)) for table in self.tables]
         for table in self.tables:
-            for part in self.ledger.partitions(table.source) or ():
+            for part in recorded(self.ledger, table.source) or ():
                 self._root[part.oid], self._part[part.oid] = ".".join(table.source_name), part
         return [f"{table.source}: {reason}" for table, reason in found if reason is not None]
 

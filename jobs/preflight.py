@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from psycopg import sql
 
 from changeover.errors import Refused, SpecError
 from changeover.jobs.entries import Partition, SourceColumn
+from changeover.jobs.generated import generated_of, require_not_asked_for
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.partitions import partitions_of
 from changeover.secret import secret
@@ -41,6 +42,8 @@ class SourceTable:
     rows: int
     partitions: tuple[Partition, ...] | None = None
     """None for an ordinary table."""
+    generated: Mapping[str, str] = field(default_factory=dict)
+    """Generated columns with their expressions in PostgreSQL; they are not among `columns`."""
 
     @property
     def store_columns(self) -> tuple[Column, ...]:
@@ -123,9 +126,9 @@ FROM pg_class c WHERE c.oid = %(oid)s AND c.relreplident = 'f' AND NOT EXISTS (
 UNION ALL SELECT format('the key of %%s is deferrable, so two rows can have it at once: make it immediate', %(name)s::text)
 FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid WHERE c.oid = %(oid)s AND NOT i.indimmediate
     AND (i.indisreplident OR i.indisprimary)
-UNION ALL SELECT format('%%s.%%s is a generated column, which the change stream does not carry: drop it in the spec''s own table or'
-    ' move it by an expression in a later version', %(name)s::text, a.attname)
-FROM pg_attribute a WHERE a.attrelid = %(oid)s AND a.attgenerated <> '' AND NOT a.attisdropped
+UNION ALL SELECT format('%%s.%%s is a generated column in the key, and the change stream carries none: give the table another key',
+    %(name)s::text, a.attname)
+FROM pg_attribute a WHERE a.attrelid = %(oid)s AND a.attgenerated <> '' AND a.attname::text = ANY (%(keys)s::text[])
 """
 
 IDENTITY = """
@@ -206,8 +209,8 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
     columns = tuple(
         SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
-    parts = partitions_of(connection, schema, name)
-    return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, estimated_rows(connection, schema, name), parts)
+    parts, rows = partitions_of(connection, schema, name), estimated_rows(connection, schema, name)
+    return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))
 
 
 def _source_table(connection: Connection, table: Table, found: Preflight) -> None:
@@ -219,7 +222,7 @@ def _source_table(connection: Connection, table: Table, found: Preflight) -> Non
     quoted = sql.Identifier(schema, name).as_string(connection)
     rows = connection.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
     assert rows is not None
-    named = {"oid": rows[0], "name": seen.source, "identity": ", ".join(sorted(seen.identity))}
+    named = {"oid": rows[0], "name": seen.source, "identity": ", ".join(sorted(seen.identity)), "keys": list(seen.identity)}
     found.reasons += [row[0] for row in connection.execute(TABLE_RULES, named).fetchall()]
     found.reasons += [
         f"{seen.source}.{c.name} has the type {c.type}, which is not proven exact: this version does not carry it"
@@ -237,6 +240,8 @@ def _require_columns(spec: Spec, table: Table, seen: SourceTable | None) -> None
     """Find a column that is misspelt without Spark, which sees every other mistake of an expression at prepare."""
     if seen is None or table.function is not None:
         return
+    for name, expression in seen.generated.items():
+        require_not_asked_for(spec, table, name, expression)
     names = [column.name for column in seen.columns]
     known = {name.lower() for name in names} | WORDS
     asked = [(f"columns.{name}", text.strip()) for name, text in table.columns.items()]

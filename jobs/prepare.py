@@ -17,7 +17,7 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
-from changeover.jobs import snapshot, transform
+from changeover.jobs import partitions, snapshot, transform
 from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.ledger import Ledger, drop_ledger
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
@@ -189,12 +189,18 @@ def _publish(old: Connection, spec: Spec) -> None:
 def _record(spec: Spec, ledger: Ledger, stream: Stream, found: Preflight, created: Mapping[tuple[str, str], bool]) -> None:
     with ledger.connection.transaction():
         ledger.record_migration(spec, stream)
-        for table in spec.tables:
-            seen = found.tables[table.source]
-            ledger.record_table(table.source, seen.filenode, seen.columns, seen.partitions)
+        record_tables(spec, ledger, found)
         for (source, target), made in created.items():
             ledger.record_load(source, target, stream.l0, made)
         ledger.audit("prepare", "done", {"l0": stream.l0, "slot": stream.slot, "spec": spec.digest})
+
+
+def record_tables(spec: Spec, ledger: Ledger, found: Preflight) -> None:
+    """Record the source tables, and the partitions that they have, as they were found before the slot was made."""
+    for table in spec.tables:
+        seen = found.tables[table.source]
+        ledger.record_table(table.source, seen.filenode, seen.columns, seen.partitions is not None)
+        partitions.record(ledger, table.source, seen.partitions or ())
 
 
 # -- the way back, and the end

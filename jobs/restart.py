@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 from changeover import points
 from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
 from changeover.jobs.backfill import append_name
-from changeover.jobs.entries import Stream
+from changeover.jobs.chunks import first_token
+from changeover.jobs.entries import PENDING, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import Preflight, preflight
-from changeover.jobs.prepare import Prepared, open_stream, plan_transforms, remove_from_source, spool_of
+from changeover.jobs.prepare import Prepared, open_stream, plan_transforms, record_tables, remove_from_source, spool_of
 from changeover.jobs.replay import lease_of
 from changeover.jobs.spool import remove_spools
 from changeover.jobs.transform import Transform
@@ -53,7 +54,7 @@ def restart(spec: Spec, spark: SparkSession) -> Prepared:
             raise UnsafePlan(tuple(found.reasons))
         transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
         before = ledger.stream("status")
-        epoch = ledger.begin_epoch()
+        epoch = _begin(ledger)
         points.reach("epoch-begun", epoch)
         try:
             return _make(spec, ledger, found, transforms, before, epoch)
@@ -101,15 +102,51 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
     spool_of(spec, epoch).create()
     points.reach("before-record", epoch)
     with ledger.connection.transaction():
-        ledger.record_epoch(stream)
-        for table in spec.tables:
-            seen = found.tables[table.source]
-            ledger.record_table(table.source, seen.filenode, seen.columns, seen.partitions)
+        _record(ledger, stream)
+        record_tables(spec, ledger, found)
         emptied = [f"{planned.target} in {target}" for (_, target), planned in transforms.items()]
         told = {"epoch": epoch, "l0": format_lsn(stream.l0), "removed": removed, "emptied": emptied}
         ledger.audit("prepare", "anew", told)
     log.info("epoch %s begins at %s", epoch, format_lsn(stream.l0))
     return Prepared(stream, transforms)
+
+
+def _begin(ledger: Ledger) -> int:
+    """Begin an epoch above all that ever were: every load is pending, and no attempt at a chunk may mark it any more."""
+    with ledger.connection.transaction():
+        row = ledger.connection.execute(
+            "UPDATE changeover.migration AS m SET begun = 1 + greatest(m.epoch, m.begun, (SELECT max(a.epoch)"
+            " FROM changeover.authority AS a WHERE a.migration = m.name)) WHERE m.name = %s RETURNING m.begun",
+            [ledger.migration],
+        ).fetchone()
+        assert row is not None
+        ledger.connection.execute(
+            "UPDATE changeover.chunk SET token = %s WHERE migration = %s", [first_token(row[0]), ledger.migration]
+        )
+        ledger.connection.execute("UPDATE changeover.load SET state = %s WHERE migration = %s", [PENDING, ledger.migration])
+        ledger.audit("prepare", "begun anew", {"epoch": row[0]})
+    return int(row[0])
+
+
+def _record(ledger: Ledger, stream: Stream) -> None:
+    """Record, in the caller's transaction, what an epoch begins with: its stream, no chunk, no event offered, no table."""
+    ledger.connection.execute(
+        "UPDATE changeover.migration SET l0 = %s, system_id = %s, timeline = %s, slot = %s, publication = %s, snapshot = %s,"
+        " visible = %s, epoch = %s, begun = NULL, prepared = now() WHERE name = %s",
+        [format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, stream.publication, stream.snapshot,
+         stream.visible, stream.epoch, ledger.migration],
+    )  # fmt: skip
+    ledger.connection.execute("DELETE FROM changeover.chunk WHERE migration = %s", [ledger.migration])
+    ledger.connection.execute("DELETE FROM changeover.source_table WHERE migration = %s", [ledger.migration])
+    ledger.connection.execute(
+        "UPDATE changeover.load SET state = %s, applied = %s, refused = 0, swept = 0, events = 0, changed = now()"
+        " WHERE migration = %s",
+        [PENDING, format_lsn(stream.l0), ledger.migration],
+    )
+    ledger.connection.execute(
+        "INSERT INTO changeover.authority (migration, epoch, store, from_lsn) VALUES (%s, %s, 'old', %s)",
+        [ledger.migration, stream.epoch, format_lsn(stream.l0)],
+    )
 
 
 def _give_back(spec: Spec) -> None:

@@ -14,7 +14,7 @@ from changeover.errors import CouldNotFinish, TableStopped
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.chunks import same_file
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.partitions import require_same_partitions
+from changeover.jobs.partitions import record, recorded, require_same_partitions
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.spool import TRUNCATE, Spool
 from changeover.position import format_lsn, parse_lsn
@@ -40,7 +40,7 @@ def require_same_file(ledger: Ledger, spool: Spool, old: Connection, table: Tabl
         ledger.stop_table(table.source, reason)
         raise TableStopped(table.source, reason)
     ledger.record_file(table.source, seen.filenode)
-    ledger.record_partitions(table.source, seen.partitions or ())
+    record(ledger, table.source, seen.partitions or ())
 
 
 def _rewritten(ledger: Ledger, table: Table, seen: SourceTable | None) -> str | None:
@@ -48,7 +48,7 @@ def _rewritten(ledger: Ledger, table: Table, seen: SourceTable | None) -> str | 
     if seen is None or seen.partitions is None:
         return None if same_file(ledger.source_table(table.source)[0], seen.filenode if seen else None) else "it"
     files = {part.oid: part.filenode for part in seen.partitions}
-    parts = ledger.partitions(table.source) or ()
+    parts = recorded(ledger, table.source) or ()
     return next((f"its partition {p.name}" for p in parts if not same_file(p.filenode, files.get(p.oid))), None)
 
 
