@@ -277,27 +277,34 @@ def test_a_table_that_is_begun_anew_knows_nothing_of_earlier_epochs(kept: Kept) 
     anew = image_version(50, 2)  # of another server, whose positions are lower
     kept.load([(0, "image")])
     stop = threading.Event()
+    taken = {0: 0, 2: 0}
 
-    def offering(epoch: int) -> int:
-        """Offer as an application does, without rest; return how often it was taken."""
-        taken = 0
+    def offering(epoch: int) -> None:
+        """Offer as an application does, without rest, and count what is taken."""
         with connect(kept.dsn, "test-offers") as session:
             writer = Kept(session, kept.dsn)
             for lsn in itertools.count(200):
                 version = Version(epoch, lsn, 0)
-                taken += writer.one(lsn % len(KEYS), Cell(version, None if lsn % 5 == 0 else note_of(version)))
+                taken[epoch] += writer.one(lsn % len(KEYS), Cell(version, None if lsn % 5 == 0 else note_of(version)))
                 if stop.is_set():
-                    return taken
-        raise AssertionError("it never ends")
+                    return
+
+    def wait_for(epoch: int, more: int) -> None:
+        wanted, deadline = taken[epoch] + more, time.monotonic() + 30
+        while taken[epoch] < wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     with ThreadPoolExecutor(2) as pool:
-        old, new = pool.submit(offering, 0), pool.submit(offering, 2)
-        time.sleep(0.3)
+        writers = [pool.submit(offering, 0)]
+        wait_for(0, 5)
+        writers.append(pool.submit(offering, 2))
+        wait_for(2, 1)
         gate.begin_anew(kept.connection, TABLE, anew, "test")
-        time.sleep(0.3)
+        wait_for(2, 5)
         stop.set()
-        assert old.result() > 0
-        assert new.result() > 0
+        for writer in writers:
+            writer.result()
     assert {cell.version.epoch for cell in kept.cells().values()} == {2}
     assert not kept.one(1, Cell(Version(1, 2**40, 0), "of an earlier epoch"))
     kept.connection.execute("DELETE FROM kept; DELETE FROM changeover.\"touched_public.kept\"")
