@@ -259,7 +259,7 @@ def _hand_over(
     """
     old, new = sides
     position = _frozen(old, epoch, pause)
-    spool = spool_of(spec)
+    spool = spool_of(spec, ledger.stream("fence").epoch)
     pause.wait(lambda: None if spool.end() >= position else "capture to spool the last writes")
     for table in spec.tables:
         require_same_file(ledger, spool, old.connection, table)

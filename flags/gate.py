@@ -73,10 +73,11 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage) -> Evidence
         log_read = spec.source.capture == TRIGGER and capturing(old, spec.name)
     assert row is not None
     found = turns(ledger)
+    prepared = (ledger.milestones()[0], ledger.stream("gate").l0) if ledger.exists() else ()
     return Evidence(
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
         heartbeats=ledger.heartbeats(), authority=ledger.authority(), stage_since=found[0].at if found else None,
-        mirrored_since=mirrored_since(found), source_lsn=parse_lsn(row[0]), capture_active=row[1] or log_read,
+        mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(row[0]), capture_active=row[1] or log_read,
         sources=tuple(t.source for t in spec.tables), target=spec.flag.target, way_back=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)),
     )  # fmt: skip

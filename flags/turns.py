@@ -47,13 +47,18 @@ def record(ledger: Ledger, outcome: str, before: Stage, after: Stage, mirror_lsn
     ledger.audit(STEP, outcome, told if mirror_lsn is None else {**told, "mirror_lsn": format_lsn(mirror_lsn)})
 
 
-def mirrored_since(found: Sequence[Turn]) -> int | None:
-    """Return where the mirror began that runs now, None where that is not on record; `found` is newest first (pure)."""
+def mirrored_since(found: Sequence[Turn], prepared: datetime | None = None, l0: int = 0) -> int | None:
+    """Return where the mirror began that runs now, None where that is not on record; `found` is newest first (pure).
+
+    A mirror that ran already when the tables were prepared, as it may when they are begun anew, runs since `l0` of their stream.
+    """
     began = None
     for turn in found:
         if not TABLE[turn.after].mirrors:
             break
         began = turn
+    if began is not None and prepared is not None and began.at < prepared:
+        return l0
     return began.mirror_lsn if began is not None else None
 
 

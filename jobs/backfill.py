@@ -25,7 +25,7 @@ from changeover.jobs.prepare import exported, require_prepared, spool_of
 from changeover.jobs.replication import require_stream
 from changeover.jobs.rewrite import require_same_file
 from changeover.jobs.transform import Transform
-from changeover.position import format_lsn
+from changeover.position import Version
 from changeover.session import application_name, connect
 from changeover.sparkerrors import from_spark
 from changeover.spec import SLOT, Spec
@@ -64,7 +64,7 @@ class LedgerMark:
     source: str
     target: str
     token: int
-    l0: int
+    image: Version
 
     def in_transaction(self, cursor: psycopg.Cursor[Any], chunk: int, counts: Counts, seconds: float) -> bool:
         """Mark in the transaction of the rows (task); False when a later attempt has claimed the chunk."""
@@ -88,11 +88,13 @@ class LedgerMark:
             return self.in_transaction(cursor, chunk, counts, seconds)
 
     def identity(self, chunk: int) -> str:
-        """Return the chunk's name for idempotent appends: the same for every attempt, another for every chunk and prepare.
+        """Return the chunk's name for idempotent appends: the same for every attempt, another for every chunk and prepare."""
+        return append_name(self.migration, self.image, self.source, self.target, chunk)
 
-        A table that outlives an abort remembers the names that it took.
-        """
-        return f"changeover/{self.migration}/{format_lsn(self.l0)}/{self.source}/{self.target}/{chunk}"
+
+def append_name(migration: str, image: Version, source: str, target: str, chunk: int) -> str:
+    """Return the name under which a chunk is appended once; a table that outlives an abort remembers the names that it took."""
+    return f"changeover/{migration}/{image}/{source}/{target}/{chunk}"
 
 
 def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = None) -> list[Loaded]:
@@ -148,12 +150,13 @@ class _Load:
             read = self._read_table(columns_of=store_columns(columns))
             self._plan(source, read)
             self._load_pending(source, read)
-            self.ledger.set_state(source, self.store.name, LOADED)
+            self.ledger.set_state(source, self.store.name, LOADED, self.stream.epoch)
         if state in (PENDING, LOADED):
             points.reach("before-close")
             with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")) as old:
-                require_same_file(self.ledger, spool_of(self.spec), old, self.transform.table)
-            self.ledger.set_state(source, self.store.name, CLOSED, swept=self.store.close(self.transform.target))
+                require_same_file(self.ledger, spool_of(self.spec, self.stream.epoch), old, self.transform.table)
+            swept = self.store.close(self.transform.target)
+            self.ledger.set_state(source, self.store.name, CLOSED, self.stream.epoch, swept)
 
     def _read_table(self, columns_of: Sequence[Any]) -> ReadTable:
         schema, name = self.transform.table.source_name
@@ -161,7 +164,7 @@ class _Load:
             seen = source_table(old, self.transform.table)
         if seen is None:
             raise SourceChanged(f"table {self.transform.table.source}", "a table", "nothing by that name")
-        return ReadTable(schema, name, tuple(columns_of), seen.key)
+        return ReadTable(schema, name, tuple(columns_of), seen.key, seen.partitions is not None)
 
     def _plan(self, source: str, read: ReadTable) -> None:
         """Record the ranges once; a later run goes on with the same ones."""
@@ -170,7 +173,7 @@ class _Load:
         with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")) as old:
             count = planning.chunk_count(old, read.schema, read.name, ROWS_PER_CHUNK, FEWEST_CHUNKS)
             ranges = planning.plan_ranges(old, read.schema, read.name, [c.name for c in read.key], count)
-        self.ledger.record_chunks(source, self.store.name, ranges)
+        self.ledger.record_chunks(source, self.store.name, ranges, self.stream.epoch)
 
     def _load_pending(self, source: str, read: ReadTable) -> None:
         chunks = {row.chunk: row for row in self.ledger.chunks(source, self.store.name)}
@@ -182,7 +185,7 @@ class _Load:
         dsn = self.spec.source.dsn.resolve()
         live = self._snapshot()
         token = self.ledger.claim(source, self.store.name)
-        mark = LedgerMark(self.ledger.dsn, self.spec.name, source, self.store.name, token, self.stream.l0)
+        mark = LedgerMark(self.ledger.dsn, self.spec.name, source, self.store.name, token, self.stream.image)
 
         def rows(numbers: Sequence[int]) -> DataFrame:
             ranges = [(chunks[n].lower, chunks[n].upper) for n in numbers]
@@ -202,7 +205,7 @@ class _Load:
             return snapshot.kept(dsn, application, exported(stream))
         except SnapshotLost as lost:
             log.warning("%s; pending chunks are read in a new one", lost)
-        durable = max(spool_of(self.spec).end(), stream.l0)
+        durable = max(spool_of(self.spec, stream.epoch).end(), stream.l0)
         if self.spec.source.capture == SLOT:
             require_stream(dsn, application, stream, durable)
         else:

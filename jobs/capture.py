@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ from changeover.jobs.chunks import acknowledged
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.logcapture import LogRun
+from changeover.jobs.partitions import Roots
 from changeover.jobs.replication import (
     FEEDBACK_SECONDS,
     Replication,
@@ -38,8 +39,8 @@ from changeover.jobs.replication import (
     slot_alarm,
 )
 from changeover.jobs.rogue import rogue
-from changeover.jobs.spool import SCHEMA, Spool
-from changeover.jobs.transactions import MARKER_PREFIX, Assembler
+from changeover.jobs.spool import SCHEMA, Spool, spool_path
+from changeover.jobs.transactions import MARKER_PREFIX, Assembler, Partitions, Unpartitioned
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import SLOT, Spec, load, qualified
@@ -107,7 +108,7 @@ def capture(
         stream = ledger.stream("capture")
         tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
         result = CaptureResult()
-        feed = Feed(spec.source.dsn.resolve(), stream, tables, Spool(spec.work / "spool"))
+        feed = Feed(spec.source.dsn.resolve(), stream, tables, Spool(spool_path(spec.work, stream.epoch)), Roots(spec, ledger))
         follow = _Run if spec.source.capture == SLOT else LogRun
         run = follow(spec, feed, stop, until or (lambda: False), patience, result)
         with ledger.recorded("capture") as told, asked_to_stop(stop) as asked, new_store_beside(spec):
@@ -190,12 +191,13 @@ def emit_marker(connection: Connection, note: str) -> None:
 
 @dataclass(frozen=True)
 class Feed:
-    """A store's stream: where it is read, what must still be true of it, the columns of its tables by name, and where it goes."""
+    """A store's stream: where it is read, what must still be true of it, its tables' columns and partitions, and where it goes."""
 
     dsn: str
     stream: Stream
     tables: Mapping[str, Sequence[SourceColumn]]
     spool: Spool
+    roots: Partitions = field(default_factory=Unpartitioned)
 
 
 class _Run:
@@ -204,7 +206,7 @@ class _Run:
     def __init__(
         self, spec: Spec, feed: Feed, stop: threading.Event, until: Callable[[], bool], patience: float, result: CaptureResult
     ) -> None:
-        self.spec, self.stream, self.tables = spec, feed.stream, feed.tables
+        self.spec, self.stream, self.tables, self.roots = spec, feed.stream, feed.tables, feed.roots
         self.stop, self.until, self.patience = stop, until, patience
         self.ask_at = 0.0
         self.dsn, self.spool = feed.dsn, feed.spool
@@ -242,9 +244,10 @@ class _Run:
         with closing(connect(self.dsn, name)) as connection, speaking_to(self.dsn, "checking the change stream"):
             check_slot(connection, self.stream, max(self.durable, self.stream.l0))
             check_publication(connection, self.stream.publication, self.tables)
-            assembler = Assembler(self.tables, generated_columns(connection, self.stream.publication), self.spool.held())
             self.answer_every = answer_interval(connection)
             self._watch(connection)
+            generated = generated_columns(connection, self.stream.publication)
+            assembler = Assembler(self.tables, generated, self.spool.held(), roots=self.roots)
         with closing(connect(self.dsn, name, replication=True)) as connection:
             replication = Replication(connection, self.dsn)
             with speaking_to(self.dsn, "starting the change stream"):
@@ -322,7 +325,9 @@ class _Run:
         return answer
 
     def _watch(self, connection: Connection) -> None:
-        """Raise the alarm while the server still keeps what the slot needs."""
+        """Raise the alarm while the server still keeps what the slot needs, and where a table lost or got a partition."""
+        for stopped in self.roots.look(connection):
+            log.warning("%s", stopped)
         if alarm := slot_alarm(connection, self.stream.slot):
             log.warning("%s", alarm)
         self.watch_at = time.monotonic() + WATCH_SECONDS

@@ -133,7 +133,8 @@ def completed(
     identity = [c.name for c in transform.identity]
     names = set(pc.unique(pc.list_flatten(partial[MISSING])).to_pylist())
     keys = sorted(zip(*(partial[name].to_pylist() for name in identity), strict=True))
-    read = ReadTable(*transform.table.source_name, tuple(c for c in transform.source if c.name in names), transform.identity)
+    columns = tuple(c for c in transform.source if c.name in names)
+    read = ReadTable(*transform.table.source_name, columns, transform.identity, transform.partitioned)
     with ExitStack() as held:
         seen = snapshot or held.enter_context(_seeing(dsn, application, pc.unique(partial[XID]).to_pylist()))
         present = read_texts(spark, dsn, application, read, keys, seen)

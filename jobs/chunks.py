@@ -18,6 +18,11 @@ class Chunk(NamedTuple):
     loaded: bool = False
 
 
+def first_token(epoch: int) -> int:
+    """Return the token of an epoch's chunks before the first attempt: above that of every attempt of an earlier epoch."""
+    return epoch << 32
+
+
 def claimed(chunks: Sequence[Chunk]) -> tuple[int, tuple[Chunk, ...]]:
     """Return a new attempt's token, above every earlier one, and the chunks with the open ones claimed for it."""
     token = max((chunk.token for chunk in chunks), default=0) + 1

@@ -21,10 +21,16 @@ CREATE SCHEMA IF NOT EXISTS changeover;
 CREATE TABLE IF NOT EXISTS changeover.migration (
     name text PRIMARY KEY, format integer NOT NULL, spec_digest text NOT NULL, spec jsonb NOT NULL,
     l0 pg_lsn NOT NULL, system_id text NOT NULL, timeline integer NOT NULL, slot text NOT NULL, publication text NOT NULL,
-    snapshot text NOT NULL, visible text NOT NULL, prepared timestamptz NOT NULL DEFAULT now(), finalized timestamptz);
+    snapshot text NOT NULL, visible text NOT NULL, prepared timestamptz NOT NULL DEFAULT now(), finalized timestamptz,
+    epoch integer NOT NULL DEFAULT 0, begun integer);
 CREATE TABLE IF NOT EXISTS changeover.source_table (
     migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL,
-    filenode bigint NOT NULL, columns jsonb NOT NULL, stopped text, PRIMARY KEY (migration, source));
+    filenode bigint NOT NULL, columns jsonb NOT NULL, partitioned boolean NOT NULL DEFAULT false, stopped text,
+    PRIMARY KEY (migration, source));
+CREATE TABLE IF NOT EXISTS changeover.source_partition (
+    migration text NOT NULL, source text NOT NULL, oid bigint NOT NULL, name text NOT NULL, filenode bigint NOT NULL,
+    attached text NOT NULL, PRIMARY KEY (migration, source, oid),
+    FOREIGN KEY (migration, source) REFERENCES changeover.source_table ON DELETE CASCADE);
 CREATE TABLE IF NOT EXISTS changeover.load (
     migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL, target text NOT NULL,
     state text NOT NULL, applied pg_lsn NOT NULL, created boolean NOT NULL DEFAULT false, refused bigint NOT NULL DEFAULT 0,
@@ -61,6 +67,7 @@ LEDGER_TABLES = (
     "reverse_stream",
     "chunk",
     "load",
+    "source_partition",
     "source_table",
     "authority",
     "verdict",
@@ -85,11 +92,13 @@ class Stream:
     publication: str
     snapshot: str
     visible: str
+    epoch: int = 0
+    """The epoch in which the tables were begun: 0, or that of the last `prepare --anew`."""
 
     @property
     def image(self) -> Version:
         """Return v0, the version of every backfill image."""
-        return image_version(self.l0)
+        return image_version(self.l0, self.epoch)
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,16 @@ class SourceColumn:
     array: bool
     key: bool
     not_null: bool
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A part of a partitioned source table: its file, 0 where it is partitioned itself, and the transaction that attached it."""
+
+    name: str
+    oid: int
+    filenode: int
+    attached: str
 
 
 @dataclass(frozen=True)

@@ -80,11 +80,12 @@ class Journal(Protocol):
 
 @dataclass(frozen=True)
 class OldJournal:
-    """The old store's stream."""
+    """The old store's stream, of the epoch in which the tables were begun."""
 
     spec: Spec
     ledger: Ledger
     spool: Spool
+    epoch: int
 
     @property
     def dsn(self) -> str:
@@ -101,7 +102,7 @@ class OldJournal:
 
     def advance(self, load: Progress, until: int, events: int) -> None:
         """Write down the position in the old store's log."""
-        self.ledger.advance(load.source, load.target, until, events)
+        self.ledger.advance(load.source, load.target, until, events, self.epoch)
 
     def closed(self, load: Progress) -> bool:
         """Return whether all chunks are loaded and swept."""

@@ -14,18 +14,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, LiteralString, Self
 
 import psycopg
 from psycopg import sql
 from psycopg.rows import class_row
 
-from changeover.errors import ChangeoverError, SourceChanged, StepOrder
+from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, StepOrder
+from changeover.jobs.chunks import first_token
 from changeover.jobs.entries import FORMAT, SCHEMA, Authority, ChunkRow, Heartbeat, Load, SourceColumn, Stream, VerdictRow
 from changeover.jobs.lease import hold
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec
+
+LOOKS = frozenset({"status", "history", "explain"})
+"""Steps that change nothing, and have an answer while a new epoch is begun too."""
 
 
 class Ledger:
@@ -81,15 +85,23 @@ class Ledger:
         )  # fmt: skip
 
     def stream(self, step: str) -> Stream:
-        """Return the prepared stream; raises StepOrder when prepare did not run."""
+        """Return the prepared stream; raises StepOrder when prepare did not run, or began anew and did not come to its end."""
         if not self.exists():
             raise StepOrder(step, "prepare")
         row = self.connection.execute(
-            "SELECT l0::text, system_id, timeline, slot, publication, snapshot, visible FROM changeover.migration WHERE name = %s",
+            "SELECT begun, l0::text, system_id, timeline, slot, publication, snapshot, visible, epoch FROM changeover.migration"
+            " WHERE name = %s",
             [self.migration],
         ).fetchone()
         assert row is not None
-        return Stream(parse_lsn(row[0]), *row[1:])
+        if row[0] is not None and step not in LOOKS:
+            raise StepOrder(step, "prepare")
+        return Stream(parse_lsn(row[1]), *row[2:])
+
+    def begun(self) -> int | None:
+        """Return the epoch that a `prepare --anew` has begun and not brought to its record, None where there is none."""
+        row = self.connection.execute("SELECT begun FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
+        return row[0] if row else None
 
     def record_snapshot(self, names: str, visible: str) -> None:
         """Record the snapshot in which pending chunks are read from now on."""
@@ -111,11 +123,11 @@ class Ledger:
         row = self.connection.execute("SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
         return str(row[0]) if row else ""
 
-    def record_table(self, source: str, filenode: int, columns: Sequence[SourceColumn]) -> None:
+    def record_table(self, source: str, filenode: int, columns: Sequence[SourceColumn], partitioned: bool = False) -> None:
         """Record a source table as it was before the slot was made."""
         self.connection.execute(
-            "INSERT INTO changeover.source_table (migration, source, filenode, columns) VALUES (%s, %s, %s, %s)",
-            [self.migration, source, filenode, json.dumps([column.__dict__ for column in columns])],
+            "INSERT INTO changeover.source_table (migration, source, filenode, columns, partitioned) VALUES (%s, %s, %s, %s, %s)",
+            [self.migration, source, filenode, json.dumps([column.__dict__ for column in columns]), partitioned],
         )
 
     def source_table(self, source: str) -> tuple[int, tuple[SourceColumn, ...], str | None]:
@@ -168,34 +180,39 @@ class Ledger:
                 return load
         raise StepOrder(f"{source} to {target}", "prepare")
 
-    def set_state(self, source: str, target: str, state: str, swept: int = 0) -> None:
-        """Move a load to a state, adding the rows that its sweep removed."""
-        self.connection.execute(
-            "UPDATE changeover.load SET state = %s, swept = swept + %s, changed = now()"
-            " WHERE migration = %s AND source = %s AND target = %s",
-            [state, swept, self.migration, source, target],
-        )
+    def set_state(self, source: str, target: str, state: str, epoch: int, swept: int = 0) -> None:
+        """Move a load of an epoch to a state, adding the rows that its sweep removed."""
+        self._of_epoch(epoch, "state = %s, swept = swept + %s", [state, swept], source, target)
 
-    def advance(self, source: str, target: str, applied: int, events: int) -> None:
-        """Record that every event below `applied` was offered; the position never goes back."""
-        self.connection.execute(
-            "UPDATE changeover.load SET applied = greatest(applied, %s), events = events + %s, changed = now()"
-            " WHERE migration = %s AND source = %s AND target = %s",
-            [format_lsn(applied), events, self.migration, source, target],
-        )
+    def advance(self, source: str, target: str, applied: int, events: int, epoch: int) -> None:
+        """Record that every event of an epoch's stream below `applied` was offered; the position never goes back."""
+        change = "applied = greatest(applied, %s), events = events + %s"
+        self._of_epoch(epoch, change, [format_lsn(applied), events], source, target)
+
+    def _of_epoch(self, epoch: int, change: LiteralString, values: Sequence[Any], source: str, target: str) -> None:
+        """Change a load; raises CouldNotFinish for a run that is left from before `prepare --anew`."""
+        done = self.connection.execute(
+            sql.SQL("UPDATE changeover.load SET {}, changed = now() WHERE migration = %s AND source = %s AND target = %s"
+                    " AND EXISTS (SELECT FROM changeover.migration WHERE name = %s AND epoch = %s)").format(sql.SQL(change)),
+            [*values, self.migration, source, target, self.migration, epoch],
+        ).rowcount  # fmt: skip
+        if not done:
+            raise CouldNotFinish(f"{source} in {target} was begun anew since this run began (it is of epoch {epoch}): run again")
 
     def record_chunks(
-        self, source: str, target: str, ranges: Sequence[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]
+        self, source: str, target: str, ranges: Sequence[tuple[tuple[str, ...] | None, tuple[str, ...] | None]], epoch: int = 0
     ) -> None:
         """Record the plan of a load once, in one transaction."""
         with self.connection.transaction(), self.connection.cursor() as cursor:
             cursor.executemany(
-                "INSERT INTO changeover.chunk (migration, source, target, chunk, lower, upper) VALUES (%s, %s, %s, %s, %s, %s)",
+                "INSERT INTO changeover.chunk (migration, source, target, token, chunk, lower, upper)"
+                " VALUES (%s, %s, %s, %s, %s, %s, %s)",
                 [
-                    [self.migration, source, target, number, *(None if b is None else json.dumps(b) for b in bounds)]
+                    [self.migration, source, target, first_token(epoch), number,
+                     *(None if b is None else json.dumps(b) for b in bounds)]
                     for number, bounds in enumerate(ranges)
                 ],
-            )
+            )  # fmt: skip
 
     def chunks(self, source: str, target: str) -> list[ChunkRow]:
         """Return the chunks of a load in key order."""
@@ -261,11 +278,11 @@ class Ledger:
         return int(row[0])
 
     def verdicts(self) -> list[VerdictRow]:
-        """Return all verdicts on record, newest first."""
+        """Return all verdicts on the tables as they were last prepared, newest first; those before say nothing of them."""
         with self.connection.cursor(row_factory=class_row(VerdictRow)) as cursor:
             return cursor.execute(
-                "SELECT run, at, source, target, verdict, stage, detail FROM changeover.verdict WHERE migration = %s"
-                " ORDER BY run DESC",
+                "SELECT run, at, source, target, verdict, stage, detail FROM changeover.verdict AS v WHERE migration = %s"
+                " AND at >= (SELECT prepared FROM changeover.migration WHERE name = v.migration) ORDER BY run DESC",
                 [self.migration],
             ).fetchall()
 

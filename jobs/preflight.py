@@ -10,14 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from psycopg import sql
 
 from changeover.errors import Refused, SpecError
-from changeover.jobs.entries import SourceColumn
+from changeover.jobs.entries import Partition, SourceColumn
+from changeover.jobs.generated import generated_of, require_not_asked_for
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.partitions import partitions_of
 from changeover.secret import secret
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table, qualified
@@ -38,6 +40,10 @@ class SourceTable:
     identity: tuple[str, ...]
     columns: tuple[SourceColumn, ...]
     rows: int
+    partitions: tuple[Partition, ...] | None = None
+    """None for an ordinary table."""
+    generated: Mapping[str, str] = field(default_factory=dict)
+    """Generated columns with their expressions in PostgreSQL; they are not among `columns`."""
 
     @property
     def store_columns(self) -> tuple[Column, ...]:
@@ -83,7 +89,7 @@ UNION ALL SELECT format('the role %%s may not create a publication: GRANT CREATE
     current_database(), current_user) WHERE NOT has_database_privilege(current_database(), 'CREATE')
 UNION ALL SELECT format('all %%s replication slots are in use: raise max_replication_slots',
     current_setting('max_replication_slots'))
-WHERE (SELECT count(*) FROM pg_replication_slots) >= current_setting('max_replication_slots')::int
+WHERE (SELECT count(*) FROM pg_replication_slots WHERE slot_name <> %(slot)s) >= current_setting('max_replication_slots')::int
 """,
     TRIGGER: """
 SELECT format('the role %%s may not create the schema changeover for the log: GRANT CREATE ON DATABASE %%I TO %%I', current_user,
@@ -98,14 +104,30 @@ WHERE NOT has_function_privilege('pg_control_system()', 'EXECUTE')
 """What each way to capture asks of the server."""
 
 TABLE_RULES = """
-SELECT format('%%s is a %%s: this version moves ordinary tables alone', %(name)s::text, CASE c.relkind
-    WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table'
+SELECT format('%%s is a %%s: this version moves tables alone', %(name)s::text, CASE c.relkind
+    WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table'
     ELSE 'relation of kind ' || c.relkind::text END)
-FROM pg_class c WHERE c.oid = %(oid)s AND c.relkind <> 'r'
+FROM pg_class c WHERE c.oid = %(oid)s AND c.relkind NOT IN ('r', 'p')
 UNION ALL SELECT format('%%s is not a permanent table', %(name)s::text)
 FROM pg_class c WHERE c.oid = %(oid)s AND c.relpersistence <> 'p'
 UNION ALL SELECT format('%%s takes part in inheritance, which this version does not carry', %(name)s::text)
-WHERE EXISTS (SELECT FROM pg_inherits WHERE inhrelid = %(oid)s OR inhparent = %(oid)s)
+FROM pg_class c WHERE c.oid = %(oid)s AND NOT c.relispartition AND c.relkind <> 'p'
+    AND EXISTS (SELECT FROM pg_inherits WHERE inhrelid = %(oid)s OR inhparent = %(oid)s)
+UNION ALL SELECT format('%%s is a partition of %%s: name the whole table', %(name)s::text, pg_partition_root(c.oid)::text)
+FROM pg_class c WHERE c.oid = %(oid)s AND c.relispartition
+UNION ALL SELECT format('%%s, a partition of %%s, is %%s: this version moves permanent tables alone', c.oid::regclass,
+    %(name)s::text, CASE c.relkind WHEN 'f' THEN 'a foreign table' ELSE 'not a permanent table' END)
+FROM pg_partition_tree(%(oid)s::oid::regclass) t JOIN pg_class c ON c.oid = t.relid
+WHERE t.level > 0 AND (c.relkind NOT IN ('r', 'p') OR c.relpersistence <> 'p')
+UNION ALL SELECT format('%%s, a partition of %%s, has the replica identity (%%s) and not (%%s): ALTER TABLE %%s REPLICA IDENTITY'
+    ' DEFAULT, or give it the same key', c.oid::regclass, %(name)s::text, coalesce(k.names, 'none'), %(identity)s::text,
+    c.oid::regclass)
+FROM pg_partition_tree(%(oid)s::oid::regclass) t JOIN pg_class c ON c.oid = t.relid CROSS JOIN LATERAL (
+    SELECT string_agg(a.attname, ', ' ORDER BY a.attname) AS names FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid
+        AND a.attnum = ANY ((i.indkey::smallint[])[:i.indnkeyatts - 1])
+    WHERE i.indrelid = c.oid AND c.relreplident <> 'n' AND i.indimmediate
+        AND CASE WHEN c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END) k
+WHERE t.isleaf AND t.level > 0 AND c.relkind = 'r' AND k.names IS DISTINCT FROM %(identity)s::text
 UNION ALL SELECT format('%%s has row-level security that hides rows from the role %%s', %(name)s::text, current_user)
 WHERE row_security_active(%(oid)s::oid)
 UNION ALL SELECT format('the role %%s does not own %%s, which capture asks for: ALTER TABLE %%s OWNER TO %%I',
@@ -121,9 +143,9 @@ FROM pg_class c WHERE c.oid = %(oid)s AND c.relreplident = 'f' AND NOT EXISTS (
 UNION ALL SELECT format('the key of %%s is deferrable, so two rows can have it at once: make it immediate', %(name)s::text)
 FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid WHERE c.oid = %(oid)s AND NOT i.indimmediate
     AND (i.indisreplident OR i.indisprimary)
-UNION ALL SELECT format('%%s.%%s is a generated column, which the change stream does not carry: drop it in the spec''s own table or'
-    ' move it by an expression in a later version', %(name)s::text, a.attname)
-FROM pg_attribute a WHERE a.attrelid = %(oid)s AND a.attgenerated <> '' AND NOT a.attisdropped
+UNION ALL SELECT format('%%s.%%s is a generated column in the key, and the change stream carries none: give the table another key',
+    %(name)s::text, a.attname)
+FROM pg_attribute a WHERE a.attrelid = %(oid)s AND a.attgenerated <> '' AND a.attname::text = ANY (%(keys)s::text[])
 """
 
 IDENTITY = """
@@ -149,7 +171,7 @@ def preflight(spec: Spec) -> Preflight:
     found = Preflight()
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
         rules = SERVER_RULES + CAPTURE_RULES[spec.source.capture]
-        found.reasons += [row[0] for row in old.execute(rules, {"oldest": OLDEST_SERVER}).fetchall()]
+        found.reasons += [row[0] for row in old.execute(rules, {"oldest": OLDEST_SERVER, "slot": spec.slot}).fetchall()]
         for table in spec.tables:
             _source_table(old, table, found)
             _require_columns(spec, table, found.tables.get(table.source))
@@ -215,7 +237,8 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
     columns = tuple(
         SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
-    return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, estimated_rows(connection, schema, name))
+    parts, rows = partitions_of(connection, schema, name), estimated_rows(connection, schema, name)
+    return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))
 
 
 def _source_table(connection: Connection, table: Table, found: Preflight) -> None:
@@ -227,7 +250,8 @@ def _source_table(connection: Connection, table: Table, found: Preflight) -> Non
     quoted = sql.Identifier(schema, name).as_string(connection)
     rows = connection.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
     assert rows is not None
-    found.reasons += [row[0] for row in connection.execute(TABLE_RULES, {"oid": rows[0], "name": seen.source}).fetchall()]
+    named = {"oid": rows[0], "name": seen.source, "identity": ", ".join(sorted(seen.identity)), "keys": list(seen.identity)}
+    found.reasons += [row[0] for row in connection.execute(TABLE_RULES, named).fetchall()]
     found.reasons += [
         f"{seen.source}.{c.name} has the type {c.type}, which is not proven exact: this version does not carry it"
         for c in seen.columns
@@ -244,6 +268,8 @@ def _require_columns(spec: Spec, table: Table, seen: SourceTable | None) -> None
     """Find a column that is misspelt without Spark, which sees every other mistake of an expression at prepare."""
     if seen is None or table.function is not None:
         return
+    for name, expression in seen.generated.items():
+        require_not_asked_for(spec, table, name, expression)
     names = [column.name for column in seen.columns]
     known = {name.lower() for name in names} | WORDS
     asked = [(f"columns.{name}", text.strip()) for name, text in table.columns.items()]

@@ -8,21 +8,20 @@ transaction, so a killed prepare leaves nothing that a second one does not take 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import psycopg
 from psycopg import sql
 
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
-from changeover.jobs import inverse, reverse, snapshot, transform, triggerlog, windows
+from changeover.jobs import inverse, partitions, reverse, snapshot, transform, triggerlog, windows
 from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.ledger import Ledger, drop_ledger
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
-from changeover.jobs.spool import Spool
+from changeover.jobs.spool import Spool, remove_spools, spool_path
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import SLOT, Spec, Table, Target
 from changeover.stores import TargetTable, gate, open_store, refusal
@@ -44,9 +43,9 @@ class Prepared:
     transforms: Mapping[tuple[str, str], transform.Transform]
 
 
-def spool_of(spec: Spec) -> Spool:
-    """Return the migration's spool."""
-    return Spool(spec.work / "spool")
+def spool_of(spec: Spec, epoch: int = 0) -> Spool:
+    """Return the migration's spool of the epoch in which its tables were begun (`Stream.epoch`)."""
+    return Spool(spool_path(spec.work, epoch))
 
 
 def prepare(spec: Spec, spark: SparkSession) -> Prepared:
@@ -61,7 +60,7 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
         _remove_unfinished(spec, ledger)  # what a killed prepare left
-        transforms = _transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
+        transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
         _require_way_back(spec, spark, transforms)
         try:
             return _make(spec, ledger, found, transforms)
@@ -74,10 +73,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
     """Make everything, in the order that is the promise."""
     ledger.create()
     created = _create_targets(spec, transforms, ledger)
-    if spec.source.capture == SLOT:
-        stream = _open_stream(spec)
-    else:
-        stream = _open_log(spec, [found.tables[table.source].identity for table in spec.tables])
+    stream = open_stream(spec, found)
     for (_, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
             store.install(planned.target, stream.image)
@@ -88,7 +84,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
 
 def _remove_unfinished(spec: Spec, ledger: Ledger) -> list[str]:
     """Remove from both stores what a prepare made that never came to its record."""
-    removed = reverse.remove(spec, None) + _remove_from_source(spec)
+    removed = reverse.remove(spec, None) + remove_from_source(spec)
     creating = ledger.creating()
     removed += _abort_targets(spec, creating)
     if creating:
@@ -119,11 +115,14 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
             seen = source_table(old, table)
             filenode, columns, _ = ledger.source_table(table.source)
             identity = seen.identity if seen else tuple(c.name for c in columns if c.key)
-            tables[table.source] = SourceTable(table.source, filenode, identity, columns, seen.rows if seen else 0)
-    return Prepared(stream, _transforms(spec, spark, tables))
+            rows, parts = (seen.rows, seen.partitions) if seen else (0, None)
+            tables[table.source] = SourceTable(table.source, filenode, identity, columns, rows, parts)
+    return Prepared(stream, plan_transforms(spec, spark, tables))
 
 
-def _transforms(spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]) -> dict[tuple[str, str], transform.Transform]:
+def plan_transforms(
+    spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]
+) -> dict[tuple[str, str], transform.Transform]:
     """Plan the transform of every table into every target."""
     planned = {}
     for target in spec.targets.values():
@@ -131,9 +130,8 @@ def _transforms(spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTabl
             for table in spec.tables:
                 seen = tables[table.source]
                 existing = store.columns(*table.target_name)
-                planned[table.source, target.name] = transform.plan(
-                    spark, spec, table, store_columns(seen.columns), seen.identity, existing
-                )
+                plan = transform.plan(spark, spec, table, store_columns(seen.columns), seen.identity, existing)
+                planned[table.source, target.name] = replace(plan, partitioned=seen.partitions is not None)
     return planned
 
 
@@ -165,7 +163,7 @@ def _create_targets(
     return created
 
 
-def _open_stream(spec: Spec) -> Stream:
+def _open_slot(spec: Spec) -> Stream:
     """Commit the publication, then make slot and snapshot by one command and have keepers hold the snapshot."""
     dsn = spec.source.dsn.resolve()
     application = application_name(spec.name, "prepare")
@@ -177,6 +175,13 @@ def _open_stream(spec: Spec) -> Stream:
         kept = snapshot.start_keeper(spec, made.snapshot)
     names = " ".join(one.name for one in kept)
     return Stream(made.l0, system_id, timeline, spec.slot, spec.slot, names, kept[0].visible)
+
+
+def open_stream(spec: Spec, found: Preflight) -> Stream:
+    """Make the change stream, by slot or by trigger log, and the snapshot that it begins with, held by keepers."""
+    if spec.source.capture == SLOT:
+        return _open_slot(spec)
+    return _open_log(spec, [found.tables[table.source].identity for table in spec.tables])
 
 
 def _open_log(spec: Spec, keys: Sequence[Sequence[str]]) -> Stream:
@@ -216,18 +221,24 @@ def _publish(old: Connection, spec: Spec) -> None:
 def _record(spec: Spec, ledger: Ledger, stream: Stream, found: Preflight, created: Mapping[tuple[str, str], bool]) -> None:
     with ledger.connection.transaction():
         ledger.record_migration(spec, stream)
-        for table in spec.tables:
-            seen = found.tables[table.source]
-            ledger.record_table(table.source, seen.filenode, seen.columns)
+        record_tables(spec, ledger, found)
         for (source, target), made in created.items():
             ledger.record_load(source, target, stream.l0, made)
         ledger.audit("prepare", "done", {"l0": stream.l0, "slot": stream.slot, "spec": spec.digest})
 
 
+def record_tables(spec: Spec, ledger: Ledger, found: Preflight) -> None:
+    """Record the source tables, and the partitions that they have, as they were found before the slot was made."""
+    for table in spec.tables:
+        seen = found.tables[table.source]
+        ledger.record_table(table.source, seen.filenode, seen.columns, seen.partitions is not None)
+        partitions.record(ledger, table.source, seen.partitions or ())
+
+
 # -- the way back, and the end
 
 
-def _remove_from_source(spec: Spec) -> list[str]:
+def remove_from_source(spec: Spec) -> list[str]:
     """Remove keeper, slot, publication, trigger log, refusal and gate from the old store; return what was removed."""
     dsn = spec.source.dsn.resolve()
     removed = []
@@ -257,14 +268,13 @@ def abort(spec: Spec) -> list[str]:
         if prepared and ledger.authority().store == "new":
             raise Refused("abort: authority has moved to the new store: `changeover flags rollback` first")
         if prepared:
-            removed = reverse.remove(spec, ledger) + _remove_from_source(spec)
+            removed = reverse.remove(spec, ledger) + remove_from_source(spec)
             removed += _abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
             drop_ledger(ledger.connection, spec.name)
             _drop_empty_schema(ledger.connection)
         else:
             removed = _remove_unfinished(spec, ledger)
-    if (spec.work / "spool").exists():
-        shutil.rmtree(spec.work / "spool")
+    if remove_spools(spec.work):
         removed.append("spool")
     return removed
 
@@ -311,7 +321,7 @@ def finalize(spec: Spec) -> list[str]:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
         if spec.flag is not None and ledger.authority().store != "new":
             raise Refused("finalize: the old store still has authority: `changeover flags advance` up to complete first")
-        removed = reverse.remove(spec, ledger) + _remove_from_source(spec)
+        removed = reverse.remove(spec, ledger) + remove_from_source(spec)
         for table in spec.tables:
             for target in spec.targets.values():
                 with open_store(spec, target, "finalize") as store:
@@ -320,8 +330,7 @@ def finalize(spec: Spec) -> list[str]:
                     store.finalize(TargetTable(*table.target_name, columns, table.key))
         ledger.connection.execute("UPDATE changeover.migration SET finalized = now() WHERE name = %s", [spec.name])
         ledger.audit("finalize", "done", {"removed": removed})
-    if (spec.work / "spool").exists():
-        shutil.rmtree(spec.work / "spool")
+    remove_spools(spec.work)
     return removed
 
 

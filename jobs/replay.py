@@ -95,8 +95,8 @@ class Replay:
         self.spark = spark
         self.ledger = ledger
         self.prepared = prepared
-        self.spool = spool_of(spec)
-        self.carrier = Carrier(spec, spark, OldJournal(spec, ledger, self.spool), snapshot)
+        self.spool = spool_of(spec, prepared.stream.epoch)
+        self.carrier = Carrier(spec, spark, OldJournal(spec, ledger, self.spool, prepared.stream.epoch), snapshot)
         self.back = Back(spec, spark, ledger, prepared.transforms)
         self.returning = Carrier(spec, spark, self.back.journal, None)
 

@@ -152,14 +152,21 @@ def slot_alarm(connection: Connection, slot: str) -> str | None:
     )
 
 
+PUBLISHED = """
+WITH named AS (SELECT r.prrelid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE p.pubname = %(name)s)
+SELECT n.nspname || '.' || c.relname FROM named JOIN pg_class c ON c.oid = prrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+UNION SELECT schemaname || '.' || tablename FROM pg_publication_tables WHERE pubname = %(name)s AND NOT EXISTS (
+    SELECT FROM named WHERE prrelid = pg_partition_root(format('%%I.%%I', schemaname, tablename)::regclass))
+"""
+"""A partitioned table stands for its partitions, present ones and those to come."""
+
+
 def check_publication(connection: Connection, publication: str, tables: Collection[str]) -> None:
     """Raise SourceChanged unless the publication has exactly these tables.
 
     PostgreSQL 18 skips a missing publication with a warning, and its slot then loses changes for good.
     """
-    query = "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s"
-    rows = connection.execute(query, [publication])
-    found = {f"{schema}.{table}" for schema, table in rows.fetchall()}
+    found = {row[0] for row in connection.execute(PUBLISHED, {"name": publication}).fetchall()}
     if found != set(tables):
         now = ", ".join(sorted(found)) or "missing or empty"
         raise SourceChanged(f"publication {publication}", ", ".join(sorted(tables)), now)

@@ -14,7 +14,8 @@ from changeover.errors import CouldNotFinish, TableStopped
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.chunks import same_file
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.preflight import source_table
+from changeover.jobs.partitions import record, recorded, require_same_partitions
+from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.spool import TRUNCATE, Spool
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection
@@ -26,17 +27,29 @@ FOR_EVER = 2**63 - 1
 
 def require_same_file(ledger: Ledger, spool: Spool, old: Connection, table: Table) -> None:
     """Stop a table whose file is not the one that was prepared, unless the stream tells of a TRUNCATE since (driver)."""
-    filenode, _, stopped = ledger.source_table(table.source)
-    seen = source_table(old, table)
+    _, _, stopped = ledger.source_table(table.source)
     if stopped:
         raise TableStopped(table.source, stopped)
-    if same_file(filenode, seen.filenode if seen else None):
+    require_same_partitions(ledger, old, table)
+    seen = source_table(old, table)
+    rewritten = _rewritten(ledger, table, seen)
+    if rewritten is None:
         return
     if seen is None or not _truncated(spool, old, ".".join(table.source_name)):
-        reason = "it was rewritten since prepare, and a rewritten table reads as empty under an older snapshot"
+        reason = f"{rewritten} was rewritten since prepare, and a rewritten table reads as empty under an older snapshot"
         ledger.stop_table(table.source, reason)
         raise TableStopped(table.source, reason)
     ledger.record_file(table.source, seen.filenode)
+    record(ledger, table.source, seen.partitions or ())
+
+
+def _rewritten(ledger: Ledger, table: Table, seen: SourceTable | None) -> str | None:
+    """Return what has not the file that was prepared, the table or one of its partitions, None where all have it."""
+    if seen is None or seen.partitions is None:
+        return None if same_file(ledger.source_table(table.source)[0], seen.filenode if seen else None) else "it"
+    files = {part.oid: part.filenode for part in seen.partitions}
+    parts = recorded(ledger, table.source) or ()
+    return next((f"its partition {p.name}" for p in parts if not same_file(p.filenode, files.get(p.oid))), None)
 
 
 def _truncated(spool: Spool, old: Connection, relation: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -98,6 +99,19 @@ class Event(NamedTuple):
     xid: int
     committed_at: int
     note: str | None = None
+
+
+def spool_path(work: Path, epoch: int) -> Path:
+    """Return where the spool of an epoch's stream is: another source's positions are never beside those of an earlier one."""
+    return work / (f"spool-{epoch}" if epoch else "spool")
+
+
+def remove_spools(work: Path) -> bool:
+    """Remove the spools of all epochs; return whether there was any."""
+    found = [path for path in (work / "spool", *work.glob("spool-[0-9]*")) if path.is_dir()]
+    for path in found:
+        shutil.rmtree(path)
+    return bool(found)
 
 
 class Spool:

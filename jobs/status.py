@@ -14,7 +14,7 @@ from typing import Any
 
 from changeover.errors import StepOrder
 from changeover.jobs import reverse, triggerlog
-from changeover.jobs.entries import CLOSED, Authority, Load
+from changeover.jobs.entries import CLOSED, Authority, Load, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.replication import slot_alarm
@@ -111,9 +111,9 @@ def _reverse_lines(state: reverse.State) -> list[str]:
 def status(spec: Spec) -> Status:
     """Look at the ledger, the spool and the slot (driver); raises StepOrder before prepare, ServerUnavailable."""
     with Ledger.open(spec, "status") as ledger:
-        l0 = ledger.stream("status").l0
+        known = ledger.stream("status")
         prepared, finalized = ledger.milestones()
-        stream = _stream(spec, l0)
+        stream = _stream(spec, known)
         authority = ledger.authority()
         touched = _touched(spec)
         loads = _loads(ledger, authority, None if finalized else stream["source_lsn"], touched)
@@ -127,7 +127,7 @@ def status(spec: Spec) -> Status:
         )  # fmt: skip
 
 
-def _stream(spec: Spec, l0: int) -> dict[str, Any]:
+def _stream(spec: Spec, known: Stream) -> dict[str, Any]:
     """Return the state of the slot or the trigger log, the spool's end, and how far both are behind; what is gone is None."""
     dsn = spec.source.dsn.resolve()
     with connect(dsn, application_name(spec.name, "status")) as old, speaking_to(dsn, "reading the slot"):
@@ -146,8 +146,9 @@ def _stream(spec: Spec, l0: int) -> dict[str, Any]:
     assert row is not None
     notes: list[str] = []
     try:
-        end: int | None = max(spool_of(spec).end(), l0)
-        notes = [f"{relation}: {note} (at {format_lsn(lsn)})" for relation, lsn, note in spool_of(spec).notes()]
+        spool = spool_of(spec, known.epoch)
+        end: int | None = max(spool.end(), known.l0)
+        notes = [f"{relation}: {note} (at {format_lsn(lsn)})" for relation, lsn, note in spool.notes()]
     except StepOrder:  # finalized, or the work folder is elsewhere
         end = None
     return {

@@ -88,9 +88,15 @@ class Interval:
 
 
 def tenures(changes: Iterable[Authority]) -> tuple[Tenure, ...]:
-    """Return the authority log of both stores, first to last, from the moves on record; all rows move at once."""
+    """Return the authority log of both stores, first to last, from the moves on record; all rows move at once.
+
+    Authority that goes from the old store to the old store is a new epoch of the tables: nothing from before it counts.
+    """
     log: tuple[Tenure, ...] = (Tenure(EVERYTHING, 0, OLD, 0),)
     for change in changes:
+        if change.store == log[-1].store:
+            log = (Tenure(EVERYTHING, change.epoch, OLD, 0),)
+            continue
         places = {OLD: change.from_lsn, NEW: change.new_lsn}
         log = moved(log, EVERYTHING, change.store, places[log[-1].store], places[change.store])
     return log
@@ -115,7 +121,7 @@ def offered_intervals(changes: Sequence[Authority], *, takes_over: bool, carried
     """
     log = tenures(changes)
     intervals = []
-    for tenure, after in zip(log, [*log[1:], None], strict=True):
+    for before, tenure, after in zip([None, *log], log, [*log[1:], None], strict=False):
         if tenure.store == OLD:
             intervals.append(Interval(tenure.epoch, tenure.since, tenure.until))
         elif takes_over:
@@ -123,6 +129,6 @@ def offered_intervals(changes: Sequence[Authority], *, takes_over: bool, carried
         elif tenure.epoch in carried:
             intervals.append(Interval(tenure.epoch, tenure.since, tenure.until, NEW))
         elif after is not None:
-            began = log[tenure.epoch - 1].until
-            intervals.append(Interval(tenure.epoch, began, after.since, echo=True))
+            assert before is not None  # the old store had authority first
+            intervals.append(Interval(tenure.epoch, before.until, after.since, echo=True))
     return intervals

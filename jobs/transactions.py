@@ -10,9 +10,9 @@ differs from the prepared one gets an event that says how, at its place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from changeover.jobs.entries import SourceColumn
 from changeover.jobs.rows import Mask, Places, Wire
 from changeover.jobs.shapes import Shape, Stamps
 from changeover.jobs.spool import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
+from changeover.session import Connection
 from changeover.stores.gate import OURS
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,53 @@ def additions(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> 
     """Return the columns that a table has beyond the prepared ones, or an empty text."""
     before = {column.name for column in prepared}
     return "; ".join(f"column {c.name} was added (type oid {c.oid})" for c in relation.columns if c.name not in before)
+
+
+class Partitions(Protocol):
+    """What the stream's partitions belong to (`partitions.Roots`)."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the partitioned tables."""
+        ...
+
+    def of(self, oid: int) -> str | None:
+        """Return the table of which a relation is or was a partition."""
+        ...
+
+    def leaves(self, name: str) -> frozenset[int]:
+        """Return the partitions of a table that hold rows."""
+        ...
+
+    def called(self, oids: Collection[int]) -> Sequence[str]:
+        """Return the names of some partitions."""
+        ...
+
+    def look(self, connection: Connection) -> list[str]:
+        """Compare the partitions with those on record; return which tables were stopped by it, and why."""
+        ...
+
+
+class Unpartitioned:
+    """No table of the stream is partitioned."""
+
+    names: Sequence[str] = ()
+
+    def of(self, oid: int) -> str | None:
+        """No relation is a partition."""
+        return None
+
+    def leaves(self, name: str) -> frozenset[int]:
+        """No table has partitions."""
+        return frozenset()
+
+    def called(self, oids: Collection[int]) -> Sequence[str]:
+        """None has a name."""
+        return ()
+
+    def look(self, connection: Connection) -> list[str]:
+        """There is nothing to compare."""
+        return []
 
 
 class Open(NamedTuple):
@@ -86,6 +134,7 @@ class Assembler:
     shapes: dict[int, Shape] = field(default_factory=dict)
     told: set[tuple[str, str]] = field(default_factory=set)
     open: Open | None = None
+    roots: Partitions = field(default_factory=Unpartitioned)
     _notes: list[Event] = field(default_factory=list)
     _mark: tuple[int, str] = (-1, "")
     """The last mark of our own writes: its transaction's commit LSN, and what it says."""
@@ -187,14 +236,30 @@ class Assembler:
     def _other(self, message: bytes, stamps: Stamps, note: str | None) -> None:
         """Take a TRUNCATE or a message of pg_logical_emit_message."""
         lsn, ordinal, xid, committed_at = (int(part[0]) for part in stamps)
+        told: list[tuple[str, str, str | None]] = []
         if message[0] == rows.TRUNCATE:
-            op, names = TRUNCATE, [self._shape(oid).name for oid in pgoutput.truncate(message).relations]
+            told = self._truncated(pgoutput.truncate(message).relations)
         else:
             said = pgoutput.message(message)
-            ours = said.prefix == MARKER_PREFIX
-            self.marker |= ours
-            op, names, note = MARKER, [""] if ours else [], said.content.decode(errors="backslashreplace")
-        self._gather_events([Event(name, lsn, ordinal, op, None, None, (), xid, committed_at, note) for name in names])
+            if said.prefix == MARKER_PREFIX:
+                self.marker = True
+                told = [("", MARKER, said.content.decode(errors="backslashreplace"))]
+        self._gather_events([Event(name, lsn, ordinal, op, None, None, (), xid, committed_at, note) for name, op, note in told])
+
+    def _truncated(self, relations: Sequence[int]) -> list[tuple[str, str, str | None]]:
+        """Return name, kind and note of what a TRUNCATE tells; a partitioned table is truncated where each of its partitions is."""
+        emptied: dict[str, set[int]] = {}
+        for oid in relations:
+            emptied.setdefault(self._shape(oid).name, set()).add(oid)
+        told: list[tuple[str, str, str | None]] = []
+        for name, oids in emptied.items():
+            if self.roots.leaves(name) <= oids:
+                told.append((name, TRUNCATE, None))
+            else:
+                note = f"the rows of {', '.join(self.roots.called(oids))} alone were truncated: none can tell which"
+                log.warning("%s: %s", name, note)
+                told.append((name, RELATION, note))
+        return told
 
     def _shape(self, relation: int) -> Shape:
         if relation not in self.shapes:
@@ -204,21 +269,35 @@ class Assembler:
     def _relation(self, relation: pgoutput.Relation) -> None:
         name = f"{relation.schema}.{relation.name}"
         known = self.shapes.get(relation.oid)
-        if name not in self.tables and known is None:
-            raise SourceChanged("publication", ", ".join(sorted(self.tables)), f"one with {name}")
-        source = name if name in self.tables else known.name  # type: ignore[union-attr]
+        source = name if name in self.tables else known.name if known is not None else self.roots.of(relation.oid)
+        if source is None:
+            source = self._lost_partition(name)
         self.shapes[relation.oid] = Shape(source, relation, self.tables[source])
         found = difference(relation, self.tables[source], self.generated.get(source, frozenset()))
-        if name != source:
+        if name != source and source not in self.roots.names:
             found = f"the table was renamed to {name}" + (f"; {found}" if found else "")
         # a renamed column is one that was dropped and one that was added
         note = "; ".join(filter(None, (found, additions(relation, self.tables[source]))))
         if note:
-            if self.open is None:
-                raise pgoutput.MalformedMessage("a table's description outside of a transaction")
-            lsn, xid, committed_at, data = self.open
-            op = RELATION if found else ADDED
-            if (source, note) not in self.told:
-                self.told.add((source, note))
-                log.warning("%s: %s", source, note)
-            self._notes.append(Event(source, lsn, 2 * data - 1, op, None, None, (), xid, committed_at, note))
+            self._note(source, RELATION if found else ADDED, note)
+
+    def _lost_partition(self, name: str) -> str:
+        """Tell that a partition of which nothing is known is gone already, and return the table that its changes count to.
+
+        It came and went between two looks, so only its name is left; whichever table it was of stops there.
+        """
+        if not self.roots.names:
+            raise SourceChanged("publication", ", ".join(sorted(self.tables)), f"one with {name}")
+        for root in self.roots.names:
+            self._note(root, RELATION, f"{name}, a partition that came since prepare, was detached or dropped")
+        return self.roots.names[0]
+
+    def _note(self, source: str, op: str, note: str) -> None:
+        """Have an event say how a table changed, at the place of the change that follows."""
+        if self.open is None:
+            raise pgoutput.MalformedMessage("a table's description outside of a transaction")
+        lsn, xid, committed_at, data = self.open
+        if (source, note) not in self.told:
+            self.told.add((source, note))
+            log.warning("%s: %s", source, note)
+        self._notes.append(Event(source, lsn, 2 * data - 1, op, None, None, (), xid, committed_at, note))

@@ -50,6 +50,7 @@ class Transform:
     target: TargetTable
     expressions: Mapping[str, str]
     identity: tuple[Column, ...]
+    partitioned: bool = False
 
     def rows(self, frame: DataFrame, carry: Sequence[str] = (), moved: Collection[str] = ()) -> DataFrame:
         """Return target rows for decoded source rows, those that `where` leaves out left out, and the columns in `carry`.

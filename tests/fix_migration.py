@@ -109,11 +109,16 @@ class Migration:
         """Run prepare."""
         preparing.prepare(self.spec, self.spark)
 
+    def spool(self) -> Spool:
+        """Open the spool of the present epoch."""
+        with Ledger.open(self.spec, "test") as ledger:
+            return preparing.spool_of(self.spec, ledger.stream("test").epoch)
+
     def capture(self) -> None:
         """Bring everything that the source has committed into the spool."""
         note = f"end {next(self.markers)}"
         emit_marker(self.old, note)
-        spool = Spool(self.spec.work / "spool")
+        spool = self.spool()
         capture(self.spec, until=lambda: note in spool.events().column("note").to_pylist())
 
     def replay(self, *targets: str) -> Replayed:

@@ -271,7 +271,6 @@ REFUSALS = [
     ("ALTER TABLE follows DROP CONSTRAINT follows_pkey", "has no primary key and no replica identity"),
     ("ALTER TABLE follows REPLICA IDENTITY NOTHING", "has no primary key and no replica identity"),
     ("ALTER TABLE follows ADD COLUMN at point", "public.follows.at has the type point, which is not proven exact"),
-    ("ALTER TABLE follows ADD COLUMN up text GENERATED ALWAYS AS (upper(note)) STORED", "follows.up is a generated column"),
     ("ALTER TABLE follows SET UNLOGGED", "is not a permanent table"),
     ("CREATE TABLE later () INHERITS (follows)", "takes part in inheritance"),
     (

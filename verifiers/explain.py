@@ -70,7 +70,7 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
         Ledger.open(spec, "explain") as ledger,
         connect(spec.source.dsn.resolve(), application_name(spec.name, "explain")) as old,
     ):
-        ledger.stream("explain")
+        epoch = ledger.stream("explain").epoch
         _, finalized = ledger.milestones()
         given = dict(zip(found.key, key, strict=True))
         seen = source_table(old, found)
@@ -78,7 +78,7 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
             given |= {name: own[column] for name, column in _moved(found).items() if column in own}
             story.parts["source row"] = _row(spec, old, found.source_name, own) or NONE
             story.parts["chunk"] = _chunks(ledger, old, found, seen, own)
-            story.parts["spooled events"] = _gone(finalized) or _events(spec, found, own, ledger.authorities())
+            story.parts["spooled events"] = _gone(finalized) or _events(spec, found, own, epoch, ledger.authorities())
         for target in spec.targets.values():
             told = _in_lake if target.kind == "delta" else _in_postgres
             story.parts.update(told(spec, found, target, given, finalized))
@@ -191,10 +191,10 @@ def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: Chunk
     return bool(row and row[0])
 
 
-def _events(spec: Spec, table: Table, own: Key, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
+def _events(spec: Spec, table: Table, own: Key, begun: int, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
     """Return the spooled events of the source key, in stream order; the spool is read a part at a time."""
     schema, name = table.source_name
-    spool = spool_of(spec)
+    spool = spool_of(spec, begun)
     ours = (pc.field("relation") == f"{schema}.{name}") & (pc.field("lsn") < spool.end())  # beyond it, a part of a transaction
     dataset = _dataset(spool.path)
     wanted = ["lsn", "ordinal", "op", "row", "key"]

@@ -63,7 +63,7 @@ class Trail:
 
 def dual_written(ledger: Ledger, authority: Authority) -> bool:
     """Return whether any application has written to both stores: a router beyond off, or authority that moved."""
-    return authority.epoch > 0 or any(beat.stage != "off" for beat in ledger.heartbeats())
+    return authority.epoch > ledger.stream("verify").epoch or any(beat.stage != "off" for beat in ledger.heartbeats())
 
 
 def last_stage(ledger: Ledger) -> str | None:

@@ -24,6 +24,7 @@ from changeover.jobs import reverse, snapshot, windows
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import CLOSED, Authority
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.partitions import require_same_partitions
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import Prepared, require_prepared
 from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
@@ -107,6 +108,8 @@ def _moment(
     """Hold both sides still; while the old store has authority they are aligned at one LSN."""
     dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "verify")
     with ExitStack() as held, connect(dsn, application) as old:
+        for table in spec.tables:
+            require_same_partitions(ledger, old, table)
         tables = {t.source: seen for t in spec.tables if (seen := source_table(old, t)) is not None}
         reads = {name: _read(seen) for name, seen in tables.items()}
         if authority.store == "old":
@@ -147,7 +150,7 @@ def _aligned(held: ExitStack, spec: Spec, dsn: str, application: str) -> tuple[i
 
 def _read(seen: SourceTable) -> ReadTable:
     schema, _, name = seen.source.partition(".")
-    return ReadTable(schema, name, seen.store_columns, seen.key)
+    return ReadTable(schema, name, seen.store_columns, seen.key, seen.partitions is not None)
 
 
 def _replay_to(replay: Replay, position: int, targets: Sequence[str]) -> None:
@@ -242,7 +245,7 @@ class _Comparison:
         """Judge differing keys by the stores' present rows, with replay keeping up while it is the stream that heals."""
         dsn, application = self.spec.source.dsn.resolve(), application_name(self.spec.name, "verify")
         schema, name = self.transform.table.source_name
-        read = ReadTable(schema, name, self.transform.source, self.transform.identity)
+        read = ReadTable(schema, name, self.transform.source, self.transform.identity, self.transform.partitioned)
         moved = self.transform.source_key([c.name for c in self.transform.identity])
         with ExitStack() as held:
             ledger = held.enter_context(Ledger.open(self.spec, "verify"))

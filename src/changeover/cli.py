@@ -111,17 +111,19 @@ def prove(spec: str, as_json: bool) -> None:
 
 @main.command()
 @SPEC
+@click.option("--anew", is_flag=True, help="Begin a new epoch: empty the target tables, all chunks pending.")
 @JSON
 @DEBUG
-def prepare(spec: str, as_json: bool, debug: bool) -> None:
+def prepare(spec: str, anew: bool, as_json: bool, debug: bool) -> None:
     """Make publication, slot, kept snapshot, ledger, target tables and gates."""
     from changeover.pipeline import prepare as act
     from changeover.position import format_lsn
 
     with running(spec, "prepare", debug) as loaded:
-        made = act(loaded, spark_for(loaded))
-    told = {"l0": format_lsn(made.stream.l0), "slot": made.stream.slot, "snapshot": made.stream.snapshot}
-    answer(told, as_json, lambda: f"prepared: slot {told['slot']} at {told['l0']}")
+        made = act(loaded, spark_for(loaded), anew=anew)
+    stream = made.stream
+    told = {"l0": format_lsn(stream.l0), "slot": stream.slot, "snapshot": stream.snapshot, "epoch": stream.epoch}
+    answer(told, as_json, lambda: f"prepared: slot {told['slot']} at {told['l0']}, epoch {told['epoch']}")
 
 
 @main.command()

@@ -149,7 +149,7 @@ class TableStopped(Refused):
     def __str__(self) -> str:
         return (
             f"table {self.table} is stopped: {self.reason}; its target is as it was before that point: "
-            f"`changeover abort SPEC` leaves the old store as it was"
+            f"`changeover prepare --anew SPEC` begins all anew, `changeover abort SPEC` leaves the old store as it was"
         )
 
 
@@ -232,7 +232,7 @@ class SourceChanged(CouldNotFinish):
     def __str__(self) -> str:
         return (
             f"the source's {self.what} is {self.found}, but {self.prepared} was prepared: its change stream has a gap; "
-            f"`changeover abort SPEC`, empty the target tables, and run again"
+            f"`changeover prepare --anew SPEC` empties the target tables, and every chunk is copied again"
         )
 
 
@@ -247,7 +247,7 @@ class SpoolGap(CouldNotFinish):
     def __str__(self) -> str:
         return (
             f"the slot acknowledged {self.acknowledged} but the spool ends at {self.durable}: changes between them are lost "
-            f"to this run; `changeover abort SPEC`, empty the target tables, and run again"
+            f"to this run; `changeover prepare --anew SPEC` empties the target tables, and every chunk is copied again"
         )
 
 

@@ -25,6 +25,7 @@ from changeover.jobs import backfill as backfilling
 from changeover.jobs import preflight as preflighting
 from changeover.jobs import prepare as preparing
 from changeover.jobs import replay as replaying
+from changeover.jobs import restart as restarting
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.progress import progress
 from changeover.spec import Spec
@@ -72,9 +73,15 @@ def _prepared(spec: Spec) -> bool:
         return ledger.exists()
 
 
-def prepare(spec: Spec, spark: SparkSession) -> preparing.Prepared:
-    """Prepare, and have the flag's data file ask for the lowest stage where there is no such file yet (driver)."""
-    made = preparing.prepare(spec, spark)
+def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False) -> preparing.Prepared:
+    """Prepare, and have the flag's data file ask for the lowest stage where there is no such file yet (driver).
+
+    With `anew` a prepared migration begins a new epoch: its target tables are emptied, and every chunk is pending again. One that
+    was begun so and did not come to its end is brought there in any case.
+    """
+    with Ledger.open(spec, "prepare") as ledger:
+        again = ledger.exists() and (anew or ledger.begun() is not None)
+    made = restarting.restart(spec, spark) if again else preparing.prepare(spec, spark)
     if spec.flag is not None:
         flag, file = cutover.flag_of(spec)
         if not file.exists():

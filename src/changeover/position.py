@@ -1,9 +1,9 @@
 """The version axis: every image and every event has one place on it.
 
 A version is `(epoch, lsn, ordinal)`, compared in that order. Events of the change stream carry the commit LSN of their
-transaction and an even or odd ordinal from 0 up; a backfill image carries `(0, L0, -1)` and so lies below every event of
-the stream, whatever snapshot it was read under; a direct dual write carries the LSN read in its own source transaction
-and ordinal -1. An LSN is an `int` in Python and Spark and `pg_lsn` in PostgreSQL.
+transaction and an even or odd ordinal from 0 up; a backfill image carries `(epoch, L0, -1)`, of the epoch in which the copy
+began, and so lies below every event of its stream, whatever snapshot it was read under; a direct dual write carries the LSN
+read in its own source transaction and ordinal -1. An LSN is an `int` in Python and Spark and `pg_lsn` in PostgreSQL.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Version(NamedTuple):
         return f"{self.epoch}:{format_lsn(self.lsn)}:{self.ordinal}"
 
 
-def image_version(l0: int) -> Version:
-    """Return v0, the version of every backfill image, given the slot's consistent point in bytes."""
-    return Version(0, l0, DUAL_WRITE_ORDINAL)
+def image_version(l0: int, epoch: int = 0) -> Version:
+    """Return v0, the version of every backfill image, given the slot's consistent point in bytes and the copy's epoch."""
+    return Version(epoch, l0, DUAL_WRITE_ORDINAL)
 
 
 def epoch_floor(epoch: int) -> Version:

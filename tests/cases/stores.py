@@ -1,7 +1,8 @@
 """The real stores as targets of a case: a gated PostgreSQL table, and a Delta table that takes the batches of all cases together.
 
 Cases share a table in which each has keys of its own, so that a run makes one database and few MERGEs. What a chunk's task and a
-batch do is the product's own: `LoadTask`, `apply_batch`, the gate's function, `AppendTask`, `last_of_each_key`, `Transform.changes`.
+batch do is the product's own: `LoadTask`, `apply_batch`, the gate's function, `AppendTask`, `last_of_each_key`,
+`Transform.changes`.
 """
 
 from __future__ import annotations

@@ -467,7 +467,7 @@ def test_a_slot_that_is_lost_under_a_capture_that_hangs_stops_it_with_the_way_ba
     assert process.returncode == 3
     assert errors.strip().splitlines()[-1] == (
         f"the source's replication slot is invalidated, so that the WAL it needs is gone, but {prepared.spec.slot} was prepared:"
-        " its change stream has a gap; `changeover abort SPEC`, empty the target tables, and run again"
+        " its change stream has a gap; `changeover prepare --anew SPEC` empties the target tables, and every chunk is copied again"
     )
     assert any("the slot has lost its WAL" in line for line in status(prepared.spec).lines())
 
@@ -492,7 +492,7 @@ def test_a_copy_of_the_source_that_was_promoted_is_another_source(
             with connect(promoted.dsn(), "test") as session:
                 session.execute("SELECT pg_promote()")
             monkeypatch.setenv("OLD_DSN", promoted.dsn(database))
-            with pytest.raises(SourceChanged, match=r"the source's timeline is 2, but 1 was prepared: .* `changeover abort SPEC`"):
+            with pytest.raises(SourceChanged, match=r"the source's timeline is 2, but 1 was prepared: .*prepare --anew SPEC`"):
                 capture(prepared.spec, patience=0)
 
 

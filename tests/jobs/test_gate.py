@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
-from changeover.errors import CouldNotFinish, RowRefused
+from changeover.errors import CouldNotFinish, LockNotGranted, RowRefused
 from changeover.jobs.merge import Cell, applies, image_applies, merged
 from changeover.position import Version, epoch_floor, format_lsn, image_version
 from changeover.session import Connection, connect
@@ -268,6 +271,58 @@ def test_a_table_of_keys_alone(kept: Kept) -> None:
     ]
     assert taken == [(True,), (True,), (True,), (False,)]
     assert kept.connection.execute("SELECT FROM public.pairs").fetchall() == []
+
+
+def test_a_table_that_is_begun_anew_knows_nothing_of_earlier_epochs(kept: Kept) -> None:
+    anew = image_version(50, 2)  # of another server, whose positions are lower
+    kept.load([(0, "image")])
+    stop = threading.Event()
+    taken = {0: 0, 2: 0}
+
+    def offering(epoch: int) -> None:
+        """Offer as an application does, without rest, and count what is taken."""
+        with connect(kept.dsn, "test-offers") as session:
+            writer = Kept(session, kept.dsn)
+            for lsn in itertools.count(200):
+                version = Version(epoch, lsn, 0)
+                taken[epoch] += writer.one(lsn % len(KEYS), Cell(version, None if lsn % 5 == 0 else note_of(version)))
+                if stop.is_set():
+                    return
+
+    def wait_for(epoch: int, more: int) -> None:
+        wanted, deadline = taken[epoch] + more, time.monotonic() + 30
+        while taken[epoch] < wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(offering, 0)]
+        wait_for(0, 5)
+        writers.append(pool.submit(offering, 2))
+        wait_for(2, 1)
+        gate.begin_anew(kept.connection, TABLE, anew, "test")
+        wait_for(2, 5)
+        stop.set()
+        for writer in writers:
+            writer.result()
+    assert {cell.version.epoch for cell in kept.cells().values()} == {2}
+    assert not kept.one(1, Cell(Version(1, 2**40, 0), "of an earlier epoch"))
+    kept.connection.execute('DELETE FROM kept; DELETE FROM changeover."touched_public.kept"')
+    assert kept.load([(0, "image"), (1, "image")]) == Counts(2, 2)
+    assert kept.one(1, Cell(Version(2, 51, 0), "the first event"))
+    with pytest.raises(CouldNotFinish, match="an epoch begins above all that ever were"):
+        gate.begin_anew(kept.connection, TABLE, image_version(2**50, 1), "test")
+    assert len(kept.cells()) == 2, "and nothing was emptied"
+
+
+def test_a_reader_that_does_not_end_is_not_waited_for_without_end(kept: Kept) -> None:
+    kept.load([(0, "image")])
+    with connect(kept.dsn, "test-reader", autocommit=False) as reader:
+        reader.execute("SELECT FROM kept")
+        with pytest.raises(LockNotGranted, match=r"no lock to empty public\.kept within the limit"):
+            gate.begin_anew(kept.connection, TABLE, image_version(100, 1), "test", tries=1)
+        reader.rollback()
+    assert list(kept.cells()) == [0]
 
 
 def test_removing_the_gate_leaves_the_table(kept: Kept) -> None:

@@ -68,3 +68,11 @@ def test_a_store_without_authority_has_rogue_writes_alone() -> None:
     ):  # fmt: skip
         assert standing(log, "", store, lsn, marked=False) is expected
         assert any(since <= lsn < until for since, until in without(log, store, 0)) == (expected is Standing.ROGUE)
+
+
+def test_nothing_from_before_a_new_epoch_of_the_tables_counts() -> None:
+    anew = Authority(4, "old", 50, AT, None)
+    back_and_anew = [NEW_THERE, NEW_BACK, anew, Authority(5, "new", 90, AT, 0.1, 700)]
+    expected = [Interval(4, 0, 90)]
+    assert offered_intervals(back_and_anew, takes_over=True) == expected
+    assert offered_intervals(back_and_anew, takes_over=False, carried={5}) == [*expected, Interval(5, 700, FOR_EVER, NEW)]

@@ -23,7 +23,7 @@ from tests.model.carried import Held
 
 def _application(chunk: int, token: int) -> tuple[str, int]:
     """Return the application id and version under which an attempt appends a chunk to Delta."""
-    return LedgerMark("", "migration", "source", "target", token, 15).identity(chunk), APPEND_VERSION
+    return LedgerMark("", "migration", "source", "target", token, image_version(15)).identity(chunk), APPEND_VERSION
 
 
 def _batch(changes: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:

@@ -149,3 +149,20 @@ def test_finalize_removes_tombstones_and_abort_the_table(spark: SparkSession, st
     assert store.path("kept").exists()
     store.abort(TABLE, created=True)
     assert not store.path("kept").exists()
+
+
+def test_a_table_that_is_begun_anew_skips_appends_of_before(spark: SparkSession, store: DeltaStore) -> None:
+    """One chunk was appended, one is still on its way in a task that nobody waits for any more."""
+    before, anew = Marks("1"), Marks("2")
+    append(store, 0, range(3), before)
+    later = Version(1, 50, -1)
+    names = [before.identity(chunk) for chunk in range(2)]
+    store.begin_anew(TABLE, later, names)
+    store.begin_anew(TABLE, later, names)
+    append(store, 0, range(3), before)
+    append(store, 1, range(3, 6), before)
+    assert cells(spark, store) == {}
+    append(store, 0, range(2), anew, "anew")
+    assert rows_of(live_rows(spark, store.path("kept"))) == {0: "anew", 1: "anew"}
+    store.merge(TABLE, changes(spark, {5: Cell(Version(0, 2**40, 0), "of an earlier epoch"), 6: Cell(Version(1, 51, 0), "event")}))
+    assert rows_of(live_rows(spark, store.path("kept"))) == {0: "anew", 1: "anew", 6: "event"}

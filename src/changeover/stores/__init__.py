@@ -163,6 +163,13 @@ class Store(Protocol):
         """Hold a state that verification reads, in about `parts` ranges of the key where the store has an order (verify)."""
         ...
 
+    def begin_anew(self, table: TargetTable, image: Version, appended: Sequence[str]) -> None:
+        """Take every row and tombstone out and put the floor to a later epoch's v0; what earlier epochs offer has no effect then.
+
+        `appended` are the names under which chunks of earlier epochs may have been appended (prepare --anew).
+        """
+        ...
+
     def finalize(self, table: TargetTable) -> None:
         """Remove the gate and tombstones, keep the table and its rows (finalize)."""
         ...

@@ -193,6 +193,25 @@ def commit_once(path: str, identity: str, added: list[AddAction]) -> int:
     raise CouldNotFinish(f"{path}: another writer committed before each of {COMMIT_TRIES} tries: end it and run again")
 
 
+def claim(path: str, identities: Sequence[str]) -> None:
+    """Take application ids by a commit without files, so that an append that is still to come under one of them is skipped."""
+    table = DeltaTable(path)
+    for _ in range(COMMIT_TRIES):
+        if all(appended(table.transaction_version(identity)) for identity in identities):
+            return
+        try:
+            table.create_write_transaction(
+                [], mode="append", schema=table.schema(),
+                commit_properties=CommitProperties(
+                    max_commit_retries=0, app_transactions=[Transaction(identity, APPEND_VERSION) for identity in identities]
+                ),
+            )  # fmt: skip
+            return
+        except CommitFailedError:
+            table.update_incremental()
+    raise CouldNotFinish(f"{path}: another writer committed before each of {COMMIT_TRIES} tries: end it and run again")
+
+
 def appended_rows(path: Path, identity: str) -> int:
     """Return how many rows the append under an application id wrote; its commit is looked up, newest first.
 

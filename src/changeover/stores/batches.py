@@ -162,7 +162,7 @@ def _insert_images(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     inserted = cursor.execute(
         sql.SQL(
             "INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {b_columns} FROM {batch} AS b, changeover.gate AS g"
-            " WHERE g.target = {target} AND (g.epoch, g.lsn, g.ordinal) = (0, g.image_lsn, -1)"
+            " WHERE g.target = {target} AND (g.epoch, g.lsn, g.ordinal) = (g.image_epoch, g.image_lsn, -1)"
             " AND NOT EXISTS (SELECT FROM {touched} AS t WHERE {same}) ORDER BY {b_key} ON CONFLICT ({key}) DO NOTHING"
         ).format(
             table=table.table,

@@ -23,7 +23,7 @@ from changeover.errors import CouldNotFinish
 from changeover.position import Version
 from changeover.sparkerrors import raise_failures
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Collected, Column, Counts, Frozen, Mark, TargetTable
-from changeover.stores.appends import VERSION, AppendTask
+from changeover.stores.appends import VERSION, AppendTask, claim
 from changeover.stores.pgtypes import postgres_type
 from changeover.stores.reader import EVERYTHING
 from changeover.stores.tasks import OUTCOME
@@ -182,6 +182,12 @@ class DeltaStore:
             return list(zip(*(column.to_pylist() for column in found.columns), strict=True))
 
         yield Frozen(f"version {version}", EVERYTHING, frame, query)
+
+    def begin_anew(self, table: TargetTable, image: Version, appended: Sequence[str]) -> None:
+        """Claim the names of earlier appends, so that none comes late, then take all rows and tombstones out."""
+        claim(str(self.path(table.name)), appended)
+        self._existing(table.name).delete()
+        self.floors[table.name] = image
 
     def finalize(self, table: TargetTable) -> None:
         """Remove the tombstones; `_version` and `_deleted` stay as columns, dropping them would rewrite the table."""

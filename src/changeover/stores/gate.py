@@ -37,7 +37,8 @@ MARK = (
 GATE_TABLE = """
 CREATE SCHEMA IF NOT EXISTS changeover;
 CREATE TABLE IF NOT EXISTS changeover.gate (
-    target text PRIMARY KEY, epoch integer NOT NULL, lsn pg_lsn NOT NULL, ordinal bigint NOT NULL, image_lsn pg_lsn NOT NULL);
+    target text PRIMARY KEY, epoch integer NOT NULL, lsn pg_lsn NOT NULL, ordinal bigint NOT NULL, image_lsn pg_lsn NOT NULL,
+    image_epoch integer NOT NULL DEFAULT 0);
 """
 
 NAME_BYTES = 63
@@ -146,8 +147,8 @@ def install(connection: Connection, table: GatedTable, image: Version) -> None:
         connection.execute("SELECT pg_advisory_xact_lock(hashtext('changeover.install'), 0)")
         connection.execute(GATE_TABLE)
         connection.execute(
-            "INSERT INTO changeover.gate VALUES (%s, %s, %s, %s, %s) ON CONFLICT (target) DO NOTHING",
-            [table.target, image.epoch, format_lsn(image.lsn), image.ordinal, format_lsn(image.lsn)],
+            "INSERT INTO changeover.gate VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (target) DO NOTHING",
+            [table.target, image.epoch, format_lsn(image.lsn), image.ordinal, format_lsn(image.lsn), image.epoch],
         )
         present = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table.touched.as_string(connection)]).fetchone()
         if present is None or not present[0]:
@@ -218,6 +219,36 @@ def barrier(connection: Connection, table: GatedTable, server: str, tries: int =
         except psycopg.errors.LockNotAvailable:
             continue
     raise LockNotGranted(server, f"barrier of {table.target}", "gated writes that do not end")
+
+
+def begin_anew(connection: Connection, table: GatedTable, image: Version, server: str, tries: int = 60) -> None:
+    """Empty a table and its touched rows, and put the floor to a later epoch's v0, in one transaction behind the table's lock.
+
+    From its commit on whatever an earlier epoch offers is below the floor. Asked for briefly and again, so that readers and
+    writers never queue long. A foreign key that points at the table, or a missing right, is an error, and nothing is changed.
+    """
+    for _ in range(tries):
+        try:
+            with connection.transaction():
+                connection.execute("SET LOCAL lock_timeout = '500ms'")
+                connection.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(table.lock_key))
+                connection.execute(sql.SQL("TRUNCATE {}, {}").format(table.table, table.touched))
+                _put_floor(connection, table, image)
+            return
+        except psycopg.errors.LockNotAvailable:
+            continue
+    raise LockNotGranted(server, f"lock to empty {table.target}", "reads or gated writes that do not end")
+
+
+def _put_floor(connection: Connection, table: GatedTable, image: Version) -> None:
+    raised = connection.execute(
+        "UPDATE changeover.gate SET (epoch, lsn, ordinal, image_epoch, image_lsn)"
+        " = (%(e)s, %(l)s::pg_lsn, %(o)s, %(e)s, %(l)s::pg_lsn)"
+        " WHERE target = %(t)s AND (epoch, lsn, ordinal) < (%(e)s, %(l)s::pg_lsn, %(o)s)",
+        {"e": image.epoch, "l": format_lsn(image.lsn), "o": image.ordinal, "t": table.target},
+    ).rowcount
+    if not raised:
+        raise CouldNotFinish(f"the floor of {table.target} is above {image}: an epoch begins above all that ever were")
 
 
 def sweep(connection: Connection, table: GatedTable) -> int:

@@ -150,8 +150,18 @@ class PostgresStore:
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
         """Hold an exported REPEATABLE READ snapshot open; the position is the insert LSN read inside it."""
         key = tuple(column for name in table.key for column in table.columns if column.name == name)
-        with freeze(spark, self.dsn, self.application, ReadTable(table.schema, table.name, table.columns, key), parts) as frozen:
+        found = self.connection.execute(
+            "SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass(%s)",
+            [sql.Identifier(table.schema, table.name).as_string(self.connection)],
+        ).fetchone()
+        read = ReadTable(table.schema, table.name, table.columns, key, partitioned=bool(found and found[0]))
+        with freeze(spark, self.dsn, self.application, read, parts) as frozen:
             yield frozen
+
+    def begin_anew(self, table: TargetTable, image: Version, appended: Sequence[str]) -> None:
+        """Empty the table and its touched rows under a new floor; a chunk of an earlier epoch has lost its mark in the ledger."""
+        with speaking_to(self.dsn, f"emptying {table}"):
+            gate.begin_anew(self.connection, self.gated(table), image, server_name(self.dsn))
 
     def finalize(self, table: TargetTable) -> None:
         """Remove the gate, its floor, its tombstones and a refusal; the table and its rows stay."""

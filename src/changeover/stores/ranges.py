@@ -28,12 +28,13 @@ def chunk_count(connection: Connection, schema: str, name: str, rows_per_chunk: 
 def estimated_rows(connection: Connection, schema: str, name: str) -> int:
     """Return the planner's estimate of a table's rows, scaled to its present size; never a count(*)."""
     row = connection.execute(
-        "SELECT CASE WHEN c.reltuples > 0 AND c.relpages > 0"
+        "SELECT sum(CASE WHEN c.reltuples > 0 AND c.relpages > 0"
         " THEN c.reltuples / c.relpages * (pg_relation_size(c.oid) / current_setting('block_size')::int)"
-        " ELSE pg_relation_size(c.oid) / 100 END FROM pg_class c WHERE c.oid = %s::regclass",
-        [sql.Identifier(schema, name).as_string(connection)],
+        " ELSE pg_relation_size(c.oid) / 100 END) FROM pg_class c WHERE c.relkind <> 'p'"
+        " AND c.oid IN (SELECT %(table)s::regclass UNION ALL SELECT relid FROM pg_partition_tree(%(table)s::regclass))",
+        {"table": sql.Identifier(schema, name).as_string(connection)},
     ).fetchone()
-    return int(row[0]) if row else 0
+    return int(row[0]) if row and row[0] else 0
 
 
 def plan_ranges(connection: Connection, schema: str, name: str, key: Sequence[str], count: int) -> list[KeyRange]:

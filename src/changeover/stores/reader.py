@@ -51,6 +51,13 @@ class ReadTable:
     name: str
     columns: tuple[Column, ...]
     key: tuple[Column, ...]
+    partitioned: bool = False
+    """Whether the rows are those of its partitions; any other table is read without what inherits from it."""
+
+    @property
+    def rows(self) -> sql.Composed:
+        """Return the table as a query names it."""
+        return sql.SQL("{}{}").format(sql.SQL("" if self.partitioned else "ONLY "), sql.Identifier(self.schema, self.name))
 
 
 def read_table(
@@ -112,9 +119,7 @@ def _subquery(table: ReadTable, columns: Sequence[tuple[sql.Composable, str]]) -
     """The expressions, and the raw key beside them for the conditions (Spark prunes what it does not use)."""
     raw = [(sql.Identifier(column.name), f"_key{place}") for place, column in enumerate(table.key)]
     parts = [sql.SQL("{} AS {}").format(form, sql.Identifier(name)) for form, name in [*columns, *raw]]
-    return sql.SQL("(SELECT {} FROM ONLY {}) AS changeover_read").format(
-        sql.SQL(", ").join(parts), sql.Identifier(table.schema, table.name)
-    )
+    return sql.SQL("(SELECT {} FROM {}) AS changeover_read").format(sql.SQL(", ").join(parts), table.rows)
 
 
 def _streamed(column: Column) -> sql.Composable:
@@ -175,12 +180,12 @@ def _session_start(table: ReadTable, snapshot: ExportedSnapshot) -> sql.Composed
     """Import the snapshot, prove it in band, and hold the table's file in place until the range is read."""
     return sql.SQL(
         "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET TRANSACTION SNAPSHOT {name};"
-        " LOCK TABLE ONLY {table} IN ACCESS SHARE MODE;"
+        " LOCK TABLE {table} IN ACCESS SHARE MODE;"
         " DO $check$ BEGIN IF pg_current_snapshot()::text <> {visible} THEN"
         " RAISE EXCEPTION 'changeover: the session sees % and not the exported snapshot', pg_current_snapshot();"
         " END IF; END $check$"
     ).format(
         name=sql.Literal(snapshot.name),
         visible=sql.Literal(snapshot.visible),
-        table=sql.Identifier(table.schema, table.name),
+        table=table.rows,
     )

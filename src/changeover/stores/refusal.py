@@ -8,6 +8,7 @@ drain as well. It is asked for with a short lock_timeout and again, so that writ
 from __future__ import annotations
 
 import time
+from typing import LiteralString
 
 import psycopg
 from psycopg import sql
@@ -17,7 +18,10 @@ from changeover.stores.gate import FENCED, ours
 
 LOCK_TIMEOUT = "300ms"
 
-TRIGGERS = (("", "INSERT OR UPDATE OR DELETE", "ROW"), ("_truncate", "TRUNCATE", "STATEMENT"))
+TRIGGERS: tuple[tuple[str, LiteralString, LiteralString], ...] = (
+    ("", "INSERT OR UPDATE OR DELETE", "ROW"),
+    ("_truncate", "TRUNCATE", "STATEMENT"),
+)
 """(suffix of the trigger's name, events, level)."""
 
 
@@ -35,17 +39,35 @@ def install(connection: Connection, schema: str, name: str, epoch: int, deadline
                 connection.execute("CREATE SCHEMA IF NOT EXISTS changeover")
                 connection.execute(_function(function, epoch, _server_time(connection, left)))
                 for suffix, event, level in TRIGGERS:
-                    trigger = sql.Identifier(f"changeover_refusal{suffix}")
-                    connection.execute(
-                        sql.SQL("CREATE OR REPLACE TRIGGER {} BEFORE {} ON {} FOR EACH {} EXECUTE FUNCTION {}()").format(
-                            trigger, sql.SQL(event), table, sql.SQL(level), function
-                        )
-                    )
-                    connection.execute(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
+                    # a row's trigger is every partition's, present and to come; a statement's is the table's own alone
+                    for one in (table, *(_partitions(connection, table) if level == "STATEMENT" else ())):
+                        _refuse(connection, one, sql.Identifier(f"changeover_refusal{suffix}"), event, level, function)
             return True
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.05)
     return False
+
+
+def _refuse(
+    connection: Connection, table: sql.Identifier, trigger: sql.Identifier, event: LiteralString, level: LiteralString,
+    function: sql.Identifier,
+) -> None:  # fmt: skip
+    connection.execute(
+        sql.SQL("CREATE OR REPLACE TRIGGER {} BEFORE {} ON {} FOR EACH {} EXECUTE FUNCTION {}()").format(
+            trigger, sql.SQL(event), table, sql.SQL(level), function
+        )
+    )
+    connection.execute(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
+
+
+def _partitions(connection: Connection, table: sql.Identifier) -> list[sql.Identifier]:
+    """Return the partitions of a table, none for one that is not partitioned or not there."""
+    rows = connection.execute(
+        "SELECT n.nspname, c.relname FROM pg_partition_tree(to_regclass(%s)) t JOIN pg_class c ON c.oid = t.relid"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE t.level > 0 ORDER BY 1, 2",
+        [table.as_string(connection)],
+    )
+    return [sql.Identifier(*row) for row in rows.fetchall()]
 
 
 def make_permanent(connection: Connection, schema: str, name: str, epoch: int) -> None:
@@ -78,13 +100,16 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
         return []
     removed = []
     with connection.transaction():
-        found = connection.execute(
-            "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgname LIKE 'changeover_refusal%%'",
-            [sql.Identifier(schema, name).as_string(connection)],
-        ).fetchall()
-        for row in found:
-            connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), sql.Identifier(schema, name)))
-            removed.append(f"trigger {row[0]} on {schema}.{name}")
+        table = sql.Identifier(schema, name)
+        for one in (table, *_partitions(connection, table)):
+            found = connection.execute(
+                "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgparentid = 0"
+                " AND tgname LIKE 'changeover_refusal%%'",
+                [one.as_string(connection)],
+            ).fetchall()
+            for row in found:
+                connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), one))
+                removed.append(f"trigger {row[0]} on {one.as_string(connection).replace(chr(34), '')}")
         connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("refuse", schema, name)))
     return removed
 

@@ -1,0 +1,158 @@
+"""Restart: a migration begun anew in a new epoch, when its change stream has a gap that nothing can close.
+
+A slot that is lost, a source that failed over or was restored: whatever was deleted in the gap is in the targets without any event,
+and the positions of another server say nothing beside those of the first. So nothing of the old epoch is used again. Its chunks
+lose their marks' tokens, its spool is removed, and each target is emptied under a floor of the new epoch, below which lies
+whatever an earlier one may still offer. What `prepare` promises of order holds here too. The epoch is on record before
+the first removal and the ledger's record comes last, so a restart that was killed goes on by the same command, and until it is done
+no other step does. Only tables that this migration loads are emptied.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from changeover import points
+from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
+from changeover.jobs import reverse
+from changeover.jobs.backfill import append_name
+from changeover.jobs.chunks import first_token
+from changeover.jobs.entries import PENDING, Stream
+from changeover.jobs.ledger import Ledger
+from changeover.jobs.preflight import Preflight, preflight
+from changeover.jobs.prepare import Prepared, open_stream, plan_transforms, record_tables, remove_from_source, spool_of
+from changeover.jobs.replay import lease_of
+from changeover.jobs.spool import remove_spools
+from changeover.jobs.transform import Transform
+from changeover.position import format_lsn
+from changeover.spec import Spec
+from changeover.stores import open_store
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+log = logging.getLogger(__name__)
+
+LEASE_SECONDS = 5.0
+
+Transforms = Mapping[tuple[str, str], Transform]
+
+
+def restart(spec: Spec, spark: SparkSession) -> Prepared:
+    """Begin a prepared migration anew in a new epoch; the same command goes on after a kill (driver).
+
+    Raises Refused once authority has moved or the migration ended, LeaseHeld while another step runs, UsageError when the spec
+    changed, UnsafePlan, SlotBlocked. An error takes away what was made in the old store.
+    """
+    with Ledger.open(spec, "prepare") as ledger, _alone(spec, ledger):
+        _require_allowed(spec, ledger)
+        found = preflight(spec)
+        if found.reasons:
+            raise UnsafePlan(tuple(found.reasons))
+        transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
+        before = ledger.stream("status")
+        epoch = _begin(ledger)
+        points.reach("epoch-begun", epoch)
+        try:
+            return _make(spec, ledger, found, transforms, before, epoch)
+        except ChangeoverError:
+            _give_back(spec)
+            raise
+
+
+@contextmanager
+def _alone(spec: Spec, ledger: Ledger) -> Iterator[None]:
+    """Hold the leases of every step."""
+    with ExitStack() as held:
+        for step in ("prepare", "capture", "backfill", "verify", "fence", *map(lease_of, sorted(spec.targets))):
+            held.enter_context(ledger.lease(step, wait_seconds=LEASE_SECONDS))
+        yield
+
+
+def _require_allowed(spec: Spec, ledger: Ledger) -> None:
+    if ledger.spec_digest() != spec.digest:
+        raise UsageError(f"{spec.path} changed since prepare: put it back, or `changeover abort SPEC` and begin again")
+    if ledger.milestones()[1] is not None:
+        raise Refused("prepare --anew: the migration was finalized, so there is nothing to begin anew")
+    if ledger.authority().store == "new":
+        raise Refused(
+            "prepare --anew: authority has moved to the new store, whose rows are the truth and would be emptied:"
+            " `changeover flags rollback SPEC` first"
+        )
+
+
+def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, before: Stream, epoch: int) -> Prepared:
+    """Remove what the old epoch had, and make what the new one has, in the order that is the promise."""
+    removed = reverse.remove(spec, ledger) + remove_from_source(spec)
+    remove_spools(spec.work)
+    stream = replace(open_stream(spec, found), epoch=epoch)
+    points.reach("stream-opened", epoch)
+    for (source, target), planned in transforms.items():
+        with open_store(spec, spec.targets[target], "prepare") as store:
+            if store.columns(planned.target.schema, planned.target.name) is None:
+                store.create(planned.target)
+            store.install(planned.target, stream.image)
+            chunks = ledger.chunks(source, target)
+            names = [append_name(spec.name, before.image, source, target, row.chunk) for row in chunks]
+            store.begin_anew(planned.target, stream.image, names)
+            points.reach("target-emptied", f"{planned.target} in {target}")
+    spool_of(spec, epoch).create()
+    points.reach("before-record", epoch)
+    with ledger.connection.transaction():
+        _record(ledger, stream)
+        record_tables(spec, ledger, found)
+        emptied = [f"{planned.target} in {target}" for (_, target), planned in transforms.items()]
+        told = {"epoch": epoch, "l0": format_lsn(stream.l0), "removed": removed, "emptied": emptied}
+        ledger.audit("prepare", "anew", told)
+    log.info("epoch %s begins at %s", epoch, format_lsn(stream.l0))
+    return Prepared(stream, transforms)
+
+
+def _begin(ledger: Ledger) -> int:
+    """Begin an epoch above all that ever were: every load is pending, and no attempt at a chunk may mark it any more."""
+    with ledger.connection.transaction():
+        row = ledger.connection.execute(
+            "UPDATE changeover.migration AS m SET begun = 1 + greatest(m.epoch, m.begun, (SELECT max(a.epoch)"
+            " FROM changeover.authority AS a WHERE a.migration = m.name)) WHERE m.name = %s RETURNING m.begun",
+            [ledger.migration],
+        ).fetchone()
+        assert row is not None
+        ledger.connection.execute(
+            "UPDATE changeover.chunk SET token = %s WHERE migration = %s", [first_token(row[0]), ledger.migration]
+        )
+        ledger.connection.execute("UPDATE changeover.load SET state = %s WHERE migration = %s", [PENDING, ledger.migration])
+        ledger.audit("prepare", "begun anew", {"epoch": row[0]})
+    return int(row[0])
+
+
+def _record(ledger: Ledger, stream: Stream) -> None:
+    """Record, in the caller's transaction, what an epoch begins with: its stream, no chunk, no event offered, no table."""
+    ledger.connection.execute(
+        "UPDATE changeover.migration SET l0 = %s, system_id = %s, timeline = %s, slot = %s, publication = %s, snapshot = %s,"
+        " visible = %s, epoch = %s, begun = NULL, prepared = now() WHERE name = %s",
+        [format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, stream.publication, stream.snapshot,
+         stream.visible, stream.epoch, ledger.migration],
+    )  # fmt: skip
+    ledger.connection.execute("DELETE FROM changeover.chunk WHERE migration = %s", [ledger.migration])
+    ledger.connection.execute("DELETE FROM changeover.source_table WHERE migration = %s", [ledger.migration])
+    ledger.connection.execute(
+        "UPDATE changeover.load SET state = %s, applied = %s, refused = 0, swept = 0, events = 0, changed = now()"
+        " WHERE migration = %s",
+        [PENDING, format_lsn(stream.l0), ledger.migration],
+    )
+    ledger.connection.execute(
+        "INSERT INTO changeover.authority (migration, epoch, store, from_lsn) VALUES (%s, %s, 'old', %s)",
+        [ledger.migration, stream.epoch, format_lsn(stream.l0)],
+    )
+
+
+def _give_back(spec: Spec) -> None:
+    """Leave no slot and no snapshot behind in the old store; what can't be removed now goes with the next try."""
+    try:
+        remove_from_source(spec)
+    except ChangeoverError as error:
+        log.warning("not everything could be removed: %s", error)
