@@ -238,7 +238,7 @@ class Assembler:
         lsn, ordinal, xid, committed_at = (int(part[0]) for part in stamps)
         told: list[tuple[str, str, str | None]] = []
         if message[0] == rows.TRUNCATE:
-            told = self._truncated(pgoutput.truncate(message).relations)
+            told = self._truncated(pgoutput.truncate(message).relations, note)
         else:
             said = pgoutput.message(message)
             if said.prefix == MARKER_PREFIX:
@@ -246,7 +246,7 @@ class Assembler:
                 told = [("", MARKER, said.content.decode(errors="backslashreplace"))]
         self._gather_events([Event(name, lsn, ordinal, op, None, None, (), xid, committed_at, note) for name, op, note in told])
 
-    def _truncated(self, relations: Sequence[int]) -> list[tuple[str, str, str | None]]:
+    def _truncated(self, relations: Sequence[int], mark: str | None) -> list[tuple[str, str, str | None]]:
         """Return name, kind and note of what a TRUNCATE tells; a partitioned table is truncated where each of its partitions is."""
         emptied: dict[str, set[int]] = {}
         for oid in relations:
@@ -254,7 +254,7 @@ class Assembler:
         told: list[tuple[str, str, str | None]] = []
         for name, oids in emptied.items():
             if self.roots.leaves(name) <= oids:
-                told.append((name, TRUNCATE, None))
+                told.append((name, TRUNCATE, mark))
             else:
                 note = f"the rows of {', '.join(self.roots.called(oids))} alone were truncated: none can tell which"
                 log.warning("%s: %s", name, note)

@@ -75,4 +75,4 @@ def test_nothing_from_before_a_new_epoch_of_the_tables_counts() -> None:
     back_and_anew = [NEW_THERE, NEW_BACK, anew, Authority(5, "new", 90, AT, 0.1, 700)]
     expected = [Interval(4, 0, 90)]
     assert offered_intervals(back_and_anew, takes_over=True) == expected
-    assert offered_intervals(back_and_anew, takes_over=False, carried={5}) == [*expected, Interval(5, 700, FOR_EVER, NEW)]
+    assert offered_intervals(back_and_anew, takes_over=False, carried={5}) == [*expected, Interval(5, 700, FOR_EVER, "new")]
