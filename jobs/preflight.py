@@ -173,7 +173,7 @@ def preflight(spec: Spec) -> Preflight:
         rules = SERVER_RULES + CAPTURE_RULES[spec.source.capture]
         found.reasons += [row[0] for row in old.execute(rules, {"oldest": OLDEST_SERVER, "slot": spec.slot}).fetchall()]
         for table in spec.tables:
-            _source_table(old, table, found)
+            _source_table(old, table, spec.source.capture, found)
             _require_columns(spec, table, found.tables.get(table.source))
             if spec.flag is not None:
                 found.reasons += _not_mirrored(old, found.tables.get(table.source))
@@ -241,7 +241,7 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
     return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))
 
 
-def _source_table(connection: Connection, table: Table, found: Preflight) -> None:
+def _source_table(connection: Connection, table: Table, capture: str, found: Preflight) -> None:
     schema, name = table.source_name
     seen = source_table(connection, table)
     if seen is None:
@@ -257,6 +257,9 @@ def _source_table(connection: Connection, table: Table, found: Preflight) -> Non
         for c in seen.columns
         if source_type(c.type) is None
     ]
+    if capture == TRIGGER and (seen.partitions is not None or seen.generated):
+        what = "is partitioned" if seen.partitions is not None else f"has the generated column {min(seen.generated)}"
+        found.reasons.append(f'{seen.source} {what}, which capture by triggers does not carry: capture = "slot" does')
     found.tables[table.source] = seen
 
 

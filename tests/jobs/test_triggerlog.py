@@ -38,6 +38,7 @@ from changeover.jobs.triggerlog import Log
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
+from changeover.stores.gate import MARK, OURS
 from tests.fix_migration import NASTY_ROWS
 from tests.fix_postgres import binaries_by_major, default_binaries, fresh_database, passing_server
 
@@ -699,3 +700,35 @@ def test_an_idle_log_writes_nothing_and_other_wal_moves_the_end(counters: Logged
     near = parse_lsn(row[0]) - logcapture.IDLE_STEP
     capture(counters.spec, until=lambda: counters.spool.end() >= near)
     assert counters.spool.end() > before
+
+
+def test_our_own_writes_bear_their_mark_and_nobody_elses(counters: Logged) -> None:
+    counters.sql("INSERT INTO counters VALUES (1, 0, 'theirs')")
+    with counters.old.transaction():
+        counters.old.execute(MARK, [OURS, "changes"])
+        counters.old.execute("UPDATE counters SET n = 1 WHERE id = 1")
+    counters.sql("UPDATE counters SET n = 2 WHERE id = 1")
+    counters.catch_up()
+    assert [(event["op"], event["note"]) for event in counters.events()] == [("I", None), ("U", "changes"), ("U", None)]
+
+
+@pytest.mark.parametrize(
+    ("ddl", "reason"),
+    [
+        (
+            "CREATE TABLE odd (id integer PRIMARY KEY, n integer, twice integer GENERATED ALWAYS AS (n) STORED)",
+            "generated column twice",
+        ),
+        ("CREATE TABLE odd (id integer PRIMARY KEY, n integer) PARTITION BY RANGE (id)", "is partitioned"),
+    ],
+)
+def test_what_a_row_image_does_not_fit_is_refused(counters: Logged, ddl: str, reason: str, tmp_path: Path) -> None:
+    """A row's composite text has every column in the catalogue's order, and a partition's trigger is not the table's."""
+    counters.old.execute(sql.SQL(ddl))
+    path = tmp_path / "odd.toml"
+    table = TABLE.format("odd", '["id"]')
+    path.write_text(SPEC.format(name=f"odd{secrets.token_hex(4)}", capture="trigger", tables=table, work=tmp_path))
+    try:
+        assert any(reason in one and 'capture = "slot"' in one for one in preflight(load(path)).reasons)
+    finally:
+        counters.old.execute("DROP TABLE odd")
