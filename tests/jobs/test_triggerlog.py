@@ -703,11 +703,11 @@ def test_an_idle_log_writes_nothing_and_other_wal_moves_the_end(counters: Logged
 
 
 def test_our_own_writes_bear_their_mark_and_nobody_elses(counters: Logged) -> None:
-    counters.sql("INSERT INTO counters VALUES (1, 0, 'theirs')")
+    counters.sql("INSERT INTO counters VALUES (7001, 0, 'theirs')")
     with counters.old.transaction():
         counters.old.execute(MARK, [OURS, "changes"])
-        counters.old.execute("UPDATE counters SET n = 1 WHERE id = 1")
-    counters.sql("UPDATE counters SET n = 2 WHERE id = 1")
+        counters.old.execute("UPDATE counters SET n = 1 WHERE id = 7001")
+    counters.sql("UPDATE counters SET n = 2 WHERE id = 7001")
     counters.catch_up()
     assert [(event["op"], event["note"]) for event in counters.events()] == [("I", None), ("U", "changes"), ("U", None)]
 
