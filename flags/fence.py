@@ -2,8 +2,9 @@
 
 The order is the proof: (1) the losing store refuses whatever is not of the new epoch, and getting that trigger's lock has drained
 every older writing transaction; (2) only then its position F is read and a marker emitted; (3) the gaining store has everything
-below F; (4) its floor goes up to the new epoch; (5) the ledger says so. Until then the refusal ends by itself at a deadline, so a
-fence that dies gives the writers back; after a hand-over that took longer than `max_pause` it is called off.
+below F; (4) the ledger says that authority has moved; (5) the gaining store's floor goes up to the new epoch, never before, or a
+fence that is called off would leave a floor that refuses what the losing store still writes. Until (4) the refusal ends by itself
+at a deadline, so a fence that dies gives the writers back; after a hand-over that took longer than `max_pause` it is called off.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
         old, new = held.enter_context(_sides(spec))
         losing, gaining = (old, new) if to is Origin.NEW else (new, old)
         if present.store == to.value:
-            _let_write(gaining)
+            _finish(gaining, present.epoch)
             return Fenced(present.epoch, present.store, present.from_lsn, present.pause_seconds or 0.0)
         epoch = present.epoch + 1
         lacking = _draw_near(ledger, new) if to is Origin.OLD else None
@@ -98,13 +99,14 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
                 else:
                     places = _hand_back(spec, ledger, (old, new), epoch, pause, turn.close, lacking)
                 _pass_the_others(spec, gaining, losing, to)
-                _make_final(gaining, losing, epoch, pause)
+                _make_final(losing, epoch, pause)
                 _record(ledger, Authority(epoch, to.value, places[0], present.at, pause.seconds, places[1]))
                 pause.make(Move.RECORD)
             except BaseException:
                 _call_off(spec, losing, epoch)
                 raise
-        _let_write(gaining)
+        _finish(gaining, epoch)
+        pause.make(Move.RAISE_FLOOR)
         if lacking is not None:
             reverse.break_off(ledger, f"authority went back without it: {lacking}")
         log.info(
@@ -114,9 +116,19 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
 
 
 def settle(spec: Spec) -> None:
-    """Let the store that has authority take writes: a fence killed in its last steps may have left it refusing (driver)."""
+    """Do what a fence that was killed may have left: the store that has authority takes writes, behind its floor (driver)."""
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), _sides(spec) as (old, new):
-        _let_write(new if ledger.authority().store == Origin.NEW.value else old)
+        present = ledger.authority()
+        _finish(new if present.store == Origin.NEW.value else old, present.epoch)
+
+
+def _finish(gaining: Side, epoch: int) -> None:
+    """Raise the floor of the store that has authority on record, and let it write; safe to repeat."""
+    for schema, name, key in gaining.tables:
+        table = gate.GatedTable(schema, name, key, ())
+        if epoch and gate.installed(gaining.connection, table):
+            gate.raise_floor(gaining.connection, table, epoch_floor(epoch))
+    _let_write(gaining)
 
 
 def _let_write(side: Side) -> None:
@@ -179,11 +191,8 @@ def _turn(spec: Spec, ledger: Ledger, to: Origin) -> Iterator[ExitStack]:
         yield turn
 
 
-def _make_final(gaining: Side, losing: Side, epoch: int, pause: Pause) -> None:
-    """Raise the gaining store's floor and take the deadline off the losing one's refusal."""
-    for schema, name, key in gaining.tables:
-        gate.raise_floor(gaining.connection, gate.GatedTable(schema, name, key, ()), epoch_floor(epoch))
-    pause.make(Move.RAISE_FLOOR)
+def _make_final(losing: Side, epoch: int, pause: Pause) -> None:
+    """Take the deadline off the losing store's refusal."""
     if pause.deadline - time.monotonic() < PERMANENT_SECONDS:
         raise FenceCalledOff(pause.seconds, "the last step, which the deadline left no time for")
     for schema, name, _ in losing.tables:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from psycopg import sql
 
 from changeover.jobs import inverse
-from changeover.jobs.preflight import SERVER_RULES, TABLE_RULES, SourceTable, source_table
+from changeover.jobs.preflight import CAPTURE_RULES, SERVER_RULES, TABLE_RULES, SourceTable, source_table
 from changeover.session import Connection, application_name, connect
-from changeover.spec import Spec, Table
+from changeover.spec import SLOT, Spec, Table
 
 OLDEST_SERVER = 140000
 
@@ -27,9 +27,8 @@ FROM pg_class c WHERE c.oid = %(oid)s
 def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> list[str]:
     """Return why no path back can be opened; a table that is not there yet is no reason, nor is a `slot` that is taken by it."""
     there = has_slot(new, slot)
-    reasons = [
-        row[0] for row in new.execute(SERVER_RULES, {"oldest": OLDEST_SERVER}).fetchall() if not there or "slots" not in row[0]
-    ]
+    rules, asked = SERVER_RULES + CAPTURE_RULES[SLOT], {"oldest": OLDEST_SERVER, "slot": slot}
+    reasons = [row[0] for row in new.execute(rules, asked).fetchall() if not there or "slots" not in row[0]]
     for table in spec.tables:
         seen = source_table(old, table)
         if seen is None:
@@ -46,7 +45,7 @@ def _unfit(new: Connection, found: SourceTable) -> list[str]:
     quoted = sql.Identifier(*found.source.split(".", 1)).as_string(new)
     row = new.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
     assert row is not None
-    asked = {"oid": row[0], "name": found.source}
+    asked = {"oid": row[0], "name": found.source, "identity": ", ".join(sorted(found.identity)), "keys": list(found.identity)}
     rows = [*new.execute(ORDINARY, asked).fetchall(), *new.execute(TABLE_RULES, asked).fetchall()]
     return [found for (found,) in rows if "generated column" not in found]  # it is computed anew, and no part of a transform
 

@@ -204,14 +204,20 @@ class Carrier:
         self.snapshot = snapshot
 
     def catch_up(self, load: Any, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
-        """Offer what is left of one interval; what lies between two of them is never offered."""
+        """Offer what is left of one interval, batch by batch; what lies between two of them is never offered."""
         end = min(end, interval.until)
-        if load.applied >= end:
-            return load, Counts(0, 0)
+        events = taken = 0
+        while load.applied < end:
+            load, done = self._carry(load, interval, end, transform, store)
+            events, taken = events + done.offered, taken + done.taken
+        return load, Counts(events, taken)
+
+    def _carry(self, load: Any, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
+        """Offer the next batch, and write down how far it reached."""
         start = max(load.applied, interval.since)
         stopped = self.journal.stopped(load)
         # stopped by an event: each target is still brought up to it
-        if stopped and self._next_batch(start, self.spool.end(), transform, interval).stop is None:
+        if stopped and first_stop(self._outline(start, self.spool.end(), transform, interval), identity_of(transform)) is None:
             raise TableStopped(load.source, stopped)
         batch = self._next_batch(start, end, transform, interval)
         taken = 0
@@ -228,14 +234,15 @@ class Carrier:
             raise TableStopped(load.source, batch.stop)
         return replace(load, applied=batch.until), Counts(batch.events, taken)
 
+    def _outline(self, start: int, end: int, transform: Transform, interval: Interval) -> pa.Table:
+        """Return what of the table's events is offered, without their rows."""
+        outline = self.spool.outline(start, end)
+        return offered(outline.filter(pc.equal(outline["relation"], ".".join(transform.table.source_name))), interval)
+
     def _next_batch(self, start: int, end: int, transform: Transform, interval: Interval) -> Batch:
         end = self.spool.reach(start, end, BATCH_EVENTS, BATCH_BYTES)
-        relation = ".".join(transform.table.source_name)
-        outline = self.spool.outline(start, end)
-        ours = outline.filter(pc.equal(outline["relation"], relation))
-        if not interval.echo:
-            ours = ours.filter(pc.or_(pc.is_null(ours["note"]), pc.is_in(ours["op"], pa.array([RELATION, ADDED]))))
-        stop = first_stop(ours, [c.name for c in transform.identity])
+        ours = self._outline(start, end, transform, interval)
+        stop = first_stop(ours, identity_of(transform))
         if stop is not None:
             end, ours = stop[0], ours.filter(pc.less(ours["lsn"], stop[0]))
         reason = f"{stop[1]} (at {format_lsn(end)})" if stop else None
@@ -248,17 +255,15 @@ class Carrier:
         would wait more often than they do.
         """
         relation = ".".join(transform.table.source_name)
-        identity, columns = [c.name for c in transform.identity], [c.name for c in transform.source]
+        columns = [c.name for c in transform.source]
         taken = 0
         alone = self.journal.closed(load) and SMALL_BATCH < batch.events < 2 * BATCH_EVENTS
         reached = caught_up_floor(interval.epoch, batch.until) if alone else None
         for events in self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS):
-            ours = events.filter(pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE])))
-            if not interval.echo:
-                ours = ours.filter(pc.is_null(ours["note"]))
+            ours = offered(events.filter(pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE]))), interval)
             if batch.truncated:  # what came before it has nothing to say any more
                 ours = ours.filter(_after(ours, *batch.truncated))
-            last = last_of_each_key(ours, identity, columns)
+            last = last_of_each_key(ours, identity_of(transform), columns)
             with completed(self.spec, self.spark, transform, last, self.snapshot, self.journal.dsn) as whole:
                 moved = transform.moved_in_stream() if store.takes_text else frozenset()
                 changes = transform.changes(whole, interval.epoch, moved)
@@ -266,6 +271,18 @@ class Carrier:
                 changes = changes.coalesce(1) if len(last) <= SMALL_BATCH else changes
                 taken += store.merge(transform.target, changes, reached).taken
         return taken
+
+
+def identity_of(transform: Transform) -> list[str]:
+    """Return the columns by which the stream tells a source row from others."""
+    return [c.name for c in transform.identity]
+
+
+def offered(events: pa.Table, interval: Interval) -> pa.Table:
+    """Return what of a table's events is offered: of an echo all, else what bears no mark of our own writes (pure)."""
+    if interval.echo:
+        return events
+    return events.filter(pc.or_(pc.is_null(events["note"]), pc.is_in(events["op"], pa.array([RELATION, ADDED]))))
 
 
 def first_stop(outline: pa.Table, identity: Sequence[str]) -> tuple[int, str] | None:
@@ -377,7 +394,7 @@ def _back_rounds(running: Replay, follow: bool, stop: threading.Event) -> Replay
         with running.ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
             done = running.bring_back()
         events, taken = events + done.events, taken + done.taken
-        if stop.is_set() or (not follow and not done.events):
+        if stop.is_set() if follow else not done.events:
             return Replayed(events, taken, done.applied)
         if not done.events:
             stop.wait(IDLE_SECONDS)

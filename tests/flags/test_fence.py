@@ -102,11 +102,17 @@ def test_a_fence_that_can_not_be_recorded_gives_the_writers_back(moved: Migratio
         raise ServerUnavailable("the ledger", "broke off")
 
     monkeypatch.setattr(fences, "_record", broken)
-    with following(moved), pytest.raises(ServerUnavailable):
-        cutover.advance(moved.spec, to=Stage.LIVE, override="test")
-    assert authority(moved).store == "old"
-    assert cutover.wished(moved.spec) is Stage.SHADOW
-    moved.old.execute("UPDATE accounts SET note = 'goes on' WHERE id = 1")
+    with following(moved):
+        with pytest.raises(ServerUnavailable):
+            cutover.advance(moved.spec, to=Stage.LIVE, override="test")
+        assert authority(moved).store == "old"
+        assert cutover.wished(moved.spec) is Stage.SHADOW
+        moved.old.execute("UPDATE accounts SET note = 'goes on' WHERE id = 1")
+        # a floor that had been raised for it would refuse, without a word, all that the old store writes from here on
+        deadline = time.monotonic() + 30
+        while moved.new.execute("SELECT note FROM ledgers WHERE id = 1").fetchone() != ("goes on",):
+            assert time.monotonic() < deadline, "it never came"
+            time.sleep(0.1)
 
 
 def test_a_fence_whose_record_was_made_though_nobody_heard_it_stands(moved: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +127,8 @@ def test_a_fence_whose_record_was_made_though_nobody_heard_it_stands(moved: Migr
         cutover.advance(moved.spec, to=Stage.LIVE, override="test")
     assert authority(moved).store == "new"
     assert cutover.wished(moved.spec) is Stage.LIVE
+    fences.settle(moved.spec)
+    assert moved.new.execute("SELECT epoch FROM changeover.gate").fetchone() == (1,)
     with pytest.raises(psycopg.Error, match="no authority"):
         moved.old.execute("UPDATE accounts SET note = 'stale' WHERE id = 1")
 

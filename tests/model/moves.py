@@ -60,6 +60,8 @@ class MoveState(NamedTuple):
     step: int
     fence: int
     rogues: int
+    calls_off: int
+    """How many more hand-overs are called off, or killed, before they are on record."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Moving:
     rogue: bool = False
     reverse: bool = True
     """Replay from the new store's log; without it direct writes alone bring its writes to the old one, and none is lost."""
+    calls_off: int = 0
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -87,7 +90,9 @@ class Moving:
         places = tuple(tuple(Place() for _ in self.keys) for _ in STORES)
         tenures = tuple(Tenure(key, 0, "old", 0) for key in self.keys)
         zeros = tuple(0 for _ in self.keys)
-        return MoveState(((), ()), places, (0,) * len(ROUTES), floors, tenures, zeros, zeros, (), 0, 0, 0, int(self.rogue))
+        return MoveState(
+            ((), ()), places, (0,) * len(ROUTES), floors, tenures, zeros, zeros, (), 0, 0, 0, int(self.rogue), self.calls_off
+        )
 
     def steps(self, state: MoveState) -> Iterator[tuple[str, MoveState]]:
         """Yield every process's next steps."""
@@ -183,7 +188,12 @@ class Moving:
         gaining = self.moves[state.moves]
         losing = 1 - gaining
         move = self.rules.hand_over[state.step]
-        after = state._replace(step=state.step + 1)
+        recorded = Move.RECORD in self.rules.hand_over[: state.step]
+        if state.calls_off and state.step and not recorded:
+            back = _with(state.authority, 0, losing)
+            yield "the fence is called off", state._replace(authority=back, step=0, calls_off=state.calls_off - 1)
+        over = state.step + 1 == len(self.rules.hand_over)
+        after = state._replace(step=0, moves=state.moves + 1) if over else state._replace(step=state.step + 1)
         if move is Move.FREEZE:
             after = after._replace(authority=_with(after.authority, 0, None))
         elif move is Move.POSITION:
@@ -194,15 +204,15 @@ class Moving:
             if not (carried if self.reverse or gaining == NEW else mirrored):
                 return
         elif move is Move.RAISE_FLOOR:
-            after = self._raise_floor(after, gaining)
+            after = self._raise_floor(after, gaining, recorded)
         else:
             since = self._lsn(gaining, len(state.logs[gaining]))
             tenures = moved(state.tenures, self.keys[0], STORES[gaining], self._lsn(losing, state.fence), since)
-            after = after._replace(tenures=tenures, authority=_with(after.authority, 0, gaining), moves=state.moves + 1, step=0)
+            after = after._replace(tenures=tenures, authority=_with(after.authority, 0, gaining))
         yield f"the fence to {STORES[gaining]} {move.value}", after
 
-    def _raise_floor(self, state: MoveState, gaining: int) -> MoveState:
-        epoch = max(t.epoch for t in state.tenures if t.cohort == self.keys[0]) + 1
+    def _raise_floor(self, state: MoveState, gaining: int, recorded: bool) -> MoveState:
+        epoch = max(t.epoch for t in state.tenures if t.cohort == self.keys[0]) + (not recorded)
         floor = max(state.floors[gaining][0], self.rules.epoch_floor(epoch))
         return state._replace(floors=_with(state.floors, gaining, _with(state.floors[gaining], 0, floor)))
 

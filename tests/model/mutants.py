@@ -93,6 +93,7 @@ def _latest_epoch(log: Iterable[Tenure], cohort: str, store: str, version: Versi
 
 
 POSITION_FIRST = (Move.POSITION, Move.FREEZE, *HAND_OVER[2:])
+FLOOR_FIRST = (*HAND_OVER[:3], Move.RAISE_FLOOR, Move.RECORD)
 ALL_AT_ONCE = ((Part.LOCK_SHARED,), (Part.TOUCH, Part.DELETE, Part.UPSERT))
 LOCK_INSIDE = ((Part.LOCK_SHARED, Part.TOUCH), (Part.DELETE,), (Part.UPSERT,))
 LOAD_LOCK_INSIDE = ((Part.LOCK_SHARED, Part.INSERT), (Part.MARK,))
@@ -170,6 +171,9 @@ FOUND: dict[str, Mutant] = {
     ),
     "changes from before a TRUNCATE offered after it": _mutant(
         "lake: lake, truncated", after_truncate=lambda found, at: [*found]
+    ),
+    "floor raised before the hand-over is on record": _mutant(
+        "authority: called off", "authority: called off there or back", hand_over=FLOOR_FIRST
     ),
     "hand-over that waits for nothing": _mutant(
         "authority: there", hand_over=tuple(move for move in HAND_OVER if move is not Move.AWAIT)

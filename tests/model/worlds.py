@@ -102,6 +102,8 @@ MOVES = (
     Moving("one cohort of two", (("1", "2"), ("1", "2")), moves=(NEW,), direct=False),
     Moving("one cohort there and back", (("1", "2"), ("1",)), direct=False),
     Moving("there and back by direct writes", (("1", "2", None, "4"),), reverse=False),
+    Moving("called off", (("1", "2", "3"),), moves=(NEW,), calls_off=1),
+    Moving("called off there or back", (("1", "2"),), reverse=False, calls_off=1),
     Moving("rogue", (("1", "2", None),), moves=(NEW,), direct=False, rogue=True),
 )
 

@@ -162,6 +162,13 @@ def install(connection: Connection, table: GatedTable, image: Version) -> None:
         connection.execute(_function(table))
 
 
+def installed(connection: Connection, table: GatedTable) -> bool:
+    """Return whether a table has a gate."""
+    if connection.execute("SELECT FROM pg_class WHERE oid = to_regclass('changeover.gate')").fetchone() is None:
+        return False
+    return connection.execute("SELECT FROM changeover.gate WHERE target = %s", [table.target]).fetchone() is not None
+
+
 def install_gate(connection: Connection, schema: str, name: str, key: Sequence[str], image: Version) -> None:
     """Install the gate on an existing table, whose columns are read from the catalogue."""
     install(connection, gated(connection, schema, name, key), image)

@@ -88,12 +88,14 @@ class Move(Enum):
     POSITION = "reads the position"
     """Read the losing store's position and emit a marker there: no later write of the old authority can be above it."""
     AWAIT = "sees everything below it applied"
-    RAISE_FLOOR = "raises the floor to the new epoch"
     RECORD = "records the new epoch"
+    """The one commit by which authority moves; before it a hand-over can be called off, or killed, and nothing has changed."""
+    RAISE_FLOOR = "raises the floor to the new epoch"
 
 
-HAND_OVER: tuple[Move, ...] = (Move.FREEZE, Move.POSITION, Move.AWAIT, Move.RAISE_FLOOR, Move.RECORD)
-"""The order is the proof (`flags.fence`): a position read before the freeze may be overtaken by a write that nobody carries."""
+HAND_OVER: tuple[Move, ...] = (Move.FREEZE, Move.POSITION, Move.AWAIT, Move.RECORD, Move.RAISE_FLOOR)
+"""The order is the proof (`flags.fence`): a position read before the freeze may be overtaken by a write that nobody carries, and a
+floor that was raised for a hand-over which is then called off silently refuses whatever the old authority goes on to write."""
 
 AUTHORITY_READ = "FOR SHARE"
 """How a writing transaction reads its cohort's authority: a plain read sees the authority that its snapshot had."""
