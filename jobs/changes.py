@@ -11,21 +11,25 @@ the text in which the stream would have sent them.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from changeover.errors import CouldNotFinish
+from changeover.errors import CouldNotFinish, RowRefused
 from changeover.jobs.spool import DELETE, UPDATE
 from changeover.jobs.transform import AT_LSN, AT_ORDINAL, GONE, Transform
+from changeover.position import format_lsn
 from changeover.session import application_name
 from changeover.spec import Spec
+from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, VERSION_COLUMNS
+from changeover.stores.pgtypes import unmovable
 from changeover.stores.postgres import exporting
 from changeover.stores.reader import ExportedSnapshot, ReadTable, read_texts
 
@@ -72,6 +76,38 @@ def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequenc
     xid = events["xid"].to_numpy()
     stamps = {GONE: gone_now, AT_LSN: lsn[place[chosen]], AT_ORDINAL: after[chosen], MISSING: unsent, XID: xid[place[chosen]]}
     return pa.table({**stamps, **texts})
+
+
+def passed_on(changes: pa.Table, transform: Transform, epoch: int) -> pa.Table | None:
+    """Return the changes as they stand in the target, texts alone, or None where Spark is needed for a value (pure).
+
+    Raises RowRefused for what a transform would refuse, since no step takes more than another one.
+    """
+    origins = transform.passed_on()
+    if origins is None or pc.any(pc.greater(pc.list_value_length(changes[MISSING]), 0)).as_py():
+        return None
+    types = {c.name: c.type for c in transform.target.columns}
+    columns = {name: changes[origin].combine_chunks() for name, origin in origins.items()}
+    for name, texts in columns.items():
+        if refused := unmovable(texts, types[name]):
+            raise RowRefused(transform.table.source, f"column {origins[name]}", f"it can't be carried over: {refused}")
+        if types[name].endswith("[]"):
+            columns[name] = _each_once(texts, _literal)
+    lsn = _each_once(changes[AT_LSN], format_lsn)
+    version = {EPOCH: np.full(len(changes), epoch), LSN: lsn, ORDINAL: changes[AT_ORDINAL], DELETED: changes[GONE]}
+    return pa.table({**version, **columns}).select([*VERSION_COLUMNS, *transform.target.names])
+
+
+def _each_once(values: pa.Array, made: Callable[[Any], str]) -> pa.Array:
+    """Return what is made of each value, distinct ones once; NULL stays NULL."""
+    encoded = values.combine_chunks().dictionary_encode() if isinstance(values, pa.ChunkedArray) else values.dictionary_encode()
+    return pa.array([made(value) for value in encoded.dictionary.to_pylist()], pa.string()).take(encoded.indices)
+
+
+def _literal(elements: str) -> str:
+    """Return PostgreSQL's literal of an array of texts that is written as JSON."""
+    parts = ["NULL" if one is None else '"' + one.replace("\\", "\\\\").replace('"', '\\"') + '"' for one in json.loads(elements)]
+    return "{" + ",".join(parts) + "}"
 
 
 def _last(keys: dict[str, pa.Array], lsn: npt.NDArray[np.int64], ordinal: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -24,7 +24,7 @@ from ldclient.migrations.types import Stage
 from changeover import points
 from changeover.errors import ChangeoverError, TableStopped
 from changeover.jobs import reverse
-from changeover.jobs.changes import completed, last_of_each_key
+from changeover.jobs.changes import completed, last_of_each_key, passed_on
 from changeover.jobs.chunks import mergeable
 from changeover.jobs.collection import Collecting
 from changeover.jobs.entries import CLOSED
@@ -32,7 +32,7 @@ from changeover.jobs.journal import Back, Journal, OldJournal
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.merge import caught_up_floor
 from changeover.jobs.prepare import Prepared, require_prepared, spool_of
-from changeover.jobs.spool import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE
+from changeover.jobs.spool import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE, kept
 from changeover.jobs.tenure import NEW, Interval, offered_intervals
 from changeover.jobs.transform import Transform
 from changeover.position import Version, format_lsn
@@ -260,10 +260,13 @@ class Carrier:
         alone = self.journal.closed(load) and SMALL_BATCH < batch.events < 2 * BATCH_EVENTS
         reached = caught_up_floor(interval.epoch, batch.until) if alone else None
         for events in self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS):
-            ours = offered(events.filter(pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE]))), interval)
+            ours = offered(kept(events, pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE]))), interval)
             if batch.truncated:  # what came before it has nothing to say any more
                 ours = ours.filter(_after(ours, *batch.truncated))
             last = last_of_each_key(ours, identity_of(transform), columns)
+            if store.pass_on is not None and (texts := passed_on(last, transform, interval.epoch)) is not None:
+                taken += store.pass_on(transform.target, texts, reached).taken
+                continue
             with completed(self.spec, self.spark, transform, last, self.snapshot, self.journal.dsn) as whole:
                 moved = transform.moved_in_stream() if store.takes_text else frozenset()
                 changes = transform.changes(whole, interval.epoch, moved)
@@ -282,7 +285,7 @@ def offered(events: pa.Table, interval: Interval) -> pa.Table:
     """Return what of a table's events is offered: of an echo all, else what bears no mark of our own writes (pure)."""
     if interval.echo:
         return events
-    return events.filter(pc.or_(pc.is_null(events["note"]), pc.is_in(events["op"], pa.array([RELATION, ADDED]))))
+    return kept(events, pc.or_(pc.is_null(events["note"]), pc.is_in(events["op"], pa.array([RELATION, ADDED]))))
 
 
 def first_stop(outline: pa.Table, identity: Sequence[str]) -> tuple[int, str] | None:

@@ -215,10 +215,10 @@ class Spool:
         held: list[pa.Table] = []
         for file in _met(table, after, until):
             with pq.ParquetFile(self.path / file["path"]) as data:
-                for batch in data.iter_batches(events, columns=SCHEMA.names):
-                    read = pa.Table.from_batches([batch]).cast(SCHEMA)
+                for batch in data.iter_batches(events, columns=SCHEMA.names, use_threads=True):
+                    read = pa.Table.from_batches([batch])
                     ours = pc.and_(pc.greater_equal(read["lsn"], after), pc.less(read["lsn"], until))
-                    held.append(read.filter(pc.and_(ours, pc.equal(read["relation"], relation))))
+                    held.append(kept(read, pc.and_(ours, pc.equal(read["relation"], relation))))
                     if sum(map(len, held)) >= events:
                         yield pa.concat_tables(held)
                         held = []
@@ -347,6 +347,11 @@ def arrow_table(batch: Sequence[Event]) -> pa.Table:
     columns = {name: pa.array(values, SCHEMA.field(name).type) for name, values in simple.items()}
     columns |= {"row": _maps(row), "key": _maps(key)}
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def kept(events: pa.Table, mask: pa.ChunkedArray) -> pa.Table:
+    """Return the events of a mask, the very table where that is all of them: to copy the rows' maps costs more than all else."""
+    return events if pc.all(mask).as_py() else events.filter(mask)
 
 
 def _met(table: DeltaTable, after: int, until: int) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from changeover.errors import SpecError, UnsafePlan
 from changeover.spec import Spec, Table
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, VERSION_COLUMNS, Column, TargetTable
-from changeover.stores.pgtypes import decode, movable, postgres_type, source_type
+from changeover.stores.pgtypes import decode, movable, passable, postgres_type, source_type
 from changeover.stores.pgtypes import moved as text_moved
 
 if TYPE_CHECKING:
@@ -141,6 +141,15 @@ class Transform:
         """
         asked = self._asked_of_every_row()
         return frozenset(c.name for c in self.source if c.name in self.only_moved() - asked and not c.type.endswith("[]"))
+
+    def passed_on(self) -> dict[str, str] | None:
+        """Return target column -> source column where every row goes on as it is, under other names at most; None elsewhere."""
+        if self.table.function is not None or self.table.where is not None or not self._one_to_one():
+            return None
+        types = {c.name: c.type for c in self.source}
+        found = {c.name: match[1] for c in self.target.columns if (match := BARE.fullmatch(self.expressions[c.name].strip()))}
+        whole = all(c.name in found and types.get(found[c.name]) == c.type and passable(c.type) for c in self.target.columns)
+        return found if whole else None
 
     def _one_to_one(self) -> bool:
         """Return whether no two keys of the source that differ as texts can be one key of the target."""

@@ -19,6 +19,7 @@ from changeover.position import Version
 from changeover.spec import Spec, Target
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
 EPOCH, LSN, ORDINAL, DELETED = "_epoch", "_lsn", "_ordinal", "_deleted"
@@ -102,6 +103,9 @@ class Frozen:
     query: Callable[[str], list[tuple[Any, ...]]]
 
 
+PassOn = Callable[["TargetTable", "pa.Table", Version | None], Counts]
+
+
 class Store(Protocol):
     """A target store: what the pipeline asks of it, and when."""
 
@@ -109,7 +113,7 @@ class Store(Protocol):
     merges_while_loading: bool
     """Whether replay may run beside the backfill; otherwise it starts after the last chunk."""
     takes_text: bool
-    """Whether `load` takes a column that is only moved as PostgreSQL's own text (`pgtypes.moved`) in place of its Spark type."""
+    """Whether `load` and `merge` take a column that is only moved as PostgreSQL's own text (`pgtypes.moved`)."""
 
     def columns(self, schema: str, name: str) -> tuple[Column, ...] | None:
         """Return the columns of an existing table, or None (prepare)."""
@@ -145,6 +149,11 @@ class Store(Protocol):
         `reached` says that the table is closed, and that these are all changes up to that version that were not offered before:
         a store may then let the position be the gate, and write no version for each key.
         """
+        ...
+
+    @property
+    def pass_on(self) -> PassOn | None:
+        """Return what offers changes whose values are PostgreSQL's texts, versions in front; None where they are not taken."""
         ...
 
     def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:

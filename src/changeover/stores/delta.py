@@ -45,6 +45,7 @@ class DeltaStore:
 
     merges_while_loading = False
     takes_text = False
+    pass_on = None
 
     def __init__(self, name: str, folder: Path, migration: str) -> None:
         self.name = name

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import Column as SparkColumn
 
 NATIVE, TEXT, JSON, ARRAY = "native", "text", "json", "array"
@@ -117,6 +118,46 @@ def moved(value: SparkColumn, type_name: str) -> SparkColumn:
     if DATED.match(type_name):
         return _dated(value, type_name)
     return _unless(value == F.lit("NaN"), value, type_name, UNHELD) if type_name.startswith("numeric") else value
+
+
+def unmovable(texts: pa.Array, type_name: str) -> str | None:
+    """Return a text of the stream for which `moved` and `decode` would raise, with the reason, or None (pure, by Arrow).
+
+    The rules are those of `moved`; arrays are JSON, as the stream has them.
+    """
+    import pyarrow.compute as pc
+
+    refused = UNMOVABLE[_family(type_name)]
+    if refused is None:
+        return None
+    pattern, problem = refused
+    found = texts.filter(pc.match_substring_regex(texts, pattern))
+    return f"{type_name}: {problem}: {found[0].as_py()}" if len(found) else None
+
+
+def _family(type_name: str) -> str:
+    if type_name.endswith("[]"):
+        return "array"
+    dated = DATED.match(type_name)
+    if dated is not None:
+        return dated[0]
+    return "sized numeric" if type_name.startswith("numeric(") else "other"
+
+
+UNMOVABLE: dict[str, tuple[str, str] | None] = {
+    "array": (r"^\[\[", NESTED),
+    "date": ("(infinity|BC)$", UNHELD),
+    "timestamp": ("(infinity|BC)$|^(29424[7-9]|2942[5-9][0-9]|294[3-9][0-9]{2}|29[5-9][0-9]{3}|[3-9][0-9]{5})-", UNHELD),
+    "sized numeric": ("^NaN$", UNHELD),
+    "other": None,
+}
+"""Family of types -> what no text of theirs may look like, and why."""
+
+
+def passable(type_name: str) -> bool:
+    """Return whether a value goes on in PostgreSQL's text with nothing lost of what `decode` checks."""
+    carried = source_type(type_name)
+    return carried is not None and (not type_name.endswith("[]") or movable(type_name))
 
 
 def movable(type_name: str) -> bool:

@@ -8,7 +8,7 @@ is yielded as data.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ class LoadTask:
             gated_session(self.dsn, self.application) as cursor,
         ):
             prepare_batch(cursor, self.table, versions=False, keep=True)
-            copy_in(cursor, self.table.columns, batches)
+            copy_in(cursor, self.table.columns, line_blocks(batches))
             cursor.connection.commit()  # Spark gives the rows once, and a deadlock may take the next transaction
             points.reach("chunk-read", f"{self.table.target} {chunk}")
             counts = self._commit(cursor, chunk, started)
@@ -126,7 +126,7 @@ class MergeTask:
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Copy and gate in one transaction, again after a deadlock with an application's write."""
-        changes = [batch for batch in batches if batch.num_rows]
+        changes = list(line_blocks(batches))
         if not changes:
             return
         try:
@@ -134,8 +134,8 @@ class MergeTask:
         except ChangeoverError as error:
             yield outcome(None, failure_of(error))
 
-    def merge(self, changes: list[pa.RecordBatch]) -> Counts:
-        """Apply one partition's changes in one transaction."""
+    def merge(self, changes: Sequence[memoryview]) -> Counts:
+        """Apply changes in one transaction; they are CSV lines of versions and columns."""
         tries = TRIES
         with speaking_to(self.dsn, f"applying changes to {self.table.target}"):
             while True:
@@ -143,7 +143,7 @@ class MergeTask:
                 try:
                     with gated_session(self.dsn, self.application) as cursor:
                         prepare_batch(cursor, self.table, versions=True)
-                        copy_in(cursor, (*VERSION_COLUMNS, *self.table.columns), iter(changes))
+                        copy_in(cursor, (*VERSION_COLUMNS, *self.table.columns), changes)
                         counts = apply_batch(cursor, self.table, self.reached)
                         cursor.connection.commit()
                         return counts
@@ -166,13 +166,17 @@ def gated_session(dsn: str, application: str) -> Iterator[psycopg.Cursor[Any]]:
             connection.rollback()
 
 
-def copy_in(cursor: psycopg.Cursor[Any], columns: Sequence[str], batches: Iterator[pa.RecordBatch]) -> None:
-    """Send CSV lines into the batch table: Arrow keeps them end to end, so a batch is one run of bytes."""
+def copy_in(cursor: psycopg.Cursor[Any], columns: Sequence[str], blocks: Iterable[memoryview]) -> None:
+    """Send CSV lines into the batch table."""
     statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(BATCH, sql.SQL(", ").join(map(sql.Identifier, columns)))
     with cursor.copy(statement) as copy:
-        for batch in batches:
-            if batch.num_rows:
-                copy.write(_line_bytes(batch.column(0)))
+        for block in blocks:
+            copy.write(block)
+
+
+def line_blocks(batches: Iterable[pa.RecordBatch]) -> Iterator[memoryview]:
+    """Yield the lines of each batch: Arrow keeps them end to end, so a batch is one run of bytes."""
+    return (_line_bytes(batch.column(0)) for batch in batches if batch.num_rows)
 
 
 def _line_bytes(lines: pa.StringArray) -> memoryview:
