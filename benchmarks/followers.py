@@ -45,6 +45,9 @@ path = "{folder}/work"
 """
 
 
+FOR_EVER = 2**62
+
+
 class Replay:
     """Capture in a process of its own, and replay in this one, which follows all the time, as a service does."""
 
@@ -68,8 +71,8 @@ class Replay:
         context = multiprocessing.get_context("spawn")
         self.service = context.Process(target=serve_capture, args=(str(path), far), name="benchmark-capture")
         self.service.start()
-        self.stop = threading.Event()
-        follow = {"follow": True, "stop": self.stop}
+        self.ended = threading.Event()
+        follow = {"follow": True, "stop": self.ended}
         self.follower = threading.Thread(target=replay, args=(self.spec, self.spark), kwargs=follow, name="benchmark-replay")
         self.follower.start()
 
@@ -85,13 +88,22 @@ class Replay:
                 time.sleep(0.02)
         self.pipe.recv()
 
+    def start(self, job: Backlog) -> None:
+        """Let capture follow from now on."""
+        self.pipe.send(FOR_EVER)
+
+    def stop(self, job: Backlog) -> None:
+        """Bring in what there is up to a position, and let capture rest."""
+        self.copy(job)
+        self.pipe.recv()  # of what `start` began
+
     def tear_down(self, job: Backlog) -> None:
         """End both services and abort the migration."""
         from changeover.jobs.prepare import abort
 
         self.pipe.send(None)
         self.service.join()
-        self.stop.set()
+        self.ended.set()
         self.follower.join()
         abort(self.spec)
 
@@ -105,7 +117,7 @@ def serve_capture(path: str, pipe: Pipe) -> None:
     spec = load(path)
     spool = spool_of(spec)
     while (end := pipe.recv()) is not None:
-        capture(spec, until=lambda end=end: spool.end() >= end)
+        capture(spec, until=lambda end=end: spool.end() >= end or pipe.poll())
         pipe.send(True)
 
 
@@ -133,12 +145,20 @@ class Native:
 
     def copy(self, job: Backlog) -> None:
         """Let the subscription run until its slot has confirmed the last change."""
-        enable = sql.SQL("ALTER SUBSCRIPTION {} {}")
+        self.start(job)
+        self.stop(job)
+
+    def start(self, job: Backlog) -> None:
+        """Let the subscription run."""
+        with connect(job.native, APPLICATION) as new:
+            new.execute(TURN.format(sql.Identifier(SUBSCRIPTION), sql.SQL("ENABLE")))
+
+    def stop(self, job: Backlog) -> None:
+        """Wait until the slot has confirmed a position, and let the subscription rest."""
         with connect(job.old, APPLICATION) as old, connect(job.native, APPLICATION) as new:
-            new.execute(enable.format(sql.Identifier(SUBSCRIPTION), sql.SQL("ENABLE")))
             while _confirmed(old.execute(CONFIRMED, [SUBSCRIPTION]).fetchone()) < job.end:
                 time.sleep(0.02)
-            new.execute(enable.format(sql.Identifier(SUBSCRIPTION), sql.SQL("DISABLE")))
+            new.execute(TURN.format(sql.Identifier(SUBSCRIPTION), sql.SQL("DISABLE")))
 
     def tear_down(self, job: Backlog) -> None:
         """Drop subscription, slot and publication."""
@@ -150,6 +170,8 @@ class Native:
 
 
 FOLLOWERS = {"replay": Replay, "native": Native}
+
+TURN = sql.SQL("ALTER SUBSCRIPTION {} {}")
 
 CONFIRMED = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s"
 

@@ -70,6 +70,18 @@ def writer(rows: int, repeat: int, seconds: float, as_json: bool) -> None:
     _print(measure(rows, repeat, seconds), as_json)
 
 
+@main.command()
+@click.option("--rate", default=1000, show_default=True, type=click.IntRange(4), help="Changes a second.")
+@click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Changes of one transaction.")
+@click.option("--seconds", default=20.0, show_default=True, type=click.FloatRange(1), help="How long each party follows.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON object alone.")
+def lag(rate: int, rows: int, seconds: float, as_json: bool) -> None:
+    """How long a change takes to be seen in the new store under a steady writer, beside PostgreSQL's own logical replication."""
+    from benchmarks.lag_case import measure
+
+    _print(measure(rate, seconds, rows), as_json)
+
+
 def _print(result: Result, as_json: bool) -> None:
     if not as_json:
         click.echo(result.as_table())

@@ -9,8 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
@@ -61,11 +61,16 @@ class Worker:
 
     def measured(self, job: Job | Backlog) -> float:
         """Run the copy and return its seconds; `peak` then holds the most bytes seen so far."""
+        with self.watched():
+            return self.call("copy", job)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch the process's memory while the block lasts."""
         assert self._process.pid is not None
         with PeakMemory(self._process.pid) as memory:
-            seconds = self.call("copy", job)
+            yield
         self.peak = max(self.peak, memory.peak)
-        return seconds
 
 
 def serve(party: str, pipe: Connection) -> None:

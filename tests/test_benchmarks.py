@@ -32,6 +32,20 @@ def test_copy_prints_one_object_last() -> None:
     assert all(result["peak_rss_mb"][party] > 0 for party in ("ours", "psql_pipe", "spark_jdbc"))
 
 
+def test_lag_prints_one_object_of_the_same_form() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/run.py", "lag", "--rate", "100", "--seconds", "1", "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [case["case"] for case in result["cases"]] == ["100/s p50", "100/s p99"]
+    for case in result["cases"]:
+        assert case["ours_s"] > 0
+        assert case["peers"].keys() == case["versus"].keys() == {"native"}
+    assert all(result["peak_rss_mb"][party] > 0 for party in ("ours", "native"))
+
+
 def test_writer_prints_one_object_of_the_same_form() -> None:
     done = subprocess.run(
         [sys.executable, "benchmarks/run.py", "writer", "--rows", "2000", "--repeat", "1", "--seconds", "1", "--json"],
