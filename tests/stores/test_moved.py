@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from changeover.errors import RowRefused
 from changeover.sparkerrors import from_spark
-from changeover.stores.pgtypes import movable, moved
+from changeover.stores.pgtypes import movable, moved, unmovable
 
 
 def texts(spark: SparkSession, type_name: str, values: list[str | None]) -> DataFrame:
@@ -41,6 +42,39 @@ def test_the_text_stays_as_it_is(spark: SparkSession, type_name: str, values: li
 def test_what_decoding_refuses_is_refused(spark: SparkSession, type_name: str, value: str) -> None:
     with pytest.raises(RowRefused, match=r"public\.odd"), from_spark("public.odd", "the place"):
         texts(spark, type_name, [value]).collect()
+
+
+STREAMED = {
+    "{{1,2},{3,4}}": "[[1,2],[3,4]]", '{{"a"}}': '[["a"]]', "[0:1]={a,b}": "[[[0:1]={a,b}", "{}": "[]",
+    '{"a,b",NULL,"","{{","NULL"}': '["a,b", null, "", "{{", "NULL"]', "{1,NULL,-3}": '["1", null, "-3"]',
+}  # fmt: skip
+"""Arrays as the stream has them."""
+
+YEARS = ["294246-12-31 23:59:59.999999+00", "294247-01-01 00:00:00+00", "294300-01-01 00:00:00+00", "1294-01-01 00:00:00+00"]
+
+
+def test_what_is_passed_on_is_refused_for_the_same_values() -> None:
+    for type_name, values in TAKEN:
+        assert unmovable(pa.array([STREAMED.get(str(one), one) for one in values], pa.string()), type_name) is None
+    for type_name, value in REFUSED:
+        refused = unmovable(pa.array([None, STREAMED.get(value, value)], pa.string()), type_name)
+        assert refused is not None
+        assert type_name in refused
+    for type_name in ("text", "bigint", "jsonb", "interval"):
+        assert unmovable(pa.array(["NaN", "infinity", "x BC"]), type_name) is None
+
+
+@pytest.mark.parametrize("value", YEARS)
+def test_both_ways_end_at_the_same_year(spark: SparkSession, value: str) -> None:
+    type_name = "timestamp with time zone"
+    by_arrow = unmovable(pa.array([value]), type_name) is not None
+    try:
+        with from_spark("public.odd", "the place"):
+            texts(spark, type_name, [value]).collect()
+        by_spark = False
+    except RowRefused:
+        by_spark = True
+    assert by_arrow == by_spark == (value in YEARS[1:3])
 
 
 @pytest.mark.parametrize("type_name", ["date[]", "timestamp with time zone[]", "numeric(12,4)[]", "text", "bigint", "jsonb"])
