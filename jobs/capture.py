@@ -45,10 +45,10 @@ from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import SLOT, Spec, load, qualified
 
-BATCH_EVENTS = 100_000
+BATCH_EVENTS = 50_000
 BATCH_BYTES = 32 << 20
 BATCH_SECONDS = 0.2
-TAKE_BYTES = 4 << 20
+TAKE_BYTES = 1 << 20
 """How much of the stream is taken at once: each message then costs little, and the server is answered in time."""
 
 UNTIL_SECONDS = 0.2

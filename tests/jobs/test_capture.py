@@ -591,14 +591,14 @@ def test_a_large_transaction_killed_midway_is_there_once_and_seen_only_whole(
     prepared.catch_up()
     end = prepared.spool.end()
     prepared.sql(
-        "INSERT INTO follows SELECT i FROM generate_series(1, 70000) i",
+        "INSERT INTO follows SELECT i FROM generate_series(1, 140000) i",
         "ALTER TABLE follows ADD extra integer",
-        "INSERT INTO follows SELECT i FROM generate_series(70001, 150000) i",
+        "INSERT INTO follows SELECT i FROM generate_series(140001, 300000) i",
         "TRUNCATE other",
     )
     for parts in (1, 3, 5):
         process = child(prepared.spec)
-        wanted = 2 * parts * 19_000
+        wanted = 2 * parts * 38_000
         while prepared.spool.held()[1] < wanted:
             assert process.poll() is None, process.communicate()[1]
         process.kill()
@@ -609,9 +609,9 @@ def test_a_large_transaction_killed_midway_is_there_once_and_seen_only_whole(
     monkeypatch.setattr(capture_module, "BATCH_EVENTS", 7001)  # parts that end where none did before
     prepared.catch_up()
     events = prepared.events()[1:]
-    assert [int(event["row"]["id"]) for event in events if event["op"] == "I"] == list(range(1, 150_001))
-    assert [(e["op"], e["ordinal"]) for e in events if e["op"] != "I"] == [("A", 139_999), ("T", 300_000)]
-    assert [event["ordinal"] for event in events if event["op"] != "A"] == list(range(0, 300_002, 2))
+    assert [int(event["row"]["id"]) for event in events if event["op"] == "I"] == list(range(1, 300_001))
+    assert [(e["op"], e["ordinal"]) for e in events if e["op"] != "I"] == [("A", 279_999), ("T", 600_000)]
+    assert [event["ordinal"] for event in events if event["op"] != "A"] == list(range(0, 600_002, 2))
 
 
 def test_a_batch_is_bounded_in_bytes_too(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
