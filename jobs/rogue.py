@@ -48,7 +48,7 @@ class Rogue:
 
 def rogue(spec: Spec, ledger: Ledger) -> list[Rogue]:
     """Return the rogue writes since the last moment at which a verdict found both stores equal (driver; looks only)."""
-    if spec.flag is None:
+    if spec.flag is None or not ledger.exists():
         return []
     log = tenures(ledger.authorities())
     equal = _equal(ledger.verdicts(), spec.flag.target)

@@ -15,7 +15,7 @@ from changeover.session import connect
 from changeover.stores import gate
 from changeover.stores.batches import prepare_batch
 from changeover.stores.copytext import copy_lines
-from changeover.stores.tasks import copy_in
+from changeover.stores.tasks import copy_in, line_blocks
 
 TEXTS = [
     None,
@@ -81,7 +81,7 @@ def test_a_server_reads_back_what_was_formatted(any_dsn: str, lines: Lines) -> N
             " score double precision, sum numeric(38,10), at timestamptz)"
         )
         prepare_batch(cursor, TABLE, versions=False)
-        copy_in(cursor, TABLE.columns, iter(batches))
+        copy_in(cursor, TABLE.columns, line_blocks(batches))
         found = cursor.execute("SELECT * FROM pg_temp.changeover_batch ORDER BY id").fetchall()
     for expected, read in zip(rows, found, strict=True):
         assert repr(read) == repr(expected), f"row {expected[0]}: {expected[1]!r}"
@@ -92,7 +92,7 @@ def test_a_column_of_texts_alone(any_dsn: str, spark: SparkSession) -> None:
     batches = copy_lines(spark.createDataFrame([(t,) for t in texts], "words string").coalesce(1)).toArrow().to_batches()
     with connect(any_dsn, "test") as connection, connection.transaction(), connection.cursor() as cursor:
         cursor.execute("CREATE TEMPORARY TABLE changeover_batch (place serial, words text)")
-        copy_in(cursor, ["words"], iter(batches))
+        copy_in(cursor, ["words"], line_blocks(batches))
         assert [row[0] for row in cursor.execute("SELECT words FROM pg_temp.changeover_batch ORDER BY place")] == texts
 
 
