@@ -27,7 +27,7 @@ FROM pg_class c WHERE c.oid = %(oid)s
 def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> list[str]:
     """Return why no path back can be opened; a table that is not there yet is no reason, nor is a `slot` that is taken by it."""
     there = has_slot(new, slot)
-    rules, asked = SERVER_RULES + CAPTURE_RULES[SLOT], {"oldest": OLDEST_SERVER, "slot": slot}
+    rules, asked = SERVER_RULES + CAPTURE_RULES[SLOT], {"oldest": OLDEST_SERVER, "slot": slot, "else": ""}
     reasons = [row[0] for row in new.execute(rules, asked).fetchall() if not there or "slots" not in row[0]]
     for table in spec.tables:
         seen = source_table(old, table)

@@ -81,8 +81,8 @@ UNION ALL
 
 CAPTURE_RULES = {
     SLOT: """
-SELECT format('wal_level is %%s: set wal_level = logical and restart the server, or capture = "trigger" in the spec''s [source]',
-    current_setting('wal_level')) WHERE current_setting('wal_level') <> 'logical'
+SELECT format('wal_level is %%s: set wal_level = logical and restart the server%%s', current_setting('wal_level'), %(else)s::text)
+WHERE current_setting('wal_level') <> 'logical'
 UNION ALL SELECT format('the role %%s may not replicate: ALTER ROLE %%I REPLICATION', current_user, current_user)
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = current_user AND (rolreplication OR rolsuper))
 UNION ALL SELECT format('the role %%s may not create a publication: GRANT CREATE ON DATABASE %%I TO %%I', current_user,
@@ -171,7 +171,8 @@ def preflight(spec: Spec) -> Preflight:
     found = Preflight()
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
         rules = SERVER_RULES + CAPTURE_RULES[spec.source.capture]
-        found.reasons += [row[0] for row in old.execute(rules, {"oldest": OLDEST_SERVER, "slot": spec.slot}).fetchall()]
+        asked = {"oldest": OLDEST_SERVER, "slot": spec.slot, "else": ', or capture = "trigger" in the spec\'s [source]'}
+        found.reasons += [row[0] for row in old.execute(rules, asked).fetchall()]
         for table in spec.tables:
             _source_table(old, table, spec.source.capture, found)
             _require_columns(spec, table, found.tables.get(table.source))

@@ -166,7 +166,9 @@ def test_a_server_without_logical_decoding(tmp_path: Path, monkeypatch: pytest.M
             + TABLE
             + f'[work]\npath = "{tmp_path}"\n'
         )
-        assert preflight(load(path)).reasons == ["wal_level is replica: set wal_level = logical and restart the server"]
+        assert preflight(load(path)).reasons == [
+            'wal_level is replica: set wal_level = logical and restart the server, or capture = "trigger" in the spec\'s [source]'
+        ]
     finally:
         server.remove()
 
