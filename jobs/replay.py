@@ -119,33 +119,39 @@ class Replay:
         end = min([self.spool.end()] + ([until] if until is not None else []))
         authorities = self.ledger.authorities()
         carried = self.back.carried(authorities)
-        events = taken = 0
-        positions = []
-        stops = []
-        for (source, target), transform in self.prepared.transforms.items():
-            if targets is not None and target not in targets:
-                continue
-            load = self.ledger.load(source, target)
-            with open_store(self.spec, self.spec.targets[target], "replay") as store:
-                if not mergeable(store.merges_while_loading, load.state == CLOSED):
-                    continue
-                store.install(transform.target, self.prepared.stream.image)
+        done, stops = [], []
+        for source, target in self.prepared.transforms:
+            if targets is None or target in targets:
+                intervals = offered_intervals(authorities, takes_over=self._takes_over(target), carried=carried)
                 try:
-                    for interval in offered_intervals(authorities, takes_over=self._takes_over(target), carried=carried):
-                        if interval.store == NEW:
-                            there, offered = self._bring_back(interval, source, target, store)
-                        else:
-                            load, offered = self.carrier.catch_up(load, interval, end, transform, store)
-                            there = load.applied >= interval.until
-                        events, taken = events + offered.offered, taken + offered.taken
-                        if not there:  # epochs are offered one after the other
-                            break
+                    done += self._offer_table(source, target, intervals, end)
                 except TableStopped as stop:
                     stops.append(stop)
-            positions.append(load.applied)
         if stops:
             raise stops[0]
-        return Replayed(events, taken, min(positions, default=0))
+        return total(done)
+
+    def _offer_table(self, source: str, target: str, intervals: Sequence[Interval], end: int) -> list[Replayed]:
+        """Offer what is left of a table to a target; nothing is said of one that may not be merged yet."""
+        load = self.ledger.load(source, target)
+        if load.applied >= end and all(interval.store != NEW for interval in intervals):
+            return [Replayed(0, 0, load.applied)]
+        transform = self.prepared.transforms[source, target]
+        with open_store(self.spec, self.spec.targets[target], "replay") as store:
+            if not mergeable(store.merges_while_loading, load.state == CLOSED):
+                return []
+            store.install(transform.target, self.prepared.stream.image)
+            events = taken = 0
+            for interval in intervals:
+                if interval.store == NEW:
+                    there, offered = self._bring_back(interval, source, target, store)
+                else:
+                    load, offered = self.carrier.catch_up(load, interval, end, transform, store)
+                    there = load.applied >= interval.until
+                events, taken = events + offered.offered, taken + offered.taken
+                if not there:  # epochs are offered one after the other
+                    break
+            return [Replayed(events, taken, load.applied)]
 
     def _takes_over(self, target: str) -> bool:
         return self.spec.flag is not None and self.spec.flag.target == target
