@@ -20,7 +20,7 @@ from psycopg import sql
 
 from changeover.errors import FenceCalledOff
 from changeover.flags.gate import mirrors
-from changeover.jobs import reverse
+from changeover.jobs import reverse, windows
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
@@ -29,9 +29,10 @@ from changeover.jobs.prepare import spool_of
 from changeover.jobs.replay import LEASE_SECONDS, lease_of
 from changeover.jobs.rewrite import require_same_file
 from changeover.jobs.transform import BARE
+from changeover.jobs.triggerlog import Log
 from changeover.position import epoch_floor, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
-from changeover.spec import Spec, Table
+from changeover.spec import TRIGGER, Spec, Table
 from changeover.stores import gate, refusal, sequences
 from changeover.stores.statements import HAND_OVER, Move
 
@@ -89,7 +90,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
             _finish(gaining, present.epoch)
             return Fenced(present.epoch, present.store, present.from_lsn, present.pause_seconds or 0.0)
         epoch = present.epoch + 1
-        lacking = _draw_near(ledger, new) if to is Origin.OLD else None
+        lacking = _draw_near(spec, ledger, new) if to is Origin.OLD else None
         _prepare_gates(gaining, losing, epoch)
         with _turn(spec, ledger, to) as turn:
             pause = Pause(time.monotonic(), max_pause)
@@ -100,15 +101,16 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
                     places = _hand_back(spec, ledger, (old, new), epoch, pause, turn.close, lacking)
                 _pass_the_others(spec, gaining, losing, to)
                 _make_final(losing, epoch, pause)
-                _record(ledger, Authority(epoch, to.value, places[0], present.at, pause.seconds, places[1]))
+                with ledger.connection.transaction():
+                    _record(ledger, Authority(epoch, to.value, places[0], present.at, pause.seconds, places[1]))
+                    if lacking is not None:
+                        reverse.break_off(ledger, f"authority went back without it: {lacking}")
                 pause.make(Move.RECORD)
             except BaseException:
                 _call_off(spec, losing, epoch)
                 raise
         _finish(gaining, epoch)
         pause.make(Move.RAISE_FLOOR)
-        if lacking is not None:
-            reverse.break_off(ledger, f"authority went back without it: {lacking}")
         log.info(
             "epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(places[0]), pause.seconds
         )
@@ -267,7 +269,7 @@ def _hand_over(
     `go_on` lets replay have its turn.
     """
     old, new = sides
-    position = _frozen(old, epoch, pause)
+    position = _frozen(spec, old, epoch, pause)
     spool = spool_of(spec, ledger.stream("fence").epoch)
     pause.wait(lambda: None if spool.end() >= position else "capture to spool the last writes")
     for table in spec.tables:
@@ -275,7 +277,7 @@ def _hand_over(
     go_on()
     pause.wait(lambda: _behind(spec, ledger, position))
     pause.make(Move.AWAIT)
-    return position, _position(new)
+    return position, _position(spec, new)
 
 
 def _hand_back(
@@ -286,7 +288,7 @@ def _hand_back(
     Where there is no whole reverse path, that is what the routers' mirrors have brought, as each says after the refusal.
     """
     old, new = sides
-    position = _frozen(new, epoch, pause)
+    position = _frozen(spec, new, epoch, pause)
     if lacking is None:
         spool = reverse.spool_of(spec)
         pause.wait(lambda: None if spool.end() >= position else "capture to spool the new store's last writes")
@@ -297,17 +299,17 @@ def _hand_back(
         now = ledger.now()
         pause.wait(lambda: _unmirrored(ledger, now))
     pause.make(Move.AWAIT)
-    return _position(old), position
+    return _position(spec, old), position
 
 
-def _draw_near(ledger: Ledger, new: Side) -> str | None:
+def _draw_near(spec: Spec, ledger: Ledger, new: Side) -> str | None:
     """Wait, before the pause of the way back, until the old store has what the new one holds; return why it will not have it all.
 
     Writers go on meanwhile. Raises FenceCalledOff where replay does not come near.
     """
     if lacking := reverse.whole(ledger):
         return lacking
-    position, deadline = _position(new), time.monotonic() + NEAR_SECONDS
+    position, deadline = _position(spec, new), time.monotonic() + NEAR_SECONDS
     emit_marker(new.connection, "fence ahead")
     while late := [one for one in reverse.loads(ledger) if one.target == reverse.OLD_STORE and one.applied < position]:
         if lacking := reverse.whole(ledger):
@@ -321,13 +323,13 @@ def _draw_near(ledger: Ledger, new: Side) -> str | None:
     return None
 
 
-def _frozen(losing: Side, epoch: int, pause: Pause) -> int:
+def _frozen(spec: Spec, losing: Side, epoch: int, pause: Pause) -> int:
     """Have a store refuse and drain; return its position then, behind which a marker hurries its stream on."""
     for schema, name, _ in losing.tables:
         if not refusal.install(losing.connection, schema, name, epoch, pause.deadline):
             raise FenceCalledOff(pause.seconds, f"the lock on {schema}.{name}")
     pause.make(Move.FREEZE)
-    position = _position(losing)
+    position = _position(spec, losing)
     emit_marker(losing.connection, f"fence {epoch}")
     pause.make(Move.POSITION)
     return position
@@ -342,7 +344,11 @@ def _not_back(pause: Pause, ledger: Ledger, position: int) -> str | None:
     return f"replay to bring {late[0].source} back to the old store, up to {format_lsn(position)}" if late else None
 
 
-def _position(side: Side) -> int:
+def _position(spec: Spec, side: Side) -> int:
+    """Return where a store's log is now: below it stands what is visible, at it or above what commits later."""
+    if spec.source.capture == TRIGGER and side.dsn == spec.source.dsn.resolve():
+        with windows.log_session(side.dsn, application_name(spec.name, "fence")) as session:
+            return windows.cut(session, Log(spec.name))
     row = side.connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
     assert row is not None
     return parse_lsn(row[0])

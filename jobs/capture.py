@@ -19,9 +19,19 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psycopg
 import pyarrow as pa
+from deltalake.exceptions import DeltaError
 
-from changeover.errors import ChangeoverError, DatabaseFailed, LeaseHeld, ServerUnavailable
+from changeover.errors import (
+    ChangeoverError,
+    CouldNotFinish,
+    DatabaseFailed,
+    LeaseHeld,
+    ServerUnavailable,
+    SourceChanged,
+    SpoolGap,
+)
 from changeover.interrupt import asked_to_stop
 from changeover.jobs import pgoutput, reverse, triggerlog
 from changeover.jobs.chunks import acknowledged
@@ -151,8 +161,8 @@ def _tell_rogue(spec: Spec, ended: threading.Event) -> None:
         try:
             with Ledger.open(spec, "capture") as ledger:
                 told = {str(one) for one in rogue(spec, ledger)}
-        except ChangeoverError as error:
-            told = {f"rogue writes can't be looked for: {error}"}
+        except (ChangeoverError, psycopg.Error, DeltaError, OSError) as error:
+            told = {f"rogue writes can't be looked for: {str(error).splitlines()[0]}"}
         for line in sorted(told - said):
             log.warning("%s", line)
         said = told
@@ -163,10 +173,11 @@ def _follow_new_store(spec: Spec, ended: threading.Event) -> None:
     while not ended.is_set():
         try:
             capture_new(spec, ended)
-        except ChangeoverError as error:
-            if str(error) != said:
-                log.warning("the new store's stream: %s", error)
-            said = str(error)
+        except (ChangeoverError, psycopg.Error, DeltaError, OSError) as error:
+            told = str(error).splitlines()[0]
+            if told != said:
+                log.warning("the new store's stream: %s", told)
+            said = told
         ended.wait(NEW_STORE_SECONDS)
 
 
@@ -179,7 +190,14 @@ def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = l
         with ledger.lease("capture-new"):
             feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec))
             run = _Run(spec, feed, stop, until, 0.0, CaptureResult())
-            run.run()
+            try:
+                run.run()
+            except (SourceChanged, SpoolGap) as gap:
+                what = gap.what if isinstance(gap, SourceChanged) else "slot"
+                reverse.break_off(
+                    ledger, f"the new store's change stream has a gap ({what}), and the next fence begins another one"
+                )
+                raise CouldNotFinish("its change stream has a gap, so the mirror alone keeps the old store up to date") from gap
     return run.result
 
 

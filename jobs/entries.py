@@ -111,6 +111,8 @@ class SourceColumn:
     array: bool
     key: bool
     not_null: bool
+    typmod: int | None = None
+    """The type's modifier, None where nobody looked."""
 
 
 @dataclass(frozen=True)

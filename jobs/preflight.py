@@ -23,7 +23,7 @@ from changeover.jobs.partitions import partitions_of
 from changeover.secret import secret
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table, qualified
-from changeover.stores import Column, open_store
+from changeover.stores import VERSION_COLUMNS, Column, open_store
 from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import estimated_rows
@@ -157,7 +157,7 @@ WHERE c.oid = %s AND k.place <= i.indnkeyatts ORDER BY k.place
 """
 
 COLUMNS = """
-SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull
+SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull, a.atttypmod
 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
 WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum
 """
@@ -236,7 +236,7 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
         return None
     identity = tuple(r[0] for r in connection.execute(IDENTITY, [row[0]]).fetchall())
     columns = tuple(
-        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
+        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4], r[5]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
     parts, rows = partitions_of(connection, schema, name), estimated_rows(connection, schema, name)
     return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))
@@ -257,6 +257,12 @@ def _source_table(connection: Connection, table: Table, capture: str, found: Pre
         f"{seen.source}.{c.name} has the type {c.type}, which is not proven exact: this version does not carry it"
         for c in seen.columns
         if source_type(c.type) is None
+    ]
+    names = [c.name for c in seen.columns] + list(table.columns)
+    found.reasons += [
+        f"{seen.source} or its target has a column {name}, a name that changeover needs for itself"
+        for name in names
+        if name in VERSION_COLUMNS or name.startswith("_changeover_")
     ]
     if capture == TRIGGER and (seen.partitions is not None or seen.generated):
         what = "is partitioned" if seen.partitions is not None else f"has the generated column {min(seen.generated)}"

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -52,6 +53,9 @@ LEASE_SECONDS = 120.0
 
 BATCH_EVENTS, BATCH_BYTES = 250_000, 64 << 20
 """About how many events, and bytes of the spool's files, one batch takes, so that memory does not grow with the backlog."""
+
+PART_BYTES = 256 << 20
+"""Bytes of rows in memory after which a part ends, whatever it holds: Arrow's texts end at 2 GiB."""
 
 SMALL_BATCH = 20_000
 """Changes up to which one task offers a batch."""
@@ -263,9 +267,12 @@ class Carrier:
         relation = ".".join(transform.table.source_name)
         columns = [c.name for c in transform.source]
         taken = 0
-        alone = self.journal.closed(load) and SMALL_BATCH < batch.events < 2 * BATCH_EVENTS
+        parts = self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS, PART_BYTES)
+        first = list(islice(parts, 2))
+        # the floor of a part would refuse the next one
+        alone = len(first) == 1 and batch.events > SMALL_BATCH and self.journal.closed(load)
         reached = caught_up_floor(interval.epoch, batch.until) if alone else None
-        for events in self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS):
+        for events in chain(first, parts):
             ours = offered(kept(events, pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE]))), interval)
             if batch.truncated:  # what came before it has nothing to say any more
                 ours = ours.filter(_after(ours, *batch.truncated))

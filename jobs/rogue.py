@@ -64,7 +64,7 @@ def rogue(spec: Spec, ledger: Ledger) -> list[Rogue]:
 def _watched(spec: Spec, ledger: Ledger) -> Iterator[tuple[str, Spool, int]]:
     """Yield each store whose stream there is, its spool, and since where it is read."""
     path = reverse.recorded(ledger)
-    places = [(OLD, spool_of(spec, ledger.stream("rogue").epoch), 0)]  # it had authority from the beginning
+    places = [(OLD, spool_of(spec, ledger.stream("status").epoch), 0)]  # it had authority from the beginning
     places += [(NEW, reverse.spool_of(spec), path.stream.l0)] if path is not None else []
     for place in places:
         try:

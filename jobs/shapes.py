@@ -53,7 +53,7 @@ class Shape:
         self.arrays = {
             i: _array_loader(column.oid)
             for i, column in enumerate(relation.columns)
-            if column.name in by_name and by_name[column.name].array
+            if column.name in by_name and by_name[column.name].array and by_name[column.name].oid == column.oid
         }
 
     def events(self, group: Changes, stamps: Stamps, notes: pa.Array) -> pa.Table:

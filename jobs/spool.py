@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from changeover.errors import LeaseHeld, SourceChanged, StepOrder
+from changeover.errors import CouldNotFinish, LeaseHeld, SourceChanged, StepOrder
 from changeover.jobs.compaction import grouped, mergeable
 
 FORMAT = "2"
@@ -49,6 +49,9 @@ RETAIN_SECONDS = 86_400
 
 LOG_RETENTION = "interval 1 hours"
 """How long log entries below a checkpoint stay: up to five a second are written, and Spark lists them all."""
+
+ROWS_AT_ONCE = 50_000
+"""How many events of a file are read before it is looked how large they are."""
 
 REPETITIVE = ["relation", "op", "row.key_value.key", "key.key_value.key", "missing.list.element"]
 """Columns with few values, for which a dictionary is worth its making: half the file and two thirds of the time."""
@@ -208,18 +211,18 @@ class Spool:
                 return min(until, max(int(file["max.lsn"]), after) + 1)
         return until
 
-    def parts(self, after: int, until: int, relation: str, events: int) -> Iterator[pa.Table]:
-        """Yield a relation's events with ``after <= lsn < until``, about so many at a time and in no order."""
+    def parts(self, after: int, until: int, relation: str, events: int, size: int) -> Iterator[pa.Table]:
+        """Yield a relation's events with ``after <= lsn < until``, about so many, or bytes in memory, at a time and in no order."""
         table = self._latest()
         until = min(until, table.transaction_version(APPLICATION) or 0)
         held: list[pa.Table] = []
         for file in _met(table, after, until):
             with pq.ParquetFile(self.path / file["path"]) as data:
-                for batch in data.iter_batches(events, columns=SCHEMA.names, use_threads=True):
+                for batch in data.iter_batches(min(events, ROWS_AT_ONCE), columns=SCHEMA.names, use_threads=True):
                     read = pa.Table.from_batches([batch])
                     ours = pc.and_(pc.greater_equal(read["lsn"], after), pc.less(read["lsn"], until))
                     held.append(kept(read, pc.and_(ours, pc.equal(read["relation"], relation))))
-                    if sum(map(len, held)) >= events:
+                    if sum(map(len, held)) >= events or sum(part.nbytes for part in held) >= size:
                         yield pa.concat_tables(held)
                         held = []
         if any(map(len, held)):
@@ -269,7 +272,12 @@ class Spool:
 
     def _latest(self) -> DeltaTable:
         table = self._table()
-        table.update_incremental()
+        try:
+            table.update_incremental()
+        except DeltaError as error:
+            if self.path.exists():
+                raise
+            raise CouldNotFinish(f"the spool {self.path} is gone: the migration ended or was begun anew; run again") from error
         if table.version() - self._opened < CHECKPOINT_EVERY:
             return table
         # a handle carries every log entry since it was opened: 100 ms an append after 700 of them, else 14 ms

@@ -130,5 +130,6 @@ def offered_intervals(changes: Sequence[Authority], *, takes_over: bool, carried
             intervals.append(Interval(tenure.epoch, tenure.since, tenure.until, NEW))
         elif after is not None:
             assert before is not None  # the old store had authority first
-            intervals.append(Interval(tenure.epoch, before.until, after.since, echo=True))
+            # stamped as what follows it in the same log: a part of the epoch may have come from the other log, at other positions
+            intervals.append(Interval(after.epoch, before.until, after.since, echo=True))
     return intervals

@@ -42,9 +42,18 @@ def difference(relation: pgoutput.Relation, prepared: Sequence[SourceColumn], ge
     for name in now.keys() & before.keys():
         if now[name].oid != before[name].oid:
             found.append(f"column {name} has another type (oid {now[name].oid}, was {before[name].type})")
+        elif before[name].typmod is not None and now[name].typmod != before[name].typmod:
+            found.append(f"column {name} has another type (modifier {now[name].typmod}, was {before[name].type})")
         if relation.identity != "f" and now[name].key != before[name].key:
             found.append(f"column {name} {'became' if now[name].key else 'is no longer'} part of the replica identity")
     return "; ".join(sorted(found))
+
+
+def _reordered(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> bool:
+    """Return whether the prepared columns come in another order: one was dropped and added anew, and no event tells of old rows."""
+    there = [column.name for column in relation.columns]
+    before = [column.name for column in prepared if column.name in there]
+    return before != [name for name in there if name in before]
 
 
 def additions(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> str:
@@ -274,6 +283,8 @@ class Assembler:
             source = self._lost_partition(name)
         self.shapes[relation.oid] = Shape(source, relation, self.tables[source])
         found = difference(relation, self.tables[source], self.generated.get(source, frozenset()))
+        if not found and name == source and _reordered(relation, self.tables[source]):
+            found = "a column was dropped and added anew"
         if name != source and source not in self.roots.names:
             found = f"the table was renamed to {name}" + (f"; {found}" if found else "")
         # a renamed column is one that was dropped and one that was added

@@ -87,7 +87,7 @@ SEEN = """
 SELECT pg_current_snapshot()::text, (SELECT jsonb_agg(jsonb_build_object('oid', asked.oid::bigint, 'schema', n.nspname,
     'name', c.relname, 'enabled', (SELECT count(*) = %(triggers)s FROM pg_trigger t WHERE t.tgrelid = c.oid
         AND t.tgname = ANY (%(names)s) AND t.tgenabled = 'A'),
-    'columns', (SELECT jsonb_agg(jsonb_build_array(a.attname, a.atttypid::bigint, EXISTS (SELECT FROM pg_index i
+    'columns', (SELECT jsonb_agg(jsonb_build_array(a.attname, a.atttypid::bigint, a.atttypmod, EXISTS (SELECT FROM pg_index i
             WHERE i.indrelid = c.oid AND CASE WHEN c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END
             AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))) ORDER BY a.attnum)
         FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)) ORDER BY asked.place)
@@ -135,10 +135,14 @@ def _record(connection: Connection, log: Log, end: int, snapshot: str, tables: s
     )
 
 
-def cut(connection: Connection, log: Log) -> None:
-    """Record a window of this moment (a session by `log_session`, outside a transaction)."""
+def cut(connection: Connection, log: Log) -> int:
+    """Record a window of this moment (a session by `log_session`, outside a transaction); return its end.
+
+    What is visible now stands below the end, and whatever commits later at the end or above it.
+    """
     with _opened(connection, log) as (end, oids):
         _record(connection, log, end, *_look(connection, log, oids))
+    return end
 
 
 @contextmanager
@@ -175,7 +179,7 @@ def windows(connection: Connection, log: Log, since: int) -> list[Window]:
 def _seen(told: dict[str, Any]) -> Seen:
     if told["name"] is None:
         return Seen(None, False)
-    columns = tuple(pgoutput.Column(name, oid, -1, key) for name, oid, key in told["columns"] or [])
+    columns = tuple(pgoutput.Column(name, oid, typmod, key) for name, oid, typmod, key in told["columns"] or [])
     return Seen(pgoutput.Relation(told["oid"], told["schema"], told["name"], "d", columns), told["enabled"])
 
 

@@ -250,7 +250,7 @@ def _in_lake(spec: Spec, table: Table, target: Target, key: Key, finalized: date
 
 
 FLOOR = """
-SELECT epoch, lsn::text, ordinal FROM changeover.gate WHERE target = %s AND (epoch, lsn, ordinal) > (0, image_lsn, -1)
+SELECT epoch, lsn::text, ordinal FROM changeover.gate WHERE target = %s AND (epoch, lsn, ordinal) > (image_epoch, image_lsn, -1)
 """
 """A floor that was raised: versions up to it are not kept."""
 

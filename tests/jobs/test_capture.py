@@ -324,6 +324,23 @@ def test_other_changes_of_a_table(prepared: Prepared, change: str, note: str) ->
     assert [text[: len(note)] for text in told[:1]] == [note]
 
 
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        ("ALTER TABLE follows ALTER tags TYPE text USING 'a,b'", "column tags has another type (oid 25, was text[])"),
+        ("ALTER TABLE follows DROP name, ADD name text DEFAULT 'x'", "a column was dropped and added anew"),
+    ],
+)
+def test_a_changed_column_stops_its_table_and_not_the_others(prepared: Prepared, change: str, note: str) -> None:
+    prepared.sql(change)
+    prepared.sql("INSERT INTO follows (id, tags) VALUES (1, NULL)")
+    prepared.sql("UPDATE follows SET tags = '{a}' WHERE id = 1")
+    prepared.sql("INSERT INTO other VALUES (1, 'goes on')")
+    prepared.catch_up()
+    assert [event["note"] for event in prepared.events() if event["op"] == "R"] == [note]
+    assert [event["op"] for event in prepared.events() if event["relation"] == "public.other"] == ["I"]
+
+
 def test_a_broken_connection_is_opened_anew(prepared: Prepared) -> None:
     stop = threading.Event()
     results: list[CaptureResult] = []

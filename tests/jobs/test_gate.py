@@ -185,6 +185,13 @@ def test_a_closed_tables_position_is_as_good_a_gate(kept: Kept, stream: list[Off
     assert kept.live() == {key: cell.image for key, cell in cells.items() if cell.image is not None}
 
 
+def test_a_sweep_that_is_repeated_takes_no_row_that_a_batch_brought_back(kept: Kept) -> None:
+    kept.batch([(1, Cell(Version(0, 200, 0), None))])
+    kept.batch([(1, Cell(Version(0, 300, 0), "back"))], Version(0, 301, -1))
+    assert gate.sweep(kept.connection, TABLE) == 0, "its tombstone is gone: the floor answers for it"
+    assert kept.live() == {1: "back"}
+
+
 def test_a_lock_that_is_held_leaves_the_versions_to_decide(kept: Kept) -> None:
     with connect(kept.dsn, "test") as other, other.transaction(), other.cursor() as cursor:
         batches.lock_shared(cursor, TABLE)

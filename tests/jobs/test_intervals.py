@@ -28,7 +28,7 @@ def test_after_a_rollback_the_echo_goes_to_the_other_target_alone() -> None:
     assert offered_intervals([THERE, BACK], takes_over=True) == [Interval(0, 0, 100), Interval(2, 200, FOR_EVER)]
     assert offered_intervals([THERE, BACK], takes_over=False) == [
         Interval(0, 0, 100),
-        Interval(1, 100, 200, echo=True),
+        Interval(2, 100, 200, echo=True),
         Interval(2, 200, FOR_EVER),
     ]
 

@@ -17,7 +17,7 @@ from changeover.jobs import pgoutput
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.pgoutput import MalformedMessage
 from changeover.jobs.spool import NOWHERE, Place
-from changeover.jobs.transactions import Assembler
+from changeover.jobs.transactions import Assembler, difference
 from changeover.stores.gate import OURS
 
 WHEN = datetime(2026, 11, 21, 12, 30, 0, 123456, tzinfo=UTC)
@@ -283,3 +283,11 @@ def test_an_array_of_its_own_bounds_is_marked_and_no_array_is_refused() -> None:
     assert found(assembler)[0]["row"]["words"] == "[[[0:1]={p,q}"
     with pytest.raises(RowRefused, match=r"public\.one.*column words"):
         assembler.take([told(Change("public.one", "I", "", None, ("x", "2", "p", None)))])
+
+
+@pytest.mark.parametrize(("modifier", "differs"), [(655366, True), (-1, True), (655364, False)])
+def test_another_modifier_is_another_type(modifier: int, differs: bool) -> None:
+    """numeric(10,2) to numeric(10,4) or numeric rewrites no row, and the old scale would round what comes."""
+    prepared = [SourceColumn("n", "numeric(10,2)", 1700, False, False, False, 655364)]
+    relation = pgoutput.Relation(1, "public", "t", "d", (pgoutput.Column("n", 1700, modifier, False),))
+    assert bool(difference(relation, prepared, frozenset())) is differs

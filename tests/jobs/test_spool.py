@@ -258,10 +258,11 @@ def test_a_batch_reaches_so_far_and_splits_no_transaction(spool: Spool) -> None:
     assert spool.reach(95, 2**62, 1, 1 << 30) == 101, "a transaction in two files"
     assert spool.reach(0, 25, 1000, 1 << 30) == 25
     assert spool.reach(105, 2**62, 1, 1 << 30) == 105, "nothing is left"
-    parts = list(spool.parts(20, 101, "public.follows", 12))
+    parts = list(spool.parts(20, 101, "public.follows", 12, 1 << 30))
     assert [len(part) for part in parts] == [15, 15, 13, 3]
     assert sorted({lsn for part in parts for lsn in part["lsn"].to_pylist()}) == [*range(20, 101, 10)]
-    assert not list(spool.parts(0, 2**62, "public.other", 12))
+    assert len(list(spool.parts(20, 101, "public.follows", 1000, 1))) == 10, "each file is large enough for a part of its own"
+    assert not list(spool.parts(0, 2**62, "public.other", 12, 1 << 30))
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))

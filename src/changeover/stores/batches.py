@@ -16,7 +16,7 @@ from psycopg import sql
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.position import Version
 from changeover.stores import Counts
-from changeover.stores.gate import MARK, OURS, GatedTable, raise_floor
+from changeover.stores.gate import GATE_EPOCH, MARK, OURS, GatedTable, raise_floor
 from changeover.stores.statements import CATCH_UP, GATE, LOAD, Part
 
 BATCH = sql.Identifier("pg_temp", "changeover_batch")
@@ -87,7 +87,7 @@ def _locked(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
 
 
 def _drop_older(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
-    """Leave in the batch what is above the floor and above the cell; under the exclusive lock nothing changes beneath it."""
+    """Leave in the batch what is above the floor and above the cell, and no version of its keys (under the exclusive lock)."""
     cursor.execute(
         sql.SQL(
             "DELETE FROM {batch} AS b USING changeover.gate AS g WHERE g.target = {target}"
@@ -99,6 +99,12 @@ def _drop_older(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
             "DELETE FROM {batch} AS b USING {touched} AS t WHERE {same}"
             " AND (b._epoch, b._lsn, b._ordinal) <= (t._epoch, t._lsn, t._ordinal)"
         ).format(batch=BATCH, touched=table.touched, same=table.same_key("t", "b"))
+    )
+    # the floor, raised in this transaction, answers for the rest: a tombstone left behind would take a row at a repeated sweep
+    cursor.execute(
+        sql.SQL("DELETE FROM {touched} AS t USING {batch} AS b WHERE {same}").format(
+            batch=BATCH, touched=table.touched, same=table.same_key("t", "b")
+        )
     )
     return Counts(0, 0)
 
@@ -136,6 +142,7 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     The chunk's mark, the last part of `statements.LOAD`, is the caller's, in the same transaction.
     """
     cursor.execute(MARK, [OURS, "images"])
+    cursor.execute(GATE_EPOCH, [table.target])
     found = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
     offered = int(found[0]) if found else 0
     done = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}

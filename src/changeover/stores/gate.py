@@ -45,6 +45,10 @@ NAME_BYTES = 63
 """PostgreSQL cuts a longer identifier (Lexical Structure, Identifiers and Key Words)."""
 
 
+GATE_EPOCH = "SELECT set_config('changeover.epoch', epoch::text, true) FROM changeover.gate WHERE target = %s"
+"""Lets the epoch of the table's own floor past a refusal, which a hand-over to the other store has left there."""
+
+
 def ours(kind: str, schema: str, name: str) -> sql.Identifier:
     """Return what stands for one table in our schema: named by schema and table, where too long cut and told apart by a hash."""
     whole = f"{kind}_{schema}.{name}"
@@ -238,6 +242,7 @@ def begin_anew(connection: Connection, table: GatedTable, image: Version, server
         try:
             with connection.transaction():
                 connection.execute("SET LOCAL lock_timeout = '500ms'")
+                connection.execute("SELECT set_config('changeover.epoch', %s, true)", [str(image.epoch)])  # past a refusal
                 connection.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(table.lock_key))
                 connection.execute(sql.SQL("TRUNCATE {}, {}").format(table.table, table.touched))
                 _put_floor(connection, table, image)
@@ -262,6 +267,7 @@ def sweep(connection: Connection, table: GatedTable) -> int:
     """Remove rows whose key has a tombstone: the ghosts that the write skew of loader and writer can leave."""
     with connection.transaction():
         connection.execute(MARK, [OURS, "sweep"])
+        connection.execute(GATE_EPOCH, [table.target])
         return connection.execute(
             sql.SQL(
                 "DELETE FROM {table} AS t USING (SELECT {key} FROM {touched} WHERE _deleted ORDER BY {key} FOR UPDATE) AS b"

@@ -141,14 +141,15 @@ def _family(type_name: str) -> str:
     dated = DATED.match(type_name)
     if dated is not None:
         return dated[0]
-    return "sized numeric" if type_name.startswith("numeric(") else "other"
+    carried = source_type(type_name)
+    return "decimal" if carried is not None and carried.spark.startswith("decimal") else "other"
 
 
 UNMOVABLE: dict[str, tuple[str, str] | None] = {
     "array": (r"^\[\[", NESTED),
     "date": ("(infinity|BC)$", UNHELD),
     "timestamp": ("(infinity|BC)$|^(29424[7-9]|2942[5-9][0-9]|294[3-9][0-9]{2}|29[5-9][0-9]{3}|[3-9][0-9]{5})-", UNHELD),
-    "sized numeric": ("^NaN$", UNHELD),
+    "decimal": ("^NaN$", UNHELD),
     "other": None,
 }
 """Family of types -> what no text of theirs may look like, and why."""

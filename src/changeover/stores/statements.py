@@ -76,7 +76,8 @@ CATCH_UP: Procedure = (
 """A batch of replay on a closed table whose position, as `merge.caught_up_floor`, is the gate: no version is written per key.
 
 The lock is taken where it is free, so replay waits for nobody; a direct write that appears meanwhile waits for the batch, and then
-finds the floor above what it must not overwrite. TRUNCATE, collection and closing exclude each other by the target's lease.
+finds the floor above what it must not overwrite. TRUNCATE and collection exclude each other by the target's lease; a sweep that is
+repeated finds no tombstone of a key that the batch wrote.
 """
 
 
