@@ -310,10 +310,11 @@ def test_an_identity_that_no_update_can_bring_is_refused_on_the_side_that_is_wri
     assert IDENTITY in refused[0]
 
 
-def test_a_partitioned_table_is_refused(case: Case) -> None:
+def test_a_part_of_a_partitioned_table_is_refused(case: Case) -> None:
     case.old.execute("DROP TABLE follows")
-    case.old.execute("CREATE TABLE follows (from_user bigint PRIMARY KEY, to_channel bigint) PARTITION BY RANGE (from_user)")
-    assert "is a partitioned table" in case.run("check").stdout
+    case.old.execute("CREATE TABLE whole (from_user bigint PRIMARY KEY, to_channel bigint) PARTITION BY RANGE (from_user)")
+    case.old.execute("CREATE TABLE follows PARTITION OF whole DEFAULT")
+    assert "is a partition of whole: name the whole table" in case.run("check").stdout
 
 
 def test_rows_in_the_target_before_prepare_are_refused(case: Case) -> None:
