@@ -1,0 +1,176 @@
+"""The carrier: one stream's next batches collapsed, made ready and offered to one target, and how far they reached written down.
+
+A batch is bounded in events and bytes, splits no transaction, and is one change a key. Its position is written down after it is
+committed, so a killed replay offers some changes again, which the gate refuses. It knows no direction: the journal says which
+stream this is. Runs on the driver, what Spark is needed for in tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from changeover import points
+from changeover.errors import TableStopped
+from changeover.jobs.changes import completed, last_of_each_key, passed_on
+from changeover.jobs.journal import Journal
+from changeover.jobs.merge import caught_up_floor
+from changeover.jobs.spool import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE, kept
+from changeover.jobs.tenure import Interval
+from changeover.jobs.transform import Transform
+from changeover.position import Version, format_lsn
+from changeover.sparkerrors import from_spark
+from changeover.spec import Spec
+from changeover.stores import Counts, Store
+from changeover.stores.reader import ExportedSnapshot
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+BATCH_EVENTS, BATCH_BYTES = 250_000, 64 << 20
+"""About how many events, and bytes of the spool's files, one batch takes, so that memory does not grow with the backlog."""
+
+PART_BYTES = 256 << 20
+"""Bytes of rows in memory after which a part ends, whatever it holds: Arrow's texts end at 2 GiB."""
+
+SMALL_BATCH = 20_000
+"""Changes up to which one task offers a batch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One load's next events: their number, where they end, why the table stops there, and the last TRUNCATE among them."""
+
+    until: int
+    events: int
+    stop: str | None
+    truncated: tuple[int, int] | None = None
+
+
+class Carrier:
+    """Carries batches of one store's stream into a target (driver)."""
+
+    def __init__(self, spec: Spec, spark: SparkSession, journal: Journal, snapshot: ExportedSnapshot | None) -> None:
+        self.spec = spec
+        self.spark = spark
+        self.journal = journal
+        self.spool = journal.spool
+        self.snapshot = snapshot
+
+    def catch_up(self, load: Any, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
+        """Offer what is left of one interval, batch by batch; what lies between two of them is never offered."""
+        end = min(end, interval.until)
+        events = taken = 0
+        while load.applied < end:
+            load, done = self._carry(load, interval, end, transform, store)
+            events, taken = events + done.offered, taken + done.taken
+        return load, Counts(events, taken)
+
+    def _carry(self, load: Any, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
+        """Offer the next batch, and write down how far it reached."""
+        start = max(load.applied, interval.since)
+        stopped = self.journal.stopped(load)
+        # stopped by an event: each target is still brought up to it
+        if stopped and first_stop(self._outline(start, self.spool.end(), transform, interval), identity_of(transform)) is None:
+            raise TableStopped(load.source, stopped)
+        batch = self._next_batch(start, end, transform, interval)
+        taken = 0
+        if batch.events:
+            with from_spark(load.source, f"changes from {format_lsn(start)} to {format_lsn(batch.until)}"):
+                if batch.truncated:
+                    self.journal.require_truncatable(load)
+                    store.truncate(self.spark, transform.target, Version(interval.epoch, *batch.truncated))
+                taken = self._offer(load, start, batch, interval, transform, store)
+        points.reach("batch-offered", f"{load.source} {load.target} {batch.events}")
+        self.journal.advance(load, batch.until, batch.events)
+        if batch.stop:
+            self.journal.stop(load, batch.stop)
+            raise TableStopped(load.source, batch.stop)
+        return replace(load, applied=batch.until), Counts(batch.events, taken)
+
+    def _outline(self, start: int, end: int, transform: Transform, interval: Interval) -> pa.Table:
+        """Return what of the table's events is offered, without their rows."""
+        outline = self.spool.outline(start, end)
+        return offered(outline.filter(pc.equal(outline["relation"], ".".join(transform.table.source_name))), interval)
+
+    def _next_batch(self, start: int, end: int, transform: Transform, interval: Interval) -> Batch:
+        end = self.spool.reach(start, end, BATCH_EVENTS, BATCH_BYTES)
+        ours = self._outline(start, end, transform, interval)
+        stop = first_stop(ours, identity_of(transform))
+        if stop is not None:
+            end, ours = stop[0], ours.filter(pc.less(ours["lsn"], stop[0]))
+        reason = f"{stop[1]} (at {format_lsn(end)})" if stop else None
+        return Batch(end, ours.num_rows, reason, last_truncate(ours))
+
+    def _offer(self, load: Any, start: int, batch: Batch, interval: Interval, transform: Transform, store: Store) -> int:
+        """Offer the batch's changes; return how many were taken. A batch is one part, unless one transaction outgrew it.
+
+        A large one, of a table that is closed, may let its position be the gate; with small ones an application's own writes
+        would wait more often than they do.
+        """
+        relation = ".".join(transform.table.source_name)
+        columns = [c.name for c in transform.source]
+        taken = 0
+        parts = self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS, PART_BYTES)
+        first = list(islice(parts, 2))
+        # the floor of a part would refuse the next one
+        alone = len(first) == 1 and batch.events > SMALL_BATCH and self.journal.closed(load)
+        reached = caught_up_floor(interval.epoch, batch.until) if alone else None
+        for events in chain(first, parts):
+            ours = offered(kept(events, pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE]))), interval)
+            if batch.truncated:  # what came before it has nothing to say any more
+                ours = ours.filter(_after(ours, *batch.truncated))
+            last = last_of_each_key(ours, identity_of(transform), columns)
+            if store.pass_on is not None and (texts := passed_on(last, transform, interval.epoch)) is not None:
+                taken += store.pass_on(transform.target, texts, reached).taken
+                continue
+            with completed(self.spec, self.spark, transform, last, self.snapshot, self.journal.dsn) as whole:
+                moved = transform.moved_in_stream() if store.takes_text else frozenset()
+                changes = transform.changes(whole, interval.epoch, moved)
+                # one task: the fence waits for such batches
+                changes = changes.coalesce(1) if len(last) <= SMALL_BATCH else changes
+                taken += store.merge(transform.target, changes, reached).taken
+        return taken
+
+
+def identity_of(transform: Transform) -> list[str]:
+    """Return the columns by which the stream tells a source row from others."""
+    return [c.name for c in transform.identity]
+
+
+def offered(events: pa.Table, interval: Interval) -> pa.Table:
+    """Return what of a table's events is offered: of an echo all, else what bears no mark of our own writes (pure)."""
+    if interval.echo:
+        return events
+    return kept(events, pc.or_(pc.is_null(events["note"]), pc.is_in(events["op"], pa.array([RELATION, ADDED]))))
+
+
+def first_stop(outline: pa.Table, identity: Sequence[str]) -> tuple[int, str] | None:
+    """Return (commit LSN, reason) of the first event that this version does not carry, or None (pure)."""
+    unsent = pc.greater(pc.list_value_length(outline["missing"]), 0)
+    suspects = outline.filter(pc.or_(unsent, pc.equal(outline["op"], RELATION)))
+    for event in suspects.sort_by([("lsn", "ascending"), ("ordinal", "ascending")]).to_pylist():
+        if event["op"] == RELATION:
+            return event["lsn"], f"its definition changed: {event['note']}"
+        if met := set(event["missing"]) & set(identity):
+            return event["lsn"], (
+                f"an update left the large key column {min(met)} unchanged and so out of the stream:"
+                " ALTER TABLE … REPLICA IDENTITY FULL before prepare makes it whole"
+            )
+    return None
+
+
+def _after(events: pa.Table, lsn: int, ordinal: int) -> pa.ChunkedArray:
+    later = pc.and_(pc.equal(events["lsn"], lsn), pc.greater(events["ordinal"], ordinal))
+    return pc.or_(pc.greater(events["lsn"], lsn), later)
+
+
+def last_truncate(outline: pa.Table) -> tuple[int, int] | None:
+    """Return commit LSN and ordinal of the last TRUNCATE, which is all that counts of those before it (pure)."""
+    found = outline.filter(pc.equal(outline["op"], TRUNCATE))
+    return max(zip(found["lsn"].to_pylist(), found["ordinal"].to_pylist(), strict=True), default=None)
