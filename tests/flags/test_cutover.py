@@ -266,7 +266,7 @@ def test_without_a_reverse_path_the_lake_learns_by_the_echo_what_was_written_whi
     assert lake(made) == old(made) == comparable(rows(made.new, "ledgers"))
     versions = made.spark.read.format("delta").load(str(made.spec.targets[LAKE].folder / "ledgers")).collect()
     epochs = {row["id"]: (row["_version"]["epoch"], row["_deleted"]) for row in versions if row["_version"]["epoch"]}
-    assert epochs == {1: (1, False), 3: (1, False), 4: (1, True), 1000: (1, False), 2: (2, False)}
+    assert epochs == dict.fromkeys([1, 3, 1000, 2], (2, False)) | {4: (2, True)}, "the echo is of the log that goes on"
     assert all(verdict.equal for verdict in verdicts(made))
 
 
