@@ -101,10 +101,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
                     places = _hand_back(spec, ledger, (old, new), epoch, pause, turn.close, lacking)
                 _pass_the_others(spec, gaining, losing, to)
                 _make_final(losing, epoch, pause)
-                with ledger.connection.transaction():
-                    _record(ledger, Authority(epoch, to.value, places[0], present.at, pause.seconds, places[1]))
-                    if lacking is not None:
-                        reverse.break_off(ledger, f"authority went back without it: {lacking}")
+                _record(ledger, Authority(epoch, to.value, places[0], present.at, pause.seconds, places[1]), lacking)
                 pause.make(Move.RECORD)
             except BaseException:
                 _call_off(spec, losing, epoch)
@@ -385,11 +382,14 @@ def _unmirrored(ledger: Ledger, since: object) -> str | None:
     return None
 
 
-def _record(ledger: Ledger, authority: Authority) -> None:
-    """The one statement by which authority moves."""
-    ledger.connection.execute(
-        "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn)"
-        " VALUES (%s, %s, %s, %s, %s, %s)",
-        [ledger.migration, authority.epoch, authority.store, format_lsn(authority.from_lsn), authority.pause_seconds,
-         format_lsn(authority.new_lsn)],
-    )  # fmt: skip
+def _record(ledger: Ledger, authority: Authority, lacking: str | None) -> None:
+    """Record, by one commit, that authority moves, and that the path back is of no use where it did not bring everything."""
+    with ledger.connection.transaction():
+        ledger.connection.execute(
+            "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn)"
+            " VALUES (%s, %s, %s, %s, %s, %s)",
+            [ledger.migration, authority.epoch, authority.store, format_lsn(authority.from_lsn), authority.pause_seconds,
+             format_lsn(authority.new_lsn)],
+        )  # fmt: skip
+        if lacking is not None:
+            reverse.break_off(ledger, f"authority went back without it: {lacking}")

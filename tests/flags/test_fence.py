@@ -118,8 +118,8 @@ def test_a_fence_that_can_not_be_recorded_gives_the_writers_back(moved: Migratio
 def test_a_fence_whose_record_was_made_though_nobody_heard_it_stands(moved: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
     record = fences._record
 
-    def unheard(ledger: Ledger, made: Authority) -> None:
-        record(ledger, made)
+    def unheard(ledger: Ledger, made: Authority, lacking: str | None) -> None:
+        record(ledger, made, lacking)
         raise ServerUnavailable("the ledger", "broke off after COMMIT")
 
     monkeypatch.setattr(fences, "_record", unheard)
