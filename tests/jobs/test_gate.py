@@ -19,7 +19,7 @@ from changeover.errors import CouldNotFinish, LockNotGranted, RowRefused
 from changeover.jobs.merge import Cell, applies, image_applies, merged
 from changeover.position import Version, epoch_floor, format_lsn, image_version
 from changeover.session import Connection, connect
-from changeover.stores import Counts, batches, gate
+from changeover.stores import Counts, batches, gate, refusal
 
 V0 = image_version(100)
 TABLE = gate.GatedTable("public", "kept", ("id", "kind"), ("id", "kind", "note"))
@@ -183,6 +183,18 @@ def test_a_closed_tables_position_is_as_good_a_gate(kept: Kept, stream: list[Off
             cells = by_rule([(key, cell)], floor, cells)
         assert kept.batch(batch, reached).taken == 0, "offered again, nothing is taken"
     assert kept.live() == {key: cell.image for key, cell in cells.items() if cell.image is not None}
+
+
+def test_a_new_epoch_begins_on_a_table_that_refuses_since_authority_went_back(kept: Kept) -> None:
+    assert refusal.install(kept.connection, "public", "kept", 2, time.monotonic() + 5)
+    refusal.make_permanent(kept.connection, "public", "kept", 2)
+    gate.begin_anew(kept.connection, TABLE, Version(3, 50, -1), "the server")
+    assert kept.load([(1, "image")]).taken == 1
+    kept.batch([(2, Cell(Version(3, 60, 0), None))])
+    assert gate.sweep(kept.connection, TABLE) == 0
+    with pytest.raises(psycopg.Error, match="no authority"):
+        kept.connection.execute("INSERT INTO kept VALUES (3, 'k', 'stale')")
+    assert kept.live() == {1: "image"}
 
 
 def test_a_sweep_that_is_repeated_takes_no_row_that_a_batch_brought_back(kept: Kept) -> None:
