@@ -49,8 +49,9 @@ def test_loaded_followed_and_verified_beside_a_live_writer(make_migration: MakeM
         made.backfill(STORE)
         made.catch_up()
         snapshot.release(old_dsn, made.spec.name)  # the snapshot is lost, and the rest is read in a new one
-        made.old.execute("TRUNCATE follows")
-        made.old.execute(NASTY_ROWS, {"rows": 1000})
+        with made.old.transaction():  # or the writer comes between the two
+            made.old.execute("TRUNCATE follows")
+            made.old.execute(NASTY_ROWS, {"rows": 1000})
         with made.capturing():  # which tells the backfill of the TRUNCATE that gave the table its new file
             made.backfill(LAKE)
         made.catch_up()
