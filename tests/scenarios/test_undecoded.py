@@ -61,7 +61,11 @@ def test_loaded_followed_and_verified_beside_a_live_writer(make_migration: MakeM
     made.catch_up()
     assert writer.writes
     made.assert_equal()
-    made.new.execute("UPDATE associations SET note = 'behind its back' WHERE entity_a = 5 AND entity_b = 1")
+    spoilt = made.new.execute(
+        "UPDATE associations SET note = 'behind its back'"
+        " WHERE (entity_a, entity_b) = (SELECT entity_a, entity_b FROM associations ORDER BY 1, 2 LIMIT 1)"
+    )
+    assert spoilt.rowcount == 1
     assert made.verify(STORE)[STORE].word == "different"
     assert made.leftovers()
     made.abort()
