@@ -10,8 +10,8 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks import backlog
@@ -28,8 +28,9 @@ PARTIES = {"ours": "replay", "native": "native"}
 WARM_UP = 2_000
 
 
-def measure(changes: int, repeat: int, names: Sequence[str] = ()) -> Result:
-    """Run the cases (all unless named) on a server of our own; raises PartyFailed."""
+@contextmanager
+def accounts() -> Iterator[tuple[Backlog, Connection]]:
+    """Make a server with the table in its old database, and empty ones for the parties; yield them and a session with the table."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="changeover-bench-")))
         folder.chmod(0o755)  # the server's own user must reach its folder
@@ -37,6 +38,13 @@ def measure(changes: int, repeat: int, names: Sequence[str] = ()) -> Result:
         job = Backlog(server.create_database("old"), server.create_database("new"), server.create_database("native"), folder, 0)
         old = stack.enter_context(connect(job.old, APPLICATION))
         backlog.create(old)
+        yield job, old
+
+
+def measure(changes: int, repeat: int, names: Sequence[str] = ()) -> Result:
+    """Run the cases (all unless named) on a server of our own; raises PartyFailed."""
+    with ExitStack() as stack:
+        job, old = stack.enter_context(accounts())
         workers = {name: stack.enter_context(Worker(party)) for name, party in PARTIES.items()}
         for worker in workers.values():
             worker.call("set_up", job)

@@ -8,16 +8,13 @@ overtaken counts as seen with it. At the end both stores must hold the same rows
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from threading import Event, Thread
 
 from benchmarks import backlog
-from benchmarks.catchup_case import PARTIES
-from benchmarks.copy_case import server_at
+from benchmarks.catchup_case import PARTIES, accounts
 from benchmarks.followers import Backlog
 from benchmarks.parties import APPLICATION
 from benchmarks.result import CaseResult, Result
@@ -31,7 +28,10 @@ NUMBERED = 0.05
 
 LOOK = 0.002
 SETTLE = 3.0
-"""Seconds at the beginning that do not count."""
+"""Seconds after the first number was seen that do not count."""
+
+FIRST = 60.0
+"""How long the first number may take: a service starts."""
 
 PERCENTILES = {"p50": 0.5, "p99": 0.99}
 CHANGE = "UPDATE accounts SET note = %s, updated_at = clock_timestamp() WHERE id = ANY (%s)"
@@ -84,12 +84,7 @@ class Writing:
 def measure(rate: int, seconds: float, rows: int) -> Result:
     """Let each party follow for so many seconds; raises PartyFailed."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="changeover-bench-")))
-        folder.chmod(0o755)  # the server's own user must reach its folder
-        server = stack.enter_context(server_at(folder / "server"))
-        job = Backlog(server.create_database("old"), server.create_database("new"), server.create_database("native"), folder, 0)
-        old = stack.enter_context(connect(job.old, APPLICATION))
-        backlog.create(old)
+        job, old = stack.enter_context(accounts())
         workers = {name: stack.enter_context(Worker(PARTIES[name])) for name in PARTIES}
         found: dict[str, list[float]] = {}
         changes = 0
@@ -118,8 +113,10 @@ def _follow(job: Backlog, old: Connection, name: str, rate: int, seconds: float,
     seen: dict[int, int] = dict.fromkeys(range(1, WRITERS + 1), 0)
     lags = []
     with connect(dsn, APPLICATION) as target, Writing(job.old, rate, rows) as writing:
-        started = time.monotonic()
+        began = started = time.monotonic()
         while (now := time.monotonic()) - started < seconds + SETTLE:
+            if not any(seen.values()) and now - began < FIRST:
+                started = now  # it has not begun to follow
             for one, amount in target.execute(LOOK_FOR[table], [WRITERS]).fetchall():
                 for number in range(seen[one] + 1, int(amount) + 1):
                     at = writing.written.get((one, number))
@@ -127,7 +124,7 @@ def _follow(job: Backlog, old: Connection, name: str, rate: int, seconds: float,
                         lags.append(now - at)
                 seen[one] = max(seen[one], int(amount))
             time.sleep(LOOK)
-    told = f"{name}: {writing.changes / (seconds + SETTLE):,.0f} changes a second written"
+    told = f"{name}: {writing.changes / (now - began):,.0f} changes a second written"
     print(f"{told}, {len(lags)} lags seen", file=sys.stderr, flush=True)
     if not lags:
         raise PartyFailed(f"{name}: nothing was seen in {seconds:g} s")

@@ -1,10 +1,10 @@
 """Offers: what the events of a batch offer to which key, as pure functions.
 
-Replay says the same in Spark (`changes.keys_apart`, `changes.completed`, `transform.changes`); tests hold it against these, and the
-model checker runs these. A key change is a delete of the old key and, half a step later, a put of the new one. A large value that
-an UPDATE left alone is not in the stream: it is neither NULL nor the target's, it is the source row's, read in one snapshot that
-shows the whole batch. Such a row may be newer than its event, and whatever made it so is later in the stream; it is never older,
-so no order among offers is needed.
+Replay says the same of whole tables (`changes.last_of_each_key`, `changes.completed`, `transform.changes`); tests hold it against
+these, and the model checker runs these. A key change is a delete of the old key and, half a step later, a put of the new one. A
+large value that an UPDATE left alone is not in the stream: it is neither NULL nor the target's, it is the source row's, read in
+one snapshot that shows the whole batch. Such a row may be newer than its event, and whatever made it so is later in the stream;
+it is never older, so no order among offers is needed.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class Moving:
         return told, self._offer(after, target, entry.key, Cell(version, entry.image))
 
     def _replay_interval(self, state: MoveState, number: int, target: int) -> Iterator[tuple[str, MoveState]]:
-        """Offer the old store's log by `replay.offered_intervals`, which lets a target wait, or pass what it is never offered."""
+        """Offer the old store's log by `tenure.offered_intervals`, which lets a target wait, or pass what it is never offered."""
         position = state.routes[number]
         entry, lsn = state.logs[OLD][position], self._lsn(OLD, position)
         intervals = self.rules.offered_intervals(self._authorities(state), takes_over=target == NEW)
