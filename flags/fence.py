@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 MAX_PAUSE = 10.0
 """Seconds after which a fence is called off and writers go on where they were."""
 
-NEAR_SECONDS = 60.0
-"""How long the way back may take to bring the old store near the new one, before writers are held up at all."""
+NEAR = 6.0
+"""How many times the pause's limit the gaining store may take to come near the losing one, before writers are held up at all."""
 
 PERMANENT_SECONDS = 1.0
 """What must be left of the pause when the refusal is made permanent: the deadline may not pass in between."""
@@ -90,7 +90,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
             _finish(gaining, present.epoch)
             return Fenced(present.epoch, present.store, present.from_lsn, present.pause_seconds or 0.0)
         epoch = present.epoch + 1
-        lacking = _draw_near(spec, ledger, new) if to is Origin.OLD else None
+        lacking = _draw_near(spec, ledger, (old, new), to, NEAR * max_pause)
         _prepare_gates(gaining, losing, epoch)
         with _turn(spec, ledger, to) as turn:
             pause = Pause(time.monotonic(), max_pause)
@@ -290,7 +290,7 @@ def _hand_back(
         spool = reverse.spool_of(spec)
         pause.wait(lambda: None if spool.end() >= position else "capture to spool the new store's last writes")
         go_on()
-        pause.wait(lambda: _not_back(pause, ledger, position))
+        pause.wait(lambda: _not_back(ledger, position, pause))
     else:
         log.warning("back by the mirror alone, which loses what it dropped: %s", lacking)
         now = ledger.now()
@@ -299,23 +299,22 @@ def _hand_back(
     return _position(spec, old), position
 
 
-def _draw_near(spec: Spec, ledger: Ledger, new: Side) -> str | None:
-    """Wait, before the pause of the way back, until the old store has what the new one holds; return why it will not have it all.
+def _draw_near(spec: Spec, ledger: Ledger, sides: tuple[Side, Side], to: Origin, seconds: float) -> str | None:
+    """Wait, before the pause, until the gaining store has what the losing one holds now; return why it will not have it all.
 
-    Writers go on meanwhile. Raises FenceCalledOff where replay does not come near.
+    Writers go on meanwhile, and the first batch of a replay that has just begun is no part of their pause. Raises FenceCalledOff
+    where replay does not come near.
     """
-    if lacking := reverse.whole(ledger):
+    if to is Origin.OLD and (lacking := reverse.whole(ledger)):
         return lacking
-    position, deadline = _position(spec, new), time.monotonic() + NEAR_SECONDS
-    emit_marker(new.connection, "fence ahead")
-    while late := [one for one in reverse.loads(ledger) if one.target == reverse.OLD_STORE and one.applied < position]:
-        if lacking := reverse.whole(ledger):
+    losing = sides[to is Origin.OLD]
+    position, deadline = _position(spec, losing), time.monotonic() + seconds
+    emit_marker(losing.connection, "fence ahead")
+    while waiting := _behind(spec, ledger, position) if to is Origin.NEW else _not_back(ledger, position):
+        if to is Origin.OLD and (lacking := reverse.whole(ledger)):
             return lacking
         if time.monotonic() > deadline:
-            what = (
-                f"replay to bring {late[0].source} back to the old store, up to {format_lsn(position)}, before anybody is held up"
-            )
-            raise FenceCalledOff(NEAR_SECONDS, what)
+            raise FenceCalledOff(seconds, f"{waiting}, before anybody is held up")
         time.sleep(0.1)
     return None
 
@@ -332,11 +331,11 @@ def _frozen(spec: Spec, losing: Side, epoch: int, pause: Pause) -> int:
     return position
 
 
-def _not_back(pause: Pause, ledger: Ledger, position: int) -> str | None:
-    """Return what is missing in the old store; what stands in the way ends the wait, and the next try goes back without."""
+def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str | None:
+    """Return what is missing in the old store; in a pause what stands in the way ends the wait: the next try goes without it."""
     late = [load for load in reverse.loads(ledger) if load.target == reverse.OLD_STORE and load.applied < position]
     for load in late:
-        if load.stopped:
+        if load.stopped and pause is not None:
             raise FenceCalledOff(pause.seconds, f"{load.source} to come back to the old store, which stands still: {load.stopped}")
     return f"replay to bring {late[0].source} back to the old store, up to {format_lsn(position)}" if late else None
 
