@@ -13,7 +13,7 @@ from typing import Any
 
 from changeover.position import Version, image_version
 
-FORMAT = 2
+FORMAT = 3
 """Version of the ledger's tables; another version found is refused, never guessed at."""
 
 SCHEMA = """
@@ -44,7 +44,7 @@ CREATE TABLE IF NOT EXISTS changeover.chunk (
 CREATE TABLE IF NOT EXISTS changeover.authority (
     migration text NOT NULL, epoch integer NOT NULL, store text NOT NULL CHECK (store IN ('old', 'new')),
     from_lsn pg_lsn NOT NULL, at timestamptz NOT NULL DEFAULT now(), pause_seconds double precision, new_lsn pg_lsn,
-    PRIMARY KEY (migration, epoch));
+    cohorts text[], PRIMARY KEY (migration, epoch));
 CREATE TABLE IF NOT EXISTS changeover.verdict (
     migration text NOT NULL, run bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(), source text NOT NULL,
     target text NOT NULL, verdict text NOT NULL, stage text, detail jsonb NOT NULL, PRIMARY KEY (migration, run));
@@ -152,10 +152,10 @@ class ChunkRow:
 
 @dataclass(frozen=True)
 class Authority:
-    """Which store has authority over all rows, since which epoch; `from_lsn`, `new_lsn` are where the stores' logs were then.
+    """Which store has authority, since which epoch; `from_lsn`, `new_lsn` are where the stores' logs were then.
 
     In the old store's log `from_lsn` parts what was written under one authority from what came under the next, and in the new
-    store's log `new_lsn` does.
+    store's log `new_lsn` does. It is over all rows, unless cohorts are named.
     """
 
     epoch: int
@@ -164,6 +164,12 @@ class Authority:
     at: datetime
     pause_seconds: float | None
     new_lsn: int = 0
+    cohorts: frozenset[str] | None = None
+
+    @property
+    def anew(self) -> bool:
+        """Return whether this is no move but a new epoch of the tables (`prepare --anew`), for which nobody paused."""
+        return self.store == "old" and self.pause_seconds is None
 
 
 @dataclass(frozen=True)

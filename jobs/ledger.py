@@ -238,18 +238,21 @@ class Ledger:
     # -- authority, heartbeats, verdicts, audit
 
     def authority(self) -> Authority:
-        """Return who has authority now; before any fence it is the old store at epoch 0."""
-        found = self.authorities()
+        """Return who has authority now, over the rows that have no move of their own; before any fence it is the old store."""
+        found = [change for change in self.authorities() if change.cohorts is None]
         return found[-1] if found else Authority(0, "old", 0, datetime.min, None)
 
     def authorities(self) -> list[Authority]:
         """Return every change of authority, first to last."""
         rows = self.connection.execute(
-            "SELECT epoch, store, from_lsn::text, at, pause_seconds, coalesce(new_lsn, '0/0')::text FROM changeover.authority"
-            " WHERE migration = %s ORDER BY epoch",
+            "SELECT epoch, store, from_lsn::text, at, pause_seconds, coalesce(new_lsn, '0/0')::text, cohorts"
+            " FROM changeover.authority WHERE migration = %s ORDER BY epoch",
             [self.migration],
         ).fetchall()
-        return [Authority(r[0], r[1], parse_lsn(r[2]), r[3], r[4], parse_lsn(r[5])) for r in rows]
+        return [
+            Authority(r[0], r[1], parse_lsn(r[2]), r[3], r[4], parse_lsn(r[5]), None if r[6] is None else frozenset(r[6]))
+            for r in rows
+        ]
 
     def beat(self, process: str, stage: str, epoch: int, counters: Mapping[str, Any]) -> None:
         """Record a router process's heartbeat (application)."""

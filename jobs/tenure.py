@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import NamedTuple
 
 from changeover.jobs.entries import Authority
@@ -56,28 +57,43 @@ def stamped(log: Iterable[Tenure], cohort: str, store: str, version: Version) ->
     return None if epoch is None else version._replace(epoch=epoch)
 
 
-def moved(log: Iterable[Tenure], cohort: str, to: str, fence: int, since: int) -> tuple[Tenure, ...]:
+def moved(log: Iterable[Tenure], cohort: str, to: str, epoch: int, fence: int, since: int) -> tuple[Tenure, ...]:
     """Return the log after a cohort's authority has moved: it ends at `fence` in the losing log, begins at `since` in the other.
 
-    The epoch goes up by one; the cohort's floor in the gaining store becomes `position.epoch_floor` of it.
+    The epoch is a later one, and `position.epoch_floor` of it the cohort's floor in the gaining store.
     """
     entries = list(log)
     last = max((t for t in entries if t.cohort == cohort), key=lambda t: t.epoch)
     entries[entries.index(last)] = last._replace(until=fence)
-    return (*entries, Tenure(cohort, last.epoch + 1, to, since))
+    return (*entries, Tenure(cohort, epoch, to, since))
 
 
 EVERYTHING = ""
-"""The one cohort while all rows move at once."""
+"""The one cohort while all rows move at once; else those that no move has named. No cohort of a spec is called so."""
 
 OLD, NEW = "old", "new"
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """Some cohorts of a table's rows: those that are named, or with `others` all but those."""
+
+    names: frozenset[str] = frozenset()
+    others: bool = True
+
+    def __contains__(self, cohort: str) -> bool:
+        return (cohort in self.names) is not self.others
+
+
+EVERY = Cohorts()
 
 
 @dataclass(frozen=True)
 class Interval:
     """A part of a store's stream that is offered: its events' epoch, and the commit LSNs since <= lsn < until in that store's log.
 
-    Of an `echo` our own marked writes are offered, and what came with them; else what others wrote, and nothing of ours.
+    Of an `echo` our own marked writes are offered, and what came with them; else what others wrote, and nothing of ours. It is
+    the rows of some cohorts alone.
     """
 
     epoch: int
@@ -85,21 +101,49 @@ class Interval:
     until: int
     store: str = OLD
     echo: bool = False
+    cohorts: Cohorts = EVERY
 
 
-def tenures(changes: Iterable[Authority]) -> tuple[Tenure, ...]:
-    """Return the authority log of both stores, first to last, from the moves on record; all rows move at once.
+Section = tuple[Interval, ...]
+"""Intervals of one store and the same positions, each of other cohorts."""
 
-    Authority that goes from the old store to the old store is a new epoch of the tables: nothing from before it counts.
+
+def named(changes: Iterable[Authority]) -> frozenset[str]:
+    """Return the cohorts that have ever moved by name."""
+    return frozenset(name for change in changes for name in change.cohorts or ())
+
+
+def tenures(changes: Iterable[Authority], cohort: str = EVERYTHING) -> tuple[Tenure, ...]:
+    """Return a cohort's authority log of both stores, first to last, from the moves on record.
+
+    A move without names is one of all rows, of which those that are there already have nothing to do; from the old store to the
+    old store it may be a new epoch of the tables as well: nothing from before it counts.
     """
-    log: tuple[Tenure, ...] = (Tenure(EVERYTHING, 0, OLD, 0),)
+    log: tuple[Tenure, ...] = (Tenure(cohort, 0, OLD, 0),)
     for change in changes:
-        if change.store == log[-1].store:
-            log = (Tenure(EVERYTHING, change.epoch, OLD, 0),)
+        if change.cohorts is not None and cohort not in change.cohorts:
             continue
-        places = {OLD: change.from_lsn, NEW: change.new_lsn}
-        log = moved(log, EVERYTHING, change.store, places[log[-1].store], places[change.store])
+        if change.anew:
+            log = (Tenure(cohort, change.epoch, OLD, 0),)
+        elif change.store != log[-1].store:
+            places = {OLD: change.from_lsn, NEW: change.new_lsn}
+            log = moved(log, cohort, change.store, change.epoch, places[log[-1].store], places[change.store])
     return log
+
+
+def shares(changes: Sequence[Authority]) -> dict[Tenure, Cohorts]:
+    """Return who has authority now: each present tenure, its cohort left out, and the cohorts whose it is (pure)."""
+    names = named(changes)
+    found: dict[Tenure, set[str]] = {}
+    for cohort in (EVERYTHING, *sorted(names)):
+        found.setdefault(tenures(changes, cohort)[-1]._replace(cohort=EVERYTHING), set()).add(cohort)
+    return {tenure: _together(cohorts, names) for tenure, cohorts in found.items()}
+
+
+def _together(cohorts: Collection[str], names: frozenset[str]) -> Cohorts:
+    """Return cohorts as one, of all that have a name."""
+    chosen = frozenset(cohorts) - {EVERYTHING}
+    return Cohorts(names - chosen) if EVERYTHING in cohorts else Cohorts(chosen, others=False)
 
 
 def without(log: Sequence[Tenure], store: str, since: int) -> list[tuple[int, int]]:
@@ -112,14 +156,41 @@ def without(log: Sequence[Tenure], store: str, since: int) -> list[tuple[int, in
     return [*gaps, (since, FOR_EVER)] if since < FOR_EVER else gaps
 
 
-def offered_intervals(changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset()) -> list[Interval]:
-    """Return the intervals of both stores' streams that a target is offered, in the order of their epochs (pure).
+def sections(changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset()) -> list[Section]:
+    """Return `offered_intervals` of all cohorts, cut where one of them begins or ends (pure).
+
+    In front the old store's, then the new one's, once cohorts have moved one by one: both streams go on then, of other rows each.
+    """
+    names = named(changes)
+    if not names:
+        return [(interval,) for interval in offered_intervals(changes, takes_over=takes_over, carried=carried)]
+    alone = {
+        cohort: offered_intervals(changes, takes_over=takes_over, carried=carried, cohort=cohort) for cohort in (EVERYTHING, *names)
+    }
+    found = []
+    for store in (OLD, NEW):
+        of_store = [(cohort, one) for cohort, intervals in alone.items() for one in intervals if one.store == store]
+        cuts = sorted({place for _, one in of_store for place in (one.since, one.until)})
+        for since, until in pairwise(cuts):
+            kinds: dict[tuple[int, bool], set[str]] = {}
+            for cohort, one in of_store:
+                if one.since <= since and until <= one.until:
+                    kinds.setdefault((one.epoch, one.echo), set()).add(cohort)
+            section = [Interval(epoch, since, until, store, echo, _together(who, names)) for (epoch, echo), who in kinds.items()]
+            found += [tuple(section)] if section else []
+    return found
+
+
+def offered_intervals(
+    changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset(), cohort: str = EVERYTHING
+) -> list[Interval]:
+    """Return the intervals of both stores' streams of which a target is offered a cohort, in the order of their epochs (pure).
 
     `carried` are the epochs of the new store that its own stream carries. The target that takes over never gets them, it made them
     itself. Any other target gets those that are carried; one that is not, it learns by the echo in the old store's stream once
     authority is back, because then the old store is the truth again.
     """
-    log = tenures(changes)
+    log = tenures(changes, cohort)
     intervals = []
     for before, tenure, after in zip([None, *log], log, [*log[1:], None], strict=False):
         if tenure.store == OLD:

@@ -100,11 +100,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Flag:
-    """The migration flag: its key, the target that takes over, and the data file of the SDK's file source."""
+    """The migration flag: its key, the target that takes over, and the data file of the SDK's file source.
+
+    `context` is the source column whose value is a row's cohort, the flag's context; without it all rows move at once.
+    """
 
     key: str
     target: str
     file: str | None = None
+    context: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,6 @@ def load(path: str | Path) -> Spec:
 
 NOT_CARRIED = {
     "source.read_from": "bulk reads from a replica are not carried by this version: leave it out, reads go to the primary",
-    "flag.context": "cohorts one by one are not carried by this version: leave it out, all rows move at once",
 }
 
 
@@ -310,13 +313,14 @@ class _Reader:
         if "flag" not in document:
             return None
         given = self.section("", document, "flag")
-        self.only("flag", given, ("key", "target", "file"))
+        self.only("flag", given, ("key", "target", "file", "context"))
         target = self.text("flag", given, "target")
         if target not in targets:
             self.fail("flag.target", f'is "{target}": the targets are {", ".join(targets)}')
         if targets[target].kind != "postgres":
             self.fail("flag.target", "must be a PostgreSQL target: an application writes to the store that takes over")
-        return Flag(self.text("flag", given, "key"), target, self.optional_text("flag", given, "file"))
+        file, context = self.optional_text("flag", given, "file"), self.optional_text("flag", given, "context")
+        return Flag(self.text("flag", given, "key"), target, file, context)
 
     def work(self, given: Mapping[str, Any]) -> str:
         self.only("work", given, ("path",))

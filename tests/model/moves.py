@@ -207,7 +207,8 @@ class Moving:
             after = self._raise_floor(after, gaining, recorded)
         else:
             since = self._lsn(gaining, len(state.logs[gaining]))
-            tenures = moved(state.tenures, self.keys[0], STORES[gaining], self._lsn(losing, state.fence), since)
+            epoch = max(t.epoch for t in state.tenures if t.cohort == self.keys[0]) + 1
+            tenures = moved(state.tenures, self.keys[0], STORES[gaining], epoch, self._lsn(losing, state.fence), since)
             after = after._replace(tenures=tenures, authority=_with(after.authority, 0, gaining))
         yield f"the fence to {STORES[gaining]} {move.value}", after
 
