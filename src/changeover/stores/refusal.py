@@ -39,7 +39,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a store refuses: `standing` for good, `begun` up to a deadline; `column` holds a row's cohort where they are told apart."""
+    """What a store refuses: `standing` for good, `begun` up to a deadline; `column` holds the cohort where there are some."""
 
     standing: tuple[Refused, ...] = ()
     begun: Refused | None = None
@@ -137,7 +137,7 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
 def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
     """Return the expression of the epoch since which a row is refused, -1 for one that is not."""
     begun = sql.SQL("clock_timestamp() < {}::timestamptz").format(sql.Literal(ends))
-    arms = [(one, sql.SQL("true")) for one in refusal.standing]
+    arms: list[tuple[Refused, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
     arms += [(refusal.begun, begun)] if refusal.begun else []
     return sql.SQL("CASE {} ELSE -1 END").format(
         sql.SQL(" ").join(
