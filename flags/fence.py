@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from ldclient.migrations.types import Origin
 from psycopg import sql
 
+from changeover import points
 from changeover.errors import FenceCalledOff
 from changeover.flags.gate import mirrors
 from changeover.jobs import reverse, windows
@@ -43,6 +44,9 @@ MAX_PAUSE = 10.0
 
 NEAR = 6.0
 """How many times the pause's limit the gaining store may take to come near the losing one, before writers are held up at all."""
+
+LOOK_SECONDS = 1.0
+"""How often to ask the new store meanwhile whether its stream is still whole."""
 
 PERMANENT_SECONDS = 1.0
 """What must be left of the pause when the refusal is made permanent: the deadline may not pass in between."""
@@ -101,6 +105,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
                     places = _hand_back(spec, ledger, (old, new), epoch, pause, turn.close, lacking)
                 _pass_the_others(spec, gaining, losing, to)
                 _make_final(losing, epoch, pause)
+                points.reach("fence-final")
                 _record(ledger, Authority(epoch, to.value, places[0], present.at, pause.seconds, places[1]), lacking)
                 pause.make(Move.RECORD)
             except BaseException:
@@ -157,6 +162,7 @@ class Pause:
         """Note that a move is made; none comes before its turn in `statements.HAND_OVER`, whose order is the proof."""
         assert move is HAND_OVER[len(self.made)], f"{move} after {self.made}"
         self.made.append(move)
+        points.reach(f"fence-{move.name.lower().replace('_', '-')}")
 
     @property
     def seconds(self) -> float:
@@ -305,14 +311,17 @@ def _draw_near(spec: Spec, ledger: Ledger, sides: tuple[Side, Side], to: Origin,
     Writers go on meanwhile, and the first batch of a replay that has just begun is no part of their pause. Raises FenceCalledOff
     where replay does not come near.
     """
-    if to is Origin.OLD and (lacking := reverse.whole(ledger)):
+    if to is Origin.OLD and (lacking := reverse.lacking(spec, ledger)):
         return lacking
     losing = sides[to is Origin.OLD]
     position, deadline = _position(spec, losing), time.monotonic() + seconds
     emit_marker(losing.connection, "fence ahead")
+    look_at = time.monotonic() + LOOK_SECONDS
     while waiting := _behind(spec, ledger, position) if to is Origin.NEW else _not_back(ledger, position):
-        if to is Origin.OLD and (lacking := reverse.whole(ledger)):
-            return lacking
+        if to is Origin.OLD and time.monotonic() > look_at:
+            if lacking := reverse.lacking(spec, ledger):
+                return lacking
+            look_at = time.monotonic() + LOOK_SECONDS
         if time.monotonic() > deadline:
             raise FenceCalledOff(seconds, f"{waiting}, before anybody is held up")
         time.sleep(0.1)

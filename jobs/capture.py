@@ -193,10 +193,7 @@ def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = l
             try:
                 run.run()
             except (SourceChanged, SpoolGap) as gap:
-                what = gap.what if isinstance(gap, SourceChanged) else "slot"
-                reverse.break_off(
-                    ledger, f"the new store's change stream has a gap ({what}), and the next fence begins another one"
-                )
+                reverse.break_at_gap(ledger, gap)
                 raise CouldNotFinish("its change stream has a gap, so the mirror alone keeps the old store up to date") from gap
     return run.result
 

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from ldclient.migrations.types import Stage
 from psycopg import sql
 
-from changeover.errors import SlotBlocked
-from changeover.jobs import obstacles, reverse, snapshot
+from changeover.errors import CouldNotFinish, SlotBlocked
+from changeover.flags import cutover, flagfile
+from changeover.jobs import obstacles, restart, reverse, snapshot
 from changeover.jobs.capture import capture_new, emit_marker
 from changeover.jobs.entries import Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.rogue import rogue
-from changeover.position import epoch_floor, image_version
+from changeover.jobs.spool import remove_spools
+from changeover.jobs.status import status
+from changeover.position import epoch_floor, format_lsn, image_version
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
 from changeover.stores.batches import BATCH, apply_batch, prepare_batch
 from changeover.stores.gate import gated, install_gate, sweep
+from tests.fix_postgres import default_binaries, fresh_database, passing_server
 
 SPEC = """
 name = "{name}"
@@ -210,3 +217,142 @@ def test_a_rolled_back_write_and_one_beside_the_tables_are_no_rogue(stores: Stor
     install_gate(stores.new, "public", "links", ["a"], epoch_floor(0))
     assert stores.captured() == []
     assert rogue(stores.spec, stores.ledger) == []
+
+
+# -- a path that can't go on
+
+
+def hand_over(stores: Stores, epoch: int, store: str) -> int:
+    """Put on record that authority has moved now, as a fence does; return the position in the new store's log."""
+    row = stores.new.execute("SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint").fetchone()
+    assert row is not None
+    stores.ledger.connection.execute(
+        "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, new_lsn) VALUES (%s, %s, %s, '0/1', %s)",
+        [stores.spec.name, epoch, store, format_lsn(row[0])],
+    )
+    return int(row[0])
+
+
+def lose_slot(stores: Stores) -> None:
+    stores.new.execute("SELECT pg_drop_replication_slot(%s)", [reverse.slot_of(stores.spec)])
+
+
+LOST = "the new store's change stream has a gap (replication slot), and the next fence begins another one"
+
+
+def live(stores: Stores) -> None:
+    """Have the path open, authority with the new store, and something written to it."""
+    stores.state(GIVEN)
+    assert reverse.open_path(stores.spec, stores.ledger) is not None
+    hand_over(stores, 1, "new")
+    flagfile.write_stage(stores.spec.work / "flags.json", "f", Stage.LIVE)
+    stores.new.execute("INSERT INTO links VALUES (1, 'X')")
+
+
+def test_a_lost_slot_breaks_the_path_off_and_everybody_is_told(stores: Stores) -> None:
+    live(stores)
+    assert [event["op"] for event in stores.captured()] == ["I"]
+    assert reverse.whole(stores.ledger) is None
+    lose_slot(stores)
+    with pytest.raises(CouldNotFinish, match="its change stream has a gap, so the mirror alone keeps the old store up to date"):
+        capture_new(stores.spec, threading.Event())
+    assert reverse.whole(stores.ledger) == LOST
+    assert capture_new(stores.spec, threading.Event()) is None, "there is nothing to follow any more"
+    assert f"  way back  the mirror alone keeps the old store up to date: {LOST}" in list(status(stores.spec).lines())
+    done = cutover.rollback(stores.spec)
+    assert (done.after, done.epoch, done.lacking) == (Stage.SHADOW, 2, LOST)
+    again = reverse.open_path(stores.spec, stores.ledger)
+    assert again is not None
+    assert again.broken is None
+    assert stores.slots() == [again.stream.slot]
+
+
+@pytest.mark.parametrize("lost_after", [0.0, 2.0])
+def test_a_rollback_sees_by_itself_that_the_slot_is_lost(stores: Stores, lost_after: float) -> None:
+    live(stores)
+    losing = threading.Timer(lost_after, lose_slot, [stores])
+    losing.start()
+    if not lost_after:
+        losing.join()
+    began = time.monotonic()
+    done = cutover.rollback(stores.spec)  # capture is down: nobody else would notice, and nothing comes back
+    assert lost_after <= time.monotonic() - began < 20
+    assert (done.epoch, done.lacking) == (2, LOST)
+    assert stores.ledger.authority().store == "old"
+    stores.old.execute("INSERT INTO follows VALUES (1, 'writers go on')")
+    with pytest.raises(psycopg.Error, match="no authority"):
+        stores.new.execute("INSERT INTO links VALUES (2, 'Y')")
+
+
+def test_rogue_writes_are_told_while_a_new_epoch_is_begun(stores: Stores) -> None:
+    stores.state(GIVEN)
+    reverse.open_path(stores.spec, stores.ledger)
+    stores.new.execute("INSERT INTO links VALUES (1, 'X')")
+    assert len(stores.captured()) == 1
+    before = rogue(stores.spec, stores.ledger)
+    assert [(found.store, found.changes) for found in before] == [("new", 1)]
+    assert restart._begin(stores.ledger) == 1
+    assert rogue(stores.spec, stores.ledger) == before
+    assert f"  rogue     {before[0]}" in list(status(stores.spec).lines())
+    remove_spools(stores.spec.work)
+    assert rogue(stores.spec, stores.ledger) == before, "what is left of the two spools is still looked at"
+    reverse.remove(stores.spec, stores.ledger)
+    assert rogue(stores.spec, stores.ledger) == [], "as far as a new epoch is made, nothing of the old one counts"
+
+
+@contextmanager
+def restored(stores: Stores, dsn: str) -> Iterator[Stores]:
+    """Put the new store, and the ledger that stands in it, into another server's database, as a dump and its restore do."""
+    with connect(dsn, "test") as new, Ledger.open(stores.spec, "test") as ledger:
+        new.execute("CREATE TABLE links (a integer PRIMARY KEY, upper text)")
+        ledger.create()
+        install_gate(new, "public", "links", ["a"], image_version(1))
+        for name in ("migration", "reverse_stream", "reverse_load", "authority"):
+            table = sql.Identifier("changeover", name)
+            with (
+                stores.new.cursor().copy(sql.SQL("COPY {} TO STDOUT").format(table)) as dumped,
+                new.cursor().copy(sql.SQL("COPY {} FROM STDIN").format(table)) as loading,
+            ):
+                for data in dumped:
+                    loading.write(data)
+        yield replace(stores, new=new, ledger=ledger)
+
+
+def test_a_path_on_a_restored_server_begins_afresh(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores.state(GIVEN)
+    assert reverse.open_path(stores.spec, stores.ledger) is not None
+    reached = before_the_restore(stores)
+    with passing_server(default_binaries()) as server, fresh_database(server, "new") as dsn:
+        monkeypatch.setenv("NEW_DSN", dsn)
+        with restored(stores, dsn) as there:
+            after_the_restore(there, reached)
+
+
+def before_the_restore(stores: Stores) -> int:
+    """Have authority move to the new store and back, and much be written that the restored server has never seen."""
+    stores.new.execute("SELECT pg_logical_emit_message(false, 'noise', repeat('x', 1000)) FROM generate_series(1, 20000)")
+    hand_over(stores, 1, "new")
+    stores.new.execute("INSERT INTO links VALUES (1, 'X')")
+    assert len(stores.captured()) == 1
+    hand_over(stores, 2, "old")
+    reached = reverse.spool_of(stores.spec).end()
+    reverse.advance(stores.ledger, "follows", reverse.OLD_STORE, reached, 1)
+    return reached
+
+
+def after_the_restore(stores: Stores, reached: int) -> None:
+    running = reverse.spool_of(stores.spec)
+    assert running.end() == reached  # as replay looks at it, in a process of its own
+    path = reverse.open_path(stores.spec, stores.ledger)
+    assert path is not None
+    assert path.stream.l0 < reached, "the restored server's positions are below those that were seen"
+    assert [load_.applied for load_ in reverse.loads(stores.ledger)] == [path.stream.l0], "else all below would never be offered"
+    running.reopen()
+    assert running.end() == 0
+    stores.new.execute("INSERT INTO links VALUES (2, 'rogue')")
+    hand_over(stores, 3, "new")
+    stores.new.execute("INSERT INTO links VALUES (3, 'Y')")
+    assert [event["row"]["a"] for event in stores.captured()] == ["2", "3"], "nothing of the server that is gone"
+    assert reverse.carried(path, stores.ledger.authorities()) == {3}, "the first epoch's positions are of another log"
+    assert reverse.whole(stores.ledger) is None
+    assert [(found.store, found.changes) for found in rogue(stores.spec, stores.ledger)] == [("new", 1)]
