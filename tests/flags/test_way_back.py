@@ -31,6 +31,7 @@ from changeover.jobs.prepare import leftovers, spool_of
 from changeover.jobs.status import status
 from changeover.position import parse_lsn
 from changeover.session import connect
+from changeover.verifiers.explain import explain
 from changeover.verifiers.verify import verify
 from tests.fix_accounts import following
 from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
@@ -185,6 +186,9 @@ def test_what_is_written_to_the_new_store_comes_back_and_nothing_echoes(people: 
         echoed = spool_events(spool_of(people.spec), "public.members")
         assert {event["note"] for event in echoed} == {"changes"}, "what replay wrote to the old store is marked as ours"
         assert forward_events(people) == before, "and offered to nobody"
+        told = explain(people.spec, ["60"]).parts["spooled events"]
+        assert told
+        assert {event.get("standing", event.get("version"))[:7] for event in told} == {"an echo"}
         assert {one.events for one in reverse_loads(people).values()} == {len(written)}
 
         with writing_there(people):
@@ -273,6 +277,8 @@ def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, cap
         settled(people)
         kept = [event for event in spool_events(spool_of(people.spec), "public.members") if event["note"] is None]
         assert [dict(event["row"])["note"] for event in kept if event["lsn"] >= parse_lsn(rogue.first)] == ["rogue"] * 2
+        [told] = explain(people.spec, ["7"]).parts["spooled events"]
+        assert (told["at"][: len(rogue.first)], told["standing"][:5], told["row"]["note"]) == (rogue.first, "rogue", "rogue")
         assert "rogue" not in {row[0] for row in people.new.execute("SELECT note FROM people").fetchall()}, "offered to nobody"
         different = {verdict.target: verdict.equal for verdict in verify(people.spec, people.spark)}
         assert different[STORE] is False

@@ -31,6 +31,7 @@ from changeover.session import Connection, connect
 from changeover.spec import Spec, load
 from changeover.stores.batches import BATCH, apply_batch, prepare_batch
 from changeover.stores.gate import gated, install_gate, sweep
+from changeover.verifiers.explain import explain
 from tests.fix_postgres import default_binaries, fresh_database, passing_server
 
 SPEC = """
@@ -293,9 +294,14 @@ def test_rogue_writes_are_told_while_a_new_epoch_is_begun(stores: Stores) -> Non
     assert [(found.store, found.changes) for found in before] == [("new", 1)]
     assert restart._begin(stores.ledger) == 1
     assert rogue(stores.spec, stores.ledger) == before
-    assert f"  rogue     {before[0]}" in list(status(stores.spec).lines())
+    page = list(status(stores.spec).lines())
+    assert f"  rogue     {before[0]}" in page
+    assert any(line.startswith("  prepare   epoch 1 is begun: run `changeover prepare SPEC` to its end (20") for line in page)
     remove_spools(stores.spec.work)
     assert rogue(stores.spec, stores.ledger) == before, "what is left of the two spools is still looked at"
+    told = explain(stores.spec, ["1"]).parts
+    assert (told["source row"], told["store row"]) == ("none", {"a": 1, "upper": "X"})
+    assert told["spooled events"] == "none is told while `prepare --anew` is on its way to epoch 1: run it again to its end"
     reverse.remove(stores.spec, stores.ledger)
     assert rogue(stores.spec, stores.ledger) == [], "as far as a new epoch is made, nothing of the old one counts"
 
