@@ -129,7 +129,7 @@ def application(migration: Migration, threads: int = 3) -> Iterator[Router]:
 
 @contextmanager
 def unmirrored(migration: Migration) -> Iterator[Counter[str]]:
-    """Add one to account after account in the store that has authority, by plain SQL, until the block ends; an error fails the test.
+    """Add one to account after account in the store that has authority, by plain SQL; an error fails the test.
 
     There is no mirror, so whatever arrives in the other store was brought by a stream. Yields how many writes each table took.
     """
