@@ -13,6 +13,7 @@ from changeover.jobs import inverse
 from changeover.jobs.preflight import CAPTURE_RULES, SERVER_RULES, TABLE_RULES, SourceTable, source_table
 from changeover.session import Connection, application_name, connect
 from changeover.spec import SLOT, Spec, Table
+from changeover.stores.batches import WIDEST
 
 OLDEST_SERVER = 140000
 
@@ -36,6 +37,8 @@ def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> l
         found = source_table(new, target_as_source(table))
         lack = inverse.missing(spec, table, seen.store_columns, found.store_columns if found else None)
         reasons += [lack] if lack else []
+        if len(seen.columns) > WIDEST:
+            reasons.append(f"{seen.source} has {len(seen.columns):,} columns: {WIDEST:,} is the most that a batch back to it holds")
         if found is not None:
             reasons += _unfit(new, found)
     return [f"the new store: {reason}" if reason.startswith(("the ", "wal_level", "all ")) else reason for reason in reasons]

@@ -20,10 +20,12 @@ from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.partitions import partitions_of
+from changeover.jobs.transform import expressions
 from changeover.secret import secret
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table, qualified
 from changeover.stores import VERSION_COLUMNS, Column, open_store
+from changeover.stores.batches import WIDEST
 from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import estimated_rows
@@ -187,12 +189,25 @@ def preflight(spec: Spec) -> Preflight:
                 schema, name = table.target_name
                 if len(name.encode()) > NAME_BYTES:
                     found.reasons.append(f"the target table's name {name} is too long: {NAME_BYTES} bytes at most")
+                if target.kind == "postgres":
+                    found.reasons += _too_wide(table, found.tables.get(table.source))
                 if store.columns(schema, name) is None or prepared:
                     continue
                 found.reasons += store.objections(schema, name, table.key)
                 if store.has_rows(schema, name):
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
     return found
+
+
+def _too_wide(table: Table, seen: SourceTable | None) -> list[str]:
+    """Return that a table's rows would not fit into a batch."""
+    count = len(expressions(table, seen.store_columns)) if seen is not None else 0
+    if count <= WIDEST:
+        return []
+    return [
+        f"target table {table.target} would be filled in {count:,} columns, and {WIDEST:,} is the most that a batch holds beside"
+        f" its versions: leave columns out by `drop`"
+    ]
 
 
 COSTS: dict[str, tuple[str, ...]] = {
