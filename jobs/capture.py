@@ -45,6 +45,7 @@ from changeover.jobs.replication import (
     answer_interval,
     check_publication,
     check_slot,
+    column_numbers,
     generated_columns,
     slot_alarm,
 )
@@ -262,7 +263,7 @@ class _Run:
             self.answer_every = answer_interval(connection)
             self._watch(connection)
             generated = generated_columns(connection, self.stream.publication)
-            assembler = Assembler(self.tables, generated, self.spool.held(), roots=self.roots)
+            assembler = Assembler(self.tables, generated, self.spool.held(), roots=self.roots, numbers=self._numbers)
         with closing(connect(self.dsn, name, replication=True)) as connection:
             replication = Replication(connection, self.dsn)
             with speaking_to(self.dsn, "starting the change stream"):
@@ -272,6 +273,10 @@ class _Run:
             self.answer_at = 0.0
             log.info("following slot %s from %s", self.stream.slot, format_lsn(self.durable))
             yield replication, assembler
+
+    def _numbers(self) -> Mapping[str, Mapping[str, int]]:
+        with closing(connect(self.dsn, application_name(self.spec.name, "capture"))) as connection:
+            return column_numbers(connection, self.tables)
 
     def _follow(self, replication: Replication, assembler: Assembler) -> None:
         while True:

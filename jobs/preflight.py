@@ -159,7 +159,7 @@ WHERE c.oid = %s AND k.place <= i.indnkeyatts ORDER BY k.place
 """
 
 COLUMNS = """
-SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull, a.atttypmod
+SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull, a.atttypmod, a.attnum
 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
 WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum
 """
@@ -251,7 +251,7 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
         return None
     identity = tuple(r[0] for r in connection.execute(IDENTITY, [row[0]]).fetchall())
     columns = tuple(
-        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4], r[5]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
+        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, *r[4:]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
     parts, rows = partitions_of(connection, schema, name), estimated_rows(connection, schema, name)
     return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))
