@@ -293,6 +293,8 @@ def _hand_back(
     old, new = sides
     position = _frozen(spec, new, epoch, pause)
     if lacking is None:
+        if gap := reverse.parted(spec, ledger, new.connection):
+            raise FenceCalledOff(pause.seconds, f"a whole stream: {gap}")
         spool = reverse.spool_of(spec)
         pause.wait(lambda: None if spool.end() >= position else "capture to spool the new store's last writes")
         go_on()

@@ -189,7 +189,8 @@ def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = l
         if path is None or path.broken:
             return None
         with ledger.lease("capture-new"):
-            feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec))
+            roots = reverse.roots(spec, ledger, path)
+            feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec), roots)
             run = _Run(spec, feed, stop, until, 0.0, CaptureResult())
             try:
                 run.run()

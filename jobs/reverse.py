@@ -20,10 +20,11 @@ from psycopg import sql
 
 from changeover.errors import SourceChanged, SpoolGap, StepOrder
 from changeover.jobs import snapshot
-from changeover.jobs.entries import Authority, SourceColumn, Stream
+from changeover.jobs.entries import Authority, Partition, SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.obstacles import has_slot, obstacles, target_as_source
-from changeover.jobs.preflight import source_table, store_columns
+from changeover.jobs.partitions import NewRoots
+from changeover.jobs.preflight import SourceTable, source_table, store_columns
 from changeover.jobs.replication import require_stream, slot_alarm
 from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import NEW, tenures
@@ -44,12 +45,16 @@ COMPLETED = "the last stage was reached, from which the old store gets nothing a
 
 @dataclass(frozen=True)
 class Path:
-    """The path on record: its stream, its tables' columns by name, why it is of no use any more, if so, and when it was opened."""
+    """The path on record: its stream, its tables' columns by name, why it is of no use any more, if so, and when it was opened.
+
+    `parts` are the partitions of those tables that have some.
+    """
 
     stream: Stream
     tables: Mapping[str, tuple[SourceColumn, ...]]
     broken: str | None
     opened: datetime
+    parts: Mapping[str, tuple[Partition, ...]]
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,13 @@ def recorded(ledger: Ledger) -> Path | None:
     ).fetchone()
     if row is None:
         return None
-    tables = {name: tuple(SourceColumn(**column) for column in columns) for name, columns in row[4].items()}
-    return Path(Stream(parse_lsn(row[0]), row[1], row[2], row[3], row[3], "", ""), tables, row[5], row[6])
+    tables = {name: tuple(SourceColumn(**column) for column in table["columns"]) for name, table in row[4].items()}
+    parts = {
+        name: tuple(Partition(**part) for part in table["partitions"])
+        for name, table in row[4].items()
+        if table["partitions"] is not None
+    }
+    return Path(Stream(parse_lsn(row[0]), row[1], row[2], row[3], row[3], "", ""), tables, row[5], row[6], parts)
 
 
 def loads(ledger: Ledger) -> list[ReverseLoad]:
@@ -179,7 +189,7 @@ def lacking(spec: Spec, ledger: Ledger) -> str | None:
     if (reason := whole(ledger)) is not None or path is None:
         return reason
     try:
-        _require(spec, path)
+        _require(spec, ledger, path)
     except (SourceChanged, SpoolGap) as gap:
         return break_at_gap(ledger, gap)
     return None
@@ -260,7 +270,7 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
     oldest of them, LockNotGranted, and SpecError.
     """
     path = recorded(ledger)
-    if path is not None and not path.broken and not any(load.stopped for load in loads(ledger)) and _intact(spec, path):
+    if path is not None and not path.broken and not any(load.stopped for load in loads(ledger)) and _intact(spec, ledger, path):
         return path
     dsn, application = new_dsn(spec), application_name(spec.name, "reverse")
     with connect(spec.source.dsn.resolve(), application) as old, connect(dsn, application) as new:
@@ -272,7 +282,7 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
         system_id, timeline = snapshot.identify(dsn, application)
         _remove(new, slot_of(spec))
         seen = [source_table(new, target_as_source(table)) for table in spec.tables]
-        tables = {one.source: one.columns for one in seen if one is not None}
+        tables = {one.source: one for one in seen if one is not None}
         with speaking_to(dsn, "creating the publication"):
             _publish(new, slot_of(spec), [tuple(name.split(".", 1)) for name in tables])
         made = snapshot.create_slot(dsn, application, slot_of(spec))
@@ -287,17 +297,43 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
     return recorded(ledger)
 
 
-def _intact(spec: Spec, path: Path) -> bool:
+def _intact(spec: Spec, ledger: Ledger, path: Path) -> bool:
     try:
-        _require(spec, path)
+        _require(spec, ledger, path)
     except (SourceChanged, SpoolGap) as error:
         log.warning("the reverse path is opened anew: %s", error)
         return False
     return True
 
 
-def _require(spec: Spec, path: Path) -> None:
+def roots(spec: Spec, ledger: Ledger, path: Path) -> NewRoots:
+    """Return what the partitions in the new store's stream belong to; those that are born are put on record."""
+
+    def record(name: str, parts: Sequence[Partition]) -> None:
+        ledger.connection.execute(
+            "UPDATE changeover.reverse_stream SET tables = jsonb_set(tables, ARRAY[%s, 'partitions'], %s) WHERE migration = %s",
+            [name, json.dumps([part.__dict__ for part in parts]), ledger.migration],
+        )
+
+    return NewRoots(spec, new_dsn(spec), path.parts, record)
+
+
+def parted(spec: Spec, ledger: Ledger, new: Connection) -> str | None:
+    """Return that a partition of the new store came or went without an event, which breaks the path off; else None."""
+    path = recorded(ledger)
+    try:
+        if path is not None and path.broken is None:
+            roots(spec, ledger, path).look(new)
+    except SourceChanged as gap:
+        return break_at_gap(ledger, gap)
+    return None
+
+
+def _require(spec: Spec, ledger: Ledger, path: Path) -> None:
     """Raise SourceChanged or SpoolGap unless the new store's stream is whole from the end of its spool on."""
+    if path.parts:
+        with connect(new_dsn(spec), application_name(spec.name, "reverse")) as new:
+            roots(spec, ledger, path).look(new)
     spool = spool_of(spec)
     while True:
         end = spool.end()
@@ -318,7 +354,7 @@ def _goes_on(spec: Spec, path: Path | None, stream: Stream) -> bool:
         return path is None
 
 
-def _begin_afresh(spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, Sequence[SourceColumn]]) -> None:
+def _begin_afresh(spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, SourceTable]) -> None:
     """Put a path on record that has nothing in common with the one before it: neither a spooled event nor a position."""
     break_off(ledger, "the new store is another server than the one that the reverse path was opened on")
     with ledger.lease("capture-new", wait_seconds=LEASE_SECONDS):
@@ -336,18 +372,22 @@ def _publish(new: Connection, name: str, tables: Sequence[tuple[str, ...]]) -> N
         new.execute(sql.SQL("CREATE PUBLICATION {} FOR TABLE ONLY {}").format(sql.Identifier(name), listed))
 
 
-def _record(
-    spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, Sequence[SourceColumn]], *, afresh: bool = False
-) -> None:
+def _record(spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, SourceTable], *, afresh: bool = False) -> None:
     """Put an opened path on record in one transaction, each load at its beginning, or where it is beyond that unless `afresh`."""
-    columns = json.dumps({name: [column.__dict__ for column in columns] for name, columns in tables.items()})
+    looks = {
+        name: {
+            "columns": [column.__dict__ for column in table.columns],
+            "partitions": None if table.partitions is None else [part.__dict__ for part in table.partitions],
+        }
+        for name, table in tables.items()
+    }
     with ledger.connection.transaction():
         ledger.connection.execute(
             "INSERT INTO changeover.reverse_stream (migration, l0, system_id, timeline, slot, tables)"
             " VALUES (%s, %s, %s, %s, %s, %s)"
             " ON CONFLICT (migration) DO UPDATE SET l0 = excluded.l0, system_id = excluded.system_id, timeline = excluded.timeline,"
             " tables = excluded.tables, opened = now(), broken = NULL",
-            [spec.name, format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, columns],
+            [spec.name, format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, json.dumps(looks)],
         )
         for table in spec.tables:
             for target in targets_of(spec):

@@ -126,11 +126,12 @@ def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Sto
     ("change", "reason"),
     [
         ("ALTER TABLE links DROP CONSTRAINT links_pkey", "public.links has no primary key and no replica identity"),
+        ("CREATE TABLE more () INHERITS (links)", "public.links takes part in inheritance"),
         (
-            "DROP TABLE links; CREATE TABLE links (a integer PRIMARY KEY) PARTITION BY RANGE (a)",
-            "is no ordinary table",
+            "DROP TABLE links; CREATE TABLE links (a integer PRIMARY KEY, upper text) PARTITION BY RANGE (a);"
+            " CREATE TABLE low PARTITION OF links FOR VALUES FROM (0) TO (9); ALTER TABLE low REPLICA IDENTITY NOTHING",
+            "low, a partition of public.links, has the replica identity (none) and not (a)",
         ),
-        ("CREATE TABLE more () INHERITS (links)", "is no ordinary table"),
     ],
 )
 def test_a_table_whose_changes_can_not_be_told_has_no_way_back(stores: Stores, change: str, reason: str) -> None:
@@ -151,7 +152,7 @@ def test_the_path_is_opened_once_watched_and_taken_away(stores: Stores) -> None:
     assert [event["row"] for event in stores.captured()] == [{"a": "1", "upper": "X"}]
     reverse.advance(stores.ledger, "follows", reverse.OLD_STORE, path.stream.l0 + 8, 3)
 
-    stores.new.execute("SELECT pg_drop_replication_slot(%s)", [path.stream.slot])
+    lose_slot(stores)
     again = reverse.open_path(stores.spec, stores.ledger)
     assert again is not None
     assert again.stream.l0 > path.stream.l0, "another stream, from now on"
@@ -220,6 +221,72 @@ def test_a_rolled_back_write_and_one_beside_the_tables_are_no_rogue(stores: Stor
     assert rogue(stores.spec, stores.ledger) == []
 
 
+# -- a partitioned new table
+
+PARTED = """
+DROP TABLE links;
+CREATE TABLE links (a integer PRIMARY KEY, upper text) PARTITION BY RANGE (a);
+CREATE TABLE links_low PARTITION OF links FOR VALUES FROM (0) TO (100);
+CREATE TABLE links_high PARTITION OF links FOR VALUES FROM (100) TO (200);
+CREATE TABLE aside (a integer PRIMARY KEY, upper text);
+INSERT INTO aside VALUES (300, 'ASIDE')
+"""
+
+
+@pytest.fixture
+def parted(stores: Stores) -> Stores:
+    """Return stores whose new table is partitioned, with a path that is open, and authority with the new store."""
+    stores.new.execute('DROP FUNCTION changeover."gate_public.links"')
+    stores.new.execute(PARTED)
+    install_gate(stores.new, "public", "links", ["a"], image_version(1))
+    live(stores)
+    return stores
+
+
+def told(stores: Stores) -> list[tuple[Any, ...]]:
+    return [(event["relation"], event["op"], (event["row"] or event["key"] or {}).get("a")) for event in stores.captured()]
+
+
+def test_changes_of_a_new_tables_partitions_are_the_tables(parted: Stores) -> None:
+    name = "public.links"
+    assert obstacles.notes(parted.spec) == []
+    parted.new.execute("INSERT INTO links VALUES (150, 'HIGH'); UPDATE links SET a = 151 WHERE a = 1")
+    parted.new.execute(
+        "CREATE TABLE links_new PARTITION OF links FOR VALUES FROM (200) TO (300); INSERT INTO links VALUES (250, 'N')"
+    )
+    moved = [("D", "1"), ("I", "151")]
+    assert told(parted) == [(name, "I", "1"), (name, "I", "150"), *[(name, *one) for one in moved], (name, "I", "250")]
+    parted.new.execute("TRUNCATE links")
+    assert told(parted)[-1] == (name, "T", None)
+    assert reverse.lacking(parted.spec, parted.ledger) is None
+    path = reverse.recorded(parted.ledger)
+    assert path is not None
+    assert [part.name for part in path.parts[name]] == ["public.links_high", "public.links_low", "public.links_new"]
+    parted.new.execute("TRUNCATE links_low")
+    assert told(parted)[-1] == (name, "R", None), "the rows of one partition alone, which none can tell"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("ALTER TABLE links DETACH PARTITION links_low", "its partition public.links_low was detached or dropped"),
+        (
+            "ALTER TABLE links ATTACH PARTITION aside FOR VALUES FROM (300) TO (400)",
+            "the partition public.aside was attached to it",
+        ),
+    ],
+)
+def test_a_partition_that_comes_or_goes_without_an_event_breaks_the_path_off(parted: Stores, change: str, reason: str) -> None:
+    assert len(told(parted)) == 1
+    parted.new.execute(change.encode())
+    if "DETACH" in change:
+        with pytest.raises(CouldNotFinish, match="its change stream has a gap"):
+            capture_new(parted.spec, threading.Event())
+    done = cutover.rollback(parted.spec)
+    assert done.lacking is not None
+    assert done.lacking.startswith(f"the new store's change stream has a gap (partitions of public.links: {reason}")
+
+
 # -- a path that can't go on
 
 
@@ -235,7 +302,7 @@ def hand_over(stores: Stores, epoch: int, store: str) -> int:
 
 
 def lose_slot(stores: Stores) -> None:
-    stores.new.execute("SELECT pg_drop_replication_slot(%s)", [reverse.slot_of(stores.spec)])
+    assert snapshot.drop_slot(stores.new, reverse.slot_of(stores.spec))
 
 
 LOST = "the new store's change stream has a gap (replication slot), and the next fence begins another one"
