@@ -145,11 +145,12 @@ def unmirrored(migration: Migration) -> Iterator[Counter[str]]:
             ):  # fmt: skip
                 stores = {"old": (old, "accounts"), "new": (new, "ledgers")}
                 session, table = stores[ledger.authority().store]
+                account = 0
                 while not stop.wait(0.005):
-                    account = taken.total() % ROWS + 1
+                    account = account % ROWS + 1
                     try:
-                        session.execute(f"UPDATE {table} SET balance = balance + 1 WHERE id = %s".encode(), [account])
-                        taken[table] += 1
+                        written = session.execute(f"UPDATE {table} SET balance = balance + 1 WHERE id = %s".encode(), [account])
+                        taken[table] += written.rowcount
                     except psycopg.Error as error:
                         if error.sqlstate != FENCED:
                             raise
