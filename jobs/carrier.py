@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 from changeover import points
 from changeover.errors import TableStopped
 from changeover.jobs.changes import completed, last_of_each_key, passed_on
+from changeover.jobs.events import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE, kept
 from changeover.jobs.journal import Journal
 from changeover.jobs.merge import caught_up_floor
-from changeover.jobs.spool import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE, kept
 from changeover.jobs.tenure import Interval
 from changeover.jobs.transform import Transform
 from changeover.position import Version, format_lsn
