@@ -36,6 +36,7 @@ from changeover.interrupt import asked_to_stop
 from changeover.jobs import pgoutput, reverse, triggerlog
 from changeover.jobs.chunks import acknowledged
 from changeover.jobs.entries import SourceColumn, Stream
+from changeover.jobs.events import SCHEMA
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.logcapture import LogRun
 from changeover.jobs.partitions import Roots
@@ -50,7 +51,7 @@ from changeover.jobs.replication import (
     slot_alarm,
 )
 from changeover.jobs.rogue import rogue
-from changeover.jobs.spool import SCHEMA, Spool, spool_path
+from changeover.jobs.spool import Spool, spool_path
 from changeover.jobs.transactions import MARKER_PREFIX, Assembler, Partitions, Unpartitioned
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to

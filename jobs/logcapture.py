@@ -23,8 +23,8 @@ from psycopg.adapt import Transformer
 from changeover.errors import RowRefused, ServerUnavailable, SourceChanged
 from changeover.jobs import pgoutput, triggerlog, windows
 from changeover.jobs.entries import SourceColumn
+from changeover.jobs.events import ADDED, RELATION, Event, Image
 from changeover.jobs.shapes import Shape
-from changeover.jobs.spool import ADDED, RELATION, Event, Image
 from changeover.jobs.transactions import ADDED_ANEW, added_anew, additions, difference
 from changeover.jobs.triggerlog import Log
 from changeover.jobs.windows import Row, Seen, Window

@@ -20,9 +20,9 @@ import pyarrow as pa
 from changeover.errors import SourceChanged
 from changeover.jobs import pgoutput, rows
 from changeover.jobs.entries import SourceColumn
+from changeover.jobs.events import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
 from changeover.jobs.rows import Mask, Places, Wire
 from changeover.jobs.shapes import Shape, Stamps
-from changeover.jobs.spool import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
 from changeover.session import Connection
 from changeover.stores.gate import OURS
 

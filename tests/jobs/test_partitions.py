@@ -18,11 +18,12 @@ from changeover.errors import TableStopped
 from changeover.jobs import capture as capture_module
 from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.entries import Partition, Stream
+from changeover.jobs.events import RELATION, TRUNCATE
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.partitions import difference, look, partitions_of, record, recorded
 from changeover.jobs.preflight import preflight, source_table
 from changeover.jobs.rewrite import require_same_file
-from changeover.jobs.spool import RELATION, TRUNCATE, Spool
+from changeover.jobs.spool import Spool
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
