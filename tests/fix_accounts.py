@@ -11,19 +11,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psycopg
 import pytest
-from ldclient.migrations.types import Stage
+from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags import flagfile
+from changeover.flags.fence import fence
 from changeover.flags.router import Change, Router, returned
 from changeover.jobs.capture import capture
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.replay import replay
 from changeover.session import connect
 from changeover.stores.gate import FENCED
+from tests.fix_flags import PATIENCE, PATIENT, wait_until
 from tests.fix_migration import STORE, MakeMigration, Migration
 
 ACCOUNTS = "CREATE TABLE accounts (id bigint PRIMARY KEY, balance numeric(12,2) NOT NULL, note text)"
@@ -32,7 +35,17 @@ TABLE = '[[table]]\nsource = "public.accounts"\ntarget = "ledgers"\nkey = ["id"]
 SPEC = f'{TABLE}[flag]\nkey = "{FLAG}"\ntarget = "store"\n'
 ROWS = 200
 
+MAX_PAUSE = 120.0
+"""Seconds that a fence may hold up writers in tests which are not about that: the first batch may be slow on a busy machine."""
+
 Application = Callable[..., AbstractContextManager[Router]]
+
+
+@pytest.fixture(autouse=True)
+def patient_fences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every fence in this process the long pause, the commands' own too, unless a test names another."""
+    assert fence.__kwdefaults__ is not None
+    monkeypatch.setitem(fence.__kwdefaults__, "max_pause", MAX_PAUSE)
 
 
 @pytest.fixture
@@ -88,11 +101,12 @@ def following(migration: Migration) -> Iterator[None]:
 def routed(migration: Migration) -> Iterator[Router]:
     """Open a router of the migration."""
     client = flagfile.client(migration.spec.work / "flags.json")
-    router = Router.connect(migration.spec, "accounts", to_new=dict, to_old=dict, client=client)
+    limits = replace(PATIENT, max_pause=MAX_PAUSE)  # writers wait as long as the fence does
+    router = Router.connect(migration.spec, "accounts", to_new=dict, to_old=dict, client=client, limits=limits)
     try:
         yield router
     finally:
-        router.drain(10)
+        router.drain(PATIENCE)
         router.close()
         client.close()  # type: ignore[no-untyped-call]
 
@@ -178,6 +192,17 @@ def assert_nothing_lost(migration: Migration, taken: Counter[str], seconds: floa
         wanted, wanted,
     ]  # fmt: skip
     assert rows(migration.old, "accounts") == rows(migration.new, "ledgers")
+
+
+def wait_for_writes(router: Router, more: int = 150) -> None:
+    """Wait until the application has written so often again, wherever to."""
+
+    def written() -> int:
+        counters = router.counters()
+        return sum(counters.get(f"mirror_{origin.value}", {}).get("mirrored", 0) for origin in Origin)
+
+    wanted = written() + more
+    wait_until(lambda: written() >= wanted)
 
 
 def add(router: Router, account: int, note: str | None = None) -> Any:

@@ -21,7 +21,7 @@ from changeover.embedded import EmbeddedServer
 from changeover.session import connect
 
 SETTINGS = {"fsync": "off", "max_connections": "100", "max_prepared_transactions": "10"}
-SLOT_ENDS_WITHIN = 10.0
+SLOT_ENDS_WITHIN = 60.0
 
 
 def default_binaries() -> Path:

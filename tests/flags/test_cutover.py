@@ -28,7 +28,8 @@ from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
 from changeover.verifiers.verify import verify
-from tests.fix_accounts import add, application, following, loaded, routed, rows, turn
+from tests.fix_accounts import MAX_PAUSE, add, application, following, loaded, routed, rows, turn
+from tests.fix_flags import PATIENCE
 from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
 from tests.fix_migration import rows as comparable
 
@@ -45,7 +46,7 @@ def authority(migration: Migration) -> Authority:
         return ledger.authority()
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no sign of {what}"
@@ -93,7 +94,7 @@ def test_somebody_elses_turn_waits_for_the_gate_and_then_for_the_fence(moved: Mi
         written = add(router, 7)
         assert (written.origin, written.version.epoch) == (Origin.NEW, 1)
         child.send_signal(signal.SIGTERM)
-        assert child.wait(20) == 130
+        assert child.wait(120) == 130
         assert child.stderr is not None
         assert (
             child.stderr.read() == "changeover: interrupted in flags watch: nothing is lost, the same command goes on from here\n"
@@ -119,7 +120,7 @@ def test_watch_needs_prepare_and_goes_on_after_a_broken_flag_file(moved: Migrati
         turn(moved, Stage.DUALWRITE)
         wait_for(lambda: any("from shadow to dualwrite" in line for line in said), "the turn")
         child.send_signal(signal.SIGINT)
-        assert child.wait(20) == 130
+        assert child.wait(120) == 130
     moved.abort()
     refused = run("watch", moved)
     assert refused.exit_code == 2
@@ -166,7 +167,7 @@ def test_a_rollback_over_the_fence_prints_what_it_lost_and_writers_go_on(moved: 
         assert {**told, "pause_seconds": None} == {
             "from": "live", "to": "shadow", "epoch": 2, "pause_seconds": None, "lost": 1, "lacking": told["lacking"],
         }  # fmt: skip
-        assert 0 < told["pause_seconds"] < 10
+        assert 0 < told["pause_seconds"] < MAX_PAUSE
         assert told["lacking"].startswith("public.accounts: ")
         wait_for(lambda: router.stage is Stage.SHADOW, "shadow")
         written = add(router, 3)
@@ -250,7 +251,7 @@ def test_without_a_reverse_path_the_lake_learns_by_the_echo_what_was_written_whi
             turn(made, Stage.LIVE)
             wait_for(lambda: router.stage is Stage.LIVE, "live")
             write_at_live(router)
-            assert router.drain(10)
+            assert router.drain(PATIENCE)
             assert router.counters()["mirror_old"]["applied"] == 4
             assert old(made) == comparable(rows(made.new, "ledgers")) != at_the_fence
             assert lake(made) == at_the_fence, "the lake stays at the fence while the new store has authority"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def position(connection: Any) -> int:
     return int(row[0])
 
 
-def settled(migration: Migration, seconds: float = 90.0) -> None:
+def settled(migration: Migration, seconds: float = 300.0) -> None:
     """Wait until everything that the store with authority has committed was offered to all the others."""
     with Ledger.open(migration.spec, "test") as ledger:
         new = ledger.authority().store == "new"
@@ -137,15 +137,20 @@ def write_to_the_new_store(migration: Migration, mark: str) -> None:
 
 
 @contextmanager
-def writing_there(migration: Migration) -> Iterator[threading.Event]:
-    """Write to the new store again and again until told to stop."""
-    stop, failed = threading.Event(), []
+def writing_there(migration: Migration) -> Iterator[Callable[[int], None]]:
+    """Write to the new store again and again; yields what waits until so many writes are made."""
+    stop, written = threading.Event(), [0]
+    failed: list[BaseException] = []
+
+    def wait(writes: int) -> None:
+        wait_for(lambda: failed or written[0] >= writes, "writes to the new store")
 
     def write() -> None:
         try:
             with connect(migration.spec.targets[STORE].dsn_value, "application") as session:
                 number = 0
                 while not stop.wait(0.003):
+                    written[0] = number
                     number += 1
                     session.execute("UPDATE people SET name = %s WHERE person = %s", [f"live {number}", number % 200 + 1])
         except BaseException as error:
@@ -154,7 +159,7 @@ def writing_there(migration: Migration) -> Iterator[threading.Event]:
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        yield stop
+        yield wait
     finally:
         stop.set()
         writer.join()
@@ -175,9 +180,9 @@ def test_what_is_written_to_the_new_store_comes_back_and_nothing_echoes(people: 
     with following(people):
         fence(people.spec, Origin.NEW)
         before = forward_events(people)
-        with writing_there(people):
+        with writing_there(people) as wait:
             write_to_the_new_store(people, "first")
-            time.sleep(2)
+            wait(300)
         settled(people)
         assert old_rows(people) == new_rows(people) == lake(people)
         assert robots(people) == [(9001, "r2"), (9002, "c3")]
@@ -192,8 +197,8 @@ def test_what_is_written_to_the_new_store_comes_back_and_nothing_echoes(people: 
         assert {event.get("standing", event.get("version"))[:7] for event in told} == {"an echo"}
         assert {one.events for one in reverse_loads(people).values()} == {len(written)}
 
-        with writing_there(people):
-            time.sleep(1)
+        with writing_there(people) as wait:
+            wait(150)
         back = fence(people.spec, Origin.OLD)
         assert (back.epoch, back.lacking) == (2, None)
         assert old_rows(people) == new_rows(people), "the fence waited for every write"
@@ -222,7 +227,7 @@ def shown(migration: Migration) -> cutover.Shown:
     return cutover.show(migration.spec)
 
 
-def wait_for(condition: Any, what: str, seconds: float = 40.0) -> None:
+def wait_for(condition: Any, what: str, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no sign of {what}"
@@ -246,7 +251,7 @@ def stopped_after_a_batch(migration: Migration, file: Path) -> Iterator[None]:
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        wait_for(lambda: file.exists() and reverse.OLD_STORE in file.read_text(), "the batch", 180)
+        wait_for(lambda: file.exists() and reverse.OLD_STORE in file.read_text(), "the batch", 300)
         yield
     finally:
         os.killpg(child.pid, signal.SIGKILL)

@@ -253,17 +253,17 @@ def test_the_slot_forgets_only_what_is_durable(prepared: Prepared) -> None:
     stop = threading.Event()
     thread = threading.Thread(target=capture, args=[prepared.spec], kwargs={"stop": stop})
     thread.start()
-    confirmed = []
-    for number in range(60):
-        prepared.sql(f"INSERT INTO other VALUES ({number}, 'x')")
+    confirmed, deadline = [prepared.stream.l0], time.monotonic() + 120
+    while len(confirmed) <= 60 or confirmed[-1] == prepared.stream.l0:
+        assert time.monotonic() < deadline, "the slot forgets nothing at all"
+        prepared.sql(f"INSERT INTO other VALUES ({len(confirmed)}, 'x')")
         confirmed.append(parse_lsn(prepared.slot("confirmed_flush_lsn::text")))
         assert confirmed[-1] <= max(prepared.spool.end(), prepared.stream.l0)
         time.sleep(0.02)
     stop.set()
     thread.join()
     prepared.catch_up()
-    assert len(prepared.events()) == 60
-    assert confirmed[-1] > prepared.stream.l0
+    assert len(prepared.events()) == len(confirmed) - 1
     assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) <= prepared.spool.end()
 
 
@@ -347,15 +347,14 @@ def test_a_changed_column_stops_its_table_and_not_the_others(prepared: Prepared,
 def test_a_broken_connection_is_opened_anew(prepared: Prepared) -> None:
     stop = threading.Event()
     results: list[CaptureResult] = []
+    ended = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s AND active_pid IS NOT NULL"
     thread = threading.Thread(target=lambda: results.append(capture(prepared.spec, stop=stop)))
     thread.start()
     for number in range(40):
         prepared.sql(f"INSERT INTO other VALUES ({number}, 'x'), ({number}, 'y')")
-        if number % 10 == 5:
-            prepared.old.execute(
-                "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s",
-                [prepared.spec.slot],
-            )
+        while number % 10 == 5 and not prepared.old.execute(ended, [prepared.spec.slot]).fetchall():
+            assert thread.is_alive()
+            time.sleep(0.01)
         time.sleep(0.02)
     stop.set()
     thread.join()
@@ -369,7 +368,7 @@ def test_a_server_that_stays_away_is_named(prepared: Prepared, monkeypatch: pyte
     started = time.monotonic()
     with pytest.raises(ServerUnavailable, match=r"127.0.0.1:1/gone can't be reached"):
         capture(prepared.spec, patience=0.3)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_another_run_is_refused(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,12 +460,12 @@ def test_the_alarm_comes_before_the_slot_is_lost(
                 filled.set()
             return alarmed() or time.monotonic() > deadline
 
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         capture(prepared.spec, until=until)
         assert alarmed()
         assert any(alarm.fullmatch(line.strip()) for line in status(prepared.spec).lines())
         blocker.rollback()
-    deadline = time.monotonic() + 10  # a session takes a reloaded setting when it next looks
+    deadline = time.monotonic() + 120  # a session takes a reloaded setting when it next looks
     while slot_alarm(prepared.old, prepared.spec.slot) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -478,12 +477,12 @@ def test_a_slot_that_is_lost_under_a_capture_that_hangs_stops_it_with_the_way_ba
     wait_for(process, prepared.seen("running"))
     process.send_signal(signal.SIGSTOP)
     with keeping(prepared.old, "16MB"):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while prepared.slot("wal_status") != "lost":
             assert time.monotonic() < deadline
             fill_segments(prepared, 3)
         process.send_signal(signal.SIGCONT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 3
     assert errors.strip().splitlines()[-1] == (
         f"the source's replication slot is invalidated, so that the WAL it needs is gone, but {prepared.spec.slot} was prepared:"
@@ -548,7 +547,7 @@ def test_an_idle_stream_lets_other_tables_wal_go(prepared: Prepared, monkeypatch
     prepared.sql("CREATE TABLE noise AS SELECT repeat('x', 1000) FROM generate_series(1, 5000)")
     row = prepared.old.execute("SELECT pg_current_wal_lsn()::text").fetchone()
     assert row is not None
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     target = parse_lsn(row[0]) - intake.IDLE_STEP
     capture(prepared.spec, until=lambda: prepared.spool.end() >= target or time.monotonic() > deadline)
     assert prepared.spool.end() >= target
@@ -568,7 +567,7 @@ def test_ctrl_c_ends_cleanly(prepared: Prepared) -> None:
     while prepared.spool.end() == 0:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) == prepared.spool.end()
@@ -604,6 +603,24 @@ def test_memory_does_not_grow_with_a_transaction(prepared: Prepared) -> None:
     assert [int(event["row"]["id"]) for event in prepared.events() if event["op"] == "I"] == list(range(1, 200_001))
 
 
+KILLED_MIDWAY = """
+import os, signal, sys
+from changeover.jobs import capture, intake
+from changeover.jobs.spool import Spool
+
+append, intake.BATCH_EVENTS = Spool.append, 4_000
+
+def once_more(spool, batch, end):
+    append(spool, batch, end)
+    if spool.held()[1] >= 2 * int(sys.argv[2]) * 3_800:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Spool.append = once_more
+capture.main([sys.argv[1]])
+"""
+"""Capture of smaller parts, killed after that many of one transaction: a kill from outside may come when all are there."""
+
+
 def test_a_large_transaction_killed_midway_is_there_once_and_seen_only_whole(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -611,27 +628,25 @@ def test_a_large_transaction_killed_midway_is_there_once_and_seen_only_whole(
     prepared.catch_up()
     end = prepared.spool.end()
     prepared.sql(
-        "INSERT INTO follows SELECT i FROM generate_series(1, 140000) i",
+        "INSERT INTO follows SELECT i FROM generate_series(1, 14000) i",
         "ALTER TABLE follows ADD extra integer",
-        "INSERT INTO follows SELECT i FROM generate_series(140001, 300000) i",
+        "INSERT INTO follows SELECT i FROM generate_series(14001, 30000) i",
         "TRUNCATE other",
     )
-    for parts in (1, 2, 3):
-        process = child(prepared.spec)
-        wanted = 2 * parts * 38_000
-        while prepared.spool.held()[1] < wanted:
-            assert process.poll() is None, process.communicate()[1]
-        process.kill()
-        process.communicate()
+    for parts in (1, 3, 5):
+        command = [sys.executable, "-c", KILLED_MIDWAY, prepared.spec.path, str(parts)]
+        killed = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert prepared.spool.held()[1] >= 2 * parts * 3_800
         assert prepared.spool.held()[0] >= end == prepared.spool.end(), "it was killed before the last part"
         assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) <= end
         assert [event["row"]["b"] for event in prepared.events()] == ["before"]
-    monkeypatch.setattr(intake, "BATCH_EVENTS", 7001)  # parts that end where none did before
+    monkeypatch.setattr(intake, "BATCH_EVENTS", 701)  # parts that end where none did before
     prepared.catch_up()
     events = prepared.events()[1:]
-    assert [int(event["row"]["id"]) for event in events if event["op"] == "I"] == list(range(1, 300_001))
-    assert [(e["op"], e["ordinal"]) for e in events if e["op"] != "I"] == [("A", 279_999), ("T", 600_000)]
-    assert [event["ordinal"] for event in events if event["op"] != "A"] == list(range(0, 600_002, 2))
+    assert [int(event["row"]["id"]) for event in events if event["op"] == "I"] == list(range(1, 30_001))
+    assert [(e["op"], e["ordinal"]) for e in events if e["op"] != "I"] == [("A", 27_999), ("T", 60_000)]
+    assert [event["ordinal"] for event in events if event["op"] != "A"] == list(range(0, 60_002, 2))
 
 
 def test_a_batch_is_bounded_in_bytes_too(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def collections(migration: Migration) -> list[Mapping[str, Any]]:
 
 def replay_until_collected(migration: Migration) -> None:
     """Replay, as often as the server's estimate needs to be that of now."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while kept(migration):
         assert time.monotonic() < deadline
         migration.replay()

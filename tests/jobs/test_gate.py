@@ -186,7 +186,7 @@ def test_a_closed_tables_position_is_as_good_a_gate(kept: Kept, stream: list[Off
 
 
 def test_a_new_epoch_begins_on_a_table_that_refuses_since_authority_went_back(kept: Kept) -> None:
-    assert refusal.install(kept.connection, "public", "kept", refusal.Refusal(begun=refusal.Refused(2)), time.monotonic() + 5)
+    assert refusal.install(kept.connection, "public", "kept", refusal.Refusal(begun=refusal.Refused(2)), time.monotonic() + 120)
     refusal.replace(kept.connection, "public", "kept", refusal.Refusal((refusal.Refused(2),)))
     gate.begin_anew(kept.connection, TABLE, Version(3, 50, -1), "the server")
     assert kept.load([(1, "image")]).taken == 1
@@ -309,7 +309,7 @@ def test_a_table_that_is_begun_anew_knows_nothing_of_earlier_epochs(kept: Kept) 
                     return
 
     def wait_for(epoch: int, more: int) -> None:
-        wanted, deadline = taken[epoch] + more, time.monotonic() + 30
+        wanted, deadline = taken[epoch] + more, time.monotonic() + 120
         while taken[epoch] < wanted:
             assert time.monotonic() < deadline
             time.sleep(0.01)

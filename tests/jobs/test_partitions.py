@@ -182,12 +182,17 @@ def test_a_partition_that_is_created_midway_is_part_of_it(prepared: Prepared) ->
 
     service = threading.Thread(target=run)
     service.start()
-    time.sleep(0.5)
+    emit_marker(prepared.old, "running")
+    deadline = time.monotonic() + 120
+    while "running" not in prepared.spool.events()["note"].to_pylist():
+        assert not failed, failed
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     prepared.run(
         "CREATE TABLE may PARTITION OF spring FOR VALUES FROM ('2026-05-01') TO ('2026-06-01')",
         "INSERT INTO events VALUES (2, '2026-05-01', 'at once')",
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not any("at once" in str(e) for e in prepared.spool.events()["row"].to_pylist()):
         assert not failed, failed
         assert time.monotonic() < deadline
@@ -271,7 +276,7 @@ def test_capture_notices_by_itself(prepared: Prepared, monkeypatch: pytest.Monke
     def until() -> bool:
         if time.monotonic() > begun + 0.5 and prepared.old.execute("SELECT to_regclass('january')").fetchone() != (None,):
             prepared.run("DROP TABLE january")
-        return prepared.stopped() is not None or time.monotonic() > begun + 20
+        return prepared.stopped() is not None or time.monotonic() > begun + 120
 
     capture(prepared.spec, until=until)
     assert "public.january was detached or dropped" in (prepared.stopped() or "")
@@ -331,7 +336,7 @@ def test_a_partition_alone_is_refused(prepared: Prepared) -> None:
 
 
 def test_the_refusal_of_a_partitioned_table_is_all_its_partitions(prepared: Prepared) -> None:
-    assert refusal.install(prepared.old, "public", "events", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 30)
+    assert refusal.install(prepared.old, "public", "events", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 120)
     prepared.run("CREATE TABLE june PARTITION OF events FOR VALUES FROM ('2026-06-01') TO ('2026-07-01')")
     for statement in (
         "INSERT INTO events VALUES (1, '2026-01-05', 'a')", "INSERT INTO january VALUES (1, '2026-01-05', 'a')", "TRUNCATE events",

@@ -219,6 +219,15 @@ def killed_at(migration: Migration, monkeypatch: pytest.MonkeyPatch, point: str)
             anew(migration)
 
 
+def wait_for_capture(migration: Migration) -> None:
+    deadline = time.monotonic() + 120
+    while not migration.old.execute(
+        "SELECT FROM pg_replication_slots WHERE slot_name = %s AND active", [migration.spec.slot]
+    ).fetchall():
+        assert time.monotonic() < deadline, "capture does not begin"
+        time.sleep(0.02)
+
+
 def test_it_is_refused_where_it_would_lose_rows(make_migration: MakeMigration) -> None:
     migration = make_migration(FOLLOWS_TABLE, FOLLOWS, targets=[STORE])
     migration.old.execute(NASTY_ROWS, {"rows": 50})
@@ -227,7 +236,7 @@ def test_it_is_refused_where_it_would_lose_rows(make_migration: MakeMigration) -
     migration.new.execute("CREATE TABLE beside (id integer PRIMARY KEY); INSERT INTO beside VALUES (1)")
     held = migration.new.execute("SELECT count(*) FROM associations").fetchone()
     with migration.capturing():
-        time.sleep(0.5)
+        wait_for_capture(migration)
         with pytest.raises(LeaseHeld, match="another capture of this migration is running"):
             anew(migration)
     with pytest.raises(UsageError, match="changed since prepare"):

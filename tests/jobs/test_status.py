@@ -122,7 +122,10 @@ def test_a_stopped_table_the_stage_and_the_end_are_told(accounts: Migration) -> 
         ledger.beat("web-1", "shadow", 0, {})
         ledger.beat("web-2", "shadow", 0, {})
         ledger.beat("web-3", "dualwrite", 0, {})
-        ledger.connection.execute("UPDATE changeover.heartbeat SET at = now() - interval '1 minute' WHERE process = 'web-3'")
+        # alive however long the fence takes, and long dead
+        ledger.connection.execute(
+            "UPDATE changeover.heartbeat SET at = now() + CASE process WHEN 'web-3' THEN -1 ELSE 1 END * interval '10 minutes'"
+        )
     with following(accounts):
         cutover.advance(accounts.spec, override="test")
     told = status(accounts)

@@ -295,6 +295,8 @@ class Witness:
 
 
 KEYS = 12
+COMMITTED, ALIGNED, RUNS = 600, 6, 5
+"""Writes, reads at a moment of both, and runs of capture after which there is enough to judge."""
 
 
 def write(dsn: str, log: Log, seed: int, stop: threading.Event, witness: Witness) -> None:
@@ -398,16 +400,25 @@ def test_each_commit_once_in_order_and_every_position_exact(
     witness = Witness()
     aligned: list[tuple[int, dict[Any, Any]]] = []
 
+    runs = 0
+
     def follow() -> None:
+        nonlocal runs
         while not stopped_capture.is_set():  # one run after the other, each ended anywhere
             capture(counters.spec, until=stopped_capture.is_set, stop=_later())
+            runs += 1
 
     works = [lambda seed=seed: write(source_dsn, counters.log, seed, stop, witness) for seed in range(6)]
     with beside(follow):
         try:
             with beside(*works, lambda: observe(counters, source_dsn, stop, witness, aligned)):
-                time.sleep(10)
-                stop.set()
+                try:
+                    deadline = time.monotonic() + 120
+                    while len(witness.committed) < COMMITTED or len(aligned) < ALIGNED or runs < RUNS:
+                        assert time.monotonic() < deadline, (len(witness.committed), len(aligned), runs)
+                        time.sleep(0.05)
+                finally:
+                    stop.set()
         finally:
             stopped_capture.set()
     counters.catch_up()
@@ -432,7 +443,6 @@ def judge(made: Logged, witness: Witness, aligned: list[tuple[int, dict[Any, Any
     stamps = {e["row"]["b"]: e["lsn"] for e in events if e["relation"] == "public.other"}
     assert sum(e["relation"] == "public.other" for e in events) == len(stamps)
     assert stamps.keys() == witness.committed
-    assert len(stamps) > 200
     late = [(x, s) for x, known in witness.fences for s in known if stamps[s] >= x]
     assert not late, late[:3]
     for end, count in witness.ends:  # nothing came below an end afterwards
@@ -442,7 +452,6 @@ def judge(made: Logged, witness: Witness, aligned: list[tuple[int, dict[Any, Any
         assert dual <= stamps[stamp]
     held = {row[0]: row for row in made.old.execute("SELECT * FROM counters").fetchall()}
     assert replayed(made, events)["public.counters"] == held
-    assert len(aligned) > 3
     for end, rows in aligned:
         assert replayed(made, events, end)["public.counters"] == rows
     counts: dict[str, int] = defaultdict(int)
@@ -545,7 +554,7 @@ def test_kill_9_at_any_moment(counters: Logged, source_dsn: str) -> None:
         for _ in range(4):
             child = subprocess.Popen([sys.executable, "-m", "changeover.jobs.capture", counters.spec.path], env=dict(os.environ))
             before = counters.spool.end()
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while counters.spool.end() == before and time.monotonic() < deadline:
                 time.sleep(0.02)
             time.sleep(random.uniform(0, 0.3))
@@ -573,7 +582,7 @@ def test_a_source_that_is_restarted_is_followed_on(new_dsn: str, tmp_path: Path,
                     server.restart()
                     with connect(dsn, "test") as old:
                         old.execute("INSERT INTO counters VALUES (2, 0, 'after')")
-                    deadline = time.monotonic() + 30
+                    deadline = time.monotonic() + 120
                     while len(made.events()) < 2 and time.monotonic() < deadline:
                         time.sleep(0.05)
                 finally:
@@ -680,7 +689,7 @@ def test_check_says_rights_and_cost_and_status_speaks_of_the_log(counters: Logge
     assert stream["log_bytes"] > 0
     stop = threading.Event()
     with beside(lambda: capture(counters.spec, stop=stop)):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while status(counters.spec).stream["slot"] != "active" and time.monotonic() < deadline:
             time.sleep(0.05)
         told = list(status(counters.spec).lines())

@@ -128,7 +128,7 @@ class Real:
     def finished(self, session: int, *, until_it_waits: bool) -> bool:
         """Return whether a session's statement has ended."""
         wire = self.sessions[session].pgconn
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             wire.consume_input()
             if not wire.is_busy():

@@ -9,7 +9,7 @@ import pytest
 from tests.model.kernel import Explored
 from tests.model.worlds import WORLDS
 
-SCHEDULES, SECONDS = 1_000_000, 120
+SCHEDULES, STEPS = 1_000_000, 10_000_000
 
 Explore = Callable[[str], Explored]
 
@@ -20,8 +20,8 @@ def test_no_schedule_ends_wrong(name: str, exploration: Explore) -> None:
     assert result.wrong is None, str(result.wrong)
 
 
-def test_a_million_schedules_in_two_minutes(exploration: Explore) -> None:
+def test_a_million_schedules_in_so_few_steps_that_it_takes_minutes(exploration: Explore) -> None:
     results = [exploration(name) for name in WORLDS]
     assert sum(result.schedules for result in results) >= SCHEDULES
     assert sum(result.states for result in results) >= SCHEDULES / 2, "few states make many schedules cheap"
-    assert sum(result.seconds for result in results) < SECONDS
+    assert sum(result.steps for result in results) < STEPS, "a hundred thousand take about a second"

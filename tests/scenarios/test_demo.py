@@ -173,7 +173,7 @@ def interrupted(temporary: Path, when: Callable[[Path, list[str]], bool], *argum
     reader = threading.Thread(target=lambda: said.extend(out))
     reader.start()
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while not any(when(place, said) for place in temporary.glob("changeover-demo-*")):
             assert child.poll() is None, err.read()
             assert time.monotonic() < deadline, said
@@ -182,7 +182,7 @@ def interrupted(temporary: Path, when: Callable[[Path, list[str]], bool], *argum
         time.sleep(0.05)
         if child.poll() is None:
             child.send_signal(signal.SIGTERM)
-        assert child.wait(120) == 130, err.read()
+        assert child.wait(300) == 130, err.read()
         errors = err.read()
         assert "Traceback" not in errors
         return errors.splitlines()[-1]
@@ -231,5 +231,5 @@ def test_an_interrupted_demo_that_is_to_be_kept_says_what_stays_and_how_it_ends(
     own = [command for command in processes_of(temporary) if b"-m\0changeover" in command]
     assert own == [], "the application, capture or the demo itself stays"
     ends = said.partition("`")[2].partition("`")[0]
-    subprocess.run(["sh", "-c", ends], check=True, timeout=60)
+    subprocess.run(["sh", "-c", ends], check=True, timeout=120)
     assert (server.running, place.exists()) == (False, False)

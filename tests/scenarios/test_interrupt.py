@@ -24,7 +24,7 @@ from changeover.cli import main
 from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, NASTY_ROWS, STORE, MakeMigration
 
 START_SECONDS = 300.0
-END_SECONDS = 30.0
+END_SECONDS = 120.0
 ROWS = 3
 """One a chunk: an append to Delta costs a commit."""
 

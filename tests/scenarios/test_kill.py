@@ -34,8 +34,8 @@ runs = [threading.Thread(target=job.backfill, args=(load(path), spark)) for path
 [run.join() for run in runs]
 """
 CHUNKS = 3
-START_SECONDS = 120
-SOURCE_LOST_SECONDS = 10
+START_SECONDS = 300
+SOURCE_LOST_SECONDS = 120
 
 
 @contextmanager

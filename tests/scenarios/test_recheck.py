@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -22,6 +21,7 @@ from changeover.flags import flagfile
 from changeover.flags.endpoint import Row
 from changeover.flags.router import Change, Router, returned
 from changeover.verifiers import recheck
+from tests.fix_flags import PATIENCE, PATIENT, wait_until
 from tests.fix_migration import STORE, MakeMigration, Migration
 
 ACCOUNTS = """
@@ -58,7 +58,7 @@ def dual(make_migration: MakeMigration) -> Iterator[tuple[Migration, Router]]:
     flags = made.spec.work / "flags.json"
     flagfile.write_stage(flags, "accounts-store", Stage.DUALWRITE)
     client = flagfile.client(flags)
-    with Router.connect(made.spec, "accounts", to_new=mapped, to_old=dict, client=client) as router:
+    with Router.connect(made.spec, "accounts", to_new=mapped, to_old=dict, client=client, limits=PATIENT) as router:
         assert router.stage is Stage.DUALWRITE
         yield made, router
     client.close()  # type: ignore[no-untyped-call]
@@ -121,7 +121,7 @@ def test_what_is_in_flight_is_no_difference_and_what_is_not_is(dual: tuple[Migra
     migration, router = dual
     numbers = random.Random(1)
     with repeated(lambda: put(router, numbers.randint(1, WRITTEN), Decimal(numbers.randint(1, 999)) / 100 * 10), 0.005):
-        time.sleep(0.5)
+        wait_until(lambda: router.counters()["mirror_new"]["mirrored"] > 50)
         verdict = migration.verify()[STORE]
         assert verdict.word == "equal"
         assert verdict.recheck.in_flight > 0
@@ -138,11 +138,12 @@ def test_what_is_in_flight_is_no_difference_and_what_is_not_is(dual: tuple[Migra
 def test_a_key_that_is_left_unjudged_is_no_verdict(dual: tuple[Migration, Router], monkeypatch: pytest.MonkeyPatch) -> None:
     migration, router = dual
     put(router, 1, Decimal("2.50"))
-    router.drain(5)
-    monkeypatch.setattr(recheck, "PATIENCE_SECONDS", recheck.SETTLED_SECONDS + 1)
-    monkeypatch.setattr(recheck, "FEWEST_ROUNDS", 3)
+    router.drain(PATIENCE)
     never = "UPDATE ledgers SET amount = amount + 1 WHERE id = int4send(252)"
-    with repeated(lambda: migration.new.execute(never.encode()), 0.02):
+    with monkeypatch.context() as patched, repeated(lambda: migration.new.execute(never.encode()), 0.02):
+        patched.setattr(recheck, "SETTLED_SECONDS", 60.0)  # a writer that the machine holds up has not settled
+        patched.setattr(recheck, "PATIENCE_SECONDS", 1.0)
+        patched.setattr(recheck, "FEWEST_ROUNDS", 3)
         done = verified(migration, "--json")
     assert (done.exit_code, done.stdout) == (3, "")
     assert "could not check public.accounts: 1 key kept changing while both stores were written" in done.stderr

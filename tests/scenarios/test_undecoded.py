@@ -18,7 +18,8 @@ from changeover.jobs.prepare import finalize
 from changeover.jobs.rogue import rogue
 from changeover.session import connect
 from changeover.verifiers.verify import verify
-from tests.fix_accounts import application, assert_nothing_lost, following, loaded, rows, turn, unmirrored
+from tests.fix_accounts import application, assert_nothing_lost, following, loaded, rows, turn, unmirrored, wait_for_writes
+from tests.fix_flags import wait_until
 from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, STORE, MakeMigration
 from tests.fix_postgres import default_binaries, fresh_database, passing_server
 from tests.fix_writer import writing
@@ -79,14 +80,15 @@ def test_authority_moves_there_and_back_under_writers_and_no_write_is_lost(make_
     moved = loaded(make_migration, STORE, LAKE, kind="trigger")
     with following(moved):
         with application(moved) as router:
-            time.sleep(1)
+            wait_for_writes(router)
             there = fence(moved.spec, Origin.NEW)
             turn(moved, Stage.LIVE)
-            time.sleep(1)
+            wait_until(lambda: router.stage is Stage.LIVE)
+            wait_for_writes(router)
             turn(moved, Stage.SHADOW)
             back = fence(moved.spec, Origin.OLD)
-            time.sleep(1)
-            assert router.stage.value == "shadow"
+            wait_until(lambda: router.stage is Stage.SHADOW)
+            wait_for_writes(router)
         assert ((there.epoch, there.store), (back.epoch, back.store)) == ((1, "new"), (2, "old"))
         assert all(verdict.equal for verdict in verify(moved.spec, moved.spark))
         fence(moved.spec, Origin.NEW)

@@ -165,7 +165,7 @@ def test_a_killed_collection_is_done_by_the_next(kept: Connection, new_dsn: str,
     fill(kept, 3_000)
     file = tmp_path / "reached"
     child = subprocess.Popen([sys.executable, "-c", CHILD, new_dsn], env={**os.environ, points.VARIABLE: f"{point}:{file}"})
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not file.exists():
         assert child.poll() is None
         assert time.monotonic() < deadline

@@ -17,7 +17,7 @@ from tests.stress.mutants import RELIABLE
 from tests.stress.series import mutated, series
 from tests.stress.source import V0, Source
 
-TRIALS_OF_A_MUTANT = 60
+TRIALS_OF_A_MUTANT = 200
 
 
 @pytest.fixture(scope="module")
