@@ -18,8 +18,8 @@ from ldclient.migrations.types import Stage
 from psycopg import sql
 
 from changeover.cli import main
-from changeover.errors import CouldNotFinish, SlotBlocked
-from changeover.flags import cutover, flagfile
+from changeover.errors import CouldNotFinish, FenceCalledOff, SlotBlocked
+from changeover.flags import cutover, fence, flagfile
 from changeover.jobs import obstacles, restart, reverse, snapshot
 from changeover.jobs.capture import capture_new, emit_marker
 from changeover.jobs.entries import Stream
@@ -287,6 +287,25 @@ def test_a_partition_that_comes_or_goes_without_an_event_breaks_the_path_off(par
     done = cutover.rollback(parted.spec)
     assert done.lacking is not None
     assert done.lacking.startswith(f"the new store's change stream has a gap (partitions of public.links: {reason}")
+
+
+def test_a_partition_that_goes_at_the_last_moment_calls_the_way_back_off(parted: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(told(parted)) == 1
+    reverse.advance(parted.ledger, "follows", reverse.OLD_STORE, 2**60, 1)  # as far as anybody can see, everything came back
+    near = fence._draw_near
+
+    def detached_behind_it(*arguments: Any) -> str | None:
+        found = near(*arguments)
+        parted.new.execute("ALTER TABLE links DETACH PARTITION links_low")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fence, "_draw_near", detached_behind_it)
+        with pytest.raises(FenceCalledOff, match=r"waiting for a whole stream: .* gap \(partitions of public.links: "):
+            cutover.rollback(parted.spec)
+    parted.new.execute("INSERT INTO links VALUES (150, 'writers go on')")
+    assert parted.ledger.authority().store == "new"
+    assert cutover.rollback(parted.spec).lacking is not None
 
 
 # -- a path that can't go on
