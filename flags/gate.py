@@ -19,6 +19,7 @@ from changeover.flags.stages import ORDER, TABLE, needs_fence
 from changeover.flags.turns import mirrored_since, turns
 from changeover.jobs.entries import CLOSED, Authority, Heartbeat, Load, VerdictRow
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.replication import slot_state
 from changeover.jobs.reverse import State, state
 from changeover.jobs.rogue import Rogue, rogue
 from changeover.jobs.triggerlog import capturing
@@ -65,19 +66,14 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage) -> Evidence
     """Read the evidence for a step between two stages (driver; starts no JVM)."""
     assert spec.flag is not None
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "gate")) as old:
-        row = old.execute(
-            "SELECT pg_current_wal_insert_lsn()::text,"
-            " coalesce((SELECT active FROM pg_replication_slots WHERE slot_name = %s), false)",
-            [spec.slot],
-        ).fetchone()
+        here, slot, _ = slot_state(old, spec.name, spec.slot)
         log_read = spec.source.capture == TRIGGER and capturing(old, spec.name)
-    assert row is not None
     found = turns(ledger)
     prepared = (ledger.milestones()[0], ledger.stream("gate").l0) if ledger.exists() else ()
     return Evidence(
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
         heartbeats=ledger.heartbeats(), authority=ledger.authority(), stage_since=found[0].at if found else None,
-        mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(row[0]), capture_active=row[1] or log_read,
+        mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(here), capture_active=slot == "active" or log_read,
         sources=tuple(t.source for t in spec.tables), target=spec.flag.target, way_back=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)),
     )  # fmt: skip

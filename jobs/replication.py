@@ -32,10 +32,12 @@ LOW_SHARE = 0.25
 BACKLOG = "backlog"
 """The step in the application name of the session that reads a slot's backlog."""
 
-FOLLOWED = """
-(s.active OR EXISTS (SELECT FROM pg_stat_activity a WHERE a.datname = current_database() AND a.application_name = {}))
+SLOT_STATE = """
+SELECT pg_current_wal_insert_lsn()::text, CASE WHEN s.slot_name IS NULL THEN 'missing' WHEN s.wal_status = 'lost' THEN 'lost'
+    WHEN s.active OR EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name = %s)
+    THEN 'active' ELSE 'inactive' END, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), s.restart_lsn)::bigint
+FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s
 """
-"""Whether capture has the slot s: between two turns of its backlog the slot itself is at rest."""
 
 
 def decoding(publication: str) -> dict[str, str]:
@@ -43,9 +45,14 @@ def decoding(publication: str) -> dict[str, str]:
     return {"proto_version": "1", "publication_names": f'"{publication}"', "messages": "true"}
 
 
-def followed(migration: str) -> sql.Composed:
-    """Return the condition that capture follows the slot of the alias s."""
-    return sql.SQL(FOLLOWED).format(sql.Literal(application_name(migration, BACKLOG)))
+def slot_state(connection: Connection, migration: str, slot: str) -> tuple[str, str, int | None]:
+    """Return the store's position, the slot's state, and the bytes of WAL that it keeps.
+
+    The state is missing, lost, active or inactive; a slot is active too between two turns of its backlog, where it is at rest.
+    """
+    row = connection.execute(SLOT_STATE, [application_name(migration, BACKLOG), slot]).fetchone()
+    assert row is not None
+    return row[0], row[1], row[2]
 
 
 class CopyStream:

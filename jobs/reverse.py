@@ -25,7 +25,7 @@ from changeover.jobs.ledger import Ledger
 from changeover.jobs.obstacles import has_slot, obstacles, target_as_source
 from changeover.jobs.partitions import NewRoots
 from changeover.jobs.preflight import SourceTable, source_table, store_columns
-from changeover.jobs.replication import require_stream, slot_alarm
+from changeover.jobs.replication import require_stream, slot_alarm, slot_state
 from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import NEW, epochs_of, shares
 from changeover.position import format_lsn, parse_lsn
@@ -235,31 +235,23 @@ def state(spec: Spec, ledger: Ledger) -> State | None:
         return None
     path, application = recorded(ledger), application_name(spec.name, "status")
     with connect(new_dsn(spec), application) as new:
-        row = new.execute(SLOT, [slot_of(spec)]).fetchone()
+        here, slot, _ = slot_state(new, spec.name, slot_of(spec))
         alarm = slot_alarm(new, slot_of(spec))
         at_new = any(held.store == NEW for held in shares(ledger.authorities()))
         if at_new:
-            lacking = whole(ledger) or ("its slot is gone" if row and row[1] in ("missing", "lost") else None)
+            lacking = whole(ledger) or ("its slot is gone" if slot in ("missing", "lost") else None)
         else:
             with connect(spec.source.dsn.resolve(), application) as old:
                 lacking = next(iter(obstacles(spec, old, new, slot_of(spec))), None)
-    assert row is not None
-    here = tuple(loads(ledger))
+    into = tuple(loads(ledger))
     comes_back = path is not None and at_new
     try:
         end = None if path is None else max(spool_of(spec).end(), path.stream.l0)
     except StepOrder:  # the work folder is elsewhere
         end = None
     watched_from = format_lsn(path.stream.l0) if path is not None and not path.broken else None
-    behind = max((max(0, parse_lsn(row[0]) - load.applied) for load in here), default=0) if comes_back else None
-    return State(watched_from, lacking, row[1], None if end is None else format_lsn(end), behind, alarm, here)
-
-
-SLOT = """
-SELECT pg_current_wal_insert_lsn()::text, CASE WHEN s.slot_name IS NULL THEN 'missing' WHEN s.wal_status = 'lost' THEN 'lost'
-    WHEN s.active THEN 'active' ELSE 'inactive' END
-FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s
-"""
+    behind = max((max(0, parse_lsn(here) - load.applied) for load in into), default=0) if comes_back else None
+    return State(watched_from, lacking, slot, None if end is None else format_lsn(end), behind, alarm, into)
 
 
 # -- making and removing it

@@ -121,8 +121,10 @@ class SlotRun:
         log.info("reading the backlog of slot %s from %s", self.stream.slot, format_lsn(self.intake.durable))
         with speaking_to(self.dsn, "reading the backlog"), backlog.reading(self.dsn, self.spec.name, self.stream) as reader:
             try:
-                while upto is not None and not self._ended():
+                while upto is not None:
                     self._turn(reader, upto, generated)
+                    if self._ended():
+                        break  # the turn may be broken off
                     upto = backlog.turn(reader.connection, self.stream.slot, self._position(), backlog.NEAR_BYTES)
             except psycopg.Error as error:
                 if not backlog.refused(error):
@@ -137,6 +139,7 @@ class SlotRun:
             for messages in parts:
                 if messages is not None:
                     self._took(assembler, messages)
+                    points.reach("backlog-read", format_lsn(self.intake.durable))
                 if self.intake.due:
                     self._flush(assembler)
                 if self._ended():

@@ -17,7 +17,7 @@ from changeover.jobs import reverse, triggerlog
 from changeover.jobs.entries import CLOSED, Authority, Load, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
-from changeover.jobs.replication import slot_alarm
+from changeover.jobs.replication import slot_alarm, slot_state
 from changeover.jobs.rogue import Rogue, rogue
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect, speaking_to
@@ -131,19 +131,12 @@ def _stream(spec: Spec, known: Stream) -> dict[str, Any]:
     """Return the state of the slot or the trigger log, the spool's end, and how far both are behind; what is gone is None."""
     dsn = spec.source.dsn.resolve()
     with connect(dsn, application_name(spec.name, "status")) as old, speaking_to(dsn, "reading the slot"):
-        row = old.execute(
-            "SELECT pg_current_wal_insert_lsn()::text, CASE WHEN s.slot_name IS NULL THEN 'missing' WHEN s.wal_status = 'lost'"
-            " THEN 'lost' WHEN s.active THEN 'active' ELSE 'inactive' END,"
-            " pg_wal_lsn_diff(pg_current_wal_insert_lsn(), s.restart_lsn)::bigint"
-            " FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s",
-            [spec.slot],
-        ).fetchone()
+        here, slot, kept = slot_state(old, spec.name, spec.slot)
         alarm = slot_alarm(old, spec.slot)
         log_bytes = None
         if spec.source.capture == TRIGGER:
-            found, log_bytes, alarm = triggerlog.state(old, spec.name)
-            row = (row[0], found, None) if row else None
-    assert row is not None
+            slot, log_bytes, alarm = triggerlog.state(old, spec.name)
+            kept = None
     notes: list[str] = []
     try:
         spool = spool_of(spec, known.epoch)
@@ -152,9 +145,9 @@ def _stream(spec: Spec, known: Stream) -> dict[str, Any]:
     except StepOrder:  # finalized, or the work folder is elsewhere
         end = None
     return {
-        "slot": row[1], "alarm": alarm, "notes": notes, "log_bytes": log_bytes,
-        "source_lsn": row[0], "kept_wal_bytes": row[2], "spool_end": None if end is None else format_lsn(end),
-        "behind_bytes": None if end is None else max(0, parse_lsn(row[0]) - end),
+        "slot": slot, "alarm": alarm, "notes": notes, "log_bytes": log_bytes,
+        "source_lsn": here, "kept_wal_bytes": kept, "spool_end": None if end is None else format_lsn(end),
+        "behind_bytes": None if end is None else max(0, parse_lsn(here) - end),
     }  # fmt: skip
 
 
