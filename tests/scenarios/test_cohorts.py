@@ -281,7 +281,7 @@ def test_a_fence_of_cohorts_that_is_killed_between_two_moves_is_settled(friends:
                 (Origin.NEW, "fence-freeze", "old"), (Origin.NEW, "fence-final", "old"), (Origin.NEW, "fence-record", "new"),
                 (Origin.OLD, "fence-await", "new"), (Origin.OLD, "fence-final", "new"), (Origin.OLD, "fence-record", "old"),
             )):  # fmt: skip
-                assert takes(friends, 1) == [at]
+                assert not number or takes(friends, 1) == [at]
                 killed_at(friends, to, point, tmp_path / f"{number}")
                 settle(friends.spec)
                 at = after
