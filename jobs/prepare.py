@@ -18,9 +18,10 @@ from psycopg import sql
 
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
 from changeover.jobs import inverse, partitions, reverse, snapshot, transform, triggerlog, windows
+from changeover.jobs.division import examined
 from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.ledger import Ledger, drop_ledger
-from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
+from changeover.jobs.preflight import Preflight, SourceTable, source_table, store_columns
 from changeover.jobs.spool import Spool, remove_spools, spool_path
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import SLOT, Spec, Table, Target
@@ -56,7 +57,7 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
     with Ledger.open(spec, "prepare") as ledger, ledger.lease("prepare"):
         if ledger.exists():
             return require_prepared(spec, spark, ledger, "prepare")
-        found = preflight(spec)
+        found = examined(spec)
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
         _remove_unfinished(spec, ledger)  # what a killed prepare left

@@ -21,9 +21,10 @@ from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
 from changeover.jobs import reverse
 from changeover.jobs.backfill import append_name
 from changeover.jobs.chunks import first_token
+from changeover.jobs.division import examined
 from changeover.jobs.entries import PENDING, Stream
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.preflight import Preflight, preflight
+from changeover.jobs.preflight import Preflight
 from changeover.jobs.prepare import Prepared, open_stream, plan_transforms, record_tables, remove_from_source, spool_of
 from changeover.jobs.replay import lease_of
 from changeover.jobs.spool import remove_spools
@@ -50,7 +51,7 @@ def restart(spec: Spec, spark: SparkSession) -> Prepared:
     """
     with Ledger.open(spec, "prepare") as ledger, _alone(spec, ledger):
         _require_allowed(spec, ledger)
-        found = preflight(spec)
+        found = examined(spec)
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
         transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
