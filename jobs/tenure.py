@@ -13,6 +13,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import NamedTuple
 
+from changeover.cohorts import EVERY, Cohorts
 from changeover.jobs.entries import Authority
 from changeover.position import Version
 
@@ -75,20 +76,6 @@ OLD, NEW = "old", "new"
 
 
 @dataclass(frozen=True)
-class Cohorts:
-    """Some cohorts of a table's rows: those that are named, or with `others` all but those."""
-
-    names: frozenset[str] = frozenset()
-    others: bool = True
-
-    def __contains__(self, cohort: str) -> bool:
-        return (cohort in self.names) is not self.others
-
-
-EVERY = Cohorts()
-
-
-@dataclass(frozen=True)
 class Interval:
     """A part of a store's stream that is offered: its events' epoch, and the commit LSNs since <= lsn < until in that store's log.
 
@@ -135,9 +122,37 @@ def shares(changes: Sequence[Authority]) -> dict[Tenure, Cohorts]:
     """Return who has authority now: each present tenure, its cohort left out, and the cohorts whose it is (pure)."""
     names = named(changes)
     found: dict[Tenure, set[str]] = {}
-    for cohort in (EVERYTHING, *sorted(names)):
-        found.setdefault(tenures(changes, cohort)[-1]._replace(cohort=EVERYTHING), set()).add(cohort)
+    for cohort, alike in _alike(changes).items():
+        found.setdefault(tenures(changes, cohort)[-1]._replace(cohort=EVERYTHING), set()).update(alike)
     return {tenure: _together(cohorts, names) for tenure, cohorts in found.items()}
+
+
+def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None) -> Cohorts | None:
+    """Return which rows a move concerns: of the cohorts named, or of all, those that are not there yet (pure)."""
+    there = [whose for held, whose in shares(changes).items() if held.store == to]
+    if names is not None:
+        left = frozenset(name for name in names if not any(name in whose for whose in there))
+        return Cohorts(left, others=False) if left else None
+    known = named(changes)
+    elsewhere = {name for name in (EVERYTHING, *known) if not any(name in whose for whose in there)}
+    return _together(elsewhere, known) if elsewhere else None
+
+
+def epochs_of(changes: Sequence[Authority], store: str) -> dict[int, int]:
+    """Return the epochs in which a store had authority over anything, and where in its log each began (pure)."""
+    return {t.epoch: t.since for cohort in _alike(changes) for t in tenures(changes, cohort) if t.store == store}
+
+
+def _alike(changes: Iterable[Authority]) -> dict[str, set[str]]:
+    """Return all cohorts by one of those with the same moves: many move together, and few moves there are."""
+    moves: dict[str, list[int]] = {EVERYTHING: []}
+    for change in changes:
+        for name in change.cohorts or ():
+            moves.setdefault(name, []).append(change.epoch)
+    alike: dict[tuple[int, ...], set[str]] = {}
+    for name, epochs in moves.items():
+        alike.setdefault(tuple(epochs), set()).add(name)
+    return {EVERYTHING if EVERYTHING in names else min(names): names for names in alike.values()}
 
 
 def _together(cohorts: Collection[str], names: frozenset[str]) -> Cohorts:
@@ -164,9 +179,8 @@ def sections(changes: Sequence[Authority], *, takes_over: bool, carried: Collect
     names = named(changes)
     if not names:
         return [(interval,) for interval in offered_intervals(changes, takes_over=takes_over, carried=carried)]
-    alone = {
-        cohort: offered_intervals(changes, takes_over=takes_over, carried=carried, cohort=cohort) for cohort in (EVERYTHING, *names)
-    }
+    alike = _alike(changes)
+    alone = {one: offered_intervals(changes, takes_over=takes_over, carried=carried, cohort=one) for one in alike}
     found = []
     for store in (OLD, NEW):
         of_store = [(cohort, one) for cohort, intervals in alone.items() for one in intervals if one.store == store]
@@ -175,7 +189,7 @@ def sections(changes: Sequence[Authority], *, takes_over: bool, carried: Collect
             kinds: dict[tuple[int, bool], set[str]] = {}
             for cohort, one in of_store:
                 if one.since <= since and until <= one.until:
-                    kinds.setdefault((one.epoch, one.echo), set()).add(cohort)
+                    kinds.setdefault((one.epoch, one.echo), set()).update(alike[cohort])
             section = [Interval(epoch, since, until, store, echo, _together(who, names)) for (epoch, echo), who in kinds.items()]
             found += [tuple(section)] if section else []
     return found

@@ -77,7 +77,7 @@ def test_without_replay_the_fence_is_called_off_and_writers_go_on(moved: Migrati
 
 
 def test_a_refusal_whose_fence_died_ends_by_itself(moved: Migration) -> None:
-    assert refusal.install(moved.old, "public", "accounts", 1, time.monotonic() + 1.0)
+    assert refusal.install(moved.old, "public", "accounts", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 1.0)
     with pytest.raises(psycopg.Error):
         moved.old.execute("UPDATE accounts SET note = 'x' WHERE id = 1")
     time.sleep(1.1)
@@ -134,8 +134,8 @@ def test_a_fence_whose_record_was_made_though_nobody_heard_it_stands(moved: Migr
 
 
 def test_the_next_command_lets_the_store_with_authority_write_after_a_fence_was_killed(moved: Migration) -> None:
-    assert refusal.install(moved.old, "public", "accounts", 1, time.monotonic() + 5)
-    refusal.make_permanent(moved.old, "public", "accounts", 1)
+    assert refusal.install(moved.old, "public", "accounts", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 5)
+    refusal.replace(moved.old, "public", "accounts", refusal.Refusal((refusal.Refused(1),)))
     with pytest.raises(psycopg.Error, match="no authority"):
         moved.old.execute("UPDATE accounts SET note = 'x' WHERE id = 1")
     assert cutover.rollback(moved.spec).after is Stage.DUALWRITE

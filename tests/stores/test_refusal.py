@@ -22,7 +22,7 @@ def namesakes(new_dsn: str) -> Iterator[Connection]:
     with connect(new_dsn, "test") as connection:
         for schema in ("one", "two"):
             connection.execute(sql.SQL("CREATE SCHEMA {0}; CREATE TABLE {0}.kept (id integer)").format(sql.Identifier(schema)))
-            refusal.install(connection, schema, "kept", 1, time.monotonic() + 60)
+            refusal.install(connection, schema, "kept", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 60)
         yield connection
 
 
@@ -38,7 +38,7 @@ def refused(connection: Connection, schema: str) -> bool:
 
 
 def test_a_refusal_that_ends_leaves_the_namesakes(namesakes: Connection) -> None:
-    refusal.install(namesakes, "two", "kept", 1, time.monotonic() + 0.05)
+    refusal.install(namesakes, "two", "kept", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 0.05)
     time.sleep(0.1)
     assert (refused(namesakes, "one"), refused(namesakes, "two")) == (True, False)
 

@@ -301,6 +301,7 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
                 sql.SQL("DROP FUNCTION IF EXISTS {}(integer, pg_lsn, bigint, boolean, {})").format(table.function, table.table)
             )
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table.touched))
+            connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("floor", schema, name)))
         left = connection.execute("SELECT FROM changeover.gate LIMIT 1").fetchone()
         if left is None:
             connection.execute("DROP TABLE changeover.gate")

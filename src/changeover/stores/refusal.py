@@ -1,18 +1,22 @@
-"""The refusal: how the store that has lost authority turns stale writes away.
+"""The refusal: how a store turns writes away over whose rows it has no authority.
 
-All rows at once: an ENABLE ALWAYS trigger on the table that refuses whatever does not come through the gate of the present
-epoch. Creating it takes SHARE ROW EXCLUSIVE, so once it is granted every older writing transaction has ended: the lock is the
-drain as well. It is asked for with a short lock_timeout and again, so that writers never queue long behind it.
+An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present epoch: of all rows, or of some
+cohorts. Creating it, or replacing it with another list, takes SHARE ROW EXCLUSIVE, so once that is granted every older writing
+transaction has ended: the lock is the drain as well. It is asked for with a short lock_timeout and again, so that writers never
+queue long behind it. The list stands in the trigger's function, which every session looks up anew in the catalogue: a transaction
+with an old snapshot meets the list of today, where from a table it would read that of its snapshot.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import LiteralString
 
 import psycopg
 from psycopg import sql
 
+from changeover.cohorts import EVERY, Cohorts
 from changeover.session import Connection
 from changeover.stores.gate import FENCED, ours
 
@@ -25,11 +29,28 @@ TRIGGERS: tuple[tuple[str, LiteralString, LiteralString], ...] = (
 """(suffix of the trigger's name, events, level)."""
 
 
-def install(connection: Connection, schema: str, name: str, epoch: int, deadline: float) -> bool:
-    """Refuse writes of epochs before `epoch`; False when the lock was not granted before `deadline` (monotonic seconds).
+@dataclass(frozen=True)
+class Refused:
+    """Rows whose writes a store refuses, but for those that come through its gate in this epoch or a later one."""
 
-    Once this returns True, no transaction that could write without the refusal is alive. The refusal ends by itself at the
-    deadline, so that a fence that died gives the writers back, until `make_permanent`.
+    epoch: int
+    cohorts: Cohorts = EVERY
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a store refuses: `standing` for good, `begun` up to a deadline; `column` holds the cohort where there are some."""
+
+    standing: tuple[Refused, ...] = ()
+    begun: Refused | None = None
+    column: str | None = None
+
+
+def install(connection: Connection, schema: str, name: str, refusal: Refusal, deadline: float) -> bool:
+    """Refuse from now on; False when the lock was not granted before `deadline` (monotonic seconds).
+
+    Once this returns True, no transaction that could write without the refusal is alive. What is begun ends by itself at the
+    deadline, so that a fence that died gives the writers back, until it is among what stands.
     """
     table, function = sql.Identifier(schema, name), ours("refuse", schema, name)
     while (left := deadline - time.monotonic()) > 0:
@@ -37,7 +58,7 @@ def install(connection: Connection, schema: str, name: str, epoch: int, deadline
             with connection.transaction():
                 connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
                 connection.execute("CREATE SCHEMA IF NOT EXISTS changeover")
-                connection.execute(_function(function, epoch, _server_time(connection, left)))
+                connection.execute(_function(function, refusal, _server_time(connection, left)))
                 for suffix, event, level in TRIGGERS:
                     # a row's trigger is every partition's, present and to come; a statement's is the table's own alone
                     for one in (table, *(_partitions(connection, table) if level == "STATEMENT" else ())):
@@ -46,6 +67,14 @@ def install(connection: Connection, schema: str, name: str, epoch: int, deadline
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.05)
     return False
+
+
+def replace(connection: Connection, schema: str, name: str, refusal: Refusal) -> None:
+    """Refuse something else, at once and without a lock: for a deadline that is taken away, and for writers that are let in.
+
+    The caller makes sure that no deadline has passed.
+    """
+    connection.execute(_function(ours("refuse", schema, name), refusal, "infinity"))
 
 
 def _refuse(
@@ -70,11 +99,6 @@ def _partitions(connection: Connection, table: sql.Identifier) -> list[sql.Ident
     return [sql.Identifier(*row) for row in rows.fetchall()]
 
 
-def make_permanent(connection: Connection, schema: str, name: str, epoch: int) -> None:
-    """Take the deadline off a refusal; the caller makes sure that it has not passed."""
-    connection.execute(_function(ours("refuse", schema, name), epoch, "infinity"))
-
-
 def _server_time(connection: Connection, seconds: float) -> str:
     """Return a moment of the server's own clock, which is the one that the refusal goes by."""
     row = connection.execute("SELECT (clock_timestamp() + make_interval(secs => %s))::text", [seconds]).fetchone()
@@ -82,16 +106,54 @@ def _server_time(connection: Connection, seconds: float) -> str:
     return str(row[0])
 
 
-def _function(function: sql.Identifier, epoch: int, ends: str) -> sql.Composed:
-    """The trigger's body: what comes through the gate of the present epoch passes, and everything once `ends` has come."""
+def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Composed:
+    """The trigger's body: what comes through the gate of the present epoch passes, and what is begun once `ends` has come.
+
+    A row that changes its cohort is a write to both. A TRUNCATE is one to all, so no store takes it where cohorts are told apart.
+    """
+    epochs = [one.epoch for one in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
     return sql.SQL(
-        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN"
-        " IF coalesce(nullif(current_setting('changeover.epoch', true), '')::integer, -1) < {epoch}"
-        " AND clock_timestamp() < {ends}::timestamptz THEN"
-        " RAISE EXCEPTION 'changeover: this store has no authority over % since epoch {epoch}: write to the other one',"
-        " TG_RELID::regclass USING ERRCODE = {state}; END IF;"
-        " IF TG_OP = 'DELETE' THEN RETURN OLD; END IF; RETURN NEW; END $body$"
-    ).format(function=function, epoch=sql.Literal(epoch), ends=sql.Literal(ends), state=sql.Literal(FENCED))
+        """
+        CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $body$
+        DECLARE since integer := -1;
+        BEGIN
+            IF TG_LEVEL = 'STATEMENT' THEN since := {whole}; END IF;
+            IF TG_LEVEL = 'ROW' AND TG_OP <> 'INSERT' THEN since := {old}; END IF;
+            IF TG_LEVEL = 'ROW' AND TG_OP <> 'DELETE' THEN since := greatest(since, {new}); END IF;
+            IF coalesce(nullif(current_setting('changeover.epoch', true), '')::integer, -1) < since THEN
+                RAISE EXCEPTION 'changeover: this store has no authority over % since epoch %: write to the other one',
+                    TG_RELID::regclass, since USING ERRCODE = {state};
+            END IF;
+            IF TG_OP = 'DELETE' THEN RETURN OLD; END IF;
+            RETURN NEW;
+        END $body$
+        """
+    ).format(
+        function=function, state=sql.Literal(FENCED), old=_since("OLD", refusal, ends), new=_since("NEW", refusal, ends),
+        whole=_since("", refusal, ends) if refusal.column is None else sql.Literal(max([0, *epochs])),
+    )  # fmt: skip
+
+
+def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
+    """Return the expression of the epoch since which a row is refused, -1 for one that is not."""
+    begun = sql.SQL("clock_timestamp() < {}::timestamptz").format(sql.Literal(ends))
+    arms: list[tuple[Refused, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
+    arms += [(refusal.begun, begun)] if refusal.begun else []
+    return sql.SQL("CASE {} ELSE -1 END").format(
+        sql.SQL(" ").join(
+            sql.SQL("WHEN {} AND {} THEN {}").format(belongs(row, refusal.column, one.cohorts), when, sql.Literal(one.epoch))
+            for one, when in (*arms, (Refused(-1), sql.SQL("false")))
+        )
+    )
+
+
+def belongs(row: str, column: str | None, cohorts: Cohorts) -> sql.Composable:
+    """Return the condition that a trigger's row is one of some cohorts, by the column that holds them."""
+    if column is None or cohorts == EVERY:
+        return sql.SQL("true")
+    names = sql.SQL("ARRAY[{}]::text[]").format(sql.SQL(", ").join(sql.Literal(name) for name in sorted(cohorts.names)))
+    inside = sql.SQL("{}::text = ANY ({})").format(sql.Identifier(row.lower(), column), names)
+    return sql.SQL("NOT {}").format(inside) if cohorts.others else inside
 
 
 def remove(connection: Connection, schema: str, name: str) -> list[str]:

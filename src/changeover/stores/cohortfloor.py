@@ -1,0 +1,48 @@
+"""A cohort's floor: the epoch below which a gated table takes nothing for its rows any more.
+
+The table's own floor is one for all rows, so it can't rise while some of them go on under an earlier epoch. Each cohort has a
+floor therefore: a trigger on our own table of touched rows leaves out what is of an epoch before the cohort's present one, and what
+was not touched is not written. Putting it waits, as a barrier does, for every gated statement that began before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import psycopg
+from psycopg import sql
+
+from changeover.errors import LockNotGranted
+from changeover.session import Connection
+from changeover.stores.gate import GatedTable, ours
+from changeover.stores.refusal import LOCK_TIMEOUT, Refused, belongs
+
+TRIES = 100
+
+
+def put(connection: Connection, table: GatedTable, column: str, floors: Sequence[Refused], server: str) -> None:
+    """Take nothing any more of an epoch before that of its cohort; `column` is the key column that holds the cohort."""
+    function = ours("floor", table.schema, table.name)
+    for _ in range(TRIES):
+        try:
+            with connection.transaction():
+                connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
+                connection.execute(_function(function, column, floors))
+                connection.execute(
+                    sql.SQL(
+                        "CREATE OR REPLACE TRIGGER changeover_floor BEFORE INSERT ON {} FOR EACH ROW EXECUTE FUNCTION {}()"
+                    ).format(table.touched, function)
+                )
+            return
+        except psycopg.errors.LockNotAvailable:
+            time.sleep(0.05)
+    raise LockNotGranted(server, f"floor of {table.target}", "gated writes that do not end")
+
+
+def _function(function: sql.Identifier, column: str, floors: Sequence[Refused]) -> sql.Composed:
+    arms = [sql.SQL("WHEN {} THEN {}").format(belongs("NEW", column, one.cohorts), sql.Literal(one.epoch)) for one in floors]
+    return sql.SQL(
+        "CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN"
+        " IF NEW._epoch < CASE {} ELSE 0 END THEN RETURN NULL; END IF; RETURN NEW; END $body$"
+    ).format(function, sql.SQL(" ").join(arms))
