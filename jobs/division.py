@@ -79,7 +79,7 @@ def _unlike(seen: SourceTable, column: str, found: SourceTable | None, there: st
         return
     other = next((c.type for c in found.columns if c.name == there), None) if found is not None else own
     if found is not None and (other is None or not family.fullmatch(other) or not _as_long(own, other)):
-        yield f"{found.source}.{there} is of the type {other} and {seen.source}.{column} of {own}: a cohort must read the same in both"
+        yield f"{found.source}.{there} is of the type {other} and {seen.source}.{column} of {own}: a cohort must read alike in both"
 
 
 def _as_long(own: str, other: str) -> bool:

@@ -74,7 +74,7 @@ REASONS = [
     (
         {"old_ddl": OLD.replace("from_user bigint", "from_user text"),
          "new_ddl": NEW.replace("entity_a bigint", "entity_a varchar(30)")},
-        r"is of the type character varying\(30\) and .* of text: a cohort must read the same in both",
+        r"is of the type character varying\(30\) and .* of text: a cohort must read alike in both",
     ),
     ({"old_ddl": OLD + "; CREATE UNIQUE INDEX once ON follows (to_channel)"}, "the index once of public.follows is unique without"),
     (
