@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, cast
 
 from changeover.cohorts import EVERY
 from changeover.jobs.entries import Authority
 from changeover.jobs.merge import Cell
-from changeover.jobs.tenure import Section, moving, tenures
+from changeover.jobs.tenure import Section, Tenure, moving, tenures
 from changeover.position import DUAL_WRITE_ORDINAL, Version, epoch_floor
 from changeover.stores.statements import Move
 from tests.model.rules import RULES, Rules
@@ -42,6 +42,15 @@ class Entry(NamedTuple):
     marked: bool
 
 
+class Made(NamedTuple):
+    """A move on record, its epoch being its place: to which store, and where the logs of old and new were."""
+
+    store: str
+    old: int
+    new: int
+    names: Names
+
+
 class Place(NamedTuple):
     """What a store holds for a key: the row, and the version of the last gated write."""
 
@@ -56,7 +65,7 @@ class MoveState(NamedTuple):
     places: tuple[tuple[Place, ...], ...]
     routes: tuple[int, ...]
     floors: tuple[tuple[Version, ...], ...]
-    changes: tuple[Authority, ...]
+    changes: tuple[Made, ...]
     authority: tuple[int | None, ...]
     """Per cohort the store that lets the application write; None while nobody does."""
     written: tuple[int, ...]
@@ -119,7 +128,7 @@ class Moving:
             after = self._write(state, store, cohort, Entry(key, image, False), None)
             after = after._replace(written=_with(state.written, cohort, done + 1))
             if self.direct:
-                epoch = tenures(state.changes, key)[-1].epoch
+                epoch = _tenure(state.changes, key).epoch
                 version = Version(epoch, self._lsn(store, len(state.logs[store])) - 1, DUAL_WRITE_ORDINAL)
                 stamped = version._replace(epoch=0) if self.rules.epoch_floor(1).epoch == 0 else version
                 after = after._replace(direct=(*after.direct, (1 - store, key, Cell(stamped, image))))
@@ -139,10 +148,7 @@ class Moving:
         return state._replace(places=places, logs=logs)
 
     def _sections(self, state: MoveState, source: int, target: int) -> list[Section]:
-        """Return the parts of a log that a target is offered, as replay asks for them."""
-        carried = frozenset(change.epoch for change in state.changes if self.reverse and change.store == STORES[NEW])
-        found = self.rules.sections(state.changes, takes_over=target == NEW, carried=carried)
-        return [section for section in found if section[0].store == STORES[source]]
+        return _sections(self.rules, state.changes, self.reverse, STORES[source], target == NEW)
 
     def _replay(self, state: MoveState, number: int, source: int, target: int) -> Iterator[tuple[str, MoveState]]:
         """Offer a log's next entry to a target, if it is to be offered at all; behind the last section a route waits."""
@@ -184,7 +190,7 @@ class Moving:
         over = state.step + 1 == len(self.rules.hand_over)
         after = state._replace(step=0, moves=state.moves + 1) if over else state._replace(step=state.step + 1)
         if move is Move.FREEZE:
-            whose = moving(state.changes, STORES[gaining], names)
+            whose = moving(_recorded(state.changes), STORES[gaining], names)
             assert whose is not None
             held = zip(self.keys, after.authority, strict=True)
             after = after._replace(authority=tuple(None if key in whose else store for key, store in held))
@@ -202,20 +208,19 @@ class Moving:
             after = after._replace(changes=changes, authority=tuple(self._holder(changes, key) for key in self.keys))
         yield f"the fence of {'all rows' if names is None else ' '.join(names)} to {STORES[gaining]} {move.value}", after
 
-    def _made(self, state: MoveState, gaining: int, names: Names) -> Authority:
+    def _made(self, state: MoveState, gaining: int, names: Names) -> Made:
         """Return the move as the ledger records it, with the position that was read in the losing log."""
         ends = {1 - gaining: state.fence, gaining: len(state.logs[gaining])}
         places = {store: self._lsn(store, end) for store, end in ends.items()}
-        chosen = None if names is None else frozenset(names)
-        return Authority(len(state.changes) + 1, STORES[gaining], places[OLD], datetime.min, 0.0, places[NEW], chosen)
+        return Made(STORES[gaining], places[OLD], places[NEW], names)
 
-    def _holder(self, changes: tuple[Authority, ...], key: str) -> int:
-        return STORES.index(tenures(changes, key)[-1].store)
+    def _holder(self, changes: tuple[Made, ...], key: str) -> int:
+        return STORES.index(_tenure(changes, key).store)
 
-    def _raise_floors(self, state: MoveState, gaining: int, changes: tuple[Authority, ...]) -> MoveState:
+    def _raise_floors(self, state: MoveState, gaining: int, changes: tuple[Made, ...]) -> MoveState:
         """Raise the floors: of all rows in the gaining store, or where cohorts move apart in both, each cohort's."""
         apart = any(names is not None for _, names in self.moves)
-        floors = self.rules.floors(changes) if apart else [(changes[-1].epoch, EVERY)]
+        floors = self.rules.floors(_recorded(changes)) if apart else [(len(changes), EVERY)]
         for store in (OLD, NEW) if apart else (gaining,):
             raised = tuple(
                 max([floor, *(self.rules.epoch_floor(epoch) for epoch, whose in floors if key in whose)])
@@ -256,6 +261,29 @@ class Moving:
     def wrong_end(self, state: MoveState) -> str | None:
         """Judge an end: all must be done."""
         return None if self._rests(state) else "nothing can happen, and work is left"
+
+
+@cache
+def _recorded(changes: tuple[Made, ...]) -> tuple[Authority, ...]:
+    """Return the moves as the ledger has them."""
+    return tuple(
+        Authority(epoch, made.store, made.old, datetime.min, 0.0, made.new, None if made.names is None else frozenset(made.names))
+        for epoch, made in enumerate(changes, 1)
+    )
+
+
+@cache
+def _tenure(changes: tuple[Made, ...], key: str) -> Tenure:
+    """Return a cohort's present tenure."""
+    return tenures(_recorded(changes), key)[-1]
+
+
+@cache
+def _sections(rules: Rules, changes: tuple[Made, ...], reverse: bool, store: str, takes_over: bool) -> list[Section]:
+    """Return the parts of a store's log that a target is offered, as replay asks for them."""
+    carried = frozenset(change.epoch for change in _recorded(changes) if reverse and change.store == STORES[NEW])
+    found = rules.sections(_recorded(changes), takes_over=takes_over, carried=carried)
+    return [section for section in found if section[0].store == store]
 
 
 def _with(values: tuple[Any, ...], place: int, value: object) -> Any:

@@ -201,9 +201,7 @@ FOUND: dict[str, Mutant] = {
         sections=lambda log, *, takes_over, carried: [(Interval(0, 0, FOR_EVER),)],
     ),
     "echo offered": _mutant("authority: there", sections=_everything),
-    "cohorts ignored in the offering": _mutant(
-        "authority: one cohort of two", "authority: one cohort there and back", sections=_of_nobody
-    ),
+    "cohorts ignored in the offering": _mutant("authority: one cohort there and back", sections=_of_nobody),
     "a floor for all cohorts at once": _mutant(
         "authority: one cohort of two", "authority: a second cohort while the first is away",
         floors=lambda log: [(log[-1].epoch, EVERY)],
