@@ -46,7 +46,8 @@ class Advanced:
     """A step that was done, up or down.
 
     `pause_seconds` is how long the fence held writers up, None without a fence; `lost` how many writes of rows a step down left
-    behind in the new store, which never reached the old one.
+    behind in the new store, which never reached the old one, as far as routers know; `lacking` is why the old store got what their
+    mirrors brought alone, None where it got everything.
     """
 
     before: Stage
@@ -54,6 +55,7 @@ class Advanced:
     epoch: int
     pause_seconds: float | None
     lost: int = 0
+    lacking: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,9 @@ def rollback(spec: Spec) -> Advanced:
         lost_in = ledger.authority()
         done = _turn(spec, ledger, before, after)
         lost = _lost(ledger, lost_in, done) if done else expected
-        _record(spec, ledger, turns.ROLLED_BACK, before, after, {"lost": lost})
-        return Advanced(before, after, ledger.authority().epoch, done.pause_seconds if done else None, lost)
+        lacking = done.lacking if done else None
+        _record(spec, ledger, turns.ROLLED_BACK, before, after, {"lost": lost, "lacking": lacking})
+        return Advanced(before, after, ledger.authority().epoch, done.pause_seconds if done else None, lost, lacking)
 
 
 def losses(ledger: Ledger, before: Stage, after: Stage | None) -> int:

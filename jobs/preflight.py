@@ -8,22 +8,21 @@ DELETE fail once a publication holds it), and of what this version carries.
 from __future__ import annotations
 
 import difflib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from psycopg import sql
 
-from changeover.errors import Refused, SpecError
+from changeover.errors import SpecError
 from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.partitions import partitions_of
-from changeover.secret import secret
+from changeover.jobs.transform import expressions
 from changeover.session import Connection, application_name, connect, server_name
-from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table, qualified
+from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
 from changeover.stores import VERSION_COLUMNS, Column, open_store
+from changeover.stores.batches import WIDEST
 from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import estimated_rows
@@ -157,7 +156,7 @@ WHERE c.oid = %s AND k.place <= i.indnkeyatts ORDER BY k.place
 """
 
 COLUMNS = """
-SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull, a.atttypmod
+SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull, a.atttypmod, a.attnum
 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
 WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum
 """
@@ -187,12 +186,25 @@ def preflight(spec: Spec) -> Preflight:
                 schema, name = table.target_name
                 if len(name.encode()) > NAME_BYTES:
                     found.reasons.append(f"the target table's name {name} is too long: {NAME_BYTES} bytes at most")
+                if target.kind == "postgres":
+                    found.reasons += _too_wide(table, found.tables.get(table.source))
                 if store.columns(schema, name) is None or prepared:
                     continue
                 found.reasons += store.objections(schema, name, table.key)
                 if store.has_rows(schema, name):
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
     return found
+
+
+def _too_wide(table: Table, seen: SourceTable | None) -> list[str]:
+    """Return that a table's rows would not fit into a batch."""
+    count = len(expressions(table, seen.store_columns)) if seen is not None else 0
+    if count <= WIDEST:
+        return []
+    return [
+        f"target table {table.target} would be filled in {count:,} columns, and {WIDEST:,} is the most that a batch holds beside"
+        f" its versions: leave columns out by `drop`"
+    ]
 
 
 COSTS: dict[str, tuple[str, ...]] = {
@@ -236,7 +248,7 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
         return None
     identity = tuple(r[0] for r in connection.execute(IDENTITY, [row[0]]).fetchall())
     columns = tuple(
-        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4], r[5]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
+        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, *r[4:]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
     parts, rows = partitions_of(connection, schema, name), estimated_rows(connection, schema, name)
     return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))
@@ -305,64 +317,3 @@ def _grants(connection: Connection, spec: Spec) -> list[str]:
 def where(spec: Spec) -> str:
     """Return where the old store is, for messages."""
     return server_name(spec.source.dsn.resolve())
-
-
-def draft(dsn: str, table: str) -> str:
-    """Return a spec for a live table, ready to be edited: names and key from the catalogue, no secret (driver).
-
-    Raises Refused for a table that is not there or has no key, SpecError for a DSN with a password.
-    """
-    schema, name = qualified(table)
-    with connect(secret("init", "dsn", dsn).resolve(), application_name("init", "init")) as old:
-        seen = source_table(old, Table(f"{schema}.{name}", name, ()))
-    if seen is None:
-        raise Refused(f"init: there is no table {schema}.{name} in that database: name it as schema.table")
-    if not seen.identity:
-        raise Refused(f"init: {schema}.{name} has no primary key and no replica identity with a key: add one first")
-    key = ", ".join(_quoted(column) for column in seen.identity)
-    columns = "\n".join(_drafted(column) for column in seen.columns)
-    return DRAFT.format(
-        name=_migration_name(name), dsn=_quoted(dsn), source=_quoted(f"{schema}.{name}"), table=_quoted(name), key=key,
-        columns=columns,
-    )  # fmt: skip
-
-
-def _migration_name(table: str) -> str:
-    """Return a name that a spec may have, since it becomes part of a slot's name."""
-    plain = re.sub(r"[^a-z0-9_]", "_", table.lower())
-    return (plain if re.match("[a-z]", plain) else f"t{plain}")[:40]
-
-
-def _quoted(text: str) -> str:
-    """Return a TOML string, whose escapes are JSON's."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _drafted(column: SourceColumn) -> str:
-    """Return a column's line: a comment that says what holds without it."""
-    simple = IDENTIFIER.fullmatch(column.name)
-    name = column.name if simple else _quoted(column.name)
-    expression = column.name if simple else "`" + column.name.replace("`", "``") + "`"
-    return f"# {name} = {_quoted(expression)}  # {column.type}"
-
-
-DRAFT = """name = "{name}"
-
-[source]
-dsn = {dsn}
-
-[target.store]
-kind = "postgres"
-dsn = "env:NEW_DSN"
-
-[[table]]
-source = {source}
-target = {table}
-key = [{key}]
-
-[table.columns]  # target column = Spark SQL expression; what is not named here keeps its name and type
-{columns}
-
-[work]
-path = "changeover-work"
-"""

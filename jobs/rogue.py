@@ -8,9 +8,10 @@ equal. While cohorts are at both stores each change is held against its own coho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,9 +21,10 @@ from changeover.errors import StepOrder
 from changeover.jobs import reverse
 from changeover.jobs.cohorts import new_column, old_column
 from changeover.jobs.entries import Authority, VerdictRow
+from changeover.jobs.events import SCHEMA, TRUNCATE
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
-from changeover.jobs.spool import SCHEMA, TRUNCATE, Spool
+from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import NEW, OLD, absences
 from changeover.position import format_lsn, parse_lsn
 from changeover.spec import Spec, Table
@@ -53,6 +55,10 @@ PLACES = pa.schema([SCHEMA.field("lsn"), SCHEMA.field("committed_at")])
 """What is remembered of a rogue change."""
 
 
+Gaps = Callable[[int], list[tuple[int, int, Cohorts]]]
+"""Where a store had no authority from a position on, and over which cohorts."""
+
+
 @dataclass
 class Watch:
     """The rogue writes of one migration, for a process that looks again and again: it reads nothing twice (driver).
@@ -70,11 +76,15 @@ class Watch:
         if self.spec.flag is None or not ledger.exists():
             return []
         self._take(ledger.authorities())
-        equal = _equal(ledger.verdicts(), self.spec.flag.target)
+        path = reverse.recorded(ledger)
+        # positions from before the path was opened may be those of another server
+        here = reverse.begun_since(path, self.changes) if path is not None else frozenset[int]()
+        equal = _equal(ledger.verdicts(), self.spec.flag.target, path)
         found: list[Rogue] = []
-        for store, spool, since in _watched(self.spec, ledger):
+        for store, spool, since in _watched(self.spec, ledger, path):
+            gaps = partial(absences, self.changes, store, counted=None if store == OLD else here)
             for table in self.spec.tables:
-                rows = self._read(store, spool, table, since, equal.get(table.source, {}).get(store, 0))
+                rows = self._read(store, spool, table, since, equal.get(table.source, {}).get(store, 0), gaps)
                 found += _told(store, _relation(store, table), rows)
         return found
 
@@ -88,12 +98,12 @@ class Watch:
             self.seen[store, table, since] = start, found.filter(pc.less(found["lsn"], start))
         self.changes = changes
 
-    def _read(self, store: str, spool: Spool, table: Table, since: int, equal: int) -> pa.Table:
+    def _read(self, store: str, spool: Spool, table: Table, since: int, equal: int, gaps: Gaps) -> pa.Table:
         """Return what is rogue in one store's table from a position on, reading what is new."""
         upto, found = self.seen.get((store, table.source, since), (since, PLACES.empty_table()))
         start, end = max(upto, equal), spool.end()
         parts = [found.filter(pc.greater_equal(found["lsn"], equal))]
-        for first, last, whose in absences(self.changes, store, start):
+        for first, last, whose in gaps(start):
             if first < end:
                 parts += self._of(spool, store, table, (first, min(last, end)), whose)
         self.seen[store, table.source, since] = max(start, end), pa.concat_tables(parts)
@@ -132,9 +142,8 @@ def _relation(store: str, table: Table) -> str:
     return ".".join(table.source_name if store == OLD else table.target_name)
 
 
-def _watched(spec: Spec, ledger: Ledger) -> Iterator[tuple[str, Spool, int]]:
+def _watched(spec: Spec, ledger: Ledger, path: reverse.Path | None) -> Iterator[tuple[str, Spool, int]]:
     """Yield each store whose stream there is, its spool, and since where it is read."""
-    path = reverse.recorded(ledger)
     places = [(OLD, spool_of(spec, ledger.stream("status").epoch), 0)]  # it had authority from the beginning
     places += [(NEW, reverse.spool_of(spec), path.stream.l0)] if path is not None else []
     for place in places:
@@ -153,11 +162,16 @@ def _told(store: str, relation: str, found: pa.Table) -> list[Rogue]:
     return [Rogue(store, relation, len(found), transactions, first, last, pc.max(found["committed_at"]).as_py())]
 
 
-def _equal(verdicts: Sequence[VerdictRow], target: str) -> Mapping[str, Mapping[str, int]]:
-    """Return for each table the positions in both stores' logs at which it was last found equal (pure)."""
+def _equal(verdicts: Sequence[VerdictRow], target: str, path: reverse.Path | None) -> Mapping[str, Mapping[str, int]]:
+    """Return for each table the positions in both stores' logs at which it was last found equal (pure).
+
+    What was found before the path was opened says nothing of the new store's log as it is now.
+    """
     newest: dict[str, dict[str, int]] = {}
     for one in verdicts:
         if one.verdict == "equal" and one.target == target:
             positions = one.detail["positions"]
-            newest.setdefault(one.source, {OLD: positions["source_lsn"], NEW: parse_lsn(positions["target"])})
+            here = path is not None and one.at >= path.opened
+            found = {OLD: positions["source_lsn"], **({NEW: parse_lsn(positions["target"])} if here else {})}
+            newest.setdefault(one.source, found)
     return newest

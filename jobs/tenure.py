@@ -171,10 +171,17 @@ def histories(changes: Sequence[Authority]) -> list[tuple[tuple[Tenure, ...], Co
     return [(log, _together(alike, names)) for log, alike in _logs(changes)]
 
 
-def absences(changes: Sequence[Authority], store: str, since: int) -> list[tuple[int, int, Cohorts]]:
-    """Return where in a store's log, from `since` on, it had no authority, and over which cohorts, each place once (pure)."""
+def absences(
+    changes: Sequence[Authority], store: str, since: int, *, counted: Collection[int] | None = None
+) -> list[tuple[int, int, Cohorts]]:
+    """Return where in a store's log, from `since` on, it had no authority, and over which cohorts, each place once (pure).
+
+    Only epochs that are `counted` give it any, where some are named.
+    """
     names = named(changes)
-    gaps = [(without(log, store, since), alike) for log, alike in _logs(changes)]
+    gaps = [
+        (without([t for t in log if counted is None or t.epoch in counted], store, since), alike) for log, alike in _logs(changes)
+    ]
     cuts = sorted({place for ranges, _ in gaps for gap in ranges for place in gap})
     found = []
     for start, end in pairwise(cuts):

@@ -14,9 +14,10 @@ import pytest
 
 from changeover.jobs import reverse, snapshot
 from changeover.jobs.entries import CLOSED, Stream
+from changeover.jobs.events import Event
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
-from changeover.jobs.spool import Event, Spool
+from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import OLD
 from changeover.position import format_lsn, image_version
 from changeover.session import Connection, connect

@@ -70,7 +70,8 @@ def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
     told = {"from": done.before.value, "to": done.after.value, "epoch": done.epoch, "pause_seconds": done.pause_seconds}
     pause = f", writers were held up {done.pause_seconds:.2f} s at most" if done.pause_seconds is not None else ""
     lost = f"; {_loses(done.lost, 'lost')}" if back else ""
-    answer({**told, "lost": done.lost} if back else told, as_json,
+    lost += f"; the mirror alone brought the old store up to date: {done.lacking}" if done.lacking else ""
+    answer({**told, "lost": done.lost, "lacking": done.lacking} if back else told, as_json,
            lambda: f"{told['from']} → {told['to']} (epoch {told['epoch']}{pause}){lost}")  # fmt: skip
 
 
