@@ -26,7 +26,7 @@ from changeover.jobs.intake import CaptureResult, Feed
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.logcapture import LogRun
 from changeover.jobs.partitions import Roots
-from changeover.jobs.rogue import rogue
+from changeover.jobs.rogue import Watch
 from changeover.jobs.slotcapture import SlotRun
 from changeover.jobs.spool import Spool, spool_path
 from changeover.jobs.transactions import MARKER_PREFIX
@@ -101,10 +101,11 @@ def new_store_beside(spec: Spec) -> Iterator[None]:
 def _tell_rogue(spec: Spec, ended: threading.Event) -> None:
     """Raise the alarm for writes to a store without authority, each state of affairs once."""
     said: set[str] = set()
+    watch = Watch(spec)
     while not ended.wait(ROGUE_SECONDS):
         try:
             with Ledger.open(spec, "capture") as ledger:
-                told = {str(one) for one in rogue(spec, ledger)}
+                told = {str(one) for one in watch.look(ledger)}
         except (ChangeoverError, psycopg.Error, DeltaError, OSError) as error:
             told = {f"rogue writes can't be looked for: {str(error).splitlines()[0]}"}
         for line in sorted(told - said):

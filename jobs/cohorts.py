@@ -1,13 +1,22 @@
 """Cohorts: which column of a table says whose row it is, in the old store and in the new one.
 
 A cohort is a row's value in the column that `flag.context` names, as text. It is part of the row's key in both stores, so that a
-delete bears it too, and a row that changes it is another row. Everything here is pure.
+delete bears it too, and a row that changes it is another row. Whose rows are where follows from the authority log. Everything here
+is pure.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from changeover.cohorts import EVERY, Cohorts
+from changeover.jobs.entries import Authority
+from changeover.jobs.tenure import EVERYTHING, named, shares
 from changeover.jobs.transform import BARE
 from changeover.spec import Spec, Table
+
+TOLD = 5
+"""How many cohorts a sentence names."""
 
 
 def old_column(spec: Spec) -> str | None:
@@ -22,3 +31,36 @@ def new_column(spec: Spec, table: Table) -> str | None:
         if match and match[1] == old_column(spec):
             return name
     return None
+
+
+def at(changes: Sequence[Authority], store: str) -> Cohorts | None:
+    """Return whose rows a store has authority over now, None where it has none."""
+    here = [whose for held, whose in shares(changes).items() if held.store == store]
+    if not here:
+        return None
+    names = named(changes)
+    others = any(EVERYTHING in whose for whose in here)
+    mine = frozenset(name for name in names if any(name in whose for whose in here))
+    return Cohorts(names - mine if others else mine, others)
+
+
+def apart(changes: Sequence[Authority]) -> list[str]:
+    """Return the cohorts that are not where those without a move of their own are."""
+    shared = shares(changes)
+    rest = next(held.store for held, whose in shared.items() if EVERYTHING in whose)
+    elsewhere = [whose for held, whose in shared.items() if held.store != rest]
+    return sorted(name for whose in elsewhere for name in whose.names)
+
+
+def told(cohorts: Cohorts) -> str:
+    """Return cohorts as a person reads them; of many, how many and the first few."""
+    if cohorts == EVERY:
+        return "all rows"
+    names, count = listed(sorted(cohorts.names)), len(cohorts.names)
+    what = f"the cohort {names}" if count == 1 else f"{count:,} cohorts ({names})"
+    return f"all rows but those of {what}" if cohorts.others else what
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few names."""
+    return ", ".join([*names[:TOLD], *(["…"] if len(names) > TOLD else [])])

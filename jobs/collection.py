@@ -1,21 +1,22 @@
 """Collection beside replay: touched rows that no write can need any more are deleted, by position and never by time.
 
 Once a table is closed and every event below a position was offered, nothing older than the position has anything to say, so the
-floor may go up to there and stand for all versions below it (`merge.collectable`). Replay looks after so many events whether enough
-rows have gathered, deletes some of them in a turn of the target's lease, and offers changes before the next turn. What a killed run
-leaves is right, and is deleted by the next. Runs on the driver.
+floor may go up to there and stand for all versions below it (`merge.collectable`), in the earliest epoch that any cohort still
+writes under. Replay looks after so many events whether enough rows have gathered, deletes some of them in a turn of the target's
+lease, and offers changes before the next turn. What a killed run leaves is right, and is deleted by the next. Runs on the driver.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from changeover.jobs.entries import CLOSED, Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.merge import collectable, collection_bound
 from changeover.jobs.prepare import Prepared
+from changeover.jobs.tenure import OLD, histories
 from changeover.jobs.transform import Transform
 from changeover.position import Version
 from changeover.spec import Spec
@@ -80,10 +81,16 @@ class Collecting:
     def _bound(self, source: str) -> Version | None:
         """Return the version up to which a table's rows may go, None while none may."""
         load = self.ledger.load(source, self.target)
-        upto = collection_bound(epoch_at(self.ledger.authorities(), load.applied), load.applied)
+        upto = collection_bound(epoch_to_come(self.ledger.authorities(), load.applied), load.applied)
         return upto if collectable(load.state == CLOSED, load.applied, upto) else None
 
 
-def epoch_at(authorities: Iterable[Authority], applied: int) -> int:
-    """Return the last epoch of the old store's authority that had begun at a position of its stream (pure)."""
-    return max((one.epoch for one in authorities if one.store == "old" and one.from_lsn <= applied), default=0)
+def epoch_to_come(changes: Sequence[Authority], applied: int) -> int:
+    """Return the epoch that no event of the old store's stream from a position on can be below (pure).
+
+    The table's floor is one for all cohorts: raised to a later epoch, it would refuse what those still write whose epoch is an
+    earlier one. So it stays at the least of them, and touched rows of later epochs stay until all have come so far.
+    """
+    here = [t for log, _ in histories(changes) for t in log if t.store == OLD]
+    begun = max((t.epoch for t in here if t.since <= applied), default=0)
+    return min([t.epoch for t in here if t.until > applied] + [begun])

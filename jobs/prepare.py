@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 import psycopg
 from psycopg import sql
 
+from changeover.cohorts import EVERY
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
-from changeover.jobs import inverse, partitions, reverse, snapshot, transform, triggerlog, windows
+from changeover.jobs import cohorts, inverse, partitions, reverse, snapshot, transform, triggerlog, windows
+from changeover.jobs.division import examined
 from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.ledger import Ledger, drop_ledger
-from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table, store_columns
+from changeover.jobs.preflight import Preflight, SourceTable, source_table, store_columns
 from changeover.jobs.spool import Spool, remove_spools, spool_path
+from changeover.jobs.tenure import NEW, OLD
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import SLOT, Spec, Table, Target
 from changeover.stores import TargetTable, gate, open_store, refusal
@@ -56,7 +59,7 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
     with Ledger.open(spec, "prepare") as ledger, ledger.lease("prepare"):
         if ledger.exists():
             return require_prepared(spec, spark, ledger, "prepare")
-        found = preflight(spec)
+        found = examined(spec)
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
         _remove_unfinished(spec, ledger)  # what a killed prepare left
@@ -266,12 +269,13 @@ def remove_from_source(spec: Spec) -> list[str]:
 def abort(spec: Spec) -> list[str]:
     """Undo all that prepare made; the old store is as it was. Returns what was removed (driver; starts no JVM).
 
-    Refused once authority has moved, because the old store then lacks writes.
+    Refused while the new store has authority over any row, because the old store lacks what is written there.
     """
     with Ledger.open(spec, "abort") as ledger:
         prepared = ledger.exists()
-        if prepared and ledger.authority().store == "new":
-            raise Refused("abort: authority has moved to the new store: `changeover flags rollback` first")
+        if prepared and (gone := cohorts.at(ledger.authorities(), NEW)) is not None:
+            whose = "" if gone == EVERY else f" over {cohorts.told(gone)}"
+            raise Refused(f"abort: authority{whose} has moved to the new store: `changeover flags rollback` first")
         if prepared:
             removed = reverse.remove(spec, ledger) + remove_from_source(spec)
             removed += _abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
@@ -317,15 +321,17 @@ def _drop_empty_schema(connection: Connection) -> None:
 def finalize(spec: Spec) -> list[str]:
     """End the migration: drop what is ours in the old store, the gates, tombstones and the spool; the ledger stays as record.
 
-    Raises Refused while a load is open or, with a flag, while the old store has authority (driver; starts no JVM).
+    Raises Refused while a load is open or, with a flag, while the old store has authority over any row (driver; starts no JVM).
     """
     with Ledger.open(spec, "finalize") as ledger:
         ledger.stream("finalize")
         open_loads = [f"{load.source} in {load.target}" for load in ledger.loads() if load.state != CLOSED]
         if open_loads:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
-        if spec.flag is not None and ledger.authority().store != "new":
-            raise Refused("finalize: the old store still has authority: `changeover flags advance` up to complete first")
+        left = cohorts.at(ledger.authorities(), OLD) if spec.flag is not None else None
+        if left is not None:
+            whose = "" if left == EVERY else f" over {cohorts.told(left)}"
+            raise Refused(f"finalize: the old store still has authority{whose}: `changeover flags advance` up to complete first")
         removed = reverse.remove(spec, ledger) + remove_from_source(spec)
         for table in spec.tables:
             for target in spec.targets.values():

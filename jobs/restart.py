@@ -17,13 +17,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from changeover import points
+from changeover.cohorts import EVERY
 from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
-from changeover.jobs import reverse
+from changeover.jobs import cohorts, reverse
 from changeover.jobs.backfill import append_name
 from changeover.jobs.chunks import first_token
+from changeover.jobs.division import examined
 from changeover.jobs.entries import PENDING, Stream
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.preflight import Preflight, preflight
+from changeover.jobs.preflight import Preflight
 from changeover.jobs.prepare import (
     Prepared,
     open_stream,
@@ -35,6 +37,7 @@ from changeover.jobs.prepare import (
 )
 from changeover.jobs.replay import lease_of
 from changeover.jobs.spool import remove_spools
+from changeover.jobs.tenure import NEW
 from changeover.jobs.transform import Transform
 from changeover.position import format_lsn
 from changeover.spec import Spec
@@ -58,7 +61,7 @@ def restart(spec: Spec, spark: SparkSession) -> Prepared:
     """
     with Ledger.open(spec, "prepare") as ledger, _alone(spec, ledger):
         _require_allowed(spec, ledger)
-        found = preflight(spec)
+        found = examined(spec)
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
         transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
@@ -87,10 +90,11 @@ def _require_allowed(spec: Spec, ledger: Ledger) -> None:
         raise UsageError(f"{spec.path} changed since prepare: put it back, or `changeover abort SPEC` and begin again")
     if ledger.milestones()[1] is not None:
         raise Refused("prepare --anew: the migration was finalized, so there is nothing to begin anew")
-    if ledger.authority().store == "new":
+    if (gone := cohorts.at(ledger.authorities(), NEW)) is not None:
+        whose = "" if gone == EVERY else f" over {cohorts.told(gone)}"
         raise Refused(
-            "prepare --anew: authority has moved to the new store, whose rows are the truth and would be emptied:"
-            " `changeover flags rollback SPEC` first"
+            f"prepare --anew: authority{whose} has moved to the new store, whose rows are the truth and would be emptied:"
+            f" `changeover flags rollback SPEC` first"
         )
 
 

@@ -61,6 +61,9 @@ LOG_RETENTION = "interval 1 hours"
 ROWS_AT_ONCE = 50_000
 """How many events of a file are read before it is looked how large they are."""
 
+ROWS_BYTES = 64 << 20
+"""Bytes of events in memory after which it is looked whose they are."""
+
 REPETITIVE = ["relation", "op", "row.key_value.key", "key.key_value.key", "missing.list.element"]
 """Columns with few values, for which a dictionary is worth its making: half the file and two thirds of the time."""
 
@@ -176,12 +179,17 @@ class Spool:
                 return min(until, max(int(file["max.lsn"]), after) + 1)
         return until
 
-    def parts(self, after: int, until: int, relation: str, events: int, size: int) -> Iterator[pa.Table]:
-        """Yield a relation's events with ``after <= lsn < until``, about so many, or bytes in memory, at a time and in no order."""
+    def parts(
+        self, after: int, until: int, relation: str, events: int, size: int, *, noted: bool | None = None
+    ) -> Iterator[pa.Table]:
+        """Yield a relation's events with ``after <= lsn < until``, about so many, or bytes in memory, at a time and in no order.
+
+        With `noted`, only those of files that hold a note, or something without one.
+        """
         table = self._latest()
         until = min(until, table.transaction_version(APPLICATION) or 0)
         held: list[pa.Table] = []
-        for file in _met(table, after, until):
+        for file in _holding(_met(table, after, until), noted):
             with pq.ParquetFile(self.path / file["path"]) as data:
                 for batch in data.iter_batches(min(events, ROWS_AT_ONCE), columns=SCHEMA.names, use_threads=True):
                     read = pa.Table.from_batches([batch])
@@ -205,19 +213,18 @@ class Spool:
     def unmarked(self, after: int, until: int) -> pa.Table:
         """Return relation, lsn, xid and committed_at of what with ``after <= lsn < until`` bears no mark of ours."""
         found = self._scan(after, until, ["relation", "lsn", "op", "xid", "committed_at", "note"], noted=False)
-        changes = pc.is_in(found["op"], pa.array([INSERT, UPDATE, DELETE, TRUNCATE]))
-        return found.filter(pc.and_(changes, pc.is_null(found["note"]))).drop_columns(["op", "note"])
+        return found.filter(_unmarked(found)).drop_columns(["op", "note"])
+
+    def unmarked_rows(self, after: int, until: int, relation: str) -> Iterator[pa.Table]:
+        """Yield a relation's events with ``after <= lsn < until`` that bear no mark of ours, whole, some at a time."""
+        for part in self.parts(after, until, relation, ROWS_AT_ONCE, ROWS_BYTES, noted=False):
+            yield part.filter(_unmarked(part))
 
     def _scan(self, after: int, until: int, columns: list[str], *, noted: bool | None = None) -> pa.Table:
         """Read the files whose positions meet the range; with `noted`, those that hold a note, or something without one."""
         table = self._latest()
         until = min(until, table.transaction_version(APPLICATION) or 0)
-        met = _met(table, after, until)
-        if noted is not None:
-            met = [
-                file for file in met if (file["null_count.note"] < file["num_records"] if noted else file["null_count.note"] > 0)
-            ]
-        paths = [str(self.path / file["path"]) for file in met]
+        paths = [str(self.path / file["path"]) for file in _holding(_met(table, after, until), noted)]
         if not paths:
             return SCHEMA.empty_table().select(columns)
         chosen = (pc.field("lsn") >= after) & (pc.field("lsn") < until)
@@ -310,6 +317,11 @@ class Spool:
         _sync(log)
 
 
+def _unmarked(events: pa.Table) -> pa.ChunkedArray:
+    changes = pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE, TRUNCATE]))
+    return pc.and_(changes, pc.is_null(events["note"]))
+
+
 def _met(table: DeltaTable, after: int, until: int) -> list[dict[str, Any]]:
     """Return the files whose positions meet the range, in order: the log tells which, so the others cost nothing."""
     actions = pa.table(table.get_add_actions(flatten=True))
@@ -317,6 +329,13 @@ def _met(table: DeltaTable, after: int, until: int) -> list[dict[str, Any]]:
         return []
     met: list[dict[str, Any]] = actions.filter((pc.field("max.lsn") >= after) & (pc.field("min.lsn") < until)).to_pylist()
     return sorted(met, key=lambda file: (file["max.lsn"], file["min.lsn"]))
+
+
+def _holding(files: list[dict[str, Any]], noted: bool | None) -> list[dict[str, Any]]:
+    """Return the files that hold a note, or something without one; None asks for all."""
+    if noted is None:
+        return files
+    return [file for file in files if (file["null_count.note"] < file["num_records"] if noted else file["null_count.note"] > 0)]
 
 
 def _sync(path: Path) -> None:

@@ -13,12 +13,13 @@ from datetime import datetime
 from typing import Any
 
 from changeover.errors import StepOrder
-from changeover.jobs import reverse, triggerlog
-from changeover.jobs.entries import CLOSED, Authority, Load, Stream
+from changeover.jobs import cohorts, reverse, triggerlog
+from changeover.jobs.entries import CLOSED, Load, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.replication import slot_alarm, slot_state
 from changeover.jobs.rogue import Rogue, rogue
+from changeover.jobs.tenure import NEW, OLD
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect, speaking_to
 from changeover.spec import TRIGGER, Spec
@@ -33,7 +34,8 @@ class Status:
     """The steps with their state, each load with its chunks and position, the stream, the stage, and the newest verdicts.
 
     Bytes are of the old store's write-ahead log: `behind_bytes` of a load is what lies between it and the old store's end, None
-    once the new store has authority, because replay then rests.
+    once the new store has all authority, because replay then rests. While cohorts are at both stores, `way_back` has the other
+    direction's.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Status:
     routers: dict[str, int]
     store: str
     epoch: int
+    cohorts: list[str]
+    """Those whose authority is at the other store."""
     verdicts: list[dict[str, Any]]
     way_back: reverse.State | None
     rogue: list[Rogue]
@@ -56,6 +60,9 @@ class Status:
             yield from (f"    {line}" for line in self._details(step["step"]))
         routers = ", ".join(f"{count} at {stage}" for stage, count in self.routers.items()) or "none was heard lately"
         yield f"  flag      {self.stage or 'never turned'}; the {self.store} store has authority (epoch {self.epoch})"
+        if self.cohorts:
+            count, other = len(self.cohorts), NEW if self.store == OLD else OLD
+            yield f"    the {other} store has it over {count:,} cohort{'s' * (count > 1)}: {cohorts.listed(self.cohorts)}"
         yield f"    routers: {routers}"
         if self.way_back is not None:
             yield f"  way back  {self.way_back.line}"
@@ -114,15 +121,16 @@ def status(spec: Spec) -> Status:
         known = ledger.stream("status")
         prepared, finalized = ledger.milestones()
         stream = _stream(spec, known)
-        authority = ledger.authority()
+        authority, changes = ledger.authority(), ledger.authorities()
         touched = _touched(spec)
-        loads = _loads(ledger, authority, None if finalized else stream["source_lsn"], touched)
+        rests = finalized or cohorts.at(changes, OLD) is None
+        loads = _loads(ledger, None if rests else stream["source_lsn"], touched)
         verdicts = _newest_verdicts(ledger)
         now = ledger.now()
         heard = [beat.stage for beat in ledger.heartbeats() if (now - beat.at).total_seconds() <= HEARD_SECONDS]
         return Status(
             spec.name, _steps(ledger, loads, verdicts, stream, (prepared, finalized)), loads, stream, ledger.stage(),
-            dict(Counter(heard)), authority.store, authority.epoch, verdicts,
+            dict(Counter(heard)), authority.store, authority.epoch, cohorts.apart(changes), verdicts,
             None if finalized else reverse.state(spec, ledger), [] if finalized else rogue(spec, ledger),
         )  # fmt: skip
 
@@ -161,13 +169,10 @@ def _touched(spec: Spec) -> dict[tuple[str, str], int]:
     return found
 
 
-def _loads(
-    ledger: Ledger, authority: Authority, source_lsn: str | None, touched: Mapping[tuple[str, str], int]
-) -> list[dict[str, Any]]:
-    rests = source_lsn is None or authority.store == "new"
+def _loads(ledger: Ledger, source_lsn: str | None, touched: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
     return [
         {**load.__dict__, **_chunks(ledger, load), "applied": format_lsn(load.applied),
-         "behind_bytes": None if rests or source_lsn is None else max(0, parse_lsn(source_lsn) - load.applied),
+         "behind_bytes": None if source_lsn is None else max(0, parse_lsn(source_lsn) - load.applied),
          "stopped": ledger.source_table(load.source)[2], "touched": touched.get((load.source, load.target), 0)}
         for load in ledger.loads()
     ]  # fmt: skip

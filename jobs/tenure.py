@@ -155,10 +155,39 @@ def _alike(changes: Iterable[Authority]) -> dict[str, set[str]]:
     return {EVERYTHING if EVERYTHING in names else min(names): names for names in alike.values()}
 
 
+def _logs(changes: Sequence[Authority]) -> list[tuple[tuple[Tenure, ...], set[str]]]:
+    return [(tenures(changes, one), alike) for one, alike in _alike(changes).items()]
+
+
 def _together(cohorts: Collection[str], names: frozenset[str]) -> Cohorts:
     """Return cohorts as one, of all that have a name."""
     chosen = frozenset(cohorts) - {EVERYTHING}
     return Cohorts(names - chosen) if EVERYTHING in cohorts else Cohorts(chosen, others=False)
+
+
+def histories(changes: Sequence[Authority]) -> list[tuple[tuple[Tenure, ...], Cohorts]]:
+    """Return each authority log that there is and the cohorts that share it (pure)."""
+    names = named(changes)
+    return [(log, _together(alike, names)) for log, alike in _logs(changes)]
+
+
+def absences(
+    changes: Sequence[Authority], store: str, since: int, *, counted: Collection[int] | None = None
+) -> list[tuple[int, int, Cohorts]]:
+    """Return where in a store's log, from `since` on, it had no authority, and over which cohorts, each place once (pure).
+
+    Only epochs that are `counted` give it any, where some are named.
+    """
+    names = named(changes)
+    gaps = [
+        (without([t for t in log if counted is None or t.epoch in counted], store, since), alike) for log, alike in _logs(changes)
+    ]
+    cuts = sorted({place for ranges, _ in gaps for gap in ranges for place in gap})
+    found = []
+    for start, end in pairwise(cuts):
+        who = {name for ranges, alike in gaps for first, last in ranges if first <= start and end <= last for name in alike}
+        found += [(start, end, _together(who, names))] if who else []
+    return found
 
 
 def without(log: Sequence[Tenure], store: str, since: int) -> list[tuple[int, int]]:

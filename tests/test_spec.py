@@ -70,6 +70,7 @@ def test_a_whole_spec(tmp_path: Path) -> None:
     assert (table.drop, table.where, table.function) == (("secret",), "deleted_at IS NULL", "my_app.migration:reshape")
     assert table.checks[0].name == "count"
     assert spec.flag is not None
+    assert spec.flag.context is None
     assert spec.table("follows") is spec.table("public.follows") is spec.table("associations") is table
     with pytest.raises(SpecError, match="no table is named nothing"):
         spec.table("nothing")
@@ -158,7 +159,6 @@ def test_a_section_that_is_a_value(tmp_path: Path, where: str, section: str, not
 
 NOT_CARRIED = [
     ("[source]", '[source]\nread_from = "env:REPLICA"', "source.read_from"),
-    ("[flag]", '[flag]\ncontext = "from_user"', "flag.context"),
     ("[target.lake]", '[target.second]\nkind = "postgres"\ndsn = "env:X"\n[target.lake]', "target"),
 ]
 
@@ -177,6 +177,15 @@ def test_a_password_in_the_file_is_refused_and_not_repeated(tmp_path: Path) -> N
         assert "sesame" not in str(error)
     bad = refused(tmp_path, WHOLE.replace("env:OLD_DSN", "host=h password='sesame"))
     assert "sesame" not in str(bad)
+
+
+def test_a_cohort_is_named_by_a_column(tmp_path: Path) -> None:
+    named = loaded(tmp_path, WHOLE.replace("[flag]", '[flag]\ncontext = "from_user"'))
+    assert named.flag is not None
+    assert named.flag.context == "from_user"
+    assert named.digest != loaded(tmp_path, WHOLE).digest
+    wrong = refused(tmp_path, WHOLE.replace("[flag]", '[flag]\ncontext = ["from_user"]'))
+    assert (wrong.where, wrong.problem) == ("flag.context", "must be a string, not list")
 
 
 def test_a_missing_secret_names_key_and_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

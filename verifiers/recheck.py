@@ -61,9 +61,10 @@ class Trail:
         return any(alike(seen, new, types) for seen in self.source)
 
 
-def dual_written(ledger: Ledger, authority: Authority) -> bool:
+def dual_written(ledger: Ledger, changes: Sequence[Authority]) -> bool:
     """Return whether any application has written to both stores: a router beyond off, or authority that moved."""
-    return authority.epoch > ledger.stream("verify").epoch or any(beat.stage != "off" for beat in ledger.heartbeats())
+    begun = ledger.stream("verify").epoch
+    return any(one.epoch > begun for one in changes) or any(beat.stage != "off" for beat in ledger.heartbeats())
 
 
 def last_stage(ledger: Ledger) -> str | None:

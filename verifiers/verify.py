@@ -5,6 +5,8 @@ snapshot, replay offers every event below X and none at or above, then each targ
 application writes to both stores, a target may be ahead of X, so differing keys are judged again (`recheck`). After authority has
 moved the old store is compared with the new one as both are, and the lake with the rows that no mirrored write has touched ahead
 of the stream; without a reverse path the lake stays at the fence, and is compared with the rows that no later write touched at all.
+While cohorts are at both stores it is both: first what was written to the new store comes back up to one position, then X is
+taken, of all other rows; differing keys are judged again with both directions moving.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import Prepared, require_prepared
 from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
 from changeover.jobs.spool import Spool
+from changeover.jobs.tenure import shares
 from changeover.jobs.transform import Transform
 from changeover.jobs.triggerlog import Log
 from changeover.position import format_lsn, parse_lsn
@@ -41,6 +44,7 @@ from changeover.stores.reader import ExportedSnapshot, ReadTable
 from changeover.verifiers import checks, recheck, untouched
 from changeover.verifiers.canonical import text
 from changeover.verifiers.diff import compare
+from changeover.verifiers.split import Split
 from changeover.verifiers.verdict import Positions, Range, Recheck, TableDiff, Verdict
 
 if TYPE_CHECKING:
@@ -59,7 +63,8 @@ PARTS = 8
 class Moment:
     """The moment of one verification: the old store's state per table, and the targets' states, all held open.
 
-    `aligned` says that the new store has authority, and that the old store and the lake have what it had told up to one position.
+    `aligned` says that the new store has authority, of some cohorts at least, and that the old store and the lake have what it had
+    told up to one position.
     """
 
     source_lsn: int
@@ -77,11 +82,11 @@ def verify(spec: Spec, spark: SparkSession, *, targets: Sequence[str] | None = N
         prepared = require_prepared(spec, spark, ledger, "verify")
         chosen = {names: t for names, t in prepared.transforms.items() if targets is None or names[1] in targets}
         _require_closed(ledger, chosen)
-        authority = ledger.authority()
+        split = Split(ledger.authorities())
         verdicts = []
-        with _moment(spec, spark, ledger, prepared, chosen, authority) as moment:
+        with _moment(spec, spark, ledger, prepared, chosen, split) as moment:
             for (source, target), transform in chosen.items():
-                verdict = _Comparison(spec, spark, ledger, transform, source, target, authority, moment).run()
+                verdict = _Comparison(spec, spark, ledger, transform, source, target, split, moment).run()
                 stage = recheck.last_stage(ledger)
                 ledger.record_verdict(source, target, verdict.word, stage, verdict.document())
                 log.info("%s in %s: %s at %s", source, target, verdict.word, verdict.positions)
@@ -103,32 +108,40 @@ def _require_closed(ledger: Ledger, chosen: dict[tuple[str, str], Transform]) ->
 @contextmanager
 def _moment(
     spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared,
-    chosen: dict[tuple[str, str], Transform], authority: Authority,
+    chosen: dict[tuple[str, str], Transform], split: Split,
 ) -> Iterator[Moment]:  # fmt: skip
-    """Hold both sides still; while the old store has authority they are aligned at one LSN."""
+    """Hold both sides still; while the old store has authority over any row they are aligned at one LSN."""
     dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "verify")
     with ExitStack() as held, connect(dsn, application) as old:
         for table in spec.tables:
             require_same_partitions(ledger, old, table)
         tables = {t.source: seen for t in spec.tables if (seen := source_table(old, t)) is not None}
         reads = {name: _read(seen) for name, seen in tables.items()}
-        if authority.store == "old":
+        first, every = min(source for source, _ in chosen), sorted({target for _, target in chosen})
+        lakes = [one for one in reverse.targets_of(spec) if one in every] if split.at_new else []
+        if split.at_old:
             with ExitStack() as turn:
-                for target in sorted({target for _, target in chosen}):
+                for target in [*([reverse.OLD_STORE] if split.at_new else []), *every]:
                     turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+                split.require_unmoved(ledger, first)
+                limit = None
+                if split.at_new:
+                    split.require_way_back(ledger, first)
+                    limit = _bring_back_to_now(spec, Replay(spec, spark, ledger, prepared), lakes)
                 lsn, holder, exported = _aligned(held, spec, dsn, application)
                 emit_marker(old, "verify")
-                _replay_to(Replay(spec, spark, ledger, prepared, exported), lsn, sorted({target for _, target in chosen}))
+                replay = Replay(spec, spark, ledger, prepared, exported)
+                replay.back.limit = limit
+                _replay_to(replay, lsn, every)
                 targets = _freeze_targets(held, spec, spark, chosen)
             position = format_lsn(lsn)
             sources = {
                 name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS) for name, read in reads.items()
             }
-            yield Moment(lsn, sources, targets)
+            yield Moment(lsn, sources, targets, aligned=split.at_new)
         else:
             with ExitStack() as turn:
-                lakes = [one for one in reverse.targets_of(spec) if one in {target for _, target in chosen}]
-                aligned = _comes_back(ledger, lakes, min(source for source, _ in chosen))
+                aligned = _comes_back(ledger, lakes, first, split.changes)
                 if aligned:
                     for target in (reverse.OLD_STORE, *lakes):
                         turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
@@ -170,19 +183,19 @@ def _await_spool(spool: Spool, position: int, what: str) -> None:
         time.sleep(0.05)
 
 
-def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str) -> bool:
+def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str, changes: Sequence[Authority]) -> bool:
     """Return whether the old store gets all that is written to the new one; a lake that gets more than it has nothing beside it."""
     lacking = reverse.whole(ledger)
     if lacking is None:
         return True
-    if lakes and reverse.carried(reverse.recorded(ledger), ledger.authorities()) & {ledger.authority().epoch}:
+    if lakes and reverse.carried(reverse.recorded(ledger), changes) & {held.epoch for held in shares(changes)}:
         problem = f"the lake follows the new store, and the old store, which it is held against, does not: {lacking}"
         raise CouldNotCheck(source, problem)
     return False
 
 
-def _bring_back_to_now(spec: Spec, replay: Replay, lakes: Sequence[str]) -> None:
-    """Offer what was written to the new store, up to one position, to the old store and the lakes, whose leases are held."""
+def _bring_back_to_now(spec: Spec, replay: Replay, lakes: Sequence[str]) -> int:
+    """Offer what was written to the new store to the old store and the lakes, whose leases are held; return up to where."""
     with connect(reverse.new_dsn(spec), application_name(spec.name, "verify")) as new:
         row = new.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
         assert row is not None
@@ -193,6 +206,7 @@ def _bring_back_to_now(spec: Spec, replay: Replay, lakes: Sequence[str]) -> None
     replay.bring_back()
     if lakes:
         replay.offer(targets=lakes)
+    return position
 
 
 def _freeze_targets(
@@ -215,7 +229,7 @@ class _Comparison:
     transform: Transform
     source: str
     target: str
-    authority: Authority
+    split: Split
     moment: Moment
 
     def run(self) -> Verdict:
@@ -224,7 +238,7 @@ class _Comparison:
         run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{self.source}-{self.target}"
         old, new = self.moment.sources[self.source], self.moment.targets[self.source, self.target]
         frames = (self._ranged(old, self.transform), self._ranged(new, None))
-        follows_new = self.authority.store == "new" and not self._takes_over()
+        follows_new = self.split.at_new and not self._takes_over()
         if follows_new:
             frames = untouched.rows(self.spark, self.transform, old, frames, aligned=self.moment.aligned)
         differences = self.spec.work / "differences"
@@ -233,7 +247,7 @@ class _Comparison:
             ranges=_ranges(old), target_ranges=_ranges(new), differences=differences, run=run,
         )  # fmt: skip
         again = None
-        if diff.differing_keys and self._takes_over() and recheck.dual_written(self.ledger, self.authority):
+        if diff.differing_keys and self._takes_over() and recheck.dual_written(self.ledger, self.split.changes):
             diff, again = self._recheck(diff, differences, run)
         return Verdict.of(
             diff, run=run, positions=Positions(self.moment.source_lsn, new.position),
@@ -242,7 +256,7 @@ class _Comparison:
         )  # fmt: skip
 
     def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, Recheck]:
-        """Judge differing keys by the stores' present rows, with replay keeping up while it is the stream that heals."""
+        """Judge differing keys by the stores' present rows, with replay keeping up while it is a stream that heals, either way."""
         dsn, application = self.spec.source.dsn.resolve(), application_name(self.spec.name, "verify")
         schema, name = self.transform.table.source_name
         read = ReadTable(schema, name, self.transform.source, self.transform.identity, self.transform.partitioned)
@@ -265,9 +279,9 @@ class _Comparison:
 
             def between() -> None:
                 present.close()
-                if self.authority.store == "old":
+                if self.split.at_old:
                     replay.round(targets=[self.target])
-                elif self.moment.aligned:
+                if self.moment.aligned:
                     with ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
                         replay.bring_back()
 

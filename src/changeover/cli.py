@@ -52,9 +52,9 @@ def init(dsn: str, table: str, output: str) -> None:
 def check(spec: str, as_json: bool) -> None:
     """Look at both sides, change nothing, and say whether the plan is safe."""
     from changeover.jobs import obstacles
-    from changeover.jobs.preflight import preflight
+    from changeover.jobs.division import examined
 
-    found = preflight(load(spec))
+    found = examined(load(spec))
     notes = [*found.notes, *obstacles.notes(load(spec))]
     told = {"refused": found.reasons, "grant": found.grants, "note": notes}
     lines = [f"{kind}: {line}" for kind, said in told.items() for line in said]

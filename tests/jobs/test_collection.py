@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from changeover.jobs import collection
-from changeover.jobs.collection import epoch_at
+from changeover.jobs.collection import epoch_to_come
 from changeover.jobs.entries import LEDGER_TABLES, Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import finalize
@@ -133,9 +133,21 @@ def test_a_table_that_its_owner_dropped_leaves_nothing_either(make_migration: Ma
 
 def test_the_epoch_is_that_of_the_old_stores_stream() -> None:
     def moved(epoch: int, store: str, at: int) -> Authority:
-        return Authority(epoch, store, at, datetime.now(UTC), None)
+        return Authority(epoch, store, at, datetime.now(UTC), 0.1)
 
     log = [moved(1, "new", 500), moved(2, "old", 900)]
-    assert [epoch_at(log, applied) for applied in (0, 499, 500, 899, 900, 1000)] == [0, 0, 0, 0, 2, 2]
-    assert epoch_at(log[:1], 500) == 0
-    assert epoch_at([], 500) == 0
+    assert [epoch_to_come(log, applied) for applied in (0, 499, 500, 899, 900, 1000)] == [0, 0, 0, 0, 2, 2]
+    assert epoch_to_come(log[:1], 500) == 0
+    assert epoch_to_come([], 500) == 0
+
+
+def test_no_cohort_still_writes_below_the_epoch_of_the_floor() -> None:
+    def moved(epoch: int, store: str, at: int, *names: str) -> Authority:
+        return Authority(epoch, store, at, datetime.now(UTC), 0.1, cohorts=frozenset(names) if names else None)
+
+    log = [moved(1, "new", 500, "7"), moved(2, "old", 900, "7"), moved(3, "new", 1000), moved(4, "old", 1200, "7")]
+    assert epoch_to_come(log[:2], 950) == 0, "the others still write under the first epoch, whatever cohort 7 does"
+    assert epoch_to_come(log[:3], 950) == 0, "and did so up to their own fence"
+    assert epoch_to_come(log[:3], 1100) == 2, "nobody writes there any more: what was touched may go"
+    assert epoch_to_come(log, 1150) == 2
+    assert epoch_to_come(log, 1200) == 4

@@ -1,8 +1,9 @@
-"""The world of moving authority: two stores and a lake, per cohort, there and back, with replay both ways and no echo.
+"""The world of moving authority: two stores and a lake, there and back, all rows or cohort by cohort, with replay both ways.
 
 The application writes where its cohort's authority is. Each store has a log on an axis of its own, which holds the application's
-writes and, marked, what came through its gate. Replay carries either log to the other store and to the lake, in order, stamped by
-the authority log. Direct writes to the other store come at any time or never. A move is the product's hand-over, step by step.
+writes and, marked, what came through its gate. Replay carries either log to the other store and to the lake, in order, by the
+sections that the product makes of the moves on record. Direct writes to the other store come at any time or never. A move is the
+product's hand-over, step by step, of all rows or of the cohorts that it names, and has an epoch of the one count that there is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, cast
 
+from changeover.cohorts import EVERY
 from changeover.jobs.entries import Authority
 from changeover.jobs.merge import Cell
-from changeover.jobs.tenure import Standing, Tenure, moved
+from changeover.jobs.tenure import Section, Tenure, moving, tenures
 from changeover.position import DUAL_WRITE_ORDINAL, Version, epoch_floor
 from changeover.stores.statements import Move
 from tests.model.rules import RULES, Rules
@@ -28,12 +30,25 @@ AXIS = (1000, 10)
 ROUTES = ((OLD, NEW), (NEW, OLD), (OLD, LAKE), (NEW, LAKE))
 
 
+Names = tuple[str, ...] | None
+"""The cohorts that a move names, None for all rows."""
+
+
 class Entry(NamedTuple):
     """One committed write in a store's log; a mark says that it came through the gate."""
 
     key: str
     image: str | None
     marked: bool
+
+
+class Made(NamedTuple):
+    """A move on record, its epoch being its place: to which store, and where the logs of old and new were."""
+
+    store: str
+    old: int
+    new: int
+    names: Names
 
 
 class Place(NamedTuple):
@@ -50,7 +65,7 @@ class MoveState(NamedTuple):
     places: tuple[tuple[Place, ...], ...]
     routes: tuple[int, ...]
     floors: tuple[tuple[Version, ...], ...]
-    tenures: tuple[Tenure, ...]
+    changes: tuple[Made, ...]
     authority: tuple[int | None, ...]
     """Per cohort the store that lets the application write; None while nobody does."""
     written: tuple[int, ...]
@@ -70,8 +85,8 @@ class Moving:
 
     name: str
     writes: tuple[tuple[str | None, ...], ...]
-    moves: tuple[int, ...] = (NEW, OLD)
-    """Where the first cohort's authority goes, move by move; the others stay at the old store."""
+    moves: tuple[tuple[int, Names], ...] = ((NEW, None), (OLD, None))
+    """Where authority goes, move by move, and whose."""
     rules: Rules = RULES
     direct: bool = True
     rogue: bool = False
@@ -88,21 +103,17 @@ class Moving:
         """Return the state in which the old store has all authority and nothing was written."""
         floors = tuple(tuple(epoch_floor(0) for _ in self.keys) for _ in STORES)
         places = tuple(tuple(Place() for _ in self.keys) for _ in STORES)
-        tenures = tuple(Tenure(key, 0, "old", 0) for key in self.keys)
         zeros = tuple(0 for _ in self.keys)
         return MoveState(
-            ((), ()), places, (0,) * len(ROUTES), floors, tenures, zeros, zeros, (), 0, 0, 0, int(self.rogue), self.calls_off
+            ((), ()), places, (0,) * len(ROUTES), floors, (), zeros, zeros, (), 0, 0, 0, int(self.rogue), self.calls_off
         )
 
     def steps(self, state: MoveState) -> Iterator[tuple[str, MoveState]]:
         """Yield every process's next steps."""
         yield from self._application(state)
         for number, (source, target) in enumerate(ROUTES):
-            if state.routes[number] < len(state.logs[source]):
-                if self.reverse:
-                    yield self._replay(state, number, source, target)
-                elif source == OLD:
-                    yield from self._replay_interval(state, number, target)
+            if state.routes[number] < len(state.logs[source]) and (self.reverse or source == OLD):
+                yield from self._replay(state, number, source, target)
         for number, (target, key, offer) in enumerate(state.direct):
             rest = state._replace(direct=(*state.direct[:number], *state.direct[number + 1 :]))
             yield f"a direct write arrives at {STORES[target]}: {key} = {offer.image}", self._offer(rest, target, key, offer)
@@ -117,7 +128,7 @@ class Moving:
             after = self._write(state, store, cohort, Entry(key, image, False), None)
             after = after._replace(written=_with(state.written, cohort, done + 1))
             if self.direct:
-                epoch = max(t.epoch for t in state.tenures if t.cohort == key)
+                epoch = _tenure(state.changes, key).epoch
                 version = Version(epoch, self._lsn(store, len(state.logs[store])) - 1, DUAL_WRITE_ORDINAL)
                 stamped = version._replace(epoch=0) if self.rules.epoch_floor(1).epoch == 0 else version
                 after = after._replace(direct=(*after.direct, (1 - store, key, Cell(stamped, image))))
@@ -136,41 +147,24 @@ class Moving:
         logs = _with(state.logs, store, (*state.logs[store], entry)) if store != LAKE else state.logs
         return state._replace(places=places, logs=logs)
 
-    def _replay(self, state: MoveState, number: int, source: int, target: int) -> tuple[str, MoveState]:
-        """Offer a log's next entry to a target, if it is to be offered at all."""
+    def _sections(self, state: MoveState, source: int, target: int) -> list[Section]:
+        return _sections(self.rules, state.changes, self.reverse, STORES[source], target == NEW)
+
+    def _replay(self, state: MoveState, number: int, source: int, target: int) -> Iterator[tuple[str, MoveState]]:
+        """Offer a log's next entry to a target, if it is to be offered at all; behind the last section a route waits."""
         position = state.routes[number]
-        entry = state.logs[source][position]
+        entry, lsn = state.logs[source][position], self._lsn(source, position)
+        sections = self._sections(state, source, target)
+        if all(section[0].until <= lsn for section in sections):
+            return
         after = state._replace(routes=_with(state.routes, number, position + 1))
-        lsn = self._lsn(source, position)
         told = f"replay from {STORES[source]} to {STORES[target]}: {entry.key} = {entry.image}"
-        standing = self.rules.standing(state.tenures, entry.key, STORES[source], lsn, entry.marked)
-        version = self.rules.stamped(state.tenures, entry.key, STORES[source], Version(0, lsn, 0))
-        if standing is not Standing.OFFERED or version is None:
-            return f"{told} is not offered ({standing.value})", after
-        return told, self._offer(after, target, entry.key, Cell(version, entry.image))
-
-    def _replay_interval(self, state: MoveState, number: int, target: int) -> Iterator[tuple[str, MoveState]]:
-        """Offer the old store's log by `tenure.offered_intervals`, which lets a target wait, or pass what it is never offered."""
-        position = state.routes[number]
-        entry, lsn = state.logs[OLD][position], self._lsn(OLD, position)
-        intervals = self.rules.offered_intervals(self._authorities(state), takes_over=target == NEW)
-        after = state._replace(routes=_with(state.routes, number, position + 1))
-        epoch = next((one.epoch for one in intervals if one.since <= lsn < one.until), None)
-        told = f"replay from old to {STORES[target]}: {entry.key} = {entry.image}"
-        if epoch is not None:
-            yield told, self._offer(after, target, entry.key, Cell(Version(epoch, lsn, 0), entry.image))
-        elif any(lsn < one.since for one in intervals):
-            yield f"{told} is passed over", after
-
-    def _authorities(self, state: MoveState) -> list[Authority]:
-        """Return the first cohort's moves as the ledger has them, at positions of the old store's log."""
-        found, until = [], 0
-        for tenure in (one for one in state.tenures if one.cohort == self.keys[0]):
-            if tenure.epoch:
-                from_lsn = tenure.since if tenure.store == STORES[OLD] else until
-                found.append(Authority(tenure.epoch, tenure.store, from_lsn, datetime.min, None))
-            until = tenure.until
-        return found
+        here = [one for section in sections for one in section if one.since <= lsn < one.until and entry.key in one.cohorts]
+        mine = [one for one in here if one.echo or not entry.marked]
+        if not mine:
+            yield f"{told} is not offered", after
+        for one in mine:
+            yield told, self._offer(after, target, entry.key, Cell(Version(one.epoch, lsn, 0), entry.image))
 
     def _offer(self, state: MoveState, target: int, key: str, offer: Cell) -> MoveState:
         cohort = self.keys.index(key)
@@ -180,22 +174,26 @@ class Moving:
         entry = Entry(key, cast("str | None", offer.image), True)
         return self._write(state, target, cohort, entry, offer.version)
 
-    # -- the fence of the first cohort
+    # -- the fences, one at a time
 
     def _move(self, state: MoveState) -> Iterator[tuple[str, MoveState]]:
         if state.moves == len(self.moves):
             return
-        gaining = self.moves[state.moves]
+        gaining, names = self.moves[state.moves]
         losing = 1 - gaining
         move = self.rules.hand_over[state.step]
         recorded = Move.RECORD in self.rules.hand_over[: state.step]
+        made = self._made(state, gaining, names)
         if state.calls_off and state.step and not recorded:
-            back = _with(state.authority, 0, losing)
+            back = tuple(self._holder(state.changes, key) for key in self.keys)
             yield "the fence is called off", state._replace(authority=back, step=0, calls_off=state.calls_off - 1)
         over = state.step + 1 == len(self.rules.hand_over)
         after = state._replace(step=0, moves=state.moves + 1) if over else state._replace(step=state.step + 1)
         if move is Move.FREEZE:
-            after = after._replace(authority=_with(after.authority, 0, None))
+            whose = moving(_recorded(state.changes), STORES[gaining], names)
+            assert whose is not None
+            held = zip(self.keys, after.authority, strict=True)
+            after = after._replace(authority=tuple(None if key in whose else store for key, store in held))
         elif move is Move.POSITION:
             after = after._replace(fence=len(state.logs[losing]))
         elif move is Move.AWAIT:
@@ -204,18 +202,32 @@ class Moving:
             if not (carried if self.reverse or gaining == NEW else mirrored):
                 return
         elif move is Move.RAISE_FLOOR:
-            after = self._raise_floor(after, gaining, recorded)
+            after = self._raise_floors(after, gaining, state.changes if recorded else (*state.changes, made))
         else:
-            since = self._lsn(gaining, len(state.logs[gaining]))
-            epoch = max(t.epoch for t in state.tenures if t.cohort == self.keys[0]) + 1
-            tenures = moved(state.tenures, self.keys[0], STORES[gaining], epoch, self._lsn(losing, state.fence), since)
-            after = after._replace(tenures=tenures, authority=_with(after.authority, 0, gaining))
-        yield f"the fence to {STORES[gaining]} {move.value}", after
+            changes = (*state.changes, made)
+            after = after._replace(changes=changes, authority=tuple(self._holder(changes, key) for key in self.keys))
+        yield f"the fence of {'all rows' if names is None else ' '.join(names)} to {STORES[gaining]} {move.value}", after
 
-    def _raise_floor(self, state: MoveState, gaining: int, recorded: bool) -> MoveState:
-        epoch = max(t.epoch for t in state.tenures if t.cohort == self.keys[0]) + (not recorded)
-        floor = max(state.floors[gaining][0], self.rules.epoch_floor(epoch))
-        return state._replace(floors=_with(state.floors, gaining, _with(state.floors[gaining], 0, floor)))
+    def _made(self, state: MoveState, gaining: int, names: Names) -> Made:
+        """Return the move as the ledger records it, with the position that was read in the losing log."""
+        ends = {1 - gaining: state.fence, gaining: len(state.logs[gaining])}
+        places = {store: self._lsn(store, end) for store, end in ends.items()}
+        return Made(STORES[gaining], places[OLD], places[NEW], names)
+
+    def _holder(self, changes: tuple[Made, ...], key: str) -> int:
+        return STORES.index(_tenure(changes, key).store)
+
+    def _raise_floors(self, state: MoveState, gaining: int, changes: tuple[Made, ...]) -> MoveState:
+        """Raise the floors: of all rows in the gaining store, or where cohorts move apart in both, each cohort's."""
+        apart = any(names is not None for _, names in self.moves)
+        floors = self.rules.floors(_recorded(changes)) if apart else [(len(changes), EVERY)]
+        for store in (OLD, NEW) if apart else (gaining,):
+            raised = tuple(
+                max([floor, *(self.rules.epoch_floor(epoch) for epoch, whose in floors if key in whose)])
+                for key, floor in zip(self.keys, state.floors[store], strict=True)
+            )
+            state = state._replace(floors=_with(state.floors, store, raised))
+        return state
 
     # -- the judge
 
@@ -238,12 +250,40 @@ class Moving:
     def _rests(self, state: MoveState) -> bool:
         idle = state.step == 0 and state.moves == len(self.moves)
         routes = [(n, source) for n, (source, _) in enumerate(ROUTES) if self.reverse or source == OLD]
-        carried = all(state.routes[n] == len(state.logs[source]) for n, source in routes)
+        carried = all(self._is_carried(state, n, source) for n, source in routes)
         return idle and carried and all(done == len(w) for done, w in zip(state.written, self.writes, strict=True))
+
+    def _is_carried(self, state: MoveState, number: int, source: int) -> bool:
+        """Return whether a route has nothing to offer any more: what it has not come to lies behind its last section."""
+        end = max((section[0].until for section in self._sections(state, source, ROUTES[number][1])), default=0)
+        return state.routes[number] == len(state.logs[source]) or self._lsn(source, state.routes[number]) >= end
 
     def wrong_end(self, state: MoveState) -> str | None:
         """Judge an end: all must be done."""
         return None if self._rests(state) else "nothing can happen, and work is left"
+
+
+@cache
+def _recorded(changes: tuple[Made, ...]) -> tuple[Authority, ...]:
+    """Return the moves as the ledger has them."""
+    return tuple(
+        Authority(epoch, made.store, made.old, datetime.min, 0.0, made.new, None if made.names is None else frozenset(made.names))
+        for epoch, made in enumerate(changes, 1)
+    )
+
+
+@cache
+def _tenure(changes: tuple[Made, ...], key: str) -> Tenure:
+    """Return a cohort's present tenure."""
+    return tenures(_recorded(changes), key)[-1]
+
+
+@cache
+def _sections(rules: Rules, changes: tuple[Made, ...], reverse: bool, store: str, takes_over: bool) -> list[Section]:
+    """Return the parts of a store's log that a target is offered, as replay asks for them."""
+    carried = frozenset(change.epoch for change in _recorded(changes) if reverse and change.store == STORES[NEW])
+    found = rules.sections(_recorded(changes), takes_over=takes_over, carried=carried)
+    return [section for section in found if section[0].store == store]
 
 
 def _with(values: tuple[Any, ...], place: int, value: object) -> Any:

@@ -7,14 +7,16 @@ come the rules that the model itself led to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from changeover.cohorts import EVERY
 from changeover.jobs import merge, offers, tenure
+from changeover.jobs.entries import Authority
 from changeover.jobs.offers import UNSENT, Change, Image, Key
-from changeover.jobs.tenure import FOR_EVER, Interval, Standing, Tenure, offered_intervals
+from changeover.jobs.tenure import FOR_EVER, NEW, OLD, Interval, Section
 from changeover.position import Version, epoch_floor
 from changeover.stores.statements import BARRIER, CLOSE, COLLECT, HAND_OVER, TRUNCATE, Move, Part, Procedure
 from tests.model import carried
@@ -83,13 +85,24 @@ def _between_bounds(bounds: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, 
     return list(pairwise(edges))
 
 
-def _without_epoch(log: Iterable[Tenure], cohort: str, store: str, version: Version) -> Version | None:
-    found = tenure.stamped(log, cohort, store, version)
-    return found and found._replace(epoch=0)
+def _restamped(epoch: Callable[[Sequence[Authority], Section], int]) -> Callable[..., list[Section]]:
+    """Return the product's sections with another epoch in each."""
+
+    def sections(log: Sequence[Authority], **asked: Any) -> list[Section]:
+        found = tenure.sections(log, **asked)
+        return [tuple(replace(one, epoch=epoch(log, section)) for one in section) for section in found]
+
+    return sections
 
 
-def _latest_epoch(log: Iterable[Tenure], cohort: str, store: str, version: Version) -> Version:
-    return version._replace(epoch=max(entry.epoch for entry in log if entry.cohort == cohort))
+def _everything(log: Sequence[Authority], *, takes_over: bool, carried: Collection[int]) -> list[Section]:
+    latest = max((change.epoch for change in log), default=0)
+    return [(Interval(latest, 0, FOR_EVER, store, echo=True),) for store in (OLD, NEW)]
+
+
+def _of_nobody(log: Sequence[Authority], **asked: Any) -> list[Section]:
+    """Offer all of a section to whom a part of it is offered."""
+    return [(replace(section[0], cohorts=EVERY),) for section in tenure.sections(log, **asked)]
 
 
 POSITION_FIRST = (Move.POSITION, Move.FREEZE, *HAND_OVER[2:])
@@ -138,7 +151,8 @@ DESIGN: dict[str, Mutant] = {
     "per-attempt appId": _mutant("lake: lake", application=lambda chunk, token: (f"migration/table/{chunk}", token)),
     "dual write before commit": _mutant("offers: rolled back", waits_for_commit=False),
     "epoch ignored": _mutant(
-        "authority: there", "authority: there and back", stamped=_without_epoch, epoch_floor=lambda epoch: epoch_floor(0)
+        "authority: there", "authority: there and back", sections=_restamped(lambda log, section: 0),
+        epoch_floor=lambda epoch: epoch_floor(0),
     ),
     "BEFORE trigger": _mutant("statements: trigger log", trigger_timing="BEFORE"),
     "rewritten table read as empty": _mutant(
@@ -180,14 +194,20 @@ FOUND: dict[str, Mutant] = {
     ),
     "the lake is told nothing of the time at the new store": _mutant(
         "authority: there and back by direct writes",
-        offered_intervals=lambda log, *, takes_over: offered_intervals(log, takes_over=True),
+        sections=lambda log, *, takes_over, carried: tenure.sections(log, takes_over=True, carried=carried),
     ),
     "the old store's log without a break": _mutant(
         "authority: there and back by direct writes",
-        offered_intervals=lambda log, *, takes_over: [Interval(0, 0, FOR_EVER)],
+        sections=lambda log, *, takes_over, carried: [(Interval(0, 0, FOR_EVER),)],
     ),
-    "echo offered": _mutant(
-        "authority: there", standing=lambda log, cohort, store, lsn, marked: Standing.OFFERED, stamped=_latest_epoch
+    "echo offered": _mutant("authority: there", sections=_everything),
+    "cohorts ignored in the offering": _mutant("authority: one cohort there and back", sections=_of_nobody),
+    "a floor for all cohorts at once": _mutant(
+        "authority: one cohort of two", "authority: a second cohort while the first is away",
+        floors=lambda log: [(log[-1].epoch, EVERY)],
+    ),
+    "the epoch of another cohort": _mutant(
+        "authority: one cohort there and back", sections=_restamped(lambda log, section: min(one.epoch for one in section))
     ),
     "position as the gate, table open": _mutant("statements: catch-up while loading", catches_up_while_loading=True),
     "apply rate below the write rate": _mutant("rates: catching up", spare_rate=-1),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from changeover.cohorts import Cohorts
 from changeover.jobs import changes, chunks, merge, offers, snapshot, tenure
 from changeover.jobs.backfill import LedgerMark
 from changeover.jobs.chunks import Chunk
+from changeover.jobs.entries import Authority
 from changeover.jobs.merge import Cell
 from changeover.jobs.offers import Change, Image, Key
-from changeover.jobs.tenure import Interval, Standing, Tenure, offered_intervals
+from changeover.jobs.tenure import Section
 from changeover.position import Version, epoch_floor, image_version
 from changeover.stores import statements
 from changeover.stores.appends import APPEND_VERSION, appended
@@ -29,6 +31,11 @@ def _application(chunk: int, token: int) -> tuple[str, int]:
 def _batch(changes: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:
     """Return what a batch offers, as replay makes it; what the target holds is not asked."""
     return offers.last_of_each_key(offers.completed(changes, read))
+
+
+def _floors(changes: Sequence[Authority]) -> list[tuple[int, Cohorts]]:
+    """Return the epoch below which a store takes nothing any more, by cohorts, as `flags.sides` puts it."""
+    return [(held.epoch, whose) for held, whose in tenure.shares(changes).items()]
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,8 @@ class Rules:
     acknowledged: Callable[[int, int], int] = chunks.acknowledged
     stamp: Callable[[int, int], Version] = lambda l0, now: image_version(l0)
     lake_merges_while_loading: bool = DeltaStore.merges_while_loading
-    stamped: Callable[[Iterable[Tenure], str, str, Version], Version | None] = tenure.stamped
-    standing: Callable[[Iterable[Tenure], str, str, int, bool], Standing] = tenure.standing
-    offered_intervals: Callable[..., list[Interval]] = offered_intervals
+    sections: Callable[..., list[Section]] = tenure.sections
+    floors: Callable[[Sequence[Authority]], list[tuple[int, Cohorts]]] = _floors
     epoch_floor: Callable[[int], Version] = epoch_floor
     ranges: Callable[[Sequence[tuple[str, ...]]], list[KeyRange]] = ranges_between
     keeps_order: bool = False

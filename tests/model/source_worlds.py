@@ -1,8 +1,8 @@
 """Worlds at statement level on the source's side: the fence against writers, and the trigger log against concurrent writers.
 
-A fence has two forms. For one cohort, writers ask a row of authority in their own transaction and the fence updates it; for all
-rows at once a refusing trigger is created, whose lock waits for the writers before it. The trigger log's worlds write one key
-from two transactions, and the log, read in the order of its versions, must end at the row that the table has.
+A fence creates a refusing trigger, or replaces the list of cohorts in its function, under a lock that waits for the writers before
+it. The trigger log's worlds write one key from two transactions, and the log, read in the order of its versions, must end at the
+row that the table has.
 """
 
 from __future__ import annotations
@@ -13,41 +13,50 @@ from typing import cast
 
 from changeover.stores.statements import Move
 from tests.model.rules import Rules
-from tests.model.server import SHARE, Moment, Operation, Process, ServerWorld, Turn, Waits
+from tests.model.server import Moment, Operation, Process, ServerWorld, Turn, Waits
 
 AUTHORITY, LOG, APPLIED, FENCE = range(4)
 """Places: the store that has authority; who committed, in order; how much of that replay has offered; the fence's position."""
 
 
 def cohort_fence(rules: Rules) -> ServerWorld:
-    """Two writers of one cohort, one of them with an old snapshot, while the cohort's authority moves."""
+    """Writers of one cohort, one of them with an old snapshot, while the list in the refusing trigger's function is replaced."""
     writers = [
         Process("writer", (*_asks(rules, first=False), *_writes("writer"))),
         Process("writer with an old snapshot", (*_asks(rules, first=True), *_writes("old"))),
         Process("third writer", (*_asks(rules, first=False), *_writes("third"))),
     ]
-    return _fence_world("fence of a cohort", rules, writers, _take_cohort)
+    return _fence_world("fence of a cohort", rules, writers)
 
 
 def whole_fence(rules: Rules) -> ServerWorld:
     """Writers of a table while the refusing trigger is created, whose lock they hold off until they commit."""
     writers = [Process(name, (*_meets_trigger(), *_writes(name))) for name in ("writer", "second writer", "third writer")]
-    return _fence_world("fence of all rows", rules, writers, _take_table)
+    return _fence_world("fence of all rows", rules, writers)
 
 
 def _asks(rules: Rules, *, first: bool) -> Iterator[Operation]:
-    """The guard's trigger: with an old snapshot, taken before anything else, a changed row is a serialization failure."""
+    """The refusing trigger asks whether the row's cohort is in its list, in a statement that has locked its table.
+
+    In the catalogue there is one list, today's; from a table a statement reads that of its snapshot, which in a transaction that
+    has one already is taken before the lock.
+    """
+
+    def see(turn: Turn) -> None:
+        turn.see((AUTHORITY,))
 
     def ask(turn: Turn) -> None:
-        seen = turn.seen(AUTHORITY)
-        now = turn.lock(AUTHORITY, SHARE) if rules.authority_read == "FOR SHARE" else seen
-        if now.value != "old" or (first and now != seen):
+        turn.lock_table("shared")
+        if not first:
+            see(turn)
+        found = turn.rows[AUTHORITY] if rules.authority_read == "catalogue" else turn.seen(AUTHORITY)
+        if found.value != "old":
             turn.roll_back(LAST)
 
-    yield Operation("begins, with a snapshot", lambda turn: turn.see((AUTHORITY,)))
     if first:
+        yield Operation("begins, with a snapshot", see)
         yield Operation("computes for a while", lambda turn: None)
-    yield Operation(f"asks for authority ({rules.authority_read})", ask)
+    yield Operation(f"locks the table and looks for its cohort ({rules.authority_read})", ask)
 
 
 def _meets_trigger() -> Iterator[Operation]:
@@ -76,25 +85,16 @@ def _writes(name: str) -> Iterator[Operation]:
     yield Operation("commits", commit)
 
 
-def _take_cohort() -> Iterator[Operation]:
-    def update(turn: Turn) -> None:
-        turn.wait_for(AUTHORITY)
-        turn.write(AUTHORITY, "new")
-
-    yield Operation("updates the cohort's authority", update)
-    yield Operation("commits that", lambda turn: turn.commit())
-
-
 def _take_table() -> Iterator[Operation]:
     def create(turn: Turn) -> None:
         turn.lock_table("exclusive")
         turn.write(AUTHORITY, "new")
 
-    yield Operation("creates the refusing trigger", create)
+    yield Operation("creates or replaces the refusing trigger", create)
     yield Operation("commits that", lambda turn: turn.commit())
 
 
-def _fence_world(name: str, rules: Rules, writers: list[Process], take: Callable[[], Iterator[Operation]]) -> ServerWorld:
+def _fence_world(name: str, rules: Rules, writers: list[Process]) -> ServerWorld:
     def set_value(turn: Turn, place: int, value: int) -> None:
         turn.write(place, value)
         turn.commit()
@@ -116,7 +116,7 @@ def _fence_world(name: str, rules: Rules, writers: list[Process], take: Callable
         set_value(turn, APPLIED, max(end, cast(int, turn.rows[APPLIED].value)))
 
     moves: Mapping[Move, Callable[[], Iterator[Operation]]] = {
-        Move.FREEZE: take,
+        Move.FREEZE: _take_table,
         Move.POSITION: lambda: iter([Operation(Move.POSITION.value, read_position)]),
         Move.AWAIT: lambda: iter([Operation(Move.AWAIT.value, await_applied)]),
         Move.RAISE_FLOOR: lambda: iter([Operation(Move.RAISE_FLOOR.value, lambda turn: None)]),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 
+from changeover.errors import LockNotGranted
 from changeover.session import Connection, connect
 from changeover.stores.sequences import Sequence, drawn, held, move_past, sequences
 
@@ -60,3 +62,51 @@ def test_it_moves_past_and_never_back(
         return
     row = session.execute(f"INSERT INTO drawing DEFAULT VALUES RETURNING {column}".encode()).fetchone()
     assert row == (follows,)
+
+
+def test_it_is_moved_while_others_draw_from_it(any_dsn: str, session: Connection) -> None:
+    sequence = by_column(session)["d"]
+    seen: list[list[int]] = [[], []]
+    stop = threading.Event()
+
+    def draw(into: list[int]) -> None:
+        with connect(any_dsn, "drawing") as drawing:
+            while not stop.is_set():
+                row = drawing.execute("SELECT nextval('named')").fetchone()
+                assert row is not None
+                into.append(row[0])
+
+    threads = [threading.Thread(target=draw, args=(one,)) for one in seen]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        move_past(session, sequence, (drawn(session, sequence) or 0) + 2)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    everything = [value for one in seen for value in one]
+    assert len(everything) > 150
+    assert len(set(everything)) == len(everything), "a value was drawn twice: the sequence was taken back"
+
+
+def test_an_open_transaction_that_drew_is_waited_for_and_named(any_dsn: str, session: Connection) -> None:
+    sequence = by_column(session)["d"]
+    with connect(any_dsn, "drawing") as drawing:
+        drawing.execute("BEGIN; SELECT nextval('named')")
+        with pytest.raises(LockNotGranted, match=r"lock on the sequence public\.named"):
+            move_past(session, sequence, 50, seconds=0.1)
+        move_past(session, sequence, 1)  # nothing to do, so nobody to wait for
+        drawing.execute("COMMIT")
+    move_past(session, sequence, 50)
+    assert drawn(session, sequence) == 50
+
+
+def test_a_role_that_may_only_update_a_sequence_moves_it(any_dsn: str, session: Connection) -> None:
+    sequence = by_column(session)["d"]
+    session.execute("CREATE ROLE mover_of_sequences; GRANT SELECT, UPDATE ON SEQUENCE named TO mover_of_sequences")
+    try:
+        session.execute("SET ROLE mover_of_sequences")
+        move_past(session, sequence, 50)
+        assert drawn(session, sequence) == 50
+    finally:
+        session.execute("RESET ROLE; DROP OWNED BY mover_of_sequences; DROP ROLE mover_of_sequences")

@@ -7,11 +7,20 @@ Everything runs where the caller's session runs.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import psycopg
 from psycopg import sql
 
+from changeover.errors import LockNotGranted
 from changeover.session import Connection
+
+LOCK_TIMEOUT = "300ms"
+
+MOVE_SECONDS = 5.0
+"""How long to wait for transactions that have drawn from a sequence; each try holds up others for LOCK_TIMEOUT at most."""
 
 SEQUENCES = """
 SELECT DISTINCT a.attname, n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax,
@@ -76,8 +85,52 @@ def held(connection: Connection, schema: str, name: str, sequence: Sequence) -> 
     return int(row[0]) if row is not None and row[0] is not None else None
 
 
-def move_past(connection: Connection, sequence: Sequence, *values: int | None) -> None:
-    """Let the next value drawn lie beyond all of these; a sequence that is further already stays where it is."""
+def move_past(connection: Connection, sequence: Sequence, *values: int | None, seconds: float = MOVE_SECONDS) -> None:
+    """Let the next value drawn lie beyond all of these; a sequence that is further already stays where it is.
+
+    Sessions may draw meanwhile: while it is looked at and moved nobody can, so it is never taken back behind a value of theirs.
+    That waits for transactions that have drawn and are open; raises LockNotGranted after so many seconds. A role that does not own
+    the sequence moves it without the wait, which is the same only while nobody draws (`jobs.division` asks for the owner).
+    """
+    if not _needs_moving(connection, sequence, values):
+        return
+    if not owned(connection, sequence):
+        _set_past(connection, sequence, values)
+        return
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with connection.transaction():
+                connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
+                connection.execute(_locking(sequence))
+                _set_past(connection, sequence, values)
+            return
+        except psycopg.errors.LockNotAvailable as error:
+            if time.monotonic() > deadline:
+                server, name = f"{connection.info.host}/{connection.info.dbname}", f"{sequence.schema}.{sequence.name}"
+                raise LockNotGranted(server, f"lock on the sequence {name}", "a transaction that drew from it") from error
+            time.sleep(0.05)
+
+
+def _locking(sequence: Sequence) -> sql.Composed:
+    """Take the lock that `nextval` waits for, to the transaction's end: no LOCK takes a sequence, but a new increment does."""
+    return sql.SQL("ALTER SEQUENCE {} INCREMENT BY {}").format(sequence.identifier, sql.Literal(sequence.increment))
+
+
+def _needs_moving(connection: Connection, sequence: Sequence, values: Iterable[int | None]) -> bool:
+    now = drawn(connection, sequence)
+    return sequence.farthest(now, *values) != now
+
+
+def owned(connection: Connection, sequence: Sequence) -> bool:
+    """Return whether the role may lock the sequence."""
+    row = connection.execute(
+        "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = %s::regclass", [sequence.identifier.as_string(connection)]
+    ).fetchone()
+    return bool(row and row[0])
+
+
+def _set_past(connection: Connection, sequence: Sequence, values: Iterable[int | None]) -> None:
     now = drawn(connection, sequence)
     wanted = sequence.farthest(now, *values)
     if wanted is not None and wanted != now:

@@ -85,7 +85,7 @@ class Move(Enum):
     """A step by which authority over some rows moves from one store to the other."""
 
     FREEZE = "takes authority from the old store"
-    """Commit that the losing store refuses: a cohort's row of authority, or the refusing trigger, whose lock is the drain."""
+    """Commit that the losing store refuses: a trigger with the cohorts in its function, or all rows; its lock is the drain."""
     POSITION = "reads the position"
     """Read the losing store's position and emit a marker there: no later write of the old authority can be above it."""
     AWAIT = "sees everything below it applied"
@@ -98,8 +98,8 @@ HAND_OVER: tuple[Move, ...] = (Move.FREEZE, Move.POSITION, Move.AWAIT, Move.RECO
 """The order is the proof (`flags.fence`): a position read before the freeze may be overtaken by a write that nobody carries, and a
 floor that was raised for a hand-over which is then called off silently refuses whatever the old authority goes on to write."""
 
-AUTHORITY_READ = "FOR SHARE"
-"""How a writing transaction reads its cohort's authority: a plain read sees the authority that its snapshot had."""
+AUTHORITY_READ = "catalogue"
+"""Where the refusing trigger has its list of cohorts from: its own function; a plain read of a table sees that of its snapshot."""
 
 TRIGGER_LOG_TIMING = "AFTER"
 """When a trigger log draws a row's version: a BEFORE trigger draws it before the insert waits for an earlier row of its key."""

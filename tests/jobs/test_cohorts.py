@@ -1,0 +1,100 @@
+"""Cohorts at two stores: who is where, in the words of every command; and what waits until they are together again."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from changeover.cohorts import EVERY, Cohorts
+from changeover.errors import Refused
+from changeover.jobs import cohorts
+from changeover.jobs.entries import Authority
+from changeover.jobs.prepare import abort, finalize
+from changeover.jobs.restart import _require_allowed
+from changeover.jobs.status import status
+from changeover.jobs.tenure import FOR_EVER, NEW, OLD, absences, histories
+from tests.fix_split import Split
+
+
+def moves(*made: tuple[str, int, int, str]) -> list[Authority]:
+    """Return an authority log: (store, from_lsn, new_lsn, cohorts' names apart by spaces) move by move."""
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    return [
+        Authority(place, store, old, at, 0.1, new, frozenset(names.split()) or None)
+        for place, (store, old, new, names) in enumerate(made, 1)
+    ]
+
+
+LOG = moves((NEW, 100, 5000, "7 9"), (OLD, 200, 6000, "7"), (NEW, 300, 7000, ""), (OLD, 400, 8000, "9"))
+
+
+def test_who_is_where() -> None:
+    assert [cohorts.at(LOG[:made], OLD) for made in range(5)] == [
+        EVERY, Cohorts(frozenset({"7", "9"})), Cohorts(frozenset({"9"})), None, Cohorts(frozenset({"9"}), others=False),
+    ]  # fmt: skip
+    assert [cohorts.at(LOG[:made], NEW) for made in range(5)] == [
+        None, Cohorts(frozenset({"7", "9"}), others=False), Cohorts(frozenset({"9"}), others=False), EVERY,
+        Cohorts(frozenset({"9"})),
+    ]  # fmt: skip
+    assert [cohorts.apart(LOG[:made]) for made in range(5)] == [[], ["7", "9"], ["9"], [], ["9"]]
+
+
+def test_how_cohorts_are_told() -> None:
+    many = frozenset(str(name) for name in range(1, 10))
+    assert cohorts.told(EVERY) == "all rows"
+    assert cohorts.told(Cohorts(frozenset({"7"}))) == "all rows but those of the cohort 7"
+    assert cohorts.told(Cohorts(many, others=False)) == "9 cohorts (1, 2, 3, 4, 5, …)"
+
+
+def test_each_place_of_a_log_is_somebodys_absence_or_nobodys() -> None:
+    seven, nine, both = (frozenset(names) for names in ("7", "9", "79"))
+    assert absences(LOG, OLD, 0) == [
+        (100, 200, Cohorts(both, others=False)), (200, 300, Cohorts(nine, others=False)), (300, 400, EVERY),
+        (400, FOR_EVER, Cohorts(nine)),
+    ]  # fmt: skip
+    assert absences(LOG, NEW, 4000) == [
+        (4000, 5000, EVERY), (5000, 6000, Cohorts(both)), (6000, 7000, Cohorts(nine)),
+        (8000, FOR_EVER, Cohorts(nine, others=False)),
+    ]  # fmt: skip
+    assert absences([], OLD, 0) == []
+    assert {whose for _, whose in histories(LOG)} == {
+        Cohorts(both), Cohorts(seven, others=False), Cohorts(nine, others=False),
+    }  # fmt: skip
+
+
+def test_the_old_store_is_not_given_up_while_a_cohort_is_there_nor_the_new_one(split: Split) -> None:
+    split.move(NEW, 100, 5000, "7", "9")
+    with pytest.raises(Refused, match=r"abort: authority over 2 cohorts \(7, 9\) has moved to the new store"):
+        abort(split.spec)
+    with pytest.raises(Refused, match=r"prepare --anew: authority over 2 cohorts \(7, 9\) has moved to the new store"):
+        _require_allowed(split.spec, split.ledger)
+    with pytest.raises(Refused, match=r"finalize: .* over all rows but those of 2 cohorts \(7, 9\): `changeover flags advance`"):
+        finalize(split.spec)
+    split.move(NEW, 200, 6000)
+    split.move(OLD, 300, 7000, "9")
+    with pytest.raises(Refused, match=r"finalize: the old store still has authority over the cohort 9: "):
+        finalize(split.spec)
+    with pytest.raises(Refused, match="abort: authority over all rows but those of the cohort 9 has moved"):
+        abort(split.spec)
+    split.move(OLD, 400, 8000)
+    _require_allowed(split.spec, split.ledger)
+    assert abort(split.spec) != [], "all are at the old store again"
+
+
+def test_status_tells_the_cohorts_and_both_lags(split: Split) -> None:
+    assert status(split.spec).cohorts == []
+    split.move(NEW, 100, 5000, "7", "9")
+    told = status(split.spec)
+    assert (told.store, told.cohorts) == (OLD, ["7", "9"])
+    assert "    the new store has it over 2 cohorts: 7, 9" in list(told.lines())
+    assert told.loads[0]["behind_bytes"] > 0, "the others' writes go on to the new store"
+    assert told.way_back is not None
+    assert told.way_back.lacking is not None, "and the cohorts' come back"
+    split.move(NEW, 200, 6000)
+    told = status(split.spec)
+    assert (told.store, told.cohorts, told.loads[0]["behind_bytes"]) == (NEW, [], None)
+    split.move(OLD, 300, 7000, "9")
+    told = status(split.spec)
+    assert "    the old store has it over 1 cohort: 9" in list(told.lines())
+    assert told.loads[0]["behind_bytes"] > 0, "replay goes on for it"
