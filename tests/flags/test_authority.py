@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 import pytest
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.flags.authority import Beat, Fact, LedgerAuthority, LedgerFollower
+from changeover.flags.authority import Beat, LedgerAuthority, LedgerFollower
+from changeover.flags.facts import Fact, Facts
+from changeover.jobs.entries import Authority
+from changeover.jobs.ledger import Ledger
+from changeover.jobs.tenure import EVERYTHING
 
 if TYPE_CHECKING:
     from tests.fix_flags import Stores
 
 OLD, NEW = Fact(0, Origin.OLD), Fact(1, Origin.NEW)
+AT_OLD, AT_NEW = Facts(), Facts(1, NEW)
 
 
 class Process:
@@ -40,23 +45,23 @@ def follower(stores: Stores, process: Process) -> Iterator[LedgerFollower]:
 
 
 def test_the_first_fact_is_there_at_once(follower: LedgerFollower) -> None:
-    assert follower.fact == OLD
+    assert follower.facts == AT_OLD
 
 
 def test_a_new_epoch_is_followed(stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]) -> None:
     stores.move(1, "new")
-    eventually(lambda: follower.fact == NEW, 0.5)
+    eventually(lambda: follower.facts == AT_NEW, 0.5)
 
 
 def test_waiting_ends_when_the_fact_changes(stores: Stores, follower: LedgerFollower) -> None:
     started = time.monotonic()
-    follower.wait(OLD, 0.1)
+    follower.wait(EVERYTHING, OLD, 0.1)
     assert 0.09 < time.monotonic() - started < 0.5
     stores.move(1, "new")
     started = time.monotonic()
-    follower.wait(OLD, 5)
+    follower.wait(EVERYTHING, OLD, 5)
     assert time.monotonic() - started < 0.5
-    assert follower.fact == NEW
+    assert follower.facts == AT_NEW
 
 
 def test_heartbeats_come_in_time_and_at_once_on_change(
@@ -82,14 +87,14 @@ def test_closing_records_a_last_heartbeat(stores: Stores, process: Process) -> N
 def test_a_broken_session_is_made_anew(stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]) -> None:
     stores.end_router_sessions(Origin.NEW)
     eventually(lambda: follower.failures > 0)
-    assert follower.fact == OLD
+    assert follower.facts == AT_OLD
     stores.move(1, "new")
-    eventually(lambda: follower.fact == NEW)
+    eventually(lambda: follower.facts == AT_NEW)
 
 
 def test_an_unprepared_ledger_has_no_fact_and_hurts_nothing(new_dsn: str, process: Process) -> None:
     follower = LedgerAuthority(new_dsn, "follows").follow("p1", process)
-    assert follower.fact is None
+    assert follower.facts is None
     follower.close()
 
 
@@ -98,3 +103,51 @@ def test_the_last_acknowledged_stage_survives_a_restart(stores: Stores, process:
     follower = LedgerAuthority(stores.new_dsn, "follows").follow("p2", process)
     assert follower.last_stage is Stage.RAMPDOWN
     follower.close()
+
+
+def test_a_cohorts_move_is_followed_and_waiting_is_for_its_own(
+    stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]
+) -> None:
+    stores.move(1, "new", "7", "9")
+    eventually(lambda: follower.facts == Facts(1, OLD, {"7": NEW, "9": NEW}), 0.5)
+    started = time.monotonic()
+    follower.wait("8", OLD, 0.1)
+    assert 0.09 < time.monotonic() - started < 0.5
+    stores.move(2, "new", "8")
+    started = time.monotonic()
+    follower.wait("8", OLD, 5)
+    assert time.monotonic() - started < 0.5
+    assert follower.facts is not None
+    assert follower.facts.of("8") == Fact(2, Origin.NEW)
+
+
+def test_the_names_are_read_again_only_after_a_move(
+    stores: Stores, follower: LedgerFollower, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    reads: list[Ledger] = []
+    authorities = Ledger.authorities
+
+    def counted(ledger: Ledger) -> list[Authority]:
+        reads.append(ledger)
+        return authorities(ledger)
+
+    monkeypatch.setattr(Ledger, "authorities", counted)
+    looks = follower._looks
+    eventually(lambda: follower._looks >= looks + 5)
+    assert not reads
+    stores.move(1, "new", *map(str, range(10_000)))
+    eventually(lambda: follower.facts is not None and len(follower.facts.named) == 10_000)
+    looks = follower._looks
+    eventually(lambda: follower._looks >= looks + 5)
+    assert len(reads) == 1
+
+
+def test_a_migration_that_began_again_by_the_same_name_is_read_anew(
+    stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]
+) -> None:
+    stores.move(1, "new", "7")
+    eventually(lambda: follower.facts == Facts(1, OLD, {"7": NEW}), 0.5)
+    with stores.ledger.connection.transaction():
+        stores.ledger.connection.execute("DELETE FROM changeover.authority")
+        stores.move(1, "new", "9")
+    eventually(lambda: follower.facts == Facts(1, OLD, {"9": NEW}), 0.5)
