@@ -1,4 +1,4 @@
-"""The fence: authority over all rows moves from one store to the other, enforced by the store that loses it.
+"""The fence: authority over all rows, or some cohorts', moves from one store to the other, enforced by the one that loses it.
 
 The order is the proof: (1) the losing store refuses whatever is not of the new epoch, and getting that trigger's lock has drained
 every older writing transaction; (2) only then its position F is read and a marker emitted; (3) the gaining store has everything
@@ -11,28 +11,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from ldclient.migrations.types import Origin
 from psycopg import sql
 
-from changeover.errors import FenceCalledOff
+from changeover.cohorts import Cohorts
+from changeover.errors import FenceCalledOff, Refused
 from changeover.flags.gate import mirrors
-from changeover.jobs import reverse, windows
+from changeover.flags.sides import Side, position, sides
+from changeover.jobs import reverse, tenure
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.preflight import source_table
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.replay import LEASE_SECONDS, lease_of
 from changeover.jobs.rewrite import require_same_file
 from changeover.jobs.transform import BARE
-from changeover.jobs.triggerlog import Log
-from changeover.position import epoch_floor, format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect
-from changeover.spec import TRIGGER, Spec, Table
+from changeover.position import epoch_floor, format_lsn
+from changeover.spec import Spec, Table
 from changeover.stores import gate, refusal, sequences
 from changeover.stores.statements import HAND_OVER, Move
 
@@ -46,6 +46,9 @@ NEAR = 6.0
 
 PERMANENT_SECONDS = 1.0
 """What must be left of the pause when the refusal is made permanent: the deadline may not pass in between."""
+
+MOST_COHORTS = 10_000
+"""How many cohorts a move may name: the losing store compares each row that is written with all of them."""
 
 SEQUENCE_MARGIN = 10_000
 """How far a gaining store's sequences go past the other's: rows that arrive during the hand-over find their place below."""
@@ -66,83 +69,117 @@ class Fenced:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One store at a fence: its session, and its tables as the gate knows them."""
+class Transfer:
+    """What one fence moves: which rows, to which store, under which epoch; `before` is the authority log without it.
 
-    dsn: str
-    connection: Connection
-    tables: tuple[tuple[str, str, tuple[str, ...]], ...]
-
-
-def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE) -> Fenced:
-    """Move authority over all rows to a store (driver); capture and replay must be running.
-
-    Raises FenceCalledOff, with writers back where they were, TableStopped, and SlotBlocked before anything was held up.
+    `names` are the cohorts as they are put on record, None for all rows.
     """
+
+    spec: Spec
+    ledger: Ledger
+    to: Origin
+    epoch: int
+    whose: Cohorts
+    names: frozenset[str] | None
+    before: Sequence[Authority]
+    old: Side
+    new: Side
+
+    @property
+    def losing(self) -> Side:
+        """Return the side that loses authority."""
+        return self.old if self.to is Origin.NEW else self.new
+
+    @property
+    def gaining(self) -> Side:
+        """Return the side that gains it."""
+        return self.new if self.to is Origin.NEW else self.old
+
+
+def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, cohorts: Collection[str] | None = None) -> Fenced:
+    """Move authority to a store, over all rows that it has none over yet, or those of some cohorts (driver).
+
+    Capture and replay must be running. Raises FenceCalledOff, with writers back where they were, TableStopped, and SlotBlocked
+    before anything was held up; Refused for cohorts where they can't move one by one.
+    """
+    _require_nameable(spec, cohorts)
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), ExitStack() as held:
-        present = ledger.authority()
-        if to is Origin.NEW and present.store != to.value:
-            reverse.open_path(spec, ledger)  # which waits for open transactions, so it comes before anybody else has to
+        before = ledger.authorities()
+        whose = tenure.moving(before, to.value, cohorts)
+        if to is Origin.NEW and whose is not None:
+            path = reverse.open_path(spec, ledger)  # which waits for open transactions, so it comes before anybody else has to
+            if path is None and cohorts is not None:
+                raise Refused("no cohort moves alone without a way back: `changeover check` says what stands in it")
         held.enter_context(_others_rest(spec, ledger))
-        old, new = held.enter_context(_sides(spec))
-        losing, gaining = (old, new) if to is Origin.NEW else (new, old)
-        if present.store == to.value:
-            _finish(gaining, present.epoch)
-            return Fenced(present.epoch, present.store, present.from_lsn, present.pause_seconds or 0.0)
-        epoch = present.epoch + 1
-        lacking = _draw_near(spec, ledger, (old, new), to, NEAR * max_pause)
-        _prepare_gates(gaining, losing, epoch)
-        with _turn(spec, ledger, to) as turn:
-            pause = Pause(time.monotonic(), max_pause)
-            try:
-                if to is Origin.NEW:
-                    places = _hand_over(spec, ledger, (old, new), epoch, pause, turn.close)
-                else:
-                    places = _hand_back(spec, ledger, (old, new), epoch, pause, turn.close, lacking)
-                _pass_the_others(spec, gaining, losing, to)
-                _make_final(losing, epoch, pause)
-                _record(ledger, Authority(epoch, to.value, places[0], present.at, pause.seconds, places[1]), lacking)
-                pause.make(Move.RECORD)
-            except BaseException:
-                _call_off(spec, losing, epoch)
-                raise
-        _finish(gaining, epoch)
-        pause.make(Move.RAISE_FLOOR)
-        log.info(
-            "epoch %s: the %s store has authority from %s, after %.3f s", epoch, to.value, format_lsn(places[0]), pause.seconds
-        )
-        return Fenced(epoch, to.value, places[0], pause.seconds, lacking)
+        old, new = held.enter_context(sides(spec))
+        if whose is None:
+            _finish(new if to is Origin.NEW else old, old, new, before)
+            present = next((one for one in reversed(before) if one.store == to.value), ledger.authority())
+            return Fenced(present.epoch, to.value, present.from_lsn, present.pause_seconds or 0.0)
+        names = frozenset(cohorts) if cohorts is not None else None
+        epoch = max((one.epoch for one in before), default=0) + 1
+        return _move(Transfer(spec, ledger, to, epoch, whose, names, before, old, new), max_pause)
+
+
+def _require_nameable(spec: Spec, cohorts: Collection[str] | None) -> None:
+    if cohorts is None:
+        return
+    if spec.flag is None or spec.flag.context is None:
+        raise Refused("cohorts move one by one where the spec names `flag.context`, the column that holds them")
+    if not cohorts or not all(cohorts):
+        raise Refused("a cohort's name is empty: those without a name move with all rows")
+    if len(cohorts) > MOST_COHORTS:
+        raise Refused(f"{len(cohorts):,} cohorts are more than {MOST_COHORTS:,} at once: every write compares itself with them")
+
+
+def _move(transfer: Transfer, max_pause: float) -> Fenced:
+    """Make the moves in their order."""
+    ledger, to = transfer.ledger, transfer.to
+    lacking = _draw_near(transfer, NEAR * max_pause)
+    _prepare_gates(transfer, max_pause)
+    with _turn(transfer) as turn:
+        pause = Pause(time.monotonic(), max_pause)
+        try:
+            places = (_hand_over if to is Origin.NEW else _hand_back)(transfer, pause, turn.close, lacking)
+            _pass_the_others(transfer)
+            _make_final(transfer, pause)
+            made = Authority(transfer.epoch, to.value, places[0], datetime.min, pause.seconds, places[1], transfer.names)
+            _record(ledger, made, lacking)
+            pause.make(Move.RECORD)
+        except BaseException:
+            _call_off(transfer)
+            raise
+    _finish(transfer.gaining, transfer.old, transfer.new, ledger.authorities())
+    pause.make(Move.RAISE_FLOOR)
+    log.info(
+        "epoch %s: the %s store has authority over %s from %s, after %.3f s", transfer.epoch, to.value,
+        "all rows" if transfer.names is None else f"{len(transfer.names)} cohorts", format_lsn(places[0]), pause.seconds,
+    )  # fmt: skip
+    return Fenced(transfer.epoch, to.value, places[0], pause.seconds, lacking)
 
 
 def settle(spec: Spec) -> None:
     """Do what a fence that was killed may have left: the store that has authority takes writes, behind its floor (driver)."""
-    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), _sides(spec) as (old, new):
-        present = ledger.authority()
-        _finish(new if present.store == Origin.NEW.value else old, present.epoch)
+    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), sides(spec) as (old, new):
+        _finish(new if ledger.authority().store == Origin.NEW.value else old, old, new, ledger.authorities())
 
 
-def _finish(gaining: Side, epoch: int) -> None:
-    """Raise the floor of the store that has authority on record, and let it write; safe to repeat."""
-    for schema, name, key in gaining.tables:
-        table = gate.GatedTable(schema, name, key, ())
-        if epoch and gate.installed(gaining.connection, table):
-            gate.raise_floor(gaining.connection, table, epoch_floor(epoch))
-    _let_write(gaining)
+def _finish(gaining: Side, old: Side, new: Side, changes: Sequence[Authority]) -> None:
+    """Raise the floors of what has authority on record, and let it write; safe to repeat."""
+    apart = any(table.cohort for table in gaining.tables)
+    for side in (gaining, *(one for one in (old, new) if apart and one is not gaining)):
+        side.raise_floors(changes)
+        side.settle(changes)
 
 
-def _let_write(side: Side) -> None:
-    for schema, name, _ in side.tables:
-        refusal.remove(side.connection, schema, name)
-
-
-def _call_off(spec: Spec, losing: Side, epoch: int) -> None:
+def _call_off(transfer: Transfer) -> None:
     """Give the writers back, unless the ledger holds the new epoch after all: its own word may have been lost on the way.
 
     Where the ledger can't be asked the refusal stays as it is: two stores that take writes would be worse than none.
     """
-    with Ledger.open(spec, "fence") as again:
-        if again.authority().epoch < epoch:
-            _let_write(losing)
+    with Ledger.open(transfer.spec, "fence") as again:
+        if all(one.epoch < transfer.epoch for one in again.authorities()):
+            transfer.losing.settle(transfer.before)
 
 
 @dataclass(frozen=True)
@@ -177,73 +214,68 @@ class Pause:
 
 
 @contextmanager
-def _turn(spec: Spec, ledger: Ledger, to: Origin) -> Iterator[ExitStack]:
+def _turn(transfer: Transfer) -> Iterator[ExitStack]:
     """Hold replay's turn at the gaining store until it is closed.
 
     The very next batch then begins with all that was written before the fence. A batch under way would make writers wait for it
     and then for the next one.
     """
-    assert spec.flag is not None
+    assert transfer.spec.flag is not None
     with ExitStack() as turn:
-        target = spec.flag.target if to is Origin.NEW else reverse.OLD_STORE
-        turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+        target = transfer.spec.flag.target if transfer.to is Origin.NEW else reverse.OLD_STORE
+        turn.enter_context(transfer.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
         yield turn
 
 
-def _make_final(losing: Side, epoch: int, pause: Pause) -> None:
+def _make_final(transfer: Transfer, pause: Pause) -> None:
     """Take the deadline off the losing store's refusal."""
     if pause.deadline - time.monotonic() < PERMANENT_SECONDS:
         raise FenceCalledOff(pause.seconds, "the last step, which the deadline left no time for")
-    for schema, name, _ in losing.tables:
-        refusal.make_permanent(losing.connection, schema, name, epoch)
+    after = Authority(transfer.epoch, transfer.to.value, 0, datetime.min, pause.seconds, 0, transfer.names)
+    transfer.losing.settle([*transfer.before, after])
 
 
-@contextmanager
-def _sides(spec: Spec) -> Iterator[tuple[Side, Side]]:
-    assert spec.flag is not None
-    old_dsn, new_dsn = spec.source.dsn.resolve(), spec.targets[spec.flag.target].dsn_value
-    name = application_name(spec.name, "fence")
-    with connect(old_dsn, name) as old, connect(new_dsn, name) as new:
-        yield (
-            Side(old_dsn, old, tuple((*t.source_name, _identity(old, t)) for t in spec.tables)),
-            Side(new_dsn, new, tuple((*t.target_name, t.key) for t in spec.tables)),
-        )
+def _prepare_gates(transfer: Transfer, seconds: float) -> None:
+    """Before the pause: the losing store, mirrored to from now on, gets its gate; the gaining one statistics and sequences.
 
-
-def _identity(old: Connection, table: Table) -> tuple[str, ...]:
-    seen = source_table(old, table)
-    return seen.identity if seen else ()
-
-
-def _prepare_gates(gaining: Side, losing: Side, epoch: int) -> None:
-    """Before the pause: the losing store, mirrored to from now on, gets its gate; the gaining one statistics and sequences."""
-    for schema, name, key in losing.tables:
-        gate.install_gate(losing.connection, schema, name, key, epoch_floor(0))
-        gate.raise_floor(losing.connection, gate.GatedTable(schema, name, key, ()), epoch_floor(epoch))
-    for schema, name, _ in gaining.tables:
-        gaining.connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(schema, name)))
+    Where cohorts move one by one, the gaining store refuses from here on what it has not got.
+    """
+    losing, gaining = transfer.losing, transfer.gaining
+    for table in losing.tables:
+        gate.install_gate(losing.connection, table.schema, table.name, table.key, epoch_floor(0))
+        if table.cohort is None:
+            gate.raise_floor(losing.connection, table.gated, epoch_floor(transfer.epoch))
+    apart = any(table.cohort for table in gaining.tables)
+    if apart and (waiting := gaining.freeze(transfer.before, None, time.monotonic() + seconds)):
+        raise FenceCalledOff(seconds, f"the lock on {waiting}, before anybody is held up")
+    for table in gaining.tables:
+        gaining.connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(table.schema, table.name)))
     _advance_sequences(gaining)
 
 
 def _advance_sequences(gaining: Side) -> None:
     """Before the pause, for this may read whole tables: past every row that has arrived, and past those under way."""
-    for schema, name, _ in gaining.tables:
-        for sequence in sequences.sequences(gaining.connection, schema, name):
-            held = sequences.held(gaining.connection, schema, name, sequence)
+    for table in gaining.tables:
+        for sequence in sequences.sequences(gaining.connection, table.schema, table.name):
+            held = sequences.held(gaining.connection, table.schema, table.name, sequence)
             ahead = held + SEQUENCE_MARGIN * sequence.increment if held is not None else None
             sequences.move_past(gaining.connection, sequence, ahead)
 
 
-def _pass_the_others(spec: Spec, gaining: Side, losing: Side, to: Origin) -> None:
-    """In the pause, when nothing is drawn any more: past what the losing store drew, used or not, and past the last rows."""
-    for table, (schema, name, _), (lost_schema, lost_name, _) in zip(spec.tables, gaining.tables, losing.tables, strict=True):
+def _pass_the_others(transfer: Transfer) -> None:
+    """In the pause, when nothing is drawn any more: past what the losing store drew, used or not, and past the last rows.
+
+    Where cohorts move one by one the others go on drawing; then no row of theirs has a key of these.
+    """
+    gaining, losing = transfer.gaining, transfer.losing
+    for table, got, lost in zip(transfer.spec.tables, gaining.tables, losing.tables, strict=True):
         drawn = {
             one.column: sequences.drawn(losing.connection, one)
-            for one in sequences.sequences(losing.connection, lost_schema, lost_name)
+            for one in sequences.sequences(losing.connection, lost.schema, lost.name)
         }
-        for sequence in sequences.sequences(gaining.connection, schema, name):
-            others = [drawn.get(column) for column in _same_column(table, sequence.column, to)]
-            held = sequences.held(gaining.connection, schema, name, sequence) if sequence.indexed else None
+        for sequence in sequences.sequences(gaining.connection, got.schema, got.name):
+            others = [drawn.get(column) for column in _same_column(table, sequence.column, transfer.to)]
+            held = sequences.held(gaining.connection, got.schema, got.name, sequence) if sequence.indexed else None
             sequences.move_past(gaining.connection, sequence, held, *others)
 
 
@@ -258,60 +290,56 @@ def _same_column(table: Table, column: str, to: Origin) -> list[str]:
     return [*renamed, *([column] if column not in table.columns else [])]
 
 
-def _hand_over(
-    spec: Spec, ledger: Ledger, sides: tuple[Side, Side], epoch: int, pause: Pause, go_on: Callable[[], None]
-) -> tuple[int, int]:
+def _hand_over(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
     """Have the old store refuse, drain, and wait until the new one has everything; return where both stores' logs were then.
 
     `go_on` lets replay have its turn.
     """
-    old, new = sides
-    position = _frozen(spec, old, epoch, pause)
+    spec, ledger = transfer.spec, transfer.ledger
+    place = _frozen(transfer, pause)
     spool = spool_of(spec, ledger.stream("fence").epoch)
-    pause.wait(lambda: None if spool.end() >= position else "capture to spool the last writes")
+    pause.wait(lambda: None if spool.end() >= place else "capture to spool the last writes")
     for table in spec.tables:
-        require_same_file(ledger, spool, old.connection, table)
+        require_same_file(ledger, spool, transfer.old.connection, table)
     go_on()
-    pause.wait(lambda: _behind(spec, ledger, position))
+    pause.wait(lambda: _behind(spec, ledger, place))
     pause.make(Move.AWAIT)
-    return position, _position(spec, new)
+    return place, position(spec, transfer.new)
 
 
-def _hand_back(
-    spec: Spec, ledger: Ledger, sides: tuple[Side, Side], epoch: int, pause: Pause, go_on: Callable[[], None], lacking: str | None
-) -> tuple[int, int]:
+def _hand_back(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
     """Have the new store refuse, drain, and wait until the old one has everything; return where both stores' logs were then.
 
     Where there is no whole reverse path, that is what the routers' mirrors have brought, as each says after the refusal.
     """
-    old, new = sides
-    position = _frozen(spec, new, epoch, pause)
+    spec, ledger = transfer.spec, transfer.ledger
+    place = _frozen(transfer, pause)
     if lacking is None:
         spool = reverse.spool_of(spec)
-        pause.wait(lambda: None if spool.end() >= position else "capture to spool the new store's last writes")
+        pause.wait(lambda: None if spool.end() >= place else "capture to spool the new store's last writes")
         go_on()
-        pause.wait(lambda: _not_back(ledger, position, pause))
+        pause.wait(lambda: _not_back(ledger, place, pause))
     else:
         log.warning("back by the mirror alone, which loses what it dropped: %s", lacking)
         now = ledger.now()
         pause.wait(lambda: _unmirrored(ledger, now))
     pause.make(Move.AWAIT)
-    return _position(spec, old), position
+    return position(spec, transfer.old), place
 
 
-def _draw_near(spec: Spec, ledger: Ledger, sides: tuple[Side, Side], to: Origin, seconds: float) -> str | None:
+def _draw_near(transfer: Transfer, seconds: float) -> str | None:
     """Wait, before the pause, until the gaining store has what the losing one holds now; return why it will not have it all.
 
     Writers go on meanwhile, and the first batch of a replay that has just begun is no part of their pause. Raises FenceCalledOff
     where replay does not come near.
     """
-    if to is Origin.OLD and (lacking := reverse.whole(ledger)):
+    spec, ledger, back = transfer.spec, transfer.ledger, transfer.to is Origin.OLD
+    if back and (lacking := reverse.whole(ledger)):
         return lacking
-    losing = sides[to is Origin.OLD]
-    position, deadline = _position(spec, losing), time.monotonic() + seconds
-    emit_marker(losing.connection, "fence ahead")
-    while waiting := _behind(spec, ledger, position) if to is Origin.NEW else _not_back(ledger, position):
-        if to is Origin.OLD and (lacking := reverse.whole(ledger)):
+    place, deadline = position(spec, transfer.losing), time.monotonic() + seconds
+    emit_marker(transfer.losing.connection, "fence ahead")
+    while waiting := _not_back(ledger, place) if back else _behind(spec, ledger, place):
+        if back and (lacking := reverse.whole(ledger)):
             return lacking
         if time.monotonic() > deadline:
             raise FenceCalledOff(seconds, f"{waiting}, before anybody is held up")
@@ -319,16 +347,16 @@ def _draw_near(spec: Spec, ledger: Ledger, sides: tuple[Side, Side], to: Origin,
     return None
 
 
-def _frozen(spec: Spec, losing: Side, epoch: int, pause: Pause) -> int:
+def _frozen(transfer: Transfer, pause: Pause) -> int:
     """Have a store refuse and drain; return its position then, behind which a marker hurries its stream on."""
-    for schema, name, _ in losing.tables:
-        if not refusal.install(losing.connection, schema, name, epoch, pause.deadline):
-            raise FenceCalledOff(pause.seconds, f"the lock on {schema}.{name}")
+    losing = transfer.losing
+    if waiting := losing.freeze(transfer.before, refusal.Refused(transfer.epoch, transfer.whose), pause.deadline):
+        raise FenceCalledOff(pause.seconds, f"the lock on {waiting}")
     pause.make(Move.FREEZE)
-    position = _position(spec, losing)
-    emit_marker(losing.connection, f"fence {epoch}")
+    place = position(transfer.spec, losing)
+    emit_marker(losing.connection, f"fence {transfer.epoch}")
     pause.make(Move.POSITION)
-    return position
+    return place
 
 
 def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str | None:
@@ -338,16 +366,6 @@ def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str 
         if load.stopped and pause is not None:
             raise FenceCalledOff(pause.seconds, f"{load.source} to come back to the old store, which stands still: {load.stopped}")
     return f"replay to bring {late[0].source} back to the old store, up to {format_lsn(position)}" if late else None
-
-
-def _position(spec: Spec, side: Side) -> int:
-    """Return where a store's log is now: below it stands what is visible, at it or above what commits later."""
-    if spec.source.capture == TRIGGER and side.dsn == spec.source.dsn.resolve():
-        with windows.log_session(side.dsn, application_name(spec.name, "fence")) as session:
-            return windows.cut(session, Log(spec.name))
-    row = side.connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    assert row is not None
-    return parse_lsn(row[0])
 
 
 @contextmanager
@@ -385,10 +403,10 @@ def _record(ledger: Ledger, authority: Authority, lacking: str | None) -> None:
     """Record, by one commit, that authority moves, and that the path back is of no use where it did not bring everything."""
     with ledger.connection.transaction():
         ledger.connection.execute(
-            "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn)"
-            " VALUES (%s, %s, %s, %s, %s, %s)",
+            "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, cohorts)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s)",
             [ledger.migration, authority.epoch, authority.store, format_lsn(authority.from_lsn), authority.pause_seconds,
-             format_lsn(authority.new_lsn)],
+             format_lsn(authority.new_lsn), None if authority.cohorts is None else sorted(authority.cohorts)],
         )  # fmt: skip
         if lacking is not None:
             reverse.break_off(ledger, f"authority went back without it: {lacking}")

@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from changeover import points
+from changeover.cohorts import EVERY, Cohorts
 from changeover.errors import TableStopped
 from changeover.jobs.changes import completed, last_of_each_key, passed_on
 from changeover.jobs.journal import Journal
 from changeover.jobs.merge import caught_up_floor
 from changeover.jobs.spool import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE, kept
-from changeover.jobs.tenure import Interval
+from changeover.jobs.tenure import Interval, Section
 from changeover.jobs.transform import Transform
 from changeover.position import Version, format_lsn
 from changeover.sparkerrors import from_spark
@@ -62,30 +63,29 @@ class Carrier:
         self.spool = journal.spool
         self.snapshot = snapshot
 
-    def catch_up(self, load: Any, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
-        """Offer what is left of one interval, batch by batch; what lies between two of them is never offered."""
-        end = min(end, interval.until)
+    def catch_up(self, load: Any, section: Section, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
+        """Offer what is left of one section, batch by batch; what lies between two of them is never offered."""
+        end = min(end, section[0].until)
         events = taken = 0
         while load.applied < end:
-            load, done = self._carry(load, interval, end, transform, store)
+            load, done = self._carry(load, section, end, transform, store)
             events, taken = events + done.offered, taken + done.taken
         return load, Counts(events, taken)
 
-    def _carry(self, load: Any, interval: Interval, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
+    def _carry(self, load: Any, section: Section, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
         """Offer the next batch, and write down how far it reached."""
-        start = max(load.applied, interval.since)
+        start = max(load.applied, section[0].since)
         stopped = self.journal.stopped(load)
         # stopped by an event: each target is still brought up to it
-        if stopped and first_stop(self._outline(start, self.spool.end(), transform, interval), identity_of(transform)) is None:
+        if stopped and first_stop(self._outline(start, self.spool.end(), transform, section), identity_of(transform)) is None:
             raise TableStopped(load.source, stopped)
-        batch = self._next_batch(start, end, transform, interval)
+        batch = self._next_batch(start, end, transform, section)
         taken = 0
         if batch.events:
             with from_spark(load.source, f"changes from {format_lsn(start)} to {format_lsn(batch.until)}"):
                 if batch.truncated:
-                    self.journal.require_truncatable(load)
-                    store.truncate(self.spark, transform.target, Version(interval.epoch, *batch.truncated))
-                taken = self._offer(load, start, batch, interval, transform, store)
+                    self._truncate(load, batch.truncated, section, transform, store)
+                taken = self._offer(load, start, batch, section, transform, store)
         points.reach("batch-offered", f"{load.source} {load.target} {batch.events}")
         self.journal.advance(load, batch.until, batch.events)
         if batch.stop:
@@ -93,49 +93,69 @@ class Carrier:
             raise TableStopped(load.source, batch.stop)
         return replace(load, applied=batch.until), Counts(batch.events, taken)
 
-    def _outline(self, start: int, end: int, transform: Transform, interval: Interval) -> pa.Table:
+    def _truncate(self, load: Any, at: tuple[int, int], section: Section, transform: Transform, store: Store) -> None:
+        """Offer a TRUNCATE, which is of all rows; both stores refuse one once cohorts have moved apart."""
+        if section[0].cohorts != EVERY:
+            reason = f"a TRUNCATE (at {format_lsn(at[0])}), though cohorts have moved apart: nobody has authority over all rows"
+            self.journal.stop(load, reason)
+            raise TableStopped(load.source, reason)
+        self.journal.require_truncatable(load)
+        store.truncate(self.spark, transform.target, Version(section[0].epoch, *at))
+
+    def _outline(self, start: int, end: int, transform: Transform, section: Section) -> pa.Table:
         """Return what of the table's events is offered, without their rows."""
         outline = self.spool.outline(start, end)
-        return offered(outline.filter(pc.equal(outline["relation"], ".".join(transform.table.source_name))), interval)
+        ours = outline.filter(pc.equal(outline["relation"], ".".join(transform.table.source_name)))
+        return offered(ours, echo=any(interval.echo for interval in section))
 
-    def _next_batch(self, start: int, end: int, transform: Transform, interval: Interval) -> Batch:
+    def _next_batch(self, start: int, end: int, transform: Transform, section: Section) -> Batch:
         end = self.spool.reach(start, end, BATCH_EVENTS, BATCH_BYTES)
-        ours = self._outline(start, end, transform, interval)
+        ours = self._outline(start, end, transform, section)
         stop = first_stop(ours, identity_of(transform))
         if stop is not None:
             end, ours = stop[0], ours.filter(pc.less(ours["lsn"], stop[0]))
         reason = f"{stop[1]} (at {format_lsn(end)})" if stop else None
         return Batch(end, ours.num_rows, reason, last_truncate(ours))
 
-    def _offer(self, load: Any, start: int, batch: Batch, interval: Interval, transform: Transform, store: Store) -> int:
+    def _offer(self, load: Any, start: int, batch: Batch, section: Section, transform: Transform, store: Store) -> int:
         """Offer the batch's changes; return how many were taken. A batch is one part, unless one transaction outgrew it.
 
         A large one, of a table that is closed, may let its position be the gate; with small ones an application's own writes
         would wait more often than they do.
         """
         relation = ".".join(transform.table.source_name)
-        columns = [c.name for c in transform.source]
         taken = 0
         parts = self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS, PART_BYTES)
         first = list(islice(parts, 2))
         # the floor of a part would refuse the next one
         alone = len(first) == 1 and batch.events > SMALL_BATCH and self.journal.closed(load)
-        reached = caught_up_floor(interval.epoch, batch.until) if alone else None
+        reached = caught_up_floor(section[0].epoch, batch.until) if alone else None
         for events in chain(first, parts):
-            ours = offered(kept(events, pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE]))), interval)
-            if batch.truncated:  # what came before it has nothing to say any more
-                ours = ours.filter(_after(ours, *batch.truncated))
-            last = last_of_each_key(ours, identity_of(transform), columns)
-            if store.pass_on is not None and (texts := passed_on(last, transform, interval.epoch)) is not None:
-                taken += store.pass_on(transform.target, texts, reached).taken
-                continue
-            with completed(self.spec, self.spark, transform, last, self.snapshot, self.journal.dsn) as whole:
-                moved = transform.moved_in_stream() if store.takes_text else frozenset()
-                changes = transform.changes(whole, interval.epoch, moved)
-                # one task: the fence waits for such batches
-                changes = changes.coalesce(1) if len(last) <= SMALL_BATCH else changes
-                taken += store.merge(transform.target, changes, reached).taken
+            changed = kept(events, pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE])))
+            for interval in section:
+                ours = offered(changed, echo=interval.echo)
+                if batch.truncated:  # what came before it has nothing to say any more
+                    ours = ours.filter(_after(ours, *batch.truncated))
+                taken += self._offer_part(load, ours, interval, reached, transform, store)
         return taken
+
+    def _offer_part(
+        self, load: Any, events: pa.Table, interval: Interval, reached: Version | None, transform: Transform, store: Store
+    ) -> int:
+        """Offer the last change of each key that is an interval's."""
+        last = last_of_each_key(events, identity_of(transform), [c.name for c in transform.source])
+        if interval.cohorts != EVERY:
+            last = of_cohorts(last, self.journal.cohort(load), interval.cohorts)
+            if not len(last):
+                return 0
+        if store.pass_on is not None and (texts := passed_on(last, transform, interval.epoch)) is not None:
+            return store.pass_on(transform.target, texts, reached).taken
+        with completed(self.spec, self.spark, transform, last, self.snapshot, self.journal.dsn) as whole:
+            moved = transform.moved_in_stream() if store.takes_text else frozenset()
+            changes = transform.changes(whole, interval.epoch, moved)
+            # one task: the fence waits for such batches
+            changes = changes.coalesce(1) if len(last) <= SMALL_BATCH else changes
+            return store.merge(transform.target, changes, reached).taken
 
 
 def identity_of(transform: Transform) -> list[str]:
@@ -143,11 +163,17 @@ def identity_of(transform: Transform) -> list[str]:
     return [c.name for c in transform.identity]
 
 
-def offered(events: pa.Table, interval: Interval) -> pa.Table:
+def offered(events: pa.Table, *, echo: bool) -> pa.Table:
     """Return what of a table's events is offered: of an echo all, else what bears no mark of our own writes (pure)."""
-    if interval.echo:
+    if echo:
         return events
     return kept(events, pc.or_(pc.is_null(events["note"]), pc.is_in(events["op"], pa.array([RELATION, ADDED]))))
+
+
+def of_cohorts(changes: pa.Table, column: str, cohorts: Cohorts) -> pa.Table:
+    """Return the changes of some cohorts' rows, one a key; `column` is the key column that holds them (pure)."""
+    inside = pc.is_in(changes[column], pa.array(sorted(cohorts.names), pa.string()))
+    return changes.filter(pc.invert(inside) if cohorts.others else inside)
 
 
 def first_stop(outline: pa.Table, identity: Sequence[str]) -> tuple[int, str] | None:

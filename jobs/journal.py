@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from changeover.errors import TableStopped
-from changeover.jobs import inverse, reverse
+from changeover.jobs import cohorts, inverse, reverse
 from changeover.jobs.entries import CLOSED, Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.spool import Spool
-from changeover.jobs.tenure import NEW, Interval, offered_intervals
+from changeover.jobs.tenure import NEW, Section, sections
 from changeover.jobs.transform import Transform
 from changeover.spec import Spec
 
@@ -73,6 +73,10 @@ class Journal(Protocol):
         """Return whether the target's table is closed, and needs no version for each key that is written."""
         ...
 
+    def cohort(self, load: Progress) -> str:
+        """Return the column of the stream's table that holds a row's cohort; asked where cohorts have moved apart."""
+        ...
+
     def require_truncatable(self, load: Progress) -> None:
         """Raise TableStopped where a TRUNCATE would take rows with it that are none of the stream's."""
         ...
@@ -105,8 +109,15 @@ class OldJournal:
         self.ledger.advance(load.source, load.target, until, events, self.epoch)
 
     def closed(self, load: Progress) -> bool:
-        """Return whether all chunks are loaded and swept."""
-        return self.ledger.load(load.source, load.target).state == CLOSED
+        """Return whether all chunks are loaded and swept; while cohorts move apart no position is above all epochs."""
+        apart = self.spec.flag is not None and self.spec.flag.context is not None
+        return not apart and self.ledger.load(load.source, load.target).state == CLOSED
+
+    def cohort(self, load: Progress) -> str:
+        """Return the old table's column."""
+        column = cohorts.old_column(self.spec)
+        assert column is not None
+        return column
 
     def require_truncatable(self, load: Progress) -> None:
         """Every row of a target is the old table's."""
@@ -141,6 +152,12 @@ class NewJournal:
         """A verification asks which keys were written since authority moved, so each has its version."""
         return False
 
+    def cohort(self, load: Progress) -> str:
+        """Return the new table's column."""
+        column = cohorts.new_column(self.spec, self.spec.table(load.source))
+        assert column is not None
+        return column
+
     def require_truncatable(self, load: Progress) -> None:
         """The old table may have rows that `where` leaves out, which a TRUNCATE of the new one does not mean."""
         if load.target == reverse.OLD_STORE and self.spec.table(load.source).where is not None:
@@ -164,15 +181,14 @@ class Back:
             return frozenset()
         return reverse.carried(reverse.recorded(self.ledger), changes)
 
-    def intervals(self) -> list[Interval]:
+    def sections(self) -> list[Section]:
         """Return the parts of the new store's stream that are offered."""
         changes = self.ledger.authorities()
-        found = offered_intervals(changes, takes_over=False, carried=self.carried(changes))
-        return [interval for interval in found if interval.store == NEW]
+        return [one for one in sections(changes, takes_over=False, carried=self.carried(changes)) if one[0].store == NEW]
 
-    def end(self, intervals: Sequence[Interval]) -> int:
+    def end(self, sections: Sequence[Section]) -> int:
         """Return where the spooled stream ends, as far as it is offered; 0 where nothing is."""
-        return min(self.reach(), intervals[-1].until) if intervals else 0
+        return min(self.reach(), sections[-1][0].until) if sections else 0
 
     def reach(self) -> int:
         """Return how far the stream is offered: to the end of its spool, or to the limit that was set."""

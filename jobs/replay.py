@@ -27,7 +27,7 @@ from changeover.jobs.entries import CLOSED
 from changeover.jobs.journal import Back, OldJournal
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import Prepared, require_prepared, spool_of
-from changeover.jobs.tenure import NEW, Interval, offered_intervals
+from changeover.jobs.tenure import NEW, Section, named, sections
 from changeover.position import format_lsn
 from changeover.spec import Spec
 from changeover.stores import Counts, Store, open_store
@@ -98,19 +98,22 @@ class Replay:
         done, stops = [], []
         for source, target in self.prepared.transforms:
             if targets is None or target in targets:
-                intervals = offered_intervals(authorities, takes_over=self._takes_over(target), carried=carried)
+                parts = sections(authorities, takes_over=self._takes_over(target), carried=carried)
                 try:
-                    done += self._offer_table(source, target, intervals, end)
+                    done += self._offer_table(source, target, parts, end, apart=bool(named(authorities)))
                 except TableStopped as stop:
                     stops.append(stop)
         if stops:
             raise stops[0]
         return total(done)
 
-    def _offer_table(self, source: str, target: str, intervals: Sequence[Interval], end: int) -> list[Replayed]:
-        """Offer what is left of a table to a target; nothing is said of one that may not be merged yet."""
+    def _offer_table(self, source: str, target: str, parts: Sequence[Section], end: int, *, apart: bool) -> list[Replayed]:
+        """Offer what is left of a table to a target; nothing is said of one that may not be merged yet.
+
+        Epochs are offered one after the other, unless cohorts have moved `apart`: then both streams go on, of other rows each.
+        """
         load = self.ledger.load(source, target)
-        if load.applied >= end and all(interval.store != NEW for interval in intervals):
+        if load.applied >= end and all(section[0].store != NEW for section in parts):
             return [Replayed(0, 0, load.applied)]
         transform = self.prepared.transforms[source, target]
         with open_store(self.spec, self.spec.targets[target], "replay") as store:
@@ -118,14 +121,14 @@ class Replay:
                 return []
             store.install(transform.target, self.prepared.stream.image)
             events = taken = 0
-            for interval in intervals:
-                if interval.store == NEW:
-                    there, offered = self._bring_back(interval, source, target, store)
+            for section in parts:
+                if section[0].store == NEW:
+                    there, offered = self._bring_back(section, source, target, store)
                 else:
-                    load, offered = self.carrier.catch_up(load, interval, end, transform, store)
-                    there = load.applied >= interval.until
+                    load, offered = self.carrier.catch_up(load, section, end, transform, store)
+                    there = load.applied >= section[0].until
                 events, taken = events + offered.offered, taken + offered.taken
-                if not there:  # epochs are offered one after the other
+                if not there and not apart:
                     break
             return [Replayed(events, taken, load.applied)]
 
@@ -138,15 +141,15 @@ class Replay:
         What stands in the way of a table is on record, and raised when the others are done. Once the last stage was reached the old
         store gets nothing any more.
         """
-        intervals = self.back.intervals() if self.spec.flag is not None else []
-        if not intervals or self.ledger.stage() == Stage.COMPLETE.value:
+        parts = self.back.sections() if self.spec.flag is not None else []
+        if not parts or self.ledger.stage() == Stage.COMPLETE.value:
             return Replayed(0, 0, 0)
-        end, counts = self.back.end(intervals), Counts(0, 0)
+        end, counts = self.back.end(parts), Counts(0, 0)
         failed: list[ChangeoverError] = []
         loads = self.back.loads(reverse.OLD_STORE)
         for load in (load for load in loads if load.applied < end):
             try:
-                done = self._table_back(load.source, intervals)
+                done = self._table_back(load.source, parts)
                 counts = Counts(counts.offered + done.offered, counts.taken + done.taken)
             except ChangeoverError as error:
                 if not isinstance(error, TableStopped):  # else its own reason is on record
@@ -156,23 +159,23 @@ class Replay:
             raise failed[0]
         return Replayed(counts.offered, counts.taken, min((load.applied for load in loads), default=0))
 
-    def _table_back(self, source: str, intervals: Sequence[Interval]) -> Counts:
-        """Offer one table's changes of all intervals to the old store."""
+    def _table_back(self, source: str, parts: Sequence[Section]) -> Counts:
+        """Offer one table's changes of all sections to the old store."""
         events = taken = 0
         with open_store(self.spec, reverse.old_target(self.spec), "replay") as store:
-            for interval in intervals:
-                there, offered = self._bring_back(interval, source, reverse.OLD_STORE, store)
+            for section in parts:
+                there, offered = self._bring_back(section, source, reverse.OLD_STORE, store)
                 events, taken = events + offered.offered, taken + offered.taken
                 if not there:
                     break
         return Counts(events, taken)
 
-    def _bring_back(self, interval: Interval, source: str, target: str, store: Store) -> tuple[bool, Counts]:
-        """Offer what is left of one interval of the new store's stream; tell whether all of the interval was."""
+    def _bring_back(self, section: Section, source: str, target: str, store: Store) -> tuple[bool, Counts]:
+        """Offer what is left of one section of the new store's stream; tell whether all of it was."""
         load = next(load for load in self.back.loads(target) if load.source == source)
         transform = self.back.transform(source, target)
-        load, counts = self.returning.catch_up(load, interval, self.back.reach(), transform, store)
-        return load.applied >= interval.until, counts
+        load, counts = self.returning.catch_up(load, section, self.back.reach(), transform, store)
+        return load.applied >= section[0].until, counts
 
 
 def lease_of(target: str) -> str:

@@ -25,7 +25,7 @@ from changeover.jobs.obstacles import has_slot, obstacles, target_as_source
 from changeover.jobs.preflight import source_table, store_columns
 from changeover.jobs.replication import require_stream, slot_alarm
 from changeover.jobs.spool import Spool
-from changeover.jobs.tenure import NEW, tenures
+from changeover.jobs.tenure import NEW, epochs_of, shares
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, speaking_to
 from changeover.spec import Spec, Table, Target
@@ -139,7 +139,7 @@ def carried(path: Path | None, changes: Sequence[Authority]) -> frozenset[int]:
     """Return the epochs of the new store whose every event the path carries (pure)."""
     if path is None or path.broken:
         return frozenset()
-    return frozenset(t.epoch for t in tenures(changes) if t.store == NEW and path.stream.l0 <= t.since)
+    return frozenset(epoch for epoch, since in epochs_of(changes, NEW).items() if path.stream.l0 <= since)
 
 
 def whole(ledger: Ledger) -> str | None:
@@ -149,7 +149,8 @@ def whole(ledger: Ledger) -> str | None:
         return "there is no reverse path"
     if ledger.stage() == Stage.COMPLETE.value:
         return COMPLETED
-    if ledger.authority().epoch not in carried(path, ledger.authorities()):
+    changes = ledger.authorities()
+    if not {held.epoch for held in shares(changes) if held.store == NEW} <= carried(path, changes):
         return path.broken or "the reverse path does not reach back to the fence"
     stopped = [load for load in loads(ledger) if load.target == OLD_STORE and load.stopped]
     return f"{stopped[0].source}: {stopped[0].stopped}" if stopped else None
@@ -196,14 +197,15 @@ def state(spec: Spec, ledger: Ledger) -> State | None:
     with connect(new_dsn(spec), application) as new:
         row = new.execute(SLOT, [slot_of(spec)]).fetchone()
         alarm = slot_alarm(new, slot_of(spec))
-        if ledger.authority().store == NEW:
+        at_new = any(held.store == NEW for held in shares(ledger.authorities()))
+        if at_new:
             lacking = whole(ledger) or ("its slot is gone" if row and row[1] in ("missing", "lost") else None)
         else:
             with connect(spec.source.dsn.resolve(), application) as old:
                 lacking = next(iter(obstacles(spec, old, new, slot_of(spec))), None)
     assert row is not None
     here = tuple(loads(ledger))
-    comes_back = path is not None and ledger.authority().store == NEW
+    comes_back = path is not None and at_new
     try:
         end = None if path is None else max(spool_of(spec).end(), path.stream.l0)
     except StepOrder:  # the work folder is elsewhere

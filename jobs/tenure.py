@@ -127,6 +127,17 @@ def shares(changes: Sequence[Authority]) -> dict[Tenure, Cohorts]:
     return {tenure: _together(cohorts, names) for tenure, cohorts in found.items()}
 
 
+def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None) -> Cohorts | None:
+    """Return which rows a move concerns: of the cohorts named, or of all, those that are not there yet (pure)."""
+    there = [whose for held, whose in shares(changes).items() if held.store == to]
+    if names is not None:
+        left = frozenset(name for name in names if not any(name in whose for whose in there))
+        return Cohorts(left, others=False) if left else None
+    known = named(changes)
+    elsewhere = {name for name in (EVERYTHING, *known) if not any(name in whose for whose in there)}
+    return _together(elsewhere, known) if elsewhere else None
+
+
 def epochs_of(changes: Sequence[Authority], store: str) -> dict[int, int]:
     """Return the epochs in which a store had authority over anything, and where in its log each began (pure)."""
     return {t.epoch: t.since for cohort in _alike(changes) for t in tenures(changes, cohort) if t.store == store}

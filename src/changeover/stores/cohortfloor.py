@@ -44,5 +44,5 @@ def _function(function: sql.Identifier, column: str, floors: Sequence[Refused]) 
     arms = [sql.SQL("WHEN {} THEN {}").format(belongs("NEW", column, one.cohorts), sql.Literal(one.epoch)) for one in floors]
     return sql.SQL(
         "CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN"
-        " IF NEW._epoch < CASE {} ELSE 0 END THEN RETURN NULL; END IF; RETURN NEW; END $body$"
+        " IF NEW._epoch < (CASE {} ELSE 0 END) THEN RETURN NULL; END IF; RETURN NEW; END $body$"
     ).format(function, sql.SQL(" ").join(arms))

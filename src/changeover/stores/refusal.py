@@ -9,6 +9,7 @@ with an old snapshot meets the list of today, where from a table it would read t
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from typing import LiteralString
@@ -39,7 +40,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a store refuses: `standing` for good, `begun` up to a deadline; `column` holds a row's cohort where they are told apart."""
+    """What a store refuses: `standing` for good, `begun` up to a deadline; `column` holds the cohort where there are some."""
 
     standing: tuple[Refused, ...] = ()
     begun: Refused | None = None
@@ -137,7 +138,7 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
 def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
     """Return the expression of the epoch since which a row is refused, -1 for one that is not."""
     begun = sql.SQL("clock_timestamp() < {}::timestamptz").format(sql.Literal(ends))
-    arms = [(one, sql.SQL("true")) for one in refusal.standing]
+    arms: list[tuple[Refused, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
     arms += [(refusal.begun, begun)] if refusal.begun else []
     return sql.SQL("CASE {} ELSE -1 END").format(
         sql.SQL(" ").join(
@@ -148,12 +149,16 @@ def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
 
 
 def belongs(row: str, column: str | None, cohorts: Cohorts) -> sql.Composable:
-    """Return the condition that a trigger's row is one of some cohorts, by the column that holds them."""
+    """Return the condition that a trigger's row is one of some cohorts, by the column that holds them.
+
+    The names are the keys of one JSON constant, which a session reads once and then searches by halves: of an array it would make a
+    table in each transaction anew.
+    """
     if column is None or cohorts == EVERY:
         return sql.SQL("true")
-    names = sql.SQL("ARRAY[{}]::text[]").format(sql.SQL(", ").join(sql.Literal(name) for name in sorted(cohorts.names)))
-    inside = sql.SQL("{}::text = ANY ({})").format(sql.Identifier(row.lower(), column), names)
-    return sql.SQL("NOT {}").format(inside) if cohorts.others else inside
+    names = sql.Literal(json.dumps(dict.fromkeys(sorted(cohorts.names))))
+    inside = sql.SQL("{}::jsonb ? {}::text").format(names, sql.Identifier(row.lower(), column))
+    return sql.SQL("NOT ({})").format(inside) if cohorts.others else inside
 
 
 def remove(connection: Connection, schema: str, name: str) -> list[str]:

@@ -1,0 +1,232 @@
+"""Cohorts that move one by one under live writers: each row is written where its own cohort's authority is, and nothing is lost.
+
+The application here writes by plain SQL and has no mirror, so whatever arrives elsewhere was brought by one of the two streams. It
+knows what it has written, and the stores are held against that.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from ldclient.migrations.types import Origin, Stage
+
+from changeover.errors import Refused
+from changeover.flags import flagfile
+from changeover.flags.fence import fence
+from changeover.jobs import reverse
+from changeover.jobs.capture import emit_marker
+from changeover.jobs.ledger import Ledger
+from changeover.session import connect
+from changeover.stores.gate import FENCED
+from tests.fix_accounts import following
+from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
+from tests.fix_migration import rows as comparable
+
+FOLLOWS = """
+CREATE TABLE friends (from_user bigint, to_user bigint, note text, weight numeric(12,2) NOT NULL DEFAULT 0,
+    PRIMARY KEY (from_user, to_user))
+"""
+FLAG = "friends-store"
+SPEC = f"""
+[[table]]
+source = "public.friends"
+target = "links"
+key = ["member", "to_user"]
+[table.columns]
+member = "from_user"
+[flag]
+key = "{FLAG}"
+target = "store"
+context = "from_user"
+"""
+COHORTS = range(1, 7)
+PATIENT = 120.0
+"""Seconds that a fence may take here: the pause itself is measured elsewhere."""
+
+Row = tuple[int, int, str | None, str]
+
+
+@pytest.fixture
+def friends(make_migration: MakeMigration) -> Migration:
+    made = make_migration(SPEC, FOLLOWS, targets=(STORE, LAKE))
+    made.old.execute("INSERT INTO friends SELECT u, t, 'n' || t, u FROM generate_series(1, 6) u, generate_series(1, 30) t")
+    made.prepare()
+    made.backfill()
+    flagfile.write_stage(made.spec.work / "flags.json", FLAG, Stage.SHADOW)
+    return made
+
+
+class Writer(threading.Thread):
+    """Writes rows of all cohorts, each where it was last let in, and remembers what was committed."""
+
+    def __init__(self, migration: Migration, number: int) -> None:
+        super().__init__(name=f"writer {number}")
+        flag = migration.spec.flag
+        assert flag is not None
+        self.dsns = {"old": migration.spec.source.dsn.resolve(), "new": migration.spec.targets[flag.target].dsn_value}
+        self.random = random.Random(number)
+        self.channels = range(100 * number, 100 * number + 40)
+        self.places = dict.fromkeys(COHORTS, "old")
+        self.rows: dict[tuple[int, int], Row] = {}
+        self.done = threading.Event()
+        self.failed: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            with connect(self.dsns["old"], "writer") as old, connect(self.dsns["new"], "writer") as new:
+                stores = {"old": (old, "friends", "from_user"), "new": (new, "links", "member")}
+                while not self.done.wait(0.003):
+                    self._write(stores)
+        except BaseException as error:
+            self.failed = error
+
+    def _write(self, stores: dict[str, Any]) -> None:
+        whose, channel = self.random.choice(COHORTS), self.random.choice(self.channels)
+        gone = self.random.random() < 0.3
+        row: Row = (
+            whose,
+            channel,
+            self.random.choice([None, "", f"é{self.random.random()}"]),
+            f"{self.random.randrange(10**6)}.25",
+        )
+        while not self.done.is_set():
+            connection, table, column = stores[self.places[whose]]
+            try:
+                if gone:
+                    connection.execute(f"DELETE FROM {table} WHERE {column} = %s AND to_user = %s", [whose, channel])
+                else:
+                    connection.execute(
+                        f"INSERT INTO {table} ({column}, to_user, note, weight) VALUES (%s, %s, %s, %s)"
+                        f" ON CONFLICT ({column}, to_user) DO UPDATE SET note = excluded.note, weight = excluded.weight", row,
+                    )  # fmt: skip
+            except psycopg.Error as error:
+                if error.sqlstate != FENCED:
+                    raise
+                self.places[whose] = "new" if self.places[whose] == "old" else "old"
+                time.sleep(0.005)
+                continue
+            self.rows.pop((whose, channel), None)
+            if not gone:
+                self.rows[whose, channel] = row
+            return
+
+
+@contextmanager
+def writing(migration: Migration, before: Sequence[Writer] = ()) -> Iterator[list[Writer]]:
+    """Write until the block ends, on what others have left; a writer's failure is the test's."""
+    writers = [Writer(migration, one) for one in (1, 2)]
+    for writer, earlier in zip(writers, before, strict=False):
+        writer.rows, writer.places = dict(earlier.rows), dict(earlier.places)
+    for writer in writers:
+        writer.start()
+    try:
+        yield writers
+    finally:
+        for writer in writers:
+            writer.done.set()
+            writer.join()
+    assert [writer.failed for writer in writers if writer.failed] == []
+
+
+def settled(migration: Migration, seconds: float = 120.0) -> None:
+    """Wait until everything that either store has committed was offered to all the others."""
+    places = []
+    for connection in (migration.old, migration.new):
+        row = connection.execute("SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint").fetchone()
+        assert row is not None
+        places.append(int(row[0]))
+        emit_marker(connection, "settled")
+    with Ledger.open(migration.spec, "test") as ledger:
+        deadline = time.monotonic() + seconds
+        while late := [
+            one
+            for loads, place in ((ledger.loads(), places[0]), (reverse.loads(ledger), places[1]))
+            for one in loads
+            if one.applied < place
+        ]:
+            assert time.monotonic() < deadline, late
+            time.sleep(0.05)
+
+
+def everywhere(migration: Migration) -> dict[str, list[str]]:
+    """Return what each store holds of the writers' rows and the others."""
+    old = migration.old.execute("SELECT from_user, to_user, note, weight FROM friends").fetchall()
+    new = migration.new.execute("SELECT member, to_user, note, weight FROM links").fetchall()
+    return {
+        "old": comparable(old), "new": comparable(new),
+        "lake": lake_rows(migration.lake("links").select("member", "to_user", "note", "weight")),
+    }  # fmt: skip
+
+
+def written(writers: Collection[Writer]) -> set[tuple[int, int, str | None, str]]:
+    return {row for writer in writers for row in writer.rows.values()}
+
+
+def of_writers(migration: Migration) -> set[tuple[Any, ...]]:
+    found = migration.old.execute("SELECT from_user, to_user, note, weight::text FROM friends WHERE to_user >= 100").fetchall()
+    return set(found)
+
+
+def authorities(migration: Migration) -> list[tuple[int, str, frozenset[str] | None]]:
+    with Ledger.open(migration.spec, "test") as ledger:
+        return [(one.epoch, one.store, one.cohorts) for one in ledger.authorities()]
+
+
+def test_cohorts_move_there_and_back_under_live_writers(friends: Migration) -> None:
+    with following(friends):
+        with writing(friends) as writers:
+            time.sleep(0.5)
+            first = fence(friends.spec, Origin.NEW, cohorts=["1", "2"], max_pause=PATIENT)
+            time.sleep(0.5)
+            fence(friends.spec, Origin.NEW, cohorts=["3", "1"], max_pause=PATIENT)
+            time.sleep(0.5)
+            back = fence(friends.spec, Origin.OLD, cohorts=["1"], max_pause=PATIENT)
+            time.sleep(0.5)
+            assert fence(friends.spec, Origin.NEW, cohorts=["2"]).epoch == 2, "there already: nothing moves"
+        assert (first.epoch, back.epoch, back.lacking) == (1, 3, None)
+        assert [writer.places for writer in writers] == [{1: "old", 2: "new", 3: "new", 4: "old", 5: "old", 6: "old"}] * 2
+        settled(friends)
+        held = everywhere(friends)
+        assert held["old"] == held["new"] == held["lake"]
+        assert of_writers(friends) == written(writers)
+        for statement, connection in (("TRUNCATE friends", friends.old), ("TRUNCATE links", friends.new)):
+            with pytest.raises(psycopg.Error) as caught:
+                connection.execute(statement)
+            assert caught.value.sqlstate == FENCED
+
+        with writing(friends, writers) as writers:
+            time.sleep(0.3)
+            fence(friends.spec, Origin.NEW, max_pause=PATIENT)
+            time.sleep(0.5)
+        assert [set(writer.places.values()) for writer in writers] == [{"new"}] * 2
+        settled(friends)
+        held = everywhere(friends)
+        assert held["old"] == held["new"] == held["lake"]
+        assert of_writers(friends) == written(writers)
+
+        with writing(friends, writers) as writers:
+            time.sleep(0.3)
+            fence(friends.spec, Origin.OLD, max_pause=PATIENT)
+            time.sleep(0.5)
+        settled(friends)
+        held = everywhere(friends)
+        assert held["old"] == held["new"] == held["lake"]
+        assert of_writers(friends) == written(writers)
+    assert authorities(friends) == [
+        (1, "new", frozenset({"1", "2"})), (2, "new", frozenset({"1", "3"})), (3, "old", frozenset({"1"})), (4, "new", None),
+        (5, "old", None),
+    ]  # fmt: skip
+
+
+def test_what_can_not_move_alone_is_said(friends: Migration) -> None:
+    for names, told in (([], "empty"), ([""], "empty"), ([str(n) for n in range(10_001)], "10,001 cohorts are more than 10,000")):
+        with pytest.raises(Refused, match=told):
+            fence(friends.spec, Origin.NEW, cohorts=names)
+    assert authorities(friends) == []
