@@ -164,6 +164,17 @@ def client(path: str | Path, poll_seconds: float = POLL_SECONDS) -> LDClient:
     )
 
 
+@contextmanager
+def loaded(path: str | Path) -> Iterator[LDClient]:
+    """Lend an SDK client of the file as it is now, which follows nothing."""
+    source = Files.new_data_source([str(path)])
+    held = LDClient(Config(SDK_KEY, update_processor_class=source, send_events=False, diagnostic_opt_out=True))
+    try:
+        yield held
+    finally:
+        held.close()  # type: ignore[no-untyped-call]
+
+
 class FileSource(UpdateProcessor):
     """The SDK's polling file source, started such that no replacement is missed (each process, a forked child's too).
 

@@ -192,7 +192,7 @@ class Router:
             value = reads[origin](cursor)
         if pin.rule.compares:
             control = Observation(origin, value, None, time.monotonic() - started)
-            runtime.comparisons.offer(Comparison(experiment or _PLAIN, pin.stage, control, reads))
+            runtime.comparisons.offer(Comparison(experiment or _PLAIN, pin.stage, control, reads, apart=runtime.apart(pin)))
         return value
 
     @contextmanager

@@ -116,6 +116,11 @@ class Runtime:
             pin = self.pins[key] = Pin(wish, fact, stage, TABLE[stage])
         return pin
 
+    def apart(self, pin: Pin) -> bool:
+        """Return whether a pin is of a cohort at another store than all the others."""
+        facts = self.follower.facts if self.follower is not None else None
+        return facts is not None and pin.fact.store is not facts.rest.store
+
     def session(self, origin: Origin) -> AbstractContextManager[psycopg.Connection[Any]]:
         """Lend a session with a store."""
         return self._lenders[origin]()
