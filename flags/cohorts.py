@@ -90,9 +90,9 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[str]) -> Advanced:
     done = turning.turn(spec, ledger, Stage.LIVE, Stage.SHADOW, chosen)
     assert done is not None
     lost = turning.lost(ledger, epochs, done)
-    told = {"cohorts": chosen[:FIRST], "count": len(chosen), "epoch": done.epoch, "lost": lost}
+    told = {"cohorts": chosen[:FIRST], "count": len(chosen), "epoch": done.epoch, "lost": lost, "lacking": done.lacking}
     turns.record_cohorts(ledger, turns.ROLLED_BACK, Stage.LIVE, Stage.SHADOW, told)
-    return Advanced(Stage.LIVE, Stage.SHADOW, done.epoch, done.pause_seconds, lost, tuple(going), missing)
+    return Advanced(Stage.LIVE, Stage.SHADOW, done.epoch, done.pause_seconds, lost, done.lacking, tuple(going), missing)
 
 
 def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:

@@ -137,8 +137,9 @@ def rollback(spec: Spec, *, cohorts: Collection[str] | None = None) -> Advanced:
         epochs = known.epochs(Origin.NEW) if TABLE[after].writes is Origin.OLD else frozenset()
         done = turn(spec, ledger, before, after)
         lost = turning.lost(ledger, epochs, done) if done else 0
-        _record(spec, ledger, turns.ROLLED_BACK, before, after, {"lost": lost})
-        return Advanced(before, after, _epoch(ledger), done.pause_seconds if done else None, lost)
+        lacking = done.lacking if done else None
+        _record(spec, ledger, turns.ROLLED_BACK, before, after, {"lost": lost, "lacking": lacking})
+        return Advanced(before, after, _epoch(ledger), done.pause_seconds if done else None, lost, lacking)
 
 
 def _below(spec: Spec, known: Facts) -> tuple[Stage, Stage | None]:

@@ -19,6 +19,7 @@ from datetime import datetime
 from ldclient.migrations.types import Origin
 from psycopg import sql
 
+from changeover import points
 from changeover.cohorts import Cohorts
 from changeover.errors import FenceCalledOff, Refused
 from changeover.flags.gate import mirrors
@@ -43,6 +44,9 @@ MAX_PAUSE = 10.0
 
 NEAR = 6.0
 """How many times the pause's limit the gaining store may take to come near the losing one, before writers are held up at all."""
+
+LOOK_SECONDS = 1.0
+"""How often to ask the new store meanwhile whether its stream is still whole."""
 
 PERMANENT_SECONDS = 1.0
 """What must be left of the pause when the refusal is made permanent: the deadline may not pass in between."""
@@ -143,6 +147,7 @@ def _move(transfer: Transfer, max_pause: float) -> Fenced:
             places = (_hand_over if to is Origin.NEW else _hand_back)(transfer, pause, turn.close, lacking)
             _pass_the_others(transfer)
             _make_final(transfer, pause)
+            points.reach("fence-final")
             made = Authority(transfer.epoch, to.value, places[0], datetime.min, pause.seconds, places[1], transfer.names)
             _record(ledger, made, lacking)
             pause.make(Move.RECORD)
@@ -194,6 +199,7 @@ class Pause:
         """Note that a move is made; none comes before its turn in `statements.HAND_OVER`, whose order is the proof."""
         assert move is HAND_OVER[len(self.made)], f"{move} after {self.made}"
         self.made.append(move)
+        points.reach(f"fence-{move.name.lower().replace('_', '-')}")
 
     @property
     def seconds(self) -> float:
@@ -315,6 +321,8 @@ def _hand_back(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lack
     spec, ledger = transfer.spec, transfer.ledger
     place = _frozen(transfer, pause)
     if lacking is None:
+        if gap := reverse.parted(spec, ledger, transfer.new.connection):
+            raise FenceCalledOff(pause.seconds, f"a whole stream: {gap}")
         spool = reverse.spool_of(spec)
         pause.wait(lambda: None if spool.end() >= place else "capture to spool the new store's last writes")
         go_on()
@@ -334,13 +342,16 @@ def _draw_near(transfer: Transfer, seconds: float) -> str | None:
     where replay does not come near.
     """
     spec, ledger, back = transfer.spec, transfer.ledger, transfer.to is Origin.OLD
-    if back and (lacking := reverse.whole(ledger)):
+    if back and (lacking := reverse.lacking(spec, ledger)):
         return lacking
     place, deadline = position(spec, transfer.losing), time.monotonic() + seconds
     emit_marker(transfer.losing.connection, "fence ahead")
+    look_at = time.monotonic() + LOOK_SECONDS
     while waiting := _not_back(ledger, place) if back else _behind(spec, ledger, place):
-        if back and (lacking := reverse.whole(ledger)):
-            return lacking
+        if back and time.monotonic() > look_at:
+            if lacking := reverse.lacking(spec, ledger):
+                return lacking
+            look_at = time.monotonic() + LOOK_SECONDS
         if time.monotonic() > deadline:
             raise FenceCalledOff(seconds, f"{waiting}, before anybody is held up")
         time.sleep(0.1)

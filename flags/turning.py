@@ -28,7 +28,8 @@ class Advanced:
     """A step that was done, up or down, of all rows or of the cohorts that are named.
 
     `pause_seconds` is how long the fence held writers up, None without a fence; `lost` how many writes of rows a step down left
-    behind in the new store, which never reached the old one. `unknown` are those cohorts of which neither store has a row.
+    behind in the new store, which never reached the old one, as far as routers know; `lacking` is why the old store got what their
+    mirrors brought alone, None where it got everything. `unknown` are the named cohorts of which neither store has a row.
     """
 
     before: Stage
@@ -36,6 +37,7 @@ class Advanced:
     epoch: int
     pause_seconds: float | None
     lost: int = 0
+    lacking: str | None = None
     cohorts: tuple[str, ...] | None = None
     unknown: tuple[str, ...] = ()
 

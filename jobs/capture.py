@@ -45,6 +45,7 @@ from changeover.jobs.replication import (
     answer_interval,
     check_publication,
     check_slot,
+    column_numbers,
     generated_columns,
     slot_alarm,
 )
@@ -188,15 +189,13 @@ def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = l
         if path is None or path.broken:
             return None
         with ledger.lease("capture-new"):
-            feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec))
+            roots = reverse.roots(spec, ledger, path)
+            feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec), roots)
             run = _Run(spec, feed, stop, until, 0.0, CaptureResult())
             try:
                 run.run()
             except (SourceChanged, SpoolGap) as gap:
-                what = gap.what if isinstance(gap, SourceChanged) else "slot"
-                reverse.break_off(
-                    ledger, f"the new store's change stream has a gap ({what}), and the next fence begins another one"
-                )
+                reverse.break_at_gap(ledger, gap)
                 raise CouldNotFinish("its change stream has a gap, so the mirror alone keeps the old store up to date") from gap
     return run.result
 
@@ -265,7 +264,7 @@ class _Run:
             self.answer_every = answer_interval(connection)
             self._watch(connection)
             generated = generated_columns(connection, self.stream.publication)
-            assembler = Assembler(self.tables, generated, self.spool.held(), roots=self.roots)
+            assembler = Assembler(self.tables, generated, self.spool.held(), roots=self.roots, numbers=self._numbers)
         with closing(connect(self.dsn, name, replication=True)) as connection:
             replication = Replication(connection, self.dsn)
             with speaking_to(self.dsn, "starting the change stream"):
@@ -275,6 +274,10 @@ class _Run:
             self.answer_at = 0.0
             log.info("following slot %s from %s", self.stream.slot, format_lsn(self.durable))
             yield replication, assembler
+
+    def _numbers(self) -> Mapping[str, Mapping[str, int]]:
+        with closing(connect(self.dsn, application_name(self.spec.name, "capture"))) as connection:
+            return column_numbers(connection, self.tables)
 
     def _follow(self, replication: Replication, assembler: Assembler) -> None:
         while True:

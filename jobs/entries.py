@@ -113,6 +113,8 @@ class SourceColumn:
     not_null: bool
     typmod: int | None = None
     """The type's modifier, None where nobody looked."""
+    number: int | None = None
+    """Its number in the table, which a column of the same name that is added anew has not; None where nobody looked."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
 from changeover.errors import TableStopped
@@ -174,12 +175,17 @@ class Back:
         self.journal = NewJournal(spec, ledger, reverse.spool_of(spec))
         self.limit: int | None = None
         self._planned: tuple[reverse.Path, Transforms] | None = None
+        self._opened: datetime | None = None
 
     def carried(self, changes: Sequence[Authority]) -> frozenset[int]:
         """Return the epochs that the path on record carries."""
         if self.spec.flag is None or all(change.store != NEW for change in changes):
             return frozenset()
-        return reverse.carried(reverse.recorded(self.ledger), changes)
+        path = reverse.recorded(self.ledger)
+        if path is not None and path.opened != self._opened:  # its spool may be another one at the same place
+            self.journal.spool.reopen()
+            self._opened = path.opened
+        return reverse.carried(path, changes)
 
     def sections(self) -> list[Section]:
         """Return the parts of the new store's stream that are offered."""

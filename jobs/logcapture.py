@@ -25,7 +25,7 @@ from changeover.jobs import pgoutput, triggerlog, windows
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.shapes import Shape
 from changeover.jobs.spool import ADDED, RELATION, Event, Image
-from changeover.jobs.transactions import additions, difference
+from changeover.jobs.transactions import ADDED_ANEW, added_anew, additions, difference
 from changeover.jobs.triggerlog import Log
 from changeover.jobs.windows import Row, Seen, Window
 from changeover.position import format_lsn
@@ -205,8 +205,8 @@ class Source:
             found.append("its trigger of the log was disabled or dropped, so that changes are missing")
         different = difference(seen.relation, self.prepared, frozenset())
         names = [column.name for column in seen.relation.columns[: len(self.prepared)]]
-        if not different and names != [column.name for column in self.prepared]:
-            different = "a column was dropped and added anew"
+        if not different and (names != [column.name for column in self.prepared] or added_anew(self.prepared, seen.numbers)):
+            different = ADDED_ANEW
         return "; ".join([*found, *filter(None, [different])]), additions(seen.relation, self.prepared)
 
     def images(self, image: str | None, gone: str | None) -> tuple[Image | None, Image | None]:

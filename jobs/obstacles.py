@@ -10,18 +10,10 @@ from __future__ import annotations
 from psycopg import sql
 
 from changeover.jobs import inverse
-from changeover.jobs.preflight import CAPTURE_RULES, SERVER_RULES, TABLE_RULES, SourceTable, source_table
+from changeover.jobs.preflight import CAPTURE_RULES, OLDEST_SERVER, SERVER_RULES, TABLE_RULES, SourceTable, source_table
 from changeover.session import Connection, application_name, connect
 from changeover.spec import SLOT, Spec, Table
-
-OLDEST_SERVER = 140000
-
-
-ORDINARY = """
-SELECT format('%%s is no ordinary table of its own, whose changes one publication tells', %(name)s::text)
-FROM pg_class c WHERE c.oid = %(oid)s
-    AND (c.relkind <> 'r' OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid OR i.inhparent = c.oid))
-"""
+from changeover.stores.batches import WIDEST
 
 
 def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> list[str]:
@@ -36,6 +28,8 @@ def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> l
         found = source_table(new, target_as_source(table))
         lack = inverse.missing(spec, table, seen.store_columns, found.store_columns if found else None)
         reasons += [lack] if lack else []
+        if len(seen.columns) > WIDEST:
+            reasons.append(f"{seen.source} has {len(seen.columns):,} columns: {WIDEST:,} is the most that a batch back to it holds")
         if found is not None:
             reasons += _unfit(new, found)
     return [f"the new store: {reason}" if reason.startswith(("the ", "wal_level", "all ")) else reason for reason in reasons]
@@ -46,7 +40,7 @@ def _unfit(new: Connection, found: SourceTable) -> list[str]:
     row = new.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
     assert row is not None
     asked = {"oid": row[0], "name": found.source, "identity": ", ".join(sorted(found.identity)), "keys": list(found.identity)}
-    rows = [*new.execute(ORDINARY, asked).fetchall(), *new.execute(TABLE_RULES, asked).fetchall()]
+    rows = new.execute(TABLE_RULES, asked).fetchall()
     return [found for (found,) in rows if "generated column" not in found]  # it is computed anew, and no part of a transform
 
 

@@ -10,13 +10,13 @@ the table.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 
 from psycopg import sql
 from psycopg.rows import class_row
 
-from changeover.errors import TableStopped
+from changeover.errors import SourceChanged, TableStopped
 from changeover.jobs.entries import Partition
 from changeover.jobs.ledger import Ledger
 from changeover.session import Connection, application_name, connect, speaking_to
@@ -90,17 +90,23 @@ def look(ledger: Ledger, connection: Connection, table: Table) -> str | None:
     prepared = recorded(ledger, table.source)
     if prepared is None:
         return None
-    present = partitions_of(connection, *table.source_name)
-    if present is None:
-        reason: str | None = "it is no partitioned table any more"
-    else:
-        known = {part.oid for part in prepared}
-        born = [part for part in present if part.oid not in known and _born(connection, table, part)]
-        reason = difference(prepared, present, [part.oid for part in born])
-        record(ledger, table.source, born)
+    reason, born = compared(connection, table.source_name, prepared)
+    record(ledger, table.source, born)
     if reason is not None:
         ledger.stop_table(table.source, reason)
     return reason
+
+
+def compared(
+    connection: Connection, name: tuple[str, str], prepared: Collection[Partition]
+) -> tuple[str | None, Sequence[Partition]]:
+    """Return why a table's partitions are not those that were recorded, None where they are, and those that were born since."""
+    present = partitions_of(connection, *name)
+    if present is None:
+        return "it is no partitioned table any more", []
+    known = {part.oid for part in prepared}
+    born = [part for part in present if part.oid not in known and _born(connection, name, part)]
+    return difference(prepared, present, [part.oid for part in born]), born
 
 
 def require_same_partitions(ledger: Ledger, connection: Connection, table: Table) -> None:
@@ -109,9 +115,9 @@ def require_same_partitions(ledger: Ledger, connection: Connection, table: Table
         raise TableStopped(table.source, reason)
 
 
-def _born(connection: Connection, table: Table, part: Partition) -> bool:
+def _born(connection: Connection, table: tuple[str, str], part: Partition) -> bool:
     """Return whether a partition was created as one, or in the same transaction but empty when it was attached."""
-    root = sql.Identifier(*table.source_name).as_string(connection)
+    root = sql.Identifier(*table).as_string(connection)
     rows = {row[1]: row for row in connection.execute(PARTITIONS, {"root": root}).fetchall()}
     if part.oid not in rows or not rows[part.oid][5]:
         return False
@@ -124,30 +130,30 @@ def _born(connection: Connection, table: Table, part: Partition) -> bool:
     return found is not None and not found[0]
 
 
-class Roots:
-    """Of which table a partition in the stream is a part, by the ledger and, where it is new, by the catalogue (capture)."""
+class _Known:
+    """The partitions that are known, each of one table, by their oids; one that is not is looked up."""
 
-    def __init__(self, spec: Spec, ledger: Ledger) -> None:
-        self.spec, self.ledger = spec, ledger
-        self.tables = [table for table in spec.tables if recorded(ledger, table.source) is not None]
-        self.names = tuple(".".join(table.source_name) for table in self.tables)
+    def __init__(self, spec: Spec, dsn: str, names: Sequence[str]) -> None:
+        self.spec, self.dsn, self.names = spec, dsn, names
         self._root: dict[int, str] = {}
         self._part: dict[int, Partition] = {}
 
+    def know(self, name: str, parts: Sequence[Partition]) -> None:
+        """Take partitions of a table for known."""
+        for part in parts:
+            self._root[part.oid], self._part[part.oid] = name, part
+
     def look(self, connection: Connection) -> list[str]:
-        """Compare all partitioned tables with the ledger; return which were stopped by it, and why."""
-        found = [(table, look(self.ledger, connection, table)) for table in self.tables]
-        for table in self.tables:
-            for part in recorded(self.ledger, table.source) or ():
-                self._root[part.oid], self._part[part.oid] = ".".join(table.source_name), part
-        return [f"{table.source}: {reason}" for table, reason in found if reason is not None]
+        """Compare all partitioned tables with what is on record."""
+        raise NotImplementedError
 
     def of(self, oid: int) -> str | None:
         """Return the table of which a relation is or was a partition; one that is not known yet is looked up."""
-        if oid not in self._root and self.tables:
-            dsn = self.spec.source.dsn.resolve()
-            name = application_name(self.spec.name, "capture")
-            with closing(connect(dsn, name)) as connection, speaking_to(dsn, "looking up a partition"):
+        if oid not in self._root and self.names:
+            with (
+                closing(connect(self.dsn, application_name(self.spec.name, "capture"))) as connection,
+                speaking_to(self.dsn, "looking up a partition"),
+            ):
                 self.look(connection)
         return self._root.get(oid)
 
@@ -158,3 +164,45 @@ class Roots:
     def called(self, oids: Collection[int]) -> Sequence[str]:
         """Return the names of some partitions."""
         return sorted(self._part[oid].name for oid in oids if oid in self._part)
+
+
+class Roots(_Known):
+    """Of which source table a partition in the stream is a part, by the ledger and, where it is new, by the catalogue (capture)."""
+
+    def __init__(self, spec: Spec, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.tables = [table for table in spec.tables if recorded(ledger, table.source) is not None]
+        super().__init__(spec, spec.source.dsn.resolve(), [".".join(table.source_name) for table in self.tables])
+
+    def look(self, connection: Connection) -> list[str]:
+        """Compare all partitioned tables with the ledger; return which were stopped by it, and why."""
+        found = [(table, look(self.ledger, connection, table)) for table in self.tables]
+        for table in self.tables:
+            self.know(".".join(table.source_name), recorded(self.ledger, table.source) or ())
+        return [f"{table.source}: {reason}" for table, reason in found if reason is not None]
+
+
+class NewRoots(_Known):
+    """Of which table of the new store a partition in its stream is a part; `record` is told of those that were born.
+
+    One that came or went without an event is a gap in the stream: the way back has it no better than the old store.
+    """
+
+    def __init__(
+        self, spec: Spec, dsn: str, known: Mapping[str, Sequence[Partition]], record: Callable[[str, Sequence[Partition]], None]
+    ) -> None:
+        super().__init__(spec, dsn, list(known))
+        self.tables, self.record = dict(known), record
+
+    def look(self, connection: Connection) -> list[str]:
+        """Compare all partitioned tables with the path's record; raises SourceChanged where one differs."""
+        for name, before in self.tables.items():
+            schema, _, table = name.partition(".")
+            reason, born = compared(connection, (schema, table), before)
+            if reason is not None:
+                raise SourceChanged(f"partitions of {name}: {reason}", "others", "not the same")
+            if born:
+                self.tables[name] = [*before, *born]
+                self.record(name, self.tables[name])
+            self.know(name, self.tables[name])
+        return []

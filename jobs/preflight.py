@@ -20,10 +20,12 @@ from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.partitions import partitions_of
+from changeover.jobs.transform import expressions
 from changeover.secret import secret
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table, qualified
 from changeover.stores import VERSION_COLUMNS, Column, open_store
+from changeover.stores.batches import WIDEST
 from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import estimated_rows
@@ -157,7 +159,7 @@ WHERE c.oid = %s AND k.place <= i.indnkeyatts ORDER BY k.place
 """
 
 COLUMNS = """
-SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull, a.atttypmod
+SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull, a.atttypmod, a.attnum
 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
 WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum
 """
@@ -187,12 +189,25 @@ def preflight(spec: Spec) -> Preflight:
                 schema, name = table.target_name
                 if len(name.encode()) > NAME_BYTES:
                     found.reasons.append(f"the target table's name {name} is too long: {NAME_BYTES} bytes at most")
+                if target.kind == "postgres":
+                    found.reasons += _too_wide(table, found.tables.get(table.source))
                 if store.columns(schema, name) is None or prepared:
                     continue
                 found.reasons += store.objections(schema, name, table.key)
                 if store.has_rows(schema, name):
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
     return found
+
+
+def _too_wide(table: Table, seen: SourceTable | None) -> list[str]:
+    """Return that a table's rows would not fit into a batch."""
+    count = len(expressions(table, seen.store_columns)) if seen is not None else 0
+    if count <= WIDEST:
+        return []
+    return [
+        f"target table {table.target} would be filled in {count:,} columns, and {WIDEST:,} is the most that a batch holds beside"
+        f" its versions: leave columns out by `drop`"
+    ]
 
 
 COSTS: dict[str, tuple[str, ...]] = {
@@ -236,7 +251,7 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
         return None
     identity = tuple(r[0] for r in connection.execute(IDENTITY, [row[0]]).fetchall())
     columns = tuple(
-        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, r[4], r[5]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
+        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, *r[4:]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
     parts, rows = partitions_of(connection, schema, name), estimated_rows(connection, schema, name)
     return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))

@@ -61,7 +61,7 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
             raise UnsafePlan(tuple(found.reasons))
         _remove_unfinished(spec, ledger)  # what a killed prepare left
         transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
-        _require_way_back(spec, spark, transforms)
+        require_way_back(spec, spark, transforms)
         try:
             return _make(spec, ledger, found, transforms)
         except ChangeoverError:
@@ -135,12 +135,17 @@ def plan_transforms(
     return planned
 
 
-def _require_way_back(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[str, str], transform.Transform]) -> None:
-    """Analyse the expressions by which rows will come back; that there are none is no error, the mirror is left."""
+def require_way_back(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[str, str], transform.Transform]) -> None:
+    """Analyse the expressions by which rows will come back; that some are missing is said, and no error: the mirror is left.
+
+    Raises SpecError or UnsafePlan for an expression that can't be.
+    """
     for table in spec.tables if spec.flag is not None else ():
         assert spec.flag is not None
         planned = transforms[table.source, spec.flag.target]
-        if inverse.missing(spec, table, planned.source, planned.target.columns) is None:
+        if lack := inverse.missing(spec, table, planned.source, planned.target.columns):
+            log.warning("%s; until then the router's mirror alone keeps the old store up to date", lack)
+        else:
             old = planned.source, [c.name for c in planned.identity]
             inverse.plan(spark, spec, table, old, planned.target.columns, table.key)
 

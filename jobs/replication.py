@@ -185,6 +185,17 @@ def generated_columns(connection: Connection, publication: str) -> dict[str, fro
     return {relation: frozenset(columns) for relation, columns in rows.fetchall()}
 
 
+def column_numbers(connection: Connection, tables: Collection[str]) -> dict[str, dict[str, int]]:
+    """Return the numbers of the columns of each table, partitioned ones by their own, not by their partitions'."""
+    rows = connection.execute(
+        "SELECT n.nspname || '.' || c.relname, jsonb_object_agg(a.attname, a.attnum) FROM pg_class c"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0"
+        " AND NOT a.attisdropped WHERE n.nspname || '.' || c.relname = ANY (%s) GROUP BY 1",
+        [list(tables)],
+    )
+    return dict(rows.fetchall())
+
+
 def answer_interval(connection: Connection) -> float:
     """Return how often to answer, in seconds, so that the server's wal_sender_timeout never strikes."""
     row = connection.execute("SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'").fetchone()

@@ -24,7 +24,15 @@ from changeover.jobs.chunks import first_token
 from changeover.jobs.entries import PENDING, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import Preflight, preflight
-from changeover.jobs.prepare import Prepared, open_stream, plan_transforms, record_tables, remove_from_source, spool_of
+from changeover.jobs.prepare import (
+    Prepared,
+    open_stream,
+    plan_transforms,
+    record_tables,
+    remove_from_source,
+    require_way_back,
+    spool_of,
+)
 from changeover.jobs.replay import lease_of
 from changeover.jobs.spool import remove_spools
 from changeover.jobs.transform import Transform
@@ -46,7 +54,7 @@ def restart(spec: Spec, spark: SparkSession) -> Prepared:
     """Begin a prepared migration anew in a new epoch; the same command goes on after a kill (driver).
 
     Raises Refused once authority has moved or the migration ended, LeaseHeld while another step runs, UsageError when the spec
-    changed, UnsafePlan, SlotBlocked. An error takes away what was made in the old store.
+    changed, SpecError where rows could not come back, UnsafePlan, SlotBlocked. An error takes away what was made in the old store.
     """
     with Ledger.open(spec, "prepare") as ledger, _alone(spec, ledger):
         _require_allowed(spec, ledger)
@@ -54,6 +62,7 @@ def restart(spec: Spec, spark: SparkSession) -> Prepared:
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
         transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
+        require_way_back(spec, spark, transforms)
         before = ledger.stream("status")
         epoch = _begin(ledger)
         points.reach("epoch-begun", epoch)

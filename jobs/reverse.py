@@ -13,16 +13,18 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from ldclient.migrations.types import Stage
 from psycopg import sql
 
 from changeover.errors import SourceChanged, SpoolGap, StepOrder
 from changeover.jobs import snapshot
-from changeover.jobs.entries import Authority, SourceColumn, Stream
+from changeover.jobs.entries import Authority, Partition, SourceColumn, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.obstacles import has_slot, obstacles, target_as_source
-from changeover.jobs.preflight import source_table, store_columns
+from changeover.jobs.partitions import NewRoots
+from changeover.jobs.preflight import SourceTable, source_table, store_columns
 from changeover.jobs.replication import require_stream, slot_alarm
 from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import NEW, epochs_of, shares
@@ -36,16 +38,23 @@ log = logging.getLogger(__name__)
 OLD_STORE = "old store"
 """The old store as a target of the way back; no target of a spec can bear a name with a space."""
 
+LEASE_SECONDS = 5.0
+
 COMPLETED = "the last stage was reached, from which the old store gets nothing any more"
 
 
 @dataclass(frozen=True)
 class Path:
-    """The path on record: its stream, the columns of each of its tables by name, and why it is of no use any more, if so."""
+    """The path on record: its stream, its tables' columns by name, why it is of no use any more, if so, and when it was opened.
+
+    `parts` are the partitions of those tables that have some.
+    """
 
     stream: Stream
     tables: Mapping[str, tuple[SourceColumn, ...]]
     broken: str | None
+    opened: datetime
+    parts: Mapping[str, tuple[Partition, ...]]
 
 
 @dataclass(frozen=True)
@@ -92,13 +101,18 @@ def targets_of(spec: Spec) -> list[str]:
 def recorded(ledger: Ledger) -> Path | None:
     """Return the path on record, None where there is none."""
     row = ledger.connection.execute(
-        "SELECT l0::text, system_id, timeline, slot, tables, broken FROM changeover.reverse_stream WHERE migration = %s",
+        "SELECT l0::text, system_id, timeline, slot, tables, broken, opened FROM changeover.reverse_stream WHERE migration = %s",
         [ledger.migration],
     ).fetchone()
     if row is None:
         return None
-    tables = {name: tuple(SourceColumn(**column) for column in columns) for name, columns in row[4].items()}
-    return Path(Stream(parse_lsn(row[0]), row[1], row[2], row[3], row[3], "", ""), tables, row[5])
+    tables = {name: tuple(SourceColumn(**column) for column in table["columns"]) for name, table in row[4].items()}
+    parts = {
+        name: tuple(Partition(**part) for part in table["partitions"])
+        for name, table in row[4].items()
+        if table["partitions"] is not None
+    }
+    return Path(Stream(parse_lsn(row[0]), row[1], row[2], row[3], row[3], "", ""), tables, row[5], row[6], parts)
 
 
 def loads(ledger: Ledger) -> list[ReverseLoad]:
@@ -135,11 +149,25 @@ def break_off(ledger: Ledger, reason: str) -> None:
     )
 
 
+def break_at_gap(ledger: Ledger, gap: SourceChanged | SpoolGap) -> str:
+    """Record that the path has a gap, which nothing can close; return it as a sentence."""
+    what = gap.what if isinstance(gap, SourceChanged) else "slot"
+    reason = f"the new store's change stream has a gap ({what}), and the next fence begins another one"
+    break_off(ledger, reason)
+    return reason
+
+
+def begun_since(path: Path, changes: Sequence[Authority]) -> frozenset[int]:
+    """Return the epochs that began under this path (pure): an earlier one's positions may be those of another server."""
+    return frozenset(change.epoch for change in changes if change.at >= path.opened)
+
+
 def carried(path: Path | None, changes: Sequence[Authority]) -> frozenset[int]:
     """Return the epochs of the new store whose every event the path carries (pure)."""
     if path is None or path.broken:
         return frozenset()
-    return frozenset(epoch for epoch, since in epochs_of(changes, NEW).items() if path.stream.l0 <= since)
+    since = begun_since(path, changes)
+    return frozenset(epoch for epoch, at in epochs_of(changes, NEW).items() if epoch in since and path.stream.l0 <= at)
 
 
 def whole(ledger: Ledger) -> str | None:
@@ -154,6 +182,18 @@ def whole(ledger: Ledger) -> str | None:
         return path.broken or "the reverse path does not reach back to the fence"
     stopped = [load for load in loads(ledger) if load.target == OLD_STORE and load.stopped]
     return f"{stopped[0].source}: {stopped[0].stopped}" if stopped else None
+
+
+def lacking(spec: Spec, ledger: Ledger) -> str | None:
+    """Return what `whole` does, the new store's server asked too: capture, which tells of a gap by itself, may be down (driver)."""
+    path = recorded(ledger)
+    if (reason := whole(ledger)) is not None or path is None:
+        return reason
+    try:
+        _require(spec, ledger, path)
+    except (SourceChanged, SpoolGap) as gap:
+        return break_at_gap(ledger, gap)
+    return None
 
 
 @dataclass(frozen=True)
@@ -232,7 +272,7 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
     oldest of them, LockNotGranted, and SpecError.
     """
     path = recorded(ledger)
-    if path is not None and not path.broken and not any(load.stopped for load in loads(ledger)) and _intact(spec, path):
+    if path is not None and not path.broken and not any(load.stopped for load in loads(ledger)) and _intact(spec, ledger, path):
         return path
     dsn, application = new_dsn(spec), application_name(spec.name, "reverse")
     with connect(spec.source.dsn.resolve(), application) as old, connect(dsn, application) as new:
@@ -244,25 +284,86 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
         system_id, timeline = snapshot.identify(dsn, application)
         _remove(new, slot_of(spec))
         seen = [source_table(new, target_as_source(table)) for table in spec.tables]
-        tables = {one.source: one.columns for one in seen if one is not None}
+        tables = {one.source: one for one in seen if one is not None}
         with speaking_to(dsn, "creating the publication"):
             _publish(new, slot_of(spec), [tuple(name.split(".", 1)) for name in tables])
         made = snapshot.create_slot(dsn, application, slot_of(spec))
         made.session.close()
-    spool_of(spec).create()
-    _record(spec, ledger, Stream(made.l0, system_id, timeline, slot_of(spec), slot_of(spec), "", ""), tables)
+    stream = Stream(made.l0, system_id, timeline, slot_of(spec), slot_of(spec), "", "")
+    if _goes_on(spec, path, stream):
+        spool_of(spec).create()
+        _record(spec, ledger, stream, tables)
+    else:
+        _begin_afresh(spec, ledger, stream, tables)
     log.info("the reverse path is open: slot %s of the new store, from %s", slot_of(spec), format_lsn(made.l0))
     return recorded(ledger)
 
 
-def _intact(spec: Spec, path: Path) -> bool:
+def _intact(spec: Spec, ledger: Ledger, path: Path) -> bool:
     try:
-        durable = max(spool_of(spec).end(), path.stream.l0)
-        require_stream(new_dsn(spec), application_name(spec.name, "reverse"), path.stream, durable)
+        _require(spec, ledger, path)
     except (SourceChanged, SpoolGap) as error:
         log.warning("the reverse path is opened anew: %s", error)
         return False
     return True
+
+
+def roots(spec: Spec, ledger: Ledger, path: Path) -> NewRoots:
+    """Return what the partitions in the new store's stream belong to; those that are born are put on record."""
+
+    def record(name: str, parts: Sequence[Partition]) -> None:
+        ledger.connection.execute(
+            "UPDATE changeover.reverse_stream SET tables = jsonb_set(tables, ARRAY[%s, 'partitions'], %s) WHERE migration = %s",
+            [name, json.dumps([part.__dict__ for part in parts]), ledger.migration],
+        )
+
+    return NewRoots(spec, new_dsn(spec), path.parts, record)
+
+
+def parted(spec: Spec, ledger: Ledger, new: Connection) -> str | None:
+    """Return that a partition of the new store came or went without an event, which breaks the path off; else None."""
+    path = recorded(ledger)
+    try:
+        if path is not None and path.broken is None:
+            roots(spec, ledger, path).look(new)
+    except SourceChanged as gap:
+        return break_at_gap(ledger, gap)
+    return None
+
+
+def _require(spec: Spec, ledger: Ledger, path: Path) -> None:
+    """Raise SourceChanged or SpoolGap unless the new store's stream is whole from the end of its spool on."""
+    if path.parts:
+        with connect(new_dsn(spec), application_name(spec.name, "reverse")) as new:
+            roots(spec, ledger, path).look(new)
+    spool = spool_of(spec)
+    while True:
+        end = spool.end()
+        try:
+            return require_stream(new_dsn(spec), application_name(spec.name, "reverse"), path.stream, max(end, path.stream.l0))
+        except SpoolGap:
+            if spool.end() == end:  # else capture has spooled and acknowledged meanwhile
+                raise
+
+
+def _goes_on(spec: Spec, path: Path | None, stream: Stream) -> bool:
+    """Return whether a new stream's positions go on where those of the spool end: it is the same server, and its log the same."""
+    if path is not None and (path.stream.system_id, path.stream.timeline) != (stream.system_id, stream.timeline):
+        return False
+    try:
+        return spool_of(spec).end() <= stream.l0  # a server that was restored as it stood has another log under the same name
+    except StepOrder:
+        return path is None
+
+
+def _begin_afresh(spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, SourceTable]) -> None:
+    """Put a path on record that has nothing in common with the one before it: neither a spooled event nor a position."""
+    break_off(ledger, "the new store is another server than the one that the reverse path was opened on")
+    with ledger.lease("capture-new", wait_seconds=LEASE_SECONDS):
+        log.warning("what was spooled of the new store before is removed: its log is another one now")
+        shutil.rmtree(spool_of(spec).path, ignore_errors=True)
+        spool_of(spec).create()
+        _record(spec, ledger, stream, tables, afresh=True)
 
 
 def _publish(new: Connection, name: str, tables: Sequence[tuple[str, ...]]) -> None:
@@ -273,24 +374,30 @@ def _publish(new: Connection, name: str, tables: Sequence[tuple[str, ...]]) -> N
         new.execute(sql.SQL("CREATE PUBLICATION {} FOR TABLE ONLY {}").format(sql.Identifier(name), listed))
 
 
-def _record(spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, Sequence[SourceColumn]]) -> None:
-    """Put an opened path on record in one transaction, each load at its beginning."""
-    columns = json.dumps({name: [column.__dict__ for column in columns] for name, columns in tables.items()})
+def _record(spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, SourceTable], *, afresh: bool = False) -> None:
+    """Put an opened path on record in one transaction, each load at its beginning, or where it is beyond that unless `afresh`."""
+    looks = {
+        name: {
+            "columns": [column.__dict__ for column in table.columns],
+            "partitions": None if table.partitions is None else [part.__dict__ for part in table.partitions],
+        }
+        for name, table in tables.items()
+    }
     with ledger.connection.transaction():
         ledger.connection.execute(
             "INSERT INTO changeover.reverse_stream (migration, l0, system_id, timeline, slot, tables)"
             " VALUES (%s, %s, %s, %s, %s, %s)"
             " ON CONFLICT (migration) DO UPDATE SET l0 = excluded.l0, system_id = excluded.system_id, timeline = excluded.timeline,"
             " tables = excluded.tables, opened = now(), broken = NULL",
-            [spec.name, format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, columns],
+            [spec.name, format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, json.dumps(looks)],
         )
         for table in spec.tables:
             for target in targets_of(spec):
                 ledger.connection.execute(
                     "INSERT INTO changeover.reverse_load (migration, source, target, applied) VALUES (%s, %s, %s, %s)"
                     " ON CONFLICT (migration, source, target) DO UPDATE SET stopped = NULL,"
-                    " applied = greatest(reverse_load.applied, excluded.applied)",
-                    [spec.name, table.source, target, format_lsn(stream.l0)],
+                    " applied = CASE WHEN %s THEN excluded.applied ELSE greatest(reverse_load.applied, excluded.applied) END",
+                    [spec.name, table.source, target, format_lsn(stream.l0), afresh],
                 )
 
 

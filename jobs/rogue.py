@@ -50,10 +50,13 @@ def rogue(spec: Spec, ledger: Ledger) -> list[Rogue]:
     """Return the rogue writes since the last moment at which a verdict found both stores equal (driver; looks only)."""
     if spec.flag is None or not ledger.exists():
         return []
-    log = tenures(ledger.authorities())
-    equal = _equal(ledger.verdicts(), spec.flag.target)
+    path, changes = reverse.recorded(ledger), ledger.authorities()
+    # positions from before the path was opened may be those of another server
+    here = reverse.begun_since(path, changes) if path is not None else frozenset[int]()
+    log = [tenure for tenure in tenures(changes) if tenure.store == OLD or tenure.epoch in here]
+    equal = _equal(ledger.verdicts(), spec.flag.target, path)
     found: list[Rogue] = []
-    for store, spool, since in _watched(spec, ledger):
+    for store, spool, since in _watched(spec, ledger, path):
         for table in spec.tables:
             relation = ".".join(table.source_name if store == OLD else table.target_name)
             start = max(since, equal.get(table.source, {}).get(store, 0))
@@ -61,9 +64,8 @@ def rogue(spec: Spec, ledger: Ledger) -> list[Rogue]:
     return found
 
 
-def _watched(spec: Spec, ledger: Ledger) -> Iterator[tuple[str, Spool, int]]:
+def _watched(spec: Spec, ledger: Ledger, path: reverse.Path | None) -> Iterator[tuple[str, Spool, int]]:
     """Yield each store whose stream there is, its spool, and since where it is read."""
-    path = reverse.recorded(ledger)
     places = [(OLD, spool_of(spec, ledger.stream("status").epoch), 0)]  # it had authority from the beginning
     places += [(NEW, reverse.spool_of(spec), path.stream.l0)] if path is not None else []
     for place in places:
@@ -85,11 +87,16 @@ def _in_table(store: str, relation: str, spool: Spool, gaps: Sequence[tuple[int,
     return [Rogue(store, relation, len(rows), len(set(lsns)), format_lsn(min(lsns)), format_lsn(max(lsns)), last)]
 
 
-def _equal(verdicts: Sequence[VerdictRow], target: str) -> Mapping[str, Mapping[str, int]]:
-    """Return for each table the positions in both stores' logs at which it was last found equal (pure)."""
+def _equal(verdicts: Sequence[VerdictRow], target: str, path: reverse.Path | None) -> Mapping[str, Mapping[str, int]]:
+    """Return for each table the positions in both stores' logs at which it was last found equal (pure).
+
+    What was found before the path was opened says nothing of the new store's log as it is now.
+    """
     newest: dict[str, dict[str, int]] = {}
     for one in verdicts:
         if one.verdict == "equal" and one.target == target:
             positions = one.detail["positions"]
-            newest.setdefault(one.source, {OLD: positions["source_lsn"], NEW: parse_lsn(positions["target"])})
+            here = path is not None and one.at >= path.opened
+            found = {OLD: positions["source_lsn"], **({NEW: parse_lsn(positions["target"])} if here else {})}
+            newest.setdefault(one.source, found)
     return newest

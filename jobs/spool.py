@@ -145,6 +145,10 @@ class Spool:
                 _sync(path)
         self._table()
 
+    def reopen(self) -> None:
+        """Forget what is known of the table: it may be another one at the same path."""
+        self._handle = None
+
     def end(self) -> int:
         """Return the commit END LSN up to which all is durable, 0 before the first append.
 

@@ -205,14 +205,14 @@ def _steps(
     milestones: tuple[datetime, datetime | None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return each step of the pipeline, and `finalize`, with its state and when it was last on record."""
-    prepared, finalized = milestones
+    (prepared, finalized), begun = milestones, ledger.begun()
     last = {step: at for at, step, _, _ in reversed(ledger.audits())}
     closed, wanted = sum(load["state"] == CLOSED for load in loads), len(loads)
     loaded, planned = (sum(load[name] for load in loads) for name in ("chunks_loaded", "chunks"))
     behind = [load["behind_bytes"] for load in loads if load["behind_bytes"] is not None]
     words = {verdict["verdict"] for verdict in verdicts}
     states = {
-        "prepare": ("done", prepared),
+        "prepare": ("done" if begun is None else f"epoch {begun} is begun: run `changeover prepare SPEC` to its end", prepared),
         "capture": ("ended" if finalized else CAPTURE[stream["slot"]], last.get("capture")),
         "backfill": ("done" if closed == wanted else f"{loaded} of {planned} chunks", last.get("backfill")),
         "replay": (f"{max(behind):,} bytes behind at most" if behind else "at rest", last.get("replay")),

@@ -10,7 +10,7 @@ differs from the prepared one gets an event that says how, at its place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -29,6 +29,9 @@ from changeover.stores.gate import OURS
 log = logging.getLogger(__name__)
 
 MARKER_PREFIX = "changeover"
+
+
+ADDED_ANEW = "a column was dropped and added anew"
 
 
 def difference(relation: pgoutput.Relation, prepared: Sequence[SourceColumn], generated: frozenset[str]) -> str:
@@ -54,6 +57,11 @@ def _reordered(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) ->
     there = [column.name for column in relation.columns]
     before = [column.name for column in prepared if column.name in there]
     return before != [name for name in there if name in before]
+
+
+def added_anew(prepared: Sequence[SourceColumn], numbers: Mapping[str, int]) -> bool:
+    """Return whether a prepared column has another number by now: another one has its name, and no event tells of old rows."""
+    return any(column.number not in (None, numbers.get(column.name, column.number)) for column in prepared)
 
 
 def additions(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> str:
@@ -144,6 +152,9 @@ class Assembler:
     told: set[tuple[str, str]] = field(default_factory=set)
     open: Open | None = None
     roots: Partitions = field(default_factory=Unpartitioned)
+    numbers: Callable[[], Mapping[str, Mapping[str, int]]] = dict
+    """Looks up the numbers of each table's columns, of which the stream says nothing."""
+    _numbers: Mapping[str, Mapping[str, int]] | None = None
     _notes: list[Event] = field(default_factory=list)
     _mark: tuple[int, str] = (-1, "")
     """The last mark of our own writes: its transaction's commit LSN, and what it says."""
@@ -152,6 +163,7 @@ class Assembler:
         """Take the messages of some frames; return the end LSNs of the commits among them."""
         if not frames:
             return []
+        self._numbers = None  # what was looked up before these frames came may be older than they are
         wire = Wire(frames)
         ends: list[int] = []
         begin = 0
@@ -283,14 +295,19 @@ class Assembler:
             source = self._lost_partition(name)
         self.shapes[relation.oid] = Shape(source, relation, self.tables[source])
         found = difference(relation, self.tables[source], self.generated.get(source, frozenset()))
-        if not found and name == source and _reordered(relation, self.tables[source]):
-            found = "a column was dropped and added anew"
+        if not found and ((name == source and _reordered(relation, self.tables[source])) or self._added_anew(source)):
+            found = ADDED_ANEW
         if name != source and source not in self.roots.names:
             found = f"the table was renamed to {name}" + (f"; {found}" if found else "")
         # a renamed column is one that was dropped and one that was added
         note = "; ".join(filter(None, (found, additions(relation, self.tables[source]))))
         if note:
             self._note(source, RELATION if found else ADDED, note)
+
+    def _added_anew(self, source: str) -> bool:
+        if self._numbers is None:
+            self._numbers = self.numbers()
+        return added_anew(self.tables[source], self._numbers.get(source, {}))
 
     def _lost_partition(self, name: str) -> str:
         """Tell that a partition of which nothing is known is gone already, and return the table that its changes count to.

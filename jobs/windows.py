@@ -19,7 +19,7 @@ event e of window n:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -47,10 +47,14 @@ SESSION = {
 
 @dataclass(frozen=True)
 class Seen:
-    """A source table as a window's snapshot shows it: None for one that is gone; whether its triggers always fire."""
+    """A source table as a window's snapshot shows it, None for one that is gone; whether its triggers always fire.
+
+    `numbers` are those of its columns by name.
+    """
 
     relation: pgoutput.Relation | None
     enabled: bool
+    numbers: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ SELECT pg_current_snapshot()::text, (SELECT jsonb_agg(jsonb_build_object('oid', 
         AND t.tgname = ANY (%(names)s) AND t.tgenabled = 'A'),
     'columns', (SELECT jsonb_agg(jsonb_build_array(a.attname, a.atttypid::bigint, a.atttypmod, EXISTS (SELECT FROM pg_index i
             WHERE i.indrelid = c.oid AND CASE WHEN c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END
-            AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))) ORDER BY a.attnum)
+            AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])), a.attnum) ORDER BY a.attnum)
         FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)) ORDER BY asked.place)
     FROM unnest(%(oids)s::oid[]) WITH ORDINALITY AS asked(oid, place)
     LEFT JOIN pg_class c ON c.oid = asked.oid LEFT JOIN pg_namespace n ON n.oid = c.relnamespace)::text
@@ -178,9 +182,12 @@ def windows(connection: Connection, log: Log, since: int) -> list[Window]:
 
 def _seen(told: dict[str, Any]) -> Seen:
     if told["name"] is None:
-        return Seen(None, False)
-    columns = tuple(pgoutput.Column(name, oid, typmod, key) for name, oid, typmod, key in told["columns"] or [])
-    return Seen(pgoutput.Relation(told["oid"], told["schema"], told["name"], "d", columns), told["enabled"])
+        return Seen(None, False, {})
+    columns = told["columns"] or []
+    relation = pgoutput.Relation(
+        told["oid"], told["schema"], told["name"], "d", tuple(pgoutput.Column(*column[:4]) for column in columns)
+    )
+    return Seen(relation, told["enabled"], {column[0]: number for column in columns for number in column[4:]})
 
 
 ROWS = """

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import psycopg
 import pytest
 from ldclient.migrations.types import Stage
 
 from changeover.flags import flagfile
 from changeover.flags.router import Change, Router, returned
 from changeover.jobs.capture import capture
+from changeover.jobs.ledger import Ledger
 from changeover.jobs.replay import replay
+from changeover.session import connect
+from changeover.stores.gate import FENCED
 from tests.fix_migration import STORE, MakeMigration, Migration
 
 ACCOUNTS = "CREATE TABLE accounts (id bigint PRIMARY KEY, balance numeric(12,2) NOT NULL, note text)"
@@ -119,6 +125,59 @@ def application(migration: Migration, threads: int = 3) -> Iterator[Router]:
             for writer in writers:
                 writer.join()
     assert not errors, errors
+
+
+@contextmanager
+def unmirrored(migration: Migration) -> Iterator[Counter[str]]:
+    """Add one to account after account in the store that has authority, by plain SQL; an error fails the test.
+
+    There is no mirror, so whatever arrives in the other store was brought by a stream. Yields how many writes each table took.
+    """
+    taken: Counter[str] = Counter()
+    stop, errors = threading.Event(), []
+
+    def write() -> None:
+        old_dsn, new_dsn = migration.spec.source.dsn.resolve(), migration.spec.targets[STORE].dsn_value
+        try:
+            with (
+                connect(old_dsn, "application") as old, connect(new_dsn, "application") as new,
+                Ledger.open(migration.spec, "application") as ledger,
+            ):  # fmt: skip
+                stores = {"old": (old, "accounts"), "new": (new, "ledgers")}
+                session, table = stores[ledger.authority().store]
+                account = 0
+                while not stop.wait(0.005):
+                    account = account % ROWS + 1
+                    try:
+                        written = session.execute(f"UPDATE {table} SET balance = balance + 1 WHERE id = %s".encode(), [account])
+                        taken[table] += written.rowcount
+                    except psycopg.Error as error:
+                        if error.sqlstate != FENCED:
+                            raise
+                        session, table = stores[ledger.authority().store]
+        except BaseException as error:
+            errors.append(error)
+
+    writer = threading.Thread(target=write, name="application")
+    writer.start()
+    try:
+        yield taken
+    finally:
+        stop.set()
+        writer.join()
+    assert not errors, errors
+
+
+def assert_nothing_lost(migration: Migration, taken: Counter[str], seconds: float = 60.0) -> None:
+    """Assert that both stores come to hold every write that one of them took (a stream has to bring it yet)."""
+    wanted = sum(number * 1.5 for number in range(1, ROWS + 1)) + taken.total()
+    deadline = time.monotonic() + seconds
+    while rows(migration.old, "accounts") != rows(migration.new, "ledgers") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [sum(row[1] for row in rows(*store)) for store in ((migration.old, "accounts"), (migration.new, "ledgers"))] == [
+        wanted, wanted,
+    ]  # fmt: skip
+    assert rows(migration.old, "accounts") == rows(migration.new, "ledgers")
 
 
 def add(router: Router, account: int, note: str | None = None) -> Any:

@@ -29,8 +29,9 @@ from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.spool import TRUNCATE
+from changeover.jobs.tenure import EVERYTHING, OLD, Standing, Tenure, stamped, standing, tenures
 from changeover.jobs.transform import BARE
-from changeover.position import Version, parse_lsn
+from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table, Target
 from changeover.stores import DELETED
@@ -78,7 +79,9 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
             given |= {name: own[column] for name, column in _moved(found).items() if column in own}
             story.parts["source row"] = _row(spec, old, found.source_name, own) or NONE
             story.parts["chunk"] = _chunks(ledger, old, found, seen, own)
-            story.parts["spooled events"] = _gone(finalized) or _events(spec, found, own, epoch, ledger.authorities())
+            story.parts["spooled events"] = (
+                _gone(finalized) or _begun(ledger.begun()) or _events(spec, found, own, epoch, ledger.authorities())
+            )
         for target in spec.targets.values():
             told = _in_lake if target.kind == "delta" else _in_postgres
             story.parts.update(told(spec, found, target, given, finalized))
@@ -93,6 +96,10 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
 
 def _gone(finalized: datetime | None) -> str | None:
     return f"none is kept since the migration was finalized at {finalized:%Y-%m-%d %H:%M:%S}" if finalized else None
+
+
+def _begun(epoch: int | None) -> str | None:
+    return f"none is told while `prepare --anew` is on its way to epoch {epoch}: run it again to its end" if epoch else None
 
 
 def _table(spec: Spec, key: Sequence[str], named: str | None) -> Table:
@@ -192,19 +199,40 @@ def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: Chunk
 
 
 def _events(spec: Spec, table: Table, own: Key, begun: int, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
-    """Return the spooled events of the source key, in stream order; the spool is read a part at a time."""
+    """Return the spooled events of the source key, in stream order, and what each is; the spool is read a part at a time.
+
+    What the old store was written while it had no authority is at its place in the log, and no version of the row.
+    """
     schema, name = table.source_name
     spool = spool_of(spec, begun)
     ours = (pc.field("relation") == f"{schema}.{name}") & (pc.field("lsn") < spool.end())  # beyond it, a part of a transaction
     dataset = _dataset(spool.path)
-    wanted = ["lsn", "ordinal", "op", "row", "key"]
-    told = []
-    for batch in dataset.to_batches(columns=wanted, filter=ours):
-        for event in batch.filter(_of_key(batch, own)).to_pylist():
-            epoch = max((one.epoch for one in authorities if one.from_lsn <= event["lsn"]), default=0)
-            version = Version(epoch, event["lsn"], event["ordinal"])
-            told.append((version, {"version": str(version), "op": event["op"], "row": dict(event["row"] or event["key"] or [])}))
-    return [event for _, event in sorted(told, key=lambda one: one[0])]
+    wanted = ["lsn", "ordinal", "op", "row", "key", "note"]
+    told = [
+        event
+        for batch in dataset.to_batches(columns=wanted, filter=ours)
+        for event in batch.filter(_of_key(batch, own)).to_pylist()
+    ]
+    log = tenures(authorities)
+    return [
+        {**_place(log, event), "op": event["op"], "row": dict(event["row"] or event["key"] or [])}
+        for event in sorted(told, key=lambda event: (event["lsn"], event["ordinal"]))
+    ]
+
+
+def _place(log: Sequence[Tenure], event: Mapping[str, Any]) -> dict[str, str]:
+    """Return the version under which an event of the old store's log is offered, or where it stands there and why it is not."""
+    version = stamped(log, EVERYTHING, OLD, Version(0, event["lsn"], event["ordinal"]))
+    found = standing(log, EVERYTHING, OLD, event["lsn"], event["note"] is not None)
+    if found is Standing.OFFERED:
+        return {"version": str(version)}
+    return {"at": f"{format_lsn(event['lsn'])}:{event['ordinal']}", "standing": STANDINGS[found]}
+
+
+STANDINGS = {
+    Standing.ECHO: "an echo: a write of our own, which brought the other store's",
+    Standing.ROGUE: "rogue: by somebody, while the store had no authority",
+}
 
 
 def _dataset(path: Path) -> Any:

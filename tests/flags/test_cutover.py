@@ -164,9 +164,10 @@ def test_a_rollback_over_the_fence_prints_what_it_lost_and_writers_go_on(moved: 
         done = run("rollback", moved, "--json")
         told = json.loads(done.stdout)
         assert {**told, "pause_seconds": None} == {
-            "from": "live", "to": "shadow", "epoch": 2, "pause_seconds": None, "lost": 1,
+            "from": "live", "to": "shadow", "epoch": 2, "pause_seconds": None, "lost": 1, "lacking": told["lacking"],
         }  # fmt: skip
         assert 0 < told["pause_seconds"] < 10
+        assert told["lacking"].startswith("public.accounts: ")
         wait_for(lambda: router.stage is Stage.SHADOW, "shadow")
         written = add(router, 3)
         assert (written.origin, written.version.epoch) == (Origin.OLD, 2)

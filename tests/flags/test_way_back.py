@@ -31,7 +31,9 @@ from changeover.jobs.prepare import leftovers, spool_of
 from changeover.jobs.status import status
 from changeover.position import parse_lsn
 from changeover.session import connect
+from changeover.verifiers.explain import explain
 from changeover.verifiers.verify import verify
+from tests import fix_accounts as accounts
 from tests.fix_accounts import following
 from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
 from tests.fix_migration import rows as comparable
@@ -185,6 +187,9 @@ def test_what_is_written_to_the_new_store_comes_back_and_nothing_echoes(people: 
         echoed = spool_events(spool_of(people.spec), "public.members")
         assert {event["note"] for event in echoed} == {"changes"}, "what replay wrote to the old store is marked as ours"
         assert forward_events(people) == before, "and offered to nobody"
+        told = explain(people.spec, ["60"]).parts["spooled events"]
+        assert told
+        assert {event.get("standing", event.get("version"))[:7] for event in told} == {"an echo"}
         assert {one.events for one in reverse_loads(people).values()} == {len(written)}
 
         with writing_there(people):
@@ -273,6 +278,8 @@ def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, cap
         settled(people)
         kept = [event for event in spool_events(spool_of(people.spec), "public.members") if event["note"] is None]
         assert [dict(event["row"])["note"] for event in kept if event["lsn"] >= parse_lsn(rogue.first)] == ["rogue"] * 2
+        [told] = explain(people.spec, ["7"]).parts["spooled events"]
+        assert (told["at"][: len(rogue.first)], told["standing"][:5], told["row"]["note"]) == (rogue.first, "rogue", "rogue")
         assert "rogue" not in {row[0] for row in people.new.execute("SELECT note FROM people").fetchall()}, "offered to nobody"
         different = {verdict.target: verdict.equal for verdict in verify(people.spec, people.spark)}
         assert different[STORE] is False
@@ -334,3 +341,29 @@ def test_a_truncate_of_a_whole_table_comes_back(moved: Migration) -> None:
         moved.new.execute("INSERT INTO ledgers VALUES (5001, 1, 'since')")
         settled(moved)
         assert moved.old.execute("SELECT id, balance, note FROM accounts").fetchall() == [(5001, 1, "since")]
+
+
+def test_a_partitioned_new_table_comes_back(make_migration: MakeMigration) -> None:
+    made = make_migration(accounts.SPEC, accounts.ACCOUNTS, targets=(STORE,))
+    made.old.execute("INSERT INTO accounts SELECT i, i * 1.5, 'n' || i FROM generate_series(1, %s) i", [accounts.ROWS])
+    made.new.execute(
+        "CREATE TABLE ledgers (id bigint PRIMARY KEY, balance numeric(12,2) NOT NULL, note text) PARTITION BY RANGE (id);"
+        " CREATE TABLE ledgers_low PARTITION OF ledgers FOR VALUES FROM (0) TO (100);"
+        " CREATE TABLE ledgers_high PARTITION OF ledgers FOR VALUES FROM (100) TO (1000)"
+    )
+    made.prepare()
+    made.backfill()
+    accounts.turn(made, Stage.SHADOW)
+    with following(made):
+        with accounts.unmirrored(made) as taken:
+            fence(made.spec, Origin.NEW)
+            made.new.execute("UPDATE ledgers SET id = id + 500 WHERE id = 50")  # from one partition to the other
+            made.new.execute("CREATE TABLE ledgers_more PARTITION OF ledgers FOR VALUES FROM (1000) TO (2000)")
+            made.new.execute("INSERT INTO ledgers VALUES (1500, 0, 'in a partition of now')")
+            time.sleep(1)
+            back = fence(made.spec, Origin.OLD)
+            assert (back.store, back.lacking) == ("old", None)
+            time.sleep(0.5)
+        assert taken["ledgers"] > 20, taken
+        accounts.assert_nothing_lost(made, taken)
+        assert made.old.execute("SELECT id FROM accounts WHERE id IN (50, 550, 1500) ORDER BY 1").fetchall() == [(550,), (1500,)]

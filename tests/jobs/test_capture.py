@@ -122,7 +122,7 @@ class Prepared:
 def columns_of(connection: Connection, table: str) -> list[SourceColumn]:
     rows = connection.execute(
         "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A',"
-        " coalesce(a.attnum = ANY (i.indkey), false), a.attnotnull"
+        " coalesce(a.attnum = ANY (i.indkey), false), a.attnotnull, NULL::integer, a.attnum"
         " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid"
         " LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary"
         " WHERE a.attrelid = %s::regclass AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum",
@@ -329,6 +329,7 @@ def test_other_changes_of_a_table(prepared: Prepared, change: str, note: str) ->
     [
         ("ALTER TABLE follows ALTER tags TYPE text USING 'a,b'", "column tags has another type (oid 25, was text[])"),
         ("ALTER TABLE follows DROP name, ADD name text DEFAULT 'x'", "a column was dropped and added anew"),
+        ("ALTER TABLE follows DROP big, ADD big text", "a column was dropped and added anew"),
     ],
 )
 def test_a_changed_column_stops_its_table_and_not_the_others(prepared: Prepared, change: str, note: str) -> None:

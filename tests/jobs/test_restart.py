@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 
 from changeover import pipeline, points
 from changeover.embedded import EmbeddedServer
-from changeover.errors import CouldNotFinish, DatabaseFailed, LeaseHeld, Refused, SourceChanged, StepOrder, UsageError
+from changeover.errors import CouldNotFinish, DatabaseFailed, LeaseHeld, Refused, SourceChanged, SpecError, StepOrder, UsageError
 from changeover.jobs.backfill import append_name
 from changeover.jobs.capture import capture
 from changeover.jobs.entries import CLOSED, PENDING, Stream
@@ -27,6 +27,7 @@ from changeover.jobs.status import status
 from changeover.position import Version, format_lsn
 from changeover.session import connect
 from changeover.stores.appends import commit_once
+from tests.fix_accounts import ACCOUNTS
 from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, STORE, MakeMigration, Migration
 from tests.fix_postgres import SETTINGS
 from tests.fix_writer import writing
@@ -256,3 +257,34 @@ def test_it_is_refused_where_it_would_lose_rows(make_migration: MakeMigration) -
     with pytest.raises(StepOrder):
         capture(migration.spec, patience=0)
     migration.abort()
+
+
+WITH_A_WAY_BACK = """
+[[table]]
+source = "public.accounts"
+target = "ledgers"
+key = ["id"]
+[table.columns]
+shout = "upper(note)"
+[table.reverse]
+note = "lower(shout)"
+[flag]
+key = "f"
+target = "store"
+"""
+
+
+def test_the_way_back_is_looked_at_again(make_migration: MakeMigration, caplog: pytest.LogCaptureFixture) -> None:
+    migration = make_migration(WITH_A_WAY_BACK, ACCOUNTS, targets=[STORE])
+    migration.prepare()
+    assert "way back" not in caplog.text
+    migration.new.execute("ALTER TABLE ledgers ALTER balance TYPE text")
+    assert anew(migration).epoch == 1
+    assert "public.accounts has no way back from ledgers: nothing gives its column balance" in caplog.text
+    migration.new.execute("ALTER TABLE ledgers ALTER balance TYPE numeric(12,2) USING NULL, ALTER shout TYPE integer[] USING NULL")
+    migration.new.execute("INSERT INTO ledgers (id, balance) VALUES (1, 1)")
+    with pytest.raises(SpecError, match=r"columns.note: 'lower\(shout\)' is not a valid expression"):
+        anew(migration)
+    assert migration.new.execute("SELECT count(*) FROM ledgers").fetchone() == (1,), "nothing was begun"
+    with Ledger.open(migration.spec, "test") as ledger:
+        assert ledger.begun() is None

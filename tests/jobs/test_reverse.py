@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from ldclient.migrations.types import Stage
 from psycopg import sql
 
-from changeover.errors import SlotBlocked
-from changeover.jobs import obstacles, reverse, snapshot
+from changeover.errors import CouldNotFinish, SlotBlocked
+from changeover.flags import cutover, flagfile
+from changeover.jobs import obstacles, restart, reverse, snapshot
 from changeover.jobs.capture import capture_new, emit_marker
 from changeover.jobs.entries import Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.rogue import rogue
-from changeover.position import epoch_floor, image_version
+from changeover.jobs.spool import remove_spools
+from changeover.jobs.status import status
+from changeover.position import epoch_floor, format_lsn, image_version
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
 from changeover.stores.batches import BATCH, apply_batch, prepare_batch
 from changeover.stores.gate import gated, install_gate, sweep
+from changeover.verifiers.explain import explain
+from tests.fix_postgres import default_binaries, fresh_database, passing_server
 
 SPEC = """
 name = "{name}"
@@ -118,11 +126,12 @@ def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Sto
     ("change", "reason"),
     [
         ("ALTER TABLE links DROP CONSTRAINT links_pkey", "public.links has no primary key and no replica identity"),
+        ("CREATE TABLE more () INHERITS (links)", "public.links takes part in inheritance"),
         (
-            "DROP TABLE links; CREATE TABLE links (a integer PRIMARY KEY) PARTITION BY RANGE (a)",
-            "is no ordinary table",
+            "DROP TABLE links; CREATE TABLE links (a integer PRIMARY KEY, upper text) PARTITION BY RANGE (a);"
+            " CREATE TABLE low PARTITION OF links FOR VALUES FROM (0) TO (9); ALTER TABLE low REPLICA IDENTITY NOTHING",
+            "low, a partition of public.links, has the replica identity (none) and not (a)",
         ),
-        ("CREATE TABLE more () INHERITS (links)", "is no ordinary table"),
     ],
 )
 def test_a_table_whose_changes_can_not_be_told_has_no_way_back(stores: Stores, change: str, reason: str) -> None:
@@ -143,7 +152,7 @@ def test_the_path_is_opened_once_watched_and_taken_away(stores: Stores) -> None:
     assert [event["row"] for event in stores.captured()] == [{"a": "1", "upper": "X"}]
     reverse.advance(stores.ledger, "follows", reverse.OLD_STORE, path.stream.l0 + 8, 3)
 
-    stores.new.execute("SELECT pg_drop_replication_slot(%s)", [path.stream.slot])
+    lose_slot(stores)
     again = reverse.open_path(stores.spec, stores.ledger)
     assert again is not None
     assert again.stream.l0 > path.stream.l0, "another stream, from now on"
@@ -210,3 +219,213 @@ def test_a_rolled_back_write_and_one_beside_the_tables_are_no_rogue(stores: Stor
     install_gate(stores.new, "public", "links", ["a"], epoch_floor(0))
     assert stores.captured() == []
     assert rogue(stores.spec, stores.ledger) == []
+
+
+# -- a partitioned new table
+
+PARTED = """
+DROP TABLE links;
+CREATE TABLE links (a integer PRIMARY KEY, upper text) PARTITION BY RANGE (a);
+CREATE TABLE links_low PARTITION OF links FOR VALUES FROM (0) TO (100);
+CREATE TABLE links_high PARTITION OF links FOR VALUES FROM (100) TO (200);
+CREATE TABLE aside (a integer PRIMARY KEY, upper text);
+INSERT INTO aside VALUES (300, 'ASIDE')
+"""
+
+
+@pytest.fixture
+def parted(stores: Stores) -> Stores:
+    """Return stores whose new table is partitioned, with a path that is open, and authority with the new store."""
+    stores.new.execute('DROP FUNCTION changeover."gate_public.links"')
+    stores.new.execute(PARTED)
+    install_gate(stores.new, "public", "links", ["a"], image_version(1))
+    live(stores)
+    return stores
+
+
+def told(stores: Stores) -> list[tuple[Any, ...]]:
+    return [(event["relation"], event["op"], (event["row"] or event["key"] or {}).get("a")) for event in stores.captured()]
+
+
+def test_changes_of_a_new_tables_partitions_are_the_tables(parted: Stores) -> None:
+    name = "public.links"
+    assert obstacles.notes(parted.spec) == []
+    parted.new.execute("INSERT INTO links VALUES (150, 'HIGH'); UPDATE links SET a = 151 WHERE a = 1")
+    parted.new.execute(
+        "CREATE TABLE links_new PARTITION OF links FOR VALUES FROM (200) TO (300); INSERT INTO links VALUES (250, 'N')"
+    )
+    moved = [("D", "1"), ("I", "151")]
+    assert told(parted) == [(name, "I", "1"), (name, "I", "150"), *[(name, *one) for one in moved], (name, "I", "250")]
+    parted.new.execute("TRUNCATE links")
+    assert told(parted)[-1] == (name, "T", None)
+    assert reverse.lacking(parted.spec, parted.ledger) is None
+    path = reverse.recorded(parted.ledger)
+    assert path is not None
+    assert [part.name for part in path.parts[name]] == ["public.links_high", "public.links_low", "public.links_new"]
+    parted.new.execute("TRUNCATE links_low")
+    assert told(parted)[-1] == (name, "R", None), "the rows of one partition alone, which none can tell"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("ALTER TABLE links DETACH PARTITION links_low", "its partition public.links_low was detached or dropped"),
+        (
+            "ALTER TABLE links ATTACH PARTITION aside FOR VALUES FROM (300) TO (400)",
+            "the partition public.aside was attached to it",
+        ),
+    ],
+)
+def test_a_partition_that_comes_or_goes_without_an_event_breaks_the_path_off(parted: Stores, change: str, reason: str) -> None:
+    assert len(told(parted)) == 1
+    parted.new.execute(change.encode())
+    if "DETACH" in change:
+        with pytest.raises(CouldNotFinish, match="its change stream has a gap"):
+            capture_new(parted.spec, threading.Event())
+    done = cutover.rollback(parted.spec)
+    assert done.lacking is not None
+    assert done.lacking.startswith(f"the new store's change stream has a gap (partitions of public.links: {reason}")
+
+
+# -- a path that can't go on
+
+
+def hand_over(stores: Stores, epoch: int, store: str) -> int:
+    """Put on record that authority has moved now, as a fence does; return the position in the new store's log."""
+    row = stores.new.execute("SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint").fetchone()
+    assert row is not None
+    stores.ledger.connection.execute(
+        "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, new_lsn) VALUES (%s, %s, %s, '0/1', %s)",
+        [stores.spec.name, epoch, store, format_lsn(row[0])],
+    )
+    return int(row[0])
+
+
+def lose_slot(stores: Stores) -> None:
+    assert snapshot.drop_slot(stores.new, reverse.slot_of(stores.spec))
+
+
+LOST = "the new store's change stream has a gap (replication slot), and the next fence begins another one"
+
+
+def live(stores: Stores) -> None:
+    """Have the path open, authority with the new store, and something written to it."""
+    stores.state(GIVEN)
+    assert reverse.open_path(stores.spec, stores.ledger) is not None
+    hand_over(stores, 1, "new")
+    flagfile.write_stage(stores.spec.work / "flags.json", "f", Stage.LIVE)
+    stores.new.execute("INSERT INTO links VALUES (1, 'X')")
+
+
+def test_a_lost_slot_breaks_the_path_off_and_everybody_is_told(stores: Stores) -> None:
+    live(stores)
+    assert [event["op"] for event in stores.captured()] == ["I"]
+    assert reverse.whole(stores.ledger) is None
+    lose_slot(stores)
+    with pytest.raises(CouldNotFinish, match="its change stream has a gap, so the mirror alone keeps the old store up to date"):
+        capture_new(stores.spec, threading.Event())
+    assert reverse.whole(stores.ledger) == LOST
+    assert capture_new(stores.spec, threading.Event()) is None, "there is nothing to follow any more"
+    assert f"  way back  the mirror alone keeps the old store up to date: {LOST}" in list(status(stores.spec).lines())
+    done = cutover.rollback(stores.spec)
+    assert (done.after, done.epoch, done.lacking) == (Stage.SHADOW, 2, LOST)
+    again = reverse.open_path(stores.spec, stores.ledger)
+    assert again is not None
+    assert again.broken is None
+    assert stores.slots() == [again.stream.slot]
+
+
+@pytest.mark.parametrize("lost_after", [0.0, 2.0])
+def test_a_rollback_sees_by_itself_that_the_slot_is_lost(stores: Stores, lost_after: float) -> None:
+    live(stores)
+    losing = threading.Timer(lost_after, lose_slot, [stores])
+    losing.start()
+    if not lost_after:
+        losing.join()
+    began = time.monotonic()
+    done = cutover.rollback(stores.spec)  # capture is down: nobody else would notice, and nothing comes back
+    assert lost_after <= time.monotonic() - began < 20
+    assert (done.epoch, done.lacking) == (2, LOST)
+    assert stores.ledger.authority().store == "old"
+    stores.old.execute("INSERT INTO follows VALUES (1, 'writers go on')")
+    with pytest.raises(psycopg.Error, match="no authority"):
+        stores.new.execute("INSERT INTO links VALUES (2, 'Y')")
+
+
+def test_rogue_writes_are_told_while_a_new_epoch_is_begun(stores: Stores) -> None:
+    stores.state(GIVEN)
+    reverse.open_path(stores.spec, stores.ledger)
+    stores.new.execute("INSERT INTO links VALUES (1, 'X')")
+    assert len(stores.captured()) == 1
+    before = rogue(stores.spec, stores.ledger)
+    assert [(found.store, found.changes) for found in before] == [("new", 1)]
+    assert restart._begin(stores.ledger) == 1
+    assert rogue(stores.spec, stores.ledger) == before
+    page = list(status(stores.spec).lines())
+    assert f"  rogue     {before[0]}" in page
+    assert any(line.startswith("  prepare   epoch 1 is begun: run `changeover prepare SPEC` to its end (20") for line in page)
+    remove_spools(stores.spec.work)
+    assert rogue(stores.spec, stores.ledger) == before, "what is left of the two spools is still looked at"
+    told = explain(stores.spec, ["1"]).parts
+    assert (told["source row"], told["store row"]) == ("none", {"a": 1, "upper": "X"})
+    assert told["spooled events"] == "none is told while `prepare --anew` is on its way to epoch 1: run it again to its end"
+    reverse.remove(stores.spec, stores.ledger)
+    assert rogue(stores.spec, stores.ledger) == [], "as far as a new epoch is made, nothing of the old one counts"
+
+
+@contextmanager
+def restored(stores: Stores, dsn: str) -> Iterator[Stores]:
+    """Put the new store, and the ledger that stands in it, into another server's database, as a dump and its restore do."""
+    with connect(dsn, "test") as new, Ledger.open(stores.spec, "test") as ledger:
+        new.execute("CREATE TABLE links (a integer PRIMARY KEY, upper text)")
+        ledger.create()
+        install_gate(new, "public", "links", ["a"], image_version(1))
+        for name in ("migration", "reverse_stream", "reverse_load", "authority"):
+            table = sql.Identifier("changeover", name)
+            with (
+                stores.new.cursor().copy(sql.SQL("COPY {} TO STDOUT").format(table)) as dumped,
+                new.cursor().copy(sql.SQL("COPY {} FROM STDIN").format(table)) as loading,
+            ):
+                for data in dumped:
+                    loading.write(data)
+        yield replace(stores, new=new, ledger=ledger)
+
+
+def test_a_path_on_a_restored_server_begins_afresh(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores.state(GIVEN)
+    assert reverse.open_path(stores.spec, stores.ledger) is not None
+    reached = before_the_restore(stores)
+    with passing_server(default_binaries()) as server, fresh_database(server, "new") as dsn:
+        monkeypatch.setenv("NEW_DSN", dsn)
+        with restored(stores, dsn) as there:
+            after_the_restore(there, reached)
+
+
+def before_the_restore(stores: Stores) -> int:
+    """Have authority move to the new store and back, and much be written that the restored server has never seen."""
+    stores.new.execute("SELECT pg_logical_emit_message(false, 'noise', repeat('x', 1000)) FROM generate_series(1, 20000)")
+    hand_over(stores, 1, "new")
+    stores.new.execute("INSERT INTO links VALUES (1, 'X')")
+    assert len(stores.captured()) == 1
+    hand_over(stores, 2, "old")
+    reached = reverse.spool_of(stores.spec).end()
+    reverse.advance(stores.ledger, "follows", reverse.OLD_STORE, reached, 1)
+    return reached
+
+
+def after_the_restore(stores: Stores, reached: int) -> None:
+    running = reverse.spool_of(stores.spec)
+    assert running.end() == reached  # as replay looks at it, in a process of its own
+    path = reverse.open_path(stores.spec, stores.ledger)
+    assert path is not None
+    assert path.stream.l0 < reached, "the restored server's positions are below those that were seen"
+    assert [load_.applied for load_ in reverse.loads(stores.ledger)] == [path.stream.l0], "else all below would never be offered"
+    running.reopen()
+    assert running.end() == 0
+    stores.new.execute("INSERT INTO links VALUES (2, 'rogue')")
+    hand_over(stores, 3, "new")
+    stores.new.execute("INSERT INTO links VALUES (3, 'Y')")
+    assert [event["row"]["a"] for event in stores.captured()] == ["2", "3"], "nothing of the server that is gone"
+    assert reverse.carried(path, stores.ledger.authorities()) == {3}, "the first epoch's positions are of another log"
+    assert reverse.whole(stores.ledger) is None
+    assert [(found.store, found.changes) for found in rogue(stores.spec, stores.ledger)] == [("new", 1)]

@@ -612,6 +612,7 @@ def test_an_added_column_is_told_and_the_table_goes_on(counters: Logged) -> None
         ("RENAME id TO number", "column id was dropped; column number was added"),
         ("ALTER id TYPE bigint", "column id has another type"),
         ("DROP COLUMN n, ADD COLUMN n integer DEFAULT 0", "a column was dropped and added anew"),
+        ("DROP COLUMN stamp, ADD COLUMN stamp text", "a column was dropped and added anew"),
         ("DROP CONSTRAINT counters_pkey", "column id is no longer part of the replica identity"),
         ("RENAME TO counted", "the table was renamed to public.counted"),
         ("DISABLE TRIGGER ALL", "its trigger of the log was disabled or dropped"),

@@ -13,10 +13,12 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from changeover.flags.fence import fence
 from changeover.jobs import snapshot
+from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import finalize
+from changeover.jobs.rogue import rogue
 from changeover.session import connect
 from changeover.verifiers.verify import verify
-from tests.fix_accounts import application, following, loaded, rows, turn
+from tests.fix_accounts import application, assert_nothing_lost, following, loaded, rows, turn, unmirrored
 from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, STORE, MakeMigration
 from tests.fix_postgres import default_binaries, fresh_database, passing_server
 from tests.fix_writer import writing
@@ -91,3 +93,18 @@ def test_authority_moves_there_and_back_under_writers_and_no_write_is_lost(make_
     assert rows(moved.old, "accounts") == rows(moved.new, "ledgers")
     finalize(moved.spec)
     assert moved.leftovers() == []
+
+
+def test_the_fences_positions_in_the_log_part_what_was_written_under_each_authority(make_migration: MakeMigration) -> None:
+    moved = loaded(make_migration, STORE, kind="trigger")
+    with following(moved):
+        with unmirrored(moved) as taken:
+            for to in (Origin.NEW, Origin.OLD, Origin.NEW, Origin.OLD):
+                time.sleep(1)
+                fence(moved.spec, to)
+            time.sleep(1)
+        assert min(taken["accounts"], taken["ledgers"]) > 50, taken
+        assert_nothing_lost(moved, taken)
+        with Ledger.open(moved.spec, "test") as ledger:
+            assert rogue(moved.spec, ledger) == [], "each write was made by somebody who had authority"
+        assert verify(moved.spec, moved.spark)[0].equal

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from changeover.cli import main
+from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import finalize
+from changeover.jobs.tenure import tenures
 from changeover.position import format_lsn
+from changeover.verifiers.explain import _place
 from tests.fix_accounts import loaded
 from tests.fix_migration import LAKE, STORE, MakeMigration, Migration
 
@@ -146,6 +150,18 @@ def test_a_bad_key_is_one_sentence(make_migration: MakeMigration) -> None:
         assert problem in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert told(made, "7")["stage"] == "never turned"
+
+
+def test_an_event_is_told_for_what_it_is() -> None:
+    moves = [Authority(1, "new", 200, datetime.min, 0.1, 70), Authority(2, "old", 300, datetime.min, 0.1, 90)]
+    log = tenures(moves)
+    events = [{"lsn": lsn, "ordinal": 4, "note": note} for lsn, note in ((199, None), (250, "changes"), (250, None), (300, None))]
+    assert [_place(log, event) for event in events] == [
+        {"version": "0:0/C7:4"},
+        {"at": "0/FA:4", "standing": "an echo: a write of our own, which brought the other store's"},
+        {"at": "0/FA:4", "standing": "rogue: by somebody, while the store had no authority"},
+        {"version": "2:0/12C:4"},
+    ]
 
 
 TWO = """

@@ -15,12 +15,15 @@ from psycopg import sql
 
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.position import Version
-from changeover.stores import Counts
+from changeover.stores import VERSION_COLUMNS, Counts
 from changeover.stores.gate import GATE_EPOCH, MARK, OURS, GatedTable, raise_floor
 from changeover.stores.statements import CATCH_UP, GATE, LOAD, Part
 
 BATCH = sql.Identifier("pg_temp", "changeover_batch")
 """The session's temporary table in which a batch of images or changes arrives by COPY."""
+
+WIDEST = 1600 - len(VERSION_COLUMNS)
+"""How many columns of a table fit into a batch beside the versions: PostgreSQL's tables have 1,600 at most."""
 
 
 def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool, *, keep: bool = False) -> None:

@@ -1,0 +1,78 @@
+"""What check refuses by itself, without a JVM: limits of the servers at which a step would break off later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from changeover.jobs import obstacles
+from changeover.jobs.preflight import preflight
+from changeover.position import Version
+from changeover.session import Connection, connect
+from changeover.spec import Spec, load
+from changeover.stores import gate
+from changeover.stores.batches import BATCH, WIDEST, apply_batch, prepare_batch
+
+SPEC = """
+name = "wide"
+[source]
+dsn = "env:OLD_DSN"
+[target.store]
+kind = "postgres"
+dsn = "env:NEW_DSN"
+[[table]]
+source = "wide"
+target = "wares"
+key = ["id"]
+{rest}
+[flag]
+key = "f"
+target = "store"
+[work]
+path = "work"
+"""
+
+
+def wide(connection: Connection, name: str, columns: int) -> None:
+    """Create a table of so many columns."""
+    rest = "".join(f", c{number} integer" for number in range(1, columns))
+    connection.execute(f"CREATE TABLE {name} (id integer PRIMARY KEY{rest})".encode())
+
+
+def spec_of(folder: Path, rest: str = "") -> Spec:
+    path = folder / "spec.toml"
+    path.write_text(SPEC.format(rest=rest))
+    return load(path)
+
+
+def test_a_target_that_is_too_wide_for_a_batch_is_refused(
+    old_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLD_DSN", old_dsn)
+    monkeypatch.setenv("NEW_DSN", new_dsn)
+    told = (
+        "target table wares would be filled in 1,597 columns, and 1,596 is the most that a batch holds beside its versions: leave"
+        " columns out by `drop`"
+    )
+    with connect(old_dsn, "test") as old:
+        wide(old, "wide", WIDEST + 1)
+    assert preflight(spec_of(tmp_path)).reasons == [told]
+    assert preflight(spec_of(tmp_path, '[table.columns]\ntwo = "c1 + c2"\n')).reasons == [told.replace("1,597", "1,598")]
+    assert preflight(spec_of(tmp_path, 'drop = ["c5"]')).reasons == []
+    assert any(note.startswith("public.wide has 1,597 columns: 1,596 is the most") for note in obstacles.notes(spec_of(tmp_path)))
+
+
+def test_the_widest_table_fits_into_a_batch_and_no_wider_one(old_dsn: str) -> None:
+    with connect(old_dsn, "test") as connection:
+        for name, columns in (("fits", WIDEST), ("breaks", WIDEST + 1)):
+            wide(connection, name, columns)
+            gate.install_gate(connection, "public", name, ["id"], Version(0, 1, -1))
+        with connection.transaction(), connection.cursor() as cursor:
+            table = gate.gated(connection, "public", "fits", ["id"])
+            prepare_batch(cursor, table, versions=True)
+            cursor.execute(psycopg.sql.SQL("INSERT INTO {} VALUES (0, '0/99', 0, false, 2)").format(BATCH))
+            assert apply_batch(cursor, table).taken == 1
+        with pytest.raises(psycopg.errors.TooManyColumns), connection.transaction(), connection.cursor() as cursor:
+            prepare_batch(cursor, gate.gated(connection, "public", "breaks", ["id"]), versions=True)
