@@ -66,7 +66,7 @@ def advance(spec: Spec, ledger: Ledger, names: Collection[str], override: str | 
     everybodys = _between(spec, known)
     going = [name for name in chosen if known.of(name).store is Origin.OLD]
     if not going:
-        raise Refused(f"flags advance: {some(chosen)} are at live already: rampdown and complete are of all rows, without --cohort")
+        raise Refused(f"flags advance: {some(chosen)} live already: rampdown and complete are of all rows, without --cohort")
     evidence = gate.collect(spec, ledger, Stage.SHADOW, Stage.LIVE, everybodys)
     told = require_open(ledger, evidence, override, {"cohorts": chosen[:FIRST], "count": len(chosen)})
     missing = unknown(spec, chosen)
@@ -84,7 +84,7 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[str]) -> Advanced:
     _between(spec, known)
     going = [name for name in chosen if known.of(name).store is Origin.NEW]
     if not going:
-        raise Refused(f"flags rollback: {some(chosen)} are at the old store already: below shadow all rows go together")
+        raise Refused(f"flags rollback: {some(chosen)} at the old store already: below shadow all rows go together")
     epochs = known.epochs(Origin.NEW, going)
     missing = unknown(spec, chosen)
     done = turning.turn(spec, ledger, Stage.LIVE, Stage.SHADOW, chosen)
