@@ -323,7 +323,7 @@ class _Reader:
             self.fail("flag.target", "must be a PostgreSQL target: an application writes to the store that takes over")
         file, context = self.optional_text("flag", given, "file"), self.optional_text("flag", given, "context")
         if context is not None and not (KIND.fullmatch(context) and context not in ("kind", "multi")):
-            self.fail("flag.context", f'is "{context}": LaunchDarkly has no kind of context by that name, so no cohort could be asked for')
+            self.fail("flag.context", f'is "{context}": LaunchDarkly has no kind of context by that name')
         return Flag(self.text("flag", given, "key"), target, file, context)
 
     def work(self, given: Mapping[str, Any]) -> str:
