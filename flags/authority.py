@@ -1,9 +1,9 @@
 """The fact: which store has authority, followed by a background thread, and what this process last acknowledged of it.
 
 `LedgerAuthority` asks the ledger every 50 ms on a connection of its own, at once when a write was refused, for its newest move, and
-reads them all only where that is another one: many cohorts may be named there. It records a heartbeat every 0.5 s and at once when
-the stage or the epoch has changed. A ledger that can't be reached keeps the last known facts: that is safe, because the store that
-lost authority refuses by itself. The caller's thread only reads an attribute.
+reads those that came since only where that is another one: many cohorts may be named there. It records a heartbeat every 0.5 s and
+at once when the stage or the epoch has changed. A ledger that can't be reached keeps the last known facts: that is safe, because the
+store that lost authority refuses by itself. The caller's thread only reads an attribute.
 """
 
 from __future__ import annotations
@@ -140,11 +140,7 @@ class LedgerFollower:
         """Read authority and beat where due; False when the ledger can't be used now."""
         try:
             ledger = self._open()
-            newest = ledger.connection.execute(NEWEST, [self.source.migration]).fetchone()
-            known = self.facts
-            if known is None or newest != self._newest:
-                known = facts(ledger.authorities())
-                self._newest = newest
+            known = self._known(ledger)
             with self._changed:
                 self.facts = known
                 self._looks += 1
@@ -154,6 +150,20 @@ class LedgerFollower:
             self._failed(error)
             return False
         return True
+
+    def _known(self, ledger: Ledger) -> Facts:
+        """Return the facts, with the moves that came since the last look; all are read where the last one is not there any more."""
+        row = ledger.connection.execute(NEWEST, [self.source.migration]).fetchone()
+        newest = (row[0], row[1]) if row is not None else None
+        if self.facts is not None and newest == self._newest:
+            return self.facts
+        later = ledger.authorities(self._newest[0]) if self._newest is not None else []
+        if later and self.facts is not None and (later[0].epoch, later[0].at) == self._newest:
+            known = facts(later[1:], self.facts)
+        else:
+            known = facts(ledger.authorities())
+        self._newest = newest
+        return known
 
     def _open(self) -> Ledger:
         if self._ledger is None:

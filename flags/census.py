@@ -62,7 +62,9 @@ SELECT v::text FROM cohort WHERE v IS NOT NULL LIMIT {most}
 WHOLE = "SELECT DISTINCT {column}::text FROM {table} LIMIT {most}"
 """Where no index begins with the column: the whole table is read."""
 
-PRESENT = "SELECT v::text FROM unnest(%s) v WHERE EXISTS (SELECT FROM {table} WHERE {column} = v)"
+PRESENT = "SELECT v::text FROM unnest(%s::{type}[]) v WHERE EXISTS (SELECT FROM {table} WHERE {column} = v)"
+
+BITS = {"smallint": 16, "integer": 32, "bigint": 64}
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,9 @@ class Census:
                 found.update(present(old, *table.source_name, self.flag.context or "", MOST + 1))
         if len(found) > MOST:
             log.warning("there are more than %s cohorts: those beyond are moved by all rows' flag, or by name, alone", f"{MOST:,}")
-        self._names = frozenset(sorted(found)[:MOST])
-        self._counts += 1
+        names = frozenset(sorted(found)[:MOST])
+        if names != self._names:
+            self._names, self._counts = names, self._counts + 1
         ended = time.monotonic()
         self._due = ended + SHARE * (ended - started)
 
@@ -154,15 +157,16 @@ def unknown(spec: Spec, names: Collection[str]) -> tuple[str, ...]:
             for table in spec.tables:
                 for side, place, holder in ((old, table.source_name, column), (new, table.target_name, new_column(spec, table))):
                     if left and holder is not None:
-                        left -= _present(side, place, holder, values)
+                        left -= _present(side, place, holder, kind, values)
         except psycopg.errors.QueryCanceled:
             log.info("whether the cohorts have rows takes more than %s s to tell", LOOK_SECONDS)
             return ()
     return tuple(sorted(left))
 
 
-def _present(connection: Connection, place: tuple[str, str], column: str, values: list[Any]) -> set[str]:
-    statement = sql.SQL(PRESENT).format(table=sql.Identifier(*place), column=sql.Identifier(column))
+def _present(connection: Connection, place: tuple[str, str], column: str, kind: str, values: list[Any]) -> set[str]:
+    typed = sql.SQL(kind)  # a name that format_type printed
+    statement = sql.SQL(PRESENT).format(table=sql.Identifier(*place), column=sql.Identifier(column), type=typed)
     with connection.transaction():
         connection.execute("SELECT set_config('statement_timeout', %s, true)", [f"{LOOK_SECONDS * 1000:.0f}ms"])
         return {row[0] for row in connection.execute(statement, [values])}
@@ -179,8 +183,11 @@ def _type(old: Connection, spec: Spec, column: str) -> str:
 def _typed(kind: str, column: str, name: str) -> int | UUID | str:
     """Return a cohort as a value of its column's type (pure)."""
     try:
-        if kind in ("smallint", "integer", "bigint"):
-            return int(name.replace("_", "?"))  # which Python would take
-        return UUID(name) if kind == "uuid" else name
+        if kind not in BITS:
+            return UUID(name) if kind == "uuid" else name
+        number = int(name.replace("_", "?"))  # which Python would take
+        if number.bit_length() < BITS[kind]:
+            return number
+        raise ValueError(number)
     except ValueError:
         raise UsageError(f"cohort {name} is no {kind}, which {column} is: give the value as a row has it") from None

@@ -58,9 +58,10 @@ class Facts:
         return {name: fact for name, fact in self.named.items() if fact.store is not self.rest.store}
 
 
-def facts(moves: Iterable[Authority]) -> Facts:
-    """Return what holds after the moves on record, first to last."""
-    epoch, rest, named = 0, BEGINNING, dict[str, Fact]()
+def facts(moves: Iterable[Authority], before: Facts | None = None) -> Facts:
+    """Return what holds after moves, first to last: all that are on record, or those that came since what held `before`."""
+    start = before or Facts()
+    epoch, rest, named = start.epoch, start.rest, dict(start.named)
     for move in moves:
         epoch = move.epoch
         if move.cohorts is None:

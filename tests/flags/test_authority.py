@@ -10,7 +10,7 @@ import pytest
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags.authority import Beat, LedgerAuthority, LedgerFollower
-from changeover.flags.facts import Fact, Facts
+from changeover.flags.facts import Fact, Facts, facts
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.tenure import EVERYTHING
@@ -124,12 +124,13 @@ def test_a_cohorts_move_is_followed_and_waiting_is_for_its_own(
 def test_the_names_are_read_again_only_after_a_move(
     stores: Stores, follower: LedgerFollower, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
 ) -> None:
-    reads: list[Ledger] = []
+    reads: list[int] = []
     authorities = Ledger.authorities
 
-    def counted(ledger: Ledger) -> list[Authority]:
-        reads.append(ledger)
-        return authorities(ledger)
+    def counted(ledger: Ledger, since: int = 0) -> list[Authority]:
+        found = authorities(ledger, since)
+        reads.append(len(found))
+        return found
 
     monkeypatch.setattr(Ledger, "authorities", counted)
     looks = follower._looks
@@ -139,7 +140,12 @@ def test_the_names_are_read_again_only_after_a_move(
     eventually(lambda: follower.facts is not None and len(follower.facts.named) == 10_000)
     looks = follower._looks
     eventually(lambda: follower._looks >= looks + 5)
-    assert len(reads) == 1
+    assert reads == [1]
+    for epoch in range(2, 7):
+        stores.move(epoch, "old" if epoch % 2 else "new", str(epoch))
+        eventually(lambda epoch=epoch: follower.facts is not None and follower.facts.epoch == epoch)
+    assert reads == [1, 2, 2, 2, 2, 2], "the last one that is known, and the new one"
+    assert follower.facts == facts(authorities(stores.ledger))
 
 
 def test_a_migration_that_began_again_by_the_same_name_is_read_anew(

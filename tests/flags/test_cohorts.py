@@ -188,7 +188,7 @@ def _read(stores: Stores) -> int:
 
 def test_a_name_is_brought_to_the_form_that_postgresql_prints(stores: Stores, spec: Spec) -> None:
     assert census.spelled(spec, ["007", "7", "-3"]) == ["7", "-3"]
-    for name in ("ann", "7_0", "1.5"):
+    for name in ("ann", "7_0", "1.5", "9" * 20):
         with pytest.raises(UsageError, match=f"cohort {name} is no bigint, which from_user is"):
             census.spelled(spec, [name])
     stores.old.execute("ALTER TABLE public.follows ALTER from_user TYPE uuid USING NULL::uuid")
@@ -200,7 +200,14 @@ def test_a_name_is_brought_to_the_form_that_postgresql_prints(stores: Stores, sp
 def test_cohorts_without_a_row_in_either_store_are_told(stores: Stores, spec: Spec) -> None:
     follows(stores, 7)
     stores.new.execute("INSERT INTO public.associations VALUES (8, 1, '{}', NULL, now())")
-    assert census.unknown(spec, ["7", "8", "9", "99999999999999999999"]) == ("9", "99999999999999999999")
+    assert census.unknown(spec, ["7", "8", "9"]) == ("9",)
+    for kind in ("text", "varchar(9)"):
+        stores.old.execute(f"ALTER TABLE public.follows ALTER from_user TYPE {kind}")
+        stores.new.execute(f"ALTER TABLE public.associations ALTER subject TYPE {kind}")
+        assert census.unknown(spec, ["7", "8", "Zoë ☂"]) == ("Zoë ☂",)
+    stores.old.execute("ALTER TABLE public.follows ALTER from_user TYPE uuid USING md5(from_user)::uuid")
+    stores.new.execute("ALTER TABLE public.associations ALTER subject TYPE uuid USING md5(subject)::uuid")
+    assert census.unknown(spec, ["8f14e45f-ceea-167a-5a36-dedd4bea2543", "8" * 32]) == ("8" * 32,)
 
 
 BAD = [

@@ -40,6 +40,15 @@ def test_they_agree_with_the_tenures(seed: int) -> None:
         assert known.of(cohort) == Fact(last.epoch, Origin(last.store)), moves
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_they_are_the_same_read_at_once_or_move_by_move(seed: int) -> None:
+    moves = any_moves(random.Random(seed))
+    known = Facts()
+    for one in moves:
+        known = facts([one], known)
+    assert known == facts(moves)
+
+
 def test_before_any_move_the_old_store_has_everything() -> None:
     assert facts([]) == Facts()
     assert facts([]).of("A") == Fact(0, Origin.OLD)

@@ -76,6 +76,22 @@ def test_each_row_goes_where_its_cohort_has_authority(
     assert router.mismatches == []
 
 
+def test_what_reads_of_a_cohort_that_stands_apart_say_counts_at_everybodys_stage(
+    stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow, eventually: Callable[..., None]
+) -> None:
+    move_7(stores, flag_file, router, eventually)
+    put(router, make_follow(7))
+    assert router.drain(5)
+    find(router, make_follow(7))
+    assert router.drain(5)
+    at_stage = router.counters()["comparisons"]["at_stage"]
+    assert at_stage == {"stage": "shadow", "compared": 1, "matched": 1, "mismatched": 0, "ignored": 0}
+    stores.new.execute('UPDATE public.associations SET attributes = \'{"note": "spoilt"}\'')
+    find(router, make_follow(7))
+    assert router.drain(10)
+    assert router.counters()["comparisons"]["at_stage"]["mismatched"] == 1
+
+
 def test_heartbeats_have_everybodys_stage_the_newest_epoch_and_no_name(
     stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow, eventually: Callable[..., None]
 ) -> None:
