@@ -2,8 +2,8 @@
 
 `LedgerAuthority` asks the ledger every 50 ms on a connection of its own, at once when a write was refused, for its newest move, and
 reads those that came since only where that is another one: many cohorts may be named there. It records a heartbeat every 0.5 s and
-at once when the stage or the epoch has changed. A ledger that can't be reached keeps the last known facts: that is safe, because the
-store that lost authority refuses by itself. The caller's thread only reads an attribute.
+at once when the stage or the epoch has changed. A ledger that can't be reached keeps the last known facts: that is safe, because
+the store that lost authority refuses by itself. The caller's thread only reads an attribute.
 """
 
 from __future__ import annotations
