@@ -19,9 +19,9 @@ from changeover import points
 from changeover.cohorts import EVERY, Cohorts
 from changeover.errors import TableStopped
 from changeover.jobs.changes import completed, last_of_each_key, passed_on
+from changeover.jobs.events import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE, kept
 from changeover.jobs.journal import Journal
 from changeover.jobs.merge import caught_up_floor
-from changeover.jobs.spool import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE, kept
 from changeover.jobs.tenure import Interval, Section
 from changeover.jobs.transform import Transform
 from changeover.position import Version, format_lsn

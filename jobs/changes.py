@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from changeover.errors import CouldNotFinish, RowRefused
-from changeover.jobs.spool import DELETE, UPDATE
+from changeover.jobs.events import DELETE, UPDATE
 from changeover.jobs.transform import AT_LSN, AT_ORDINAL, GONE, Transform
 from changeover.position import format_lsn
 from changeover.session import application_name

@@ -14,17 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import psycopg
 from psycopg import pq
 from psycopg.adapt import Transformer
 
 from changeover.errors import RowRefused, ServerUnavailable, SourceChanged
-from changeover.jobs import pgoutput, triggerlog, windows
+from changeover.jobs import intake, pgoutput, triggerlog, windows
 from changeover.jobs.entries import SourceColumn
+from changeover.jobs.events import ADDED, RELATION, Event, Image
+from changeover.jobs.intake import CaptureResult, Feed, Intake
 from changeover.jobs.shapes import Shape
-from changeover.jobs.spool import ADDED, RELATION, Event, Image
 from changeover.jobs.transactions import ADDED_ANEW, added_anew, additions, difference
 from changeover.jobs.triggerlog import Log
 from changeover.jobs.windows import Row, Seen, Window
@@ -32,18 +32,8 @@ from changeover.position import format_lsn
 from changeover.session import Connection, application_name, speaking_to
 from changeover.spec import Spec, qualified
 
-if TYPE_CHECKING:
-    from changeover.jobs.capture import CaptureResult, Feed
-
 POLL_SECONDS = 0.1
 BATCH_EVENTS = 20_000
-BATCH_BYTES = 32 << 20
-WATCH_SECONDS = 60.0
-"""How often to look whether the log has grown beyond measure."""
-
-COMPACT_EVERY = 50
-IDLE_STEP = 1 << 20
-"""Bytes of other tables' WAL after which a window without rows moves the spool's end."""
 
 RECORD = 2249
 
@@ -60,6 +50,7 @@ class LogRun:
         self.result = result
         self.log = Log(spec.name)
         self.dsn, self.spool = feed.dsn, feed.spool
+        self.intake = Intake(feed.spool, result)
         names = [".".join(qualified(table.source)) for table in spec.tables]
         self.sources = [Source(name, feed.tables[name]) for name in names]
         self.failing_since: float | None = None
@@ -118,7 +109,7 @@ class LogRun:
             if following:
                 continue
             some, position = windows.waiting(connection, self.log, last)
-            if some or position - last.end >= IDLE_STEP:
+            if some or position - last.end >= intake.IDLE_STEP:
                 windows.cut(connection, self.log)
             else:
                 self.stop.wait(POLL_SECONDS)
@@ -135,19 +126,11 @@ class LogRun:
                     batch.append(event)
                     size += length
                     xids.add(event.xid)
-                if len(batch) >= BATCH_EVENTS or size >= BATCH_BYTES:
-                    self._append(batch, last.end)
+                if len(batch) >= BATCH_EVENTS or size >= intake.BATCH_BYTES:
+                    self.intake.append(batch, last.end)
                     batch, size = [], 0
-        self._append(batch, window.end)
+        self.intake.append(batch, window.end)
         self.result.transactions += len(xids)
-        self.result.end_lsn = window.end
-
-    def _append(self, batch: list[Event], end: int) -> None:
-        self.spool.append(batch, end)
-        self.result.events += len(batch)
-        self.result.appends += 1
-        if self.result.appends % COMPACT_EVERY == 0:
-            self.spool.compact()
 
     def _events(self, rows: Iterable[Row], last: Window, window: Window) -> Iterator[tuple[Event, int]]:
         """Yield a window's events, each with the length of its texts: how tables have changed, then the log's rows in order."""
@@ -167,7 +150,7 @@ class LogRun:
     def _watch(self, connection: Connection) -> None:
         """Raise the alarm when the log grows beyond measure."""
         if time.monotonic() >= self.watch_at:
-            self.watch_at = time.monotonic() + WATCH_SECONDS
+            self.watch_at = time.monotonic() + intake.WATCH_SECONDS
             if alarm := triggerlog.state(connection, self.spec.name)[2]:
                 log.warning("%s", alarm)
 

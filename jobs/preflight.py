@@ -8,22 +8,19 @@ DELETE fail once a publication holds it), and of what this version carries.
 from __future__ import annotations
 
 import difflib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from psycopg import sql
 
-from changeover.errors import Refused, SpecError
+from changeover.errors import SpecError
 from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.partitions import partitions_of
 from changeover.jobs.transform import expressions
-from changeover.secret import secret
 from changeover.session import Connection, application_name, connect, server_name
-from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table, qualified
+from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
 from changeover.stores import VERSION_COLUMNS, Column, open_store
 from changeover.stores.batches import WIDEST
 from changeover.stores.gate import NAME_BYTES
@@ -320,64 +317,3 @@ def _grants(connection: Connection, spec: Spec) -> list[str]:
 def where(spec: Spec) -> str:
     """Return where the old store is, for messages."""
     return server_name(spec.source.dsn.resolve())
-
-
-def draft(dsn: str, table: str) -> str:
-    """Return a spec for a live table, ready to be edited: names and key from the catalogue, no secret (driver).
-
-    Raises Refused for a table that is not there or has no key, SpecError for a DSN with a password.
-    """
-    schema, name = qualified(table)
-    with connect(secret("init", "dsn", dsn).resolve(), application_name("init", "init")) as old:
-        seen = source_table(old, Table(f"{schema}.{name}", name, ()))
-    if seen is None:
-        raise Refused(f"init: there is no table {schema}.{name} in that database: name it as schema.table")
-    if not seen.identity:
-        raise Refused(f"init: {schema}.{name} has no primary key and no replica identity with a key: add one first")
-    key = ", ".join(_quoted(column) for column in seen.identity)
-    columns = "\n".join(_drafted(column) for column in seen.columns)
-    return DRAFT.format(
-        name=_migration_name(name), dsn=_quoted(dsn), source=_quoted(f"{schema}.{name}"), table=_quoted(name), key=key,
-        columns=columns,
-    )  # fmt: skip
-
-
-def _migration_name(table: str) -> str:
-    """Return a name that a spec may have, since it becomes part of a slot's name."""
-    plain = re.sub(r"[^a-z0-9_]", "_", table.lower())
-    return (plain if re.match("[a-z]", plain) else f"t{plain}")[:40]
-
-
-def _quoted(text: str) -> str:
-    """Return a TOML string, whose escapes are JSON's."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _drafted(column: SourceColumn) -> str:
-    """Return a column's line: a comment that says what holds without it."""
-    simple = IDENTIFIER.fullmatch(column.name)
-    name = column.name if simple else _quoted(column.name)
-    expression = column.name if simple else "`" + column.name.replace("`", "``") + "`"
-    return f"# {name} = {_quoted(expression)}  # {column.type}"
-
-
-DRAFT = """name = "{name}"
-
-[source]
-dsn = {dsn}
-
-[target.store]
-kind = "postgres"
-dsn = "env:NEW_DSN"
-
-[[table]]
-source = {source}
-target = {table}
-key = [{key}]
-
-[table.columns]  # target column = Spark SQL expression; what is not named here keeps its name and type
-{columns}
-
-[work]
-path = "changeover-work"
-"""

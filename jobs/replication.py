@@ -20,7 +20,7 @@ from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, Spool
 from changeover.jobs import pgoutput
 from changeover.jobs.entries import Stream
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, connect, server_name, speaking_to
+from changeover.session import Connection, application_name, connect, server_name, speaking_to
 
 FEEDBACK_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
@@ -29,14 +29,79 @@ LOW_SHARE = 0.25
 """Share of max_slot_wal_keep_size below which what is left of it is an alarm."""
 
 
-class Replication:
-    """A session with the slot's walsender; every wait in it is bounded."""
+BACKLOG = "backlog"
+"""The step in the application name of the session that reads a slot's backlog."""
+
+FOLLOWED = """
+(s.active OR EXISTS (SELECT FROM pg_stat_activity a WHERE a.datname = current_database() AND a.application_name = {}))
+"""
+"""Whether capture has the slot s: between two turns of its backlog the slot itself is at rest."""
+
+
+def decoding(publication: str) -> dict[str, str]:
+    """Return the options by which a slot is decoded, the same whichever way it is read."""
+    return {"proto_version": "1", "publication_names": f'"{publication}"', "messages": "true"}
+
+
+def followed(migration: str) -> sql.Composed:
+    """Return the condition that capture follows the slot of the alias s."""
+    return sql.SQL(FOLLOWED).format(sql.Literal(application_name(migration, BACKLOG)))
+
+
+class CopyStream:
+    """A session that sends data by the COPY protocol; every wait in it is bounded, and what is not taken stays with the server."""
 
     def __init__(self, connection: Connection, dsn: str) -> None:
         self.connection = connection
         self.dsn = dsn
-        self.received = 0
         self.heard = time.monotonic()
+        self.over = False
+
+    def frames(self, wait_seconds: float, most: int, *, gather: bool = False) -> list[bytes]:
+        """Return the frames that are there, up to about `most` bytes, after waiting up to `wait_seconds` when there is none.
+
+        With `gather` it waits that long for more of them too: so many at once cost less.
+        """
+        found: list[bytes] = []
+        wire, size = self.connection.pgconn, 0
+        while size < most and not (self.over and found):
+            length, data = (-1, b"") if self.over else wire.get_copy_data(1)
+            if length > 0:
+                found.append(bytes(data))
+                size += length
+            elif length < 0:
+                self.over = True
+                if not found:  # what came before the end is taken first
+                    self.ended()
+                    break
+            elif not self.more(0 if found and not gather else wait_seconds):
+                break
+        return found
+
+    def more(self, wait_seconds: float) -> bool:
+        """Read what the socket has; return whether it had anything."""
+        wire = self.connection.pgconn
+        poll = select.poll()
+        poll.register(wire.socket, select.POLLIN)
+        if not poll.poll(wait_seconds * 1000):
+            return False
+        wire.consume_input()
+        self.heard = time.monotonic()
+        return True
+
+    def ended(self) -> None:
+        """Look how the data ended; raises psycopg.Error, or ServerUnavailable where it has no end."""
+        result = self.connection.pgconn.get_result()
+        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(result)
+        raise ServerUnavailable(server_name(self.dsn), "the server ended the stream")
+
+
+class Replication(CopyStream):
+    """A session with the slot's walsender."""
+
+    received = 0
+    """Up to where the server has sent."""
 
     def identify(self, stream: Stream) -> None:
         """Raise SourceChanged unless the server has the prepared system identifier and timeline."""
@@ -49,8 +114,9 @@ class Replication:
 
     def start(self, stream: Stream, at: int) -> None:
         """Begin to stream what committed at `at` or later; raises LeaseHeld while another session has the slot."""
-        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} (proto_version '1', publication_names {}, messages 'true')").format(
-            sql.Identifier(stream.slot), sql.SQL(format_lsn(at)), sql.Literal(f'"{stream.publication}"')
+        options = [sql.SQL(name) + sql.SQL(" ") + sql.Literal(value) for name, value in decoding(stream.publication).items()]
+        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})").format(
+            sql.Identifier(stream.slot), sql.SQL(format_lsn(at)), sql.SQL(", ").join(options)
         )
         result = self.connection.pgconn.exec_(command.as_bytes(self.connection))
         if result.status != pq.ExecStatus.COPY_BOTH:
@@ -58,34 +124,6 @@ class Replication:
             if isinstance(error, psycopg.errors.ObjectInUse):
                 raise LeaseHeld("capture", str(error).strip()) from error
             raise error
-
-    def frames(self, wait_seconds: float, most: int) -> list[bytes]:
-        """Return the frames that are there, up to about `most` bytes, after waiting up to `wait_seconds` when there is none."""
-        found: list[bytes] = []
-        wire, size = self.connection.pgconn, 0
-        while size < most:
-            length, data = wire.get_copy_data(1)
-            if length > 0:
-                found.append(bytes(data))
-                size += length
-            elif length < 0:
-                if found:
-                    break  # what came before the end is taken first
-                self._ended()
-            elif not self._more(0 if found else wait_seconds):
-                break
-        return found
-
-    def _more(self, wait_seconds: float) -> bool:
-        """Read what the socket has; return whether it had anything."""
-        wire = self.connection.pgconn
-        poll = select.poll()
-        poll.register(wire.socket, select.POLLIN)
-        if not poll.poll(wait_seconds * 1000):
-            return False
-        wire.consume_input()
-        self.heard = time.monotonic()
-        return True
 
     def answer(self, durable: int, *, ping: bool = False) -> None:
         """Tell the server what is durable; with `ping` it answers at once, which shows that it is alive."""
@@ -97,12 +135,6 @@ class Replication:
         """Raise ServerUnavailable when nothing has come for SILENCE_SECONDS, although we ask for answers."""
         if time.monotonic() - self.heard > SILENCE_SECONDS:
             raise ServerUnavailable(server_name(self.dsn), f"nothing heard for {SILENCE_SECONDS:g} s")
-
-    def _ended(self) -> None:
-        result = self.connection.pgconn.get_result()
-        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
-            raise psycopg.errors.error_from_result(result)
-        raise ServerUnavailable(server_name(self.dsn), "the server ended the stream")
 
 
 def require_stream(dsn: str, application: str, stream: Stream, durable: int) -> None:

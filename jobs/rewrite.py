@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from changeover.errors import CouldNotFinish, TableStopped
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.chunks import same_file
+from changeover.jobs.events import TRUNCATE
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.partitions import record, recorded, require_same_partitions
 from changeover.jobs.preflight import SourceTable, source_table
-from changeover.jobs.spool import TRUNCATE, Spool
+from changeover.jobs.spool import Spool
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection
 from changeover.spec import Table

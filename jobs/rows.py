@@ -31,13 +31,16 @@ TRANSACTIONAL = 1
 
 
 class Wire:
-    """The messages of many frames in one run of bytes, read at many places at once; `start` and `end` bound each message."""
+    """The messages of many frames in one run of bytes, read at many places at once; `start` and `end` bound each message.
 
-    def __init__(self, frames: Sequence[bytes]) -> None:
+    Before its message each frame has a header of that many bytes.
+    """
+
+    def __init__(self, frames: Sequence[bytes], header: int = XLOG_HEADER) -> None:
         self.bytes = b"".join(frames)
         ends = np.cumsum(np.fromiter(map(len, frames), np.int64, len(frames)))
         self.end: Places = ends
-        self.start: Places = np.concatenate(([0], ends[:-1])).astype(np.int64) + XLOG_HEADER
+        self.start: Places = np.concatenate(([0], ends[:-1])).astype(np.int64) + header
         if np.any(self.start >= self.end):
             raise MalformedMessage("a frame without a message")
         # what is read beyond the last message is zeros, and then the ends do not meet

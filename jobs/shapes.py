@@ -20,7 +20,7 @@ from psycopg import pq
 from psycopg.adapt import Transformer
 
 from changeover.errors import RowRefused
-from changeover.jobs import rows, spool
+from changeover.jobs import events, rows
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.pgoutput import Relation
 from changeover.jobs.rows import Changes, Mask, Places, Tuples
@@ -29,7 +29,7 @@ TEXT_ARRAY, BOX_ARRAY = 1009, 1020
 VECTORS = (22, 30)
 """int2vector and oidvector, which are arrays to the catalogue but are written as words."""
 
-OPS = {rows.INSERT: spool.INSERT, rows.UPDATE: spool.UPDATE, rows.DELETE: spool.DELETE}
+OPS = {rows.INSERT: events.INSERT, rows.UPDATE: events.UPDATE, rows.DELETE: events.DELETE}
 
 
 class Stamps(NamedTuple):
@@ -72,10 +72,10 @@ class Shape:
             "key": self._images(group.old, self.keys, count, told),
             "missing": self._missing(new, count),
             "xid": pa.array(stamps.xid),
-            "committed_at": pa.array(stamps.committed_at).cast(spool.SCHEMA.field("committed_at").type),
+            "committed_at": pa.array(stamps.committed_at).cast(events.SCHEMA.field("committed_at").type),
             "note": notes,
         }
-        return pa.table([columns[name] for name in spool.SCHEMA.names], schema=spool.SCHEMA)
+        return pa.table([columns[name] for name in events.SCHEMA.names], schema=events.SCHEMA)
 
     def _key_moved(self, old: Tuples | None, new: Tuples) -> Mask:
         """Return which updates gave their row another key; that an old image was sent does not yet say so."""
@@ -91,7 +91,7 @@ class Shape:
     def _images(self, tuples: Tuples | None, columns: list[int], count: int, there: Mask) -> pa.Array:
         """Return a map of column name to text for each row that is there, NULL for the others; what was not sent is left out."""
         if tuples is None:
-            return pa.nulls(count, spool.TEXTS)
+            return pa.nulls(count, events.TEXTS)
         chosen = tuples.columns(columns)
         sent = (chosen.kind != rows.UNCHANGED) & there[:, None]
         values = self._gathered(chosen, columns, sent)

@@ -20,9 +20,9 @@ import pyarrow as pa
 from changeover.errors import SourceChanged
 from changeover.jobs import pgoutput, rows
 from changeover.jobs.entries import SourceColumn
+from changeover.jobs.events import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
 from changeover.jobs.rows import Mask, Places, Wire
 from changeover.jobs.shapes import Shape, Stamps
-from changeover.jobs.spool import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
 from changeover.session import Connection
 from changeover.stores.gate import OURS
 
@@ -160,11 +160,12 @@ class Assembler:
     """The last mark of our own writes: its transaction's commit LSN, and what it says."""
 
     def take(self, frames: Sequence[bytes]) -> list[int]:
-        """Take the messages of some frames; return the end LSNs of the commits among them."""
-        if not frames:
-            return []
-        self._numbers = None  # what was looked up before these frames came may be older than they are
-        wire = Wire(frames)
+        """Take the messages of some frames of the stream; return the end LSNs of the commits among them."""
+        return self.read(Wire(frames)) if frames else []
+
+    def read(self, wire: Wire) -> list[int]:
+        """Take messages; return the end LSNs of the commits among them."""
+        self._numbers = None  # what was looked up before these messages came may be older than they are
         ends: list[int] = []
         begin = 0
         # a table's new shape holds for what comes behind it, so the messages are taken run by run
@@ -172,7 +173,7 @@ class Assembler:
             ends += self._run(wire, np.arange(begin, described))
             self._relation(pgoutput.relation(wire.message(described)))
             begin = described + 1
-        return ends + self._run(wire, np.arange(begin, len(frames)))
+        return ends + self._run(wire, np.arange(begin, len(wire.start)))
 
     def taken(self) -> list[pa.Table]:
         """Return the events so far and begin anew."""

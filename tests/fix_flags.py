@@ -24,7 +24,7 @@ from psycopg import sql
 
 from changeover.cohorts import Cohorts
 from changeover.embedded import EmbeddedServer
-from changeover.flags import flagfile
+from changeover.flags import authority, flagfile
 from changeover.flags.authority import LedgerAuthority
 from changeover.flags.endpoint import Change, Cursor, PgEndpoint, Row, RowMapping, returned
 from changeover.flags.router import Router
@@ -40,6 +40,12 @@ from tests.fix_postgres import fresh_database
 
 FLAG = "follows-store"
 MIGRATION = "follows"
+
+PATIENCE = 60.0
+"""Seconds that a test waits for what has to come: a machine may stand still for ten of them, and no test is about that."""
+
+PATIENT = Limits(max_pause=PATIENCE, mirror_deadline=PATIENCE, compare_deadline=PATIENCE, close_wait=PATIENCE)
+"""A router's limits where a test names none."""
 
 OLD_TABLE = """
 CREATE TABLE public.follows (from_user bigint, to_channel bigint, note text DEFAULT 'none', tags text[],
@@ -293,7 +299,7 @@ def make_router(stores: Stores, flag_client: LDClient) -> Iterator[MakeRouter]:
             old=stores.endpoint(Origin.OLD, cohorts), new=stores.endpoint(Origin.NEW, cohorts), to_new=to_new, to_old=to_old,
             stage=FlagStage(flag_client, FLAG, kind=COHORT[Origin.OLD] if cohorts else None),
             authority=LedgerAuthority(stores.new_dsn, MIGRATION) if ledger else None,
-            name=MIGRATION, process=process, limits=limits,
+            name=MIGRATION, process=process, limits=limits or PATIENT,
         )  # fmt: skip
         made.append(router)
         return router
@@ -344,11 +350,30 @@ def in_child() -> Callable[[Callable[[], object]], AbstractContextManager[None]]
 @pytest.fixture
 def eventually() -> Callable[..., None]:
     """Wait until a condition holds; a test fails when it does not within the seconds given."""
+    return wait_until
 
-    def wait(condition: Callable[[], object], seconds: float = 5.0) -> None:
-        until = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < until, "the condition did not come true"
-            time.sleep(0.01)
 
-    return wait
+def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Wait until a condition holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "the condition did not come true"
+        time.sleep(0.01)
+
+
+def once_within(seconds: float, attempt: Callable[[], object]) -> None:
+    """Assert that an attempt takes no longer: the quickest of some, since the machine may stand still in any one of them."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        started = time.monotonic()
+        attempt()
+        if (took := time.monotonic() - started) < seconds:
+            return
+        assert time.monotonic() < until, f"it took {took:.2f} s"
+
+
+@pytest.fixture(autouse=True)
+def patient_followers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a follower's first look, and each of its statements, the time that a machine may stand still."""
+    monkeypatch.setattr(authority, "FIRST_LOOK_SECONDS", PATIENCE)
+    monkeypatch.setitem(authority.SETTINGS, "statement_timeout", f"{PATIENCE:.0f}s")

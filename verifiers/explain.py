@@ -25,10 +25,10 @@ from pyarrow.dataset import dataset as dataset_of
 
 from changeover.errors import SpecError
 from changeover.jobs.entries import Authority, ChunkRow
+from changeover.jobs.events import TRUNCATE
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import spool_of
-from changeover.jobs.spool import TRUNCATE
 from changeover.jobs.tenure import EVERYTHING, OLD, Standing, Tenure, stamped, standing, tenures
 from changeover.jobs.transform import BARE
 from changeover.position import Version, format_lsn, parse_lsn

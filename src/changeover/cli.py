@@ -34,7 +34,7 @@ def main() -> None:
 @click.option("--output", default="-", help="Where to write; - is standard output.")
 def init(dsn: str, table: str, output: str) -> None:
     """Write a spec from a live table; DSN is env:NAME, the environment variable that holds it."""
-    from changeover.jobs.preflight import draft
+    from changeover.jobs.draft import draft
 
     if output != "-" and Path(output).exists():
         raise UsageError(f"init: {output} is there already: name another file, or remove it first")

@@ -18,8 +18,8 @@ from psycopg import sql
 from pyspark.sql import SparkSession
 
 from changeover.jobs.changes import last_of_each_key
+from changeover.jobs.events import DELETE, SCHEMA, UPDATE
 from changeover.jobs.merge import Cell
-from changeover.jobs.spool import DELETE, SCHEMA, UPDATE
 from changeover.jobs.transform import Transform
 from changeover.position import Version, format_lsn
 from changeover.session import Connection

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from ldclient.migrations.types import Origin, Stage
 
+from changeover.flags.endpoint import Cursor, Row
 from changeover.flags.experiment import Comparison, Comparisons, Experiment, Observation, Result
-
-if TYPE_CHECKING:
-    from changeover.flags.endpoint import Cursor, Row
-    from tests.fix_flags import Stores
+from tests.fix_flags import PATIENCE, Stores
 
 MakeComparisons = Callable[..., Comparisons]
 
@@ -25,7 +24,7 @@ def make_comparisons(stores: Stores) -> Iterator[MakeComparisons]:
     def to_new(row: Row) -> Row:
         return {"subject": row["from_user"], "note": row["note"]}
 
-    def make(limit: int = 100, deadline: float = 1.0, waits: tuple[float, ...] = (0.02, 0.04, 0.08)) -> Comparisons:
+    def make(limit: int = 100, deadline: float = PATIENCE, waits: tuple[float, ...] = (0.02, 0.04, 0.08)) -> Comparisons:
         endpoints = {origin: stores.endpoint(origin) for origin in Origin}
         comparisons = Comparisons(endpoints, to_new, "test", limit=limit, deadline=deadline, waits=waits)
         made.append(comparisons)
@@ -84,7 +83,7 @@ def test_equal_answers_match_at_the_first_look(stores: Stores, make_comparisons:
     comparisons, experiment = make_comparisons(), Recorded()
     control = [{"from_user": 1, "note": "same"}] if origin is Origin.OLD else [{"subject": 1, "note": "same"}]
     assert offer(comparisons, experiment, control, origin)
-    assert comparisons.drain(5)
+    assert comparisons.drain(PATIENCE)
     assert {name: count for name, count in comparisons.counters().items() if count and name != "at_stage"} == {
         "compared": 1, "matched": 1,
     }  # fmt: skip
@@ -97,7 +96,7 @@ def test_a_mismatch_counts_after_both_stores_were_read_again(stores: Stores, mak
     put(stores, Origin.NEW, 1, "new")
     comparisons, experiment = make_comparisons(), Recorded()
     offer(comparisons, experiment, [{"from_user": 1, "note": "old"}])
-    assert comparisons.drain(5)
+    assert comparisons.drain(PATIENCE)
     assert comparisons.counters()["mismatched"] == 1
     result = experiment.results[0]
     assert result.mismatched
@@ -108,14 +107,19 @@ def test_a_mismatch_counts_after_both_stores_were_read_again(stores: Stores, mak
 
 def test_a_lagging_mirror_is_no_mismatch(stores: Stores, make_comparisons: MakeComparisons) -> None:
     put(stores, Origin.OLD, 1, "late")
-    comparisons, experiment = make_comparisons(waits=(0.1, 0.2, 0.4)), Recorded()
-    timer = threading.Timer(0.2, put, (stores, Origin.NEW, 1, "late"))
-    timer.start()
-    offer(comparisons, experiment, [{"from_user": 1, "note": "late"}])
-    assert comparisons.drain(5)
-    timer.join()
+    comparisons, experiment = make_comparisons(), Recorded()
+    looks = itertools.count(1)
+
+    def late(cursor: Cursor) -> list[dict[str, Any]]:
+        if next(looks) == 3:
+            put(stores, Origin.NEW, 1, "late")
+        return rows_of(Origin.NEW)(cursor)
+
+    reads = {Origin.OLD: rows_of(Origin.OLD), Origin.NEW: late}
+    offer(comparisons, experiment, [{"from_user": 1, "note": "late"}], reads=reads)
+    assert comparisons.drain(PATIENCE)
     assert (comparisons.counters()["matched"], comparisons.counters()["mismatched"]) == (1, 0)
-    assert experiment.results[0].looks > 1
+    assert experiment.results[0].looks == 3
 
 
 def test_an_authority_that_moved_on_meanwhile_is_read_anew(stores: Stores, make_comparisons: MakeComparisons) -> None:
@@ -123,7 +127,7 @@ def test_an_authority_that_moved_on_meanwhile_is_read_anew(stores: Stores, make_
         put(stores, store, 1, "now")
     comparisons, experiment = make_comparisons(), Recorded()
     offer(comparisons, experiment, [{"from_user": 1, "note": "before"}])
-    assert comparisons.drain(5)
+    assert comparisons.drain(PATIENCE)
     assert comparisons.counters()["matched"] == 1
     assert experiment.results[0].looks == 2
 
@@ -132,7 +136,7 @@ def test_a_waiting_difference_does_not_hold_up_the_next(stores: Stores, make_com
     comparisons, slow, quick = make_comparisons(waits=(1.0,)), Recorded(), Recorded()
     offer(comparisons, slow, [{"from_user": 1, "note": "nowhere else"}])
     offer(comparisons, quick, [])
-    assert comparisons.drain(5)
+    assert comparisons.drain(PATIENCE)
     assert quick.results[0].looks == 1
     assert slow.results[0].matched, "read again, the authority has no such row either"
 
@@ -144,7 +148,7 @@ def test_an_error_is_never_a_match(stores: Stores, make_comparisons: MakeCompari
         cursor.execute("SELECT 1 FROM public.nowhere")
 
     offer(comparisons, experiment, None, reads={Origin.OLD: rows_of(Origin.OLD), Origin.NEW: fail})
-    assert comparisons.drain(5)
+    assert comparisons.drain(PATIENCE)
     assert experiment.results[0].failed
     counters = comparisons.counters()
     assert (counters["compared"], counters["errors"], counters["last_error"][1]) == (0, 1, "UndefinedTable 42P01")
@@ -153,9 +157,9 @@ def test_an_error_is_never_a_match(stores: Stores, make_comparisons: MakeCompari
 def test_a_slow_store_ends_at_the_deadline(stores: Stores, make_comparisons: MakeComparisons) -> None:
     comparisons, experiment = make_comparisons(deadline=0.2), Recorded()
     offer(comparisons, experiment, [], reads={
-        Origin.OLD: rows_of(Origin.OLD), Origin.NEW: lambda cursor: cursor.execute("SELECT pg_sleep(5)").fetchall(),
+        Origin.OLD: rows_of(Origin.OLD), Origin.NEW: lambda cursor: cursor.execute("SELECT pg_sleep(600)").fetchall(),
     })  # fmt: skip
-    assert comparisons.drain(2)
+    assert comparisons.drain(PATIENCE)
     assert comparisons.counters()["errors"] == 1
 
 
@@ -164,18 +168,17 @@ def test_a_shadow_read_cannot_write(stores: Stores, make_comparisons: MakeCompar
     offer(comparisons, experiment, [], reads={
         Origin.OLD: rows_of(Origin.OLD), Origin.NEW: lambda cursor: cursor.execute("DELETE FROM public.associations"),
     })  # fmt: skip
-    assert comparisons.drain(5)
+    assert comparisons.drain(PATIENCE)
     assert comparisons.counters()["last_error"][1] == "ReadOnlySqlTransaction 25006"
 
 
 def test_overload_drops_and_counts(stores: Stores, make_comparisons: MakeComparisons) -> None:
     comparisons, experiment = make_comparisons(limit=3), Recorded()
-    reads = {
-        Origin.OLD: rows_of(Origin.OLD),
-        Origin.NEW: lambda cursor: cursor.execute("SELECT pg_sleep(0.1)").fetchall(),
-    }
+    offered = threading.Event()
+    reads = {Origin.OLD: rows_of(Origin.OLD), Origin.NEW: lambda cursor: [offered.wait(PATIENCE)]}
     taken = [offer(comparisons, experiment, [("",)], reads=reads) for _ in range(20)]
-    assert 3 <= sum(taken) <= 4
+    offered.set()
+    assert 3 <= sum(taken) <= 4, "one is under way"
     assert comparisons.counters()["dropped"] == 20 - sum(taken)
 
 
@@ -191,7 +194,7 @@ def test_a_known_difference_is_ignored(stores: Stores, make_comparisons: MakeCom
     put(stores, Origin.NEW, 1, "new")
     comparisons, experiment = make_comparisons(), Lenient()
     offer(comparisons, experiment, [{"subject": 1, "note": "new"}], Origin.NEW)
-    assert comparisons.drain(5)
+    assert comparisons.drain(PATIENCE)
     counters = comparisons.counters()
     assert (counters["compared"], counters["ignored"], counters["matched"], counters["mismatched"]) == (1, 1, 0, 0)
 
@@ -209,7 +212,7 @@ def test_a_failing_hook_goes_to_raised_and_hurts_nothing(
     monkeypatch.setattr(experiment, hook, fail)
     offer(comparisons, experiment, [{"from_user": 1, "note": "old"}])
     offer(comparisons, next_one, [])
-    assert comparisons.drain(5)
+    assert comparisons.drain(PATIENCE)
     assert experiment.failures == [hook]
     assert len(next_one.results) == 1
 
@@ -225,7 +228,7 @@ def test_a_raising_raised_does_not_end_the_thread(stores: Stores, make_compariso
     comparisons, next_one = make_comparisons(), Recorded()
     offer(comparisons, Strict(), [])
     offer(comparisons, next_one, [])
-    assert comparisons.drain(5)
+    assert comparisons.drain(PATIENCE)
     assert comparisons.counters()["errors"] == 1
     assert next_one.results[0].matched
 

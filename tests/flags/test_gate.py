@@ -178,4 +178,4 @@ def test_evidence_is_of_the_time_since_the_last_turn_by_the_ledgers_clock(
     stores.ledger.beat("web-1", "shadow", 0, {})
     collected = gate.collect(spec, stores.ledger, Stage.SHADOW, Stage.LIVE)
     assert gate._processes_present(collected) == []
-    assert 0 <= (collected.now - collected.heartbeats[0].at).total_seconds() < 5
+    assert 0 <= (collected.now - collected.heartbeats[0].at).total_seconds() < 600

@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 import pytest
@@ -26,9 +27,7 @@ from changeover.flags.router import Router
 from changeover.flags.runtime import Limits
 from changeover.flags.stages import FENCED, TABLE
 from changeover.flags.wish import EVERYONE, FlagStage
-
-if TYPE_CHECKING:
-    from tests.fix_flags import Follow, MakeRouter, Stores
+from tests.fix_flags import PATIENCE, PATIENT, Follow, MakeRouter, Stores
 
 FLAG = "follows-store"
 SetStage = Callable[[Router, Stage], None]
@@ -61,14 +60,14 @@ def test_each_stage_writes_and_mirrors_as_the_table_says(
     router = make_router()
     set_stage(router, stage)
     written = put(router, follow)
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     assert (written.origin, written.stage, written.mirrored) == (rule.writes, stage, rule.mirrors)
     assert written.row is not None
     for origin in Origin:
         expected = [(1, 1, "hello")] if origin is rule.writes or rule.mirrors else []
         assert stores.rows(origin) == expected
     drop(router, follow)
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     assert stores.rows(Origin.OLD) == stores.rows(Origin.NEW) == []
     if rule.mirrors:
         assert written.version.epoch == (0 if rule.writes is Origin.OLD else 1)
@@ -85,10 +84,10 @@ def test_each_stage_reads_and_compares_as_the_table_says(
     router = make_router()
     set_stage(router, stage)
     put(router, follow)
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     rows = find(router, follow)
     assert ("from_user" in rows[0]) is (rule.reads is Origin.OLD)
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     counters = router.counters()["comparisons"]
     assert (counters["compared"], counters["matched"], router.mismatches) == (rule.compares, rule.compares, [])
 
@@ -104,7 +103,7 @@ def test_a_position_is_that_of_the_transaction_that_wrote(
         versions.append(put(router, follow).version)
         assert before < versions[-1].lsn <= insert_lsn(stores)
     assert versions == sorted(set(versions))
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     assert router.counters()["mirror_new"]["refused_by_gate"] == 0
 
 
@@ -129,7 +128,7 @@ def test_a_failed_write_rolls_back_reaches_the_caller_and_is_not_mirrored(
         router.write(old=fail, new=follow.put_new)
     with pytest.raises(TypeError, match="list of Change"):
         router.write(old=lambda cursor: None, new=follow.put_new)  # type: ignore[arg-type, return-value]
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     assert stores.rows(Origin.OLD) == stores.rows(Origin.NEW) == []
 
 
@@ -148,7 +147,7 @@ def test_after_a_commit_of_unknown_outcome_nothing_is_mirrored(
         put(router, follow)
     stores.old.execute("DROP TRIGGER die ON public.follows")
     put(router, make_follow(2))
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     assert stores.rows(Origin.NEW) == [(2, 1, "hello")]
 
 
@@ -187,14 +186,13 @@ def test_a_slow_other_store_does_not_slow_the_caller(
     router = make_router()
     set_stage(router, Stage.SHADOW)
     put(router, make_follow(0))
-    assert router.drain(5)
-    with locked(stores.new, "public.associations"):
-        started = time.monotonic()
+    assert router.drain(PATIENCE)
+    with locked(stores.new, "public.associations"):  # until all of them are through: who waited for it would fail at a deadline
         for user in range(1, 21):
             put(router, make_follow(user))
             find(router, make_follow(user))
-        assert time.monotonic() - started < 1.0
-    assert router.drain(10)
+        assert router.counters()["mirror_new"]["failed"] == router.counters()["comparisons"]["errors"] == 0
+    assert router.drain(PATIENCE)
     assert len(stores.rows(Origin.NEW)) == 21
     assert router.counters()["comparisons"]["matched"] == 20
 
@@ -218,7 +216,7 @@ def test_an_unreachable_new_store_hurts_no_caller(
         set_stage(router, Stage.SHADOW)
         assert put(router, follow).mirrored
         assert len(find(router, follow)) == 1
-        assert router.drain(10)
+        assert router.drain(PATIENCE)
         assert router.counters()["mirror_new"]["failed"] == 1
         assert router.counters()["comparisons"]["errors"] == 1
         flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
@@ -233,6 +231,7 @@ def test_the_wish_waits_for_the_fact_both_ways(
     make_router: MakeRouter,
     set_stage: SetStage,
     flag_file: Path,
+    flag_client: LDClient,
     eventually: Callable[..., None],
     follow: Follow,
 ) -> None:
@@ -240,7 +239,7 @@ def test_the_wish_waits_for_the_fact_both_ways(
     set_stage(router, Stage.SHADOW)
     for wish in (Stage.LIVE, Stage.RAMPDOWN, Stage.COMPLETE):
         flagfile.write_stage(flag_file, FLAG, wish)
-        time.sleep(0.3)
+        eventually(lambda wish=wish: flag_client.variation(FLAG, EVERYONE, None) == wish.value)
         assert router.stage is Stage.SHADOW
         assert put(router, follow).origin is Origin.OLD
     stores.fence_to_new()
@@ -266,10 +265,10 @@ def test_a_refused_writer_waits_and_writes_where_authority_then_is(
     timer.join()
     assert written.origin is Origin.NEW
     assert written.stage is Stage.LIVE
-    assert 0.3 < waited < 1.0
+    assert waited > 0.3
     assert router.counters()["fence_waits"] == 1
-    assert 0.3 < router.counters()["longest_wait_seconds"] < 1.0
-    assert router.drain(5)
+    assert 0.3 < router.counters()["longest_wait_seconds"] <= waited + 0.001
+    assert router.drain(PATIENCE)
     assert stores.rows(Origin.OLD) == stores.rows(Origin.NEW) == [(1, 1, "hello")]
 
 
@@ -288,13 +287,13 @@ def test_a_fence_that_is_called_off_lets_the_writer_go_on_where_it_was(
 def test_a_fence_without_end_is_an_error_after_max_pause(
     stores: Stores, make_router: MakeRouter, set_stage: SetStage, follow: Follow
 ) -> None:
-    router = make_router(limits=Limits(max_pause=0.3))
+    router = make_router(limits=replace(PATIENT, max_pause=0.3))
     set_stage(router, Stage.SHADOW)
     stores.refuse(Origin.OLD)
     started = time.monotonic()
     with pytest.raises(LockNotGranted, match="no write authority within the limit") as raised:
         put(router, follow)
-    assert 0.3 <= time.monotonic() - started < 1.0
+    assert 0.3 <= time.monotonic() - started < PATIENCE / 2
     assert isinstance(raised.value.__cause__, psycopg.Error)
     assert raised.value.__cause__.sqlstate == FENCED
     assert stores.rows(Origin.OLD) == []
@@ -312,7 +311,7 @@ def test_the_way_back_is_the_same(
     router = make_router()
     set_stage(router, Stage.LIVE)
     put(router, follow)
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     stores.refuse(Origin.NEW)
     flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
     stores.allow(Origin.OLD)
@@ -321,13 +320,14 @@ def test_the_way_back_is_the_same(
     written = put(router, make_follow(2))
     timer.join()
     assert (written.origin, written.stage, written.version.epoch) == (Origin.OLD, Stage.SHADOW, 2)
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     assert stores.rows(Origin.OLD) == stores.rows(Origin.NEW) == [(1, 1, "hello"), (2, 1, "hello")]
 
 
 def test_no_write_is_lost_or_doubled_when_authority_moves_under_load(
-    stores: Stores, make_router: MakeRouter, set_stage: SetStage, flag_file: Path, make_follow: Callable[..., Follow]
-) -> None:
+    stores: Stores, make_router: MakeRouter, set_stage: SetStage, flag_file: Path, make_follow: Callable[..., Follow],
+    eventually: Callable[..., None],
+) -> None:  # fmt: skip
     routers = [make_router(process=f"p{number}") for number in range(2)]
     for router in routers:
         set_stage(router, Stage.SHADOW)
@@ -341,20 +341,24 @@ def test_no_write_is_lost_or_doubled_when_authority_moves_under_load(
             user += 4
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+
+    def written(origin: Origin) -> int:
+        return sum(where is origin for one in acknowledged for _, where in one)
+
     for thread in threads:
         thread.start()
-    time.sleep(0.4)
+    eventually(lambda: written(Origin.OLD) > 40)
     flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
     stores.refuse(Origin.OLD)
     frozen = len(stores.rows(Origin.OLD))
     time.sleep(0.2)
     assert len(stores.rows(Origin.OLD)) == frozen
     stores.fence_to_new_done()
-    time.sleep(0.4)
+    eventually(lambda: written(Origin.NEW) > 40)
     stop.set()
     for thread in threads:
         thread.join()
-    assert all(router.drain(10) for router in routers)
+    assert all(router.drain(PATIENCE) for router in routers)
     by_origin = {o: {user for list_ in acknowledged for user, origin in list_ if origin is o} for o in Origin}
     assert by_origin[Origin.OLD]
     assert by_origin[Origin.NEW]
@@ -369,7 +373,7 @@ def test_a_deadlock_on_the_authority_is_tried_again(
     router = make_router()
     for user in (1, 2):
         put(router, make_follow(user))
-    both = threading.Barrier(2, timeout=5)
+    both = threading.Barrier(2, timeout=PATIENCE)
 
     def cross(first: int, second: int) -> None:
         met = False
@@ -394,15 +398,15 @@ def test_a_deadlock_on_the_authority_is_tried_again(
 
 
 def test_a_request_keeps_its_stage(
-    make_router: MakeRouter, set_stage: SetStage, flag_file: Path, follow: Follow, flag_client: LDClient
-) -> None:
+    make_router: MakeRouter, set_stage: SetStage, flag_file: Path, follow: Follow, flag_client: LDClient,
+    eventually: Callable[..., None],
+) -> None:  # fmt: skip
     router = make_router()
     set_stage(router, Stage.DUALWRITE)
     with router.pinned() as stage:
         assert stage is Stage.DUALWRITE
         flagfile.write_stage(flag_file, FLAG, Stage.OFF)
-        time.sleep(0.5)
-        assert flag_client.variation(FLAG, EVERYONE, None) == "off"
+        eventually(lambda: flag_client.variation(FLAG, EVERYONE, None) == "off")
         assert put(router, follow).stage is Stage.DUALWRITE
     assert put(router, follow).stage is Stage.OFF
 
@@ -426,11 +430,11 @@ def test_a_mismatch_of_the_stores_is_kept_and_a_late_mirror_is_none(
         put(router, make_follow(1))
         find(router, make_follow(1))
         time.sleep(0.2)
-    assert router.drain(10)
+    assert router.drain(PATIENCE)
     assert router.counters()["comparisons"]["matched"] == 1
     stores.new.execute('UPDATE public.associations SET attributes = \'{"note": "spoilt"}\'')
     find(router, make_follow(1))
-    assert router.drain(10)
+    assert router.drain(PATIENCE)
     assert router.counters()["comparisons"]["mismatched"] == 1
     assert router.mismatches[0].candidate.value[0]["attributes"] == {"note": "spoilt"}
 
@@ -479,11 +483,11 @@ def test_what_came_of_reads_counts_from_nothing_again_at_each_stage(
     router = make_router()
     set_stage(router, Stage.SHADOW)
     put(router, follow)
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     stores.new.execute('UPDATE public.associations SET attributes = \'{"note": "spoilt"}\'')
     eventually(lambda: stores.ledger.heartbeats() and at_stage()["stage"] == "shadow")
     find(router, follow)
-    assert router.drain(10)
+    assert router.drain(PATIENCE)
     eventually(lambda: at_stage() == {"stage": "shadow", "compared": 1, "matched": 0, "mismatched": 1, "ignored": 0})
     set_stage(router, Stage.DUALWRITE)
     eventually(lambda: at_stage()["stage"] == "dualwrite")
@@ -491,7 +495,7 @@ def test_what_came_of_reads_counts_from_nothing_again_at_each_stage(
     set_stage(router, Stage.SHADOW)
     eventually(lambda: at_stage()["stage"] == "shadow")
     find(router, follow)
-    assert router.drain(10)
+    assert router.drain(PATIENCE)
     eventually(lambda: at_stage() == {"stage": "shadow", "compared": 1, "matched": 1, "mismatched": 0, "ignored": 0})
     assert router.counters()["comparisons"]["mismatched"] == 1, "of the whole process"
 
@@ -535,7 +539,7 @@ def test_a_forked_child_follows_with_threads_and_sessions_of_its_own(
         assert put(router, make_follow(2)).mirrored
         eventually(lambda: router.stage is Stage.OFF)
         assert not put(router, make_follow(3)).mirrored
-        assert router.drain(5)
+        assert router.drain(PATIENCE)
         assert router.counters()["mirror_new"]["applied"] == 1
         router.close()
 
@@ -544,7 +548,7 @@ def test_a_forked_child_follows_with_threads_and_sessions_of_its_own(
         flagfile.write_stage(flag_file, FLAG, Stage.OFF)
     eventually(lambda: router.stage is Stage.OFF)
     assert not put(router, make_follow(4)).mirrored
-    assert router.drain(5)
+    assert router.drain(PATIENCE)
     assert [row[0] for row in stores.rows(Origin.OLD)] == [1, 2, 3, 4]
     assert [row[0] for row in stores.rows(Origin.NEW)] == [1, 2]
     assert len({beat.process for beat in stores.ledger.heartbeats()}) == 2
@@ -648,12 +652,12 @@ def test_a_router_comes_from_a_spec(
     flagfile.write_stage(flag_file, FLAG, Stage.DUALWRITE)
     with Router.connect(spec.load(path), "follows", to_new=to_new, to_old=to_old) as router:
         assert put(router, follow).mirrored
-        assert router.drain(5)
+        assert router.drain(PATIENCE)
         stores.fence_to_new()
         flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
         eventually(lambda: router.stage is Stage.LIVE)
         drop(router, follow)
-        assert router.drain(5)
+        assert router.drain(PATIENCE)
         assert router.counters()["mirror_old"]["applied"] == 1
     assert stores.rows(Origin.OLD) == stores.rows(Origin.NEW) == []
 

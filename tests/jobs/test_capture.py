@@ -25,8 +25,10 @@ import pytest
 from changeover.embedded import EmbeddedServer
 from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, SpoolGap, StepOrder
 from changeover.jobs import capture as capture_module
-from changeover.jobs.capture import CaptureResult, capture, emit_marker, main
+from changeover.jobs import intake, slotcapture
+from changeover.jobs.capture import capture, emit_marker, main
 from changeover.jobs.entries import SourceColumn, Stream
+from changeover.jobs.intake import CaptureResult
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.replication import slot_alarm
 from changeover.jobs.spool import Spool
@@ -436,8 +438,8 @@ def fill_segments(prepared: Prepared, count: int) -> None:
 def test_the_alarm_comes_before_the_slot_is_lost(
     prepared: Prepared, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capture_module, "WATCH_SECONDS", 0.1)
-    monkeypatch.setattr(capture_module, "answer_interval", lambda _: 0.1)
+    monkeypatch.setattr(intake, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(slotcapture, "answer_interval", lambda _: 0.1)
     alarm = re.compile(
         f"slot {prepared.spec.slot} keeps [0-9,]+ bytes of WAL .wal_status [a-z]+.; [0-9,]+ bytes more and it is lost: see that"
         r" capture runs and keeps up and that no transaction stays open .* raise max_slot_wal_keep_size \(now 67,108,864 bytes\)"
@@ -520,8 +522,8 @@ def test_before_prepare(prepared: Prepared) -> None:
 
 
 def test_small_files_are_merged_under_a_reader(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture_module, "COMPACT_EVERY", 3)
-    monkeypatch.setattr(capture_module, "BATCH_SECONDS", 0.0)
+    monkeypatch.setattr(intake, "COMPACT_EVERY", 3)
+    monkeypatch.setattr(intake, "BATCH_SECONDS", 0.0)
     stop = threading.Event()
     thread = threading.Thread(target=capture, args=[prepared.spec], kwargs={"stop": stop})
     thread.start()
@@ -541,13 +543,13 @@ def test_small_files_are_merged_under_a_reader(prepared: Prepared, monkeypatch: 
 
 
 def test_an_idle_stream_lets_other_tables_wal_go(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture_module, "FEEDBACK_SECONDS", 0.1)
-    monkeypatch.setattr(capture_module, "answer_interval", lambda _: 0.1)
+    monkeypatch.setattr(slotcapture, "FEEDBACK_SECONDS", 0.1)
+    monkeypatch.setattr(slotcapture, "answer_interval", lambda _: 0.1)
     prepared.sql("CREATE TABLE noise AS SELECT repeat('x', 1000) FROM generate_series(1, 5000)")
     row = prepared.old.execute("SELECT pg_current_wal_lsn()::text").fetchone()
     assert row is not None
     deadline = time.monotonic() + 10
-    target = parse_lsn(row[0]) - capture_module.IDLE_STEP
+    target = parse_lsn(row[0]) - intake.IDLE_STEP
     capture(prepared.spec, until=lambda: prepared.spool.end() >= target or time.monotonic() > deadline)
     assert prepared.spool.end() >= target
     prepared.sql("INSERT INTO other VALUES (1, 'a')")
@@ -614,7 +616,7 @@ def test_a_large_transaction_killed_midway_is_there_once_and_seen_only_whole(
         "INSERT INTO follows SELECT i FROM generate_series(140001, 300000) i",
         "TRUNCATE other",
     )
-    for parts in (1, 3, 5):
+    for parts in (1, 2, 3):
         process = child(prepared.spec)
         wanted = 2 * parts * 38_000
         while prepared.spool.held()[1] < wanted:
@@ -624,7 +626,7 @@ def test_a_large_transaction_killed_midway_is_there_once_and_seen_only_whole(
         assert prepared.spool.held()[0] >= end == prepared.spool.end(), "it was killed before the last part"
         assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) <= end
         assert [event["row"]["b"] for event in prepared.events()] == ["before"]
-    monkeypatch.setattr(capture_module, "BATCH_EVENTS", 7001)  # parts that end where none did before
+    monkeypatch.setattr(intake, "BATCH_EVENTS", 7001)  # parts that end where none did before
     prepared.catch_up()
     events = prepared.events()[1:]
     assert [int(event["row"]["id"]) for event in events if event["op"] == "I"] == list(range(1, 300_001))
@@ -633,7 +635,7 @@ def test_a_large_transaction_killed_midway_is_there_once_and_seen_only_whole(
 
 
 def test_a_batch_is_bounded_in_bytes_too(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture_module, "BATCH_BYTES", 100_000)
+    monkeypatch.setattr(intake, "BATCH_BYTES", 100_000)
     prepared.sql("INSERT INTO follows SELECT i, repeat('x', 10000) FROM generate_series(1, 100) i")
     assert prepared.catch_up().appends >= 10
     assert [int(event["row"]["id"]) for event in prepared.events()] == list(range(1, 101))

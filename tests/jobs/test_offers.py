@@ -8,10 +8,10 @@ from typing import cast
 from pyspark.sql import SparkSession
 
 from changeover.jobs.changes import last_of_each_key as last_in_arrow
+from changeover.jobs.events import Event as SpoolEvent
+from changeover.jobs.events import Image as SpoolImage
+from changeover.jobs.events import arrow_table
 from changeover.jobs.offers import UNSENT, Change, Image, Key, after_truncate, apart, completed, last_of_each_key
-from changeover.jobs.spool import Event as SpoolEvent
-from changeover.jobs.spool import Image as SpoolImage
-from changeover.jobs.spool import arrow_table
 from changeover.jobs.transform import Transform
 from changeover.position import Version
 from changeover.spec import Table

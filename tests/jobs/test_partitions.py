@@ -15,14 +15,15 @@ import pytest
 from psycopg import sql
 
 from changeover.errors import TableStopped
-from changeover.jobs import capture as capture_module
+from changeover.jobs import intake, slotcapture
 from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.entries import Partition, Stream
+from changeover.jobs.events import RELATION, TRUNCATE
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.partitions import difference, look, partitions_of, record, recorded
 from changeover.jobs.preflight import preflight, source_table
 from changeover.jobs.rewrite import require_same_file
-from changeover.jobs.spool import RELATION, TRUNCATE, Spool
+from changeover.jobs.spool import Spool
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
@@ -263,8 +264,8 @@ def test_what_comes_or_goes_without_an_event_stops_the_table(
 
 
 def test_capture_notices_by_itself(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture_module, "WATCH_SECONDS", 0.1)
-    monkeypatch.setattr(capture_module, "answer_interval", lambda _: 0.1)
+    monkeypatch.setattr(intake, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(slotcapture, "answer_interval", lambda _: 0.1)
     begun = time.monotonic()
 
     def until() -> bool:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from changeover.errors import RowRefused
 from changeover.jobs import pgoutput
 from changeover.jobs.entries import SourceColumn
+from changeover.jobs.events import NOWHERE, Place
 from changeover.jobs.pgoutput import MalformedMessage
-from changeover.jobs.spool import NOWHERE, Place
 from changeover.jobs.transactions import Assembler, difference
 from changeover.stores.gate import OURS
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
 from changeover.errors import LeaseHeld, SourceChanged, StepOrder
-from changeover.jobs.spool import CHECKPOINT_EVERY, FORMAT_KEY, SCHEMA, Event, Image, Spool, arrow_table
+from changeover.jobs.events import SCHEMA, Event, Image, arrow_table
+from changeover.jobs.spool import CHECKPOINT_EVERY, FORMAT_KEY, Spool
 
 WHEN = 1_795_264_200_123_456
 

@@ -26,9 +26,10 @@ from changeover.demo.table import DDL
 from changeover.embedded import EmbeddedServer
 from changeover.errors import SourceChanged, SpoolGap
 from changeover.flags.endpoint import position
-from changeover.jobs import logcapture, triggerlog, windows
-from changeover.jobs.capture import CaptureResult, capture, emit_marker
+from changeover.jobs import intake, logcapture, triggerlog, windows
+from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.entries import Stream
+from changeover.jobs.intake import CaptureResult
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import preflight, source_table
 from changeover.jobs.prepare import leftovers
@@ -392,7 +393,7 @@ def test_each_commit_once_in_order_and_every_position_exact(
     counters: Logged, source_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logcapture, "BATCH_EVENTS", 5)  # most windows go in by parts
-    monkeypatch.setattr(logcapture, "COMPACT_EVERY", 40)
+    monkeypatch.setattr(intake, "COMPACT_EVERY", 40)
     stop, stopped_capture = threading.Event(), threading.Event()
     witness = Witness()
     aligned: list[tuple[int, dict[Any, Any]]] = []
@@ -698,7 +699,7 @@ def test_an_idle_log_writes_nothing_and_other_wal_moves_the_end(counters: Logged
     counters.sql("CREATE TABLE elsewhere AS SELECT repeat('x', 1000) AS x FROM generate_series(1, 3000)")
     row = counters.old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
     assert row is not None
-    near = parse_lsn(row[0]) - logcapture.IDLE_STEP
+    near = parse_lsn(row[0]) - intake.IDLE_STEP
     capture(counters.spec, until=lambda: counters.spool.end() >= near)
     assert counters.spool.end() > before
 

@@ -6,20 +6,26 @@ knows what it has written, and the stores are held against that.
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from ldclient.migrations.types import Origin, Stage
 
+from changeover import points
 from changeover.errors import Refused
 from changeover.flags import flagfile
-from changeover.flags.fence import fence
+from changeover.flags.fence import fence, settle
 from changeover.jobs import reverse
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.ledger import Ledger
@@ -225,6 +231,65 @@ def test_cohorts_move_there_and_back_under_live_writers(friends: Migration) -> N
         (1, "new", frozenset({"1", "2"})), (2, "new", frozenset({"1", "3"})), (3, "old", frozenset({"1"})), (4, "new", None),
         (5, "old", None),
     ]  # fmt: skip
+
+
+KILLED = """
+import sys
+from ldclient.migrations.types import Origin
+from changeover.flags.fence import fence, settle
+from changeover.spec import load
+fence(load(sys.argv[1]), Origin(sys.argv[2]), cohorts=["1", "2"], max_pause=60)
+"""
+
+
+def killed_at(migration: Migration, to: Origin, point: str, file: Path) -> None:
+    """Begin a fence of two cohorts in a process of its own, and kill -9 it at a point."""
+    environment = {**os.environ, points.VARIABLE: f"{point}:{file}"}
+    child = subprocess.Popen([sys.executable, "-c", KILLED, migration.spec.path, to.value], env=environment)
+    deadline = time.monotonic() + PATIENT
+    while not file.exists():
+        assert child.poll() is None, "the fence has ended"
+        assert time.monotonic() < deadline, f"{point} was never reached"
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+
+
+def takes(migration: Migration, whose: int) -> list[str]:
+    """Return the stores that take a write to a cohort's rows."""
+    found = []
+    for store, connection, table, column in (
+        ("old", migration.old, "friends", "from_user"),
+        ("new", migration.new, "links", "member"),
+    ):
+        try:
+            with connection.transaction(force_rollback=True):
+                connection.execute(f"INSERT INTO {table} ({column}, to_user) VALUES (%s, 99)".encode(), [whose])
+        except psycopg.Error as error:
+            if error.sqlstate != FENCED:
+                raise
+        else:
+            found.append(store)
+    return found
+
+
+def test_a_fence_of_cohorts_that_is_killed_between_two_moves_is_settled(friends: Migration, tmp_path: Path) -> None:
+    at = "old"
+    with following(friends):
+        with writing(friends) as writers:
+            for number, (to, point, after) in enumerate((
+                (Origin.NEW, "fence-freeze", "old"), (Origin.NEW, "fence-final", "old"), (Origin.NEW, "fence-record", "new"),
+                (Origin.OLD, "fence-await", "new"), (Origin.OLD, "fence-final", "new"), (Origin.OLD, "fence-record", "old"),
+            )):  # fmt: skip
+                assert takes(friends, 1) == [at]
+                killed_at(friends, to, point, tmp_path / f"{number}")
+                settle(friends.spec)
+                at = after
+                assert (takes(friends, 1), takes(friends, 2), takes(friends, 3)) == ([at], [at], ["old"]), point
+        settled(friends)
+        held = everywhere(friends)
+        assert held["old"] == held["new"] == held["lake"]
+        assert of_writers(friends) == written(writers)
 
 
 def test_what_can_not_move_alone_is_said(friends: Migration) -> None:

@@ -74,7 +74,10 @@ class Hesitant(psycopg.Cursor[Any]):
 
 @dataclass
 class Field:
-    """A gated table and the sessions of those who work on it; sessions live from trial to trial."""
+    """A gated table and the sessions of those who work on it; sessions live from trial to trial.
+
+    `mutated` says that a rule is taken away, so that a deadlock may be the mutant's.
+    """
 
     admin: Connection
     writers: list[Connection]
@@ -82,6 +85,7 @@ class Field:
     closer: PostgresStore
     truncater: PostgresStore
     collector: PostgresStore
+    mutated: bool = False
 
     @classmethod
     @contextmanager

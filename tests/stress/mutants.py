@@ -107,7 +107,7 @@ def _refuse_nothing(cursor: Cursor, table: GatedTable) -> Counts:
 def _insert_anyway(cursor: Cursor, table: GatedTable) -> Counts:
     """Images over whatever is there."""
     inserted = cursor.execute(
-        sql.SQL("INSERT INTO {} SELECT b.* FROM {} AS b ON CONFLICT (id) DO UPDATE SET note = excluded.note").format(
+        sql.SQL("INSERT INTO {} SELECT b.* FROM {} AS b ORDER BY id ON CONFLICT (id) DO UPDATE SET note = excluded.note").format(
             table.table, BATCH
         )
     ).rowcount
@@ -119,7 +119,7 @@ def _insert_locked(cursor: Cursor, table: GatedTable) -> Counts:
     statement = sql.SQL(
         "INSERT INTO {} SELECT b.* FROM {} AS b, pg_advisory_xact_lock_shared({}) AS l, changeover.gate AS g"
         " WHERE (g.epoch, g.lsn, g.ordinal) = (0, g.image_lsn, -1) AND NOT EXISTS (SELECT FROM {} AS t WHERE {})"
-        " ON CONFLICT DO NOTHING"
+        " ORDER BY b.id ON CONFLICT DO NOTHING"
     ).format(table.table, BATCH, table.lock_key, table.touched, table.same_key("t", "b"))
     return Counts(0, cursor.execute(statement).rowcount)
 
@@ -172,6 +172,13 @@ def _delete_once(connection: Connection, table: GatedTable, version: Version) ->
 # -- collection
 
 
+def _deleted_where(table: GatedTable, condition: sql.Composable) -> sql.Composed:
+    """Delete touched rows as the product does: what a writer holds is passed over, so that no deadlock ends the trial."""
+    return sql.SQL(
+        "DELETE FROM {touched} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {touched} WHERE {condition} FOR UPDATE SKIP LOCKED))"
+    ).format(touched=table.touched, condition=condition)
+
+
 def _by_key(turn: Any) -> None:
     """List the keys first and delete them then, whatever version they have by now."""
     found = turn.connection.execute(
@@ -179,11 +186,11 @@ def _by_key(turn: Any) -> None:
             turn.table.touched, *_literals(turn.upto)
         )
     ).fetchall()
-    turn.connection.execute(sql.SQL("DELETE FROM {} WHERE id = ANY (%s)").format(turn.table.touched), [[row[0] for row in found]])
+    turn.connection.execute(_deleted_where(turn.table, sql.SQL("id = ANY (%s)")), [[row[0] for row in found]])
 
 
 def _tombstones_alone(table: GatedTable, upto: Version, block: int) -> sql.Composed:
-    return sql.SQL("DELETE FROM {} WHERE _deleted").format(table.touched)
+    return _deleted_where(table, sql.SQL("_deleted"))
 
 
 def _without(procedure: statements.Procedure, part: Part) -> statements.Procedure:

@@ -56,8 +56,10 @@ def mutated(place: Field, mutant: Mutant) -> Iterator[None]:
                 patches.setattr(target, name, value)
         if mutant.before:
             place.admin.execute(mutant.before.encode())
+        place.mutated = True
         try:
             yield
         finally:
+            place.mutated = False
             if mutant.after:
                 place.admin.execute(mutant.after.encode())

@@ -27,11 +27,15 @@ def place(server: EmbeddedServer) -> Iterator[Field]:
         yield made
 
 
-def test_no_key_is_wrong_whoever_works_beside_whom(place: Field, pytestconfig: pytest.Config) -> None:
-    trials = pytestconfig.getoption("stress_trials")
+def drawn_seed() -> int:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # shown when it fails
-    found = series(place, trials, seed)
+    return seed
+
+
+def test_no_key_is_wrong_whoever_works_beside_whom(place: Field, pytestconfig: pytest.Config) -> None:
+    trials = pytestconfig.getoption("stress_trials")
+    found = series(place, trials, drawn_seed())
     assert found.wrong_trials == 0, found.first
     assert found.trials == trials
     assert found.writes > 100 * trials
@@ -41,7 +45,7 @@ def test_no_key_is_wrong_whoever_works_beside_whom(place: Field, pytestconfig: p
 @pytest.mark.parametrize("name", RELIABLE)
 def test_a_rule_that_is_taken_away_makes_a_wrong_key(place: Field, name: str) -> None:
     with mutated(place, RELIABLE[name]):
-        found = series(place, TRIALS_OF_A_MUTANT, random.SystemRandom().randrange(2**32), until_wrong=True)
+        found = series(place, TRIALS_OF_A_MUTANT, drawn_seed(), until_wrong=True)
     assert found.wrong_trials == 1, f"{found.trials} trials, {found.writes} gated writes, and nothing went wrong"
 
 

@@ -16,10 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import psycopg
 
-from changeover.errors import RowRefused
+from changeover.errors import DatabaseFailed, RowRefused
 from changeover.jobs import merge
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
@@ -39,6 +40,7 @@ FUNCTION = f'SELECT changeover."gate_public.{NAME}"(%s, %s, %s, %s, ROW(%s, %s):
 
 Offer = tuple[Version, Write]
 Task = Callable[[Connection], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Trial:
         for start in range(0, len(images), IMAGES_PER_CHUNK):
             time.sleep(random.random() * pause)
             self._load_chunk(images[start : start + IMAGES_PER_CHUNK])
-        self.place.closer.close(TABLE)
+        self._once(lambda: self.place.closer.close(TABLE))
         self.closed.set()
 
     def _load_chunk(self, images: list[tuple[int, str]]) -> None:
@@ -199,7 +201,7 @@ class Trial:
             share = (version.lsn - L0) / (self.source.lsn - L0) + self.chance.uniform(-0.3, 0.3)
             while len(tasks) > whole * max(0.0, 1 - share) and not self.over.is_set():
                 time.sleep(0.002)
-            self.place.truncater.truncate(None, TABLE, version)  # type: ignore[arg-type]
+            self._once(partial(self.place.truncater.truncate, None, TABLE, version))  # type: ignore[arg-type]
             with self.lock:
                 del self.pending[version]
 
@@ -212,7 +214,16 @@ class Trial:
         applied = self._position()
         upto = merge.collection_bound(0, applied)
         if merge.collectable(self.closed.is_set(), applied, upto):
-            self.collected += self.place.collector.collect(TABLE, upto, 0).rows
+            self.collected += self._once(lambda: self.place.collector.collect(TABLE, upto, 0)).rows
+
+    def _once(self, work: Callable[[], T]) -> T:
+        """Do what the product does once, so that a deadlock fails the trial; one that a mutant made says nothing."""
+        while True:
+            try:
+                return work()
+            except DatabaseFailed as error:
+                if not (self.place.mutated and isinstance(error.__cause__, psycopg.errors.DeadlockDetected)):
+                    raise
 
     def _position(self) -> int:
         """Return the place below which everything was offered."""
