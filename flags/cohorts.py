@@ -14,6 +14,7 @@ from ldclient.migrations.types import Origin, Stage
 from changeover.errors import Refused, SpecError, UsageError
 from changeover.flags import gate, turning, turns
 from changeover.flags.census import spelled, unknown
+from changeover.flags.endpoint import Cohort, as_text
 from changeover.flags.facts import Facts, facts
 from changeover.flags.fence import MOST_COHORTS, Fenced, fence
 from changeover.flags.stages import TABLE
@@ -59,7 +60,7 @@ def together(known: Facts, after: Stage) -> str | None:
     return f"{after.value} is of all rows, and {left} are at the old store: `changeover flags advance --cohort` comes first"
 
 
-def advance(spec: Spec, ledger: Ledger, names: Collection[str], override: str | None) -> Advanced:
+def advance(spec: Spec, ledger: Ledger, names: Collection[Cohort], override: str | None) -> Advanced:
     """Take cohorts from shadow to live, if the gate's evidence holds as for all rows; the caller has the flag's lease."""
     chosen = named(spec, names)
     known = facts(ledger.authorities())
@@ -76,7 +77,7 @@ def advance(spec: Spec, ledger: Ledger, names: Collection[str], override: str | 
     return Advanced(Stage.SHADOW, Stage.LIVE, done.epoch, done.pause_seconds, cohorts=tuple(going), unknown=missing)
 
 
-def rollback(spec: Spec, ledger: Ledger, names: Collection[str]) -> Advanced:
+def rollback(spec: Spec, ledger: Ledger, names: Collection[Cohort]) -> Advanced:
     """Take cohorts from live back to shadow; asks no gate. The caller has the flag's lease."""
     chosen = named(spec, names)
     require_way_back(ledger, Stage.LIVE)
@@ -120,15 +121,18 @@ def sentence(turned: str, done: Fenced, lost: int) -> str:
     )
 
 
-def named(spec: Spec, names: Collection[str]) -> list[str]:
+def named(spec: Spec, names: Collection[Cohort]) -> list[str]:
     """Return cohorts as PostgreSQL prints them, each once; raises what is wrong with them."""
     if spec.flag is None or spec.flag.context is None:
         raise SpecError(spec.path, "flag.context", "is missing: name the column that holds a row's cohort, or move all at once")
-    if not names or not all(names):
+    if isinstance(names, str):
+        raise UsageError(f"the cohorts are one text, {names!r}: give a list of them")
+    texts = [as_text(name) for name in names]
+    if not texts or not all(texts):
         raise UsageError("a cohort's name is empty: name one, or leave --cohort out and all rows move")
     if len(names) > MOST_COHORTS:
         raise UsageError(f"{len(names):,} cohorts are more than {MOST_COHORTS:,} at once: name fewer, or move all rows")
-    return spelled(spec, names)
+    return spelled(spec, [text for text in texts if text is not None])
 
 
 def _between(spec: Spec, known: Facts) -> Stage:

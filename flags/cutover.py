@@ -23,6 +23,7 @@ from changeover.flags import cohorts as by_name
 from changeover.flags import gate, turning, turns
 from changeover.flags.census import Astray, Census
 from changeover.flags.cohorts import Apart, sentence, together
+from changeover.flags.endpoint import Cohort
 from changeover.flags.facts import Facts, facts
 from changeover.flags.fence import MAX_PAUSE, fence, settle
 from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previous_stage
@@ -94,7 +95,7 @@ def show(spec: Spec) -> Shown:
 
 
 def advance(
-    spec: Spec, *, to: Stage | None = None, override: str | None = None, cohorts: Collection[str] | None = None
+    spec: Spec, *, to: Stage | None = None, override: str | None = None, cohorts: Collection[Cohort] | None = None
 ) -> Advanced:
     """Go one stage up if the gate's evidence holds, or if `override` says why not to ask (driver).
 
@@ -119,7 +120,7 @@ def advance(
         return Advanced(before, after, _epoch(ledger), done.pause_seconds if done else None)
 
 
-def rollback(spec: Spec, *, cohorts: Collection[str] | None = None) -> Advanced:
+def rollback(spec: Spec, *, cohorts: Collection[Cohort] | None = None) -> Advanced:
     """Go one stage down; asks no gate (driver). Raises Refused at off and once complete was reached, and FenceCalledOff.
 
     With `cohorts` these alone go from live to shadow. Without, while some are live and the others are not, it is those that go.

@@ -304,7 +304,7 @@ def test_what_is_told_of_some_cohorts() -> None:
         assert together(SPLIT, stage) is None, "the others are at the old store, so they go with all"
 
 
-@pytest.mark.parametrize("told", [(["7"], "7"), ([], "empty")])
+@pytest.mark.parametrize("told", [(["7"], "7"), ([7], "7"), ([], "empty"), ([None], "empty"), ("77", "are one text, '77'")])
 def test_in_python_it_is_the_same(spec: Spec, told: Any) -> None:
     names, said = told
     with pytest.raises((Refused, UsageError), match=said):
