@@ -1,9 +1,9 @@
 """The fact: which store has authority, followed by a background thread, and what this process last acknowledged of it.
 
-`LedgerAuthority` reads the ledger every 50 ms on a connection of its own, at once when a write was refused, and records
-a heartbeat every 0.5 s and at once when the stage or the epoch has changed. A ledger that can't be reached keeps the
-last known fact: that is safe, because the store that lost authority refuses by itself. The caller's thread only reads
-an attribute.
+`LedgerAuthority` asks the ledger every 50 ms on a connection of its own, at once when a write was refused, for its newest move, and
+reads those that came since only where that is another one: many cohorts may be named there. It records a heartbeat every 0.5 s and
+at once when the stage or the epoch has changed. A ledger that can't be reached keeps the last known facts: that is safe, because
+the store that lost authority refuses by itself. The caller's thread only reads an attribute.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
 import psycopg
-from ldclient.migrations.types import Origin, Stage
+from ldclient.migrations.types import Stage
 
 from changeover.errors import ServerUnavailable
+from changeover.flags.facts import Fact, Facts, facts
 from changeover.jobs.ledger import Ledger
 from changeover.session import application_name, connect
 
@@ -31,18 +33,13 @@ RECONNECT_SECONDS = 0.5
 FIRST_LOOK_SECONDS = 3.0
 SETTINGS = {"statement_timeout": "2s", "idle_session_timeout": "0"}
 
-
-@dataclass(frozen=True)
-class Fact:
-    """Who has authority, since which epoch."""
-
-    epoch: int
-    store: Origin
+NEWEST = "SELECT epoch, at FROM changeover.authority WHERE migration = %s ORDER BY epoch DESC LIMIT 1"
+"""The newest move, by its time as well: a migration that was aborted and prepared again counts its epochs anew."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a process says of itself: the stage and epoch at which it acts, and its counters."""
+    """What a process says of itself: the stage at which it acts, the newest epoch that it knows of, and its counters."""
 
     stage: Stage
     epoch: int
@@ -58,13 +55,13 @@ class AuthoritySource(Protocol):
 
 
 class Follower(Protocol):
-    """What the router asks for the fact, within one process."""
+    """What the router asks for the facts, within one process."""
 
-    fact: Fact | None
+    facts: Facts | None
     last_stage: Stage | None
 
-    def wait(self, fact: Fact, seconds: float) -> None:
-        """Wait until the fact is another one, looking often, at most so long (caller's thread, after a refusal)."""
+    def wait(self, cohort: str, fact: Fact, seconds: float) -> None:
+        """Wait until a cohort's fact is another one, looking often, at most so long (caller's thread, after a refusal)."""
         ...
 
     def close(self) -> None:
@@ -90,10 +87,11 @@ class LedgerFollower:
     def __init__(self, source: LedgerAuthority, process: str, beat: Callable[[], Beat | None]) -> None:
         self.source = source
         self.process = process
-        self.fact: Fact | None = None
+        self.facts: Facts | None = None
         self.last_stage: Stage | None = None
         self.failures = 0
         self._beat = beat
+        self._newest: tuple[int, datetime] | None = None
         self._beaten: tuple[Stage, int] | None = None
         self._beaten_at = float("-inf")
         self._ledger: Ledger | None = None
@@ -106,16 +104,19 @@ class LedgerFollower:
         with self._changed:
             self._changed.wait_for(lambda: self._looks or self.failures, FIRST_LOOK_SECONDS)
 
-    def wait(self, fact: Fact, seconds: float) -> None:
-        """Wait until the ledger says something else, or the time is over."""
+    def wait(self, cohort: str, fact: Fact, seconds: float) -> None:
+        """Wait until the ledger says something else of a cohort, or the time is over."""
         until = time.monotonic() + seconds
         with self._changed:
-            while self.fact == fact and time.monotonic() < until:
+            while not self._says_else(cohort, fact) and time.monotonic() < until:
                 self._wake.set()
                 self._changed.wait(LOOK_AGAIN_SECONDS)
                 # `wait` ends with the first look, which may come at once: the next one is not asked for before its
                 # time.
-                self._changed.wait_for(lambda: self.fact != fact, LOOK_AGAIN_SECONDS)
+                self._changed.wait_for(lambda: self._says_else(cohort, fact), LOOK_AGAIN_SECONDS)
+
+    def _says_else(self, cohort: str, fact: Fact) -> bool:
+        return self.facts is not None and self.facts.of(cohort) != fact
 
     def close(self) -> None:
         """Record the last counters, then end the thread and its connection."""
@@ -139,10 +140,9 @@ class LedgerFollower:
         """Read authority and beat where due; False when the ledger can't be used now."""
         try:
             ledger = self._open()
-            found = ledger.authority()
-            fact = Fact(found.epoch, Origin(found.store))
+            known = self._known(ledger)
             with self._changed:
-                self.fact = fact
+                self.facts = known
                 self._looks += 1
                 self._changed.notify_all()
             self._beat_where_due(ledger)
@@ -150,6 +150,20 @@ class LedgerFollower:
             self._failed(error)
             return False
         return True
+
+    def _known(self, ledger: Ledger) -> Facts:
+        """Return the facts, with the moves that came since the last look; all are read where the last one is not there any more."""
+        row = ledger.connection.execute(NEWEST, [self.source.migration]).fetchone()
+        newest = (row[0], row[1]) if row is not None else None
+        if self.facts is not None and newest == self._newest:
+            return self.facts
+        later = ledger.authorities(self._newest[0]) if self._newest is not None else []
+        if later and self.facts is not None and (later[0].epoch, later[0].at) == self._newest:
+            known = facts(later[1:], self.facts)
+        else:
+            known = facts(ledger.authorities())
+        self._newest = newest
+        return known
 
     def _open(self) -> Ledger:
         if self._ledger is None:

@@ -11,18 +11,23 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.errors import ChangeoverError, GateClosed, LeaseHeld, Refused, SpecError
-from changeover.flags import flagfile, gate, turns
-from changeover.flags.fence import MAX_PAUSE, Fenced, fence, settle
+from changeover.errors import ChangeoverError, GateClosed, LeaseHeld, Refused
+from changeover.flags import cohorts as by_name
+from changeover.flags import gate, turning, turns
+from changeover.flags.census import Astray, Census
+from changeover.flags.cohorts import Apart, sentence, together
+from changeover.flags.endpoint import Cohort
+from changeover.flags.facts import Facts, facts
+from changeover.flags.fence import MAX_PAUSE, fence, settle
 from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previous_stage
+from changeover.flags.turning import Advanced, everybody, flag_of, require_open, require_way_back, turn, wished
 from changeover.interrupt import asked_to_stop
 from changeover.jobs import reverse
 from changeover.jobs.capture import emit_marker
@@ -31,7 +36,9 @@ from changeover.jobs.ledger import Ledger
 from changeover.jobs.rogue import Rogue, rogue
 from changeover.position import parse_lsn
 from changeover.session import application_name, connect
-from changeover.spec import Flag, Spec
+from changeover.spec import Spec
+
+__all__ = ["Advanced", "Shown", "advance", "flag_of", "rollback", "show", "watch", "wished"]
 
 log = logging.getLogger(__name__)
 
@@ -42,28 +49,11 @@ FIGURES = re.compile(r"[0-9A-F]*[0-9][0-9A-F,./:]*")
 
 
 @dataclass(frozen=True)
-class Advanced:
-    """A step that was done, up or down.
-
-    `pause_seconds` is how long the fence held writers up, None without a fence; `lost` how many writes of rows a step down left
-    behind in the new store, which never reached the old one, as far as routers know; `lacking` is why the old store got what their
-    mirrors brought alone, None where it got everything.
-    """
-
-    before: Stage
-    after: Stage
-    epoch: int
-    pause_seconds: float | None
-    lost: int = 0
-    lacking: str | None = None
-
-
-@dataclass(frozen=True)
 class Shown:
     """The page for the night: where the migration stands, what speaks against the next step, and what each step costs.
 
     `stage` is the one at which routers act; `wish` is the flag's, which waits for a fence where the two differ. `loses` is how
-    many writes of rows the step down, to `back`, would leave behind.
+    many writes of rows the step down, to `back`, would leave behind. `apart` are the cohorts at the other store.
     """
 
     stage: Stage
@@ -77,6 +67,7 @@ class Shown:
     longest_pause: float
     way_back: reverse.State | None
     rogue: Sequence[Rogue]
+    apart: Apart | None = None
 
     @property
     def go(self) -> bool:
@@ -84,113 +75,84 @@ class Shown:
         return self.next is not None and not self.reasons
 
 
-def flag_of(spec: Spec) -> tuple[Flag, Path]:
-    """Return the spec's flag and its data file; raises SpecError where the spec has none."""
-    if spec.flag is None:
-        raise SpecError(spec.path, "flag", "is missing: name the flag's key, its target and its data file")
-    return spec.flag, Path(spec.flag.file) if spec.flag.file else spec.work / "flags.json"
-
-
-def wished(spec: Spec) -> Stage:
-    """Return the stage that the flag's data file asks for."""
-    flag, file = flag_of(spec)
-    return flagfile.read_stage(file, flag.key)
-
-
 def show(spec: Spec) -> Shown:
     """Return where the migration stands and what the gate says of the next step (driver; starts no JVM)."""
     flag_of(spec)
     with Ledger.open(spec, "flags") as ledger:
         ledger.stream("flags")
-        wish, authority = wished(spec), ledger.authority()
-        stage = effective(wish, Origin(authority.store))
+        wish, known = wished(spec), facts(ledger.authorities())
+        stage = effective(wish, known.rest.store)
         above = next_stage(stage)
         reasons = gate.objections(gate.collect(spec, ledger, stage, above)) if above else []
-        back = None if turns.completed(turns.turns(ledger)) else previous_stage(stage)
+        if above and (waits := together(known, above)):
+            reasons = [waits, *reasons]
+        back = None if turns.completed(turns.turns(ledger)) else _below(spec, known)[1]
+        loses = turning.expected(ledger, known.epochs(Origin.NEW) if back and TABLE[back].writes is Origin.OLD else ())
         return Shown(
-            stage, wish, authority, above, reasons, back, losses(ledger, stage, back), ledger.heartbeats(), MAX_PAUSE,
-            reverse.state(spec, ledger), rogue(spec, ledger),
+            stage, wish, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
+            reverse.state(spec, ledger), rogue(spec, ledger), by_name.apart(known),
         )  # fmt: skip
 
 
-def advance(spec: Spec, *, to: Stage | None = None, override: str | None = None) -> Advanced:
+def advance(
+    spec: Spec, *, to: Stage | None = None, override: str | None = None, cohorts: Collection[Cohort] | None = None
+) -> Advanced:
     """Go one stage up if the gate's evidence holds, or if `override` says why not to ask (driver).
 
-    Raises GateClosed with every reason, and FenceCalledOff with the flag turned back.
+    With `cohorts` these alone go from shadow to live, as many as 10,000 at once. Raises GateClosed with every reason, and
+    FenceCalledOff with the flag turned back.
     """
     flag_of(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
         ledger.stream("flags advance")
-        before = effective(wished(spec), Origin(ledger.authority().store))
+        if cohorts is not None:
+            return by_name.advance(spec, ledger, cohorts, override)
+        known = facts(ledger.authorities())
+        before = everybody(spec, known)
         after = to or next_stage(before)
         if after is None:
             raise Refused("flags advance: the migration is complete, there is no stage above")
-        evidence = gate.collect(spec, ledger, before, after)
-        reasons = gate.objections(evidence)
-        told = {"evidence": evidence.digest, "reasons": reasons, "override": override}
-        if reasons and not override:
-            ledger.audit(turns.STEP, "refused", {"from": before.value, "to": after.value, **told})
-            raise GateClosed(after.value, tuple(reasons))
-        done = _turn(spec, ledger, before, after)
+        if waits := together(known, after):
+            raise Refused(f"flags advance: {waits}")
+        told = require_open(ledger, gate.collect(spec, ledger, before, after), override, {})
+        done = turn(spec, ledger, before, after)
         _record(spec, ledger, turns.ADVANCED, before, after, told)
-        return Advanced(before, after, ledger.authority().epoch, done.pause_seconds if done else None)
+        return Advanced(before, after, _epoch(ledger), done.pause_seconds if done else None)
 
 
-def rollback(spec: Spec) -> Advanced:
-    """Go one stage down; asks no gate (driver). Raises Refused at off and once complete was reached, and FenceCalledOff."""
+def rollback(spec: Spec, *, cohorts: Collection[Cohort] | None = None) -> Advanced:
+    """Go one stage down; asks no gate (driver). Raises Refused at off and once complete was reached, and FenceCalledOff.
+
+    With `cohorts` these alone go from live to shadow. Without, while some are live and the others are not, it is those that go.
+    """
     flag_of(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
         ledger.stream("flags rollback")
-        before = effective(wished(spec), Origin(ledger.authority().store))
-        _require_way_back(ledger, before)
-        after = previous_stage(before)
+        if cohorts is not None:
+            return by_name.rollback(spec, ledger, cohorts)
+        known = facts(ledger.authorities())
+        before, after = _below(spec, known)
+        require_way_back(ledger, before)
         if after is None:
             raise Refused(f"flags rollback: {before.value} is the first stage, there is none below")
-        expected = losses(ledger, before, after)
-        lost_in = ledger.authority()
-        done = _turn(spec, ledger, before, after)
-        lost = _lost(ledger, lost_in, done) if done else expected
+        epochs = known.epochs(Origin.NEW) if TABLE[after].writes is Origin.OLD else frozenset()
+        done = turn(spec, ledger, before, after)
+        lost = turning.lost(ledger, epochs, done) if done else 0
         lacking = done.lacking if done else None
         _record(spec, ledger, turns.ROLLED_BACK, before, after, {"lost": lost, "lacking": lacking})
-        return Advanced(before, after, ledger.authority().epoch, done.pause_seconds if done else None, lost, lacking)
+        return Advanced(before, after, _epoch(ledger), done.pause_seconds if done else None, lost, lacking)
 
 
-def losses(ledger: Ledger, before: Stage, after: Stage | None) -> int:
-    """Return how many writes a step down would lose: those that never reached the store to which authority goes back."""
-    if after is None or TABLE[before].writes is TABLE[after].writes:
-        return 0
-    if reverse.whole(ledger) is None:
-        return 0
-    return gate.lost(ledger.heartbeats(), ledger.authority(), ledger.now())
+def _below(spec: Spec, known: Facts) -> tuple[Stage, Stage | None]:
+    """Return from which stage a rollback of all rows leads to which: where cohorts are live alone, it is these that go back."""
+    stage = everybody(spec, known)
+    if known.rest.store is Origin.OLD and Origin.NEW in known.stores:
+        return Stage.LIVE, stage
+    return stage, previous_stage(stage)
 
 
-def _lost(ledger: Ledger, authority: Authority, done: Fenced) -> int:
-    """Return how many writes a fence back has lost: none where the reverse path brought them all."""
-    return gate.lost(ledger.heartbeats(), authority, ledger.now()) if done.lacking is not None else 0
-
-
-def _require_way_back(ledger: Ledger, before: Stage) -> None:
-    """Refuse once complete was reached, wherever the flag points by now: since then the old store got no write."""
-    if before is Stage.COMPLETE or turns.completed(turns.turns(ledger)):
-        raise Refused("flags rollback: complete was reached, there is no way back: the old store lacks every write since")
-
-
-def _turn(spec: Spec, ledger: Ledger, before: Stage, after: Stage) -> Fenced | None:
-    """Turn the flag, and move authority where the stage asks for it; the flag goes back if that fails."""
-    flag, file = flag_of(spec)
-    wish = flagfile.read_stage(file, flag.key)
-    if TABLE[before].writes is TABLE[after].writes:
-        settle(spec)
-        flagfile.write_stage(file, flag.key, after)
-        return None
-    try:
-        flagfile.write_stage(file, flag.key, after)
-        return fence(spec, TABLE[after].writes)
-    except BaseException:
-        # the ledger's word counts: what broke off may have done so after authority had moved
-        if ledger.authority().store != TABLE[after].writes.value:
-            flagfile.write_stage(file, flag.key, wish)
-        raise
+def _epoch(ledger: Ledger) -> int:
+    return facts(ledger.authorities()).epoch
 
 
 def _record(spec: Spec, ledger: Ledger, outcome: str, before: Stage, after: Stage, told: Mapping[str, Any]) -> None:
@@ -214,19 +176,21 @@ def _mirror_lsn(spec: Spec, ledger: Ledger, stage: Stage) -> int:
 def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:
     """Follow a flag that is turned elsewhere: ask the gate, fence, write the epoch, until `stop`, Ctrl-C or SIGTERM (driver).
 
-    `say` gets a sentence for each turn, and for each reason against one; a closed gate is asked again. Returns whether a signal
-    ended it; a fence that is under way then is brought to its end. Raises what is wrong at the start: StepOrder, SpecError.
+    `say` gets a sentence for each turn, and for each reason against one; a closed gate is asked again. Where the spec names a
+    column of cohorts, those of which the flag asks something else than of everybody move by name, together. Returns whether a
+    signal ended it; a fence that is under way then is brought to its end. Raises what is wrong at the start: StepOrder, SpecError.
     """
     with Ledger.open(spec, "flags watch") as ledger:
         ledger.stream("flags watch")
     wished(spec)
+    census = Census(spec) if spec.flag is not None and spec.flag.context is not None else None
     with suppress(LeaseHeld):  # a fence that is under way leaves things in order by itself
         settle(spec)
     said: str | None = None
     with asked_to_stop(stop) as asked:
         while not stop.is_set():
             try:
-                told = _follow(spec)
+                told = _follow(spec, census)
             except LeaseHeld:
                 told = said  # a command of ours turns the flag at this moment
             except ChangeoverError as error:
@@ -252,31 +216,46 @@ def _record_refusal(spec: Spec, closed: GateClosed) -> None:
         ledger.audit(turns.STEP, "refused", told)
 
 
-def _follow(spec: Spec) -> str | None:
-    """Make one look; return what was done, None where the wish is the fact already. Raises GateClosed and FenceCalledOff."""
+def _follow(spec: Spec, census: Census | None = None) -> str | None:
+    """Make one look; return what was done, None where the wish is the fact already. Raises GateClosed and FenceCalledOff.
+
+    Who goes back to the old store goes first: nothing that keeps others from going up may keep these.
+    """
     with Ledger.open(spec, "flags watch") as ledger:
-        if _is_fact(ledger, wished(spec)):
+        wish, known = wished(spec), facts(ledger.authorities())
+        if _is_fact(ledger, wish, known) and _astray(census, known) == Astray():
             return None
         with ledger.lease("flags"):
-            wish, before = wished(spec), _on_record(ledger)
-            if _is_fact(ledger, wish):
-                return None
-            wanted, authority = TABLE[wish].writes, ledger.authority()
-            if authority.store == wanted.value:
-                _record(spec, ledger, turns.FOLLOWED, before, wish, {})
-                return f"the flag was turned from {before.value} to {wish.value}"
-            if wanted is Origin.NEW:
-                _ask(spec, ledger, wish)
-            else:
-                _require_way_back(ledger, before)
-            done = fence(spec, wanted)
-            lost = _lost(ledger, authority, done)
-            _record(spec, ledger, turns.FOLLOWED, before, wish, {"epoch": done.epoch, "pause": done.pause_seconds, "lost": lost})
-        left = f"; lost: {lost} writes that never reached the old store" if lost else ""
-        return (
-            f"the flag was turned from {before.value} to {wish.value}: the {done.store} store has authority (epoch {done.epoch}),"
-            f" writers were held up {done.pause_seconds:.2f} s at most{left}"
-        )
+            wish, known = wished(spec), facts(ledger.authorities())
+            astray = _astray(census, known)
+            all_back = known.rest.store is Origin.NEW and TABLE[wish].writes is Origin.OLD
+            if astray.back and not all_back:
+                return by_name.follow(spec, ledger, astray.back, Origin.OLD)
+            if not _is_fact(ledger, wish, known):
+                return _follow_everybody(spec, ledger, wish, known)
+            return by_name.follow(spec, ledger, astray.up, Origin.NEW) if astray.up else None
+
+
+def _astray(census: Census | None, known: Facts) -> Astray:
+    return census.look(known) if census is not None else Astray()
+
+
+def _follow_everybody(spec: Spec, ledger: Ledger, wish: Stage, known: Facts) -> str:
+    """Follow the flag's turn for everybody."""
+    before, wanted = _on_record(ledger), TABLE[wish].writes
+    if known.rest.store is wanted:
+        if waits := together(known, wish):
+            raise Refused(waits)
+        _record(spec, ledger, turns.FOLLOWED, before, wish, {})
+        return f"the flag was turned from {before.value} to {wish.value}"
+    if wanted is Origin.NEW:
+        gate.require(gate.collect(spec, ledger, effective(wish, Origin.OLD), wish))
+    else:
+        require_way_back(ledger, before)
+    done = fence(spec, wanted)
+    lost = turning.lost(ledger, known.epochs(Origin.NEW), done) if wanted is Origin.OLD else 0
+    _record(spec, ledger, turns.FOLLOWED, before, wish, {"epoch": done.epoch, "pause": done.pause_seconds, "lost": lost})
+    return sentence(f"the flag was turned from {before.value} to {wish.value}", done, lost)
 
 
 def _on_record(ledger: Ledger) -> Stage:
@@ -284,14 +263,5 @@ def _on_record(ledger: Ledger) -> Stage:
     return found[0].after if found else ORDER[0]
 
 
-def _is_fact(ledger: Ledger, wish: Stage) -> bool:
-    return _on_record(ledger) is wish and ledger.authority().store == TABLE[wish].writes.value
-
-
-def _ask(spec: Spec, ledger: Ledger, wish: Stage) -> None:
-    """Ask the gate to where authority moves; until then every router acts at the stage below it, whatever the flag says."""
-    before = effective(wish, Origin.OLD)
-    evidence = gate.collect(spec, ledger, before, wish)
-    reasons = gate.objections(evidence)
-    if reasons:
-        raise GateClosed(wish.value, tuple(reasons))
+def _is_fact(ledger: Ledger, wish: Stage, known: Facts) -> bool:
+    return _on_record(ledger) is wish and known.rest.store is TABLE[wish].writes

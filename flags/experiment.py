@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -48,7 +48,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class Result:
-    """The end of one comparison; `control` is the authority. It matched, mismatched, was ignored, or failed."""
+    """The end of one comparison; `control` is the authority. It matched, mismatched, was ignored, or failed.
+
+    `apart` says that it was of a cohort at another store than all the others, and so at another stage.
+    """
 
     experiment: str
     stage: Stage
@@ -57,6 +60,7 @@ class Result:
     matched: bool
     ignored: bool
     looks: int
+    apart: bool = False
 
     @property
     def failed(self) -> bool:
@@ -107,6 +111,7 @@ class Comparison:
     control: Observation
     reads: Mapping[Origin, Read]
     looks: int = 0
+    apart: bool = False
 
 
 class HookRaised(Exception):
@@ -159,7 +164,10 @@ class Comparisons:
                 self._at_stage.clear()
 
     def counters(self) -> dict[str, Any]:
-        """Return the counts; `compared` is the sum of matched, mismatched and ignored, `at_stage` has those of this stage."""
+        """Return the counts; `compared` is the sum of matched, mismatched and ignored.
+
+        `at_stage` has those of this stage, and those of cohorts that stand apart meanwhile.
+        """
         with self._changed:
             counts: dict[str, Any] = {name: self._counts[name] for name in OUTCOMES}
             counts["at_stage"] = {
@@ -242,7 +250,7 @@ class Comparisons:
             control, candidate = seen[control.origin], seen[candidate_origin]
         result = self._judge(comparison, control, candidate)
         if result.mismatched and comparison.looks < len(self.waits):
-            again = Comparison(comparison.experiment, comparison.stage, control, comparison.reads, comparison.looks + 1)
+            again = replace(comparison, control=control, looks=comparison.looks + 1)
             self._push(time.monotonic() + self.waits[comparison.looks], again)
         else:
             self._finish(comparison.experiment, result)
@@ -275,7 +283,8 @@ class Comparisons:
             both = (values[Origin.OLD], values[Origin.NEW])
             matched = bool(self._hook(experiment, "compare", *both))
             ignored = not matched and bool(self._hook(experiment, "ignore", *both))
-        return Result(experiment.name, comparison.stage, control, candidate, matched, ignored, comparison.looks + 1)
+        looks = comparison.looks + 1
+        return Result(experiment.name, comparison.stage, control, candidate, matched, ignored, looks, comparison.apart)
 
     def _as_new(self, seen: Observation) -> Any:
         """Map the old store's rows; what isn't a row or a list of rows is left to the experiment's `clean`."""
@@ -304,7 +313,7 @@ class Comparisons:
             with self._changed:
                 for name in ("compared", outcome):
                     self._counts[name] += 1
-                    self._at_stage[name] += result.stage is self._stage
+                    self._at_stage[name] += result.apart or result.stage is self._stage
                 if result.mismatched:
                     self.mismatches.append(result)
         self._hook(experiment, "publish", result)

@@ -22,6 +22,7 @@ from psycopg import sql
 from changeover import points
 from changeover.cohorts import Cohorts
 from changeover.errors import FenceCalledOff, Refused
+from changeover.flags.facts import facts
 from changeover.flags.gate import mirrors
 from changeover.flags.sides import Side, position, sides
 from changeover.jobs import reverse, tenure
@@ -329,8 +330,8 @@ def _hand_back(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lack
         pause.wait(lambda: _not_back(ledger, place, pause))
     else:
         log.warning("back by the mirror alone, which loses what it dropped: %s", lacking)
-        now = ledger.now()
-        pause.wait(lambda: _unmirrored(ledger, now))
+        now, epochs = ledger.now(), facts(transfer.before).epochs(Origin.NEW, transfer.names)
+        pause.wait(lambda: _unmirrored(ledger, now, epochs))
     pause.make(Move.AWAIT)
     return position(spec, transfer.old), place
 
@@ -395,8 +396,11 @@ def _behind(spec: Spec, ledger: Ledger, position: int) -> str | None:
     return f"replay to reach {format_lsn(position)} in {late[0].target}" if late else None
 
 
-def _unmirrored(ledger: Ledger, since: object) -> str | None:
-    """On the way back the routers' mirrors must be empty, as each says after the refusal, and must not have lost a write."""
+def _unmirrored(ledger: Ledger, since: object, epochs: Collection[int]) -> str | None:
+    """On the way back the routers' mirrors must have nothing more of what goes back, as each says after the refusal.
+
+    What they still have of other cohorts, which go on, is of other epochs.
+    """
     row = ledger.connection.execute("SELECT now() - interval '10 seconds'").fetchone()
     assert row is not None
     for beat in ledger.heartbeats():
@@ -405,7 +409,7 @@ def _unmirrored(ledger: Ledger, since: object) -> str | None:
         if beat.at <= since:  # type: ignore[operator]
             return f"process {beat.process} to say that its mirror is empty"
         for mirror in mirrors(beat, Origin.OLD):
-            if mirror.get("depth"):
+            if any(mirror.get("queued", {}).get(str(epoch)) for epoch in epochs):
                 return f"the mirror of process {beat.process}"
     return None
 

@@ -3,7 +3,7 @@
 A replacement is atomic and durable: a reader sees the file before or after, never between, and a write that returned
 survives a crash. Each one raises the flag's version and has a modification time above its predecessor's, because the
 SDK notices a change by that time alone. Two processes that write at once wait for each other. Nothing else in the file
-changes.
+changes. Cohorts are turned as LaunchDarkly's own console does it, by individual targets of their kind of context.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from ldclient import LDClient
+from ldclient import Context, LDClient
 from ldclient.config import Config
 from ldclient.integrations import Files
 from ldclient.interfaces import FeatureStore, UpdateProcessor
@@ -37,9 +37,12 @@ MTIME_STEP_NS = 1_000_000
 
 
 def read_stage(path: str | Path, key: str) -> Stage:
-    """Return the stage that a flag asks of everyone; raises SpecError, naming what in the file is wrong."""
-    flag = _flag(_load(Path(path)), path, key)
-    index = flag.get("fallthrough", {}).get("variation") if flag.get("on") else flag.get("offVariation")
+    """Return the stage that a flag asks of everyone; raises SpecError, naming what in the file is wrong.
+
+    Of a percentage rollout over cohorts that is the first of its variations, as for any context of another kind.
+    """
+    flag = read_flag(path, key)
+    index = _asked(flag.get("fallthrough", {})) if flag.get("on") else flag.get("offVariation")
     variations = flag.get("variations", [])
     value = variations[index] if isinstance(index, int) and 0 <= index < len(variations) else None
     stage = Stage.from_str(value) if isinstance(value, str) else None
@@ -52,10 +55,16 @@ def read_stage(path: str | Path, key: str) -> Stage:
     return stage
 
 
-def write_stage(path: str | Path, key: str, stage: Stage) -> int:
+def read_flag(path: str | Path, key: str) -> dict[str, Any]:
+    """Return a flag as the file has it; raises SpecError."""
+    return _flag(_load(Path(path)), path, key)
+
+
+def write_stage(path: str | Path, key: str, stage: Stage, kind: str | None = None) -> int:
     """Make a flag ask for a stage, creating flag and file where missing; return the flag's new version.
 
-    Raises SpecError when the file is there and isn't a flag file: what can't be read is never overwritten.
+    With a `kind` of context no cohort is asked for anything else from now on. Raises SpecError when the file is there and isn't a
+    flag file: what can't be read is never overwritten.
     """
     target = Path(path)
     with _folder_locked(target.parent) as folder:
@@ -66,9 +75,77 @@ def write_stage(path: str | Path, key: str, stage: Stage) -> int:
             fallthrough={"variation": VARIATIONS.index(stage.value)},
         )  # fmt: skip
         flag.setdefault("migration", {})
-        _replace(target, json.dumps(document, indent=2) + "\n")
-        os.fsync(folder)
+        if kind is not None:
+            _aim(flag, kind, None, None)
+        _put(target, document, folder)
     return int(flag["version"])
+
+
+def write_cohorts(path: str | Path, key: str, kind: str, cohorts: Collection[str], stage: Stage) -> int:
+    """Make a flag ask for a stage of some cohorts, contexts of a `kind`; return the flag's new version.
+
+    They are individual targets then, or none where everybody is asked for that stage anyway. Raises SpecError for a flag that is
+    switched off, which would ask the same of all of them, or lacks the stage.
+    """
+    target = Path(path)
+    with _folder_locked(target.parent) as folder:
+        document = _load(target)
+        flag = _flag(document, path, key)
+        variations = flag.get("variations", [])
+        if not flag.get("on"):
+            raise SpecError(str(path), f"flags.{key}", "is switched off, so it asks the same of all: switch it on")
+        if stage.value not in variations:
+            raise SpecError(str(path), f"flags.{key}", f"has no variation {stage.value}")
+        index = variations.index(stage.value)
+        everybodys = flag.get("fallthrough") == {"variation": index} and not flag.get("rules")
+        flag["version"] = int(flag.get("version", 0)) + 1
+        _aim(flag, kind, frozenset(cohorts), None if everybodys else index)
+        _put(target, document, folder)
+    return int(flag["version"])
+
+
+def write_flag(path: str | Path, key: str, former: dict[str, Any]) -> int:
+    """Put a flag back as `read_flag` had it; return its new version, above those that there were meanwhile."""
+    target = Path(path)
+    with _folder_locked(target.parent) as folder:
+        document = _load(target)
+        version = int(_flag(document, path, key).get("version", 0)) + 1
+        document["flags"][key] = {**former, "version": version}
+        _put(target, document, folder)
+    return version
+
+
+def _asked(fallthrough: dict[str, Any]) -> Any:
+    """Return the variation for a context that no target and no rule is for."""
+    weighted = fallthrough.get("rollout", {}).get("variations") or [{}]
+    return fallthrough.get("variation", weighted[0].get("variation"))
+
+
+def _aim(flag: dict[str, Any], kind: str, cohorts: frozenset[str] | None, variation: int | None) -> None:
+    """Take cohorts (all: None) off a flag's individual targets, and make them those of a variation, unless that is None.
+
+    The SDK keeps those of the kind "user" in a list of their own, which it reads by itself only while the other list is empty.
+    """
+    plain = kind == Context.DEFAULT_KIND
+    every: list[dict[str, Any]] = flag.setdefault("targets" if plain else "contextTargets", [])
+    ours = [target for target in every if plain or target.get("contextKind") == kind]
+    for target in ours:
+        target["values"] = [one for one in target.get("values", []) if cohorts is not None and one not in cohorts]
+    if variation is not None:
+        found = next((target for target in ours if target.get("variation") == variation), None)
+        if found is None:
+            found = {**({} if plain else {"contextKind": kind}), "values": [], "variation": variation}
+            every.append(found)
+        found["values"] += sorted(cohorts or ())
+    every[:] = [target for target in every if target["values"] or not any(target is one for one in ours)]
+    contexts: list[dict[str, Any]] = flag.setdefault("contextTargets", [])
+    known = {one.get("variation") for one in contexts if one.get("contextKind") == Context.DEFAULT_KIND}
+    if contexts:
+        contexts += [
+            {"contextKind": Context.DEFAULT_KIND, "values": [], "variation": target["variation"]}
+            for target in flag.get("targets", [])
+            if target["variation"] not in known
+        ]
 
 
 def client(path: str | Path, poll_seconds: float = POLL_SECONDS) -> LDClient:
@@ -85,6 +162,17 @@ def client(path: str | Path, poll_seconds: float = POLL_SECONDS) -> LDClient:
             diagnostic_opt_out=True,
         )
     )
+
+
+@contextmanager
+def loaded(path: str | Path) -> Iterator[LDClient]:
+    """Lend an SDK client of the file as it is now, which follows nothing."""
+    source = Files.new_data_source([str(path)])
+    held = LDClient(Config(SDK_KEY, update_processor_class=source, send_events=False, diagnostic_opt_out=True))
+    try:
+        yield held
+    finally:
+        held.close()  # type: ignore[no-untyped-call]
 
 
 class FileSource(UpdateProcessor):
@@ -146,6 +234,11 @@ def _flag(document: dict[str, Any], path: str | Path, key: str) -> dict[str, Any
         known = ", ".join(sorted(document.get("flags", {}))) or "none"
         raise SpecError(str(path), "flags", f"there is no flag {key}: the file has {known}")
     return flag
+
+
+def _put(target: Path, document: dict[str, Any], folder: int) -> None:
+    _replace(target, json.dumps(document, indent=2) + "\n")
+    os.fsync(folder)
 
 
 @contextmanager

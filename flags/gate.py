@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from ldclient.migrations.types import Origin, Stage
 
+from changeover.errors import GateClosed
+from changeover.flags.facts import Facts, facts
 from changeover.flags.stages import ORDER, TABLE, needs_fence
 from changeover.flags.turns import mirrored_since, turns
-from changeover.jobs.entries import CLOSED, Authority, Heartbeat, Load, VerdictRow
+from changeover.jobs.entries import CLOSED, Heartbeat, Load, VerdictRow
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.replication import slot_state
 from changeover.jobs.reverse import State, state
@@ -36,7 +38,10 @@ COMPARISONS = 100
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known at one moment, read once so that all rules speak of the same."""
+    """What is known at one moment, read once so that all rules speak of the same.
+
+    `everybodys` is the stage at which processes act, where the step from `before` to `after` is of some cohorts alone.
+    """
 
     now: datetime
     before: Stage
@@ -44,7 +49,7 @@ class Evidence:
     verdicts: Sequence[VerdictRow]
     loads: Sequence[Load]
     heartbeats: Sequence[Heartbeat]
-    authority: Authority
+    facts: Facts
     stage_since: datetime | None
     mirrored_since: int | None
     source_lsn: int
@@ -53,6 +58,12 @@ class Evidence:
     target: str
     way_back: State | None = None
     rogue: tuple[Rogue, ...] = ()
+    everybodys: Stage | None = None
+
+    @property
+    def acting(self) -> Stage:
+        """Return the stage at which processes act."""
+        return self.everybodys or self.before
 
     @property
     def digest(self) -> str:
@@ -62,8 +73,8 @@ class Evidence:
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage) -> Evidence:
-    """Read the evidence for a step between two stages (driver; starts no JVM)."""
+def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys: Stage | None = None) -> Evidence:
+    """Read the evidence for a step between two stages, of everybody or of some cohorts (driver; starts no JVM)."""
     assert spec.flag is not None
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "gate")) as old:
         here, slot, _ = slot_state(old, spec.name, spec.slot)
@@ -72,10 +83,10 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage) -> Evidence
     prepared = (ledger.milestones()[0], ledger.stream("gate").l0) if ledger.exists() else ()
     return Evidence(
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
-        heartbeats=ledger.heartbeats(), authority=ledger.authority(), stage_since=found[0].at if found else None,
+        heartbeats=ledger.heartbeats(), facts=facts(ledger.authorities()), stage_since=found[0].at if found else None,
         mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(here), capture_active=slot == "active" or log_read,
         sources=tuple(t.source for t in spec.tables), target=spec.flag.target, way_back=state(spec, ledger),
-        rogue=tuple(rogue(spec, ledger)),
+        rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
     )  # fmt: skip
 
 
@@ -126,7 +137,7 @@ def _processes_present(e: Evidence) -> list[str]:
     heard = [b for b in e.heartbeats if alive(b, e.now)]
     if not heard:
         return [f"no router was heard in the last {HEARTBEAT_SECONDS:g} seconds: start the application"]
-    return [f"process {b.process} is at {b.stage}, not {e.before.value}" for b in heard if b.stage != e.before.value]
+    return [f"process {b.process} is at {b.stage}, not {e.acting.value}" for b in heard if b.stage != e.acting.value]
 
 
 def alive(beat: Heartbeat, now: datetime) -> bool:
@@ -135,8 +146,8 @@ def alive(beat: Heartbeat, now: datetime) -> bool:
 
 
 def _lag_small(e: Evidence) -> list[str]:
-    """Replay and capture keep up; not asked any more once the new store has authority."""
-    if e.authority.store == "new":
+    """Replay and capture keep up; not asked any more once the new store has authority over everything."""
+    if Origin.OLD not in e.facts.stores:
         return []
     reasons = [] if e.capture_active else ["capture is not running: start `changeover capture`"]
     for load in e.loads:
@@ -161,18 +172,18 @@ def _replay_past_dualwrite(e: Evidence) -> list[str]:
 
 
 def _comparisons_clean(e: Evidence) -> list[str]:
-    """Reads compared at this stage, by all processes since its turn: enough of them, and none that mismatched."""
-    if not TABLE[e.before].compares:
+    """Reads compared at this stage, by all processes since its turn, of cohorts that stand apart too: enough, and no mismatch."""
+    if not TABLE[e.acting].compares:
         return []
     since = [beat for beat in e.heartbeats if e.stage_since is None or beat.at >= e.stage_since]
     counts = [beat.counters.get("comparisons", {}).get("at_stage", {}) for beat in since]
-    here = [count for count in counts if count.get("stage") == e.before.value]
+    here = [count for count in counts if count.get("stage") == e.acting.value]
     compared, mismatched = (sum(int(c.get(name, 0)) for c in here) for name in ("compared", "mismatched"))
     reasons = [] if compared >= COMPARISONS else [
-        f"only {compared} reads were compared at {e.before.value}: {COMPARISONS} are asked for"
+        f"only {compared} reads were compared at {e.acting.value}: {COMPARISONS} are asked for"
     ]  # fmt: skip
     return reasons + ([
-        f"{mismatched} of {compared} reads compared at {e.before.value} mismatched: find out why, then go back by"
+        f"{mismatched} of {compared} reads compared at {e.acting.value} mismatched: find out why, then go back by"
         " `changeover flags rollback` and up again, which counts anew"
     ] if mismatched else [])  # fmt: skip
 
@@ -181,30 +192,29 @@ def _mirror_whole(e: Evidence) -> list[str]:
     """Before the old store stops receiving: nothing that was written since authority moved was lost on its way there."""
     if e.after is not Stage.COMPLETE or (e.way_back is not None and e.way_back.lacking is None):
         return []
-    gone = lost(e.heartbeats, e.authority, e.now)
+    gone = lost(e.heartbeats, e.facts.epochs(Origin.NEW), e.now)
     return [f"{gone} mirrored writes to the old store failed, were dropped, or died with their process"] if gone else []
 
 
-def lost(heartbeats: Sequence[Heartbeat], authority: Authority, now: datetime) -> int:
-    """Return how many writes of rows under the new store's present authority never reached the old one (pure).
+def lost(heartbeats: Sequence[Heartbeat], epochs: Collection[int], now: datetime) -> int:
+    """Return how many writes of rows under some epochs of the new store never reached the old one (pure).
 
-    That is what a rollback over the fence loses; under the old store's authority it is none. What a dead process had queued
-    when it was last heard counts too.
+    That is what a rollback over the fence loses. What a dead process had queued when it was last heard counts too. Cohorts that
+    moved together share an epoch: of one of them alone these are no fewer than its own.
     """
-    if authority.store != Origin.NEW.value:
-        return 0
-    counts = [(beat, mirror) for beat in heartbeats for mirror in mirrors(beat, Origin.OLD)]
     return sum(
-        int(mirror.get("lost", {}).get(str(authority.epoch), 0))
-        + (int(mirror.get("depth", 0)) if beat.epoch == authority.epoch and not alive(beat, now) else 0)
-        for beat, mirror in counts
+        int(mirror.get("lost", {}).get(str(epoch), 0))
+        + (int(mirror.get("queued", {}).get(str(epoch), 0)) if not alive(beat, now) else 0)
+        for beat in heartbeats
+        for mirror in mirrors(beat, Origin.OLD)
+        for epoch in epochs
     )
 
 
 def _way_back_open(e: Evidence) -> list[str]:
-    """While the new store has authority: what is written to it reaches the old one, if there is a path at all."""
+    """While the new store has authority over anything: what is written to it reaches the old one, if there is a path at all."""
     way = e.way_back
-    if e.authority.store == "old" or way is None or way.watched_from is None:
+    if Origin.NEW not in e.facts.stores or way is None or way.watched_from is None:
         return []
     if way.lacking is not None:
         return [f"what is written to the new store does not come back to the old one: {way.lacking}"]
@@ -230,3 +240,10 @@ def objections(evidence: Evidence) -> list[str]:
     if ORDER.index(evidence.after) != ORDER.index(evidence.before) + 1:
         return [f"{evidence.before.value} to {evidence.after.value} is not one step up"]
     return [reason for rule in RULES for reason in rule(evidence)]
+
+
+def require(evidence: Evidence) -> None:
+    """Raise GateClosed with every reason against the step."""
+    reasons = objections(evidence)
+    if reasons:
+        raise GateClosed(evidence.after.value, tuple(reasons))

@@ -60,7 +60,7 @@ class Mirror:
         self._lost: Counter[int] = Counter()
         self._queue: deque[Offer] = deque()
         self._changed = threading.Condition()
-        self._busy = False
+        self._current: Offer | None = None
         self._closing = False
         self._connection: Connection | None = None
         self._call: GateCall | None = None
@@ -84,21 +84,24 @@ class Mirror:
     def counters(self) -> dict[str, Any]:
         """Return the counts: transactions mirrored and dropped; rows applied, refused, skipped and failed.
 
-        `lost` has the rows that were dropped or failed, by the epoch in which they were written.
+        `lost` has the rows that were dropped or failed, by the epoch in which they were written, `queued` those under way.
         """
         with self._changed:
             lost = {str(epoch): rows for epoch, rows in self._lost.items()}
             counts = {name: self._counts[name] for name in ("mirrored", "applied", "refused_by_gate", "skipped")}
-            depth = len(self._queue) + self._busy
+            under_way = [*self._queue, *([self._current] if self._current else [])]
+        queued: Counter[str] = Counter()
+        for offer in under_way:
+            queued[str(offer.version.epoch)] += len(offer.changes)
         return {
-            **counts, "lost": lost, "failed": self.failures.count, "dropped": self.drops.count, "depth": depth,
-            "last_failure": self.failures.last, "last_drop": self.drops.last,
+            **counts, "lost": lost, "queued": dict(queued), "failed": self.failures.count, "dropped": self.drops.count,
+            "depth": len(under_way), "last_failure": self.failures.last, "last_drop": self.drops.last,
         }  # fmt: skip
 
     def drain(self, seconds: float) -> bool:
         """Wait until everything that was offered has been dealt with; False when the time is over first."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._busy, seconds)
+            return self._changed.wait_for(lambda: not self._queue and self._current is None, seconds)
 
     def close(self, seconds: float) -> None:
         """Deal with what is queued, for so long at most; the rest is counted as dropped."""
@@ -120,7 +123,7 @@ class Mirror:
         while (offer := self._next()) is not None:
             self._deal_with(offer)
             with self._changed:
-                self._busy = False
+                self._current = None
                 self._changed.notify_all()
         self._disconnect()
 
@@ -129,8 +132,8 @@ class Mirror:
             self._changed.wait_for(lambda: self._queue or self._closing)
             if not self._queue:
                 return None
-            self._busy = True
-            return self._queue.popleft()
+            self._current = self._queue.popleft()
+            return self._current
 
     def _deal_with(self, offer: Offer) -> None:
         until = time.monotonic() + self.deadline

@@ -20,12 +20,14 @@ import psycopg
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.errors import ServerUnavailable
-from changeover.flags.authority import AuthoritySource, Beat, Fact, Follower
+from changeover.flags.authority import AuthoritySource, Beat, Follower
 from changeover.flags.endpoint import PgEndpoint, RowMapping, Sessions
 from changeover.flags.experiment import Comparisons
+from changeover.flags.facts import BEGINNING, Fact
 from changeover.flags.mirror import Mirror
 from changeover.flags.stages import TABLE, StageRule, effective
 from changeover.flags.wish import StageSource
+from changeover.jobs.tenure import EVERYTHING
 
 
 @dataclass(frozen=True)
@@ -89,28 +91,35 @@ class Runtime:
             process = f"{parts.process or socket.gethostname()}:{self.pid}.{secrets.token_hex(2)}"
             self.follower = parts.authority.follow(process, self._beat)
 
-    def wish(self) -> Stage:
+    def wish(self, cohort: str = EVERYTHING) -> Stage:
         """Return the flag's stage; a process that never had an answer goes on from the migration's last heartbeat."""
-        wish = self.parts.stage.stage()
+        wish = self.parts.stage.stage(cohort)
         if wish is None:
             last = self.follower.last_stage if self.follower is not None else None
             wish = last or Stage.OFF
         return wish
 
-    def decide(self, wish: Stage) -> Pin:
-        """Return what the wish and the fact give; raises ServerUnavailable where only an unread ledger could tell."""
+    def decide(self, wish: Stage, cohort: str = EVERYTHING) -> Pin:
+        """Return what the wish for a cohort and its fact give; raises ServerUnavailable where only an unread ledger could tell."""
         writes = TABLE[wish].writes
-        fact = Fact(int(writes is Origin.NEW), writes) if self.follower is None else self.follower.fact
-        if fact is None:
-            # Unread as yet. The old store refuses by itself what it may not take; of the new one nobody knows.
-            if writes is Origin.NEW:
-                raise ServerUnavailable("the ledger", "so it isn't known whether the new store has authority yet")
-            fact = Fact(0, Origin.OLD)
+        if self.follower is None:
+            fact = Fact(int(writes is Origin.NEW), writes)
+        elif (facts := self.follower.facts) is not None:
+            fact = facts.of(cohort)
+        elif writes is Origin.OLD:
+            fact = BEGINNING  # unread as yet: the old store refuses by itself what it may not take
+        else:
+            raise ServerUnavailable("the ledger", "so it isn't known whether the new store has authority yet")
         key = (wish, fact)
         if (pin := self.pins.get(key)) is None:
             stage = effective(wish, fact.store)
             pin = self.pins[key] = Pin(wish, fact, stage, TABLE[stage])
         return pin
+
+    def apart(self, pin: Pin) -> bool:
+        """Return whether a pin is of a cohort at another store than all the others."""
+        facts = self.follower.facts if self.follower is not None else None
+        return facts is not None and pin.fact.store is not facts.rest.store
 
     def session(self, origin: Origin) -> AbstractContextManager[psycopg.Connection[Any]]:
         """Lend a session with a store."""
@@ -168,9 +177,12 @@ class Runtime:
             sessions.close()
 
     def _beat(self) -> Beat | None:
-        """Return what the heartbeat says (the follower's thread); None while this process has no stage yet."""
-        if self.follower is None or self.follower.fact is None:
+        """Return what the heartbeat says (the follower's thread); None while this process has no stage yet.
+
+        The stage is everybody's, by which the flag goes up and down; the epoch is that of the newest move, of whatever cohort.
+        """
+        if self.follower is None or (facts := self.follower.facts) is None:
             return None
         pin = self.decide(self.wish())
         self.comparisons.begin(pin.stage)
-        return Beat(pin.stage, pin.fact.epoch, self.counters())
+        return Beat(pin.stage, facts.epoch, self.counters())

@@ -242,12 +242,12 @@ class Ledger:
         found = [change for change in self.authorities() if change.cohorts is None]
         return found[-1] if found else Authority(0, "old", 0, datetime.min, None)
 
-    def authorities(self) -> list[Authority]:
-        """Return every change of authority, first to last."""
+    def authorities(self, since: int = 0) -> list[Authority]:
+        """Return every change of authority from an epoch on, first to last."""
         rows = self.connection.execute(
             "SELECT epoch, store, from_lsn::text, at, pause_seconds, coalesce(new_lsn, '0/0')::text, cohorts"
-            " FROM changeover.authority WHERE migration = %s ORDER BY epoch",
-            [self.migration],
+            " FROM changeover.authority WHERE migration = %s AND epoch >= %s ORDER BY epoch",
+            [self.migration, since],
         ).fetchall()
         return [
             Authority(r[0], r[1], parse_lsn(r[2]), r[3], r[4], parse_lsn(r[5]), None if r[6] is None else frozenset(r[6]))

@@ -22,6 +22,7 @@ from ldclient import LDClient
 from ldclient.migrations.types import Origin, Stage
 from psycopg import sql
 
+from changeover.cohorts import Cohorts
 from changeover.embedded import EmbeddedServer
 from changeover.flags import authority, flagfile
 from changeover.flags.authority import LedgerAuthority
@@ -33,6 +34,7 @@ from changeover.flags.wish import FlagStage
 from changeover.jobs.ledger import Ledger
 from changeover.position import Version, epoch_floor, image_version
 from changeover.session import Connection, application_name, connect
+from changeover.stores import refusal
 from changeover.stores.gate import install_gate
 from tests.fix_postgres import fresh_database
 
@@ -55,6 +57,9 @@ NEW_TABLE = """
 CREATE TABLE public.associations (subject bigint, object bigint, attributes jsonb NOT NULL, tags text[],
     seen timestamptz NOT NULL, PRIMARY KEY (subject, object))
 """
+COHORT = {Origin.OLD: "from_user", Origin.NEW: "subject"}
+"""The column of each store in which a row's cohort stands."""
+
 REFUSE = """
 CREATE SCHEMA IF NOT EXISTS changeover;
 CREATE OR REPLACE FUNCTION changeover.refuse() RETURNS trigger LANGUAGE plpgsql AS $body$
@@ -140,11 +145,12 @@ class Stores:
     new_dsn: str
     ledger: Ledger
 
-    def endpoint(self, origin: Origin) -> PgEndpoint:
-        """Return a store as the router reaches it."""
+    def endpoint(self, origin: Origin, cohorts: bool = False) -> PgEndpoint:
+        """Return a store as the router reaches it, its cohorts told apart or not."""
+        column = COHORT[origin] if cohorts else None
         if origin is Origin.OLD:
-            return PgEndpoint(self.old_dsn, "public.follows", ("from_user", "to_channel"))
-        return PgEndpoint(self.new_dsn, "public.associations")
+            return PgEndpoint(self.old_dsn, "public.follows", ("from_user", "to_channel"), cohort=column)
+        return PgEndpoint(self.new_dsn, "public.associations", cohort=column)
 
     def refuse(self, origin: Origin) -> None:
         """Make a store refuse what doesn't come through its gate."""
@@ -170,11 +176,18 @@ class Stores:
         }[origin]
         install_gate(self._admin(origin), schema, name, key, floor)
 
-    def move(self, epoch: int, store: str) -> None:
-        """Write the ledger's next epoch."""
+    def move(self, epoch: int, store: str, *cohorts: str) -> None:
+        """Write the ledger's next epoch, of all rows or of some cohorts."""
         self.ledger.connection.execute(
-            "INSERT INTO changeover.authority VALUES (%s, %s, %s, '0/0', now(), 0)", [MIGRATION, epoch, store]
+            "INSERT INTO changeover.authority VALUES (%s, %s, %s, '0/0', now(), 0, NULL, %s)",
+            [MIGRATION, epoch, store, list(cohorts) or None],
         )
+
+    def refuse_cohorts(self, origin: Origin, epoch: int, cohorts: Cohorts) -> None:
+        """Make a store refuse what is of some cohorts and doesn't come through its gate, as the product does."""
+        table = {Origin.OLD: "follows", Origin.NEW: "associations"}[origin]
+        held = refusal.Refusal((refusal.Refused(epoch, cohorts),), column=COHORT[origin])
+        assert refusal.install(self._admin(origin), "public", table, held, time.monotonic() + 5)
 
     def fence_to_new(self) -> None:
         """Move authority to the new store, as the fence does."""
@@ -281,10 +294,10 @@ def make_router(stores: Stores, flag_client: LDClient) -> Iterator[MakeRouter]:
     """Make routers over the two stores, the flag file and the ledger; all of them are closed."""
     made: list[Router] = []
 
-    def make(*, ledger: bool = True, limits: Limits | None = None, process: str | None = None) -> Router:
+    def make(*, ledger: bool = True, limits: Limits | None = None, process: str | None = None, cohorts: bool = False) -> Router:
         router = Router(
-            old=stores.endpoint(Origin.OLD), new=stores.endpoint(Origin.NEW), to_new=to_new, to_old=to_old,
-            stage=FlagStage(flag_client, FLAG),
+            old=stores.endpoint(Origin.OLD, cohorts), new=stores.endpoint(Origin.NEW, cohorts), to_new=to_new, to_old=to_old,
+            stage=FlagStage(flag_client, FLAG, kind=COHORT[Origin.OLD] if cohorts else None),
             authority=LedgerAuthority(stores.new_dsn, MIGRATION) if ledger else None,
             name=MIGRATION, process=process, limits=limits or PATIENT,
         )  # fmt: skip

@@ -170,6 +170,21 @@ def test_what_this_version_does_not_carry_is_said(tmp_path: Path, old: str, new:
     assert "not carried by this version" in error.problem
 
 
+@pytest.mark.parametrize("column", ["", "kind", "multi", "from user", "größe"])
+def test_a_column_of_cohorts_is_a_kind_of_context(tmp_path: Path, column: str) -> None:
+    error = refused(tmp_path, WHOLE.replace("[flag]", f'[flag]\ncontext = "{column}"', 1))
+    assert error.where == "flag.context"
+    assert "LaunchDarkly has no kind of context by that name" in error.problem
+
+
+def test_a_column_of_cohorts_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "whole.toml"
+    path.write_text(WHOLE.replace("[flag]", '[flag]\ncontext = "from_user"', 1))
+    flag = load(path).flag
+    assert flag is not None
+    assert flag.context == "from_user"
+
+
 def test_a_password_in_the_file_is_refused_and_not_repeated(tmp_path: Path) -> None:
     for dsn in ("host=h password=sesame", "postgresql://me:sesame@h/db"):
         error = refused(tmp_path, WHOLE.replace("env:OLD_DSN", dsn))

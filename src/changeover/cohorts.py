@@ -1,4 +1,7 @@
-"""Cohorts: groups of a table's rows whose write authority moves together, told by name (pure)."""
+"""Cohorts: groups of a table's rows whose write authority moves together, told by name (pure).
+
+Some of them are those that are named, or all but those: every row is of either, one of a cohort that nobody has seen yet too.
+"""
 
 from __future__ import annotations
 

@@ -25,11 +25,15 @@ def flags() -> None:
 @JSON
 def show(spec: str, as_json: bool) -> None:
     """Go or no-go for the next step, with every reason."""
+    from changeover.flags.cohorts import some
     from changeover.flags.cutover import show as act
 
     seen = act(load(spec))
     wish = f", the flag asks for {seen.wish.value}" if seen.wish is not seen.stage else ""
     lines = [f"stage {seen.stage.value}{wish}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
+    if seen.apart is not None:
+        epochs = ", ".join(map(str, seen.apart.epochs))
+        lines.append(f"at the {seen.apart.store} store: {some(seen.apart.first, seen.apart.count)}, epoch {epochs}")
     if seen.next is not None:
         lines += [f"next: {seen.next.value}: {'go' if seen.go else 'no-go'}", *(f"  {reason}" for reason in seen.reasons)]
     if seen.back is not None:
@@ -45,36 +49,48 @@ def _loses(writes: int, verb: str) -> str:
     return f"{writes:,} write{'s' * (writes > 1)} that never reached the old store {verb}" if writes else f"nothing {verb}"
 
 
+COHORTS = click.option(
+    "--cohort", "cohorts", multiple=True, help="Only this cohort, between shadow and live; may be given more than once."
+)
+
+
 @flags.command()
 @SPEC
+@COHORTS
 @click.option("--override", metavar="WHY", help="Go without the gate's evidence; the reason is logged.")
 @JSON
-def advance(spec: str, override: str | None, as_json: bool) -> None:
+def advance(spec: str, cohorts: tuple[str, ...], override: str | None, as_json: bool) -> None:
     """Go one stage up, if the gate's evidence holds."""
     from changeover.flags.cutover import advance as act
 
-    _step(act(load(spec), override=override), as_json)
+    _step(act(load(spec), override=override, cohorts=cohorts or None), as_json)
 
 
 @flags.command()
 @SPEC
+@COHORTS
 @JSON
-def rollback(spec: str, as_json: bool) -> None:
+def rollback(spec: str, cohorts: tuple[str, ...], as_json: bool) -> None:
     """Go one stage down; asks no gate."""
     from changeover.flags.cutover import rollback as act
 
-    _step(act(load(spec)), as_json, back=True)
+    _step(act(load(spec), cohorts=cohorts or None), as_json, back=True)
 
 
 def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
+    from changeover.flags.cohorts import some
+
     told = {"from": done.before.value, "to": done.after.value, "epoch": done.epoch, "pause_seconds": done.pause_seconds}
+    told |= {"lost": done.lost, "lacking": done.lacking} if back else {}
+    told |= {"cohorts": list(done.cohorts), "unknown": list(done.unknown)} if done.cohorts is not None else {}
     pause = f", writers were held up {done.pause_seconds:.2f} s at most" if done.pause_seconds is not None else ""
     lost = f"; {_loses(done.lost, 'lost')}" if back else ""
     lost += (
         f" as far as routers know: their mirrors alone brought the old store up to date ({done.lacking})" if done.lacking else ""
     )
-    answer({**told, "lost": done.lost, "lacking": done.lacking} if back else told, as_json,
-           lambda: f"{told['from']} → {told['to']} (epoch {told['epoch']}{pause}){lost}")  # fmt: skip
+    whose = f"{some(done.cohorts)}: " if done.cohorts is not None else ""
+    unknown = f"\nno row as yet, in either store, of {some(done.unknown)}" if done.unknown else ""
+    answer(told, as_json, lambda: f"{whose}{told['from']} → {told['to']} (epoch {told['epoch']}{pause}){lost}{unknown}")
 
 
 @flags.command()

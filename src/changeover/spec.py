@@ -24,6 +24,8 @@ IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 """A migration's name becomes part of a slot's name, whose characters PostgreSQL restricts."""
 
+KIND = re.compile(r"[-A-Za-z0-9._]+")
+"""A column of cohorts is a kind of the flag's contexts, whose letters the SDK restricts."""
 
 SLOT, TRIGGER = CAPTURES = ("slot", "trigger")
 """How changes are captured: by logical decoding, or by triggers that write a log."""
@@ -320,6 +322,8 @@ class _Reader:
         if targets[target].kind != "postgres":
             self.fail("flag.target", "must be a PostgreSQL target: an application writes to the store that takes over")
         file, context = self.optional_text("flag", given, "file"), self.optional_text("flag", given, "context")
+        if context is not None and not (KIND.fullmatch(context) and context not in ("kind", "multi")):
+            self.fail("flag.context", f'is "{context}": LaunchDarkly has no kind of context by that name')
         return Flag(self.text("flag", given, "key"), target, file, context)
 
     def work(self, given: Mapping[str, Any]) -> str:

@@ -9,10 +9,22 @@ from collections.abc import Callable, Iterator
 import pytest
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.flags.authority import Beat, Fact, LedgerAuthority, LedgerFollower
+from changeover.flags.authority import Beat, LedgerAuthority, LedgerFollower
+from changeover.flags.facts import Fact, Facts, facts
+from changeover.jobs.entries import Authority
+from changeover.jobs.ledger import Ledger
+from changeover.jobs.tenure import EVERYTHING
 from tests.fix_flags import PATIENCE, Stores, once_within
 
 OLD, NEW = Fact(0, Origin.OLD), Fact(1, Origin.NEW)
+AT_OLD, AT_NEW = Facts(), Facts(1, NEW)
+
+
+def there_or_back(stores: Stores, epoch: int) -> Fact:
+    """Move all rows, to the new store in the odd epochs; return what holds then."""
+    fact = Fact(epoch, Origin.NEW if epoch % 2 else Origin.OLD)
+    stores.move(epoch, fact.store.value)
+    return fact
 
 
 class Process:
@@ -38,31 +50,31 @@ def follower(stores: Stores, process: Process) -> Iterator[LedgerFollower]:
 
 
 def test_the_first_fact_is_there_at_once(follower: LedgerFollower) -> None:
-    assert follower.fact == OLD
+    assert follower.facts == AT_OLD
 
 
 def test_a_new_epoch_is_followed(stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]) -> None:
     epochs = itertools.count(1)
 
     def move() -> None:
-        stores.move(epoch := next(epochs), "new")
-        eventually(lambda: follower.fact == Fact(epoch, Origin.NEW))
+        fact = there_or_back(stores, next(epochs))
+        eventually(lambda: follower.facts == Facts(fact.epoch, fact))
 
     once_within(0.5, move)
 
 
 def test_waiting_ends_when_the_fact_changes(stores: Stores, follower: LedgerFollower) -> None:
     started = time.monotonic()
-    once_within(0.5, lambda: follower.wait(OLD, 0.1))
+    once_within(0.5, lambda: follower.wait(EVERYTHING, OLD, 0.1))
     assert time.monotonic() - started > 0.09
     epochs = itertools.count(1)
 
     def move() -> None:
-        before = follower.fact
-        assert before is not None
-        stores.move(epoch := next(epochs), "new")
-        follower.wait(before, PATIENCE)
-        assert follower.fact == Fact(epoch, Origin.NEW)
+        assert follower.facts is not None
+        before = follower.facts.rest
+        fact = there_or_back(stores, next(epochs))
+        follower.wait(EVERYTHING, before, PATIENCE)
+        assert follower.facts == Facts(fact.epoch, fact)
 
     once_within(0.5, move)
 
@@ -94,14 +106,14 @@ def test_closing_records_a_last_heartbeat(stores: Stores, process: Process, even
 def test_a_broken_session_is_made_anew(stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]) -> None:
     stores.end_router_sessions(Origin.NEW)
     eventually(lambda: follower.failures > 0)
-    assert follower.fact == OLD
+    assert follower.facts == AT_OLD
     stores.move(1, "new")
-    eventually(lambda: follower.fact == NEW)
+    eventually(lambda: follower.facts == AT_NEW)
 
 
 def test_an_unprepared_ledger_has_no_fact_and_hurts_nothing(new_dsn: str, process: Process) -> None:
     follower = LedgerAuthority(new_dsn, "follows").follow("p1", process)
-    assert follower.fact is None
+    assert follower.facts is None
     follower.close()
 
 
@@ -110,3 +122,55 @@ def test_the_last_acknowledged_stage_survives_a_restart(stores: Stores, process:
     follower = LedgerAuthority(stores.new_dsn, "follows").follow("p2", process)
     assert follower.last_stage is Stage.RAMPDOWN
     follower.close()
+
+
+def test_a_cohorts_move_is_followed_and_waiting_is_for_its_own(
+    stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]
+) -> None:
+    stores.move(1, "new", "7", "9")
+    eventually(lambda: follower.facts == Facts(1, OLD, {"7": NEW, "9": NEW}))
+    started = time.monotonic()
+    follower.wait("8", OLD, 0.1)
+    assert time.monotonic() - started > 0.09
+    stores.move(2, "new", "8")
+    follower.wait("8", OLD, PATIENCE)
+    assert follower.facts is not None
+    assert follower.facts.of("8") == Fact(2, Origin.NEW)
+
+
+def test_the_names_are_read_again_only_after_a_move(
+    stores: Stores, follower: LedgerFollower, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    reads: list[int] = []
+    authorities = Ledger.authorities
+
+    def counted(ledger: Ledger, since: int = 0) -> list[Authority]:
+        found = authorities(ledger, since)
+        reads.append(len(found))
+        return found
+
+    monkeypatch.setattr(Ledger, "authorities", counted)
+    looks = follower._looks
+    eventually(lambda: follower._looks >= looks + 5)
+    assert not reads
+    stores.move(1, "new", *map(str, range(10_000)))
+    eventually(lambda: follower.facts is not None and len(follower.facts.named) == 10_000)
+    looks = follower._looks
+    eventually(lambda: follower._looks >= looks + 5)
+    assert reads == [1]
+    for epoch in range(2, 7):
+        stores.move(epoch, "old" if epoch % 2 else "new", str(epoch))
+        eventually(lambda epoch=epoch: follower.facts is not None and follower.facts.epoch == epoch)
+    assert reads == [1, 2, 2, 2, 2, 2], "the last one that is known, and the new one"
+    assert follower.facts == facts(authorities(stores.ledger))
+
+
+def test_a_migration_that_began_again_by_the_same_name_is_read_anew(
+    stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]
+) -> None:
+    stores.move(1, "new", "7")
+    eventually(lambda: follower.facts == Facts(1, OLD, {"7": NEW}))
+    with stores.ledger.connection.transaction():
+        stores.ledger.connection.execute("DELETE FROM changeover.authority")
+        stores.move(1, "new", "9")
+    eventually(lambda: follower.facts == Facts(1, OLD, {"9": NEW}))

@@ -17,6 +17,7 @@ from ldclient.migrations.types import Stage
 
 from changeover.errors import SpecError
 from changeover.flags import flagfile
+from changeover.flags.wish import EVERYONE
 
 FLAG = "follows-store"
 SOMEONE = Context.create("someone")
@@ -54,6 +55,109 @@ def test_other_flags_and_unknown_fields_stay(tmp_path: Path) -> None:
     assert document["flags"]["else"] == {"key": "else"}
     assert document["flags"][FLAG]["salt"] == "s"
     assert document["flags"][FLAG]["rules"] == []
+
+
+KIND = "from_user"
+
+
+@pytest.fixture
+def asked(flag_file: Path) -> Callable[..., list[object]]:
+    """Return what the real SDK, over its file data source, answers contexts of a kind, and first everybody."""
+
+    def ask(*cohorts: str, kind: str = KIND) -> list[object]:
+        with flagfile.client(flag_file) as client:
+            contexts = [EVERYONE, *(Context.create(cohort, kind) for cohort in cohorts)]
+            return [client.variation(FLAG, context, None) for context in contexts]
+
+    return ask
+
+
+@pytest.mark.parametrize("kind", [KIND, "user"])
+def test_cohorts_are_turned_and_taken_away_again(flag_file: Path, asked: Callable[..., list[object]], kind: str) -> None:
+    flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
+    before = flagfile.read_flag(flag_file, FLAG)
+    flagfile.write_cohorts(flag_file, FLAG, kind, ["7", "Zoë ☂"], Stage.LIVE)
+    assert asked("7", "Zoë ☂", "8", kind=kind) == ["shadow", "live", "live", "shadow"]
+    flagfile.write_cohorts(flag_file, FLAG, kind, ["8"], Stage.LIVE)
+    flagfile.write_cohorts(flag_file, FLAG, kind, ["7"], Stage.SHADOW)
+    assert asked("7", "Zoë ☂", "8", kind=kind) == ["shadow", "shadow", "live", "live"]
+    flagfile.write_cohorts(flag_file, FLAG, kind, ["8", "Zoë ☂"], Stage.SHADOW)
+    left = flagfile.read_flag(flag_file, FLAG)
+    assert {**left, "version": 0, "targets": [], "contextTargets": []} == {
+        **before, "version": 0, "targets": [], "contextTargets": [],
+    }  # fmt: skip
+    assert not left.get("contextTargets")
+    assert not left.get("targets")
+
+
+def test_a_cohort_turned_away_from_everybody_goes_back_with_all(flag_file: Path, asked: Callable[..., list[object]]) -> None:
+    flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
+    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.SHADOW)
+    assert asked("7", "8") == ["live", "shadow", "live"]
+    flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
+    assert asked("7", "8") == ["live", "shadow", "live"], "without a kind the targets stay"
+    flagfile.write_stage(flag_file, FLAG, Stage.RAMPDOWN, KIND)
+    assert asked("7", "8") == ["rampdown"] * 3
+
+
+def test_targets_of_others_and_rules_stay_and_go_on_to_act(flag_file: Path, asked: Callable[..., list[object]]) -> None:
+    flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
+    document = json.loads(flag_file.read_text())
+    rule = {"id": "r", "variation": 3, "clauses": [{"contextKind": KIND, "attribute": "key", "op": "in", "values": ["9", "8"]}]}
+    document["flags"][FLAG].update(
+        targets=[{"values": ["ann"], "variation": 1}], rules=[rule],
+        contextTargets=[
+            {"contextKind": "user", "values": [], "variation": 1}, {"contextKind": "org", "values": ["x"], "variation": 0},
+        ],
+    )  # fmt: skip
+    flag_file.write_text(json.dumps(document))
+    flagfile.write_cohorts(flag_file, FLAG, KIND, ["8"], Stage.SHADOW)
+    assert asked("8", "9") == ["shadow", "shadow", "live"], "a target for what everybody is asked for, because of the rule"
+    assert asked("ann", kind="user") == ["shadow", "dualwrite"]
+    assert asked("x", kind="org") == ["shadow", "off"]
+    flagfile.write_stage(flag_file, FLAG, Stage.LIVE, KIND)
+    assert asked("x", kind="org") == ["live", "off"]
+
+
+def test_old_style_targets_of_users_go_on_to_act_beside_ours(flag_file: Path, asked: Callable[..., list[object]]) -> None:
+    flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
+    document = json.loads(flag_file.read_text())
+    document["flags"][FLAG]["targets"] = [{"values": ["ann"], "variation": 1}]
+    flag_file.write_text(json.dumps(document))
+    assert asked("ann", kind="user") == ["shadow", "dualwrite"]
+    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    assert asked("ann", kind="user") == ["shadow", "dualwrite"]
+    assert asked("7") == ["shadow", "live"]
+
+
+def test_a_percentage_rollout_asks_of_everybody_its_first_variation(flag_file: Path, asked: Callable[..., list[object]]) -> None:
+    flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
+    former = flagfile.read_flag(flag_file, FLAG)
+    document = json.loads(flag_file.read_text())
+    weights = [{"variation": 2, "weight": 75_000}, {"variation": 3, "weight": 25_000}]
+    document["flags"][FLAG]["fallthrough"] = {"rollout": {"contextKind": KIND, "variations": weights}}
+    flag_file.write_text(json.dumps(document))
+    assert flagfile.read_stage(flag_file, FLAG) is Stage.SHADOW
+    everybody, *cohorts = asked(*map(str, range(1_000)))
+    assert everybody == "shadow"
+    assert 200 < cohorts.count("live") < 300
+    flagfile.write_cohorts(flag_file, FLAG, KIND, ["0", "1", "2", "3"], Stage.SHADOW)
+    assert asked("0", "1", "2", "3") == ["shadow"] * 5
+    version = flagfile.write_flag(flag_file, FLAG, former)
+    assert flagfile.read_flag(flag_file, FLAG) == {**former, "version": version}
+
+
+def test_a_flag_that_is_off_or_lacks_the_stage_is_one_sentence(flag_file: Path) -> None:
+    document = json.loads(flag_file.read_text())
+    document["flags"][FLAG]["on"] = False
+    flag_file.write_text(json.dumps(document))
+    with pytest.raises(SpecError, match="is switched off"):
+        flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    document["flags"][FLAG].update(on=True, variations=["off", "shadow"])
+    flag_file.write_text(json.dumps(document))
+    with pytest.raises(SpecError, match="has no variation live"):
+        flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    assert json.loads(flag_file.read_text()) == document
 
 
 def test_nothing_is_left_beside_the_file(flag_file: Path) -> None:

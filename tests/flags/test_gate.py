@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from ldclient.migrations.types import Stage
+from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags import gate, turns
+from changeover.flags.facts import Fact, Facts
+from changeover.flags.fence import _unmirrored
 from changeover.flags.gate import COMPARISONS, Evidence
 from changeover.flags.turns import Turn
-from changeover.jobs.entries import Authority, Heartbeat, Load
+from changeover.jobs.entries import Heartbeat, Load
+from changeover.jobs.reverse import State
 from changeover.spec import Spec, load
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ TURNED = NOW - timedelta(minutes=5)
 def evidence(before: Stage, after: Stage, *beats: Heartbeat, **more: Any) -> Evidence:
     """Return evidence that nothing but the heartbeats speaks against."""
     made = Evidence(
-        now=NOW, before=before, after=after, verdicts=[], loads=[], heartbeats=beats, authority=Authority(0, "old", 0, NOW, None),
+        now=NOW, before=before, after=after, verdicts=[], loads=[], heartbeats=beats, facts=Facts(),
         stage_since=TURNED, mirrored_since=100, source_lsn=0, capture_active=True, sources=(), target="store",
     )  # fmt: skip
     return replace(made, **more)
@@ -63,20 +66,53 @@ def test_a_stage_that_compares_nothing_is_asked_for_nothing(stage: Stage) -> Non
     assert gate._comparisons_clean(evidence(stage, Stage.LIVE)) == []
 
 
-def test_what_is_lost_is_of_the_present_epoch_and_of_the_dead() -> None:
-    def lost(authority: Authority, *beats: Heartbeat) -> int:
-        return gate.lost(beats, authority, NOW)
+def test_what_is_lost_is_of_some_epochs_and_of_the_dead() -> None:
+    def lost(epochs: Collection[int], *beats: Heartbeat) -> int:
+        return gate.lost(beats, epochs, NOW)
 
-    third = Authority(3, "new", 0, NOW, None)
-    counts = {"lost": {"1": 7, "3": 2}, "depth": 4}
-    assert lost(third, beat(Stage.LIVE, epoch=3, mirror_old=counts)) == 2, "the living still deliver what is queued"
-    assert lost(third, beat(Stage.LIVE, LONG_AGO, 3, mirror_old=counts)) == 6
-    assert lost(third, beat(Stage.LIVE, LONG_AGO, 1, mirror_old=counts)) == 2, "its queue is of an epoch that is over"
-    assert lost(third, beat(Stage.LIVE, epoch=3, mirror_new=counts)) == 0, "on the way to the new store"
-    assert lost(Authority(4, "old", 0, NOW, None), beat(Stage.SHADOW, epoch=4, mirror_old=counts)) == 0
-    complete = evidence(Stage.RAMPDOWN, Stage.COMPLETE, beat(Stage.RAMPDOWN, epoch=3, mirror_old=counts), authority=third)
+    counts = {"lost": {"1": 7, "3": 2}, "queued": {"1": 1, "3": 4}}
+    assert lost({3}, beat(Stage.LIVE, epoch=3, mirror_old=counts)) == 2, "the living still deliver what is queued"
+    assert lost({3}, beat(Stage.LIVE, LONG_AGO, 3, mirror_old=counts)) == 6
+    assert lost({3}, beat(Stage.LIVE, LONG_AGO, 3, mirror_old={"lost": {}, "queued": {"1": 5}})) == 0, "of an epoch that is over"
+    assert lost({1, 3}, beat(Stage.LIVE, LONG_AGO, 3, mirror_old=counts)) == 14, "of cohorts that went one after the other"
+    assert lost({3}, beat(Stage.LIVE, epoch=3, mirror_new=counts)) == 0, "on the way to the new store"
+    assert lost((), beat(Stage.SHADOW, epoch=4, mirror_old=counts)) == 0
+    third = Facts(3, Fact(3, Origin.NEW))
+    complete = evidence(Stage.RAMPDOWN, Stage.COMPLETE, beat(Stage.RAMPDOWN, epoch=3, mirror_old=counts), facts=third)
     assert "2 mirrored writes to the old store failed" in " ".join(gate._mirror_whole(complete))
-    assert gate._mirror_whole(replace(complete, authority=replace(third, epoch=5))) == []
+    assert gate._mirror_whole(replace(complete, facts=Facts(5, Fact(5, Origin.NEW)))) == []
+
+
+SPLIT = Facts(1, Fact(0, Origin.OLD), {"7": Fact(1, Origin.NEW)})
+WHOLE = Facts(1, Fact(1, Origin.NEW))
+
+
+@pytest.mark.parametrize(("facts", "lag", "back"), [(Facts(), True, False), (SPLIT, True, True), (WHOLE, False, True)])
+def test_while_cohorts_stand_apart_both_directions_are_asked(facts: Facts, lag: bool, back: bool) -> None:
+    way = State("0/1", None, "missing", None, gate.LAG_BYTES + 1, None, ())
+    loads = [Load("public.t", "store", "closed", 0, False, 0, 0, 0)]
+    found = evidence(
+        Stage.SHADOW, Stage.LIVE, facts=facts, loads=loads, source_lsn=gate.LAG_BYTES + 1, capture_active=False, way_back=way
+    )
+    said = " ".join(gate._lag_small(found)), " ".join(gate._way_back_open(found))
+    assert ("capture is not running" in said[0], "bytes of WAL behind (at 0/0)" in said[0]) == (lag, lag)
+    assert ("stream is not captured" in said[1], "behind the new one" in said[1]) == (back, back)
+
+
+def test_the_way_back_waits_for_the_mirror_of_what_goes_back_alone(stores: Stores) -> None:
+    before = stores.ledger.now()
+    stores.ledger.beat("web-1", "shadow", 2, {"mirror_old": {"depth": 3, "queued": {"2": 3}}})
+    assert _unmirrored(stores.ledger, before, {2}) == "the mirror of process web-1"
+    assert _unmirrored(stores.ledger, before, {1}) is None
+    assert _unmirrored(stores.ledger, stores.ledger.now(), {1}) == "process web-1 to say that its mirror is empty"
+
+
+def test_a_step_of_some_cohorts_asks_of_the_processes_everybodys_stage() -> None:
+    again = evidence(Stage.SHADOW, Stage.LIVE, reads(Stage.LIVE, COMPARISONS), facts=WHOLE, everybodys=Stage.LIVE)
+    assert gate._processes_present(again) == gate._comparisons_clean(again) == []
+    late = replace(again, heartbeats=[reads(Stage.SHADOW, COMPARISONS)])
+    assert "is at shadow, not live" in " ".join(gate._processes_present(late))
+    assert "only 0 reads were compared at live" in " ".join(gate._comparisons_clean(late))
 
 
 @pytest.mark.parametrize(("began", "said"), [(None, "not on record"), (501, "dualwrite began at 0/1F5"), (500, "")])
