@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CAPTURE_SECONDS = 20.0
+CAPTURE_SECONDS = 60.0
 
 
 @dataclass

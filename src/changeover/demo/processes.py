@@ -101,7 +101,7 @@ class ApplicationProcess:
             return {}
         return found
 
-    def wait_for(self, what: str, condition: Callable[[dict[str, Any]], bool], seconds: float = 30.0) -> dict[str, Any]:
+    def wait_for(self, what: str, condition: Callable[[dict[str, Any]], bool], seconds: float = 120.0) -> dict[str, Any]:
         """Wait until its status fulfils a condition; raises CouldNotFinish when it does not in time."""
         deadline = time.monotonic() + seconds
         while not ((seen := self.status()) and condition(seen)):
