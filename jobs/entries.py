@@ -13,7 +13,7 @@ from typing import Any
 
 from changeover.position import Version, image_version
 
-FORMAT = 2
+FORMAT = 3
 """Version of the ledger's tables; another version found is refused, never guessed at."""
 
 SCHEMA = """
