@@ -369,7 +369,7 @@ def test_a_rollback_sees_by_itself_that_the_slot_is_lost(stores: Stores, lost_af
         losing.join()
     began = time.monotonic()
     done = cutover.rollback(stores.spec)  # capture is down: nobody else would notice, and nothing comes back
-    assert lost_after <= time.monotonic() - began < 20
+    assert lost_after <= time.monotonic() - began < 45
     assert (done.epoch, done.lacking) == (2, LOST)
     assert stores.ledger.authority().store == "old"
     stores.old.execute("INSERT INTO follows VALUES (1, 'writers go on')")
