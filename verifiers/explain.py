@@ -1,8 +1,8 @@
 """Explain: the story of one row by its target key, from what is on record; starts no JVM.
 
 It tells the chunk that the key belongs to, the row's image in each target, its cell (version or tombstone), the spooled events
-of its source key, its differences, the stage and the authority: enough to see why a row is as it is. What is gone for good, as
-versions and events are after `finalize`, is said to be gone. Keys are compared by their types, so an index serves.
+of its key in both stores, its differences, the stage and the authority: enough to see why a row is as it is. What is gone for
+good, as versions and events are after `finalize`, is said to be gone. Keys are compared by their types, so an index serves.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from psycopg.rows import dict_row
 from pyarrow.dataset import dataset as dataset_of
 
 from changeover.errors import SpecError
+from changeover.jobs import reverse
 from changeover.jobs.entries import Authority, ChunkRow
 from changeover.jobs.events import TRUNCATE
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import spool_of
-from changeover.jobs.tenure import EVERYTHING, OLD, Standing, Tenure, stamped, standing, tenures
+from changeover.jobs.spool import Spool
+from changeover.jobs.tenure import EVERYTHING, NEW, OLD, Standing, Tenure, stamped, standing, tenures
 from changeover.jobs.transform import BARE
 from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
@@ -79,9 +81,10 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
             given |= {name: own[column] for name, column in _moved(found).items() if column in own}
             story.parts["source row"] = _row(spec, old, found.source_name, own) or NONE
             story.parts["chunk"] = _chunks(ledger, old, found, seen, own)
-            story.parts["spooled events"] = (
-                _gone(finalized) or _begun(ledger.begun()) or _events(spec, found, own, epoch, ledger.authorities())
-            )
+            kept = _gone(finalized) or _begun(ledger.begun())
+            story.parts["spooled events"] = kept or _old_events(spec, found, own, epoch, ledger.authorities())
+        if (path := reverse.recorded(ledger)) is not None:
+            story.parts["events of the new store"] = _new_events(spec, found, given, path, ledger.authorities())
         for target in spec.targets.values():
             told = _in_lake if target.kind == "delta" else _in_postgres
             story.parts.update(told(spec, found, target, given, finalized))
@@ -125,12 +128,16 @@ def _source_key(spec: Spec, old: Connection, table: Table, seen: SourceTable, gi
     own = {column: given[name] for name, column in _moved(table).items()}
     if not set(seen.identity) <= set(own):
         return None
-    types = {column.name: column.type for column in seen.key}
-    casts = sql.SQL(", ").join(sql.SQL("{}::text").format(_typed(own[name], types[name])) for name in seen.identity)
-    with _speaking_of(spec, own):
-        row = old.execute(sql.SQL("SELECT {}").format(casts)).fetchone()
+    return _as_written(spec, old, own, {column.name: column.type for column in seen.key})
+
+
+def _as_written(spec: Spec, connection: Connection, key: Key, types: Mapping[str, str]) -> dict[str, str]:
+    """Return a key of columns with these types as the database writes its values."""
+    casts = sql.SQL(", ").join(sql.SQL("{}::text").format(_typed(key[name], kind)) for name, kind in types.items())
+    with _speaking_of(spec, key):
+        row = connection.execute(sql.SQL("SELECT {}").format(casts)).fetchone()
     assert row is not None
-    return dict(zip(seen.identity, row, strict=True))
+    return dict(zip(types, row, strict=True))
 
 
 @contextmanager
@@ -198,32 +205,44 @@ def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: Chunk
     return bool(row and row[0])
 
 
-def _events(spec: Spec, table: Table, own: Key, begun: int, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
-    """Return the spooled events of the source key, in stream order, and what each is; the spool is read a part at a time.
+def _old_events(spec: Spec, table: Table, own: Key, begun: int, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
+    return _events(spool_of(spec, begun), table.source_name, own, OLD, tenures(authorities))
 
-    What the old store was written while it had no authority is at its place in the log, and no version of the row.
+
+def _new_events(spec: Spec, table: Table, given: Key, path: reverse.Path, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
+    """Return the events of the key in the new store's stream, as far as the path on record has brought them."""
+    types = {column.name: column.type for column in path.tables[".".join(table.target_name)] if column.key}
+    if not set(types) <= set(given) or not reverse.spool_of(spec).path.exists():
+        return []
+    with connect(reverse.new_dsn(spec), application_name(spec.name, "explain")) as new:
+        own = _as_written(spec, new, given, types)
+    here = reverse.begun_since(path, authorities)
+    log = [tenure for tenure in tenures(authorities) if tenure.store == OLD or tenure.epoch in here]
+    return _events(reverse.spool_of(spec), table.target_name, own, NEW, log)
+
+
+def _events(spool: Spool, name: tuple[str, str], own: Key, store: str, log: Sequence[Tenure]) -> list[dict[str, Any]]:
+    """Return the spooled events of a key in a store's stream, in their order, and what each is; it is read a part at a time.
+
+    What a store was written while it had no authority is at its place in the log, and no version of the row.
     """
-    schema, name = table.source_name
-    spool = spool_of(spec, begun)
-    ours = (pc.field("relation") == f"{schema}.{name}") & (pc.field("lsn") < spool.end())  # beyond it, a part of a transaction
-    dataset = _dataset(spool.path)
+    ours = (pc.field("relation") == ".".join(name)) & (pc.field("lsn") < spool.end())  # beyond it, a part of a transaction
     wanted = ["lsn", "ordinal", "op", "row", "key", "note"]
     told = [
         event
-        for batch in dataset.to_batches(columns=wanted, filter=ours)
+        for batch in _dataset(spool.path).to_batches(columns=wanted, filter=ours)
         for event in batch.filter(_of_key(batch, own)).to_pylist()
     ]
-    log = tenures(authorities)
     return [
-        {**_place(log, event), "op": event["op"], "row": dict(event["row"] or event["key"] or [])}
+        {**_place(log, store, event), "op": event["op"], "row": dict(event["row"] or event["key"] or [])}
         for event in sorted(told, key=lambda event: (event["lsn"], event["ordinal"]))
     ]
 
 
-def _place(log: Sequence[Tenure], event: Mapping[str, Any]) -> dict[str, str]:
-    """Return the version under which an event of the old store's log is offered, or where it stands there and why it is not."""
-    version = stamped(log, EVERYTHING, OLD, Version(0, event["lsn"], event["ordinal"]))
-    found = standing(log, EVERYTHING, OLD, event["lsn"], event["note"] is not None)
+def _place(log: Sequence[Tenure], store: str, event: Mapping[str, Any]) -> dict[str, str]:
+    """Return the version under which an event of a store's log is offered, or where it stands there and why it is not."""
+    version = stamped(log, EVERYTHING, store, Version(0, event["lsn"], event["ordinal"]))
+    found = standing(log, EVERYTHING, store, event["lsn"], event["note"] is not None)
     if found is Standing.OFFERED:
         return {"version": str(version)}
     return {"at": f"{format_lsn(event['lsn'])}:{event['ordinal']}", "standing": STANDINGS[found]}

@@ -156,7 +156,7 @@ def test_an_event_is_told_for_what_it_is() -> None:
     moves = [Authority(1, "new", 200, datetime.min, 0.1, 70), Authority(2, "old", 300, datetime.min, 0.1, 90)]
     log = tenures(moves)
     events = [{"lsn": lsn, "ordinal": 4, "note": note} for lsn, note in ((199, None), (250, "changes"), (250, None), (300, None))]
-    assert [_place(log, event) for event in events] == [
+    assert [_place(log, "old", event) for event in events] == [
         {"version": "0:0/C7:4"},
         {"at": "0/FA:4", "standing": "an echo: a write of our own, which brought the other store's"},
         {"at": "0/FA:4", "standing": "rogue: by somebody, while the store had no authority"},
