@@ -34,7 +34,7 @@ BACKLOG = "backlog"
 
 SLOT_STATE = """
 SELECT pg_current_wal_insert_lsn()::text, CASE WHEN s.slot_name IS NULL THEN 'missing' WHEN s.wal_status = 'lost' THEN 'lost'
-    WHEN s.active OR EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name = %s)
+    WHEN s.active OR EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name = left(%s, 63))
     THEN 'active' ELSE 'inactive' END, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), s.restart_lsn)::bigint
 FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s
 """
@@ -63,6 +63,8 @@ class CopyStream:
         self.dsn = dsn
         self.heard = time.monotonic()
         self.over = False
+        self._poll = select.poll()
+        self._poll.register(connection.pgconn.socket, select.POLLIN)
 
     def frames(self, wait_seconds: float, most: int, *, gather: bool = False) -> list[bytes]:
         """Return the frames that are there, up to about `most` bytes, after waiting up to `wait_seconds` when there is none.
@@ -70,29 +72,25 @@ class CopyStream:
         With `gather` it waits that long for more of them too: so many at once cost less.
         """
         found: list[bytes] = []
-        wire, size = self.connection.pgconn, 0
-        while size < most and not (self.over and found):
-            length, data = (-1, b"") if self.over else wire.get_copy_data(1)
+        take, size = self.connection.pgconn.get_copy_data, 0
+        while size < most and not self.over:
+            length, data = take(1)
             if length > 0:
                 found.append(bytes(data))
                 size += length
             elif length < 0:
                 self.over = True
-                if not found:  # what came before the end is taken first
-                    self.ended()
-                    break
             elif not self.more(0 if found and not gather else wait_seconds):
                 break
+        if self.over and not found:  # what came before the end is taken first
+            self.ended()
         return found
 
     def more(self, wait_seconds: float) -> bool:
         """Read what the socket has; return whether it had anything."""
-        wire = self.connection.pgconn
-        poll = select.poll()
-        poll.register(wire.socket, select.POLLIN)
-        if not poll.poll(wait_seconds * 1000):
+        if not self._poll.poll(wait_seconds * 1000):
             return False
-        wire.consume_input()
+        self.connection.pgconn.consume_input()
         self.heard = time.monotonic()
         return True
 

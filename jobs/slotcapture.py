@@ -69,19 +69,18 @@ class SlotRun:
         while not self._ended():
             try:
                 with self._proved() as (replication, generated, far):
-                    delay = 0.1
                     if far is None:
                         self._stream(replication, generated)
                     else:  # after which all is proved anew
                         self._read_backlog(far, generated)
             except (ServerUnavailable, LeaseHeld) as error:
                 now = time.monotonic()
+                delay = 0.1 if self.failing_since is None else min(2 * delay, 2.0)
                 self.failing_since = self.failing_since or now
                 if now - self.failing_since > self.patience:
                     raise
                 log.warning("%s; trying again in %g s", error, delay)
                 self.stop.wait(delay)
-                delay = min(2 * delay, 2.0)
 
     @contextmanager
     def _proved(self) -> Iterator[tuple[Replication, Generated, int | None]]:
@@ -160,7 +159,7 @@ class SlotRun:
         with speaking_to(self.dsn, "starting the change stream"):
             replication.start(self.stream, self._position())
         self.result.connections += 1
-        self.answer_at = 0.0
+        self.answer_at, self.by_turns = 0.0, True
         log.info("following slot %s from %s", self.stream.slot, format_lsn(self.intake.durable))
         last = False
         while not last:
@@ -191,6 +190,7 @@ class SlotRun:
 
     def _took(self, assembler: Assembler, messages: Wire) -> None:
         """Have messages read, and see whether a batch is full."""
+        self.failing_since = None
         self.intake.committed(assembler.read(messages), marker=assembler.marker)
         self.intake.took(len(messages.bytes), assembler.count)
 
