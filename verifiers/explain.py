@@ -1,8 +1,8 @@
 """Explain: the story of one row by its target key, from what is on record; starts no JVM.
 
 It tells the chunk that the key belongs to, the row's image in each target, its cell (version or tombstone), the spooled events
-of its source key, its differences, the stage and the authority: enough to see why a row is as it is. What is gone for good, as
-versions and events are after `finalize`, is said to be gone. Keys are compared by their types, so an index serves.
+of its source key, its differences, the stage, its cohort and who has authority over it: enough to see why it is as it is. What is
+gone for good, as versions and events are after `finalize`, is said to be gone. Keys are compared by type, so an index serves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from psycopg.rows import dict_row
 from pyarrow.dataset import dataset as dataset_of
 
 from changeover.errors import SpecError
+from changeover.jobs.cohorts import new_column, old_column
 from changeover.jobs.entries import Authority, ChunkRow
 from changeover.jobs.events import TRUNCATE
 from changeover.jobs.ledger import Ledger
@@ -80,18 +81,32 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
             story.parts["source row"] = _row(spec, old, found.source_name, own) or NONE
             story.parts["chunk"] = _chunks(ledger, old, found, seen, own)
             story.parts["spooled events"] = (
-                _gone(finalized) or _begun(ledger.begun()) or _events(spec, found, own, epoch, ledger.authorities())
+                _gone(finalized)
+                or _begun(ledger.begun())
+                or _events(spec, found, own, epoch, tenures(ledger.authorities(), cohort_of(spec, found, given)))
             )
         for target in spec.targets.values():
             told = _in_lake if target.kind == "delta" else _in_postgres
             story.parts.update(told(spec, found, target, given, finalized))
         story.parts["differences"] = _differences(spec, found, given)
-        authority = ledger.authority()
         story.parts["stage"] = ledger.stage() or "never turned"
-        story.parts["authority"] = f"{authority.store} store, epoch {authority.epoch}"
+        story.parts.update(_authority(ledger.authorities(), cohort_of(spec, found, given)))
         if finalized:
             story.parts["finalized"] = f"{finalized:%Y-%m-%d %H:%M:%S}"
     return story
+
+
+def cohort_of(spec: Spec, table: Table, key: Key) -> str:
+    """Return the cohort of the row with a target key, by which its authority goes; without cohorts all rows are one."""
+    column = new_column(spec, table) if old_column(spec) is not None else None
+    return key[column] if column is not None else EVERYTHING
+
+
+def _authority(changes: Sequence[Authority], cohort: str) -> dict[str, str]:
+    """Return whose the row is, where that is a question, and which store has authority over it."""
+    present = tenures(changes, cohort)[-1]
+    whose = {"cohort": cohort} if cohort != EVERYTHING else {}
+    return {**whose, "authority": f"{present.store} store, epoch {present.epoch}"}
 
 
 def _gone(finalized: datetime | None) -> str | None:
@@ -198,10 +213,10 @@ def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: Chunk
     return bool(row and row[0])
 
 
-def _events(spec: Spec, table: Table, own: Key, begun: int, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
+def _events(spec: Spec, table: Table, own: Key, begun: int, log: Sequence[Tenure]) -> list[dict[str, Any]]:
     """Return the spooled events of the source key, in stream order, and what each is; the spool is read a part at a time.
 
-    What the old store was written while it had no authority is at its place in the log, and no version of the row.
+    `log` is the row's own; what the old store was written while it had no authority is at its place in the log, and no version.
     """
     schema, name = table.source_name
     spool = spool_of(spec, begun)
@@ -213,7 +228,6 @@ def _events(spec: Spec, table: Table, own: Key, begun: int, authorities: Sequenc
         for batch in dataset.to_batches(columns=wanted, filter=ours)
         for event in batch.filter(_of_key(batch, own)).to_pylist()
     ]
-    log = tenures(authorities)
     return [
         {**_place(log, event), "op": event["op"], "row": dict(event["row"] or event["key"] or [])}
         for event in sorted(told, key=lambda event: (event["lsn"], event["ordinal"]))
@@ -222,8 +236,9 @@ def _events(spec: Spec, table: Table, own: Key, begun: int, authorities: Sequenc
 
 def _place(log: Sequence[Tenure], event: Mapping[str, Any]) -> dict[str, str]:
     """Return the version under which an event of the old store's log is offered, or where it stands there and why it is not."""
-    version = stamped(log, EVERYTHING, OLD, Version(0, event["lsn"], event["ordinal"]))
-    found = standing(log, EVERYTHING, OLD, event["lsn"], event["note"] is not None)
+    cohort = log[-1].cohort
+    version = stamped(log, cohort, OLD, Version(0, event["lsn"], event["ordinal"]))
+    found = standing(log, cohort, OLD, event["lsn"], event["note"] is not None)
     if found is Standing.OFFERED:
         return {"version": str(version)}
     return {"at": f"{format_lsn(event['lsn'])}:{event['ordinal']}", "standing": STANDINGS[found]}

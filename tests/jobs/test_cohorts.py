@@ -14,6 +14,7 @@ from changeover.jobs.prepare import abort, finalize
 from changeover.jobs.restart import _require_allowed
 from changeover.jobs.status import status
 from changeover.jobs.tenure import FOR_EVER, NEW, OLD, absences, histories
+from changeover.verifiers.explain import explain
 from tests.fix_split import Split
 
 
@@ -80,6 +81,24 @@ def test_the_old_store_is_not_given_up_while_a_cohort_is_there_nor_the_new_one(s
     split.move(OLD, 400, 8000)
     _require_allowed(split.spec, split.ledger)
     assert abort(split.spec) != [], "all are at the old store again"
+
+
+def test_the_story_of_a_row_is_that_of_its_cohort(split: Split) -> None:
+    split.move(NEW, 100, 5000, "7")
+    split.move(OLD, 200, 6000, "7")
+    for lsn in (90, 150, 250):
+        for cohort in ("5", "7"):
+            split.write(OLD, lsn + int(cohort), "I", {"who": cohort, "whom": "1"})
+    split.old.execute("INSERT INTO follows VALUES (7, 1, 'here'), (5, 1, 'there')")
+    mine, others = (explain(split.spec, [key, "1"]).parts for key in ("007", "5"))
+    assert (mine["cohort"], mine["authority"]) == ("7", "old store, epoch 2")
+    assert (others["cohort"], others["authority"]) == ("5", "old store, epoch 0")
+    assert [event.get("version", event.get("standing", "")[:5]) for event in mine["spooled events"]] == [
+        "0:0/61:0",
+        "rogue",
+        "2:0/101:0",
+    ]
+    assert [event["version"] for event in others["spooled events"]] == ["0:0/5F:0", "0:0/9B:0", "0:0/FF:0"]
 
 
 def test_status_tells_the_cohorts_and_both_lags(split: Split) -> None:
