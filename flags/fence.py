@@ -27,6 +27,7 @@ from changeover.flags.gate import mirrors
 from changeover.flags.sides import Side, position, sides
 from changeover.jobs import reverse, tenure
 from changeover.jobs.capture import emit_marker
+from changeover.jobs.division import indivisible
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
@@ -107,7 +108,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, cohorts: Coll
     Capture and replay must be running. Raises FenceCalledOff, with writers back where they were, TableStopped, and SlotBlocked
     before anything was held up; Refused for cohorts where they can't move one by one.
     """
-    _require_nameable(spec, cohorts)
+    _require_nameable(spec, to, cohorts)
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), ExitStack() as held:
         before = ledger.authorities()
         whose = tenure.moving(before, to.value, cohorts)
@@ -126,7 +127,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, cohorts: Coll
         return _move(Transfer(spec, ledger, to, epoch, whose, names, before, old, new), max_pause)
 
 
-def _require_nameable(spec: Spec, cohorts: Collection[str] | None) -> None:
+def _require_nameable(spec: Spec, to: Origin, cohorts: Collection[str] | None) -> None:
     if cohorts is None:
         return
     if spec.flag is None or spec.flag.context is None:
@@ -135,6 +136,8 @@ def _require_nameable(spec: Spec, cohorts: Collection[str] | None) -> None:
         raise Refused("a cohort's name is empty: those without a name move with all rows")
     if len(cohorts) > MOST_COHORTS:
         raise Refused(f"{len(cohorts):,} cohorts are more than {MOST_COHORTS:,} at once: every write compares itself with them")
+    if to is Origin.NEW and (why := indivisible(spec)):
+        raise Refused(f"no cohort moves alone: {why[0]}")
 
 
 def _move(transfer: Transfer, max_pause: float) -> Fenced:

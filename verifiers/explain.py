@@ -1,8 +1,9 @@
 """Explain: the story of one row by its target key, from what is on record; starts no JVM.
 
 It tells the chunk that the key belongs to, the row's image in each target, its cell (version or tombstone), the spooled events
-of its key in both stores, its differences, the stage and the authority: enough to see why a row is as it is. What is gone for
-good, as versions and events are after `finalize`, is said to be gone. Keys are compared by their types, so an index serves.
+of its key in both stores, its differences, the stage, its cohort and who has authority over it: enough to see why a row is as it
+is. What is gone for good, as versions and events are after `finalize`, is said to be gone. Keys are compared by type, so an index
+serves.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pyarrow.dataset import dataset as dataset_of
 
 from changeover.errors import SpecError
 from changeover.jobs import reverse
+from changeover.jobs.cohorts import new_column, old_column
 from changeover.jobs.entries import Authority, ChunkRow
 from changeover.jobs.events import TRUNCATE
 from changeover.jobs.ledger import Ledger
@@ -76,25 +78,39 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
         epoch = ledger.stream("explain").epoch
         _, finalized = ledger.milestones()
         given = dict(zip(found.key, key, strict=True))
+        changes = ledger.authorities()
+        log = tenures(changes, cohort_of(spec, found, given))
         seen = source_table(old, found)
         if seen is not None and (own := _source_key(spec, old, found, seen, given)) is not None:
             given |= {name: own[column] for name, column in _moved(found).items() if column in own}
             story.parts["source row"] = _row(spec, old, found.source_name, own) or NONE
             story.parts["chunk"] = _chunks(ledger, old, found, seen, own)
             kept = _gone(finalized) or _begun(ledger.begun())
-            story.parts["spooled events"] = kept or _old_events(spec, found, own, epoch, ledger.authorities())
+            story.parts["spooled events"] = kept or _events(spool_of(spec, epoch), found.source_name, own, OLD, log)
         if (path := reverse.recorded(ledger)) is not None:
-            story.parts["events of the new store"] = _new_events(spec, found, given, path, ledger.authorities())
+            story.parts["events of the new store"] = _new_events(spec, found, given, path, changes, log)
         for target in spec.targets.values():
             told = _in_lake if target.kind == "delta" else _in_postgres
             story.parts.update(told(spec, found, target, given, finalized))
         story.parts["differences"] = _differences(spec, found, given)
-        authority = ledger.authority()
         story.parts["stage"] = ledger.stage() or "never turned"
-        story.parts["authority"] = f"{authority.store} store, epoch {authority.epoch}"
+        story.parts.update(_authority(changes, cohort_of(spec, found, given)))
         if finalized:
             story.parts["finalized"] = f"{finalized:%Y-%m-%d %H:%M:%S}"
     return story
+
+
+def cohort_of(spec: Spec, table: Table, key: Key) -> str:
+    """Return the cohort of the row with a target key, by which its authority goes; without cohorts all rows are one."""
+    column = new_column(spec, table) if old_column(spec) is not None else None
+    return key[column] if column is not None else EVERYTHING
+
+
+def _authority(changes: Sequence[Authority], cohort: str) -> dict[str, str]:
+    """Return whose the row is, where that is a question, and which store has authority over it."""
+    present = tenures(changes, cohort)[-1]
+    whose = {"cohort": cohort} if cohort != EVERYTHING else {}
+    return {**whose, "authority": f"{present.store} store, epoch {present.epoch}"}
 
 
 def _gone(finalized: datetime | None) -> str | None:
@@ -205,26 +221,24 @@ def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: Chunk
     return bool(row and row[0])
 
 
-def _old_events(spec: Spec, table: Table, own: Key, begun: int, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
-    return _events(spool_of(spec, begun), table.source_name, own, OLD, tenures(authorities))
-
-
-def _new_events(spec: Spec, table: Table, given: Key, path: reverse.Path, authorities: Sequence[Authority]) -> list[dict[str, Any]]:
+def _new_events(
+    spec: Spec, table: Table, given: Key, path: reverse.Path, changes: Sequence[Authority], log: Sequence[Tenure]
+) -> list[dict[str, Any]]:
     """Return the events of the key in the new store's stream, as far as the path on record has brought them."""
     types = {column.name: column.type for column in path.tables[".".join(table.target_name)] if column.key}
     if not set(types) <= set(given) or not reverse.spool_of(spec).path.exists():
         return []
     with connect(reverse.new_dsn(spec), application_name(spec.name, "explain")) as new:
         own = _as_written(spec, new, given, types)
-    here = reverse.begun_since(path, authorities)
-    log = [tenure for tenure in tenures(authorities) if tenure.store == OLD or tenure.epoch in here]
-    return _events(reverse.spool_of(spec), table.target_name, own, NEW, log)
+    here = reverse.begun_since(path, changes)
+    carried = [tenure for tenure in log if tenure.store == OLD or tenure.epoch in here]
+    return _events(reverse.spool_of(spec), table.target_name, own, NEW, carried)
 
 
 def _events(spool: Spool, name: tuple[str, str], own: Key, store: str, log: Sequence[Tenure]) -> list[dict[str, Any]]:
     """Return the spooled events of a key in a store's stream, in their order, and what each is; it is read a part at a time.
 
-    What a store was written while it had no authority is at its place in the log, and no version of the row.
+    `log` is the row's own. What a store was written while it had no authority is at its place in the log, and no version.
     """
     ours = (pc.field("relation") == ".".join(name)) & (pc.field("lsn") < spool.end())  # beyond it, a part of a transaction
     wanted = ["lsn", "ordinal", "op", "row", "key", "note"]
@@ -241,8 +255,9 @@ def _events(spool: Spool, name: tuple[str, str], own: Key, store: str, log: Sequ
 
 def _place(log: Sequence[Tenure], store: str, event: Mapping[str, Any]) -> dict[str, str]:
     """Return the version under which an event of a store's log is offered, or where it stands there and why it is not."""
-    version = stamped(log, EVERYTHING, store, Version(0, event["lsn"], event["ordinal"]))
-    found = standing(log, EVERYTHING, store, event["lsn"], event["note"] is not None)
+    cohort = log[-1].cohort
+    version = stamped(log, cohort, store, Version(0, event["lsn"], event["ordinal"]))
+    found = standing(log, cohort, store, event["lsn"], event["note"] is not None)
     if found is Standing.OFFERED:
         return {"version": str(version)}
     return {"at": f"{format_lsn(event['lsn'])}:{event['ordinal']}", "standing": STANDINGS[found]}

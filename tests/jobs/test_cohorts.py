@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from changeover.cohorts import EVERY, Cohorts
 from changeover.errors import Refused
 from changeover.jobs import cohorts
+from changeover.jobs.collection import epoch_to_come
 from changeover.jobs.entries import Authority
 from changeover.jobs.prepare import abort, finalize
 from changeover.jobs.restart import _require_allowed
 from changeover.jobs.status import status
-from changeover.jobs.tenure import FOR_EVER, NEW, OLD, absences, histories
+from changeover.jobs.tenure import (
+    FOR_EVER,
+    NEW,
+    OLD,
+    Standing,
+    absences,
+    histories,
+    moving,
+    sections,
+    shares,
+    stamped,
+    standing,
+    tenures,
+)
+from changeover.position import Version
+from changeover.verifiers.explain import explain
 from tests.fix_split import Split
 
 
@@ -82,6 +101,24 @@ def test_the_old_store_is_not_given_up_while_a_cohort_is_there_nor_the_new_one(s
     assert abort(split.spec) != [], "all are at the old store again"
 
 
+def test_the_story_of_a_row_is_that_of_its_cohort(split: Split) -> None:
+    split.move(NEW, 100, 5000, "7")
+    split.move(OLD, 200, 6000, "7")
+    for lsn in (90, 150, 250):
+        for cohort in ("5", "7"):
+            split.write(OLD, lsn + int(cohort), "I", {"who": cohort, "whom": "1"})
+    split.old.execute("INSERT INTO follows VALUES (7, 1, 'here'), (5, 1, 'there')")
+    mine, others = (explain(split.spec, [key, "1"]).parts for key in ("007", "5"))
+    assert (mine["cohort"], mine["authority"]) == ("7", "old store, epoch 2")
+    assert (others["cohort"], others["authority"]) == ("5", "old store, epoch 0")
+    assert [event.get("version", event.get("standing", "")[:5]) for event in mine["spooled events"]] == [
+        "0:0/61:0",
+        "rogue",
+        "2:0/101:0",
+    ]
+    assert [event["version"] for event in others["spooled events"]] == ["0:0/5F:0", "0:0/9B:0", "0:0/FF:0"]
+
+
 def test_status_tells_the_cohorts_and_both_lags(split: Split) -> None:
     assert status(split.spec).cohorts == []
     split.move(NEW, 100, 5000, "7", "9")
@@ -98,3 +135,27 @@ def test_status_tells_the_cohorts_and_both_lags(split: Split) -> None:
     told = status(split.spec)
     assert "    the old store has it over 1 cohort: 9" in list(told.lines())
     assert told.loads[0]["behind_bytes"] > 0, "replay goes on for it"
+
+
+@given(st.lists(st.tuples(st.sampled_from([OLD, NEW]), st.sampled_from(["", "7", "9", "7 9"])), max_size=6), st.booleans())
+def test_each_event_has_one_answer_whoever_is_asked(made: list[tuple[str, str]], takes_over: bool) -> None:
+    changes: list[Authority] = []
+    for place, (store, names) in enumerate(made, 1):
+        if moving(changes, store, names.split() or None) is not None:
+            changes += [replace(one, epoch=place) for one in moves((store, 100 * place, 1000 + 100 * place, names))]
+    carried = {change.epoch for change in changes if change.store == NEW}
+    offered = sections(changes, takes_over=takes_over, carried=carried)
+    for cohort in ("7", "9", "5"):
+        log = tenures(changes, cohort)
+        assert [held for held, whose in shares(changes).items() if cohort in whose] == [log[-1]._replace(cohort="")]
+        assert (cohort in (cohorts.at(changes, OLD) or Cohorts(frozenset(), others=False))) == (log[-1].store == OLD)
+        for applied in range(0, 800, 50):
+            coming = [t.epoch for t in log if t.store == OLD and t.until > applied]
+            assert epoch_to_come(changes, applied) <= min(coming, default=len(made)), "the floor would refuse what is to come"
+        for store, lsn in [(OLD, 50 + 100 * n) for n in range(8)] + [(NEW, 1050 + 100 * n) for n in range(8)]:
+            version = stamped(log, cohort, store, Version(0, lsn, 0))
+            here = [one for part in offered for one in part if one.store == store and one.since <= lsn < one.until]
+            mine = [one.epoch for one in here if cohort in one.cohorts]
+            assert mine == ([version.epoch] if version is not None and not (takes_over and store == NEW) else [])
+            absent = [whose for first, last, whose in absences(changes, store, 0) if first <= lsn < last]
+            assert any(cohort in whose for whose in absent) == (standing(log, cohort, store, lsn, False) is Standing.ROGUE)

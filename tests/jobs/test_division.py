@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ldclient.migrations.types import Origin
 from psycopg.conninfo import make_conninfo
 
+from changeover.errors import Refused
+from changeover.flags.fence import fence
 from changeover.jobs.cohorts import new_column
 from changeover.jobs.division import examined
 from changeover.session import connect
@@ -125,3 +128,12 @@ def test_a_sequence_of_somebody_else_is_named(monkeypatch: pytest.MonkeyPatch, a
             new.execute("DROP OWNED BY dividing CASCADE; DROP ROLE dividing")
     said = "the role dividing does not own the sequence public.others of public.associations"
     assert [said in reason for reason in reasons].count(True) == 1
+
+
+def test_a_fence_asks_again(asked: Asked, new_dsn: str) -> None:
+    spec = asked()
+    assert examined(spec).reasons == []
+    with connect(new_dsn, "test") as new:
+        new.execute("CREATE UNIQUE INDEX later ON associations (note)")
+    with pytest.raises(Refused, match=r"no cohort moves alone: the index later of public.associations is unique without entity_a"):
+        fence(spec, Origin.NEW, cohorts=["7"])
