@@ -89,7 +89,7 @@ class Writer(threading.Thread):
         try:
             with connect(self.dsns["old"], "writer") as old, connect(self.dsns["new"], "writer") as new:
                 stores = {"old": (old, "friends", "from_user"), "new": (new, "links", "member")}
-                while not self.done.wait(0.003):
+                while not self.done.wait(0.008):
                     self._write(stores)
         except BaseException as error:
             self.failed = error
