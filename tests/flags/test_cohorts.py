@@ -252,6 +252,18 @@ def test_cohorts_move_between_shadow_and_live_alone(stores: Stores, spec: Spec) 
     assert (refused.exit_code, "1 cohort (7) live already: rampdown and complete are of all rows" in refused.stderr) == (1, True)
 
 
+def test_at_rampdown_no_cohort_goes_back_alone_and_below_shadow_it_may(stores: Stores, spec: Spec) -> None:
+    file = spec.work / "flags.json"
+    stores.move(1, "new", "7")
+    flagfile.write_stage(file, FLAG, Stage.DUALWRITE)
+    refused = run("rollback", spec, "--cohort", "8")
+    assert (refused.exit_code, "at the old store already" in refused.stderr) == (1, True), "it is asked where it is, no more"
+    stores.move(2, "new")
+    flagfile.write_stage(file, FLAG, Stage.RAMPDOWN)
+    refused = run("rollback", spec, "--cohort", "7")
+    assert (refused.exit_code, "and everybody is at rampdown" in refused.stderr) == (1, True)
+
+
 def test_the_gate_is_asked_and_its_no_is_on_record(stores: Stores, spec: Spec) -> None:
     refused = run("advance", spec, "--cohort", "7")
     assert refused.exit_code == 1
