@@ -17,6 +17,7 @@ from changeover.flags import census, cutover, flagfile, turns
 from changeover.flags.census import Astray, Census
 from changeover.flags.cohorts import Apart, apart, some, together
 from changeover.flags.facts import Fact, Facts
+from changeover.jobs import reverse
 from changeover.jobs.entries import Stream
 from changeover.spec import Spec, load
 
@@ -252,6 +253,18 @@ def test_cohorts_move_between_shadow_and_live_alone(stores: Stores, spec: Spec) 
     assert (refused.exit_code, "1 cohort (7) live already: rampdown and complete are of all rows" in refused.stderr) == (1, True)
 
 
+def test_at_rampdown_no_cohort_goes_back_alone_and_below_shadow_it_may(stores: Stores, spec: Spec) -> None:
+    file = spec.work / "flags.json"
+    stores.move(1, "new", "7")
+    flagfile.write_stage(file, FLAG, Stage.DUALWRITE)
+    refused = run("rollback", spec, "--cohort", "8")
+    assert (refused.exit_code, "at the old store already" in refused.stderr) == (1, True), "it is asked where it is, no more"
+    stores.move(2, "new")
+    flagfile.write_stage(file, FLAG, Stage.RAMPDOWN)
+    refused = run("rollback", spec, "--cohort", "7")
+    assert (refused.exit_code, "and everybody is at rampdown" in refused.stderr) == (1, True)
+
+
 def test_the_gate_is_asked_and_its_no_is_on_record(stores: Stores, spec: Spec) -> None:
     refused = run("advance", spec, "--cohort", "7")
     assert refused.exit_code == 1
@@ -259,6 +272,19 @@ def test_the_gate_is_asked_and_its_no_is_on_record(stores: Stores, spec: Spec) -
     assert flagfile.read_flag(spec.work / "flags.json", FLAG).get("contextTargets", []) == []
     _, step, outcome, told = stores.ledger.audits()[0]
     assert (step, outcome, told["cohorts"], told["count"]) == (turns.STEP, "refused", ["7"], 1)
+
+
+def test_a_fence_that_does_not_come_about_puts_the_flag_back_as_it_was(
+    spec: Spec, flag_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout(flag_file, 0)
+    flagfile.write_cohorts(flag_file, FLAG, KIND, ["9"], Stage.LIVE)
+    former = flagfile.read_flag(flag_file, FLAG)
+    monkeypatch.setattr(reverse, "obstacles", lambda *stores: ["the new store can't tell"])
+    refused = run("advance", spec, "--cohort", "7", "--override", "test")
+    assert (refused.exit_code, "no cohort moves alone without a way back" in refused.stderr) == (1, True), refused.stderr
+    found = flagfile.read_flag(flag_file, FLAG)
+    assert found == {**former, "version": former["version"] + 2}
 
 
 def test_rampdown_waits_until_no_cohort_is_at_the_old_store(stores: Stores, spec: Spec) -> None:

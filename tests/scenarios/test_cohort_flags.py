@@ -130,10 +130,10 @@ def moves(migration: Migration) -> list[tuple[str, frozenset[str] | None]]:
         return [(one.store, one.cohorts) for one in ledger.authorities()]
 
 
-def wait_for(condition: Any, what: str, seconds: float = 60.0) -> None:
+def wait_for(condition: Any, what: str, said: object = "", seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"no sign of {what}"
+        assert time.monotonic() < deadline, f"no sign of {what}: {said}"
         time.sleep(0.05)
 
 
@@ -168,8 +168,8 @@ def test_cohorts_go_there_and_back_one_by_one_and_no_acknowledged_write_is_lost_
 
             with watched(members) as said:
                 flagfile.write_cohorts(members.spec.work / "flags.json", FLAG, "org", ["bob"], Stage.LIVE)
-                wait_for(lambda: router.stage_of("bob") is Stage.LIVE, f"a cohort that was turned elsewhere: {said}")
-                wait_for(lambda: any("the flag was turned to live for 1 cohort (bob)" in line for line in said), "what watch says")
+                wait_for(lambda: router.stage_of("bob") is Stage.LIVE, "a cohort that was turned elsewhere", said)
+                wait_for(lambda: any("turned to live for 1 cohort (bob)" in line for line in said), "what watch says", said)
                 assert router.stage_of("dan") is Stage.SHADOW
 
             back = flags("rollback", members, "--cohort", "ann")
