@@ -16,7 +16,6 @@ import pytest
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags import cutover, flagfile
-from changeover.flags import fence as fences
 from changeover.flags.fence import fence
 from changeover.flags.router import Change, Router, returned
 from changeover.jobs.capture import capture
@@ -41,7 +40,6 @@ def patient_fences(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every fence in this process the long pause, the commands' own too, and what goes before it the time it needs."""
     assert fence.__kwdefaults__ is not None
     monkeypatch.setitem(fence.__kwdefaults__, "max_pause", MAX_PAUSE)
-    monkeypatch.setattr(fences, "NEAR_SECONDS", MAX_PAUSE)
     monkeypatch.setattr(cutover, "ACKNOWLEDGED_SECONDS", PATIENCE)
 
 
