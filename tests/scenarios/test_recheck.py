@@ -21,7 +21,8 @@ from changeover.flags import flagfile
 from changeover.flags.endpoint import Row
 from changeover.flags.router import Change, Router, returned
 from changeover.verifiers import recheck
-from tests.fix_flags import PATIENCE, PATIENT, wait_until
+from tests.fix_accounts import wait_for_writes
+from tests.fix_flags import PATIENCE, PATIENT
 from tests.fix_migration import STORE, MakeMigration, Migration
 
 ACCOUNTS = """
@@ -121,7 +122,7 @@ def test_what_is_in_flight_is_no_difference_and_what_is_not_is(dual: tuple[Migra
     migration, router = dual
     numbers = random.Random(1)
     with repeated(lambda: put(router, numbers.randint(1, WRITTEN), Decimal(numbers.randint(1, 999)) / 100 * 10), 0.005):
-        wait_until(lambda: router.counters()["mirror_new"]["mirrored"] > 50)
+        wait_for_writes(router, 50)
         verdict = migration.verify()[STORE]
         assert verdict.word == "equal"
         assert verdict.recheck.in_flight > 0
