@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from ldclient.migrations.types import Origin
 
-from changeover.flags.fence import SEQUENCE_MARGIN, fence
+from changeover.flags.fence import fence
+from changeover.flags.transfer import SEQUENCE_MARGIN
 from changeover.session import Connection
 from tests.fix_accounts import following
 from tests.fix_migration import STORE, MakeMigration, Migration

@@ -13,8 +13,8 @@ import pytest
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags import gate, turns
+from changeover.flags.arrival import unmirrored
 from changeover.flags.facts import Fact, Facts
-from changeover.flags.fence import _unmirrored
 from changeover.flags.gate import COMPARISONS, Evidence
 from changeover.flags.turns import Turn
 from changeover.jobs.entries import Heartbeat, Load
@@ -102,9 +102,9 @@ def test_while_cohorts_stand_apart_both_directions_are_asked(facts: Facts, lag: 
 def test_the_way_back_waits_for_the_mirror_of_what_goes_back_alone(stores: Stores) -> None:
     before = stores.ledger.now()
     stores.ledger.beat("web-1", "shadow", 2, {"mirror_old": {"depth": 3, "queued": {"2": 3}}})
-    assert _unmirrored(stores.ledger, before, {2}) == "the mirror of process web-1"
-    assert _unmirrored(stores.ledger, before, {1}) is None
-    assert _unmirrored(stores.ledger, stores.ledger.now(), {1}) == "process web-1 to say that its mirror is empty"
+    assert unmirrored(stores.ledger, before, {2}) == "the mirror of process web-1"
+    assert unmirrored(stores.ledger, before, {1}) is None
+    assert unmirrored(stores.ledger, stores.ledger.now(), {1}) == "process web-1 to say that its mirror is empty"
 
 
 def test_a_step_of_some_cohorts_asks_of_the_processes_everybodys_stage() -> None:

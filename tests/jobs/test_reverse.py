@@ -292,7 +292,7 @@ def test_a_partition_that_comes_or_goes_without_an_event_breaks_the_path_off(par
 def test_a_partition_that_goes_at_the_last_moment_calls_the_way_back_off(parted: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(told(parted)) == 1
     reverse.advance(parted.ledger, "follows", reverse.OLD_STORE, 2**60, 1)  # as far as anybody can see, everything came back
-    near = fence._draw_near
+    near = arrival.draw_near
 
     def detached_behind_it(*arguments: Any) -> str | None:
         found = near(*arguments)
@@ -300,7 +300,7 @@ def test_a_partition_that_goes_at_the_last_moment_calls_the_way_back_off(parted:
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(fence, "_draw_near", detached_behind_it)
+        patched.setattr(fence, "draw_near", detached_behind_it)
         with pytest.raises(FenceCalledOff, match=r"waiting for a whole stream: .* gap \(partitions of public.links: "):
             cutover.rollback(parted.spec)
     parted.new.execute("INSERT INTO links VALUES (150, 'writers go on')")
