@@ -19,7 +19,7 @@ from psycopg import sql
 
 from changeover.cli import main
 from changeover.errors import CouldNotFinish, FenceCalledOff, SlotBlocked
-from changeover.flags import cutover, fence, flagfile
+from changeover.flags import arrival, cutover, fence, flagfile
 from changeover.jobs import obstacles, restart, reverse, snapshot
 from changeover.jobs.capture import capture_new, emit_marker
 from changeover.jobs.entries import Stream
