@@ -18,7 +18,7 @@ from changeover.flags.facts import facts
 from changeover.flags.gate import mirrors
 from changeover.flags.sides import position
 from changeover.flags.transfer import Pause, Transfer
-from changeover.jobs import reverse
+from changeover.jobs import reverse, wayback
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
@@ -59,7 +59,7 @@ def hand_back(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacki
     spec, ledger = transfer.spec, transfer.ledger
     place = _frozen(transfer, pause)
     if lacking is None:
-        if gap := reverse.parted(spec, ledger, transfer.new.connection):
+        if gap := wayback.parted(spec, ledger, transfer.new.connection):
             raise FenceCalledOff(pause.seconds, f"a whole stream: {gap}")
         spool = reverse.spool_of(spec)
         pause.wait(lambda: None if spool.end() >= place else "capture to spool the new store's last writes")
@@ -80,14 +80,14 @@ def draw_near(transfer: Transfer, seconds: float) -> str | None:
     where replay does not come near.
     """
     spec, ledger, back = transfer.spec, transfer.ledger, transfer.to is Origin.OLD
-    if back and (lacking := reverse.lacking(spec, ledger)):
+    if back and (lacking := wayback.lacking(spec, ledger)):
         return lacking
     place, deadline = position(spec, transfer.losing), time.monotonic() + seconds
     emit_marker(transfer.losing.connection, "fence ahead")
     look_at = time.monotonic() + LOOK_SECONDS
     while waiting := _not_back(ledger, place) if back else _behind(spec, ledger, place):
         if back and time.monotonic() > look_at:
-            if lacking := reverse.lacking(spec, ledger):
+            if lacking := wayback.lacking(spec, ledger):
                 return lacking
             look_at = time.monotonic() + LOOK_SECONDS
         if time.monotonic() > deadline:

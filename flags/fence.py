@@ -24,7 +24,7 @@ from changeover.errors import FenceCalledOff, Refused
 from changeover.flags.arrival import draw_near, hand_back, hand_over
 from changeover.flags.sides import Side, sides
 from changeover.flags.transfer import Pause, Transfer, advance_sequences, pass_the_others
-from changeover.jobs import reverse, tenure
+from changeover.jobs import reverse, tenure, wayback
 from changeover.jobs.division import indivisible
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
@@ -74,7 +74,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, cohorts: Coll
         before = ledger.authorities()
         whose = tenure.moving(before, to.value, cohorts)
         if to is Origin.NEW and whose is not None:
-            path = reverse.open_path(spec, ledger)  # which waits for open transactions, so it comes before anybody else has to
+            path = wayback.open_path(spec, ledger)  # which waits for open transactions, so it comes before anybody else has to
             if path is None and cohorts is not None:
                 raise Refused("no cohort moves alone without a way back: `changeover check` says what stands in it")
         held.enter_context(_others_rest(spec, ledger))

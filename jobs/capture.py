@@ -21,7 +21,7 @@ from deltalake.exceptions import DeltaError
 
 from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, SpoolGap
 from changeover.interrupt import asked_to_stop
-from changeover.jobs import reverse, triggerlog
+from changeover.jobs import reverse, triggerlog, wayback
 from changeover.jobs.intake import CaptureResult, Feed
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.logcapture import LogRun
@@ -133,7 +133,7 @@ def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = l
         if path is None or path.broken:
             return None
         with ledger.lease("capture-new"):
-            roots = reverse.roots(spec, ledger, path)
+            roots = wayback.roots(spec, ledger, path)
             feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec), roots)
             run = SlotRun(spec, feed, stop, until, 0.0, CaptureResult())
             try:

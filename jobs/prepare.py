@@ -18,7 +18,7 @@ from psycopg import sql
 
 from changeover.cohorts import EVERY
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
-from changeover.jobs import cohorts, inverse, partitions, reverse, snapshot, transform, triggerlog, windows
+from changeover.jobs import cohorts, inverse, partitions, snapshot, transform, triggerlog, wayback, windows
 from changeover.jobs.division import examined
 from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.ledger import Ledger, drop_ledger
@@ -87,7 +87,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
 
 def _remove_unfinished(spec: Spec, ledger: Ledger) -> list[str]:
     """Remove from both stores what a prepare made that never came to its record."""
-    removed = reverse.remove(spec, None) + remove_from_source(spec)
+    removed = wayback.remove(spec, None) + remove_from_source(spec)
     creating = ledger.creating()
     removed += _abort_targets(spec, creating)
     if creating:
@@ -277,7 +277,7 @@ def abort(spec: Spec) -> list[str]:
             whose = "" if gone == EVERY else f" over {cohorts.told(gone)}"
             raise Refused(f"abort: authority{whose} has moved to the new store: `changeover flags rollback` first")
         if prepared:
-            removed = reverse.remove(spec, ledger) + remove_from_source(spec)
+            removed = wayback.remove(spec, ledger) + remove_from_source(spec)
             removed += _abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
             drop_ledger(ledger.connection, spec.name)
             _drop_empty_schema(ledger.connection)
@@ -332,7 +332,7 @@ def finalize(spec: Spec) -> list[str]:
         if left is not None:
             whose = "" if left == EVERY else f" over {cohorts.told(left)}"
             raise Refused(f"finalize: the old store still has authority{whose}: `changeover flags advance` up to complete first")
-        removed = reverse.remove(spec, ledger) + remove_from_source(spec)
+        removed = wayback.remove(spec, ledger) + remove_from_source(spec)
         for table in spec.tables:
             for target in spec.targets.values():
                 with open_store(spec, target, "finalize") as store:
@@ -363,4 +363,4 @@ def leftovers(spec: Spec) -> list[str]:
     """Return everything of ours that is still in the old store, and what is left of the reverse path (driver; looks only)."""
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "leftovers")) as old:
         left = [row[0] for row in old.execute(LEFTOVERS).fetchall()]
-    return left + [one for one in reverse.leftovers(spec) if one not in left]
+    return left + [one for one in wayback.leftovers(spec) if one not in left]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from changeover import points
 from changeover.cohorts import EVERY
 from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
-from changeover.jobs import cohorts, reverse
+from changeover.jobs import cohorts, wayback
 from changeover.jobs.backfill import append_name
 from changeover.jobs.chunks import first_token
 from changeover.jobs.division import examined
@@ -100,7 +100,7 @@ def _require_allowed(spec: Spec, ledger: Ledger) -> None:
 
 def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, before: Stream, epoch: int) -> Prepared:
     """Remove what the old epoch had, and make what the new one has, in the order that is the promise."""
-    removed = reverse.remove(spec, ledger) + remove_from_source(spec)
+    removed = wayback.remove(spec, ledger) + remove_from_source(spec)
     remove_spools(spec.work)
     stream = replace(open_stream(spec, found), epoch=epoch)
     points.reach("stream-opened", epoch)

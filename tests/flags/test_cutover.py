@@ -22,7 +22,7 @@ from changeover.flags import cutover, turns
 from changeover.flags.fence import fence
 from changeover.flags.gate import COMPARISONS
 from changeover.flags.router import Router, returned
-from changeover.jobs import reverse
+from changeover.jobs import wayback
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
@@ -240,7 +240,7 @@ def settle(migration: Migration) -> None:
 def test_without_a_reverse_path_the_lake_learns_by_the_echo_what_was_written_while_the_new_store_had_authority(
     make_migration: MakeMigration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reverse, "obstacles", lambda *stores: ["the new store can't tell"])
+    monkeypatch.setattr(wayback, "obstacles", lambda *stores: ["the new store can't tell"])
     made = loaded(make_migration, STORE, LAKE)
     with following(made):
         with routed(made) as router:

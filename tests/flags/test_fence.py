@@ -13,7 +13,7 @@ from changeover.errors import FenceCalledOff, ServerUnavailable
 from changeover.flags import cutover
 from changeover.flags import fence as fences
 from changeover.flags.fence import fence
-from changeover.jobs import reverse
+from changeover.jobs import wayback
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
 from changeover.session import connect
@@ -56,7 +56,7 @@ def test_a_stale_write_is_refused_by_the_store_that_lost_authority(moved: Migrat
 
 def test_an_open_transaction_drains_before_the_fence_or_calls_it_off(moved: Migration, old_dsn: str) -> None:
     with Ledger.open(moved.spec, "test") as ledger:  # both databases are one server's, whose open transactions hold up a slot
-        assert reverse.open_path(moved.spec, ledger) is not None
+        assert wayback.open_path(moved.spec, ledger) is not None
     with following(moved), connect(old_dsn, "slow", autocommit=False) as slow:
         slow.execute("UPDATE accounts SET note = 'slow' WHERE id = 7")
         with pytest.raises(FenceCalledOff, match="lock"):

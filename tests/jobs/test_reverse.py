@@ -20,7 +20,7 @@ from psycopg import sql
 from changeover.cli import main
 from changeover.errors import CouldNotFinish, FenceCalledOff, SlotBlocked
 from changeover.flags import arrival, cutover, fence, flagfile
-from changeover.jobs import obstacles, restart, reverse, snapshot
+from changeover.jobs import obstacles, restart, reverse, snapshot, wayback
 from changeover.jobs.capture import capture_new, emit_marker
 from changeover.jobs.entries import Stream
 from changeover.jobs.ledger import Ledger
@@ -115,7 +115,7 @@ def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Sto
         "follows has no way back from links: nothing gives its column name (state it in [table.reverse] as an expression over the"
         " row of links); until then the router's mirror alone keeps the old store up to date"
     )
-    assert reverse.open_path(stores.spec, stores.ledger) is None
+    assert wayback.open_path(stores.spec, stores.ledger) is None
     assert stores.slots() == []
     state = reverse.state(stores.spec, stores.ledger)
     assert state is not None
@@ -141,21 +141,21 @@ def test_a_table_whose_changes_can_not_be_told_has_no_way_back(stores: Stores, c
     stores.new.execute('DROP FUNCTION IF EXISTS changeover."gate_public.links"')
     stores.new.execute(change.encode())
     assert any(reason in one for one in obstacles.notes(stores.spec))
-    assert reverse.open_path(stores.spec, stores.ledger) is None
+    assert wayback.open_path(stores.spec, stores.ledger) is None
 
 
 def test_the_path_is_opened_once_watched_and_taken_away(stores: Stores) -> None:
     stores.state(GIVEN)
-    path = reverse.open_path(stores.spec, stores.ledger)
+    path = wayback.open_path(stores.spec, stores.ledger)
     assert path is not None
     assert stores.slots() == [path.stream.slot] == [f"changeover__new_{stores.spec.name}"]
-    assert reverse.open_path(stores.spec, stores.ledger) == path
+    assert wayback.open_path(stores.spec, stores.ledger) == path
     stores.new.execute("INSERT INTO links VALUES (1, 'X')")
     assert [event["row"] for event in stores.captured()] == [{"a": "1", "upper": "X"}]
     reverse.advance(stores.ledger, "follows", reverse.OLD_STORE, path.stream.l0 + 8, 3)
 
     lose_slot(stores)
-    again = reverse.open_path(stores.spec, stores.ledger)
+    again = wayback.open_path(stores.spec, stores.ledger)
     assert again is not None
     assert again.stream.l0 > path.stream.l0, "another stream, from now on"
     stores.new.execute("INSERT INTO links VALUES (2, 'Y')")
@@ -163,10 +163,10 @@ def test_the_path_is_opened_once_watched_and_taken_away(stores: Stores) -> None:
     [load_] = reverse.loads(stores.ledger)
     assert (load_.target, load_.applied, load_.events) == (reverse.OLD_STORE, again.stream.l0, 3)
 
-    assert reverse.leftovers(stores.spec) != []
-    removed = reverse.remove(stores.spec, stores.ledger)
+    assert wayback.leftovers(stores.spec) != []
+    removed = wayback.remove(stores.spec, stores.ledger)
     assert len(removed) == 3
-    assert reverse.leftovers(stores.spec) == stores.slots() == []
+    assert wayback.leftovers(stores.spec) == stores.slots() == []
     assert not reverse.spool_of(stores.spec).path.exists()
     assert reverse.recorded(stores.ledger) is None
 
@@ -177,15 +177,15 @@ def test_an_open_transaction_holds_up_the_path_and_is_named(stores: Stores, monk
     with connect(stores.spec.targets["store"].dsn_value, "slow", autocommit=False) as slow:
         slow.execute("INSERT INTO links VALUES (5, 'slow')")
         with pytest.raises(SlotBlocked, match="process"):
-            reverse.open_path(stores.spec, stores.ledger)
+            wayback.open_path(stores.spec, stores.ledger)
     assert stores.slots() == []
-    assert reverse.open_path(stores.spec, stores.ledger) is not None, "what a failed one left is no hindrance"
+    assert wayback.open_path(stores.spec, stores.ledger) is not None, "what a failed one left is no hindrance"
 
 
 def test_our_writes_are_marked_and_others_to_a_store_without_authority_are_rogue(stores: Stores) -> None:
     stores.state(GIVEN)
     stores.new.execute("INSERT INTO links VALUES (9, 'before it is watched')")
-    reverse.open_path(stores.spec, stores.ledger)
+    wayback.open_path(stores.spec, stores.ledger)
     table = gated(stores.new, "public", "links", ["a"])
     mirror = sql.SQL("SELECT {}(0, '0/9', -1, %s, ROW(%s, 'MIRROR')::links)").format(table.function)
     stores.new.execute(mirror, [False, 1])
@@ -211,7 +211,7 @@ def test_our_writes_are_marked_and_others_to_a_store_without_authority_are_rogue
 
 def test_a_rolled_back_write_and_one_beside_the_tables_are_no_rogue(stores: Stores) -> None:
     stores.state(GIVEN)
-    reverse.open_path(stores.spec, stores.ledger)
+    wayback.open_path(stores.spec, stores.ledger)
     stores.new.execute("CREATE TABLE elsewhere (x integer)")
     stores.new.execute("INSERT INTO elsewhere VALUES (1)")
     with stores.new.transaction(force_rollback=True):
@@ -260,7 +260,7 @@ def test_changes_of_a_new_tables_partitions_are_the_tables(parted: Stores) -> No
     assert told(parted) == [(name, "I", "1"), (name, "I", "150"), *[(name, *one) for one in moved], (name, "I", "250")]
     parted.new.execute("TRUNCATE links")
     assert told(parted)[-1] == (name, "T", None)
-    assert reverse.lacking(parted.spec, parted.ledger) is None
+    assert wayback.lacking(parted.spec, parted.ledger) is None
     path = reverse.recorded(parted.ledger)
     assert path is not None
     assert [part.name for part in path.parts[name]] == ["public.links_high", "public.links_low", "public.links_new"]
@@ -332,7 +332,7 @@ LOST = "the new store's change stream has a gap (replication slot), and the next
 def live(stores: Stores) -> None:
     """Have the path open, authority with the new store, and something written to it."""
     stores.state(GIVEN)
-    assert reverse.open_path(stores.spec, stores.ledger) is not None
+    assert wayback.open_path(stores.spec, stores.ledger) is not None
     hand_over(stores, 1, "new")
     flagfile.write_stage(stores.spec.work / "flags.json", "f", Stage.LIVE)
     stores.new.execute("INSERT INTO links VALUES (1, 'X')")
@@ -355,7 +355,7 @@ def test_a_lost_slot_breaks_the_path_off_and_everybody_is_told(stores: Stores) -
     assert done.stdout.endswith(
         f"; nothing lost as far as routers know: their mirrors alone brought the old store up to date ({LOST})\n"
     )
-    again = reverse.open_path(stores.spec, stores.ledger)
+    again = wayback.open_path(stores.spec, stores.ledger)
     assert again is not None
     assert again.broken is None
     assert stores.slots() == [again.stream.slot]
@@ -380,7 +380,7 @@ def test_a_rollback_sees_by_itself_that_the_slot_is_lost(stores: Stores, lost_af
 
 def test_rogue_writes_are_told_while_a_new_epoch_is_begun(stores: Stores) -> None:
     stores.state(GIVEN)
-    reverse.open_path(stores.spec, stores.ledger)
+    wayback.open_path(stores.spec, stores.ledger)
     stores.new.execute("INSERT INTO links VALUES (1, 'X')")
     assert len(stores.captured()) == 1
     before = rogue(stores.spec, stores.ledger)
@@ -397,7 +397,7 @@ def test_rogue_writes_are_told_while_a_new_epoch_is_begun(stores: Stores) -> Non
     told = explain(stores.spec, ["1"]).parts
     assert (told["source row"], told["store row"]) == ("none", {"a": 1, "upper": "X"})
     assert told["spooled events"] == "none is told while `prepare --anew` is on its way to epoch 1: run it again to its end"
-    reverse.remove(stores.spec, stores.ledger)
+    wayback.remove(stores.spec, stores.ledger)
     assert rogue(stores.spec, stores.ledger) == [], "as far as a new epoch is made, nothing of the old one counts"
 
 
@@ -421,7 +421,7 @@ def restored(stores: Stores, dsn: str) -> Iterator[Stores]:
 
 def test_a_path_on_a_restored_server_begins_afresh(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     stores.state(GIVEN)
-    assert reverse.open_path(stores.spec, stores.ledger) is not None
+    assert wayback.open_path(stores.spec, stores.ledger) is not None
     reached = before_the_restore(stores)
     with passing_server(default_binaries()) as server, fresh_database(server, "new") as dsn:
         monkeypatch.setenv("NEW_DSN", dsn)
@@ -444,7 +444,7 @@ def before_the_restore(stores: Stores) -> int:
 def after_the_restore(stores: Stores, reached: int) -> None:
     running = reverse.spool_of(stores.spec)
     assert running.end() == reached  # as replay looks at it, in a process of its own
-    path = reverse.open_path(stores.spec, stores.ledger)
+    path = wayback.open_path(stores.spec, stores.ledger)
     assert path is not None
     assert path.stream.l0 < reached, "the restored server's positions are below those that were seen"
     assert [load_.applied for load_ in reverse.loads(stores.ledger)] == [path.stream.l0], "else all below would never be offered"

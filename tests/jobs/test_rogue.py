@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from changeover.jobs import reverse
+from changeover.jobs import wayback
 from changeover.jobs.rogue import Watch, rogue
 from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import NEW, OLD
@@ -27,7 +27,7 @@ def of_new(cohort: str) -> dict[str, str]:
 @pytest.fixture
 def apart(split: Split) -> tuple[Split, int]:
     """Return a migration whose cohorts 7 and 9 are at the new store, and where that was in its log."""
-    path = reverse.open_path(split.spec, split.ledger)
+    path = wayback.open_path(split.spec, split.ledger)
     assert path is not None
     there = path.stream.l0 + 100
     split.move(NEW, 1000, there, "7", "9")
