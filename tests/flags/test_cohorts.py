@@ -17,7 +17,6 @@ from changeover.flags import census, cutover, flagfile, turns
 from changeover.flags.census import Astray, Census
 from changeover.flags.cohorts import Apart, apart, some, together
 from changeover.flags.facts import Fact, Facts
-from changeover.jobs import wayback
 from changeover.jobs.entries import Stream
 from changeover.spec import Spec, load
 
@@ -279,7 +278,10 @@ def test_a_fence_that_does_not_come_about_puts_the_flag_back_as_it_was(spec: Spe
     flagfile.write_cohorts(flag_file, FLAG, KIND, ["9"], Stage.LIVE)
     former = flagfile.read_flag(flag_file, FLAG)
     refused = run("advance", spec, "--cohort", "7", "--override", "test")
-    assert (refused.exit_code, "no cohort moves alone: cohorts move one by one only where they can come back" in refused.stderr) == (1, True), refused.stderr
+    assert (
+        refused.exit_code,
+        "no cohort moves alone: cohorts move one by one only where they can come back" in refused.stderr,
+    ) == (1, True), refused.stderr
     found = flagfile.read_flag(flag_file, FLAG)
     assert found == {**former, "version": former["version"] + 2}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from changeover.errors import CouldNotCheck
-from changeover.jobs import reverse
+from changeover.jobs import reverse, wayback
 from changeover.jobs.tenure import NEW, OLD
 from changeover.verifiers.split import Split
 from tests.fix_split import Split as Stores
@@ -35,7 +35,7 @@ def test_a_move_meanwhile_is_no_answer(split: Stores) -> None:
 
 def test_without_a_way_back_there_is_no_answer(split: Stores) -> None:
     seen(split).require_way_back(split.ledger, "follows")
-    path = reverse.open_path(split.spec, split.ledger)
+    path = wayback.open_path(split.spec, split.ledger)
     assert path is not None
     split.move(NEW, 100, path.stream.l0 + 8, "7")
     seen(split).require_way_back(split.ledger, "follows")
