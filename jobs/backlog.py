@@ -1,4 +1,4 @@
-"""The backlog: what a slot keeps far behind the server's end, read in bounded turns, many times faster than it is streamed.
+"""The backlog: what a slot keeps far behind the server's end, read in bounded turns, faster than it is streamed.
 
 The stream sends each message by itself; here `pg_logical_slot_peek_binary_changes` decodes a stretch of the log, and COPY sends its
 rows together. A turn ends at a position that is below the server's end when the turn begins, and brings every transaction that
@@ -57,7 +57,8 @@ log = logging.getLogger(__name__)
 def turn(connection: Connection, slot: str, durable: int, least: int) -> int | None:
     """Return where a turn from `durable` on may end; None where less than `least` is left, or where it may be too large.
 
-    A turn reads again from where the server keeps the log for transactions that were open; it is at least as long as that.
+    A turn reads again from where the server keeps the log for transactions that were open, so it grows with that: twice as long
+    where there is room, and what is read again costs less than what is new.
     """
     row = connection.execute(
         "SELECT restart_lsn::text, pg_current_wal_flush_lsn()::text FROM pg_replication_slots WHERE slot_name = %s", [slot]
@@ -65,7 +66,8 @@ def turn(connection: Connection, slot: str, durable: int, least: int) -> int | N
     if row is None or row[0] is None:  # the stream tells what became of it
         return None
     kept, end = map(parse_lsn, row)
-    upto = min(end, durable + max(TURN_BYTES, durable - kept))
+    again = durable - kept
+    upto = min(end, durable + max(TURN_BYTES, min(2 * again, REACH_BYTES - again)))
     if upto - durable < least:
         return None
     if upto - kept > REACH_BYTES:
