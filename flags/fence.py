@@ -105,7 +105,7 @@ def _move(transfer: Transfer, max_pause: float) -> Fenced:
     """Make the moves in their order."""
     ledger, to = transfer.ledger, transfer.to
     lacking = draw_near(transfer, NEAR * max_pause)
-    _prepare_gates(transfer, max_pause)
+    _prepare_gates(transfer, NEAR * max_pause)
     with _turn(transfer) as turn:
         pause = Pause(time.monotonic(), max_pause)
         try:
@@ -114,7 +114,7 @@ def _move(transfer: Transfer, max_pause: float) -> Fenced:
             _make_final(transfer, pause)
             points.reach("fence-final")
             made = Authority(transfer.epoch, to.value, places[0], datetime.min, pause.seconds, places[1], transfer.names)
-            _record(ledger, made, lacking)
+            _record(transfer, made, lacking)
             pause.make(Move.RECORD)
         except BaseException:
             _call_off(transfer)
@@ -184,6 +184,8 @@ def _prepare_gates(transfer: Transfer, seconds: float) -> None:
         gate.install_gate(losing.connection, table.schema, table.name, table.key, epoch_floor(0))
         if table.cohort is None:
             gate.raise_floor(losing.connection, table.gated, epoch_floor(transfer.epoch))
+    for side in (losing, gaining):
+        side.install_floors(transfer.before)
     apart = any(table.cohort for table in gaining.tables)
     if apart and (waiting := gaining.freeze(transfer.before, None, time.monotonic() + seconds)):
         raise FenceCalledOff(seconds, f"the lock on {waiting}, before anybody is held up")
@@ -202,14 +204,30 @@ def _others_rest(spec: Spec, ledger: Ledger) -> Iterator[None]:
         yield
 
 
-def _record(ledger: Ledger, authority: Authority, lacking: str | None) -> None:
+def _record(transfer: Transfer, made: Authority, lacking: str | None) -> None:
     """Record, by one commit, that authority moves, and that the path back is of no use where it did not bring everything."""
+    ledger = transfer.ledger
     with ledger.connection.transaction():
         ledger.connection.execute(
             "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, cohorts)"
             " VALUES (%s, %s, %s, %s, %s, %s, %s)",
-            [ledger.migration, authority.epoch, authority.store, format_lsn(authority.from_lsn), authority.pause_seconds,
-             format_lsn(authority.new_lsn), None if authority.cohorts is None else sorted(authority.cohorts)],
+            [ledger.migration, made.epoch, made.store, format_lsn(made.from_lsn), made.pause_seconds, format_lsn(made.new_lsn),
+             None if made.cohorts is None else sorted(made.cohorts)],
         )  # fmt: skip
         if lacking is not None:
             reverse.break_off(ledger, f"authority went back without it: {lacking}")
+            _offer_again(transfer)
+
+
+def _offer_again(transfer: Transfer) -> None:
+    """Have a lake take the old store's stream again from where cohorts have left: it learns by the echo what they wrote meanwhile.
+
+    While the others stayed it went on past there. What it took already it refuses a second time.
+    """
+    assert transfer.spec.flag is not None
+    begun = max((number for number, one in enumerate(transfer.before) if one.anew), default=0)
+    left = [one.from_lsn for one in transfer.before[begun:] if one.store == Origin.NEW.value]
+    transfer.ledger.connection.execute(
+        "UPDATE changeover.load SET applied = least(applied, %s) WHERE migration = %s AND target <> %s",
+        [format_lsn(min(left)), transfer.spec.name, transfer.spec.flag.target],
+    )

@@ -81,8 +81,17 @@ class Side:
             if table.cohort is None:
                 gate.raise_floor(self.connection, table.gated, epoch_floor(changes[-1].epoch))
             else:
-                floors = [Refused(held.epoch, whose) for held, whose in shares(changes).items()]
-                cohortfloor.put(self.connection, table.gated, table.cohort, floors, server_name(self.dsn))
+                cohortfloor.put(self.connection, table.gated, table.cohort, _floors(changes))
+
+    def install_floors(self, changes: Sequence[Authority]) -> None:
+        """Have the gates ask for the floors of cohorts, where they move one by one; it waits for gated statements."""
+        for table in self.tables:
+            if table.cohort is not None:
+                cohortfloor.install(self.connection, table.gated, table.cohort, _floors(changes), server_name(self.dsn))
+
+
+def _floors(changes: Sequence[Authority]) -> list[Refused]:
+    return [Refused(held.epoch, whose) for held, whose in shares(changes).items()]
 
 
 @contextmanager

@@ -187,14 +187,16 @@ class Back:
             self._opened = path.opened
         return reverse.carried(path, changes)
 
-    def sections(self) -> list[Section]:
-        """Return the parts of the new store's stream that are offered."""
-        changes = self.ledger.authorities()
-        return [one for one in sections(changes, takes_over=False, carried=self.carried(changes)) if one[0].store == NEW]
+    def plan(self) -> tuple[list[Section], int]:
+        """Return the parts of the new store's stream that are offered, and how far it reaches.
 
-    def end(self, sections: Sequence[Section]) -> int:
-        """Return where the spooled stream ends, as far as it is offered; 0 where nothing is."""
-        return min(self.reach(), sections[-1][0].until) if sections else 0
+        The reach is read in front of the authority log: a cohort whose move is not in the log has written nothing below it.
+        """
+        if all(change.store != NEW for change in self.ledger.authorities()):
+            return [], 0
+        reach, changes = self.reach(), self.ledger.authorities()
+        parts = [one for one in sections(changes, takes_over=False, carried=self.carried(changes)) if one[0].store == NEW]
+        return parts, reach
 
     def reach(self) -> int:
         """Return how far the stream is offered: to the end of its spool, or to the limit that was set."""

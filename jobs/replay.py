@@ -123,7 +123,8 @@ class Replay:
             events = taken = 0
             for section in parts:
                 if section[0].store == NEW:
-                    there, offered = self._bring_back(section, source, target, store)
+                    # the target's lease, which a fence has, keeps cohorts from moving meanwhile
+                    there, offered = self._bring_back(section, source, target, store, self.back.reach())
                 else:
                     load, offered = self.carrier.catch_up(load, section, end, transform, store)
                     there = load.applied >= section[0].until
@@ -141,15 +142,15 @@ class Replay:
         What stands in the way of a table is on record, and raised when the others are done. Once the last stage was reached the old
         store gets nothing any more.
         """
-        parts = self.back.sections() if self.spec.flag is not None else []
+        parts, reach = self.back.plan() if self.spec.flag is not None else ([], 0)
         if not parts or self.ledger.stage() == Stage.COMPLETE.value:
             return Replayed(0, 0, 0)
-        end, counts = self.back.end(parts), Counts(0, 0)
+        end, counts = min(reach, parts[-1][0].until), Counts(0, 0)
         failed: list[ChangeoverError] = []
         loads = self.back.loads(reverse.OLD_STORE)
         for load in (load for load in loads if load.applied < end):
             try:
-                done = self._table_back(load.source, parts)
+                done = self._table_back(load.source, parts, reach)
                 counts = Counts(counts.offered + done.offered, counts.taken + done.taken)
             except ChangeoverError as error:
                 if not isinstance(error, TableStopped):  # else its own reason is on record
@@ -159,22 +160,22 @@ class Replay:
             raise failed[0]
         return Replayed(counts.offered, counts.taken, min((load.applied for load in loads), default=0))
 
-    def _table_back(self, source: str, parts: Sequence[Section]) -> Counts:
+    def _table_back(self, source: str, parts: Sequence[Section], reach: int) -> Counts:
         """Offer one table's changes of all sections to the old store."""
         events = taken = 0
         with open_store(self.spec, reverse.old_target(self.spec), "replay") as store:
             for section in parts:
-                there, offered = self._bring_back(section, source, reverse.OLD_STORE, store)
+                there, offered = self._bring_back(section, source, reverse.OLD_STORE, store, reach)
                 events, taken = events + offered.offered, taken + offered.taken
                 if not there:
                     break
         return Counts(events, taken)
 
-    def _bring_back(self, section: Section, source: str, target: str, store: Store) -> tuple[bool, Counts]:
+    def _bring_back(self, section: Section, source: str, target: str, store: Store, reach: int) -> tuple[bool, Counts]:
         """Offer what is left of one section of the new store's stream; tell whether all of it was."""
         load = next(load for load in self.back.loads(target) if load.source == source)
         transform = self.back.transform(source, target)
-        load, counts = self.returning.catch_up(load, section, self.back.reach(), transform, store)
+        load, counts = self.returning.catch_up(load, section, reach, transform, store)
         return load.applied >= section[0].until, counts
 
 

@@ -79,10 +79,12 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
         _, finalized = ledger.milestones()
         given = dict(zip(found.key, key, strict=True))
         changes = ledger.authorities()
-        log = tenures(changes, cohort_of(spec, found, given))
         seen = source_table(old, found)
-        if seen is not None and (own := _source_key(spec, old, found, seen, given)) is not None:
+        own = _source_key(spec, old, found, seen, given) if seen is not None else None
+        if own is not None:  # as the server writes it
             given |= {name: own[column] for name, column in _moved(found).items() if column in own}
+        log = tenures(changes, cohort_of(spec, found, given))
+        if seen is not None and own is not None:
             story.parts["source row"] = _row(spec, old, found.source_name, own) or NONE
             story.parts["chunk"] = _chunks(ledger, old, found, seen, own)
             kept = _gone(finalized) or _begun(ledger.begun())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -132,8 +133,8 @@ def test_a_fence_that_can_not_be_recorded_gives_the_writers_back(moved: Migratio
 def test_a_fence_whose_record_was_made_though_nobody_heard_it_stands(moved: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
     record = fences._record
 
-    def unheard(ledger: Ledger, made: Authority, lacking: str | None) -> None:
-        record(ledger, made, lacking)
+    def unheard(*arguments: Any) -> None:
+        record(*arguments)
         raise ServerUnavailable("the ledger", "broke off after COMMIT")
 
     monkeypatch.setattr(fences, "_record", unheard)

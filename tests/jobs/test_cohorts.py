@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 
 from changeover.cohorts import EVERY, Cohorts
 from changeover.errors import Refused
-from changeover.jobs import cohorts
+from changeover.jobs import cohorts, wayback
 from changeover.jobs.collection import epoch_to_come
 from changeover.jobs.entries import Authority
+from changeover.jobs.events import INSERT
+from changeover.jobs.journal import Back
 from changeover.jobs.prepare import abort, finalize
 from changeover.jobs.restart import _require_allowed
 from changeover.jobs.status import status
@@ -159,3 +162,25 @@ def test_each_event_has_one_answer_whoever_is_asked(made: list[tuple[str, str]],
             assert mine == ([version.epoch] if version is not None and not (takes_over and store == NEW) else [])
             absent = [whose for first, last, whose in absences(changes, store, 0) if first <= lsn < last]
             assert any(cohort in whose for whose in absent) == (standing(log, cohort, store, lsn, False) is Standing.ROGUE)
+
+
+def test_what_a_cohort_writes_right_after_its_move_is_not_passed_by(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = wayback.open_path(split.spec, split.ledger)
+    assert path is not None
+    place = path.stream.l0
+    split.move("new", 100, place + 10, "1")
+    split.write("new", place + 20, INSERT, {"a": "1", "b": "1"})
+    back = Back(split.spec, cast(Any, None), split.ledger, {})
+    read = back.reach
+
+    def a_move_later() -> int:
+        found = read()
+        split.move("new", 200, place + 30, "2")
+        split.write("new", place + 40, INSERT, {"a": "2", "b": "1"})
+        return found
+
+    monkeypatch.setattr(back, "reach", a_move_later)
+    parts, reach = back.plan()
+    offered = [one for section in parts for one in section if "2" in one.cohorts and one.since <= place + 40 < one.until]
+    assert [one.epoch for one in offered] == [2], "the log is read behind the reach"
+    assert reach <= place + 30

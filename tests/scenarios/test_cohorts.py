@@ -21,6 +21,7 @@ from typing import Any
 import psycopg
 import pytest
 from ldclient.migrations.types import Origin, Stage
+from psycopg import sql
 
 from changeover import points
 from changeover.errors import Refused
@@ -29,9 +30,10 @@ from changeover.flags.fence import fence, settle
 from changeover.jobs import reverse
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.prepare import spool_of
 from changeover.jobs.tenure import shares
 from changeover.session import connect
-from changeover.stores.gate import FENCED
+from changeover.stores.gate import FENCED, ours
 from tests.fix_accounts import following
 from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
 from tests.fix_migration import rows as comparable
@@ -290,6 +292,32 @@ def test_a_fence_of_cohorts_that_is_killed_between_two_moves_is_settled(friends:
         held = everywhere(friends)
         assert held["old"] == held["new"] == held["lake"]
         assert of_writers(friends) == written(writers)
+
+
+def test_a_lake_learns_of_a_cohort_that_came_back_by_the_mirror_alone(friends: Migration) -> None:
+    with following(friends):
+        epoch = fence(friends.spec, Origin.NEW, cohorts=["1"], max_pause=PATIENT).epoch
+        with Ledger.open(friends.spec, "test") as ledger:
+            reverse.break_off(ledger, "its slot is gone")
+        friends.new.execute("UPDATE links SET note = 'by the mirror' WHERE member = 1 AND to_user = 5")
+        mirrored = sql.SQL("SELECT {}(%s, pg_current_wal_insert_lsn(), -1, false, ROW(1, 5, 'by the mirror', 1)::friends)")
+        friends.old.execute(mirrored.format(ours("gate", "public", "friends")), [epoch])
+        friends.old.execute("UPDATE friends SET note = 'of another' WHERE from_user = 2")  # with which the lake goes on
+        emit_marker(friends.old, "on")
+        with Ledger.open(friends.spec, "test") as ledger:
+            wanted = spool_of(friends.spec, 0).end()
+            deadline = time.monotonic() + PATIENT
+            while min(load.applied for load in ledger.loads()) <= wanted:
+                assert time.monotonic() < deadline
+                emit_marker(friends.old, "on")
+                time.sleep(0.2)
+        back = fence(friends.spec, Origin.OLD, cohorts=["1"], max_pause=PATIENT)
+        assert back.lacking is not None
+        friends.old.execute("UPDATE friends SET note = 'at home' WHERE from_user = 1 AND to_user = 6")
+        settled(friends)
+        held = everywhere(friends)
+        assert held["old"] == held["new"] == held["lake"]
+        assert any("by the mirror" in row for row in held["lake"])
 
 
 def test_what_can_not_move_alone_is_said(friends: Migration) -> None:

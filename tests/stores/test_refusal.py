@@ -144,7 +144,7 @@ def test_a_cohorts_floor_leaves_the_others(cohorts: Connection) -> None:
     table = gate.GatedTable("public", "kept", ("whose", "id"), ("whose", "id"))
     for _ in range(2):
         floors = [refusal.Refused(3, Cohorts(frozenset({"1"}), others=False)), refusal.Refused(0, Cohorts(frozenset({"1"})))]
-        cohortfloor.put(cohorts, table, "whose", floors, "the server")
+        cohortfloor.install(cohorts, table, "whose", floors, "the server")
 
     def taken(whose: int, epoch: int) -> bool:
         row = cohorts.execute(

@@ -2,7 +2,8 @@
 
 The table's own floor is one for all rows, so it can't rise while some of them go on under an earlier epoch. Each cohort has a
 floor therefore: a trigger on our own table of touched rows leaves out what is of an epoch before the cohort's present one, and what
-was not touched is not written. Putting it waits, as a barrier does, for every gated statement that began before.
+was not touched is not written. The trigger is made in front of a fence's pause, because it waits for gated statements; a floor that
+rises is another function, which waits for nobody.
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ from changeover.stores.refusal import LOCK_TIMEOUT, Refused, belongs
 TRIES = 100
 
 
-def put(connection: Connection, table: GatedTable, column: str, floors: Sequence[Refused], server: str) -> None:
+def put(connection: Connection, table: GatedTable, column: str, floors: Sequence[Refused]) -> None:
     """Take nothing any more of an epoch before that of its cohort; `column` is the key column that holds the cohort."""
-    function = ours("floor", table.schema, table.name)
+    connection.execute(_function(ours("floor", table.schema, table.name), column, floors))
+
+
+def install(connection: Connection, table: GatedTable, column: str, floors: Sequence[Refused], server: str) -> None:
+    """Put the floors and have the table ask for them from now on; safe to repeat. Raises LockNotGranted."""
+    put(connection, table, column, floors)
+    found = "SELECT FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname = 'changeover_floor'"
+    if connection.execute(found, [table.touched.as_string(connection)]).fetchone() is not None:
+        return
+    trigger = sql.SQL("CREATE TRIGGER changeover_floor BEFORE INSERT ON {} FOR EACH ROW EXECUTE FUNCTION {}()")
     for _ in range(TRIES):
         try:
             with connection.transaction():
                 connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
-                connection.execute(_function(function, column, floors))
-                connection.execute(
-                    sql.SQL(
-                        "CREATE OR REPLACE TRIGGER changeover_floor BEFORE INSERT ON {} FOR EACH ROW EXECUTE FUNCTION {}()"
-                    ).format(table.touched, function)
-                )
+                connection.execute(trigger.format(table.touched, ours("floor", table.schema, table.name)))
             return
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.05)
