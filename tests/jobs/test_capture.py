@@ -456,15 +456,18 @@ def test_memory_does_not_grow_with_a_transaction(prepared: Prepared) -> None:
 
 KILLED_MIDWAY = """
 import os, signal, sys
+from changeover.jobs import backlog
 from changeover.jobs.capture import main
 from changeover.jobs.spool import Spool
 
-append = Spool.append
+append, backlog.TAKE_BYTES = Spool.append, 1 << 19
 
 def once_more(spool, batch, end):
     append(spool, batch, end)
     if spool.held()[1] >= int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
+    if any(event["op"] == "T" for event in batch.to_pylist()):
+        sys.exit("all of it is there")
 
 Spool.append = once_more
 main([sys.argv[1]])

@@ -23,7 +23,7 @@ def questions() -> list[str]:
     return [text.strip() for block in blocks for text in block.split(";") if text.strip()]
 
 
-CLOSED, WHOLE, APPLIED, SLOT, SERVER, FILE = range(6)
+CLOSED, WHOLE, APPLIED, SLOT, SERVER, FILE, AUTHORITY = range(7)
 
 
 def asked(connection: Connection, number: int) -> list[tuple[Any, ...]]:
@@ -39,7 +39,7 @@ def told(connection: Connection, number: int) -> bool:
 
 
 def test_the_questions_have_the_answers_that_the_guarantee_needs(migration: Migration) -> None:
-    assert len(questions()) == 6
+    assert len(questions()) == 7
     migration.prepare()
     assert not told(migration.new, CLOSED)
     migration.backfill()
@@ -64,3 +64,23 @@ def test_the_questions_have_the_answers_that_the_guarantee_needs(migration: Migr
     assert asked(migration.old, FILE) != file
     migration.new.execute("DELETE FROM changeover.chunk WHERE target = %s AND chunk = 1", [STORE])
     assert not told(migration.new, WHOLE)
+
+
+def test_the_question_of_authority_is_answered_by_the_last_move_of_a_cohort(migration: Migration) -> None:
+    migration.prepare()
+    question = sql.SQL(questions()[AUTHORITY].replace("'follows'", "{}")).format(sql.Literal(migration.spec.name))
+    answers = []
+    for epoch, store, cohorts in (
+        (0, None, None),
+        (1, "new", ["42", "7"]),
+        (2, "old", ["7"]),
+        (3, "new", None),
+        (4, "old", ["42"]),
+    ):
+        if store is not None:
+            migration.new.execute(
+                "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, cohorts)"
+                " VALUES (%s, %s, %s, '0/1', 0.1, '0/1', %s)", [migration.spec.name, epoch, store, cohorts],
+            )  # fmt: skip
+        answers.append(migration.new.execute(question).fetchone())
+    assert answers == [("old",), ("new",), ("new",), ("new",), ("old",)]
