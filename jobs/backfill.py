@@ -205,11 +205,14 @@ class _Load:
             return snapshot.kept(dsn, application, exported(stream))
         except SnapshotLost as lost:
             log.warning("%s; pending chunks are read in a new one", lost)
-        durable = max(spool_of(self.spec, stream.epoch).end(), stream.l0)
-        if self.spec.source.capture == SLOT:
-            require_stream(dsn, application, stream, durable)
-        else:
-            windows.require_log(dsn, application, stream, self.spec.name, durable)
+
+        def require(durable: int) -> None:
+            if self.spec.source.capture == SLOT:
+                require_stream(dsn, application, stream, durable)
+            else:
+                windows.require_log(dsn, application, stream, self.spec.name, durable)
+
+        spool_of(self.spec, stream.epoch).proved(stream.l0, require)
         kept = snapshot.renew(self.spec, stream.visible)
         self.ledger.record_snapshot(" ".join(one.name for one in kept), kept[0].visible)
         return kept[0]

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from changeover.errors import CouldNotFinish, LeaseHeld, SourceChanged, StepOrder
+from changeover.errors import CouldNotFinish, LeaseHeld, SourceChanged, SpoolGap, StepOrder
 from changeover.jobs.compaction import grouped, mergeable
 from changeover.jobs.events import (
     ADDED,
@@ -127,6 +127,19 @@ class Spool:
         Raises StepOrder without a spool.
         """
         return self._latest().transaction_version(APPLICATION) or 0
+
+    def proved(self, least: int, require: Callable[[int], None]) -> None:
+        """Require something of where the spool ends, at `least` a position; capture may append, and acknowledge, meanwhile.
+
+        Raises SpoolGap where what it acknowledged is not there either.
+        """
+        while True:
+            end = self.end()
+            try:
+                return require(max(end, least))
+            except SpoolGap:
+                if self.end() == end:
+                    raise
 
     def held(self) -> Place:
         """Return the place up to which events are durable: that of the last part, where it lies beyond the end."""

@@ -113,14 +113,8 @@ def _require(spec: Spec, ledger: Ledger, path: Path) -> None:
     if path.parts:
         with connect(new_dsn(spec), application_name(spec.name, "reverse")) as new:
             roots(spec, ledger, path).look(new)
-    spool = spool_of(spec)
-    while True:
-        end = spool.end()
-        try:
-            return require_stream(new_dsn(spec), application_name(spec.name, "reverse"), path.stream, max(end, path.stream.l0))
-        except SpoolGap:
-            if spool.end() == end:  # else capture has spooled and acknowledged meanwhile
-                raise
+    dsn, application = new_dsn(spec), application_name(spec.name, "reverse")
+    spool_of(spec).proved(path.stream.l0, lambda durable: require_stream(dsn, application, path.stream, durable))
 
 
 def _goes_on(spec: Spec, path: Path | None, stream: Stream) -> bool:

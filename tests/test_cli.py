@@ -450,7 +450,7 @@ def test_ctrl_c_anywhere_else_is_one_sentence(case: Case) -> None:
     def interrupted(spec: Spec) -> None:
         raise KeyboardInterrupt
 
-    case.monkeypatch.setattr("changeover.jobs.preflight.preflight", interrupted)
+    case.monkeypatch.setattr("changeover.jobs.division.preflight", interrupted)
     assert "interrupted in check: nothing is lost, the same command goes on from here" in case.refused(130, "check")
 
 
