@@ -148,6 +148,7 @@ class SlotRun:
                 raise pgoutput.MalformedMessage("a turn of the backlog that ends inside a transaction")
         self.intake.passed(upto)
         self._flush(assembler)
+        self.failing_since = None
         points.reach("backlog-durable", format_lsn(self.intake.durable))
         reader.acknowledge(acknowledged(self.intake.durable, upto))
         points.reach("backlog-acknowledged", format_lsn(self.intake.durable))
