@@ -19,11 +19,9 @@ from changeover.flags.facts import Facts, facts
 from changeover.flags.fence import MOST_COHORTS, Fenced, fence
 from changeover.flags.stages import TABLE
 from changeover.flags.turning import Advanced, everybody, require_open, require_way_back
+from changeover.jobs.cohorts import TOLD
 from changeover.jobs.ledger import Ledger
 from changeover.spec import Spec
-
-FIRST = 5
-"""How many cohorts are named where there may be many."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,14 @@ def apart(known: Facts) -> Apart | None:
     if not found:
         return None
     store = next(iter(found.values())).store.value
-    return Apart(store, len(found), tuple(sorted(found)[:FIRST]), tuple(sorted({fact.epoch for fact in found.values()})))
+    return Apart(store, len(found), tuple(sorted(found)[:TOLD]), tuple(sorted({fact.epoch for fact in found.values()})))
 
 
 def some(names: Sequence[str], count: int | None = None) -> str:
     """Return the first of some cohorts and how many they are, as a part of a sentence (pure)."""
     whole = len(names) if count is None else count
-    first = ", ".join(sorted(names)[:FIRST])
-    return f"{whole:,} cohort{'s' * (whole != 1)} ({first}{', …' * (whole > FIRST)})"
+    first = ", ".join(sorted(names)[:TOLD])
+    return f"{whole:,} cohort{'s' * (whole != 1)} ({first}{', …' * (whole > TOLD)})"
 
 
 def together(known: Facts, after: Stage) -> str | None:
@@ -69,7 +67,7 @@ def advance(spec: Spec, ledger: Ledger, names: Collection[Cohort], override: str
     if not going:
         raise Refused(f"flags advance: {some(chosen)} live already: rampdown and complete are of all rows, without --cohort")
     evidence = gate.collect(spec, ledger, Stage.SHADOW, Stage.LIVE, everybodys)
-    told = require_open(ledger, evidence, override, {"cohorts": chosen[:FIRST], "count": len(chosen)})
+    told = require_open(ledger, evidence, override, {"cohorts": chosen[:TOLD], "count": len(chosen)})
     missing = unknown(spec, chosen)
     done = turning.turn(spec, ledger, Stage.SHADOW, Stage.LIVE, chosen)
     assert done is not None
@@ -92,7 +90,7 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[Cohort]) -> Advanced:
     done = turning.turn(spec, ledger, Stage.LIVE, Stage.SHADOW, chosen)
     assert done is not None
     lost = turning.lost(ledger, epochs, done)
-    told = {"cohorts": chosen[:FIRST], "count": len(chosen), "epoch": done.epoch, "lost": lost, "lacking": done.lacking}
+    told = {"cohorts": chosen[:TOLD], "count": len(chosen), "epoch": done.epoch, "lost": lost, "lacking": done.lacking}
     turns.record_cohorts(ledger, turns.ROLLED_BACK, Stage.LIVE, Stage.SHADOW, told)
     return Advanced(Stage.LIVE, Stage.SHADOW, done.epoch, done.pause_seconds, lost, done.lacking, tuple(going), missing)
 
@@ -108,7 +106,7 @@ def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
         require_way_back(ledger, before)
     done = fence(spec, to, cohorts=names)
     lost = turning.lost(ledger, known.epochs(Origin.NEW, names), done) if to is Origin.OLD else 0
-    told = {"cohorts": list(names[:FIRST]), "count": len(names), "epoch": done.epoch, "pause": done.pause_seconds, "lost": lost}
+    told = {"cohorts": list(names[:TOLD]), "count": len(names), "epoch": done.epoch, "pause": done.pause_seconds, "lost": lost}
     turns.record_cohorts(ledger, turns.FOLLOWED, before, after, told)
     return sentence(f"the flag was turned to {after.value} for {some(names)}", done, lost)
 
