@@ -92,7 +92,7 @@ class Backlog(CopyStream):
         try:
             yield from self._begin(upto)
             begun = False
-            while (rows := self.frames(WAIT_SECONDS, TAKE_BYTES, gather=True)) or not self.over:
+            while (rows := self.frames(WAIT_SECONDS, TAKE_BYTES, gather_seconds=WAIT_SECONDS)) or not self.over:
                 if rows and not begun:
                     rows[0], begun = _without_header(rows[0]), True
                 if rows and rows[-1] == TRAILER:

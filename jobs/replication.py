@@ -66,21 +66,22 @@ class CopyStream:
         self._poll = select.poll()
         self._poll.register(connection.pgconn.socket, select.POLLIN)
 
-    def frames(self, wait_seconds: float, most: int, *, gather: bool = False) -> list[bytes]:
+    def frames(self, wait_seconds: float, most: int, *, gather_seconds: float) -> list[bytes]:
         """Return the frames that are there, up to about `most` bytes, after waiting up to `wait_seconds` when there is none.
 
-        With `gather` it waits that long for more of them too: so many at once cost less.
+        From the first one on it lets more of them gather, for that long: a few cost as much to read as some hundreds.
         """
         found: list[bytes] = []
-        take, size = self.connection.pgconn.get_copy_data, 0
+        take, size, until = self.connection.pgconn.get_copy_data, 0, 0.0
         while size < most and not self.over:
             length, data = take(1)
             if length > 0:
+                until = until or time.monotonic() + gather_seconds
                 found.append(bytes(data))
                 size += length
             elif length < 0:
                 self.over = True
-            elif not self.more(0 if found and not gather else wait_seconds):
+            elif not self.more(max(0.0, until - time.monotonic()) if found else wait_seconds):
                 break
         if self.over and not found:  # what came before the end is taken first
             self.ended()

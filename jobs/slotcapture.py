@@ -41,6 +41,9 @@ from changeover.spec import Spec
 TAKE_BYTES = 1 << 20
 """How much of the stream is taken at once: each message then costs little, and the server is answered in time."""
 
+GATHER_SECONDS = 0.02
+"""How long the frames of a slow stream gather, beside the BATCH_SECONDS after which they are durable."""
+
 UNTIL_SECONDS = 0.2
 log = logging.getLogger(__name__)
 
@@ -175,7 +178,7 @@ class SlotRun:
 
     def _take(self, replication: Replication, assembler: Assembler) -> None:
         """Take the frames that are there, as far as one batch goes."""
-        frames = replication.frames(0.05, min(TAKE_BYTES, intake.BATCH_BYTES))
+        frames = replication.frames(0.05, min(TAKE_BYTES, intake.BATCH_BYTES), gather_seconds=GATHER_SECONDS)
         if not frames:
             return
         self.failing_since = None
