@@ -35,7 +35,7 @@ from changeover.jobs.replay import replay
 from changeover.session import spark_session
 from changeover.spec import load
 
-loading.ROWS_PER_CHUNK = 100
+loading.ROWS_PER_CHUNK = int(sys.argv[2])
 spec = load(sys.argv[1])
 spark = spark_session("chaos", cores=2, memory="1g", shuffle_partitions=2)
 print("begun", flush=True)
@@ -62,6 +62,9 @@ WRITERS, PAUSE = 3, 0.001
 
 LONGEST = 25.0
 """Seconds that a Spark job lives at most, or a quarter of the chaos: a batch that is killed begins anew, and longer."""
+
+CHUNK_ROWS, ROWS_A_SECOND = 100, 5
+"""Rows of a chunk: the writers' table grows all the while, and a lake takes some chunks a second, however small they are."""
 
 LONG = 120.0
 """Seconds of chaos in which something must have been loaded and replayed, or the kills prove nothing."""
@@ -100,10 +103,11 @@ class Victim:
 
 
 @contextmanager
-def chaos(migration: Migration, seed: int, longest: float) -> Iterator[list[Victim]]:
-    """Let capture and the Spark jobs live and die for as long as the block lasts, the latter for `longest` seconds at most."""
-    path = migration.spec.path
-    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), Victim([sys.executable, "-c", JOBS, path], (0.0, longest), speaks=True)]
+def chaos(migration: Migration, seed: int, seconds: float) -> Iterator[list[Victim]]:
+    """Let capture and the Spark jobs live and die for as long as the block lasts, which is about so many seconds."""
+    path, rows = migration.spec.path, max(CHUNK_ROWS, round(seconds * ROWS_A_SECOND))
+    jobs = Victim([sys.executable, "-c", JOBS, path, str(rows)], (0.0, max(seconds / 4, LONGEST)), speaks=True)
+    victims = [Victim([*CAPTURE, path], (0.5, 4.0)), jobs]
     over = threading.Event()
     threads = [threading.Thread(target=v.suffer, args=(random.Random(seed + n), over)) for n, v in enumerate(victims)]
     for thread in threads:
@@ -126,7 +130,7 @@ def test_equal_after_chaos(make_migration: MakeMigration, old_dsn: str, pytestco
     migration.prepare()
     with ExitStack() as writers:
         written = [writers.enter_context(writing(old_dsn, seed + number, PAUSE)) for number in range(WRITERS)]
-        with chaos(migration, seed, max(seconds / 4, LONGEST)) as victims:
+        with chaos(migration, seed, seconds) as victims:
             time.sleep(seconds)
     changes = sum(one.changes for one in written)
     print(f"{sum(one.writes for one in written)} transactions, {changes / seconds:.0f} changes a second")
