@@ -126,7 +126,7 @@ def _details(verdict: Verdict) -> Iterator[RenderableType]:
     for check in verdict.checks:
         answer = "equal" if check.equal else f"different: {check.first_difference}"
         yield Text(f"{name}: check {check.name}: {answer}")
-    if verdict.recheck:
+    if verdict.recheck.rechecked:
         # each side's rows were counted before, so the numbers may differ where nothing else does
         yield Text(f"{name}: both stores are written, so keys that differed were judged again: {verdict.recheck.rechecked:,}")
     if verdict.truncated:
