@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,20 @@ def test_without_replay_the_fence_is_called_off_and_writers_go_on(moved: Migrati
     moved.old.execute("UPDATE accounts SET note = 'still here' WHERE id = 3")
     with Ledger.open(moved.spec, "test") as ledger:
         assert ledger.authority().store == "old"
+
+
+def test_writers_go_on_while_a_replay_that_is_behind_draws_near(moved: Migration) -> None:
+    write = "UPDATE accounts SET note = 'while it waits' WHERE id = 3"
+    assert taken(moved, write)
+    with ThreadPoolExecutor(1) as pool:
+        moving = pool.submit(fence, moved.spec, Origin.NEW)
+        for _ in range(20):
+            assert taken(moved, write), "nothing was replayed yet, so nobody should wait"
+            time.sleep(0.1)
+        assert not moving.done()
+        with following(moved):
+            assert moving.result().store == "new"
+    assert moved.new.execute("SELECT note FROM ledgers WHERE id = 3").fetchone() == ("while it waits",)
 
 
 def taken(migration: Migration, write: str) -> bool:

@@ -14,14 +14,15 @@ from typing import Any
 import psycopg
 import pytest
 
-from changeover.jobs import backlog, intake
+from changeover.jobs import backlog, intake, slotcapture
 from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.intake import CaptureResult, Feed
+from changeover.jobs.replication import BACKLOG
 from changeover.jobs.slotcapture import SlotRun
 from changeover.jobs.spool import Spool
 from changeover.jobs.status import status
 from changeover.position import parse_lsn
-from changeover.session import Connection, connect
+from changeover.session import Connection, application_name, connect
 from changeover.spec import qualified
 from tests.fix_capture import Prepared, Writer, child, peak_megabytes, require_all_of, wait_for
 
@@ -157,6 +158,25 @@ def test_a_kill_in_a_turn_loses_nothing_and_repeats_nothing(prepared: Prepared, 
             assert state["slot"] == "active", "also where the slot is at rest"
     prepared.catch_up()
     require_all_of(prepared, writers)
+
+
+def test_a_turn_without_a_change_ends_a_failing_spell(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ALWAYS.items():
+        monkeypatch.setattr(backlog, name, value)
+    for _ in range(8):
+        prepared.old.execute("SELECT pg_create_restore_point('nothing to decode'), pg_switch_wal()")
+    cut: list[str] = []
+
+    def cut_off(name: str, *said: object) -> None:
+        if name == "backlog-durable" and len(cut) < 2:
+            cut.append(name)
+            session = application_name(prepared.spec.name, BACKLOG)
+            prepared.old.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s", [session])
+
+    monkeypatch.setattr(slotcapture.points, "reach", cut_off)
+    end = position(prepared.old)
+    capture(prepared.spec, until=lambda: prepared.spool.end() >= end, patience=0)
+    assert len(cut) == 2, "with no patience the second one would have been the end"
 
 
 def test_what_the_server_refuses_is_streamed(prepared: Prepared, small_turns: None, caplog: pytest.LogCaptureFixture) -> None:
