@@ -19,6 +19,9 @@ from changeover.stores.reader import KeyRange
 SAMPLE_PER_CHUNK = 200
 """Sampled keys per chunk: chunk sizes then differ by some ten percent."""
 
+SAMPLE_LEAST = 10_000
+"""Sampled keys at least: they come page by page, so a few hundred may all lie on a handful of pages, or on none."""
+
 
 def chunk_count(connection: Connection, schema: str, name: str, rows_per_chunk: int, at_least: int) -> int:
     """Return how many chunks a table gets, from the catalogue's estimate of its rows."""
@@ -40,7 +43,7 @@ def estimated_rows(connection: Connection, schema: str, name: str) -> int:
 def plan_ranges(connection: Connection, schema: str, name: str, key: Sequence[str], count: int) -> list[KeyRange]:
     """Return `count` ranges, or fewer for a small table, that partition the key's order."""
     estimate = max(estimated_rows(connection, schema, name), 1)
-    percent = min(100.0, 100.0 * count * SAMPLE_PER_CHUNK / estimate)
+    percent = min(100.0, 100.0 * max(count * SAMPLE_PER_CHUNK, SAMPLE_LEAST) / estimate)
     columns = sql.SQL(", ").join(sql.Identifier(column) for column in key)
     texts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(column)) for column in key)
     rows = connection.execute(
