@@ -2,7 +2,7 @@
 
 The order in `prepare` is the promise: tables and their files are recorded first, then the publication is committed, then the
 slot and its snapshot are made by one command, then the gates get their floor. The ledger's record comes last, in one
-transaction, so a killed prepare leaves nothing that a second one does not take away. `leftovers` lists what is ours.
+transaction, so a killed prepare leaves nothing that a second one does not take away.
 """
 
 from __future__ import annotations
@@ -343,24 +343,3 @@ def finalize(spec: Spec) -> list[str]:
         ledger.audit("finalize", "done", {"removed": removed})
     remove_spools(spec.work)
     return removed
-
-
-LEFTOVERS = """
-SELECT 'replication slot ' || slot_name FROM pg_replication_slots WHERE slot_name LIKE 'changeover%'
-UNION ALL SELECT 'publication ' || pubname FROM pg_publication WHERE pubname LIKE 'changeover%'
-UNION ALL SELECT format('trigger %s on %s', tgname, tgrelid::regclass) FROM pg_trigger WHERE tgname LIKE 'changeover%'
-UNION ALL SELECT format('%s in schema changeover', relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE n.nspname = 'changeover'
-UNION ALL SELECT format('function changeover.%s', proname) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-    WHERE n.nspname = 'changeover'
-UNION ALL SELECT 'schema changeover' FROM pg_namespace WHERE nspname = 'changeover'
-UNION ALL SELECT format('session %s', application_name) FROM pg_stat_activity
-    WHERE application_name LIKE 'changeover:%' AND pid <> pg_backend_pid() AND datname = current_database()
-"""
-
-
-def leftovers(spec: Spec) -> list[str]:
-    """Return everything of ours that is still in the old store, and what is left of the reverse path (driver; looks only)."""
-    with connect(spec.source.dsn.resolve(), application_name(spec.name, "leftovers")) as old:
-        left = [row[0] for row in old.execute(LEFTOVERS).fetchall()]
-    return left + [one for one in wayback.leftovers(spec) if one not in left]

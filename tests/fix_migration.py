@@ -26,6 +26,7 @@ from changeover.jobs.backfill import Loaded, backfill
 from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.entries import ChunkRow
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.leftovers import leftovers
 from changeover.jobs.replay import Replayed, replay
 from changeover.jobs.spool import Spool
 from changeover.session import Connection, connect
@@ -140,7 +141,7 @@ class Migration:
 
     def leftovers(self) -> list[str]:
         """Return what is left of ours in the old store."""
-        return preparing.leftovers(self.spec)
+        return leftovers(self.spec)
 
     @contextmanager
     def capturing(self) -> Iterator[None]:

@@ -32,8 +32,8 @@ from changeover.embedded import EmbeddedServer
 from changeover.jobs import capture as capture_module
 from changeover.jobs.entries import Stream
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.leftovers import leftovers
 from changeover.jobs.preflight import source_table
-from changeover.jobs.prepare import leftovers
 from changeover.jobs.spool import Spool
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect

@@ -253,8 +253,8 @@ def nested(part: Any) -> str:
 @JSON
 def finalize(spec: str, as_json: bool) -> None:
     """End the migration: drop what is ours, never a table of yours."""
+    from changeover.jobs.leftovers import leftovers
     from changeover.jobs.prepare import finalize as act
-    from changeover.jobs.prepare import leftovers
 
     loaded = load(spec)
     removed, left = act(loaded), leftovers(loaded)
@@ -266,8 +266,8 @@ def finalize(spec: str, as_json: bool) -> None:
 @JSON
 def abort(spec: str, as_json: bool) -> None:
     """Undo all that prepare made; the old store is as before."""
+    from changeover.jobs.leftovers import leftovers
     from changeover.jobs.prepare import abort as act
-    from changeover.jobs.prepare import leftovers
 
     loaded = load(spec)
     removed, left = act(loaded), leftovers(loaded)

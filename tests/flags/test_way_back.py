@@ -27,7 +27,8 @@ from changeover.flags.fence import fence
 from changeover.jobs import reverse
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.prepare import leftovers, spool_of
+from changeover.jobs.leftovers import leftovers
+from changeover.jobs.prepare import spool_of
 from changeover.jobs.status import status
 from changeover.position import parse_lsn
 from changeover.session import connect

@@ -14,7 +14,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from changeover.jobs import backlog, intake, slotcapture
+from changeover import points
+from changeover.jobs import backlog, intake
 from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.intake import CaptureResult, Feed
 from changeover.jobs.replication import BACKLOG
@@ -173,7 +174,7 @@ def test_a_turn_without_a_change_ends_a_failing_spell(prepared: Prepared, monkey
             session = application_name(prepared.spec.name, BACKLOG)
             prepared.old.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s", [session])
 
-    monkeypatch.setattr(slotcapture.points, "reach", cut_off)
+    monkeypatch.setattr(points, "reach", cut_off)
     end = position(prepared.old)
     capture(prepared.spec, until=lambda: prepared.spool.end() >= end, patience=0)
     assert len(cut) == 2, "with no patience the second one would have been the end"

@@ -14,8 +14,8 @@ import pytest
 
 from changeover.embedded import EmbeddedServer
 from changeover.errors import ChangeoverError, Refused, SlotBlocked, SpecError, StepOrder, UnsafePlan, UsageError
+from changeover.jobs import leftovers, snapshot
 from changeover.jobs import prepare as preparing
-from changeover.jobs import snapshot
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.preflight import preflight
 from changeover.session import connect
@@ -180,6 +180,19 @@ def test_a_server_without_logical_decoding(tmp_path: Path, monkeypatch: pytest.M
 def prepared(migration: Migration) -> Migration:
     migration.prepare()
     return migration
+
+
+def test_a_session_that_is_ending_is_not_left_and_one_that_stays_is(
+    migration: Migration, old_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = connect(old_dsn, "changeover:test:ending")
+    ending = threading.Timer(1.0, session.close)
+    ending.start()
+    assert migration.leftovers() == []
+    ending.join()
+    monkeypatch.setattr(leftovers, "SESSION_SECONDS", 0.5)
+    with connect(old_dsn, "changeover:test:staying"):
+        assert migration.leftovers() == ["session changeover:test:staying"]
 
 
 def test_abort_leaves_the_old_store_as_it_was(migration: Migration) -> None:

@@ -31,8 +31,8 @@ from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.entries import Stream
 from changeover.jobs.intake import CaptureResult
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.leftovers import leftovers
 from changeover.jobs.preflight import preflight, source_table
-from changeover.jobs.prepare import leftovers
 from changeover.jobs.spool import Spool
 from changeover.jobs.status import status
 from changeover.jobs.triggerlog import Log

@@ -23,7 +23,7 @@ from changeover.demo.damage import KINDS
 from changeover.demo.place import Place
 from changeover.demo.table import Shape
 from changeover.embedded import EmbeddedServer
-from changeover.jobs.prepare import leftovers
+from changeover.jobs.leftovers import leftovers
 from changeover.session import connect
 from changeover.verifiers.verdict import Verdict
 from changeover.verifiers.verify import verify

@@ -26,6 +26,7 @@ from changeover.flags import cutover
 from changeover.jobs import backfill, preflight, prepare
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.leftovers import leftovers
 from changeover.jobs.progress import progress
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import connect
@@ -42,7 +43,6 @@ COMPARED_READS = 200
 
 GATE_TRIES = 5
 VERIFY_TRIES = 3
-LEFT_WITHIN = 60.0
 
 
 @dataclass
@@ -216,7 +216,7 @@ def finalize(tour: Tour) -> str:
     writes = tour.application.status()["writes"]
     tour.application.wait_for("writes after finalize", lambda seen: seen["writes"] > writes)
     tour.application.end()
-    tour.figures.leftovers = _leftovers(tour.spec)
+    tour.figures.leftovers = leftovers(tour.spec)
     left = ", ".join(tour.figures.leftovers) or "nothing"
     return f"removed {len(removed)} things; left of ours in the old store: {left}"
 
@@ -334,14 +334,6 @@ def _reach_fence(tour: Tour) -> None:
             if time.monotonic() > deadline:
                 raise CouldNotFinish(f"the lake did not reach the fence at {format_lsn(fence)} in time")
             time.sleep(0.05)
-
-
-def _leftovers(spec: Spec) -> list[str]:
-    """Look until nothing is left, for a moment: the server ends a session a little after its client has gone."""
-    deadline = time.monotonic() + LEFT_WITHIN
-    while (left := prepare.leftovers(spec)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 def end(tour: Tour) -> None:
