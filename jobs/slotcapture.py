@@ -144,7 +144,7 @@ class SlotRun:
                     points.reach("backlog-read", format_lsn(self.intake.durable))
                 if self.intake.due:
                     self._flush(assembler)
-                if self._ended():
+                if self.stop.is_set():  # else to its end, which is near, so that it is acknowledged and never read again
                     return
                 self._watch_now_and_then(reader)
             if assembler.open is not None:

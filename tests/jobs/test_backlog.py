@@ -229,11 +229,15 @@ def test_a_role_that_may_replicate_may_read_the_backlog(prepared: Prepared) -> N
     prepared.old.execute(psycopg.sql.SQL("DROP ROLE {}").format(role))
 
 
-def test_a_run_that_ends_in_a_turn_lets_the_slot_go(prepared: Prepared, small_turns: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_stopped_in_a_turn_lets_the_slot_go(
+    prepared: Prepared, small_turns: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(intake, "BATCH_EVENTS", 5_000)
     monkeypatch.setattr(backlog, "TAKE_BYTES", 100_000)
     prepared.sql("INSERT INTO other SELECT i, 'x' FROM generate_series(1, 80000) i")
-    capture(prepared.spec, until=lambda: prepared.spool.held()[1] > 0)
+    stop = threading.Event()
+    monkeypatch.setattr(points, "reach", lambda *said: stop.set() if prepared.spool.held()[1] > 0 else None)
+    capture(prepared.spec, stop=stop)
     assert prepared.spool.held()[1] > 0
     assert prepared.events() == [], "none of it is whole"
     deadline = time.monotonic() + 5
@@ -242,6 +246,18 @@ def test_a_run_that_ends_in_a_turn_lets_the_slot_go(prepared: Prepared, small_tu
         time.sleep(0.02)
     prepared.catch_up()
     assert [int(event["row"]["a"]) for event in prepared.events()] == list(range(1, 80_001))
+
+
+def test_a_run_that_has_what_it_is_for_ends_its_turn_and_reads_none_of_it_again(
+    prepared: Prepared, small_turns: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "BATCH_EVENTS", 100)
+    monkeypatch.setattr(backlog, "TURN_BYTES", 16 << 20)
+    loop = "FOR i IN 1..2000 LOOP INSERT INTO other VALUES (i, 'x'); COMMIT; END LOOP"
+    prepared.old.execute(f"DO $$ BEGIN {loop}; END $$".encode())
+    capture(prepared.spec, until=lambda: prepared.spool.end() > prepared.stream.l0)
+    assert len(prepared.events()) == 2000, "though it ended after the first hundred"
+    assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) == prepared.spool.end()
 
 
 def test_memory_does_not_grow_with_a_transaction_of_the_backlog(prepared: Prepared, tmp_path: Path) -> None:
