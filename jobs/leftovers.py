@@ -9,7 +9,7 @@ from changeover.session import application_name, connect
 from changeover.spec import Spec
 
 SESSION = "session "
-SESSION_SECONDS = 30.0
+SESSION_SECONDS = 5.0
 
 LEFTOVERS = """
 SELECT 'replication slot ' || slot_name FROM pg_replication_slots WHERE slot_name LIKE 'changeover%'
