@@ -1,4 +1,8 @@
-"""Leftovers: what of ours is in the old store, and of the way back in the new one, whoever made it and whenever. Looks only."""
+"""Leftovers: what of ours is in the old store, and of the way back in the new one.
+
+It goes by our names in the server's own catalogue, not by any record, so it also finds what a killed run left, or another
+migration has. It looks only. Runs where its caller runs, without Spark.
+"""
 
 from __future__ import annotations
 
