@@ -17,6 +17,7 @@ for plugin in pytest_plugins:  # before the first is loaded, since plugins impor
 
 # an example may take as long as the machine makes it; what fails is printed so that it can be run again
 settings.register_profile("suite", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", settings.get_profile("suite"), max_examples=100)
 settings.load_profile("suite")
 
 

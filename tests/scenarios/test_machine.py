@@ -188,9 +188,6 @@ def some_chunks(kind: type[Any], most: int, marked: bool) -> Iterator[None]:
         yield
 
 
-settings.register_profile("long", max_examples=100)
-
-
 def test_any_schedule_ends_equal(make_migration: MakeMigration) -> None:
     Machine.make = staticmethod(make_migration)
     long = settings.default is settings.get_profile("long")
