@@ -45,6 +45,7 @@ def hand_over(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacki
     pause.wait(lambda: None if spool.end() >= place else "capture to spool the last writes")
     for table in spec.tables:
         require_same_file(ledger, spool, transfer.old.connection, table)
+    pause.make(Move.COMPARE)
     go_on()
     pause.wait(lambda: _behind(spec, ledger, place))
     pause.make(Move.AWAIT)
@@ -58,9 +59,10 @@ def hand_back(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacki
     """
     spec, ledger = transfer.spec, transfer.ledger
     place = _frozen(transfer, pause)
+    if lacking is None and (gap := wayback.parted(spec, ledger, transfer.new.connection)):
+        raise FenceCalledOff(pause.seconds, f"a whole stream: {gap}")
+    pause.make(Move.COMPARE)
     if lacking is None:
-        if gap := wayback.parted(spec, ledger, transfer.new.connection):
-            raise FenceCalledOff(pause.seconds, f"a whole stream: {gap}")
         spool = reverse.spool_of(spec)
         pause.wait(lambda: None if spool.end() >= place else "capture to spool the new store's last writes")
         go_on()

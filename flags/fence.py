@@ -1,10 +1,11 @@
 """The fence: authority over all rows, or some cohorts', moves from one store to the other, enforced by the one that loses it.
 
 The order is the proof: (1) the losing store refuses whatever is not of the new epoch, and getting that trigger's lock has drained
-every older writing transaction; (2) only then its position F is read and a marker emitted; (3) the gaining store has everything
-below F; (4) the ledger says that authority has moved; (5) the gaining store's floor goes up to the new epoch, never before, or a
-fence that is called off would leave a floor that refuses what the losing store still writes. Until (4) the refusal ends by itself
-at a deadline, so a fence that dies gives the writers back; after a hand-over that took longer than `max_pause` it is called off.
+every older writing transaction; (2) only then its position F is read and a marker emitted; (3) the stream is still the one that was
+prepared; (4) the gaining store has everything below F; (5) the ledger says that authority has moved; (6) the gaining store's floor
+goes up to the new epoch, never before, or a fence that is called off would leave a floor that refuses what the losing store still
+writes. Until (5) the refusal ends by itself at a deadline, so a fence that dies gives the writers back; after a hand-over that took
+longer than `max_pause` it is called off.
 """
 
 from __future__ import annotations

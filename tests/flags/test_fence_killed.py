@@ -28,7 +28,7 @@ from changeover.spec import load
 fence(load(sys.argv[1]), Origin.OLD)
 """
 
-BEFORE = ("fence-freeze", "fence-position", "fence-await", "fence-final")
+BEFORE = ("fence-freeze", "fence-position", "fence-compare", "fence-await", "fence-final")
 AFTER = ("fence-record", "fence-raise-floor")
 """Where it is killed: behind each move, and between the last two before the record; the record is what parts them."""
 

@@ -176,18 +176,23 @@ class Moving:
 
     # -- the fences, one at a time
 
+    @cached_property
+    def hand_over(self) -> tuple[Move, ...]:
+        """Return the moves of a fence, without the comparison that is `environment`'s matter."""
+        return tuple(move for move in self.rules.hand_over if move is not Move.COMPARE)
+
     def _move(self, state: MoveState) -> Iterator[tuple[str, MoveState]]:
         if state.moves == len(self.moves):
             return
         gaining, names = self.moves[state.moves]
         losing = 1 - gaining
-        move = self.rules.hand_over[state.step]
-        recorded = Move.RECORD in self.rules.hand_over[: state.step]
+        move = self.hand_over[state.step]
+        recorded = Move.RECORD in self.hand_over[: state.step]
         made = self._made(state, gaining, names)
         if state.calls_off and state.step and not recorded:
             back = tuple(self._holder(state.changes, key) for key in self.keys)
             yield "the fence is called off", state._replace(authority=back, step=0, calls_off=state.calls_off - 1)
-        over = state.step + 1 == len(self.rules.hand_over)
+        over = state.step + 1 == len(self.hand_over)
         after = state._replace(step=0, moves=state.moves + 1) if over else state._replace(step=state.step + 1)
         if move is Move.FREEZE:
             whose = moving(_recorded(state.changes), STORES[gaining], names)

@@ -21,6 +21,7 @@ from changeover.position import Version, epoch_floor
 from changeover.stores.statements import BARRIER, CLOSE, COLLECT, HAND_OVER, TRUNCATE, Move, Part, Procedure
 from tests.model import carried
 from tests.model.carried import Held
+from tests.model.environment import cast_to
 from tests.model.rules import RULES, Rules
 
 
@@ -106,7 +107,7 @@ def _of_nobody(log: Sequence[Authority], **asked: Any) -> list[Section]:
 
 
 POSITION_FIRST = (Move.POSITION, Move.FREEZE, *HAND_OVER[2:])
-FLOOR_FIRST = (*HAND_OVER[:3], Move.RAISE_FLOOR, Move.RECORD)
+FLOOR_FIRST = (*HAND_OVER[:4], Move.RAISE_FLOOR, Move.RECORD)
 ALL_AT_ONCE = ((Part.LOCK_SHARED,), (Part.TOUCH, Part.DELETE, Part.UPSERT))
 LOCK_INSIDE = ((Part.LOCK_SHARED, Part.TOUCH), (Part.DELETE,), (Part.UPSERT,))
 LOAD_LOCK_INSIDE = ((Part.LOCK_SHARED, Part.INSERT), (Part.MARK,))
@@ -214,4 +215,22 @@ FOUND: dict[str, Mutant] = {
 }  # fmt: skip
 """What the model showed beyond it."""
 
-MUTANTS = DESIGN | FOUND
+COMPARED_FIRST = (Move.COMPARE, *(move for move in HAND_OVER if move is not Move.COMPARE))
+NOT_COMPARED = tuple(move for move in HAND_OVER if move is not Move.COMPARE)
+
+SURROUNDED: dict[str, Mutant] = {
+    "definition compared by value": _mutant(
+        "environment: definition", definition_changed=lambda recorded, now: recorded.whole is not now.whole
+    ),
+    "definition compared before the freeze": _mutant("environment: definition", hand_over=COMPARED_FIRST),
+    "definition compared by capture alone": _mutant("environment: definition", hand_over=NOT_COMPARED),
+    "reads that leave rows out": _mutant("environment: filter", "environment: all", filtered_read="without the rows"),
+    "verify shares the load's cast": _mutant(
+        "environment: type", compared=lambda typed, found, there: cast_to(typed, found) == there
+    ),
+    "a range that was not read is equal": _mutant("environment: all", covered=lambda read: True),
+    "a statement that a timeout ended is done": _mutant("environment: timeouts", ended_statement="done"),
+}  # fmt: skip
+"""What the environment must not be able to do."""
+
+MUTANTS = DESIGN | FOUND | SURROUNDED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from changeover.cohorts import Cohorts
 from changeover.jobs import changes, chunks, merge, offers, snapshot, tenure
@@ -38,6 +39,16 @@ def _floors(changes: Sequence[Authority]) -> list[tuple[int, Cohorts]]:
     return [(held.epoch, whose) for held, whose in tenure.shares(changes).items()]
 
 
+def _definition_changed(recorded: Any, now: Any) -> bool:
+    """Return whether the stream's definition is another: by the identity of the catalogue's rows, which no way back restores."""
+    return bool(recorded.identity != now.identity)
+
+
+def _compared(target_type: str, source: str | None, target: str | None) -> bool:
+    """Return whether a verdict takes values as equal: what the source holds, before any cast to the target's type."""
+    return source == target
+
+
 @dataclass(frozen=True)
 class Rules:
     """Every rule that the model runs, by default the product's own."""
@@ -69,6 +80,11 @@ class Rules:
     ranges: Callable[[Sequence[tuple[str, ...]]], list[KeyRange]] = ranges_between
     keeps_order: bool = False
     spare_rate: int = 1
+    definition_changed: Callable[[Any, Any], bool] = _definition_changed
+    compared: Callable[[str, str | None, str | None], bool] = _compared
+    covered: Callable[[Sequence[bool]], bool] = all
+    filtered_read: str = "refused"
+    ended_statement: str = "repeated"
     catches_up_while_loading: bool = False
     tombstones: bool = True
     truncates: bool = True

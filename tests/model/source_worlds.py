@@ -122,7 +122,8 @@ def _fence_world(name: str, rules: Rules, writers: list[Process]) -> ServerWorld
         Move.RAISE_FLOOR: lambda: iter([Operation(Move.RAISE_FLOOR.value, lambda turn: None)]),
         Move.RECORD: lambda: iter([Operation(Move.RECORD.value, lambda turn: None)]),
     }
-    fence = Process("fence", tuple(operation for move in rules.hand_over for operation in moves[move]()))
+    made = [move for move in rules.hand_over if move is not Move.COMPARE]  # which is the matter of `environment`
+    fence = Process("fence", tuple(operation for move in made for operation in moves[move]()))
     applier = Process("replay", tuple(Operation("offers what was committed", replay) for _ in range(len(writers) + 1)))
 
     def judge(state: Moment) -> str | None:

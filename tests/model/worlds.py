@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from changeover.position import Version
+from tests.model.environment import Environment, Surroundings
 from tests.model.kernel import Explored, World, explore
 from tests.model.lake import Lake
 from tests.model.moves import NEW, OLD, Moving
@@ -114,6 +115,16 @@ MOVES = (
     Moving("rogue", (("1", "2", None),), moves=((NEW, None),), direct=False, rogue=True),
 )
 
+WRITTEN = script(tx(put("a", "1.0055"), put("b", "2.0055")), tx(put("a", "3.0055")), tx(gone("b")))
+
+ENVIRONMENTS = (
+    Environment("definition", WRITTEN, Surroundings(definition=2)),
+    Environment("filter", WRITTEN, Surroundings(filter=2)),
+    Environment("type", WRITTEN, Surroundings(type=1), fences=False),
+    Environment("timeouts", WRITTEN, Surroundings(timeout=2)),
+    Environment("all", WRITTEN, Surroundings(definition=2, filter=1, type=1, timeout=1), fences=False),
+)
+
 Maker = Callable[[Rules], World[Any]]
 
 
@@ -132,6 +143,7 @@ WORLDS: Mapping[str, Maker] = {
     "offers: beyond the sampled bounds": beyond,
     **{f"lake: {world.name}": _with_rules(world) for world in LAKES},
     **{f"authority: {world.name}": _with_rules(world) for world in MOVES},
+    **{f"environment: {world.name}": _with_rules(world) for world in ENVIRONMENTS},
     "rates: catching up": _with_rules(Rates("catching up")),
 }
 """What each world is called, and how it is made for given rules."""

@@ -88,15 +88,18 @@ class Move(Enum):
     """Commit that the losing store refuses: a trigger with the cohorts in its function, or all rows; its lock is the drain."""
     POSITION = "reads the position"
     """Read the losing store's position and emit a marker there: no later write of the old authority can be above it."""
+    COMPARE = "compares what the stream is with its record"
+    """Under the refusal, where nobody writes any more: a change that was taken back before this moment is still seen."""
     AWAIT = "sees everything below it applied"
     RECORD = "records the new epoch"
     """The one commit by which authority moves; before it a hand-over can be called off, or killed, and nothing has changed."""
     RAISE_FLOOR = "raises the floor to the new epoch"
 
 
-HAND_OVER: tuple[Move, ...] = (Move.FREEZE, Move.POSITION, Move.AWAIT, Move.RECORD, Move.RAISE_FLOOR)
-"""The order is the proof (`flags.fence`): a position read before the freeze may be overtaken by a write that nobody carries, and a
-floor that was raised for a hand-over which is then called off silently refuses whatever the old authority goes on to write."""
+HAND_OVER: tuple[Move, ...] = (Move.FREEZE, Move.POSITION, Move.COMPARE, Move.AWAIT, Move.RECORD, Move.RAISE_FLOOR)
+"""The order is the proof (`flags.fence`): a position read before the freeze may be overtaken by a write that nobody carries, a
+stream that is compared before it may lose one afterwards, and a floor that was raised for a hand-over which is then called off
+silently refuses whatever the old authority goes on to write."""
 
 AUTHORITY_READ = "catalogue"
 """Where the refusing trigger has its list of cohorts from: its own function; a plain read of a table sees that of its snapshot."""
