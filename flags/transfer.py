@@ -16,9 +16,9 @@ from changeover import points
 from changeover.cohorts import Cohorts
 from changeover.errors import FenceCalledOff
 from changeover.flags.sides import Side
+from changeover.jobs.derivation import origin
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.transform import BARE
 from changeover.spec import Spec, Table
 from changeover.stores import sequences
 from changeover.stores.statements import HAND_OVER, Move
@@ -118,7 +118,7 @@ def _same_column(table: Table, column: str, to: Origin) -> list[str]:
     if table.function is not None:
         return []
     if to is Origin.NEW:
-        match = BARE.fullmatch(table.columns.get(column, column).strip())
-        return [match[1]] if match else []
-    renamed = [name for name, text in table.columns.items() if (match := BARE.fullmatch(text.strip())) and match[1] == column]
+        own = origin(table, column)
+        return [] if own is None else [own]
+    renamed = [name for name in table.columns if origin(table, name) == column]
     return [*renamed, *([column] if column not in table.columns else [])]

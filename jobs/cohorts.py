@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from changeover.cohorts import EVERY, Cohorts
+from changeover.jobs.derivation import origin
 from changeover.jobs.entries import Authority
 from changeover.jobs.tenure import EVERYTHING, named, shares
-from changeover.jobs.transform import BARE
 from changeover.spec import Spec, Table
 
 TOLD = 5
@@ -26,11 +26,8 @@ def old_column(spec: Spec) -> str | None:
 
 def new_column(spec: Spec, table: Table) -> str | None:
     """Return the key column of a new table that holds the cohort unchanged, None where there is none."""
-    for name in table.key:
-        match = BARE.fullmatch(table.columns.get(name, name).strip())
-        if match and match[1] == old_column(spec):
-            return name
-    return None
+    own = old_column(spec)
+    return next((name for name in table.key if own is not None and origin(table, name) == own), None)
 
 
 def at(changes: Sequence[Authority], store: str) -> Cohorts | None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from changeover.errors import SpecError
 from changeover.jobs import transform
-from changeover.jobs.transform import BARE, Transform
+from changeover.jobs.derivation import derivations, quoted
+from changeover.jobs.transform import Transform
 from changeover.spec import Spec, Table
 from changeover.stores import Column
 
@@ -30,15 +31,11 @@ def derived(table: Table, old: Sequence[Column], new: Sequence[Column] | None) -
 
     `new` are the new table's columns, or None where it is not there yet: `prepare` then gives a moved column its old type.
     """
-    if table.function is not None:
-        return {}
     found: dict[str, str] = {}
     by_name = {c.name: c for c in old}
-    for name, text in transform.expressions(table, old).items():
-        match = BARE.fullmatch(text.strip())
-        origin = by_name.get(match[1]) if match else None
-        if origin is not None and _held(origin, name, new):
-            found.setdefault(origin.name, f"`{name}`")
+    for name, derivation in derivations(table, old).items():
+        if derivation.origin is not None and _held(by_name[derivation.origin], name, new):
+            found.setdefault(derivation.origin, quoted(name))
     return found
 
 

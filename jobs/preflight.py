@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from psycopg import sql
 
 from changeover.errors import SpecError
+from changeover.jobs.derivation import WORDS, derivations
 from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.partitions import partitions_of
-from changeover.jobs.transform import expressions
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
 from changeover.stores import VERSION_COLUMNS, Column, open_store
@@ -198,7 +198,7 @@ def preflight(spec: Spec) -> Preflight:
 
 def _too_wide(table: Table, seen: SourceTable | None) -> list[str]:
     """Return that a table's rows would not fit into a batch."""
-    count = len(expressions(table, seen.store_columns)) if seen is not None else 0
+    count = len(derivations(table, seen.store_columns)) if seen is not None else 0
     if count <= WIDEST:
         return []
     return [
@@ -280,10 +280,6 @@ def _source_table(connection: Connection, table: Table, capture: str, found: Pre
         what = "is partitioned" if seen.partitions is not None else f"has the generated column {min(seen.generated)}"
         found.reasons.append(f'{seen.source} {what}, which capture by triggers does not carry: capture = "slot" does')
     found.tables[table.source] = seen
-
-
-WORDS = frozenset({"true", "false", "null"})
-"""Expressions of one word that name no column."""
 
 
 def _require_columns(spec: Spec, table: Table, seen: SourceTable | None) -> None:

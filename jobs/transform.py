@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from changeover.errors import SpecError, UnsafePlan
+from changeover.jobs.derivation import Derivation, derivations, mentioned, quoted
 from changeover.spec import Spec, Table
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, VERSION_COLUMNS, Column, TargetTable
 from changeover.stores.pgtypes import decode, movable, passable, postgres_type, source_type
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 GONE, AT_LSN, AT_ORDINAL = "_changeover_gone", "_changeover_lsn", "_changeover_ordinal"
 """What a change of a source row has beside the row's columns."""
 
-BARE = re.compile(r"`?([A-Za-z_][A-Za-z0-9_]*)`?")
-WORD = re.compile(r"\w+")
 WRITTEN_ONE_WAY = re.compile(r"(smallint|integer|bigint|uuid|date|text|character varying(\(\d+\))?|timestamp.*)")
 """Types of which PostgreSQL writes equal values as the same text; 1.0 and 1.00 are equal numbers, -0 and 0 are."""
 
@@ -48,7 +47,7 @@ class Transform:
     table: Table
     source: tuple[Column, ...]
     target: TargetTable
-    expressions: Mapping[str, str]
+    derivations: Mapping[str, Derivation]
     identity: tuple[Column, ...]
     partitioned: bool = False
 
@@ -63,15 +62,14 @@ class Transform:
 
     def only_moved(self) -> frozenset[str]:
         """Return the source columns of which one target column of the same type is all that is made."""
-        if self.table.function is not None:
-            return frozenset()
-        used = Counter(word.lower() for text in [*self.expressions.values(), self.table.where or ""] for word in WORD.findall(text))
         types = {c.name: c.type for c in self.source}
+        times = Counter(one.origin for one in self.derivations.values())
+        asked = self._asked(self.derivations)
         return frozenset(
-            match[1]
+            name
             for column in self.target.columns
-            if (match := BARE.fullmatch(self.expressions[column.name].strip()))
-            and types.get(match[1]) == column.type and used[match[1].lower()] == 1 and movable(column.type)
+            if (name := self.derivations[column.name].origin) is not None
+            and types[name] == column.type and times[name] == 1 and name not in asked and movable(column.type)
         )  # fmt: skip
 
     def keys(self, frame: DataFrame) -> DataFrame:
@@ -82,18 +80,12 @@ class Transform:
     def pg_types(self) -> dict[str, str]:
         """Return PostgreSQL's type of each target column, the source's own where a column is moved or carried over."""
         types = {c.name: c.type for c in self.source}
-        found = {}
-        for column in self.target.columns:
-            match = BARE.fullmatch(self.expressions[column.name].strip())
-            found[column.name] = types.get(match[1], column.type) if match and not self.table.function else column.type
-        return found
+        return {c.name: types[origin] if (origin := self.derivations[c.name].origin) else c.type for c in self.target.columns}
 
     def source_key(self, identity: Sequence[str]) -> tuple[str, ...] | None:
         """Return the target key columns that hold the identity's columns unchanged, in its order, or None where one does not."""
-        moved = {
-            match[1]: name for name in self.target.key if (match := BARE.fullmatch(self.expressions[name].strip()))
-        }  # fmt: skip
-        return tuple(moved[name] for name in identity) if self.table.function is None and set(identity) <= set(moved) else None
+        moved = {self.derivations[name].origin: name for name in self.target.key}
+        return tuple(moved[name] for name in identity) if set(identity) <= set(moved) else None
 
     def changes(self, events: DataFrame, epoch: int, moved: Collection[str] = ()) -> DataFrame:
         """Return changes of the target for those of the source (`changes.last_of_each_key`): one row a key, the last by version.
@@ -144,11 +136,11 @@ class Transform:
 
     def passed_on(self) -> dict[str, str] | None:
         """Return target column -> source column where every row goes on as it is, under other names at most; None elsewhere."""
-        if self.table.function is not None or self.table.where is not None or not self._one_to_one():
+        if self.table.where is not None or not self._one_to_one():
             return None
         types = {c.name: c.type for c in self.source}
-        found = {c.name: match[1] for c in self.target.columns if (match := BARE.fullmatch(self.expressions[c.name].strip()))}
-        whole = all(c.name in found and types.get(found[c.name]) == c.type and passable(c.type) for c in self.target.columns)
+        found = {c.name: origin for c in self.target.columns if (origin := self.derivations[c.name].origin) is not None}
+        whole = all(c.name in found and types[found[c.name]] == c.type and passable(c.type) for c in self.target.columns)
         return found if whole else None
 
     def _one_to_one(self) -> bool:
@@ -164,9 +156,12 @@ class Transform:
         """Return the source columns that are decoded before it is known whether a row is kept; in doubt a column is one."""
         if self.table.function is not None:
             return frozenset(c.name for c in self.source)
-        texts = [self.table.where or "", *(self.expressions[name] for name in self.target.key)]
-        words = {word.lower() for text in texts for word in WORD.findall(text)}
-        return frozenset(c.name for c in self.source if c.name.lower() in words or not WORD.fullmatch(c.name))
+        return self._asked(self.target.key) | {origin for name in self.target.key if (origin := self.derivations[name].origin)}
+
+    def _asked(self, names: Collection[str]) -> frozenset[str]:
+        """Return the source columns that `where` may ask for, or the expressions that compute some target columns."""
+        computed = [one.expression for name in names if (one := self.derivations[name]).origin is None]
+        return mentioned([c.name for c in self.source], [self.table.where or "", *computed])
 
     def _shaped(self, frame: DataFrame) -> DataFrame:
         """Apply the spec's function, which must keep the pipeline's own columns."""
@@ -182,14 +177,13 @@ class Transform:
         from pyspark.sql import functions as F
 
         return [
-            F.expr(self.expressions[c.name]).cast("string" if self._moves(c, moved) else c.spark_type).alias(c.name)
+            F.expr(self.derivations[c.name].expression).cast("string" if self._moves(c, moved) else c.spark_type).alias(c.name)
             for c in self.target.columns
             if names is None or c.name in names
         ]
 
     def _moves(self, column: Column, moved: Collection[str]) -> bool:
-        match = BARE.fullmatch(self.expressions[column.name].strip())
-        return match is not None and match[1] in moved
+        return self.derivations[column.name].origin in moved
 
 
 def _last_of_each_key(changes: DataFrame, target: TargetTable) -> DataFrame:
@@ -216,13 +210,6 @@ def load_function(reference: str) -> Callable[[DataFrame], DataFrame]:
         raise SpecError(reference, "transform.function", f"can't be imported: {error}") from error
 
 
-def expressions(table: Table, source: Sequence[Column]) -> dict[str, str]:
-    """Return target column -> Spark SQL expression, in order: the spec's own, then what is carried over by name."""
-    moved = {match[1] for text in table.columns.values() if (match := BARE.fullmatch(text.strip()))}
-    carried = [c.name for c in source if c.name not in moved and c.name not in table.columns and c.name not in table.drop]
-    return {**table.columns, **{name: f"`{name}`" for name in carried}}
-
-
 def plan(
     spark: SparkSession, spec: Spec, table: Table, source: Sequence[Column], replica_identity: Sequence[str],
     existing: Sequence[Column] | None,
@@ -231,11 +218,11 @@ def plan(
 
     `existing` are the columns of a target table that is already there; raises SpecError or UnsafePlan with every reason.
     """
-    wanted = expressions(table, source)
+    wanted = derivations(table, source)
     _require_stable(spec, table, wanted)
     frame = _empty_frame(spark, source)
     shaped = load_function(table.function)(frame) if table.function else frame
-    found = {name: _spark_type(spec, table, name, shaped, text) for name, text in wanted.items()}
+    found = {name: _spark_type(spec, table, name, shaped, one.expression) for name, one in wanted.items()}
     if table.where is not None:
         _spark_type(spec, table, "where", shaped, table.where, place="where")
     schema, name = table.target_name
@@ -251,7 +238,7 @@ def plan(
 
 
 def _empty_frame(spark: SparkSession, columns: Sequence[Column]) -> DataFrame:
-    schema = ", ".join(f"`{c.name}` {c.spark_type}" for c in columns)
+    schema = ", ".join(f"{quoted(c.name)} {c.spark_type}" for c in columns)
     return spark.createDataFrame([], schema)
 
 
@@ -276,11 +263,11 @@ def _expr(text: str) -> SparkColumn:
     return F.expr(text)
 
 
-def _require_stable(spec: Spec, table: Table, wanted: Mapping[str, str]) -> None:
-    for place, text in [*wanted.items(), ("where", table.where or "")]:
+def _require_stable(spec: Spec, table: Table, wanted: Mapping[str, Derivation]) -> None:
+    for place, text in [*((name, one.expression) for name, one in wanted.items()), ("where", table.where or "")]:
         bare = re.sub(r"'(?:[^']|'')*'|`[^`]*`", "", text)  # a literal or a quoted column may say now
         match = UNSTABLE.search(bare)
-        if match and not BARE.fullmatch(text.strip()):
+        if match:
             raise SpecError(spec.path, f"table {table.source}: {place}", f"{match[1]} gives another value at each run")
 
 
@@ -298,7 +285,7 @@ def _existing_columns(spec: Spec, table: Table, existing: Sequence[Column], foun
 
 
 def _new_columns(
-    spec: Spec, table: Table, source: Sequence[Column], wanted: Mapping[str, str], found: Mapping[str, str]
+    spec: Spec, table: Table, source: Sequence[Column], wanted: Mapping[str, Derivation], found: Mapping[str, str]
 ) -> list[Column]:
     """A moved or carried column keeps its PostgreSQL type; a computed one gets the type of its Spark result."""
     by_name = {c.name: c for c in source}
@@ -306,8 +293,8 @@ def _new_columns(
     for name in [*table.key, *(n for n in wanted if n not in table.key)]:
         if name not in wanted:
             raise SpecError(spec.path, f"table {table.source}: key", f"nothing fills the key column {name}")
-        match = BARE.fullmatch(wanted[name].strip())
-        origin = by_name.get(match[1]) if match and table.function is None else None
+        derived = wanted[name].origin
+        origin = by_name[derived] if derived is not None else None
         type_name = origin.type if origin else postgres_type(found[name])
         if type_name is None:
             raise SpecError(spec.path, f"table {table.source}: columns.{name}", f"gives {found[name]}, which no column can hold")
@@ -318,7 +305,7 @@ def _new_columns(
 
 def _require_key(
     spark: SparkSession, spec: Spec, table: Table, source: Sequence[Column], identity: Sequence[str],
-    wanted: Mapping[str, str], names: Sequence[str],
+    wanted: Mapping[str, Derivation], names: Sequence[str],
 ) -> None:  # fmt: skip
     """The target key must follow from the replica identity alone: a DELETE carries no more."""
     from pyspark.errors import PySparkException
@@ -331,11 +318,11 @@ def _require_key(
     alone = _empty_frame(spark, [c for c in source if c.name in identity])
     for name in table.key:
         try:
-            _ = alone.select(_expr(wanted[name])).schema
+            _ = alone.select(_expr(wanted[name].expression)).schema
         except PySparkException as error:
             raise UnsafePlan(
-                (f"target key column {name} of {table.source} is computed from {wanted[name]!r}, which needs more than the"
-                 f" replica identity ({', '.join(identity)}): a DELETE carries no more",)
+                (f"target key column {name} of {table.source} is computed from {wanted[name].expression!r}, which needs more than"
+                 f" the replica identity ({', '.join(identity)}): a DELETE carries no more",)
             ) from error  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from pyarrow.dataset import dataset as dataset_of
 from changeover.errors import SpecError
 from changeover.jobs import reverse
 from changeover.jobs.cohorts import new_column, old_column
+from changeover.jobs.derivation import origin
 from changeover.jobs.entries import Authority, ChunkRow
 from changeover.jobs.events import TRUNCATE
 from changeover.jobs.ledger import Ledger
@@ -34,7 +35,6 @@ from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import EVERYTHING, NEW, OLD, Standing, Tenure, stamped, standing, tenures
-from changeover.jobs.transform import BARE
 from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table, Target
@@ -136,9 +136,7 @@ def _table(spec: Spec, key: Sequence[str], named: str | None) -> Table:
 
 def _moved(table: Table) -> dict[str, str]:
     """Return the target key's columns that hold a source column unchanged."""
-    if table.function is not None:
-        return {}
-    return {name: match[1] for name in table.key if (match := BARE.fullmatch(table.columns.get(name, name).strip()))}
+    return {name: own for name in table.key if (own := origin(table, name)) is not None}
 
 
 def _source_key(spec: Spec, old: Connection, table: Table, seen: SourceTable, given: Key) -> dict[str, str] | None:

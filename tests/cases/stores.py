@@ -18,6 +18,7 @@ from psycopg import sql
 from pyspark.sql import SparkSession
 
 from changeover.jobs.changes import last_of_each_key
+from changeover.jobs.derivation import derivations
 from changeover.jobs.events import DELETE, SCHEMA, UPDATE
 from changeover.jobs.merge import Cell
 from changeover.jobs.transform import Transform
@@ -41,9 +42,8 @@ CREATE TABLE marks (of_case text, chunk integer, PRIMARY KEY (of_case, chunk));
 
 COLUMNS = tuple(Column(name, "text", "string", name in KEY) for name in NAMES)
 DELTA = TargetTable("public", "cases", COLUMNS, KEY)
-TRANSFORM = Transform(
-    Table("public.cases", "public.cases", KEY), COLUMNS, DELTA, {name: f"`{name}`" for name in NAMES}, COLUMNS[: len(KEY)]
-)
+MOVED = Table("public.cases", "public.cases", KEY)
+TRANSFORM = Transform(MOVED, COLUMNS, DELTA, derivations(MOVED, COLUMNS), COLUMNS[: len(KEY)])
 SPOOLED = pa.schema([SCHEMA.field(name) for name in ("lsn", "ordinal", "op", "row", "key", "missing", "xid")])
 
 

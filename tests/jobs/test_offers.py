@@ -8,6 +8,7 @@ from typing import cast
 from pyspark.sql import SparkSession
 
 from changeover.jobs.changes import last_of_each_key as last_in_arrow
+from changeover.jobs.derivation import derivations
 from changeover.jobs.events import Event as SpoolEvent
 from changeover.jobs.events import Image as SpoolImage
 from changeover.jobs.events import arrow_table
@@ -18,13 +19,8 @@ from changeover.spec import Table
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Column, TargetTable
 
 COLUMNS = (Column("id", "text", "string", True), Column("note", "text", "string"))
-TRANSFORM = Transform(
-    Table("public.kept", "public.kept", ("id",)),
-    COLUMNS,
-    TargetTable("public", "kept", COLUMNS, ("id",)),
-    {"id": "`id`", "note": "`note`"},
-    COLUMNS[:1],
-)
+KEPT = Table("public.kept", "public.kept", ("id",))
+TRANSFORM = Transform(KEPT, COLUMNS, TargetTable("public", "kept", COLUMNS, ("id",)), derivations(KEPT, COLUMNS), COLUMNS[:1])
 EPOCH_OF_ALL = 3
 
 Event = tuple[Version, str, str | None, str | None]
