@@ -9,17 +9,16 @@ everything. `check` and `prepare` print every reason. Runs on the driver, withou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from psycopg import sql
 
-from changeover.jobs import reverse
+from changeover.jobs import grants, reverse
 from changeover.jobs.cohorts import new_column, old_column
 from changeover.jobs.obstacles import obstacles, target_as_source
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table
-from changeover.stores import sequences
 
 FAMILIES = (re.compile(r"smallint|integer|bigint"), re.compile(r"text|character varying(\(\d+\))?"), re.compile("uuid"))
 """Types of which PostgreSQL writes equal values as the same text, and which of them write each other's."""
@@ -37,7 +36,7 @@ ORDER BY 1
 def examined(spec: Spec) -> Preflight:
     """Return what the preflight finds, and with `flag.context` what stands against moving cohorts one by one (driver)."""
     found = preflight(spec)
-    found.reasons += indivisible(spec)
+    found.reasons += [why for why in indivisible(spec) if not any(reason.endswith(why) for reason in found.reasons)]
     return found
 
 
@@ -107,12 +106,4 @@ def _crossing(connection: Connection, table: SourceTable, column: str) -> Iterat
             f"the index {index} of {table.source} is unique without {column}: while cohorts are at two stores both may take one"
             f" value, and one of the rows would never come across; add {column} to it"
         )
-    for sequence in _unowned(connection, schema, name):
-        yield (
-            f"the role {connection.info.user} does not own the sequence {sequence.schema}.{sequence.name} of {table.source}, which"
-            f" is moved while others draw: ALTER SEQUENCE {sequence.schema}.{sequence.name} OWNER TO {connection.info.user}"
-        )
-
-
-def _unowned(connection: Connection, schema: str, name: str) -> Sequence[sequences.Sequence]:
-    return [one for one in sequences.sequences(connection, schema, name) if not sequences.owned(connection, one)]
+    yield from map(str, grants.of_sequences(connection, schema, name, owning=True))

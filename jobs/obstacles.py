@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from changeover.jobs import inverse
+from changeover.jobs import grants, inverse
 from changeover.jobs.preflight import CAPTURE_RULES, OLDEST_SERVER, SERVER_RULES, TABLE_RULES, SourceTable, source_table
 from changeover.session import Connection, application_name, connect
 from changeover.spec import SLOT, Spec, Table
@@ -21,6 +21,7 @@ def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> l
     there = has_slot(new, slot)
     rules, asked = SERVER_RULES + CAPTURE_RULES[SLOT], {"oldest": OLDEST_SERVER, "slot": slot, "else": ""}
     reasons = [row[0] for row in new.execute(rules, asked).fetchall() if not there or "slots" not in row[0]]
+    reasons += map(str, grants.of_server(new, SLOT))
     for table in spec.tables:
         seen = source_table(old, table)
         if seen is None:
@@ -39,9 +40,11 @@ def _unfit(new: Connection, found: SourceTable) -> list[str]:
     quoted = sql.Identifier(*found.source.split(".", 1)).as_string(new)
     row = new.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
     assert row is not None
+    lacks = grants.of_owners(new, row)
     asked = {"oid": row[0], "name": found.source, "identity": ", ".join(sorted(found.identity)), "keys": list(found.identity)}
     rows = new.execute(TABLE_RULES, asked).fetchall()
-    return [found for (found,) in rows if "generated column" not in found]  # it is computed anew, and no part of a transform
+    reasons = [*map(str, lacks), *(found for (found,) in rows)]
+    return [reason for reason in reasons if "generated column" not in reason]  # it is computed anew, and no part of a transform
 
 
 def target_as_source(table: Table) -> Table:

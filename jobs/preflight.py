@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from psycopg import sql
 
 from changeover.errors import SpecError
+from changeover.jobs import grants
 from changeover.jobs.derivation import WORDS, derivations
 from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
+from changeover.jobs.grants import Lack
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.partitions import partitions_of
 from changeover.session import Connection, application_name, connect, server_name
@@ -25,6 +27,7 @@ from changeover.stores import VERSION_COLUMNS, Column, open_store
 from changeover.stores.batches import WIDEST
 from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
+from changeover.stores.postgres import PostgresStore
 from changeover.stores.ranges import estimated_rows
 
 OLDEST_SERVER = 140000
@@ -65,6 +68,14 @@ class Preflight:
     grants: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def lack(self, rights: Sequence[Lack], where: str = "") -> None:
+        """Refuse for want of rights, with the statements that give them; `where` is the store, the old one is not named."""
+        for one in rights:
+            statement = f"{one.grant}  -- in {where}" if where else one.grant
+            if statement not in self.grants:
+                self.grants.append(statement)
+                self.reasons.append(f"{where}: {one}" if where else str(one))
+
 
 def store_columns(columns: Sequence[SourceColumn]) -> tuple[Column, ...]:
     """Return catalogue columns as frames carry them; an unproven type has an empty Spark type."""
@@ -82,23 +93,11 @@ CAPTURE_RULES = {
     SLOT: """
 SELECT format('wal_level is %%s: set wal_level = logical and restart the server%%s', current_setting('wal_level'), %(else)s::text)
 WHERE current_setting('wal_level') <> 'logical'
-UNION ALL SELECT format('the role %%s may not replicate: ALTER ROLE %%I REPLICATION', current_user, current_user)
-WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = current_user AND (rolreplication OR rolsuper))
-UNION ALL SELECT format('the role %%s may not create a publication: GRANT CREATE ON DATABASE %%I TO %%I', current_user,
-    current_database(), current_user) WHERE NOT has_database_privilege(current_database(), 'CREATE')
 UNION ALL SELECT format('all %%s replication slots are in use: raise max_replication_slots',
     current_setting('max_replication_slots'))
 WHERE (SELECT count(*) FROM pg_replication_slots WHERE slot_name <> %(slot)s) >= current_setting('max_replication_slots')::int
 """,
-    TRIGGER: """
-SELECT format('the role %%s may not create the schema changeover for the log: GRANT CREATE ON DATABASE %%I TO %%I', current_user,
-    current_database(), current_user)
-WHERE NOT coalesce(has_schema_privilege(to_regnamespace('changeover'), 'CREATE'),
-    has_database_privilege(current_database(), 'CREATE'))
-UNION ALL SELECT format('the role %%s may not run pg_control_system, which tells one server from another: GRANT EXECUTE ON FUNCTION'
-    ' pg_control_system TO %%I', current_user, current_user)
-WHERE NOT has_function_privilege('pg_control_system()', 'EXECUTE')
-""",
+    TRIGGER: "SELECT NULL WHERE false",
 }
 """What each way to capture asks of the server."""
 
@@ -129,9 +128,6 @@ FROM pg_partition_tree(%(oid)s::oid::regclass) t JOIN pg_class c ON c.oid = t.re
 WHERE t.isleaf AND t.level > 0 AND c.relkind = 'r' AND k.names IS DISTINCT FROM %(identity)s::text
 UNION ALL SELECT format('%%s has row-level security that hides rows from the role %%s', %(name)s::text, current_user)
 WHERE row_security_active(%(oid)s::oid)
-UNION ALL SELECT format('the role %%s does not own %%s, which capture asks for: ALTER TABLE %%s OWNER TO %%I',
-    current_user, %(name)s::text, %(name)s::text, current_user)
-FROM pg_class c WHERE c.oid = %(oid)s AND NOT pg_has_role(c.relowner, 'USAGE')
 UNION ALL SELECT format('%%s has no primary key and no replica identity: ALTER TABLE %%s ADD PRIMARY KEY, or REPLICA IDENTITY USING'
     ' INDEX; a publication without it would make the application''s own UPDATE and DELETE fail', %(name)s::text, %(name)s::text)
 FROM pg_class c WHERE c.oid = %(oid)s AND (c.relreplident = 'n' OR (c.relreplident = 'd' AND NOT EXISTS (
@@ -172,14 +168,17 @@ def preflight(spec: Spec) -> Preflight:
         rules = SERVER_RULES + CAPTURE_RULES[spec.source.capture]
         asked = {"oldest": OLDEST_SERVER, "slot": spec.slot, "else": ', or capture = "trigger" in the spec\'s [source]'}
         found.reasons += [row[0] for row in old.execute(rules, asked).fetchall()]
+        found.lack(grants.of_server(old, spec.source.capture))
         for table in spec.tables:
+            _rights_on_source(spec, old, table, found)
+            if not grants.usable(old, table.source_name[0]):
+                continue
             _source_table(old, table, spec.source.capture, found)
             _require_columns(spec, table, found.tables.get(table.source))
             if spec.flag is not None:
                 found.reasons += _not_mirrored(old, found.tables.get(table.source))
-        found.grants += _grants(old, spec)
         found.notes += COSTS[spec.source.capture]
-    prepared = _is_prepared(spec)
+    prepared = _is_prepared(spec, found)
     for target in spec.targets.values():
         with open_store(spec, target, "check") as store:
             for table in spec.tables:
@@ -188,12 +187,43 @@ def preflight(spec: Spec) -> Preflight:
                     found.reasons.append(f"the target table's name {name} is too long: {NAME_BYTES} bytes at most")
                 if target.kind == "postgres":
                     found.reasons += _too_wide(table, found.tables.get(table.source))
+                if isinstance(store, PostgresStore):
+                    _rights_on_target(spec, store, schema, name, found)
+                    if not grants.readable(store.connection, schema, name):
+                        continue
                 if store.columns(schema, name) is None or prepared:
                     continue
                 found.reasons += store.objections(schema, name, table.key)
                 if store.has_rows(schema, name):
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
     return found
+
+
+def _rights_on_source(spec: Spec, old: Connection, table: Table, found: Preflight) -> None:
+    """A publication, triggers and a fence ask for the owner; whatever comes back asks for writes and for sequences."""
+    back = spec.flag is not None
+    found.lack(grants.of_table(old, *table.source_name, grants.REFUSE if back else grants.READ, owning=True))
+    found.lack(_drawing(spec, old, *table.source_name))
+
+
+def _rights_on_target(spec: Spec, store: PostgresStore, schema: str, name: str, found: Preflight) -> None:
+    """A table that takes over has a fence and a change stream of its own, which ask for its owner; another one is written to."""
+    connection, where = store.connection, f"target {store.name}"
+    takes_over = spec.flag is not None and spec.flag.target == store.name
+    found.lack(grants.of_server(connection), where)
+    if store.columns(schema, name) is None:
+        found.lack(grants.of_schema(connection, schema), where)
+        return
+    rights = grants.REFUSE if takes_over else grants.WRITE
+    found.lack(grants.of_table(connection, schema, name, rights, owning=takes_over), where)
+    found.lack(_drawing(spec, connection, schema, name) if takes_over else [], where)
+
+
+def _drawing(spec: Spec, connection: Connection, schema: str, name: str) -> list[Lack]:
+    """Authority takes a table's sequences along; where cohorts move one by one they are locked, which asks for their owner."""
+    if spec.flag is None:
+        return []
+    return grants.of_sequences(connection, schema, name, owning=spec.flag.context is not None)
 
 
 def _too_wide(table: Table, seen: SourceTable | None) -> list[str]:
@@ -231,14 +261,18 @@ def _not_mirrored(old: Connection, seen: SourceTable | None) -> list[str]:
     return [row[0] for row in old.execute(UNWRITABLE, {"name": seen.source, "table": table, "key": list(seen.identity)})]
 
 
-def _is_prepared(spec: Spec) -> bool:
+def _is_prepared(spec: Spec, found: Preflight) -> bool:
     with Ledger.open(spec, "check") as ledger:
-        return ledger.exists()
+        if all(target.dsn is None for target in spec.targets.values()):
+            found.lack(grants.of_server(ledger.connection), "the ledger")
+        return grants.usable(ledger.connection, "changeover") and ledger.exists()
 
 
 def source_table(connection: Connection, table: Table) -> SourceTable | None:
-    """Return a source table from the catalogue, or None when there is none by that name."""
+    """Return a source table from the catalogue, or None when there is none by that name, or none that the role may look up."""
     schema, name = table.source_name
+    if not grants.usable(connection, schema):
+        return None
     row = connection.execute(
         "SELECT c.oid, pg_relation_filenode(c.oid) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE n.nspname = %s AND c.relname = %s",
@@ -296,18 +330,6 @@ def _require_columns(spec: Spec, table: Table, seen: SourceTable | None) -> None
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"its columns are {', '.join(names)}"
             raise SpecError(spec.path, f"table {table.source}: {where}", f"there is no column {name} in {table.source}: {hint}")
-
-
-def _grants(connection: Connection, spec: Spec) -> list[str]:
-    row = connection.execute("SELECT current_user, current_database()").fetchone()
-    assert row is not None
-    role, database = sql.Identifier(row[0]), sql.Identifier(row[1])
-    statements = [
-        *([sql.SQL("ALTER ROLE {} REPLICATION").format(role)] if spec.source.capture == SLOT else []),
-        sql.SQL("GRANT CREATE ON DATABASE {} TO {}").format(database, role),
-        *(sql.SQL("ALTER TABLE {} OWNER TO {}").format(sql.Identifier(*table.source_name), role) for table in spec.tables),
-    ]
-    return [statement.as_string(connection) for statement in statements]
 
 
 def where(spec: Spec) -> str:

@@ -126,7 +126,7 @@ def test_a_sequence_of_somebody_else_is_named(monkeypatch: pytest.MonkeyPatch, a
             reasons = examined(spec).reasons
         finally:
             new.execute("DROP OWNED BY dividing CASCADE; DROP ROLE dividing")
-    said = "the role dividing does not own the sequence public.others of public.associations"
+    said = "the role dividing does not own others"
     assert [said in reason for reason in reasons].count(True) == 1
 
 
