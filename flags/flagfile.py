@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -253,14 +253,15 @@ def _folder_locked(folder: Path) -> Iterator[int]:
 
 
 def _replace(target: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    name = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask decides who reads a new file
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             previous = target.stat() if target.exists() else None
-            os.fchmod(file.fileno(), previous.st_mode & 0o777 if previous else 0o644)
             if previous is not None:
+                os.fchmod(file.fileno(), previous.st_mode & 0o777)
                 now = os.fstat(file.fileno()).st_mtime_ns
                 later = max(now, previous.st_mtime_ns + MTIME_STEP_NS)
                 os.utime(file.fileno(), ns=(later, later))

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import psycopg
 from deltalake.exceptions import DeltaError
 
+from changeover import folders
 from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, SpoolGap
 from changeover.interrupt import asked_to_stop
 from changeover.jobs import reverse, triggerlog, wayback
@@ -156,7 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("spec", metavar="SPEC", help="the migration's TOML file")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        result = capture(load(parser.parse_args(arguments).spec))
+        spec = load(parser.parse_args(arguments).spec)
+        folders.keep_private(spec)
+        result = capture(spec)
     except ChangeoverError as error:
         print(error, file=sys.stderr)
         return error.exit_code

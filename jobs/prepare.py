@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import psycopg
 from psycopg import sql
 
+from changeover import folders
 from changeover.cohorts import EVERY
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
 from changeover.jobs import cohorts, inverse, partitions, snapshot, transform, triggerlog, wayback, windows
@@ -80,6 +81,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
     for (_, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
             store.install(planned.target, stream.image)
+    folders.work(spec)
     spool_of(spec).create()
     _record(spec, ledger, stream, found, created)
     return Prepared(stream, transforms)

@@ -15,11 +15,10 @@ from typing import Any
 import click
 
 from changeover import __version__
-from changeover.command import DEBUG, JSON, SPEC, TARGETS, Commands, answer, running, spark_for, terminal_text
+from changeover.command import DEBUG, JSON, SPEC, TARGETS, Commands, answer, opened, running, spark_for, terminal_text
 from changeover.errors import UsageError
 from changeover.flagcommands import flags
 from changeover.jobs.ledger import Ledger
-from changeover.spec import load
 
 
 @click.group(cls=Commands)
@@ -54,8 +53,8 @@ def check(spec: str, as_json: bool) -> None:
     from changeover.jobs import obstacles
     from changeover.jobs.division import examined
 
-    found = examined(load(spec))
-    notes = [*found.notes, *obstacles.notes(load(spec))]
+    found = examined(opened(spec))
+    notes = [*found.notes, *obstacles.notes(opened(spec))]
     told = {"refused": found.reasons, "grant": found.grants, "note": notes}
     lines = [f"{kind}: {line}" for kind, said in told.items() for line in said]
     answer({"safe": not found.reasons, "reasons": found.reasons, "grants": found.grants, "notes": notes}, as_json,
@@ -70,7 +69,7 @@ def plan(spec: str, as_json: bool) -> None:
     """Print the steps that `run` walks, with the locks that each takes in the old store."""
     from changeover.pipeline import STEPS
 
-    load(spec)
+    opened(spec)
     steps = [{"step": step.name, "does": step.does, "locks": step.locks} for step in STEPS]
     answer(
         {"steps": steps},
@@ -103,7 +102,7 @@ def prove(spec: str, as_json: bool) -> None:
     from changeover.verifiers.prove import as_table
     from changeover.verifiers.prove import prove as act
 
-    outcomes = act(load(spec))
+    outcomes = act(opened(spec))
     lost = [one.race for one in outcomes if one.with_tombstones]
     answer({"equal": not lost, "races": outcomes}, as_json, lambda: as_table(outcomes))
     sys.exit(1 if lost else 0)
@@ -205,7 +204,7 @@ def explain(spec: str, key: tuple[str, ...], table: str | None, as_json: bool) -
     """Tell the story of one row by its target KEY: chunk, cell, spooled events, images, stage."""
     from changeover.verifiers.explain import explain as act
 
-    told = act(load(spec), key, table=table)
+    told = act(opened(spec), key, table=table)
     answer(told, as_json, lambda: "\n".join(told.lines()))
 
 
@@ -216,7 +215,7 @@ def status(spec: str, as_json: bool) -> None:
     """Say where the migration is: chunks, positions, lag, authority, verdicts."""
     from changeover.jobs.status import status as act
 
-    told = act(load(spec))
+    told = act(opened(spec))
     answer(told, as_json, lambda: "\n".join(told.lines()))
 
 
@@ -225,7 +224,7 @@ def status(spec: str, as_json: bool) -> None:
 @JSON
 def history(spec: str, as_json: bool) -> None:
     """Print the record of all runs, newest first."""
-    loaded = load(spec)
+    loaded = opened(spec)
     with Ledger.open(loaded, "history") as ledger:
         ledger.stream("history")
         rows = [{"at": at, "step": step, "outcome": outcome, **detail} for at, step, outcome, detail in ledger.audits()]
@@ -256,7 +255,7 @@ def finalize(spec: str, as_json: bool) -> None:
     from changeover.jobs.leftovers import leftovers
     from changeover.jobs.prepare import finalize as act
 
-    loaded = load(spec)
+    loaded = opened(spec)
     removed, left = act(loaded), leftovers(loaded)
     _removed(removed, left, as_json)
 
@@ -269,7 +268,7 @@ def abort(spec: str, as_json: bool) -> None:
     from changeover.jobs.leftovers import leftovers
     from changeover.jobs.prepare import abort as act
 
-    loaded = load(spec)
+    loaded = opened(spec)
     removed, left = act(loaded), leftovers(loaded)
     _removed(removed, left, as_json)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import click
 import psycopg
 
 from changeover.errors import ChangeoverError, CouldNotFinish, Interrupted, SpecError
+from changeover.folders import keep_private, work
 from changeover.jobs.ledger import Ledger
 from changeover.record import log_file
 from changeover.spec import Spec, load
@@ -39,6 +41,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and turn every failure into its sentence and exit code."""
+        mask = os.umask(0o077)
+        os.umask(mask)
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -49,6 +53,8 @@ class Commands(click.Group):
             raise
         except Exception as error:
             fail(unforeseen(error))
+        finally:
+            os.umask(mask)
 
 
 def unforeseen(error: Exception, log: Path | None = None) -> CouldNotFinish:
@@ -97,7 +103,7 @@ def terminal_text(verdicts: Sequence[Verdict]) -> str:
 @contextmanager
 def running(path: str, step: str, debug: bool) -> Iterator[Spec]:
     """Load the spec and log the run into a file of its own, an unforeseen error with its whole traceback."""
-    spec = load(path)
+    spec = opened(path)
     with log_file(spec, step, debug) as log:
         try:
             yield spec
@@ -107,6 +113,13 @@ def running(path: str, step: str, debug: bool) -> Iterator[Spec]:
         except Exception as error:
             logging.getLogger("changeover").exception("unforeseen")
             raise unforeseen(error, log) from error
+
+
+def opened(path: str) -> Spec:
+    """Load the spec for a command; what the command makes is as private as the spec says."""
+    spec = load(path)
+    keep_private(spec)
+    return spec
 
 
 def spark_for(spec: Spec, step: str | None = None, targets: Sequence[str] = ()) -> SparkSession:
@@ -119,4 +132,4 @@ def spark_for(spec: Spec, step: str | None = None, targets: Sequence[str] = ()) 
     if step is not None:
         with Ledger.open(spec, step) as ledger:
             ledger.stream(step)
-    return spark_session(f"changeover:{spec.name}")
+    return spark_session(f"changeover:{spec.name}", scratch=work(spec, "scratch"))

@@ -10,9 +10,8 @@ from typing import Any
 
 import click
 
-from changeover.command import DEBUG, JSON, SPEC, answer, plain, running
+from changeover.command import DEBUG, JSON, SPEC, answer, opened, plain, running
 from changeover.errors import Interrupted
-from changeover.spec import load
 
 
 @click.group()
@@ -28,7 +27,7 @@ def show(spec: str, as_json: bool) -> None:
     from changeover.flags.cohorts import some
     from changeover.flags.cutover import show as act
 
-    seen = act(load(spec))
+    seen = act(opened(spec))
     wish = f", the flag asks for {seen.wish.value}" if seen.wish is not seen.stage else ""
     lines = [f"stage {seen.stage.value}{wish}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
     if seen.apart is not None:
@@ -63,7 +62,7 @@ def advance(spec: str, cohorts: tuple[str, ...], override: str | None, as_json: 
     """Go one stage up, if the gate's evidence holds."""
     from changeover.flags.cutover import advance as act
 
-    _step(act(load(spec), override=override, cohorts=cohorts or None), as_json)
+    _step(act(opened(spec), override=override, cohorts=cohorts or None), as_json)
 
 
 @flags.command()
@@ -74,7 +73,7 @@ def rollback(spec: str, cohorts: tuple[str, ...], as_json: bool) -> None:
     """Go one stage down; asks no gate."""
     from changeover.flags.cutover import rollback as act
 
-    _step(act(load(spec), cohorts=cohorts or None), as_json, back=True)
+    _step(act(opened(spec), cohorts=cohorts or None), as_json, back=True)
 
 
 def _step(done: Any, as_json: bool, *, back: bool = False) -> None:

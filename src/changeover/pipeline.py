@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldclient.migrations.types import Stage
 
+from changeover import folders
 from changeover.errors import ChangeoverError, CouldNotFinish, LeaseHeld, UnsafePlan
 from changeover.flags import cutover, flagfile
 from changeover.jobs import backfill as backfilling
@@ -85,7 +86,7 @@ def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False) -> preparing
     if spec.flag is not None:
         flag, file = cutover.flag_of(spec)
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
+            folders.made(file.parent, spec.mode)
             flagfile.write_stage(file, flag.key, Stage.OFF)
     return made
 
@@ -152,9 +153,7 @@ def start_capture(spec: Spec) -> int | None:
                 pass
         except LeaseHeld:
             return None
-    folder = spec.work / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "capture.out", "ab") as out:
+    with open(folders.work(spec, "logs") / "capture.out", "ab") as out:
         child = subprocess.Popen(
             [sys.executable, "-m", "changeover.jobs.capture", spec.path],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=dict(os.environ),

@@ -12,15 +12,14 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from changeover import folders
 from changeover.spec import Spec
 
 
 @contextmanager
 def log_file(spec: Spec, step: str, debug: bool = False) -> Iterator[Path]:
     """Log this run into a file of its own under the work folder."""
-    folder = spec.work / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{step}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.log"
+    path = folders.work(spec, "logs") / f"{step}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.log"
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger = logging.getLogger("changeover")

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -122,9 +123,12 @@ def jdbc_options(dsn: str, application: str) -> dict[str, str]:
     return options
 
 
-def spark_session(app_name: str, *, cores: int | None = None, memory: str = "2g", shuffle_partitions: int = 4) -> SparkSession:
+def spark_session(
+    app_name: str, *, cores: int | None = None, memory: str = "2g", shuffle_partitions: int = 4, scratch: Path | None = None
+) -> SparkSession:
     """Return a Spark session with Delta and the pinned settings (driver).
 
+    What Spark spills, which are rows, goes to the folder `scratch`, else to where Spark's own default is.
     Under spark-submit the cluster's master and memory win; the SQL settings that correctness needs are set in any case.
     """
     from pyspark import SparkContext
@@ -151,6 +155,7 @@ def spark_session(app_name: str, *, cores: int | None = None, memory: str = "2g"
             "spark.sql.shuffle.partitions": str(shuffle_partitions),
             "spark.databricks.delta.snapshotPartitions": "1",
             "spark.scheduler.mode": "FAIR",
+            **({"spark.local.dir": str(scratch), "spark.sql.warehouse.dir": str(scratch / "warehouse")} if scratch else {}),
         }
         launch.start(options)
     spark = SparkSession.builder.config(map=options).getOrCreate()

@@ -27,6 +27,9 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 KIND = re.compile(r"[-A-Za-z0-9._]+")
 """A column of cohorts is a kind of the flag's contexts, whose letters the SDK restricts."""
 
+MODE = re.compile(r"0?7[0-7]{2}")
+"""Rights on the work folder, in octal as chmod has them; its owner has them all."""
+
 SLOT, TRIGGER = CAPTURES = ("slot", "trigger")
 """How changes are captured: by logical decoding, or by triggers that write a log."""
 
@@ -41,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Target:
-    """A new store: `kind` is postgres (with `dsn`) or delta (with `path`)."""
+    """A new store: `kind` is postgres (with `dsn`) or delta (with `path`, absolute)."""
 
     name: str
     kind: str
@@ -76,7 +79,8 @@ class Check:
 class Table:
     """One table: where it comes from, where it goes, and how a row changes on the way.
 
-    `reverse` are the source's columns as Spark SQL expressions over the target's row, for the way back.
+    `reverse` are the source's columns as Spark SQL expressions over the target's row, for the way back. `sensitive` are source
+    columns whose values are shown nowhere, nor what is computed from them (`changeover.masking`).
     """
 
     source: str
@@ -88,6 +92,7 @@ class Table:
     function: str | None = None
     checks: tuple[Check, ...] = ()
     reverse: Mapping[str, str] = field(default_factory=dict)
+    sensitive: tuple[str, ...] = ()
 
     @property
     def source_name(self) -> tuple[str, str]:
@@ -115,7 +120,10 @@ class Flag:
 
 @dataclass(frozen=True)
 class Spec:
-    """A whole migration; `digest` is the hash of what the file says, without checks and any secret's value."""
+    """A whole migration; `digest` is the hash of what the file says, without checks and any secret's value.
+
+    Paths are absolute: those of the file are relative to its own folder. `mode` is what others may do in folders of ours.
+    """
 
     path: str
     name: str
@@ -127,6 +135,7 @@ class Spec:
     ledger: Secret
     flag: Flag | None = None
     document: Mapping[str, Any] = field(default_factory=dict)
+    mode: int = 0o700
 
     @property
     def slot(self) -> str:
@@ -168,9 +177,13 @@ def _digest(document: Mapping[str, Any]) -> str:
     """Return the hash of what a migration is.
 
     Its checks only ask about it, so a query may be corrected midway; its way back begins at the fence, and may be told until then.
+    What is sensitive, and who may read the work folder, changes no row.
     """
-    tables = [{key: value for key, value in table.items() if key not in ("check", "reverse")} for table in document["table"]]
-    return hashlib.sha256(json.dumps({**document, "table": tables}, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    left_out = ("check", "reverse", "sensitive")
+    tables = [{key: value for key, value in table.items() if key not in left_out} for table in document["table"]]
+    work = {key: value for key, value in document["work"].items() if key != "mode"}
+    whole = {**document, "table": tables, "work": work}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -233,6 +246,7 @@ class _Reader:
             targets=targets,
             tables=self.tables(document.get("table")),
             work=Path(self.work(self.section("", document, "work"))),
+            mode=self.mode(document["work"]),
             digest=_digest(document),
             ledger=self.ledger(document, targets),
             flag=self.flag(document, targets),
@@ -261,7 +275,7 @@ class _Reader:
             return Target(name, kind, dsn=self.secret(where, given))
         if kind == "delta":
             self.only(where, given, ("kind", "path"))
-            return Target(name, kind, path=self.text(where, given, "path"))
+            return Target(name, kind, path=self.beside(self.text(where, given, "path")))
         self.fail(f"{where}.kind", f'is "{kind}": known are "postgres" and "delta"')
 
     def tables(self, given: Any) -> tuple[Table, ...]:
@@ -278,7 +292,8 @@ class _Reader:
         return tables
 
     def table(self, where: str, given: Mapping[str, Any]) -> Table:
-        self.only(where, given, ("source", "target", "key", "columns", "drop", "where", "transform", "check", "reverse"))
+        known = ("source", "target", "key", "columns", "drop", "where", "transform", "check", "reverse", "sensitive")
+        self.only(where, given, known)
         key = self.texts(where, given, "key")
         if not key:
             self.fail(f"{where}.key", "is missing: name the target's key columns")
@@ -298,6 +313,7 @@ class _Reader:
             function=function,
             checks=tuple(self.check(f"{where}.check[{i}]", item) for i, item in enumerate(given.get("check", []))),
             reverse=dict(self.expressions(where, given, "reverse")),
+            sensitive=self.texts(where, given, "sensitive"),
         )
 
     def expressions(self, where: str, given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -324,11 +340,21 @@ class _Reader:
         file, context = self.optional_text("flag", given, "file"), self.optional_text("flag", given, "context")
         if context is not None and not (KIND.fullmatch(context) and context not in ("kind", "multi")):
             self.fail("flag.context", f'is "{context}": LaunchDarkly has no kind of context by that name')
-        return Flag(self.text("flag", given, "key"), target, file, context)
+        return Flag(self.text("flag", given, "key"), target, self.beside(file) if file else None, context)
 
     def work(self, given: Mapping[str, Any]) -> str:
-        self.only("work", given, ("path",))
-        return self.text("work", given, "path")
+        self.only("work", given, ("path", "mode"))
+        return self.beside(self.text("work", given, "path"))
+
+    def mode(self, given: Mapping[str, Any]) -> int:
+        mode = self.optional_text("work", given, "mode") or "0700"
+        if not MODE.fullmatch(mode):
+            self.fail("work.mode", f'is "{mode}": write rights in octal that leave all to the owner, such as "0750"')
+        return int(mode, 8)
+
+    def beside(self, path: str) -> str:
+        """Return a path of the file's, absolute: whoever runs a command, and from where, means the same folder."""
+        return str(Path(self.path).absolute().parent / path)
 
     def ledger(self, document: Mapping[str, Any], targets: Mapping[str, Target]) -> Secret:
         """The ledger stands beside the tables that it guards: in the flag's target, or else the first PostgreSQL one."""

@@ -196,7 +196,7 @@ def open_store(spec: Spec, target: Target, step: str) -> AbstractContextManager[
         return PostgresStore.open(target, spec.name, step)
     from changeover.stores.delta import DeltaStore
 
-    return _unclosed(DeltaStore(target.name, target.folder, spec.name))
+    return _unclosed(DeltaStore(target.name, target.folder, spec.name, spec.mode))
 
 
 @contextmanager

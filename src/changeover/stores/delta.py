@@ -19,6 +19,7 @@ from deltalake import DeltaTable, TableFeatures
 from deltalake.exceptions import TableNotFoundError
 from deltalake.schema import Schema
 
+from changeover import folders
 from changeover.errors import CouldNotFinish
 from changeover.position import Version
 from changeover.sparkerrors import raise_failures
@@ -47,10 +48,11 @@ class DeltaStore:
     takes_text = False
     pass_on = None
 
-    def __init__(self, name: str, folder: Path, migration: str) -> None:
+    def __init__(self, name: str, folder: Path, migration: str, mode: int = 0o700) -> None:
         self.name = name
         self.folder = folder
         self.migration = migration
+        self.mode = mode
         self.floors: dict[str, Version] = {}
 
     def path(self, name: str) -> Path:
@@ -102,7 +104,7 @@ class DeltaStore:
                 {"name": name, "type": kind, "nullable": True, "metadata": {}} for name, kind in version]}},
             {"name": DELETED, "type": "boolean", "nullable": False, "metadata": {}},
         ]  # fmt: skip
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folders.made(self.folder, self.mode)
         made = DeltaTable.create(str(self.path(table.name)), Schema.from_json(json.dumps({"type": "struct", "fields": fields})))
         if made.protocol().writer_features is not None:
             # from writer version 7 on (timestamp_ntz asks for it) NOT NULL is a feature that must be named
