@@ -10,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 from pyspark.sql import SparkSession
 
+from changeover.jobs.masking import MASK, hashed
 from changeover.verifiers.diff import compare
 from changeover.verifiers.differences import ensure_table
 from changeover.verifiers.verdict import Range
@@ -43,13 +44,20 @@ def test_it_goes_from_the_differences_to_the_cause(spark: SparkSession, tmp_path
         differences=tmp_path / "differences", run="r1",
     )  # fmt: skip
     assert diff.counts["mismatched"] == 5
+    hidden = compare(
+        source.where("id = 3"), target.where("id = 3"), table="public.t", store="new", key=("id",), pg_types={},
+        ranges=(Range(0, None, None),), differences=tmp_path / "differences", run="r2", sensitive=("id", "name"),
+    )  # fmt: skip
+    assert hidden.counts["mismatched"] == 1
 
     text = run_notebook(tmp_path, monkeypatch)
 
-    assert "6 differing rows of 1 runs" in text
-    assert "at: 5 keys: timezone shift: the target is off by 0 days 02:00:00 in every pair" in text
-    assert "name: 5 keys: white space at the ends" in text
-    assert "note: 5 keys: NULL on one side is empty text on the other" in text
+    assert "7 differing rows of 2 runs" in text
+    assert f"id={hashed('3')}" in text
+    assert MASK in text
+    assert "at: 6 keys: timezone shift: the target is off by 0 days 02:00:00 in every pair" in text
+    assert "name: 6 keys: white space at the ends" in text
+    assert "note: 6 keys: NULL on one side is empty text on the other" in text
     assert "missing" in text
 
 

@@ -83,7 +83,7 @@ UNKNOWN = [
     ("drop =", "dropp =", "table[0].dropp", "did you mean drop?"),
     ("function =", "func =", "table[0].transform.func", "did you mean function?"),
     ("[flag]", "[flag]\npercent = 1", "flag.percent", "known here"),
-    ("[work]", '[work]\nfolder = "x"', "work.folder", "known here: path"),
+    ("[work]", '[work]\nzone = "x"', "work.zone", "known here: path, mode"),
     ("[[table.check]]", '[[table.check]]\nsql = "x"', "table[0].check[0].sql", "known here"),
 ]
 
@@ -262,3 +262,39 @@ def test_the_hash_is_that_of_the_meaning(tmp_path: Path, monkeypatch: pytest.Mon
         for old, new in (('"from_user"', '"to_user"'), ("/work", "/elsewhere"), ("OLD_DSN", "OTHER_DSN"), ("secret", "other"))
     ]
     assert len({digest, *changed}) == 5
+
+
+def test_paths_are_relative_to_the_spec_whoever_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        WHOLE.replace('"/work"', '"work"')
+        .replace('"/lake"', '"../lake"')
+        .replace('target = "store"', 'target = "store"\nfile = "f.json"')
+    )
+    first = loaded(tmp_path, text)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert load("../spec.toml").work == tmp_path / "elsewhere/../work"
+    assert load("../spec.toml").work.resolve() == first.work == tmp_path / "work"
+    assert first.targets["lake"].folder.resolve() == tmp_path.parent / "lake"
+    assert first.flag is not None
+    assert first.flag.file == str(tmp_path / "f.json")
+    assert loaded(tmp_path, WHOLE).work == Path("/work")
+
+
+@pytest.mark.parametrize(("given", "mode"), [("", 0o700), ('mode = "0750"', 0o750), ('mode = "777"', 0o777)])
+def test_who_may_read_the_work_folder_is_no_part_of_the_digest(tmp_path: Path, given: str, mode: int) -> None:
+    spec = loaded(tmp_path, f"{WHOLE}{given}")
+    assert spec.mode == mode
+    assert spec.digest == loaded(tmp_path, WHOLE).digest
+
+
+@pytest.mark.parametrize("given", ['"0600"', '"0855"', '"rwx"', "448", '""'])
+def test_rights_that_are_none_are_refused(tmp_path: Path, given: str) -> None:
+    assert refused(tmp_path, f"{WHOLE}mode = {given}").where == "work.mode"
+
+
+def test_what_is_sensitive_may_be_named_midway(tmp_path: Path) -> None:
+    spec = loaded(tmp_path, WHOLE.replace('drop = ["secret"]', 'drop = ["secret"]\nsensitive = ["email"]'))
+    assert spec.tables[0].sensitive == ("email",)
+    assert spec.digest == loaded(tmp_path, WHOLE).digest

@@ -8,7 +8,7 @@ multiply or hide. The result is proved before it is given (`coverage`); what can
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -83,12 +83,14 @@ def compare(
     run: str,
     target_ranges: Sequence[Range] | None = None,
     limit: int = 1_000_000,
+    sensitive: Collection[str] = (),
 ) -> TableDiff:
     """Compare two frames of the same columns and types, each with `_range`; reads each side once (driver).
 
     `pg_types` names PostgreSQL's type of a column, for those that travel as text. `target_ranges` are the target's own
     where it was not read in the source's ranges; a store without an order of keys has one infinite range. At most
-    `limit` rows that differ are kept in the Delta table `differences`, made where it is not there yet, under `run`.
+    `limit` rows that differ are kept in the Delta table `differences`, made where it is not there yet, under `run`, with the
+    names of `sensitive` columns.
     Raises CouldNotCheck when both sides are empty, have not the same columns, or when the counts do not add up.
     """
     started = time.monotonic()
@@ -104,7 +106,7 @@ def compare(
             target,
             fields,
             max(map(len, sides)),
-            lambda rows, count: keep(rows, count, limit, differences, labels),
+            lambda rows, count: keep(rows, count, limit, differences, labels, sensitive),
         )
     tallies = found.tallies
     require_complete(tallies, found.rows_read, table=table)

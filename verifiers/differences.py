@@ -8,7 +8,7 @@ prints is cut from the same rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from changeover.verifiers.verdict import MISMATCHED, SAMPLE_LENGTH, SAMPLE_SIZE,
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row
 
+NAMES = {"type": "array", "elementType": "string", "containsNull": True}
 TEXTS = {"type": "map", "keyType": "string", "valueType": "string", "valueContainsNull": True}
 STORED = {
     "run": "string",
@@ -28,11 +29,12 @@ STORED = {
     "class": "string",
     "side": "string",
     "key": TEXTS,
-    "columns": {"type": "array", "elementType": "string", "containsNull": True},
+    "columns": NAMES,
     "source": TEXTS,
     "target": TEXTS,
+    "sensitive": NAMES,
 }
-"""Columns of the table; `side` is the side of a duplicate, `columns` are those that mismatch."""
+"""Columns of the table; `side` is the side of a duplicate, `columns` are those that mismatch, `sensitive` those to mask."""
 
 
 def ensure_table(differences: Path) -> None:
@@ -42,13 +44,16 @@ def ensure_table(differences: Path) -> None:
     DeltaTable.create(str(differences), Schema.from_json(json.dumps({"type": "struct", "fields": fields})), mode="ignore")
 
 
-def keep(differing: DataFrame, found: int, limit: int, differences: Path, labels: Mapping[str, str]) -> int:
+def keep(
+    differing: DataFrame, found: int, limit: int, differences: Path, labels: Mapping[str, str], sensitive: Collection[str] = ()
+) -> int:
     """Append the differing rows, at most `limit` of the `found` ones, and return how many (driver)."""
     from pyspark.sql import functions as F
 
     kept = differing.limit(limit) if found > limit else differing
     kept.select(
         *(F.lit(value).alias(name) for name, value in labels.items()),
+        F.array(*map(F.lit, sorted(sensitive))).cast("array<string>").alias("sensitive"),
         F.col("kind").alias("class"), F.col("twice").alias("side"), "key", "columns", "source", "target",
     ).write.format("delta").mode("append").save(str(differences))  # fmt: skip
     return min(found, limit)

@@ -25,9 +25,9 @@ from psycopg.rows import dict_row
 from pyarrow.dataset import dataset as dataset_of
 
 from changeover.errors import SpecError
-from changeover.jobs import reverse
+from changeover.jobs import masking, reverse
 from changeover.jobs.cohorts import new_column, old_column
-from changeover.jobs.derivation import origin
+from changeover.jobs.derivation import derivations, origin
 from changeover.jobs.entries import Authority, ChunkRow
 from changeover.jobs.events import TRUNCATE
 from changeover.jobs.ledger import Ledger
@@ -99,7 +99,30 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
         story.parts.update(_authority(changes, cohort_of(spec, found, given)))
         if finalized:
             story.parts["finalized"] = f"{finalized:%Y-%m-%d %H:%M:%S}"
-    return story
+    return _masked(story, found, seen)
+
+
+def _masked(story: Story, table: Table, seen: SourceTable | None) -> Story:
+    """Return a story that shows no sensitive value; what was found is a row, some rows, events with a row each, or words."""
+    if not table.sensitive:
+        return story
+    old = masking.of_source(table, seen.identity if seen else ())
+    new = masking.of_target(table, derivations(table, seen.store_columns if seen else ()))
+
+    def shown(value: Any, mask: masking.Mask) -> Any:
+        if isinstance(value, list):
+            return [shown(one, mask) for one in value]
+        if not isinstance(value, dict):
+            return value
+        return {**value, "row": mask.row(value["row"])} if "op" in value and "row" in value else mask.row(value)
+
+    sides = {"source row": old, "spooled events": old, "events of the new store": new}
+    parts = {
+        name: shown(value, sides.get(name, new)) if name in sides or name.endswith(" row") else value
+        for name, value in story.parts.items()
+    }
+    key = (new.shown(name, value) for name, value in zip(table.key, story.key, strict=True))
+    return Story(story.table, tuple(key), parts)
 
 
 def cohort_of(spec: Spec, table: Table, key: Key) -> str:

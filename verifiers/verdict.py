@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from changeover.jobs.masking import MASK, Mask
 from changeover.position import format_lsn
 
 MISSING = "missing"
@@ -33,9 +34,9 @@ SAMPLE_SIZE = 20
 SAMPLE_LENGTH = 200
 """Characters of a value that a sample shows; the table of differences holds it whole."""
 
-MASK = "***"
 LOOKED_FOR = "looked for"
 NOT_LOOKED_FOR = "not looked for"
+NOTHING_HIDDEN = Mask()
 
 Bound = tuple[str, ...] | None
 """A bound of a range in PostgreSQL's text form, a part per key column; None is infinite."""
@@ -167,21 +168,21 @@ class Verdict:
     @classmethod
     def of(
         cls, diff: TableDiff, *, run: str, positions: Positions, checked_at: str, seconds: float,
-        checks: Sequence[CheckResult] = (), recheck: Recheck | None = None, sensitive: Sequence[str] = (),
+        checks: Sequence[CheckResult] = (), recheck: Recheck | None = None, mask: Mask = NOTHING_HIDDEN,
     ) -> Verdict:  # fmt: skip
         """Bind what a comparison found to its moment.
 
-        Values of `sensitive` columns are masked in the sample, and all bounds of ranges where one is part of the key.
+        What `mask` hides is in no sample, no bound of a range, and no answer of a check.
         """
-        hidden = bool(set(sensitive) & set(diff.key))
+        shown_checks = tuple(replace(one, first_difference=None) if mask.bounds else one for one in checks)
         return cls(
             run=run, table=diff.table, target=diff.store, positions=positions, checked_at=checked_at, seconds=seconds,
             key=diff.key, source_rows=diff.source_rows, target_rows=diff.target_rows, equal_rows=diff.equal_rows,
             counts=diff.counts, columns=diff.columns, duplicates=diff.duplicates,
-            sample=tuple(masked(difference, sensitive) for difference in diff.sample[:SAMPLE_SIZE]),
-            source_ranges=_shown(diff.source_ranges, hidden), target_ranges=_shown(diff.target_ranges, hidden),
+            sample=tuple(masked(difference, mask) for difference in diff.sample[:SAMPLE_SIZE]),
+            source_ranges=_shown(diff.source_ranges, mask), target_ranges=_shown(diff.target_ranges, mask),
             found=diff.found, kept=diff.kept,
-            checks=tuple(checks), recheck=recheck or Recheck(),
+            checks=shown_checks, recheck=recheck or Recheck(),
         )  # fmt: skip
 
     @property
@@ -234,25 +235,21 @@ class Verdict:
         return cls(**{name: _READ[name](value) if name in _READ else value for name, value in plain.items()})
 
 
-def masked(difference: Difference, sensitive: Sequence[str]) -> Difference:
-    """Return a difference whose sensitive values are hidden; NULL stays visible, it is no value."""
-
-    def hide(values: Mapping[str, str | None]) -> dict[str, str | None]:
-        return {name: MASK if name in sensitive and text is not None else text for name, text in values.items()}
-
+def masked(difference: Difference, mask: Mask) -> Difference:
+    """Return a difference as it may be shown."""
     return replace(
         difference,
-        key=hide(difference.key),
-        source=None if difference.source is None else hide(difference.source),
-        target=None if difference.target is None else hide(difference.target),
+        key=mask.row(difference.key),
+        source=None if difference.source is None else mask.row(difference.source),
+        target=None if difference.target is None else mask.row(difference.target),
     )
 
 
-def _shown(counts: Sequence[RangeCount], hidden: bool) -> tuple[RangeCount, ...]:
+def _shown(counts: Sequence[RangeCount], mask: Mask) -> tuple[RangeCount, ...]:
     """Bounds are keys of real rows."""
 
     def hide(bound: Bound) -> Bound:
-        return (MASK,) if hidden and bound is not None else bound
+        return (MASK,) if mask.bounds and bound is not None else bound
 
     return tuple(
         replace(count, range=replace(count.range, lower=hide(count.range.lower), upper=hide(count.range.upper))) for count in counts

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from changeover.errors import CouldNotCheck, CouldNotFinish, StepOrder, TableStopped
-from changeover.jobs import reverse, snapshot, windows
+from changeover.jobs import masking, reverse, snapshot, windows
 from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import CLOSED, Authority
 from changeover.jobs.ledger import Ledger
@@ -241,10 +241,12 @@ class _Comparison:
         follows_new = self.split.at_new and not self._takes_over()
         if follows_new:
             frames = untouched.rows(self.spark, self.transform, old, frames, aligned=self.moment.aligned)
+        mask = masking.of_target(self.transform.table, self.transform.derivations)
         differences = self.spec.work / "differences"
         diff = compare(
             *frames, table=self.source, store=self.target, key=self.transform.target.key, pg_types=self.transform.pg_types,
             ranges=_ranges(old), target_ranges=_ranges(new), differences=differences, run=run,
+            sensitive=mask.columns,
         )  # fmt: skip
         again = None
         if diff.differing_keys and self._takes_over() and recheck.dual_written(self.ledger, self.split.changes):
@@ -253,6 +255,7 @@ class _Comparison:
             diff, run=run, positions=Positions(self.moment.source_lsn, new.position),
             checked_at=datetime.now(UTC).isoformat(timespec="seconds"), seconds=time.monotonic() - started,
             checks=[] if follows_new else checks.run(self.source, self.transform.table.checks, old, new), recheck=again,
+            mask=mask,
         )  # fmt: skip
 
     def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, Recheck]:

@@ -254,10 +254,22 @@ def finalize(spec: str, as_json: bool) -> None:
     """End the migration: drop what is ours, never a table of yours."""
     from changeover.jobs.leftovers import leftovers
     from changeover.jobs.prepare import finalize as act
+    from changeover.jobs.purge import kept
 
     loaded = opened(spec)
     removed, left = act(loaded), leftovers(loaded)
-    _removed(removed, left, as_json)
+    _removed(removed, left, list(kept(loaded).lines()), as_json)
+
+
+@main.command()
+@SPEC
+@JSON
+def purge(spec: str, as_json: bool) -> None:
+    """Remove rows that are still kept after the end: differences, samples, scratch, old files of a lake."""
+    from changeover.jobs.purge import purge as act
+
+    removed = list(act(opened(spec)).lines())
+    answer({"removed": removed}, as_json, lambda: "\n".join(f"removed: {one}" for one in removed) or "no row is kept")
 
 
 @main.command()
@@ -267,15 +279,18 @@ def abort(spec: str, as_json: bool) -> None:
     """Undo all that prepare made; the old store is as before."""
     from changeover.jobs.leftovers import leftovers
     from changeover.jobs.prepare import abort as act
+    from changeover.jobs.purge import kept
 
     loaded = opened(spec)
     removed, left = act(loaded), leftovers(loaded)
-    _removed(removed, left, as_json)
+    _removed(removed, left, list(kept(loaded).lines()), as_json)
 
 
-def _removed(removed: list[str], left: list[str], as_json: bool) -> None:
-    last = f"left of ours in the old store: {', '.join(left) or 'nothing'}"
-    answer({"removed": removed, "left": left}, as_json, lambda: "\n".join([*(f"removed: {one}" for one in removed), last]))
+def _removed(removed: list[str], left: list[str], rows: list[str], as_json: bool) -> None:
+    last = [f"left of ours in the old store: {', '.join(left) or 'nothing'}"]
+    last += [f"rows are still kept: {', '.join(rows)}: `changeover purge SPEC` removes them"] if rows else []
+    told = {"removed": removed, "left": left, "kept": rows}
+    answer(told, as_json, lambda: "\n".join([*(f"removed: {one}" for one in removed), *last]))
 
 
 main.add_command(flags)

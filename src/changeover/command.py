@@ -20,7 +20,7 @@ import click
 import psycopg
 
 from changeover.errors import ChangeoverError, CouldNotFinish, Interrupted, SpecError
-from changeover.folders import keep_private, work
+from changeover.folders import keep_private, umask, work
 from changeover.jobs.ledger import Ledger
 from changeover.record import log_file
 from changeover.spec import Spec, load
@@ -41,8 +41,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and turn every failure into its sentence and exit code."""
-        mask = os.umask(0o077)
-        os.umask(mask)
+        mask = umask()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

@@ -34,6 +34,13 @@ def work(spec: Spec, *parts: str) -> Path:
     return made(made(spec.work, spec.mode).joinpath(*parts), spec.mode)
 
 
+def umask() -> int:
+    """Return this process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def keep_private(spec: Spec) -> None:
     """Have every file that this process or a child of it makes from now on be as private as the spec says (a command)."""
     os.umask(0o777 & ~spec.mode)

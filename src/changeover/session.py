@@ -135,7 +135,7 @@ def spark_session(
     from pyspark.logger import PySparkLogger
     from pyspark.sql import SparkSession
 
-    from changeover import java, launch
+    from changeover import folders, java, launch
 
     java.require()
     options: dict[str, bool | float | int | str | None] = {
@@ -155,6 +155,7 @@ def spark_session(
             "spark.sql.shuffle.partitions": str(shuffle_partitions),
             "spark.databricks.delta.snapshotPartitions": "1",
             "spark.scheduler.mode": "FAIR",
+            "spark.hadoop.fs.permissions.umask-mode": f"{folders.umask():03o}",  # Hadoop's own is not the process's
             **({"spark.local.dir": str(scratch), "spark.sql.warehouse.dir": str(scratch / "warehouse")} if scratch else {}),
         }
         launch.start(options)

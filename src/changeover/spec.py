@@ -80,7 +80,7 @@ class Table:
     """One table: where it comes from, where it goes, and how a row changes on the way.
 
     `reverse` are the source's columns as Spark SQL expressions over the target's row, for the way back. `sensitive` are source
-    columns whose values are shown nowhere, nor what is computed from them (`changeover.masking`).
+    columns whose values are shown nowhere, nor what is computed from them (`changeover.jobs.masking`).
     """
 
     source: str
@@ -347,7 +347,7 @@ class _Reader:
         return self.beside(self.text("work", given, "path"))
 
     def mode(self, given: Mapping[str, Any]) -> int:
-        mode = self.optional_text("work", given, "mode") or "0700"
+        mode = self.text("work", {"mode": "0700", **given}, "mode")
         if not MODE.fullmatch(mode):
             self.fail("work.mode", f'is "{mode}": write rights in octal that leave all to the owner, such as "0750"')
         return int(mode, 8)

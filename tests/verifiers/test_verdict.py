@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from changeover.jobs.masking import MASK, Mask, hashed
 from changeover.verifiers.verdict import (
     CLASSES,
-    MASK,
     NOT_LOOKED_FOR,
     CheckResult,
     Difference,
@@ -91,19 +91,20 @@ def test_the_note_on_notation() -> None:
 
 
 def test_sensitive_values_are_masked_in_key_and_sides() -> None:
-    verdict = verdict_of(diff_of(mismatched=1), sensitive=("mail", "id"))
+    verdict = verdict_of(diff_of(mismatched=1), mask=Mask(frozenset({"mail", "id"}), ("id",)))
     shown = verdict.sample[0]
-    assert shown.key == {"id": MASK}
-    assert shown.source == {"id": MASK, "mail": MASK}
-    assert shown.target == {"id": MASK, "mail": None}
+    assert shown.key == {"id": hashed("1")}
+    assert shown.source == {"id": hashed("1"), "mail": MASK}
+    assert shown.target == {"id": hashed("1"), "mail": None}
     assert "a@x" not in verdict.to_json()
 
 
-def test_a_sensitive_key_is_masked_in_the_bounds_too() -> None:
+def test_bounds_and_answers_of_checks_are_hidden_too() -> None:
     halves = (RangeCount(Range(0, None, ("a@x",)), 1), RangeCount(Range(1, ("a@x",), None), 2))
     diff = replace(diff_of(), key=("mail",), sample=(), source_ranges=halves, target_ranges=halves)
     assert "a@x" in verdict_of(diff).to_json()
-    verdict = verdict_of(diff, sensitive=("mail",))
+    answered = [CheckResult("mails", False, 1, 1, "source alone: a@x")]
+    verdict = verdict_of(diff, mask=Mask(frozenset({"mail"}), ("mail",), bounds=True), checks=answered)
     assert "a@x" not in verdict.to_json()
     assert verdict.source_ranges[0] == RangeCount(Range(0, None, (MASK,)), 1)
 
