@@ -76,8 +76,9 @@ def _swept(spec: Spec, *, dry_run: bool) -> Kept:
 def _folders(spec: Spec, dry_run: bool) -> list[str]:
     """Return which folders hold rows, and are gone unless it was to look only; of spools, those that a killed end left."""
     ours = (*spec.work.glob("spool*"), spec.work / "differences", spec.work / "scratch")
-    found = [path for path in ours if path.is_dir() and any(path.iterdir())]
-    for path in found if not dry_run else ():
+    present = [path for path in ours if path.is_dir()]
+    found = [path for path in present if any(path.iterdir())]
+    for path in present if not dry_run else ():
         shutil.rmtree(path)
     return sorted(path.name for path in found)
 
