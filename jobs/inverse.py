@@ -18,12 +18,10 @@ from changeover.jobs.derivation import derivations, quoted
 from changeover.jobs.transform import Transform
 from changeover.spec import Spec, Table
 from changeover.stores import Column
+from changeover.stores.fits import holds, refuses
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
-
-WIDENING = ("smallint", "int", "bigint")
-"""Spark's integers, each of which holds every value of those before it."""
 
 
 def derived(table: Table, old: Sequence[Column], new: Sequence[Column] | None) -> dict[str, str]:
@@ -40,14 +38,17 @@ def derived(table: Table, old: Sequence[Column], new: Sequence[Column] | None) -
 
 
 def _held(origin: Column, name: str, new: Sequence[Column] | None) -> bool:
-    """Return whether a column of the new table holds every value of the old one's as it is."""
+    """Return whether a column of the new table gives the old one's values back, and no other value in silence as one of them.
+
+    What the new type does not hold of the old one's values `check` has refused before.
+    """
     if new is None:
         return True
     there = next((c for c in new if c.name == name), None)
     if there is None or not there.spark_type:
         return False
-    wider = origin.spark_type in WIDENING and there.spark_type in WIDENING[WIDENING.index(origin.spark_type) :]
-    return wider or there.spark_type == origin.spark_type
+    alike = there.spark_type == origin.spark_type or holds(origin.type, there.type)
+    return alike and refuses(there.type, origin.type)
 
 
 def expressions(table: Table, old: Sequence[Column], new: Sequence[Column] | None) -> dict[str, str]:

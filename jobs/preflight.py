@@ -20,6 +20,7 @@ from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
 from changeover.jobs.grants import Lack
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.narrowing import narrower
 from changeover.jobs.partitions import partitions_of
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
@@ -191,8 +192,11 @@ def preflight(spec: Spec) -> Preflight:
                     _rights_on_target(spec, store, schema, name, found)
                     if not grants.readable(store.connection, schema, name):
                         continue
-                if store.columns(schema, name) is None or prepared:
+                existing = store.columns(schema, name)
+                if existing is None or prepared:
                     continue
+                if (seen := found.tables.get(table.source)) is not None:
+                    found.reasons += narrower(store, table, seen.store_columns, existing)
                 found.reasons += store.objections(schema, name, table.key)
                 if store.has_rows(schema, name):
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")

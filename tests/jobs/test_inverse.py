@@ -11,6 +11,7 @@ from changeover.errors import SpecError
 from changeover.jobs import inverse
 from changeover.spec import Spec, Table, load
 from changeover.stores import Column
+from changeover.stores.pgtypes import source_type
 
 TEXT = """
 name = "t"
@@ -87,6 +88,31 @@ def test_a_column_that_may_have_changed_on_the_way_does_not_go_back_by_itself(sp
         lacking = inverse.missing(spec, table(spec), OLD, narrowed)
         assert lacking is not None
         assert "its column from_user" in lacking
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "back"),
+    [
+        ("integer", "bigint", True), ("numeric(10,2)", "numeric(12,2)", True), ("numeric(10,2)", "numeric(12,4)", False),
+        ("numeric(10,2)", "numeric", False), ("real", "double precision", False), ("character varying(9)", "text", False),
+        ("timestamp(0) with time zone", "timestamp with time zone", False), ("uuid", "text", False), ("uuid", "uuid", True),
+    ],
+)  # fmt: skip
+def test_a_wider_column_goes_back_by_itself_only_where_what_is_too_much_is_an_error(
+    spec: Spec, old: str, new: str, back: bool
+) -> None:
+    def column(name: str, type_name: str) -> Column:
+        carried = source_type(type_name)
+        assert carried is not None
+        return Column(name, type_name, carried.spark)
+
+    lacking = inverse.missing(
+        spec,
+        table(spec, reverse={"joined": "''", "obsolete": "NULL"}),
+        [*OLD[:4], column("note", old)],
+        [*NEW[:5], column("note", new)],
+    )
+    assert (lacking is None) is back
 
 
 def test_a_column_that_is_not_there_is_a_mistake(spec: Spec) -> None:

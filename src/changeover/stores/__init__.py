@@ -119,6 +119,14 @@ class Store(Protocol):
         """Return the columns of an existing table, or None (prepare)."""
         ...
 
+    def type_of(self, column: Column) -> str:
+        """Return a column's type by the name that this kind of store has for it."""
+        ...
+
+    def holds(self, source: Column, target: Column) -> bool:
+        """Return whether a column of a table here holds every value of a source column, carried as it is (check, prepare)."""
+        ...
+
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
         """Return reasons why an existing table can't be a target, each a sentence (check, prepare)."""
         ...

@@ -25,6 +25,7 @@ from changeover.position import Version
 from changeover.sparkerrors import raise_failures
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Collected, Column, Counts, Frozen, Mark, TargetTable
 from changeover.stores.appends import VERSION, AppendTask, claim
+from changeover.stores.fits import lake_holds
 from changeover.stores.pgtypes import postgres_type
 from changeover.stores.reader import EVERYTHING
 from changeover.stores.tasks import OUTCOME
@@ -71,6 +72,14 @@ class DeltaStore:
             if field["name"] not in (VERSION, DELETED)
             for kind in [_from_delta(field["type"])]
         )
+
+    def type_of(self, column: Column) -> str:
+        """Return a column's type by the name that this kind of store has for it."""
+        return column.spark_type
+
+    def holds(self, source: Column, target: Column) -> bool:
+        """Return whether a column of a table here holds every value of a source column, carried as it is."""
+        return lake_holds(source.spark_type, target.spark_type)
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
         """Return what stands against an existing table: it must have our version columns, and files that an append can write."""

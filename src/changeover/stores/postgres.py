@@ -20,6 +20,7 @@ from changeover.sparkerrors import raise_failures
 from changeover.spec import Target
 from changeover.stores import LSN, VERSION_COLUMNS, Collected, Column, Counts, Frozen, Mark, TargetTable, collection, gate, refusal
 from changeover.stores import truncate as truncating
+from changeover.stores.fits import holds
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import plan_ranges
 from changeover.stores.reader import ExportedSnapshot, ReadTable, read_table
@@ -58,6 +59,14 @@ class PostgresStore:
     def columns(self, schema: str, name: str) -> tuple[Column, ...] | None:
         """Return the table's columns, generated ones left out; None when there is no such table."""
         return catalogue_columns(self.connection, schema, name)
+
+    def type_of(self, column: Column) -> str:
+        """Return a column's type by the name that this kind of store has for it."""
+        return column.type
+
+    def holds(self, source: Column, target: Column) -> bool:
+        """Return whether a column of a table here holds every value of a source column, carried as it is."""
+        return target.spark_type != "" and holds(source.type, target.type)
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
         """Return what stands against the table as a target: its key, and whatever acts by itself when rows are written."""
