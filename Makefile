@@ -7,12 +7,12 @@ JARS := $(VENV)/.changeover-jars
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo test chaos stress check bench wheel clean
+.PHONY: help setup java second demo test majors chaos stress check bench wheel clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) java $(JARS) ## Make .venv, find or install Java, and fetch Spark's archives
+setup: $(STAMP) java second $(JARS) ## Make .venv, find or install Java and a second PostgreSQL, fetch Spark's archives
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -26,6 +26,9 @@ $(STAMP): pyproject.toml
 java: $(STAMP)
 	@$(BIN)/python -m changeover.java --install >/dev/null
 
+second: $(STAMP)
+	@$(BIN)/python -m tests.majors --second
+
 $(JARS): $(STAMP) src/changeover/jars.py | java
 	@$(BIN)/python -m changeover.jars
 	@touch $@
@@ -35,6 +38,9 @@ demo: setup ## Move a live table end to end; ARGS="--rows 50000 --keep"
 
 test: setup ## Run all tests; ARGS="-k ghost -x"
 	@$(BIN)/python -m pytest $(ARGS)
+
+majors: setup ## Capture, copy, gate, fence and the hostile matrix on each PostgreSQL; ARGS="14 16 -x"
+	@$(BIN)/python -m tests.majors $(ARGS)
 
 chaos: setup ## Kill everything at random for minutes; ARGS="--chaos-seconds 600"
 	@$(BIN)/python -m pytest -s tests/scenarios/test_chaos.py --chaos-seconds 300 $(ARGS)

