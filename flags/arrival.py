@@ -18,11 +18,11 @@ from changeover.flags.facts import facts
 from changeover.flags.gate import mirrors
 from changeover.flags.sides import position
 from changeover.flags.transfer import Pause, Transfer
-from changeover.jobs import reverse, wayback
-from changeover.jobs.capture import emit_marker
+from changeover.jobs import assumptions, reverse, wayback
+from changeover.jobs.assumptions import Asked, Moment
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.marker import emit_marker
 from changeover.jobs.prepare import spool_of
-from changeover.jobs.rewrite import require_same_file
 from changeover.position import format_lsn
 from changeover.spec import Spec
 from changeover.stores import refusal
@@ -43,8 +43,7 @@ def hand_over(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacki
     place = _frozen(transfer, pause)
     spool = spool_of(spec, ledger.stream("fence").epoch)
     pause.wait(lambda: None if spool.end() >= place else "capture to spool the last writes")
-    for table in spec.tables:
-        require_same_file(ledger, spool, transfer.old.connection, table)
+    assumptions.require(Moment.FENCE, Asked(spec, transfer.old.connection, ledger))
     pause.make(Move.COMPARE)
     go_on()
     pause.wait(lambda: _behind(spec, ledger, place))
@@ -59,7 +58,7 @@ def hand_back(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacki
     """
     spec, ledger = transfer.spec, transfer.ledger
     place = _frozen(transfer, pause)
-    if lacking is None and (gap := wayback.parted(spec, ledger, transfer.new.connection)):
+    if lacking is None and (gap := wayback.gap_in(spec, ledger, transfer.new.connection)):
         raise FenceCalledOff(pause.seconds, f"a whole stream: {gap}")
     pause.make(Move.COMPARE)
     if lacking is None:

@@ -30,11 +30,10 @@ from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previou
 from changeover.flags.turning import Advanced, everybody, flag_of, require_open, require_way_back, turn, wished
 from changeover.interrupt import asked_to_stop
 from changeover.jobs import reverse
-from changeover.jobs.capture import emit_marker
 from changeover.jobs.entries import Authority, Heartbeat
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.marker import mark
 from changeover.jobs.rogue import Rogue, rogue
-from changeover.position import parse_lsn
 from changeover.session import application_name, connect
 from changeover.spec import Spec
 
@@ -167,10 +166,7 @@ def _mirror_lsn(spec: Spec, ledger: Ledger, stage: Stage) -> int:
     while any(b.stage != stage.value for b in ledger.heartbeats() if gate.alive(b, ledger.now())) and time.monotonic() < deadline:
         time.sleep(0.1)
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "flags")) as old:
-        row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        emit_marker(old, f"mirrored from {stage.value}")
-        return parse_lsn(row[0])
+        return mark(old, f"mirrored from {stage.value}")
 
 
 def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:

@@ -21,7 +21,7 @@ from ldclient.migrations.types import Origin
 from psycopg import sql
 
 from changeover import points
-from changeover.errors import FenceCalledOff, Refused
+from changeover.errors import FenceCalledOff, Refused, TableStopped
 from changeover.flags.arrival import draw_near, hand_back, hand_over
 from changeover.flags.sides import Side, sides
 from changeover.flags.transfer import Pause, Transfer, advance_sequences, pass_the_others
@@ -74,6 +74,9 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, cohorts: Coll
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), ExitStack() as held:
         before = ledger.authorities()
         whose = tenure.moving(before, to.value, cohorts)
+        if to is Origin.NEW and whose is not None:
+            for source, why in ledger.stopped().items():
+                raise TableStopped(source, why)
         if to is Origin.NEW and whose is not None:
             path = wayback.open_path(spec, ledger)  # which waits for open transactions, so it comes before anybody else has to
             if path is None and cohorts is not None:

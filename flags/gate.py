@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -59,6 +59,8 @@ class Evidence:
     way_back: State | None = None
     rogue: tuple[Rogue, ...] = ()
     everybodys: Stage | None = None
+    stopped: Mapping[str, str] = field(default_factory=dict)
+    """Why each table is stopped that is."""
 
     @property
     def acting(self) -> Stage:
@@ -86,8 +88,15 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
         heartbeats=ledger.heartbeats(), facts=facts(ledger.authorities()), stage_since=found[0].at if found else None,
         mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(here), capture_active=slot == "active" or log_read,
         sources=tuple(t.source for t in spec.tables), target=spec.flag.target, way_back=state(spec, ledger),
-        rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
+        rogue=tuple(rogue(spec, ledger)), everybodys=everybodys, stopped=ledger.stopped() if ledger.exists() else {},
     )  # fmt: skip
+
+
+def _nothing_stopped(e: Evidence) -> list[str]:
+    """While the old store has authority over anything, no table stands still before the end of its stream."""
+    if Origin.OLD not in e.facts.stores:
+        return []
+    return [f"{source} is stopped ({why}): `changeover prepare --anew SPEC`" for source, why in e.stopped.items()]
 
 
 def _loads_closed(e: Evidence) -> list[str]:
@@ -230,8 +239,8 @@ def _nothing_rogue(e: Evidence) -> list[str]:
 
 
 RULES: tuple[Callable[[Evidence], list[str]], ...] = (
-    _loads_closed, _verdict_fresh, _processes_present, _lag_small, _replay_past_dualwrite, _comparisons_clean, _mirror_whole,
-    _way_back_open, _nothing_rogue,
+    _nothing_stopped, _loads_closed, _verdict_fresh, _processes_present, _lag_small, _replay_past_dualwrite,
+    _comparisons_clean, _mirror_whole, _way_back_open, _nothing_rogue,
 )  # fmt: skip
 
 

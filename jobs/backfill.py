@@ -17,13 +17,13 @@ import psycopg
 
 from changeover import points
 from changeover.errors import CouldNotFinish, SnapshotLost, SourceChanged, TableStopped
-from changeover.jobs import snapshot, windows
+from changeover.jobs import assumptions, snapshot, windows
+from changeover.jobs.assumptions import Asked, Moment
 from changeover.jobs.entries import CLOSED, LOADED, PENDING, ChunkRow, Stream
 from changeover.jobs.ledger import Ledger, mark_loaded
 from changeover.jobs.preflight import source_table, store_columns
 from changeover.jobs.prepare import exported, require_prepared, spool_of
 from changeover.jobs.replication import require_stream
-from changeover.jobs.rewrite import require_same_file
 from changeover.jobs.transform import Transform
 from changeover.position import Version
 from changeover.session import application_name, connect
@@ -154,7 +154,7 @@ class _Load:
         if state in (PENDING, LOADED):
             points.reach("before-close")
             with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")) as old:
-                require_same_file(self.ledger, spool_of(self.spec, self.stream.epoch), old, self.transform.table)
+                assumptions.require(Moment.CLOSE, Asked(self.spec, old, self.ledger, source))
             swept = self.store.close(self.transform.target)
             self.ledger.set_state(source, self.store.name, CLOSED, self.stream.epoch, swept)
 

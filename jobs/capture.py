@@ -22,15 +22,17 @@ from deltalake.exceptions import DeltaError
 from changeover import folders
 from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, SpoolGap
 from changeover.interrupt import asked_to_stop
-from changeover.jobs import reverse, triggerlog, wayback
+from changeover.jobs import assumptions, reverse, wayback
+from changeover.jobs.assumptions import Asked, Moment
+from changeover.jobs.entries import Stream
 from changeover.jobs.intake import CaptureResult, Feed
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.logcapture import LogRun
+from changeover.jobs.marker import emit_marker as emit_marker  # the service's own word for scripts
 from changeover.jobs.partitions import Roots
 from changeover.jobs.rogue import Watch
 from changeover.jobs.slotcapture import SlotRun
 from changeover.jobs.spool import Spool, spool_path
-from changeover.jobs.transactions import MARKER_PREFIX
 from changeover.session import Connection
 from changeover.spec import SLOT, Spec, load, qualified
 
@@ -61,9 +63,8 @@ def capture(
     started = time.monotonic()
     with Ledger.open(spec, "capture") as ledger, ledger.lease("capture", wait_seconds=LEASE_SECONDS):
         stream = ledger.stream("capture")
-        tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
         result = CaptureResult()
-        feed = Feed(spec.source.dsn.resolve(), stream, tables, Spool(spool_path(spec.work, stream.epoch)), Roots(spec, ledger))
+        feed = feed_of(spec, ledger, stream)
         follow = SlotRun if spec.source.capture == SLOT else LogRun
         run = follow(spec, feed, stop, until or (lambda: False), patience, result)
         with ledger.recorded("capture") as told, asked_to_stop(stop) as asked, new_store_beside(spec):
@@ -76,6 +77,17 @@ def capture(
                 told.update(result.recorded())
     log.info("capture ended: %s", result)
     return result
+
+
+def feed_of(spec: Spec, ledger: Ledger, stream: Stream) -> Feed:
+    """Return the old store's stream as capture follows it (driver)."""
+    tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
+    roots = Roots(spec, ledger)
+
+    def ask(moment: Moment, old: Connection) -> list[str]:
+        return [*assumptions.stop(moment, Asked(spec, old, ledger)), *roots.look(old)]
+
+    return Feed(spec.source.dsn.resolve(), stream, tables, Spool(spool_path(spec.work, stream.epoch)), roots, ask)
 
 
 @contextmanager
@@ -135,7 +147,12 @@ def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = l
             return None
         with ledger.lease("capture-new"):
             roots = wayback.roots(spec, ledger, path)
-            feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec), roots)
+
+            def ask(moment: Moment, new: Connection) -> list[str]:
+                wayback.require_definition(spec, ledger, new)
+                return roots.look(new)
+
+            feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec), roots, ask)
             run = SlotRun(spec, feed, stop, until, 0.0, CaptureResult())
             try:
                 run.run()
@@ -143,12 +160,6 @@ def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = l
                 reverse.break_at_gap(ledger, gap)
                 raise CouldNotFinish("its change stream has a gap, so the mirror alone keeps the old store up to date") from gap
     return run.result
-
-
-def emit_marker(connection: Connection, note: str) -> None:
-    """Write a marker into a store's logs; it reaches the spools when the caller's transaction commits."""
-    connection.execute("SELECT pg_logical_emit_message(true, %s::text, %s::text)", [MARKER_PREFIX, note])
-    triggerlog.mark(connection, note)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

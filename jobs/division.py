@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 from psycopg import sql
 
-from changeover.jobs import grants, reverse
+from changeover.jobs import assumptions, grants, reverse
+from changeover.jobs.assumptions import Asked, Moment
 from changeover.jobs.cohorts import new_column, old_column
 from changeover.jobs.obstacles import obstacles, target_as_source
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table
@@ -33,9 +34,11 @@ ORDER BY 1
 """Indexes by which a row can stand in the way of another cohort's."""
 
 
-def examined(spec: Spec) -> Preflight:
-    """Return what the preflight finds, and with `flag.context` what stands against moving cohorts one by one (driver)."""
+def examined(spec: Spec, moment: Moment = Moment.CHECK) -> Preflight:
+    """Return what stands against the plan: rules of the preflight, broken assumptions, and why no cohort moves alone (driver)."""
     found = preflight(spec)
+    with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
+        found.reasons = assumptions.sentences(moment, Asked(spec, old, plan=tuple(found.reasons)))
     found.reasons += [why for why in indivisible(spec) if not any(reason.endswith(why) for reason in found.reasons)]
     return found
 

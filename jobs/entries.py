@@ -13,7 +13,7 @@ from typing import Any
 
 from changeover.position import Version, image_version
 
-FORMAT = 3
+FORMAT = 4
 """Version of the ledger's tables; another version found is refused, never guessed at."""
 
 SCHEMA = """
@@ -54,6 +54,9 @@ CREATE TABLE IF NOT EXISTS changeover.heartbeat (
 CREATE TABLE IF NOT EXISTS changeover.audit (
     migration text NOT NULL, entry bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(),
     step text NOT NULL, outcome text NOT NULL, detail jsonb NOT NULL, PRIMARY KEY (migration, entry));
+CREATE TABLE IF NOT EXISTS changeover.stream_definition (
+    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, store text NOT NULL, pieces jsonb NOT NULL,
+    PRIMARY KEY (migration, store));
 CREATE TABLE IF NOT EXISTS changeover.reverse_stream (
     migration text PRIMARY KEY REFERENCES changeover.migration ON DELETE CASCADE, l0 pg_lsn NOT NULL, system_id text NOT NULL,
     timeline integer NOT NULL, slot text NOT NULL, tables jsonb NOT NULL, opened timestamptz NOT NULL DEFAULT now(), broken text);
@@ -65,6 +68,7 @@ CREATE TABLE IF NOT EXISTS changeover.reverse_load (
 LEDGER_TABLES = (
     "reverse_load",
     "reverse_stream",
+    "stream_definition",
     "chunk",
     "load",
     "source_partition",

@@ -9,17 +9,19 @@ append through it. Runs where capture runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
+from changeover.jobs.assumptions import Moment
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.events import SCHEMA, Event
 from changeover.jobs.spool import Spool
 from changeover.jobs.transactions import Partitions, Unpartitioned
 from changeover.position import format_lsn
+from changeover.session import Connection
 
 BATCH_EVENTS = 50_000
 BATCH_BYTES = 32 << 20
@@ -55,13 +57,17 @@ class CaptureResult:
 
 @dataclass(frozen=True)
 class Feed:
-    """A store's stream: where it is read, what must still be true of it, its tables' columns and partitions, and where it goes."""
+    """A store's stream: where it is read, what must still be true of it, its tables' columns and partitions, and where it goes.
+
+    `ask` asks whether what the stream rests on still holds; it returns which tables were stopped, and raises what stops all.
+    """
 
     dsn: str
     stream: Stream
     tables: Mapping[str, Sequence[SourceColumn]]
     spool: Spool
     roots: Partitions = field(default_factory=Unpartitioned)
+    ask: Callable[[Moment, Connection], Sequence[str]] = lambda moment, connection: ()
 
 
 class Intake:

@@ -37,6 +37,17 @@ def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0) -> Iterat
         yield
 
 
+def is_held(session: Connection, migration: str, step: str) -> bool:
+    """Return whether a run of a step is alive (a session with the ledger)."""
+    row = session.execute(
+        "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        " AND classid::bigint = hashtext('changeover')::bigint & 4294967295 AND objid::bigint = hashtext(%s)::bigint & 4294967295)",
+        [f"{migration}/{step}"],
+    ).fetchone()
+    return bool(row and row[0])
+
+
 def _holder(session: Connection, application: str) -> str:
     """Return the oldest session of a lease, which is its holder's: the one that asks bears the same name and came later."""
     row = session.execute(

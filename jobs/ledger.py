@@ -154,6 +154,14 @@ class Ledger:
             [reason, self.migration, source],
         )
 
+    def stopped(self) -> dict[str, str]:
+        """Return why each source table is stopped that is."""
+        rows = self.connection.execute(
+            "SELECT source, stopped FROM changeover.source_table WHERE migration = %s AND stopped IS NOT NULL ORDER BY source",
+            [self.migration],
+        )
+        return dict(rows.fetchall())
+
     # -- loads and chunks
 
     def record_load(self, source: str, target: str, l0: int, created: bool) -> None:

@@ -21,6 +21,7 @@ from psycopg.adapt import Transformer
 
 from changeover.errors import RowRefused, ServerUnavailable, SourceChanged
 from changeover.jobs import intake, pgoutput, triggerlog, windows
+from changeover.jobs.assumptions import Moment
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.events import ADDED, RELATION, Event, Image
 from changeover.jobs.intake import CaptureResult, Feed, Intake
@@ -46,7 +47,7 @@ class LogRun:
     def __init__(
         self, spec: Spec, feed: Feed, stop: threading.Event, until: Callable[[], bool], patience: float, result: CaptureResult
     ) -> None:
-        self.spec, self.stream, self.stop, self.until, self.patience = spec, feed.stream, stop, until, patience
+        self.spec, self.feed, self.stream, self.stop, self.until, self.patience = spec, feed, feed.stream, stop, until, patience
         self.result = result
         self.log = Log(spec.name)
         self.dsn, self.spool = feed.dsn, feed.spool
@@ -77,6 +78,7 @@ class LogRun:
     def _session(self) -> Iterator[Connection]:
         """Prove that this is the prepared log, whole from the spool's end on, and take out of it what a killed run left."""
         with windows.log_session(self.dsn, application_name(self.spec.name, "capture")) as connection:
+            self._ask(Moment.CONNECT, connection)
             with speaking_to(self.dsn, "checking the trigger log"):
                 windows.require(connection, self.stream, self.log, self._durable())
                 windows.prune(connection, self.log, windows.windows(connection, self.log, self._durable())[0])
@@ -148,11 +150,16 @@ class LogRun:
             yield Event(name, last.end, 2 * index, row.op, whole, key, (), row.xid, at, row.note), length
 
     def _watch(self, connection: Connection) -> None:
-        """Raise the alarm when the log grows beyond measure."""
+        """Ask whether all is as it was, and raise the alarm when the log grows beyond measure."""
         if time.monotonic() >= self.watch_at:
             self.watch_at = time.monotonic() + intake.WATCH_SECONDS
+            self._ask(Moment.WATCH, connection)
             if alarm := triggerlog.state(connection, self.spec.name)[2]:
                 log.warning("%s", alarm)
+
+    def _ask(self, moment: Moment, connection: Connection) -> None:
+        for stopped in self.feed.ask(moment, connection):
+            log.warning("%s", stopped)
 
 
 class Source:

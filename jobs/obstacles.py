@@ -10,7 +10,8 @@ from __future__ import annotations
 from psycopg import sql
 
 from changeover.jobs import grants, inverse
-from changeover.jobs.preflight import CAPTURE_RULES, OLDEST_SERVER, SERVER_RULES, TABLE_RULES, SourceTable, source_table
+from changeover.jobs.assumptions import hidden, server
+from changeover.jobs.preflight import CAPTURE_RULES, TABLE_RULES, SourceTable, source_table
 from changeover.session import Connection, application_name, connect
 from changeover.spec import SLOT, Spec, Table
 from changeover.stores.batches import WIDEST
@@ -19,8 +20,9 @@ from changeover.stores.batches import WIDEST
 def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> list[str]:
     """Return why no path back can be opened; a table that is not there yet is no reason, nor is a `slot` that is taken by it."""
     there = has_slot(new, slot)
-    rules, asked = SERVER_RULES + CAPTURE_RULES[SLOT], {"oldest": OLDEST_SERVER, "slot": slot, "else": ""}
-    reasons = [row[0] for row in new.execute(rules, asked).fetchall() if not there or "slots" not in row[0]]
+    asked = {"slot": slot, "else": ""}
+    rows = new.execute(CAPTURE_RULES[SLOT], asked).fetchall()
+    reasons = server(new) + [row[0] for row in rows if not there or "slots" not in row[0]]
     reasons += map(str, grants.of_server(new, SLOT))
     for table in spec.tables:
         seen = source_table(old, table)
@@ -43,7 +45,8 @@ def _unfit(new: Connection, found: SourceTable) -> list[str]:
     lacks = grants.of_owners(new, row)
     asked = {"oid": row[0], "name": found.source, "identity": ", ".join(sorted(found.identity)), "keys": list(found.identity)}
     rows = new.execute(TABLE_RULES, asked).fetchall()
-    reasons = [*map(str, lacks), *(found for (found,) in rows)]
+    unseen = hidden(new, *found.source.split(".", 1))
+    reasons = [*map(str, lacks), *(found for (found,) in rows), *([unseen] if unseen else [])]
     return [reason for reason in reasons if "generated column" not in reason]  # it is computed anew, and no part of a transform
 
 

@@ -144,7 +144,7 @@ class _Known:
             self._root[part.oid], self._part[part.oid] = name, part
 
     def look(self, connection: Connection) -> list[str]:
-        """Compare all partitioned tables with what is on record."""
+        """Compare all partitioned tables with what is on record; return which were stopped by it, and why."""
         raise NotImplementedError
 
     def of(self, oid: int) -> str | None:

@@ -31,8 +31,6 @@ from changeover.stores.pgtypes import source_type
 from changeover.stores.postgres import PostgresStore
 from changeover.stores.ranges import estimated_rows
 
-OLDEST_SERVER = 140000
-
 
 @dataclass(frozen=True)
 class SourceTable:
@@ -83,13 +81,6 @@ def store_columns(columns: Sequence[SourceColumn]) -> tuple[Column, ...]:
     return tuple(Column(c.name, c.type, carried.spark if (carried := source_type(c.type)) else "", c.not_null) for c in columns)
 
 
-SERVER_RULES = """
-SELECT format('the server is PostgreSQL %%s: 14 or later is needed', current_setting('server_version'))
-WHERE current_setting('server_version_num')::int < %(oldest)s
-UNION ALL SELECT 'the server is a standby: name the primary' WHERE pg_is_in_recovery()
-UNION ALL
-"""
-
 CAPTURE_RULES = {
     SLOT: """
 SELECT format('wal_level is %%s: set wal_level = logical and restart the server%%s', current_setting('wal_level'), %(else)s::text)
@@ -127,8 +118,6 @@ FROM pg_partition_tree(%(oid)s::oid::regclass) t JOIN pg_class c ON c.oid = t.re
     WHERE i.indrelid = c.oid AND c.relreplident <> 'n' AND i.indimmediate
         AND CASE WHEN c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END) k
 WHERE t.isleaf AND t.level > 0 AND c.relkind = 'r' AND k.names IS DISTINCT FROM %(identity)s::text
-UNION ALL SELECT format('%%s has row-level security that hides rows from the role %%s', %(name)s::text, current_user)
-WHERE row_security_active(%(oid)s::oid)
 UNION ALL SELECT format('%%s has no primary key and no replica identity: ALTER TABLE %%s ADD PRIMARY KEY, or REPLICA IDENTITY USING'
     ' INDEX; a publication without it would make the application''s own UPDATE and DELETE fail', %(name)s::text, %(name)s::text)
 FROM pg_class c WHERE c.oid = %(oid)s AND (c.relreplident = 'n' OR (c.relreplident = 'd' AND NOT EXISTS (
@@ -166,8 +155,8 @@ def preflight(spec: Spec) -> Preflight:
     """
     found = Preflight()
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
-        rules = SERVER_RULES + CAPTURE_RULES[spec.source.capture]
-        asked = {"oldest": OLDEST_SERVER, "slot": spec.slot, "else": ', or capture = "trigger" in the spec\'s [source]'}
+        rules = CAPTURE_RULES[spec.source.capture]
+        asked = {"slot": spec.slot, "else": ', or capture = "trigger" in the spec\'s [source]'}
         found.reasons += [row[0] for row in old.execute(rules, asked).fetchall()]
         found.lack(grants.of_server(old, spec.source.capture))
         for table in spec.tables:

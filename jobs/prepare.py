@@ -19,7 +19,8 @@ from psycopg import sql
 from changeover import folders
 from changeover.cohorts import EVERY
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
-from changeover.jobs import cohorts, inverse, partitions, snapshot, transform, triggerlog, wayback, windows
+from changeover.jobs import assumptions, cohorts, definition, inverse, partitions, snapshot, transform, triggerlog, wayback, windows
+from changeover.jobs.assumptions import Asked, Moment
 from changeover.jobs.division import examined
 from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.ledger import Ledger, drop_ledger
@@ -47,6 +48,10 @@ class Prepared:
     transforms: Mapping[tuple[str, str], transform.Transform]
 
 
+Opened = tuple[Stream, tuple[definition.Piece, ...]]
+"""A stream, and what defined it before it began."""
+
+
 def spool_of(spec: Spec, epoch: int = 0) -> Spool:
     """Return the migration's spool of the epoch in which its tables were begun (`Stream.epoch`)."""
     return Spool(spool_path(spec.work, epoch))
@@ -60,7 +65,7 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
     with Ledger.open(spec, "prepare") as ledger, ledger.lease("prepare"):
         if ledger.exists():
             return require_prepared(spec, spark, ledger, "prepare")
-        found = examined(spec)
+        found = examined(spec, Moment.PREPARE)
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
         _remove_unfinished(spec, ledger)  # what a killed prepare left
@@ -77,13 +82,13 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
     """Make everything, in the order that is the promise."""
     ledger.create()
     created = _create_targets(spec, transforms, ledger)
-    stream = open_stream(spec, found)
+    stream, pieces = open_stream(spec, found)
     for (_, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
             store.install(planned.target, stream.image)
     folders.work(spec)
     spool_of(spec).create()
-    _record(spec, ledger, stream, found, created)
+    _record(spec, ledger, stream, pieces, found, created)
     return Prepared(stream, transforms)
 
 
@@ -116,6 +121,8 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
         )
     tables = {}
     with connect(spec.source.dsn.resolve(), application_name(spec.name, step)) as old:
+        for stopped in assumptions.stop(Moment.RUN, Asked(spec, old, ledger)):
+            log.warning("%s", stopped)
         for table in spec.tables:
             seen = source_table(old, table)
             filenode, columns, _ = ledger.source_table(table.source)
@@ -173,39 +180,44 @@ def _create_targets(
     return created
 
 
-def _open_slot(spec: Spec) -> Stream:
-    """Commit the publication, then make slot and snapshot by one command and have keepers hold the snapshot."""
+def _open_slot(spec: Spec) -> Opened:
+    """Commit the publication, see what it is, then make slot and snapshot by one command and have keepers hold the snapshot."""
     dsn = spec.source.dsn.resolve()
     application = application_name(spec.name, "prepare")
     system_id, timeline = snapshot.identify(dsn, application)
     with connect(dsn, application) as old:
         _publish(old, spec)
+        pieces = assumptions.present(spec, old, spec.slot)
     made = snapshot.create_slot(dsn, application, spec.slot)
     with made.session:
         kept = snapshot.start_keeper(spec, made.snapshot)
     names = " ".join(one.name for one in kept)
-    return Stream(made.l0, system_id, timeline, spec.slot, spec.slot, names, kept[0].visible)
+    return Stream(made.l0, system_id, timeline, spec.slot, spec.slot, names, kept[0].visible), pieces
 
 
-def open_stream(spec: Spec, found: Preflight) -> Stream:
-    """Make the change stream, by slot or by trigger log, and the snapshot that it begins with, held by keepers."""
+def open_stream(spec: Spec, found: Preflight) -> Opened:
+    """Make the change stream, by slot or by trigger log, and the snapshot that it begins with, held by keepers.
+
+    What defines it is committed first, then looked at, and then the stream begins: what alters it later is a change.
+    """
     if spec.source.capture == SLOT:
         return _open_slot(spec)
     return _open_log(spec, [found.tables[table.source].identity for table in spec.tables])
 
 
-def _open_log(spec: Spec, keys: Sequence[Sequence[str]]) -> Stream:
-    """Make the trigger log, then its first window, whose snapshot keepers hold."""
+def _open_log(spec: Spec, keys: Sequence[Sequence[str]]) -> Opened:
+    """Make the trigger log, see what it is, then its first window, whose snapshot keepers hold."""
     dsn = spec.source.dsn.resolve()
     application = application_name(spec.name, "prepare")
     log = triggerlog.Log(spec.name)
     with connect(dsn, application) as old, speaking_to(dsn, "making the trigger log"):
         system_id, timeline = windows.identify(old)
         triggerlog.install(old, spec, keys)
+        pieces = assumptions.present(spec, old, spec.slot)
     with windows.aligned(dsn, application, log, [table.source_name for table in spec.tables]) as first:
         kept = snapshot.start_keeper(spec, first.snapshot.name)
     names = " ".join(one.name for one in kept)
-    return Stream(first.end, system_id, timeline, spec.slot, str(log), names, kept[0].visible)
+    return Stream(first.end, system_id, timeline, spec.slot, str(log), names, kept[0].visible), pieces
 
 
 def exported(stream: Stream) -> tuple[ExportedSnapshot, ...]:
@@ -228,9 +240,13 @@ def _publish(old: Connection, spec: Spec) -> None:
     raise LockNotGranted(server_name(spec.source.dsn.resolve()), "lock for the publication", "a session that alters the table")
 
 
-def _record(spec: Spec, ledger: Ledger, stream: Stream, found: Preflight, created: Mapping[tuple[str, str], bool]) -> None:
+def _record(
+    spec: Spec, ledger: Ledger, stream: Stream, pieces: Sequence[definition.Piece], found: Preflight,
+    created: Mapping[tuple[str, str], bool],
+) -> None:  # fmt: skip
     with ledger.connection.transaction():
         ledger.record_migration(spec, stream)
+        definition.record(ledger, OLD, pieces)
         record_tables(spec, ledger, found)
         for (source, target), made in created.items():
             ledger.record_load(source, target, stream.l0, made)

@@ -1,8 +1,8 @@
 """Replication: a session with the slot's walsender, and the proof that it is still the prepared stream.
 
-The proof is made anew at every connection: the same system and timeline, the slot there and whole and not ahead of
-what is durable here, and a publication with exactly the prepared tables. Nothing here waits without bound, and a
-server that has gone silent counts as gone.
+The proof is made anew at every connection: the same system and timeline, and the slot there, whole, and not ahead of what is
+durable here; what the publication is, `definition` tells. Nothing here waits without bound, and a server that has gone silent
+counts as gone.
 """
 
 from __future__ import annotations
@@ -153,20 +153,32 @@ def require_stream(dsn: str, application: str, stream: Stream, durable: int) -> 
 
 def check_slot(connection: Connection, stream: Stream, durable: int) -> None:
     """Raise SourceChanged unless the slot is there, ours and whole; SpoolGap when it is ahead of what is durable."""
+    if (change := slot_change(connection, stream)) is not None:
+        raise change
     row = connection.execute(
-        "SELECT plugin, database = current_database(), wal_status, confirmed_flush_lsn::text FROM pg_replication_slots"
-        " WHERE slot_name = %s",
+        "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s", [stream.slot]
+    ).fetchone()
+    if row is not None and parse_lsn(row[0]) > durable:
+        raise SpoolGap(row[0], format_lsn(durable))
+
+
+def slot_change(connection: Connection, stream: Stream) -> SourceChanged | None:
+    """Return how the slot is not the one that was made, or lacks WAL; None where it is as it was."""
+    row = connection.execute(
+        "SELECT coalesce(plugin = 'pgoutput' AND database = current_database() AND NOT temporary, false), two_phase,"
+        " wal_status = 'lost' OR confirmed_flush_lsn IS NULL FROM pg_replication_slots WHERE slot_name = %s",
         [stream.slot],
     ).fetchone()
     if row is None:
-        raise SourceChanged("replication slot", stream.slot, "missing")
-    plugin, here, status, acknowledged = row
-    if plugin != "pgoutput" or not here:
-        raise SourceChanged("replication slot", f"{stream.slot} of pgoutput", "another of that name")
-    if status == "lost" or acknowledged is None:
-        raise SourceChanged("replication slot", stream.slot, "invalidated, so that the WAL it needs is gone")
-    if parse_lsn(acknowledged) > durable:
-        raise SpoolGap(acknowledged, format_lsn(durable))
+        return SourceChanged("replication slot", stream.slot, "missing")
+    ours, two_phase, lost = row
+    if not ours:
+        return SourceChanged("replication slot", f"{stream.slot} of pgoutput", "another of that name")
+    if two_phase:
+        return SourceChanged("replication slot", f"{stream.slot} without", "one with two_phase")
+    if lost:
+        return SourceChanged("replication slot", stream.slot, "invalidated, so that the WAL it needs is gone")
+    return None
 
 
 def slot_alarm(connection: Connection, slot: str) -> str | None:
@@ -188,26 +200,6 @@ def slot_alarm(connection: Connection, slot: str) -> str | None:
         f"slot {slot} keeps {kept:,} bytes of WAL (wal_status {status}); {then}: see that capture runs and keeps up and that no"
         f" transaction stays open for long, or {raising}"
     )
-
-
-PUBLISHED = """
-WITH named AS (SELECT r.prrelid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE p.pubname = %(name)s)
-SELECT n.nspname || '.' || c.relname FROM named JOIN pg_class c ON c.oid = prrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-UNION SELECT schemaname || '.' || tablename FROM pg_publication_tables WHERE pubname = %(name)s AND NOT EXISTS (
-    SELECT FROM named WHERE prrelid = pg_partition_root(format('%%I.%%I', schemaname, tablename)::regclass))
-"""
-"""A partitioned table stands for its partitions, present ones and those to come."""
-
-
-def check_publication(connection: Connection, publication: str, tables: Collection[str]) -> None:
-    """Raise SourceChanged unless the publication has exactly these tables.
-
-    PostgreSQL 18 skips a missing publication with a warning, and its slot then loses changes for good.
-    """
-    found = {row[0] for row in connection.execute(PUBLISHED, {"name": publication}).fetchall()}
-    if found != set(tables):
-        now = ", ".join(sorted(found)) or "missing or empty"
-        raise SourceChanged(f"publication {publication}", ", ".join(sorted(tables)), now)
 
 
 def generated_columns(connection: Connection, publication: str) -> dict[str, frozenset[str]]:

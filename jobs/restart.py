@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from changeover import points
 from changeover.cohorts import EVERY
 from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
-from changeover.jobs import cohorts, wayback
+from changeover.jobs import cohorts, definition, wayback
+from changeover.jobs.assumptions import Moment
 from changeover.jobs.backfill import append_name
 from changeover.jobs.chunks import first_token
 from changeover.jobs.division import examined
@@ -37,7 +38,7 @@ from changeover.jobs.prepare import (
 )
 from changeover.jobs.replay import lease_of
 from changeover.jobs.spool import remove_spools
-from changeover.jobs.tenure import NEW
+from changeover.jobs.tenure import NEW, OLD
 from changeover.jobs.transform import Transform
 from changeover.position import format_lsn
 from changeover.spec import Spec
@@ -61,7 +62,7 @@ def restart(spec: Spec, spark: SparkSession) -> Prepared:
     """
     with Ledger.open(spec, "prepare") as ledger, _alone(spec, ledger):
         _require_allowed(spec, ledger)
-        found = examined(spec)
+        found = examined(spec, Moment.PREPARE)
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
         transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
@@ -102,7 +103,8 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
     """Remove what the old epoch had, and make what the new one has, in the order that is the promise."""
     removed = wayback.remove(spec, ledger) + remove_from_source(spec)
     remove_spools(spec.work)
-    stream = replace(open_stream(spec, found), epoch=epoch)
+    opened, pieces = open_stream(spec, found)
+    stream = replace(opened, epoch=epoch)
     points.reach("stream-opened", epoch)
     for (source, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
@@ -117,6 +119,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
     points.reach("before-record", epoch)
     with ledger.connection.transaction():
         _record(ledger, stream)
+        definition.record(ledger, OLD, pieces)
         record_tables(spec, ledger, found)
         emptied = [f"{planned.target} in {target}" for (_, target), planned in transforms.items()]
         told = {"epoch": epoch, "l0": format_lsn(stream.l0), "removed": removed, "emptied": emptied}

@@ -6,23 +6,20 @@ file stops the table, because nobody can tell which chunks read the old one (Pos
 
 from __future__ import annotations
 
-import time
-
 import pyarrow.compute as pc
 
-from changeover.errors import CouldNotFinish, TableStopped
-from changeover.jobs.capture import emit_marker
+from changeover.errors import TableStopped
 from changeover.jobs.chunks import same_file
 from changeover.jobs.events import TRUNCATE
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.marker import mark
 from changeover.jobs.partitions import record, recorded, require_same_partitions
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.spool import Spool
-from changeover.position import format_lsn, parse_lsn
+from changeover.jobs.waiting import await_spool
 from changeover.session import Connection
 from changeover.spec import Table
 
-SPOOL_SECONDS = 60.0
 FOR_EVER = 2**63 - 1
 
 
@@ -36,7 +33,7 @@ def require_same_file(ledger: Ledger, spool: Spool, old: Connection, table: Tabl
     rewritten = _rewritten(ledger, table, seen)
     if rewritten is None:
         return
-    if seen is None or not _truncated(spool, old, ".".join(table.source_name)):
+    if seen is None or not _truncated(ledger, spool, old, ".".join(table.source_name)):
         reason = f"{rewritten} was rewritten since prepare, and a rewritten table reads as empty under an older snapshot"
         ledger.stop_table(table.source, reason)
         raise TableStopped(table.source, reason)
@@ -53,22 +50,12 @@ def _rewritten(ledger: Ledger, table: Table, seen: SourceTable | None) -> str | 
     return next((f"its partition {p.name}" for p in parts if not same_file(p.filenode, files.get(p.oid))), None)
 
 
-def _truncated(spool: Spool, old: Connection, relation: str) -> bool:
+def _truncated(ledger: Ledger, spool: Spool, old: Connection, relation: str) -> bool:
     """Return whether the spool, up to this moment, holds a TRUNCATE of the table."""
-    row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    assert row is not None
-    deadline = time.monotonic() + SPOOL_SECONDS
-    emit_marker(old, "file")  # an idle stream would not pass the position
-    while not _spooled(spool, relation):
-        if spool.end() >= parse_lsn(row[0]):
-            return _spooled(spool, relation)  # it may have come since it was looked for
-        if time.monotonic() > deadline:
-            raise CouldNotFinish(
-                f"table {relation} has a new file, and capture has not spooled up to {row[0]} after {SPOOL_SECONDS:g} s (it is at"
-                f" {format_lsn(spool.end())}), which would tell whether it was truncated: is `changeover capture` running?"
-            )
-        time.sleep(0.05)
-    return True
+    place = mark(old, "file")
+    await_spool(ledger, spool, place, f"the stream, which would tell whether {relation}, which has a new file, was truncated,",
+                enough=lambda: _spooled(spool, relation))  # fmt: skip
+    return _spooled(spool, relation)
 
 
 def _spooled(spool: Spool, relation: str) -> bool:

@@ -19,6 +19,7 @@ import psycopg
 from changeover import points
 from changeover.errors import DatabaseFailed, LeaseHeld, ServerUnavailable
 from changeover.jobs import backlog, intake, pgoutput
+from changeover.jobs.assumptions import Moment
 from changeover.jobs.backlog import Backlog
 from changeover.jobs.chunks import acknowledged
 from changeover.jobs.intake import CaptureResult, Feed, Intake
@@ -26,7 +27,6 @@ from changeover.jobs.replication import (
     FEEDBACK_SECONDS,
     Replication,
     answer_interval,
-    check_publication,
     check_slot,
     column_numbers,
     generated_columns,
@@ -56,7 +56,7 @@ class SlotRun:
     def __init__(
         self, spec: Spec, feed: Feed, stop: threading.Event, until: Callable[[], bool], patience: float, result: CaptureResult
     ) -> None:
-        self.spec, self.stream, self.tables, self.roots = spec, feed.stream, feed.tables, feed.roots
+        self.spec, self.feed, self.stream, self.tables, self.roots = spec, feed, feed.stream, feed.tables, feed.roots
         self.stop, self.until, self.patience = stop, until, patience
         self.ask_at, self.done = 0.0, False
         self.dsn, self.result = feed.dsn, result
@@ -84,6 +84,14 @@ class SlotRun:
                     raise
                 log.warning("%s; trying again in %g s", error, delay)
                 self.stop.wait(delay)
+            except DatabaseFailed:
+                self._require_unchanged()  # before PostgreSQL 18 decoding ends where the publication is gone
+                raise
+
+    def _require_unchanged(self) -> None:
+        """Raise what is wrong with the stream, which a refusal of the server may come from."""
+        with closing(connect(self.dsn, application_name(self.spec.name, "capture"))) as connection:
+            self._watch(connection)
 
     @contextmanager
     def _proved(self) -> Iterator[tuple[Replication, Generated, int | None]]:
@@ -91,10 +99,9 @@ class SlotRun:
         name = application_name(self.spec.name, "capture")
         self.intake.reopen()
         with closing(connect(self.dsn, name)) as connection, speaking_to(self.dsn, "checking the change stream"):
+            self._watch(connection, Moment.CONNECT)
             check_slot(connection, self.stream, self._position())
-            check_publication(connection, self.stream.publication, self.tables)
             self.answer_every = answer_interval(connection)
-            self._watch(connection)
             generated = generated_columns(connection, self.stream.publication)
             far = backlog.turn(connection, self.stream.slot, self._position(), backlog.FAR_BYTES) if self.by_turns else None
         with closing(connect(self.dsn, name, replication=True)) as connection:
@@ -217,9 +224,9 @@ class SlotRun:
             self.ask_at = time.monotonic() + UNTIL_SECONDS
         return self.done
 
-    def _watch(self, connection: Connection) -> None:
-        """Raise the alarm while the server still keeps what the slot needs, and where a table lost or got a partition."""
-        for stopped in self.roots.look(connection):
+    def _watch(self, connection: Connection, moment: Moment = Moment.WATCH) -> None:
+        """Ask whether all is as it was, and raise the alarm while the server still keeps what the slot needs."""
+        for stopped in self.feed.ask(moment, connection):
             log.warning("%s", stopped)
         if alarm := slot_alarm(connection, self.stream.slot):
             log.warning("%s", alarm)

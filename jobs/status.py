@@ -13,7 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from changeover.errors import StepOrder
-from changeover.jobs import cohorts, reverse, triggerlog
+from changeover.jobs import assumptions, cohorts, reverse, triggerlog
+from changeover.jobs.assumptions import Asked, Moment
 from changeover.jobs.entries import CLOSED, Load, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
@@ -51,6 +52,8 @@ class Status:
     verdicts: list[dict[str, Any]]
     way_back: reverse.State | None
     rogue: list[Rogue]
+    broken: list[str]
+    """What the stream rests on and does not hold any more (`assumptions`)."""
 
     def lines(self) -> Iterator[str]:
         """Return the page for a person."""
@@ -68,6 +71,7 @@ class Status:
             yield f"  way back  {self.way_back.line}"
             yield from (f"    {line}" for line in _reverse_lines(self.way_back))
         yield from (f"  rogue     {one}" for one in self.rogue)
+        yield from (f"  broken    {one}" for one in self.broken)
 
     def _details(self, step: str) -> list[str]:
         if step == "capture" and self.stream["source_lsn"]:
@@ -131,8 +135,14 @@ def status(spec: Spec) -> Status:
         return Status(
             spec.name, _steps(ledger, loads, verdicts, stream, (prepared, finalized)), loads, stream, ledger.stage(),
             dict(Counter(heard)), authority.store, authority.epoch, cohorts.apart(changes), verdicts,
-            None if finalized else reverse.state(spec, ledger), [] if finalized else rogue(spec, ledger),
+            None if finalized else reverse.state(spec, ledger), [] if finalized else rogue(spec, ledger), broken(spec, ledger),
         )  # fmt: skip
+
+
+def broken(spec: Spec, ledger: Ledger) -> list[str]:
+    """Return what the stream rests on and does not hold any more, as sentences: what a watch of capture would find (looks only)."""
+    with connect(spec.source.dsn.resolve(), application_name(spec.name, "status")) as old:
+        return assumptions.sentences(Moment.WATCH, Asked(spec, old, ledger))
 
 
 def _stream(spec: Spec, known: Stream) -> dict[str, Any]:

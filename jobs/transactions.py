@@ -21,15 +21,12 @@ from changeover.errors import SourceChanged
 from changeover.jobs import pgoutput, rows
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.events import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
+from changeover.jobs.marker import MARKER_PREFIX
 from changeover.jobs.rows import Mask, Places, Wire
 from changeover.jobs.shapes import Shape, Stamps
-from changeover.session import Connection
 from changeover.stores.gate import OURS
 
 log = logging.getLogger(__name__)
-
-MARKER_PREFIX = "changeover"
-
 
 ADDED_ANEW = "a column was dropped and added anew"
 
@@ -90,10 +87,6 @@ class Partitions(Protocol):
         """Return the names of some partitions."""
         ...
 
-    def look(self, connection: Connection) -> list[str]:
-        """Compare the partitions with those on record; return which tables were stopped by it, and why."""
-        ...
-
 
 class Unpartitioned:
     """No table of the stream is partitioned."""
@@ -111,10 +104,6 @@ class Unpartitioned:
     def called(self, oids: Collection[int]) -> Sequence[str]:
         """None has a name."""
         return ()
-
-    def look(self, connection: Connection) -> list[str]:
-        """There is nothing to compare."""
-        return []
 
 
 class Open(NamedTuple):

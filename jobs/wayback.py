@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from psycopg import sql
 
 from changeover.errors import SourceChanged, SpoolGap, StepOrder
-from changeover.jobs import snapshot
+from changeover.jobs import definition, snapshot
 from changeover.jobs.entries import Partition, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.obstacles import has_slot, obstacles, target_as_source
@@ -33,6 +33,7 @@ from changeover.jobs.reverse import (
     targets_of,
     whole,
 )
+from changeover.jobs.tenure import NEW
 from changeover.position import format_lsn
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, speaking_to
 from changeover.spec import Spec
@@ -64,14 +65,16 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
         tables = {one.source: one for one in seen if one is not None}
         with speaking_to(dsn, "creating the publication"):
             _publish(new, slot_of(spec), [tuple(name.split(".", 1)) for name in tables])
+            oids = definition.relations(new, [target_as_source(table).source_name for table in spec.tables])
+            pieces = definition.of_slot(new, slot_of(spec), oids)
         made = snapshot.create_slot(dsn, application, slot_of(spec))
         made.session.close()
     stream = Stream(made.l0, system_id, timeline, slot_of(spec), slot_of(spec), "", "")
     if _goes_on(spec, path, stream):
         spool_of(spec).create()
-        _record(spec, ledger, stream, tables)
+        _record(spec, ledger, stream, tables, pieces)
     else:
-        _begin_afresh(spec, ledger, stream, tables)
+        _begin_afresh(spec, ledger, stream, tables, pieces)
     log.info("the reverse path is open: slot %s of the new store, from %s", slot_of(spec), format_lsn(made.l0))
     return recorded(ledger)
 
@@ -97,11 +100,19 @@ def roots(spec: Spec, ledger: Ledger, path: Path) -> NewRoots:
     return NewRoots(spec, new_dsn(spec), path.parts, record)
 
 
-def parted(spec: Spec, ledger: Ledger, new: Connection) -> str | None:
-    """Return that a partition of the new store came or went without an event, which breaks the path off; else None."""
+def require_definition(spec: Spec, ledger: Ledger, new: Connection) -> None:
+    """Raise SourceChanged unless the new store's publication, and its tables' keys, are the rows that were recorded."""
+    prepared = definition.recorded(ledger, NEW)
+    for change in definition.compared(prepared, definition.of_slot(new, slot_of(spec), definition.known(prepared))):
+        raise definition.gap(change, prepared)
+
+
+def gap_in(spec: Spec, ledger: Ledger, new: Connection) -> str | None:
+    """Return what came or went in the new store without an event, which breaks the path off; else None."""
     path = recorded(ledger)
     try:
         if path is not None and path.broken is None:
+            require_definition(spec, ledger, new)
             roots(spec, ledger, path).look(new)
     except SourceChanged as gap:
         return break_at_gap(ledger, gap)
@@ -110,9 +121,9 @@ def parted(spec: Spec, ledger: Ledger, new: Connection) -> str | None:
 
 def _require(spec: Spec, ledger: Ledger, path: Path) -> None:
     """Raise SourceChanged or SpoolGap unless the new store's stream is whole from the end of its spool on."""
-    if path.parts:
-        with connect(new_dsn(spec), application_name(spec.name, "reverse")) as new:
-            roots(spec, ledger, path).look(new)
+    with connect(new_dsn(spec), application_name(spec.name, "reverse")) as new:
+        require_definition(spec, ledger, new)
+        roots(spec, ledger, path).look(new)
     dsn, application = new_dsn(spec), application_name(spec.name, "reverse")
     spool_of(spec).proved(path.stream.l0, lambda durable: require_stream(dsn, application, path.stream, durable))
 
@@ -127,14 +138,16 @@ def _goes_on(spec: Spec, path: Path | None, stream: Stream) -> bool:
         return path is None
 
 
-def _begin_afresh(spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, SourceTable]) -> None:
+def _begin_afresh(
+    spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, SourceTable], pieces: Sequence[definition.Piece]
+) -> None:
     """Put a path on record that has nothing in common with the one before it: neither a spooled event nor a position."""
     break_off(ledger, "the new store is another server than the one that the reverse path was opened on")
     with ledger.lease("capture-new", wait_seconds=LEASE_SECONDS):
         log.warning("what was spooled of the new store before is removed: its log is another one now")
         shutil.rmtree(spool_of(spec).path, ignore_errors=True)
         spool_of(spec).create()
-        _record(spec, ledger, stream, tables, afresh=True)
+        _record(spec, ledger, stream, tables, pieces, afresh=True)
 
 
 def _publish(new: Connection, name: str, tables: Sequence[tuple[str, ...]]) -> None:
@@ -145,7 +158,10 @@ def _publish(new: Connection, name: str, tables: Sequence[tuple[str, ...]]) -> N
         new.execute(sql.SQL("CREATE PUBLICATION {} FOR TABLE ONLY {}").format(sql.Identifier(name), listed))
 
 
-def _record(spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, SourceTable], *, afresh: bool = False) -> None:
+def _record(
+    spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, SourceTable], pieces: Sequence[definition.Piece], *,
+    afresh: bool = False,
+) -> None:  # fmt: skip
     """Put an opened path on record in one transaction, each load at its beginning, or where it is beyond that unless `afresh`."""
     looks = {
         name: {
@@ -155,6 +171,7 @@ def _record(spec: Spec, ledger: Ledger, stream: Stream, tables: Mapping[str, Sou
         for name, table in tables.items()
     }
     with ledger.connection.transaction():
+        definition.record(ledger, NEW, pieces)
         ledger.connection.execute(
             "INSERT INTO changeover.reverse_stream (migration, l0, system_id, timeline, slot, tables)"
             " VALUES (%s, %s, %s, %s, %s, %s)"

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from typing import Any
 import psycopg
 import pytest
 
+from changeover.jobs import assumptions, definition, partitions
 from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.intake import CaptureResult
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.preflight import source_table
 from changeover.jobs.spool import Spool
+from changeover.jobs.tenure import OLD
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
@@ -125,18 +129,25 @@ def columns_of(connection: Connection, table: str) -> list[SourceColumn]:
 
 
 @pytest.fixture
-def prepared(
-    any_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[Prepared]:
-    monkeypatch.setenv("OLD_DSN", any_dsn)
+def prepared(any_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepared]:
+    with by_hand(any_dsn, new_dsn, tmp_path, monkeypatch, TABLES) as made:
+        yield made
+
+
+@contextmanager
+def by_hand(old_dsn: str, new_dsn: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tables: str) -> Iterator[Prepared]:
+    """Make a migration of `follows` and `other` as prepare leaves it, with its stream's definition on record."""
+    monkeypatch.setenv("OLD_DSN", old_dsn)
     monkeypatch.setenv("NEW_DSN", new_dsn)
     name = f"t{random.getrandbits(40):x}"
-    path = tmp_path / "spec.toml"
-    path.write_text(SPEC.format(name=name, work=tmp_path / "work"))
+    path = folder / "spec.toml"
+    path.write_text(SPEC.format(name=name, work=folder / "work"))
     spec = load(path)
-    with connect(any_dsn, "test") as old, Ledger.open(spec, "test") as ledger:
-        old.execute(TABLES)
-        old.execute(psycopg.sql.SQL("CREATE PUBLICATION {} FOR TABLE follows, other").format(psycopg.sql.Identifier(spec.slot)))
+    with connect(old_dsn, "test") as old, Ledger.open(spec, "test") as ledger:
+        old.execute(tables.encode())
+        old.execute(
+            psycopg.sql.SQL("CREATE PUBLICATION {} FOR TABLE ONLY follows, ONLY other").format(psycopg.sql.Identifier(spec.slot))
+        )
         made = old.execute(
             "SELECT lsn::text, (SELECT system_identifier::text FROM pg_control_system()),"
             " (SELECT timeline_id FROM pg_control_checkpoint())"
@@ -148,7 +159,11 @@ def prepared(
         ledger.create()
         ledger.record_migration(spec, stream)
         for table in spec.tables:
-            ledger.record_table(table.source, 1, columns_of(old, table.source))
+            seen = source_table(old, table)
+            assert seen is not None
+            ledger.record_table(table.source, seen.filenode, columns_of(old, table.source), seen.partitions is not None)
+            partitions.record(ledger, table.source, seen.partitions or ())
+        definition.record(ledger, OLD, assumptions.present(spec, old, spec.slot))
         spec.work.mkdir()
         Spool(spec.work / "spool").create()
         yield Prepared(spec, old, ledger, stream)

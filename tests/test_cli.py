@@ -29,12 +29,14 @@ from pyspark.sql import SparkSession
 from changeover import java
 from changeover.cli import main
 from changeover.embedded import EmbeddedServer
+from changeover.jobs import assumptions, definition
 from changeover.jobs import capture as capture_module
 from changeover.jobs.entries import Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.leftovers import leftovers
 from changeover.jobs.preflight import source_table
 from changeover.jobs.spool import Spool
+from changeover.jobs.tenure import OLD
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
@@ -164,6 +166,7 @@ def make_prepared(spec: Spec, old: Connection) -> None:
         ledger.create()
         stream = Stream(parse_lsn(made[0]), made[1], made[2], spec.slot, spec.slot, "none", "none")
         ledger.record_migration(spec, stream)
+        definition.record(ledger, OLD, assumptions.present(spec, old, spec.slot))
         (table,) = spec.tables
         seen = source_table(old, table)
         assert seen is not None

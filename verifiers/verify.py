@@ -21,19 +21,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from changeover.errors import CouldNotCheck, CouldNotFinish, StepOrder, TableStopped
-from changeover.jobs import masking, reverse, snapshot, windows
-from changeover.jobs.capture import emit_marker
+from changeover.errors import CouldNotCheck, StepOrder, TableStopped
+from changeover.jobs import assumptions, masking, reverse, snapshot, windows
 from changeover.jobs.entries import CLOSED, Authority
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.partitions import require_same_partitions
+from changeover.jobs.marker import emit_marker, mark
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import Prepared, require_prepared
 from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
-from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import shares
 from changeover.jobs.transform import Transform
 from changeover.jobs.triggerlog import Log
+from changeover.jobs.waiting import await_spool
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.sparkerrors import from_spark
@@ -51,9 +50,6 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 log = logging.getLogger(__name__)
-
-SPOOL_SECONDS = 60.0
-"""How long to wait until capture has spooled up to X; a capture that runs needs a fraction of a second."""
 
 PARTS = 8
 """Key ranges that a side is read in: a few per core, so that one slow range does not hold the others up."""
@@ -113,8 +109,6 @@ def _moment(
     """Hold both sides still; while the old store has authority over any row they are aligned at one LSN."""
     dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "verify")
     with ExitStack() as held, connect(dsn, application) as old:
-        for table in spec.tables:
-            require_same_partitions(ledger, old, table)
         tables = {t.source: seen for t in spec.tables if (seen := source_table(old, t)) is not None}
         reads = {name: _read(seen) for name, seen in tables.items()}
         first, every = min(source for source, _ in chosen), sorted({target for _, target in chosen})
@@ -138,6 +132,7 @@ def _moment(
             sources = {
                 name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS) for name, read in reads.items()
             }
+            assumptions.require(assumptions.Moment.VERDICT, assumptions.Asked(spec, old, ledger))
             yield Moment(lsn, sources, targets, aligned=split.at_new)
         else:
             with ExitStack() as turn:
@@ -148,6 +143,7 @@ def _moment(
                     _bring_back_to_now(spec, Replay(spec, spark, ledger, prepared), lakes)
                 targets = _freeze_targets(held, spec, spark, chosen)
                 sources = {n: held.enter_context(freeze(spark, dsn, application, read, PARTS)) for n, read in reads.items()}
+            assumptions.require(assumptions.Moment.VERDICT, assumptions.Asked(spec, old, ledger))
             yield Moment(max((parse_lsn(s.position) for s in sources.values()), default=0), sources, targets, aligned)
 
 
@@ -168,19 +164,8 @@ def _read(seen: SourceTable) -> ReadTable:
 
 def _replay_to(replay: Replay, position: int, targets: Sequence[str]) -> None:
     """Offer every event below a position, once capture has made them durable."""
-    _await_spool(replay.spool, position, "the source's stream")
+    await_spool(replay.ledger, replay.spool, position, "the source's stream")
     replay.offer(until=position, targets=targets)
-
-
-def _await_spool(spool: Spool, position: int, what: str) -> None:
-    deadline = time.monotonic() + SPOOL_SECONDS
-    while spool.end() < position:
-        if time.monotonic() > deadline:
-            raise CouldNotFinish(
-                f"verify: capture has spooled {what} up to {format_lsn(spool.end())} and not {format_lsn(position)} after"
-                f" {SPOOL_SECONDS:g} s: is `changeover capture` running?"
-            )
-        time.sleep(0.05)
 
 
 def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str, changes: Sequence[Authority]) -> bool:
@@ -197,11 +182,8 @@ def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str, changes: Sequ
 def _bring_back_to_now(spec: Spec, replay: Replay, lakes: Sequence[str]) -> int:
     """Offer what was written to the new store to the old store and the lakes, whose leases are held; return up to where."""
     with connect(reverse.new_dsn(spec), application_name(spec.name, "verify")) as new:
-        row = new.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        emit_marker(new, "verify")
-    position = parse_lsn(row[0])
-    _await_spool(replay.back.journal.spool, position, "the new store's stream")
+        position = mark(new, "verify")
+    await_spool(replay.ledger, replay.back.journal.spool, position, "the new store's stream", step="capture-new")
     replay.back.limit = position
     replay.bring_back()
     if lakes:

@@ -23,10 +23,10 @@ from changeover import folders
 from changeover.errors import ChangeoverError, CouldNotFinish, LeaseHeld, UnsafePlan
 from changeover.flags import cutover, flagfile
 from changeover.jobs import backfill as backfilling
-from changeover.jobs import preflight as preflighting
 from changeover.jobs import prepare as preparing
 from changeover.jobs import replay as replaying
 from changeover.jobs import restart as restarting
+from changeover.jobs.division import examined
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.progress import progress
 from changeover.spec import Spec
@@ -63,7 +63,7 @@ class Step:
 
 
 def _check(run: Run) -> None:
-    found = preflighting.preflight(run.spec)
+    found = examined(run.spec)
     run.done["estimate"] = sum(table.rows for table in found.tables.values())
     if found.reasons and not _prepared(run.spec):
         raise UnsafePlan(tuple(found.reasons))

@@ -264,7 +264,10 @@ def test_a_slot_in_use_is_waited_for_and_named(prepared: Prepared) -> None:
         ("UPDATE changeover.migration SET system_id = '1'", "system identifier is .* but 1 was prepared"),
         ("UPDATE changeover.migration SET timeline = 9", "timeline is 1, but 9 was prepared"),
         ("UPDATE changeover.migration SET slot = 'nowhere'", "replication slot is missing, but nowhere"),
-        ("UPDATE changeover.migration SET publication = 'nothing'", "publication nothing is missing or empty"),
+        (
+            "UPDATE changeover.migration SET publication = 'nothing'",
+            "publication .* missing, but one with public.follows, public.other",
+        ),
     ],
 )
 def test_another_stream_than_prepared_stops_the_run(prepared: Prepared, change: str, message: str) -> None:
@@ -273,10 +276,15 @@ def test_another_stream_than_prepared_stops_the_run(prepared: Prepared, change: 
         capture(prepared.spec, patience=0)
 
 
-def test_a_table_that_left_the_publication_stops_the_run(prepared: Prepared) -> None:
+def test_a_table_that_left_the_publication_stops_and_the_others_go_on(prepared: Prepared) -> None:
     prepared.sql(f"ALTER PUBLICATION {prepared.spec.slot} DROP TABLE follows")
-    with pytest.raises(SourceChanged, match=r"is public.other, but public.follows, public.other was prepared"):
-        capture(prepared.spec)
+    prepared.sql("INSERT INTO follows VALUES (1, 'lost')", "INSERT INTO other VALUES (1, 'goes on')")
+    prepared.catch_up()
+    assert [event["relation"] for event in prepared.events()] == ["public.other"]
+    stopped = prepared.ledger.source_table("follows")[2]
+    assert stopped is not None
+    assert "publication of public.follows is missing" in stopped
+    assert prepared.ledger.source_table("public.other")[2] is None
 
 
 def test_a_slot_ahead_of_the_spool_stops_the_run(prepared: Prepared) -> None:

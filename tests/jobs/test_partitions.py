@@ -15,7 +15,7 @@ import pytest
 from psycopg import sql
 
 from changeover.errors import TableStopped
-from changeover.jobs import intake, slotcapture
+from changeover.jobs import assumptions, definition, intake, slotcapture
 from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.entries import Partition, Stream
 from changeover.jobs.events import RELATION, TRUNCATE
@@ -24,6 +24,7 @@ from changeover.jobs.partitions import difference, look, partitions_of, record, 
 from changeover.jobs.preflight import preflight, source_table
 from changeover.jobs.rewrite import require_same_file
 from changeover.jobs.spool import Spool
+from changeover.jobs.tenure import OLD
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
@@ -131,6 +132,7 @@ def prepared(any_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.Mon
         for table in seen:
             ledger.record_table(table.source, table.filenode, table.columns, table.partitions is not None)
             record(ledger, table.source, table.partitions or ())
+        definition.record(ledger, OLD, assumptions.present(spec, old, spec.slot))
         spec.work.mkdir()
         Spool(spec.work / "spool").create()
         yield Prepared(spec, old, ledger)

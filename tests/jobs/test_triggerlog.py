@@ -26,7 +26,7 @@ from changeover.demo.table import DDL
 from changeover.embedded import EmbeddedServer
 from changeover.errors import SourceChanged, SpoolGap
 from changeover.flags.endpoint import position
-from changeover.jobs import intake, logcapture, triggerlog, windows
+from changeover.jobs import assumptions, definition, intake, logcapture, triggerlog, windows
 from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.entries import Stream
 from changeover.jobs.intake import CaptureResult
@@ -35,6 +35,7 @@ from changeover.jobs.leftovers import leftovers
 from changeover.jobs.preflight import preflight, source_table
 from changeover.jobs.spool import Spool
 from changeover.jobs.status import status
+from changeover.jobs.tenure import OLD
 from changeover.jobs.triggerlog import Log
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect
@@ -146,6 +147,7 @@ def logged(dsn: str, folder: Path, ddl: str, tables: str, *, kind: str = "trigge
             assert row is not None
             stream = Stream(parse_lsn(row[0]), *windows.identify(old), spec.slot, spec.slot, "none", "none")
         ledger.record_migration(spec, stream)
+        definition.record(ledger, OLD, assumptions.present(spec, old, spec.slot))
         for table in spec.tables:
             seen = found[table.source]
             assert seen is not None

@@ -23,10 +23,11 @@ from changeover.demo.processes import ApplicationProcess, Child, capture
 from changeover.demo.table import Shape
 from changeover.errors import CouldNotCheck, CouldNotFinish, GateClosed, UnsafePlan
 from changeover.flags import cutover
-from changeover.jobs import backfill, preflight, prepare
-from changeover.jobs.capture import emit_marker
+from changeover.jobs import backfill, prepare
+from changeover.jobs.division import examined
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.leftovers import leftovers
+from changeover.jobs.marker import emit_marker
 from changeover.jobs.progress import progress
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import connect
@@ -99,7 +100,7 @@ class Step:
 
 def check(tour: Tour) -> str:
     """Ask whether the plan is safe."""
-    found = preflight.preflight(tour.spec)
+    found = examined(tour.spec)
     if found.reasons:
         raise UnsafePlan(tuple(found.reasons))
     return "the plan is safe: key, replica identity, types, rights and targets"
