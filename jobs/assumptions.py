@@ -115,14 +115,20 @@ def server(connection: Connection) -> list[str]:
 
 def _same_server(asked: Asked) -> list[Broken]:
     stream = asked.record.stream("status")
-    if asked.spec.source.capture == SLOT:
-        application = application_name(asked.spec.name, "identify")
-        system_id, timeline = snapshot.identify(asked.spec.source.dsn.resolve(), application)
-    else:
-        system_id, timeline = windows.identify(asked.old)
+    if server(asked.old):
+        return []  # which is told, and a standby can't say where it is
+    system_id, timeline = _identified(asked)
     pairs = (("system identifier", stream.system_id, system_id), ("timeline", str(stream.timeline), str(timeline)))
     gaps = [SourceChanged(what, prepared, now) for what, prepared, now in pairs if prepared != now]
     return [_lacking(gap) for gap in gaps]
+
+
+def _identified(asked: Asked) -> tuple[str, int]:
+    """Return (system identifier, timeline), over a walsender where the role may not ask in SQL."""
+    allowed = asked.old.execute("SELECT has_function_privilege('pg_control_system()', 'EXECUTE')").fetchone()
+    if allowed == (True,):
+        return windows.identify(asked.old)
+    return snapshot.identify(asked.spec.source.dsn.resolve(), application_name(asked.spec.name, "identify"))
 
 
 def _slot(asked: Asked) -> list[Broken]:

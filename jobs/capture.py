@@ -20,7 +20,7 @@ import psycopg
 from deltalake.exceptions import DeltaError
 
 from changeover import folders
-from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, SpoolGap
+from changeover.errors import ChangeoverError, CouldNotFinish, ServerUnavailable, SourceChanged, SpoolGap
 from changeover.interrupt import asked_to_stop
 from changeover.jobs import assumptions, reverse, wayback
 from changeover.jobs.assumptions import Asked, Moment
@@ -85,7 +85,14 @@ def feed_of(spec: Spec, ledger: Ledger, stream: Stream) -> Feed:
     roots = Roots(spec, ledger)
 
     def ask(moment: Moment, old: Connection) -> list[str]:
-        return [*assumptions.stop(moment, Asked(spec, old, ledger)), *roots.look(old)]
+        try:
+            with Ledger.open(spec, "capture") as present:  # a ledger that was restarted has ended the session of the beginning
+                told = assumptions.stop(moment, Asked(spec, old, present))
+        except ServerUnavailable as error:
+            if moment is not Moment.WATCH:
+                raise
+            return [f"whether the stream is whole is asked again in a minute: {error}"]
+        return list(dict.fromkeys([*told, *roots.look(old)]))  # which puts new partitions on record
 
     return Feed(spec.source.dsn.resolve(), stream, tables, Spool(spool_path(spec.work, stream.epoch)), roots, ask)
 

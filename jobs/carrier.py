@@ -79,6 +79,7 @@ class Carrier:
         # stopped by an event: each target is still brought up to it
         if stopped and first_stop(self._outline(start, self.spool.end(), transform, section), identity_of(transform)) is None:
             raise TableStopped(load.source, stopped)
+        self._require_begun(load, start)
         batch = self._next_batch(start, end, transform, section)
         taken = 0
         if batch.events:
@@ -92,6 +93,13 @@ class Carrier:
             self.journal.stop(load, batch.stop)
             raise TableStopped(load.source, batch.stop)
         return replace(load, applied=batch.until), Counts(batch.events, taken)
+
+    def _require_begun(self, load: Any, start: int) -> None:
+        """Stop a table that needs what its stream had before the spool begins: nobody can tell what that was."""
+        if start < (begin := self.spool.begin()):
+            reason = f"its events from {format_lsn(start)} on are asked for, and the spool begins at {format_lsn(begin)}"
+            self.journal.stop(load, reason)
+            raise TableStopped(load.source, reason)
 
     def _truncate(self, load: Any, at: tuple[int, int], section: Section, transform: Transform, store: Store) -> None:
         """Offer a TRUNCATE, which is of all rows; both stores refuse one once cohorts have moved apart."""

@@ -87,7 +87,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
         with open_store(spec, spec.targets[target], "prepare") as store:
             store.install(planned.target, stream.image)
     folders.work(spec)
-    spool_of(spec).create()
+    spool_of(spec).create(stream.l0)
     _record(spec, ledger, stream, pieces, found, created)
     return Prepared(stream, transforms)
 

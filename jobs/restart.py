@@ -115,7 +115,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
             names = [append_name(spec.name, before.image, source, target, row.chunk) for row in chunks]
             store.begin_anew(planned.target, stream.image, names)
             points.reach("target-emptied", f"{planned.target} in {target}")
-    spool_of(spec, epoch).create()
+    spool_of(spec, epoch).create(stream.l0)
     points.reach("before-record", epoch)
     with ledger.connection.transaction():
         _record(ledger, stream)

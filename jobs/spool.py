@@ -50,6 +50,7 @@ FORMAT = "2"
 APPLICATION = "capture"
 PART_LSN, PART_ORDINAL = "capture.part.lsn", "capture.part.ordinal"
 FORMAT_KEY = "changeover.format"
+BEGIN_KEY = "changeover.begin"
 CHECKPOINT_EVERY = 50
 
 RETAIN_SECONDS = 86_400
@@ -97,8 +98,11 @@ class Spool:
         self._handle: DeltaTable | None = None
         self._opened = 0
 
-    def create(self) -> None:
-        """Create the table durably unless it is there; raises SourceChanged on another format."""
+    def create(self, begin: int = 0) -> None:
+        """Create the table durably unless it is there; raises SourceChanged on another format.
+
+        `begin` is where its stream begins: what lies below is in no event of it.
+        """
         if not DeltaTable.is_deltatable(str(self.path)):
             DeltaTable.create(
                 self.path,
@@ -106,6 +110,7 @@ class Spool:
                 mode="ignore",
                 configuration={
                     FORMAT_KEY: FORMAT,
+                    BEGIN_KEY: str(begin),
                     "delta.checkpointInterval": str(CHECKPOINT_EVERY),
                     "delta.logRetentionDuration": LOG_RETENTION,
                     "delta.deletedFileRetentionDuration": LOG_RETENTION,
@@ -127,6 +132,10 @@ class Spool:
         Raises StepOrder without a spool.
         """
         return self._latest().transaction_version(APPLICATION) or 0
+
+    def begin(self) -> int:
+        """Return where the stream begins; a reader that needs what lies below has a gap in front of it."""
+        return int(self._table().metadata().configuration.get(BEGIN_KEY, "0"))
 
     def proved(self, least: int, require: Callable[[int], None]) -> None:
         """Require something of where the spool ends, at `least` a position; capture may append, and acknowledge, meanwhile.

@@ -71,7 +71,7 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
         made.session.close()
     stream = Stream(made.l0, system_id, timeline, slot_of(spec), slot_of(spec), "", "")
     if _goes_on(spec, path, stream):
-        spool_of(spec).create()
+        spool_of(spec).create(stream.l0)
         _record(spec, ledger, stream, tables, pieces)
     else:
         _begin_afresh(spec, ledger, stream, tables, pieces)
@@ -146,7 +146,7 @@ def _begin_afresh(
     with ledger.lease("capture-new", wait_seconds=LEASE_SECONDS):
         log.warning("what was spooled of the new store before is removed: its log is another one now")
         shutil.rmtree(spool_of(spec).path, ignore_errors=True)
-        spool_of(spec).create()
+        spool_of(spec).create(stream.l0)
         _record(spec, ledger, stream, tables, pieces, afresh=True)
 
 

@@ -54,7 +54,7 @@ def filtered(connection: Connection, dsn: str, table: str) -> str:
         connection.execute(sql.SQL("CREATE ROLE {} REPLICATION").format(sql.Identifier(ROLE)))
     for statement in (
         "ALTER TABLE {table} OWNER TO {role}", "ALTER TABLE {table} ENABLE ROW LEVEL SECURITY",
-        "ALTER TABLE {table} FORCE ROW LEVEL SECURITY", "CREATE POLICY some ON {table} USING (id > 10)",
+        "ALTER TABLE {table} FORCE ROW LEVEL SECURITY", "CREATE POLICY few ON {table} USING (id > 10)",
     ):  # fmt: skip
         connection.execute(sql.SQL(statement).format(table=sql.Identifier(table), role=sql.Identifier(ROLE)))
     return make_conninfo(dsn, options=f"-c role={ROLE}")

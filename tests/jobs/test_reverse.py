@@ -171,6 +171,29 @@ def test_the_path_is_opened_once_watched_and_taken_away(stores: Stores) -> None:
     assert reverse.recorded(stores.ledger) is None
 
 
+def test_a_publication_that_was_altered_and_put_back_breaks_the_path_off(stores: Stores) -> None:
+    stores.state(GIVEN)
+    path = wayback.open_path(stores.spec, stores.ledger)
+    assert path is not None
+    assert wayback.lacking(stores.spec, stores.ledger) is wayback.gap_in(stores.spec, stores.ledger, stores.new) is None
+    for statement in ("ALTER PUBLICATION {} DROP TABLE links", "ALTER PUBLICATION {} ADD TABLE ONLY links"):
+        stores.new.execute(sql.SQL(statement).format(sql.Identifier(path.stream.publication)))
+    gap = "the new store's change stream has a gap (publication of public.links), and the next fence begins another one"
+    assert wayback.gap_in(stores.spec, stores.ledger, stores.new) == gap
+    broken = reverse.recorded(stores.ledger)
+    assert broken is not None
+    assert broken.broken == gap
+    again = wayback.open_path(stores.spec, stores.ledger)
+    assert again is not None
+    assert again.stream.l0 > path.stream.l0
+    stores.new.execute("ALTER TABLE links DROP CONSTRAINT links_pkey; ALTER TABLE links ADD PRIMARY KEY (a)")
+    with pytest.raises(CouldNotFinish, match="gap"):
+        capture_new(stores.spec, threading.Event())
+    lost = reverse.recorded(stores.ledger)
+    assert lost is not None
+    assert "key of links" in (lost.broken or "")
+
+
 def test_an_open_transaction_holds_up_the_path_and_is_named(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     stores.state(GIVEN)
     monkeypatch.setattr(snapshot.create_slot, "__kwdefaults__", {"temporary": False, "seconds": 0.5})

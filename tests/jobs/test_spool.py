@@ -57,6 +57,14 @@ def test_a_new_spool_is_empty_and_made_once(spool: Spool) -> None:
     assert spool.events().num_rows == 0
 
 
+def test_a_spool_knows_where_its_stream_begins(spool: Spool, tmp_path: Path) -> None:
+    assert spool.begin() == 0
+    later = Spool(tmp_path / "later")
+    later.create(7 << 32)
+    later.create(9 << 32)  # there already
+    assert Spool(tmp_path / "later").begin() == 7 << 32
+
+
 def test_an_event_comes_back_as_it_was(spool: Spool) -> None:
     row, key = image({"a": "1", "b": None, "c": ""}), image({"a": "0"})
     whole = Event("public.follows", 16, 2, "U", row, key, ("d",), 7, WHEN)
