@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 
 from ldclient.migrations.types import Origin
 
-from changeover.errors import FenceCalledOff
+from changeover.errors import FenceCalledOff, TableStopped
 from changeover.flags.facts import facts
 from changeover.flags.gate import mirrors
 from changeover.flags.sides import position
@@ -119,7 +119,10 @@ def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str 
 
 
 def _behind(spec: Spec, ledger: Ledger, position: int) -> str | None:
+    """Return which table has not arrived yet; raises TableStopped for one that never will."""
     assert spec.flag is not None
+    for source, why in ledger.stopped().items():
+        raise TableStopped(source, why)
     late = [load for load in ledger.loads() if load.target == spec.flag.target and load.applied < position]
     return f"replay to reach {format_lsn(position)} in {late[0].target}" if late else None
 

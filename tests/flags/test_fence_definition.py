@@ -17,11 +17,11 @@ from changeover.errors import ChangeoverError, SourceChanged, TableStopped
 from changeover.flags import cutover
 from changeover.flags.fence import fence
 from changeover.jobs import assumptions, definition
-from changeover.jobs.capture import capture, emit_marker
+from changeover.jobs.capture import capture
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.marker import mark
 from changeover.jobs.replay import replay
 from changeover.jobs.restart import restart
-from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import OLD
 from changeover.session import connect
 from changeover.spec import load
@@ -83,9 +83,10 @@ def followed(migration: Migration) -> Iterator[None]:
     assert not others, others
 
 
-def noted(spool: Spool, note: str) -> bool:
-    """Return whether a marker has come."""
-    return note in spool.events()["note"].to_pylist()
+def applied(migration: Migration, place: int) -> bool:
+    """Return whether replay has passed a position."""
+    with Ledger.open(migration.spec, "test") as ledger:
+        return all(load.applied >= place for load in ledger.loads())
 
 
 def put_right(migration: Migration) -> None:
@@ -100,9 +101,7 @@ def test_what_was_altered_after_the_verdict_is_found_under_the_refusal(moved: Mi
     name = sql.Identifier(moved.spec.slot).as_string(moved.old)
     for number, (there, back) in enumerate(ALTERED):
         with followed(moved):
-            emit_marker(moved.old, f"running {number}")
-            spool = moved.spool()
-            wait_until(partial(noted, spool, f"running {number}"))
+            wait_until(partial(applied, moved, mark(moved.old, f"running {number}")))  # both follow, and have asked already
             moved.old.execute(there.format(p=name).encode())
             moved.old.execute("UPDATE accounts SET note = %s WHERE id <= 3", [f"lost {number}"])
             moved.old.execute(back.format(p=name).encode())
