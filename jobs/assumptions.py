@@ -19,7 +19,7 @@ from changeover.jobs.replication import slot_change
 from changeover.jobs.rewrite import require_same_file
 from changeover.jobs.spool import Spool, spool_path
 from changeover.jobs.tenure import OLD
-from changeover.jobs.triggerlog import Log
+from changeover.jobs.triggerlog import Log, exists
 from changeover.session import Connection, application_name, connect, speaking_to
 from changeover.spec import SLOT, Spec, Table
 
@@ -70,7 +70,8 @@ class Asked:
 class Broken:
     """An assumption that does not hold: of which source table, empty for all, and why.
 
-    `gap` is what is raised for a stream that lacks changes, as a whole; a table that lacks some has none of its own.
+    What `stops` a table is put on record; `gap` is what is raised for a stream that lacks changes as a whole. A gap that stops
+    nothing may come from another server or database than the prepared one, of which nothing goes on record.
     """
 
     table: str
@@ -132,15 +133,17 @@ def _identified(asked: Asked) -> tuple[str, int]:
 
 
 def _slot(asked: Asked) -> list[Broken]:
-    if asked.spec.source.capture != SLOT:
-        return []  # a log is a table, and part of the definition
-    gap = slot_change(asked.old, asked.record.stream("status"))
+    if asked.spec.source.capture == SLOT:
+        gap = slot_change(asked.old, asked.record.stream("status"))
+    else:
+        log = Log(asked.spec.name)
+        gap = None if exists(asked.old, log) else SourceChanged("trigger log", str(log), "missing")
     return [] if gap is None else [_lacking(gap)]
 
 
 def _lacking(gap: SourceChanged) -> Broken:
     reason = f"the source's {gap.what} is {gap.found}, but {gap.prepared} was prepared, so the change stream has a gap"
-    return Broken("", reason, stops=True, gap=gap)
+    return Broken("", reason, gap=gap)
 
 
 def _definition(asked: Asked) -> list[Broken]:
@@ -224,7 +227,7 @@ RULES = (
     Rule("server", "the old store's server is a primary, PostgreSQL 14 or later", _server, STEPS | STREAM | JUDGED, prepared=False),
     Rule("identity", "it is the prepared server: the same system identifier and timeline", _same_server,
          frozenset({Moment.RUN, Moment.CONNECT}) | JUDGED),
-    Rule("slot", "the slot is there, as it was made, and has all the WAL that it needs", _slot,
+    Rule("slot", "the slot is there, as it was made, and has all the WAL that it needs, or the trigger log is there", _slot,
          frozenset({Moment.RUN, Moment.VERDICT}) | STREAM),
     Rule("definition", "the publication with its tables, or the log with its triggers, and each table's key are the rows of the"
          " catalogue that were recorded", _definition, frozenset({Moment.RUN}) | STREAM | JUDGED),
@@ -282,10 +285,14 @@ def require(moment: Moment, asked: Asked) -> None:
 def _error(spec: Spec, one: Broken) -> ChangeoverError:
     if one.stops:
         return TableStopped(one.table or spec.tables[0].source, one.reason)
+    if one.gap is not None:
+        return one.gap
     return CouldNotCheck(one.table or spec.tables[0].source, f"{one.reason}; then run the same command again")
 
 
 def _stop_tables(asked: Asked, broken: Sequence[Broken]) -> None:
+    if any(one.gap is not None and not one.stops for one in broken):
+        return
     for one in broken:
         if one.stops and asked.ledger is not None:
             for source in [one.table] if one.table else [table.source for table in asked.spec.tables]:

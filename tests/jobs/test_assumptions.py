@@ -156,13 +156,21 @@ def test_another_server_is_found_at_each_moment(major: int, new_dsn: str, tmp_pa
             old.execute("SELECT pg_promote()")
         for moment in rules["identity"].moments:
             assert "timeline is 2, but 1 was prepared" in told_at(made, moment), moment
-            made.ledger.connection.execute("UPDATE changeover.source_table SET stopped = NULL")
+            assert made.ledger.stopped() == {}, "what another server looks like says nothing of the prepared one"
 
 
 def stand_by(server: EmbeddedServer) -> None:
     """Have a server start as a standby of none."""
     (server.data / "standby.signal").touch()
     server.restart()
+
+
+def test_another_database_stops_nothing_for_good(prepared: Prepared, monkeypatch: pytest.MonkeyPatch, new_dsn: str) -> None:
+    for moment in (Moment.RUN, Moment.CONNECT, Moment.WATCH, Moment.VERDICT):
+        with monkeypatch.context() as mistaken:
+            mistaken.setenv("OLD_DSN", new_dsn)
+            assert "was prepared" in told_at(prepared, moment), moment
+    assert prepared.ledger.stopped() == {}
 
 
 # -- the table itself
