@@ -17,7 +17,8 @@ from typing import IO, TYPE_CHECKING, Protocol
 from psycopg.conninfo import conninfo_to_dict
 
 from benchmarks.follows import Case
-from changeover.session import connect, jdbc_options, spark_session
+from changeover import jdbc
+from changeover.session import connect, spark_session
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -118,7 +119,7 @@ class SparkJdbc:
         if case.kind == "delta":
             frame.write.format("delta").mode("append").save(str(job.delta))
             return
-        options = jdbc_options(job.new, APPLICATION)
+        options = jdbc.options(job.new, APPLICATION)
         # without stringtype the server takes no string for jsonb
         options["url"] += "?reWriteBatchedInserts=true&stringtype=unspecified"
         frame.write.format("jdbc").options(**options, dbtable=case.target, batchsize="10000").mode("append").save()
@@ -133,7 +134,7 @@ class SparkJdbc:
         assert row is not None
         return (
             self.spark.read.format("jdbc")
-            .options(**jdbc_options(job.old, APPLICATION), dbtable="follows", fetchsize="10000")
+            .options(**jdbc.options(job.old, APPLICATION), dbtable="follows", fetchsize="10000")
             .options(partitionColumn="from_user", lowerBound=str(row[0]), upperBound=str(row[1]), numPartitions=PARTITIONS)
             .load()
         )

@@ -23,6 +23,7 @@ from changeover.errors import ServerUnavailable
 from changeover.flags.facts import Fact, Facts, facts
 from changeover.jobs.ledger import Ledger
 from changeover.session import application_name, connect
+from changeover.settings import Kind
 
 log = logging.getLogger("changeover.flags")
 
@@ -31,7 +32,7 @@ LOOK_AGAIN_SECONDS = 0.01
 BEAT_SECONDS = 0.5
 RECONNECT_SECONDS = 0.5
 FIRST_LOOK_SECONDS = 3.0
-SETTINGS = {"statement_timeout": "2s", "idle_session_timeout": "0"}
+SETTINGS = {"statement_timeout": "2s"}
 
 NEWEST = "SELECT epoch, at FROM changeover.authority WHERE migration = %s ORDER BY epoch DESC LIMIT 1"
 """The newest move, by its time as well: a migration that was aborted and prepared again counts its epochs anew."""
@@ -168,7 +169,9 @@ class LedgerFollower:
     def _open(self) -> Ledger:
         if self._ledger is None:
             name = application_name(self.source.migration, "router")
-            self._ledger = Ledger(connect(self.source.dsn, name, settings=SETTINGS), self.source.migration, self.source.dsn)
+            self._ledger = Ledger(
+                connect(self.source.dsn, name, settings=SETTINGS, kind=Kind.BESIDE), self.source.migration, self.source.dsn
+            )
             if self.last_stage is None:
                 self.last_stage = _last_stage(self._ledger)
         return self._ledger

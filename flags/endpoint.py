@@ -24,6 +24,7 @@ from changeover.errors import StepOrder
 from changeover.jobs.triggerlog import Log
 from changeover.position import ZERO_LSN, Version, format_lsn, parse_lsn
 from changeover.session import Connection, connect, server_name
+from changeover.settings import Kind
 from changeover.spec import qualified
 from changeover.stores.gate import GatedTable
 
@@ -33,13 +34,15 @@ RowMapping = Callable[[Row], Row | None]
 """Makes the other store's whole row of a whole row; None says that the row isn't carried over."""
 
 READ_COMMITTED = psycopg.IsolationLevel.READ_COMMITTED
-SESSION = {"default_transaction_isolation": "read committed"}
 IDLE_SESSIONS = 16
 """Idle sessions kept for each store; more than these are closed when they come back."""
 
+EXACT_FLOATS = "SET LOCAL extra_float_digits = 1"
+"""For a row that is mirrored, in a session of the application's own: with fewer digits its floats would not be the store's."""
+
 POSITION = (
-    "SELECT pg_current_wal_insert_lsn()::text, CASE WHEN current_setting('synchronous_commit') = 'off'"
-    " THEN set_config('synchronous_commit', 'on', true) END"
+    "SELECT pg_catalog.pg_current_wal_insert_lsn()::text, CASE WHEN pg_catalog.current_setting('synchronous_commit')"
+    " OPERATOR(pg_catalog.=) 'off' THEN pg_catalog.set_config('synchronous_commit', 'on', true) END"
 )
 """The write's position; where a crash could take it back (`synchronous_commit = off`) this COMMIT is made durable."""
 
@@ -100,9 +103,9 @@ class PgEndpoint:
         """Return server, database and table, without a secret."""
         return f"{server_name(self.dsn)} {self.table}"
 
-    def open(self, application: str, settings: Mapping[str, str] | None = None) -> Connection:
+    def open(self, application: str, settings: Mapping[str, str] | None = None, kind: Kind = Kind.CALLERS) -> Connection:
         """Open a session by the DSN; raises ServerUnavailable."""
-        connection = connect(self.dsn, application, settings={**SESSION, **(settings or {})})
+        connection = connect(self.dsn, application, settings=settings, kind=kind)
         connection.isolation_level = READ_COMMITTED
         return connection
 
@@ -187,9 +190,9 @@ def position(cursor: Cursor, log: Log | None = None) -> int:
     with cursor.connection.cursor(row_factory=psycopg.rows.tuple_row) as plain:
         row = plain.execute(POSITION).fetchone()
         if log is not None:
-            row = plain.execute("SELECT to_regclass(%s)", [log.windows.as_string(plain)]).fetchone()
+            row = plain.execute("SELECT pg_catalog.to_regclass(%s)", [log.windows.as_string(plain)]).fetchone()
             if row is not None and row[0] is not None:
-                row = plain.execute(sql.SQL('SELECT max("end")::text FROM {}').format(log.windows)).fetchone()
+                row = plain.execute(sql.SQL('SELECT pg_catalog.max("end")::text FROM {}').format(log.windows)).fetchone()
     assert row is not None
     return parse_lsn(row[0]) if row[0] is not None else ZERO_LSN
 

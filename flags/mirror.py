@@ -23,6 +23,7 @@ from changeover.flags.alarm import Alarm, reason_of
 from changeover.flags.endpoint import Change, GateCall, PgEndpoint, RowMapping, last_of_each_key
 from changeover.position import Version
 from changeover.session import Connection
+from changeover.settings import Kind
 
 RETRIED = frozenset({"40001", "40P01"})
 """Serialization failure and deadlock: nothing was done, and the same again may work."""
@@ -185,7 +186,7 @@ class Mirror:
     def _connected(self, until: float) -> tuple[Connection, GateCall]:
         while self._connection is None or self._call is None:
             try:
-                self._connection = self.endpoint.open(self.application, self._settings())
+                self._connection = self.endpoint.open(self.application, self._settings(), Kind.BESIDE)
                 self._call = GateCall.of(self._connection, self.endpoint)
             except (ServerUnavailable, psycopg.OperationalError):
                 self._disconnect()
@@ -198,8 +199,7 @@ class Mirror:
         return self._connection, self._call
 
     def _settings(self) -> dict[str, str]:
-        milliseconds = f"{int(self.deadline * 1000)}ms"
-        return {"statement_timeout": milliseconds, "idle_session_timeout": "0"}
+        return {"statement_timeout": f"{int(self.deadline * 1000)}ms"}
 
     def _disconnect(self) -> None:
         if self._connection is not None:

@@ -34,6 +34,7 @@ from changeover.errors import LockNotGranted, Refused, SpecError
 from changeover.flags import flagfile
 from changeover.flags.authority import AuthoritySource, LedgerAuthority
 from changeover.flags.endpoint import (
+    EXACT_FLOATS,
     Change,
     Cohort,
     Cursor,
@@ -284,11 +285,13 @@ class Router:
 
     def _attempt(self, runtime: Runtime, pin: Pin, function: Callable[[Cursor], Sequence[Change]], cohort: str) -> Written:
         origin, lsn = pin.rule.writes, None
+        endpoint = self._parts.endpoints[origin]
         with runtime.session(origin) as connection, transaction(connection) as cursor:
+            if pin.rule.mirrors and endpoint.pool is not None:
+                cursor.execute(EXACT_FLOATS)
             changes = function(cursor)
             if not isinstance(changes, (list, tuple)) or not all(isinstance(change, Change) for change in changes):
                 raise TypeError("a write's function returns a list of Change: `returned(cursor)` after RETURNING *")
-            endpoint = self._parts.endpoints[origin]
             if endpoint.cohort is not None:
                 _require_cohort(changes, endpoint.cohort, cohort)
             if pin.rule.mirrors and changes:

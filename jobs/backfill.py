@@ -26,7 +26,7 @@ from changeover.jobs.prepare import exported, require_prepared, spool_of
 from changeover.jobs.replication import require_stream
 from changeover.jobs.transform import Transform
 from changeover.position import Version
-from changeover.session import application_name, connect
+from changeover.session import application_name, connect, speaking_to
 from changeover.sparkerrors import from_spark
 from changeover.spec import SLOT, Spec
 from changeover.stores import Counts, Store, open_store
@@ -170,7 +170,8 @@ class _Load:
         """Record the ranges once; a later run goes on with the same ones."""
         if self.ledger.chunks(source, self.store.name):
             return
-        with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")) as old:
+        dsn = self.spec.source.dsn.resolve()
+        with connect(dsn, application_name(self.spec.name, "backfill")) as old, speaking_to(dsn, f"planning chunks of {source}"):
             count = planning.chunk_count(old, read.schema, read.name, ROWS_PER_CHUNK, FEWEST_CHUNKS)
             ranges = planning.plan_ranges(old, read.schema, read.name, [c.name for c in read.key], count)
         self.ledger.record_chunks(source, self.store.name, ranges, self.stream.epoch)

@@ -26,7 +26,6 @@ from changeover.jobs.replication import BACKLOG, CopyStream, decoding
 from changeover.jobs.rows import Wire
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect, server_name
-from changeover.stores.postgres import unlimited
 
 FAR_BYTES = 8 << 20
 """WAL behind the server's end from which on the backlog is read by turns."""
@@ -161,7 +160,6 @@ def refused(error: psycopg.Error) -> bool:
 def reading(dsn: str, migration: str, stream: Stream) -> Iterator[Backlog]:
     """Open a session for a slot's backlog; raises ServerUnavailable."""
     with closing(connect(dsn, application_name(migration, BACKLOG))) as connection:
-        unlimited(connection)
         yield Backlog(connection, dsn, stream)
 
 

@@ -19,7 +19,7 @@ from changeover import points
 from changeover.cohorts import EVERY, Cohorts
 from changeover.errors import TableStopped
 from changeover.jobs.changes import completed, last_of_each_key, passed_on
-from changeover.jobs.events import ADDED, DELETE, INSERT, RELATION, TRUNCATE, UPDATE, kept
+from changeover.jobs.events import ADDED, DELETE, INSERT, NO_TEXT, RELATION, TRUNCATE, UPDATE, kept
 from changeover.jobs.journal import Journal
 from changeover.jobs.merge import caught_up_floor
 from changeover.jobs.tenure import Interval, Section
@@ -190,7 +190,8 @@ def first_stop(outline: pa.Table, identity: Sequence[str]) -> tuple[int, str] | 
     suspects = outline.filter(pc.or_(unsent, pc.equal(outline["op"], RELATION)))
     for event in suspects.sort_by([("lsn", "ascending"), ("ordinal", "ascending")]).to_pylist():
         if event["op"] == RELATION:
-            return event["lsn"], f"its definition changed: {event['note']}"
+            note = event["note"]
+            return event["lsn"], note if NO_TEXT in note else f"its definition changed: {note}"
         if met := set(event["missing"]) & set(identity):
             return event["lsn"], (
                 f"an update left the large key column {min(met)} unchanged and so out of the stream:"

@@ -25,7 +25,7 @@ from changeover.jobs.assumptions import Moment
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.events import ADDED, RELATION, Event, Image
 from changeover.jobs.intake import CaptureResult, Feed, Intake
-from changeover.jobs.shapes import Shape
+from changeover.jobs.shapes import Shape, not_utf8
 from changeover.jobs.transactions import ADDED_ANEW, added_anew, additions, difference
 from changeover.jobs.triggerlog import Log
 from changeover.jobs.windows import Row, Seen, Window
@@ -145,8 +145,14 @@ class LogRun:
             table = self.sources[row.tab] if row.tab is not None else None
             if table is not None and table.stopped:
                 continue
-            name, whole, key = ("", None, None) if table is None else (table.name, *table.images(row.image, row.gone))
-            length = len(row.image or "") + len(row.gone or "")
+            length = len(row.image or b"") + len(row.gone or b"")
+            try:
+                name, whole, key = ("", None, None) if table is None else (table.name, *table.images(row.image, row.gone))
+            except UnicodeDecodeError:
+                if table is None:
+                    raise
+                yield table.not_text(last.end, 2 * index, row.xid, at), length
+                continue
             yield Event(name, last.end, 2 * index, row.op, whole, key, (), row.xid, at, row.note), length
 
     def _watch(self, connection: Connection) -> None:
@@ -199,7 +205,14 @@ class Source:
             different = ADDED_ANEW
         return "; ".join([*found, *filter(None, [different])]), additions(seen.relation, self.prepared)
 
-    def images(self, image: str | None, gone: str | None) -> tuple[Image | None, Image | None]:
+    def not_text(self, lsn: int, ordinal: int, xid: int, at: int) -> Event:
+        """Return that a row came which is no text, in its place; nothing that follows it counts."""
+        self.stopped = True
+        note = not_utf8(())
+        log.warning("%s: %s", self.name, note)
+        return Event(self.name, lsn, ordinal, RELATION, None, None, (), xid, at, note)
+
+    def images(self, image: bytes | None, gone: bytes | None) -> tuple[Image | None, Image | None]:
         """Return the new row and the old key; a column that was added since prepare is left out."""
         shape = self.shape
         row = (shape.columns, self._values(image)) if image is not None else None
@@ -208,9 +221,9 @@ class Source:
         values = self._values(gone)
         return row, (self.key, tuple(values[place] for place in shape.keys))
 
-    def _values(self, text: str) -> tuple[str | None, ...]:
+    def _values(self, image: bytes) -> tuple[str | None, ...]:
         """Return a composite text's values as the slot's events have them, of which arrays are JSON."""
-        values: list[str | None] = list(self._load(text.encode()))
+        values: list[str | None] = list(self._load(image.decode().encode()))
         for column in self.shape.arrays:
             if column < len(values) and (array := values[column]) is not None:
                 values[column] = self.shape.as_json(column, array)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from changeover.jobs import grants, inverse
+from changeover.jobs import connections, grants, inverse
 from changeover.jobs.assumptions import hidden, server
 from changeover.jobs.preflight import CAPTURE_RULES, TABLE_RULES, SourceTable, source_table
 from changeover.session import Connection, application_name, connect
@@ -35,7 +35,11 @@ def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> l
             reasons.append(f"{seen.source} has {len(seen.columns):,} columns: {WIDEST:,} is the most that a batch back to it holds")
         if found is not None:
             reasons += _unfit(new, found)
-    return [f"the new store: {reason}" if reason.startswith(("the ", "wal_level", "all ")) else reason for reason in reasons]
+    reasons = [f"the new store: {reason}" if reason.startswith(("the ", "wal_level", "all ")) else reason for reason in reasons]
+    if spec.flag is not None:
+        dsn = spec.targets[spec.flag.target].dsn_value
+        reasons += connections.streaming(dsn, application_name(spec.name, "check"), "the new store")
+    return reasons
 
 
 def _unfit(new: Connection, found: SourceTable) -> list[str]:

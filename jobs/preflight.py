@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from psycopg import sql
 
-from changeover.errors import SpecError
-from changeover.jobs import grants
+from changeover.errors import RowsHidden, SpecError
+from changeover.jobs import charsets, connections, grants, masking
 from changeover.jobs.derivation import WORDS, derivations
 from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
@@ -24,12 +24,15 @@ from changeover.jobs.narrowing import narrower
 from changeover.jobs.partitions import partitions_of
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
-from changeover.stores import VERSION_COLUMNS, Column, open_store
+from changeover.stores import VERSION_COLUMNS, Column, Store, open_store
 from changeover.stores.batches import WIDEST
 from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
 from changeover.stores.postgres import PostgresStore
 from changeover.stores.ranges import estimated_rows
+from changeover.stores.reader import ReadTable
+
+OLD = "the old store"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class SourceTable:
     def store_columns(self) -> tuple[Column, ...]:
         """Return the columns as frames carry them."""
         return store_columns(self.columns)
+
+    @property
+    def read(self) -> ReadTable:
+        """Return the table as readers take it."""
+        schema, name = self.source.split(".", 1)
+        return ReadTable(schema, name, self.store_columns, self.key, partitioned=self.partitions is not None)
 
     @property
     def key(self) -> tuple[Column, ...]:
@@ -154,7 +163,10 @@ def preflight(spec: Spec) -> Preflight:
     Raises ServerUnavailable or SecretMissing where a side can't be looked at, SpecError for a column that is not there.
     """
     found = Preflight()
-    with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
+    dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "check")
+    with connect(dsn, application) as old:
+        found.reasons += connections.reasons(dsn, application, OLD)
+        found.reasons += connections.streaming(dsn, application, OLD) if spec.source.capture == SLOT else []
         rules = CAPTURE_RULES[spec.source.capture]
         asked = {"slot": spec.slot, "else": ', or capture = "trigger" in the spec\'s [source]'}
         found.reasons += [row[0] for row in old.execute(rules, asked).fetchall()]
@@ -167,10 +179,21 @@ def preflight(spec: Spec) -> Preflight:
             _require_columns(spec, table, found.tables.get(table.source))
             if spec.flag is not None:
                 found.reasons += _not_mirrored(old, found.tables.get(table.source))
+        connections.look_at_settings(old, OLD, found.reasons, found.notes)
+        encoding = charsets.encoding_of(old)
+        for table in spec.tables:
+            if (seen := found.tables.get(table.source)) is not None:
+                found.reasons += charsets.unreadable(old, dsn, application, seen.read, masking.of_source(table, seen.identity))
         found.notes += COSTS[spec.source.capture]
     prepared = _is_prepared(spec, found)
     for target in spec.targets.values():
         with open_store(spec, target, "check") as store:
+            if isinstance(store, PostgresStore):
+                found.reasons += connections.reasons(target.dsn_value, application, f"target {target.name}")
+                connections.look_at_settings(store.connection, f"target {target.name}", found.reasons, found.notes)
+                there = charsets.encoding_of(store.connection)
+                found.reasons += charsets.target_reasons(encoding, there, target.name)
+                found.notes += charsets.notes(encoding, there, target.name) if spec.flag is not None else []
             for table in spec.tables:
                 schema, name = table.target_name
                 if len(name.encode()) > NAME_BYTES:
@@ -187,9 +210,17 @@ def preflight(spec: Spec) -> Preflight:
                 if (seen := found.tables.get(table.source)) is not None:
                     found.reasons += narrower(store, table, seen.store_columns, existing)
                 found.reasons += store.objections(schema, name, table.key)
-                if store.has_rows(schema, name):
+                if _has_rows(store, schema, name):
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
     return found
+
+
+def _has_rows(store: Store, schema: str, name: str) -> bool:
+    """Return whether a target table has rows; what a policy would hide is a reason of its own (`assumptions`)."""
+    try:
+        return store.has_rows(schema, name)
+    except RowsHidden:
+        return False
 
 
 def _rights_on_source(spec: Spec, old: Connection, table: Table, found: Preflight) -> None:

@@ -18,6 +18,7 @@ from psycopg import pq, sql
 
 from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, SpoolGap
 from changeover.jobs import pgoutput
+from changeover.jobs.charsets import has_no_encoding
 from changeover.jobs.entries import Stream
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
@@ -119,7 +120,12 @@ class Replication(CopyStream):
                 raise SourceChanged(what, str(prepared), str(now))
 
     def start(self, stream: Stream, at: int) -> None:
-        """Begin to stream what committed at `at` or later; raises LeaseHeld while another session has the slot."""
+        """Begin to stream what committed at `at` or later; raises LeaseHeld while another session has the slot.
+
+        A server without an encoding sends its bytes as they are, so that one row which is no text does not end the stream.
+        """
+        if has_no_encoding(self.connection):
+            self.connection.pgconn.exec_(b"SET client_encoding TO 'SQL_ASCII'")
         options = [sql.SQL(name) + sql.SQL(" ") + sql.Literal(value) for name, value in decoding(stream.publication).items()]
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})").format(
             sql.Identifier(stream.slot), sql.SQL(format_lsn(at)), sql.SQL(", ").join(options)
@@ -132,7 +138,9 @@ class Replication(CopyStream):
             raise error
 
     def answer(self, durable: int, *, ping: bool = False) -> None:
-        """Tell the server what is durable; with `ping` it answers at once, which shows that it is alive."""
+        """Tell the server what is durable; with `ping` it answers at once, which shows that it is alive. Raises as `ended`."""
+        if self.over:
+            self.ended()
         wire = self.connection.pgconn
         wire.put_copy_data(pgoutput.feedback(self.received, durable, datetime.now(UTC), ping=ping))
         wire.flush()

@@ -30,6 +30,10 @@ BEGIN_BYTES, COMMIT_BYTES = 21, 26
 TRANSACTIONAL = 1
 
 
+class NotText(MalformedMessage):
+    """A value that is no UTF-8: what the row is of stops there."""
+
+
 class Wire:
     """The messages of many frames in one run of bytes, read at many places at once; `start` and `end` bound each message.
 
@@ -141,7 +145,7 @@ def gathered(wire: Wire, begin: Places, end: Places, kind: Codes) -> pa.Array:
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid as error:
-        raise MalformedMessage(f"a value that is no UTF-8: {error}") from error
+        raise NotText(f"a value that is no UTF-8: {error}") from error
     return texts
 
 
@@ -154,6 +158,11 @@ class Changes:
     old_kind: int
     old: Tuples | None
     new: Tuples | None
+
+    def one(self, place: int) -> Changes:
+        """Return one of the changes."""
+        old, new = (part[np.array([place])] if part is not None else None for part in (self.old, self.new))
+        return Changes(self.op, self.numbers[place : place + 1], self.old_kind, old, new)
 
 
 def changes(wire: Wire, numbers: Places, columns: int) -> list[Changes]:

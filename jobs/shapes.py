@@ -77,6 +77,17 @@ class Shape:
         }
         return pa.table([columns[name] for name in events.SCHEMA.names], schema=events.SCHEMA)
 
+    def not_text(self, change: Changes) -> str:
+        """Return which columns of a change hold bytes that are no UTF-8, which no target and no file has a place for."""
+        found = []
+        for place, name in enumerate(self.columns):
+            try:
+                for part in filter(None, (change.old, change.new)):
+                    part.texts(place)
+            except rows.NotText:
+                found.append(name)
+        return not_utf8(found)
+
     def _key_moved(self, old: Tuples | None, new: Tuples) -> Mask:
         """Return which updates gave their row another key; that an old image was sent does not yet say so."""
         moved = np.zeros(len(new.after), np.bool_)
@@ -128,6 +139,11 @@ class Shape:
         unsent = new.kind == rows.UNCHANGED
         offsets = np.concatenate(([0], np.cumsum(unsent.sum(axis=1)))).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), self.names.take(pa.array(np.nonzero(unsent)[1])))
+
+
+def not_utf8(columns: Sequence[str]) -> str:
+    """Return what is said of a row with such bytes."""
+    return f"a row came whose {', '.join(columns) or 'values'} {events.NO_TEXT}: correct it"
 
 
 def _supplied(old: Tuples, new: Tuples) -> Tuples:

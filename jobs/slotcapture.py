@@ -21,6 +21,7 @@ from changeover.errors import DatabaseFailed, LeaseHeld, ServerUnavailable
 from changeover.jobs import backlog, intake, pgoutput
 from changeover.jobs.assumptions import Moment
 from changeover.jobs.backlog import Backlog
+from changeover.jobs.charsets import has_no_encoding
 from changeover.jobs.chunks import acknowledged
 from changeover.jobs.intake import CaptureResult, Feed, Intake
 from changeover.jobs.replication import (
@@ -103,7 +104,8 @@ class SlotRun:
             check_slot(connection, self.stream, self._position())
             self.answer_every = answer_interval(connection)
             generated = generated_columns(connection, self.stream.publication)
-            far = backlog.turn(connection, self.stream.slot, self._position(), backlog.FAR_BYTES) if self.by_turns else None
+            by_turns = self.by_turns and not has_no_encoding(connection)  # whose bytes the stream alone brings as they are
+            far = backlog.turn(connection, self.stream.slot, self._position(), backlog.FAR_BYTES) if by_turns else None
         with closing(connect(self.dsn, name, replication=True)) as connection:
             replication = Replication(connection, self.dsn)
             with speaking_to(self.dsn, "starting the change stream"):

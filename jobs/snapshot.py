@@ -26,7 +26,7 @@ from changeover.errors import CouldNotFinish, DatabaseFailed, LockNotGranted, Sl
 from changeover.position import parse_lsn
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import Spec
-from changeover.stores.postgres import exporting, importing, unlimited
+from changeover.stores.postgres import exporting, importing
 from changeover.stores.reader import ExportedSnapshot
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,6 @@ def keep(dsn: str, application: str, snapshot: str) -> None:
     exported = []
     for _ in range(KEEPERS):
         session = connect(dsn, application, autocommit=False)
-        unlimited(session)
         session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         session.read_only = True
         session.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))

@@ -218,10 +218,25 @@ class Assembler:
             ours = np.flatnonzero(row & new & (relation == oid))
             for group in rows.changes(wire, numbers[ours], len(shape.columns)):
                 places = ours[np.searchsorted(numbers[ours], group.numbers)]
-                self._gather(shape.events(group, Stamps(*(part[places] for part in stamps)), marks.take(pa.array(places))))
+                self._changed(shape, group, Stamps(*(part[places] for part in stamps)), marks.take(pa.array(places)))
         for place in np.flatnonzero(~row & new).tolist():
             at = Stamps(*(part[place : place + 1] for part in stamps))
             self._other(wire.message(int(numbers[place])), at, marks[place].as_py())
+
+    def _changed(self, shape: Shape, group: rows.Changes, stamps: Stamps, notes: pa.Array) -> None:
+        """Gather the events of changes; in the place of a row that is no text the table is said to have one."""
+        try:
+            self._gather(shape.events(group, stamps, notes))
+        except rows.NotText:
+            for place in range(len(group.numbers)):
+                one, at = group.one(place), Stamps(*(part[place : place + 1] for part in stamps))
+                try:
+                    self._gather(shape.events(one, at, notes[place : place + 1]))
+                except rows.NotText:
+                    lsn, ordinal, xid, committed_at = (int(part[0]) for part in at)
+                    note = shape.not_text(one)
+                    log.warning("%s: %s", shape.name, note)
+                    self._gather_events([Event(shape.name, lsn, ordinal, RELATION, None, None, (), xid, committed_at, note)])
 
     def _marks(self, wire: Wire, numbers: Places, other: Mask, stamps: Stamps) -> pa.Array:
         """Return for each data message what the mark of our own writes before it in its transaction says, or NULL."""

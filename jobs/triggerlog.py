@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
+from changeover import settings as pins
 from changeover.errors import LockNotGranted
-from changeover.session import LOCK_TIMEOUT, PINNED, Connection, application_name, server_name
+from changeover.session import LOCK_TIMEOUT, Connection, application_name, server_name
 from changeover.spec import Spec
 
 LOCK_TRIES = 30
@@ -90,8 +91,8 @@ BEGIN
             IF {moved} THEN gone := OLD::text; END IF;
         END IF;
         IF gone IS NOT NULL AND EXISTS (SELECT FROM ONLY {table} r WHERE {same_as_old}) THEN gone := NULL; END IF;
-    EXCEPTION WHEN undefined_column OR undefined_table OR undefined_function OR datatype_mismatch THEN
-        -- the table was altered: the write goes on, and capture stops the table
+    EXCEPTION WHEN undefined_column OR undefined_table OR undefined_function OR datatype_mismatch OR insufficient_privilege THEN
+        -- the write goes on: the table was altered, and capture stops it, or a policy would hide rows, and whoever reads it says so
         IF TG_OP <> 'DELETE' THEN image := NEW::text; END IF;
         IF TG_OP <> 'INSERT' THEN gone := OLD::text; END IF;
     END;
@@ -135,16 +136,11 @@ def _function(connection: Connection, log: Log, place: int, table: tuple[str, st
         same_as_new=all_of(same.format("NEW"), " AND "), same_as_old=all_of(same.format("OLD"), " AND "),
         moved=all_of('OLD.{k}::text COLLATE "C" IS DISTINCT FROM NEW.{k}::text', " OR "),
     )  # fmt: skip
-    pinned = {**{name: value for name, value in PINNED.items() if name != "client_encoding"}, "search_path": "pg_catalog, pg_temp"}
-    settings = sql.SQL(" ").join(_setting(name, value) for name, value in pinned.items())
+    pinned = {**pins.output(), "row_security": "off", "search_path": "pg_catalog, pg_temp"}
+    settings = sql.SQL(" ").join(sql.SQL("SET {}").format(pins.assignment(name, value)) for name, value in pinned.items())
     return sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER {} AS {}").format(
         log.function(place), settings, sql.Literal(body.as_string(connection))
     )
-
-
-def _setting(name: str, value: str) -> sql.Composed:
-    """Compose a setting of a function; those that are lists are written as their parts."""
-    return sql.SQL("SET {} TO {}").format(sql.Identifier(name), sql.SQL(", ").join(map(sql.Literal, value.split(", "))))
 
 
 def _triggers(log: Log, place: int, table: tuple[str, str]) -> Iterator[sql.Composed]:

@@ -30,6 +30,7 @@ from psycopg.rows import args_row
 
 from changeover.errors import SourceChanged, SpoolGap
 from changeover.jobs import pgoutput
+from changeover.jobs.charsets import has_no_encoding
 from changeover.jobs.entries import Stream
 from changeover.jobs.snapshot import contains
 from changeover.jobs.triggerlog import TRIGGERS, Log, exists
@@ -39,8 +40,6 @@ from changeover.stores.postgres import exporting
 from changeover.stores.reader import ExportedSnapshot
 
 SESSION = {
-    "default_transaction_isolation": "read committed",
-    "synchronous_commit": "on",  # what a window shows must not be taken back by a crash
     "enable_seqscan": "off",  # what was pruned may still be there for vacuum, and the catalogue knows nothing of it
 }
 
@@ -73,8 +72,8 @@ class Row(NamedTuple):
     xid: int
     tab: int | None
     op: str
-    image: str | None
-    gone: str | None
+    image: bytes | None
+    gone: bytes | None
     note: str | None
 
 
@@ -191,11 +190,14 @@ def _seen(told: dict[str, Any]) -> Seen:
 
 
 ROWS = """
-SELECT xid::text::bigint, tab, op::text, image, gone, note FROM {rows}
+SELECT xid::text::bigint, tab, op::text, convert_to(image, {encoding}), convert_to(gone, {encoding}), note FROM {rows}
 WHERE (xid >= %(next)s::text::xid8 OR xid = ANY (%(running)s::text[]::xid8[])) AND pg_visible_in_snapshot(xid, %(now)s::pg_snapshot)
 ORDER BY seq
 """
-"""A window's rows: what the snapshot before it did not show is what began later or was running then."""
+"""A window's rows: what the snapshot before it did not show is what began later or was running then.
+
+Images come as bytes, in UTF-8 where the server has an encoding: what is no text there is told of its table.
+"""
 
 
 def _bounds(before: str, now: str) -> dict[str, Any]:
@@ -209,7 +211,8 @@ def reading(connection: Connection, log: Log, before: Window, window: Window) ->
     assert contains(window.snapshot, before.snapshot), (before, window)
     with connection.transaction(), connection.cursor("changeover_window", row_factory=args_row(Row)) as cursor:
         cursor.itersize = 2000
-        cursor.execute(sql.SQL(ROWS).format(rows=log.rows), _bounds(before.snapshot, window.snapshot))
+        encoding = sql.Literal("SQL_ASCII" if has_no_encoding(connection) else "UTF8")
+        cursor.execute(sql.SQL(ROWS).format(rows=log.rows, encoding=encoding), _bounds(before.snapshot, window.snapshot))
         yield cursor
 
 

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 import psycopg
 
-from changeover.errors import ChangeoverError, CouldNotFinish, Interrupted, SpecError
+from changeover.errors import ChangeoverError, CouldNotFinish, Interrupted, RowsHidden, SpecError
 from changeover.folders import keep_private, umask, work
 from changeover.jobs.ledger import Ledger
 from changeover.record import log_file
+from changeover.session import hides_rows
 from changeover.spec import Spec, load
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def unforeseen(error: Exception, log: Path | None = None) -> CouldNotFinish:
         return CouldNotFinish(f"unexpected {type(error).__name__}: {said}{details}")
     if error.sqlstate is None or error.sqlstate.startswith("57P"):  # no answer of a server, or its last one
         return CouldNotFinish(f"a database broke off ({said}): check the servers, then run the same command again{details}")
+    if hides_rows(error):
+        return RowsHidden("a database", "ROLE", said)
     return CouldNotFinish(f"a database refused a statement ({said}, SQLSTATE {error.sqlstate}){details}")
 
 

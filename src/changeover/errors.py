@@ -17,6 +17,8 @@ from tasks to the driver. A wrong row is never an exception: it is data in a ver
     ├── CouldNotFinish                 3   nothing is lost, run it again
     │   ├── ServerUnavailable              a connection failed or broke
     │   ├── DatabaseFailed                 the server refused a statement
+    │   ├── RowsHidden                     a policy would hide rows from our role
+    │   ├── TextRefused                    a text that the other side's encoding has no place for
     │   ├── LockNotGranted                 a bounded wait for a lock ended
     │   ├── SlotBlocked                    open transactions held up a replication slot
     │   ├── SnapshotLost                   the exported snapshot is gone
@@ -177,6 +179,39 @@ class DatabaseFailed(CouldNotFinish):
 
     def __str__(self) -> str:
         return f"{self.server} refused while {self.doing}: {self.problem}"
+
+
+@dataclass(eq=False)
+class RowsHidden(CouldNotFinish):
+    """A policy would hide rows from our role, so the server refused the statement instead of leaving them out."""
+
+    server: str
+    role: str
+    problem: str
+    transient: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return (
+            f"{self.server}: row-level security would hide rows from {self.role} ({self.problem}): ALTER ROLE {self.role}"
+            f" BYPASSRLS, or GRANT the table's owner to {self.role} where the table has no FORCE ROW LEVEL SECURITY; then run again"
+        )
+
+
+@dataclass(eq=False)
+class TextRefused(CouldNotFinish):
+    """A text, or bytes that are none, for which the other side's encoding has no place."""
+
+    server: str
+    doing: str
+    problem: str
+    transient: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return (
+            f"{self.server}: a text has no place in the other side's encoding, met while {self.doing} ({self.problem}): correct it,"
+            f" `changeover check SPEC` finds bytes that are no UTF-8; then run again, or `changeover prepare --anew SPEC` where the"
+            f" change stream has it already"
+        )
 
 
 @dataclass(eq=False)

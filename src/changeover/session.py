@@ -1,41 +1,34 @@
 """Sessions with PostgreSQL and Spark: the one place where they are made and pinned.
 
-Every PostgreSQL session of ours, Spark's JDBC ones too, runs with TimeZone UTC, DateStyle ISO, IntervalStyle postgres,
-extra_float_digits 1 and bytea_output hex, so that the text of a value does not depend on a server's or a user's settings, and bears
-`changeover:<migration>:<step>` as its application name. Nothing here runs at import.
+Every PostgreSQL session of ours, the walsender's and Spark's JDBC ones too, has the values of `settings.PINNED`, so that nothing of
+what it reads, writes or waits for depends on a server's, a role's or the environment's settings; one that does not hold them is
+refused. It bears `changeover:<migration>:<step>` as its application name. Nothing here runs at import.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import psycopg
+from psycopg import pq, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from changeover.errors import DatabaseFailed, LockNotGranted, ServerUnavailable
+from changeover import settings as pins
+from changeover.errors import ChangeoverError, DatabaseFailed, LockNotGranted, RowsHidden, ServerUnavailable, TextRefused
+from changeover.settings import Kind
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 Row = tuple[Any, ...]
 Connection = psycopg.Connection[Row]
-
-PINNED = {
-    "TimeZone": "UTC",
-    "DateStyle": "ISO, YMD",
-    "IntervalStyle": "postgres",
-    "extra_float_digits": "1",
-    "bytea_output": "hex",
-    "client_encoding": "UTF8",
-}
-"""Settings that decide how a value reads as text; the same in psycopg's and in Spark's sessions."""
 
 LOCK_TIMEOUT = "2s"
 """How long a statement of ours on a user's table may wait for a lock before it makes way and tries again."""
@@ -50,9 +43,17 @@ def application_name(migration: str, step: str) -> str:
 
 def server_name(dsn: str) -> str:
     """Return host, port and database of a DSN for messages: never a user or a secret."""
-    parts = conninfo_to_dict(dsn)
+    given = conninfo_to_dict(dsn)
+    parts = {**_defaults(), **given}
+    if parts.get("service") and not (given.get("host") or given.get("hostaddr")):
+        return f"service {parts['service']}"
     host = parts.get("host") or parts.get("hostaddr") or "local socket"
     return f"{host}:{parts.get('port') or 5432}/{parts.get('dbname') or parts.get('user') or ''}"
+
+
+def _defaults() -> dict[str, str]:
+    """Return what libpq takes from the environment where a DSN says nothing."""
+    return {one.keyword.decode(): one.val.decode() for one in pq.Conninfo.get_defaults() if one.val and one.envvar}
 
 
 def connect(
@@ -62,26 +63,74 @@ def connect(
     autocommit: bool = True,
     replication: bool = False,
     settings: Mapping[str, str] | None = None,
+    kind: Kind = Kind.OURS,
 ) -> Connection:
-    """Open a pinned session; raises ServerUnavailable in one sentence (driver, task or application)."""
-    options = {**PINNED, **(settings or {})}
+    """Open a pinned session; raises ServerUnavailable in one sentence (driver, task or application).
+
+    `kind` says whose statements it runs: what is pinned goes by that.
+    """
+    wanted = {**pins.pinned(kind), **(settings or {})}
     conninfo = make_conninfo(
         dsn,
         application_name=application,
         connect_timeout=str(CONNECT_TIMEOUT),
-        options=_merged_options(dsn, options),
+        client_encoding=wanted["client_encoding"],
+        options=options_of(dsn, wanted),
         **({"replication": "database"} if replication else {}),
     )
     try:
-        return psycopg.connect(conninfo, autocommit=autocommit)
+        connection = psycopg.connect(conninfo, autocommit=autocommit)
     except psycopg.OperationalError as error:
-        raise ServerUnavailable(server_name(dsn), _first_line(error)) from error
+        said = _first_line(error)
+        hint = f"; {NO_POOLER}" if "unsupported startup parameter" in said else ""  # pgbouncer's words
+        raise ServerUnavailable(server_name(dsn), f"{said}{hint}") from error
+    try:
+        _pin(connection, dsn, kind, settings or {})
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
-def _merged_options(dsn: str, settings: Mapping[str, str]) -> str:
-    given = conninfo_to_dict(dsn).get("options")
+def options_of(dsn: str, settings: Mapping[str, str]) -> str:
+    """Return the options of a session: ours come behind those of the DSN, and win."""
+    given = _given_options(dsn)
     ours = " ".join(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in settings.items())
     return f"{given} {ours}" if given else ours
+
+
+def _given_options(dsn: str) -> str | None:
+    """Return the options that the DSN, its service or the environment give; libpq takes the first of them alone."""
+    parts = conninfo_to_dict(dsn)
+    if "options" in parts or not (parts.get("service") or os.environ.get("PGSERVICE")):
+        return str(parts.get("options") or os.environ.get("PGOPTIONS") or "") or None
+    begun = pq.PGconn.connect_start(dsn.encode())  # it reads the service file first
+    found = next((one.val for one in begun.info if one.keyword == b"options"), None)
+    begun.finish()
+    return found.decode() if found else None
+
+
+FROM_ENVIRONMENT = ("TimeZone", "DateStyle")
+"""What libpq sends for PGTZ and PGDATESTYLE, behind the options and so above them: they are set once more."""
+
+
+def _pin(connection: Connection, dsn: str, kind: Kind, given: Mapping[str, str]) -> None:
+    """Pin what the options could not, and look whether all of it holds, in one round trip; `given` is the caller's own."""
+    first = pins.pinned(kind)
+    after = {**{name: first[name] for name in FROM_ENVIRONMENT}, **pins.later(connection.info.server_version, kind)}
+    wanted = {name: value for name, value in {**first, **after}.items() if name not in given}
+    after = {name: value for name, value in after.items() if name not in given}
+    query = sql.SQL("{}; {}").format(pins.statements(after), pins.deviations(wanted))
+    with speaking_to(dsn, "pinning a session's settings"):
+        result = connection.pgconn.exec_(query.as_bytes(connection))
+        if result.status != pq.ExecStatus.TUPLES_OK:
+            raise psycopg.errors.error_from_result(result)
+    if result.ntuples:
+        name, value = ((result.get_value(0, place) or b"").decode() for place in (0, 1))
+        raise ServerUnavailable(server_name(dsn), f"the session has {name} = {value} whatever we set: {NO_POOLER}")
+
+
+NO_POOLER = "name the server itself in the DSN, and no pooler that keeps settings back or changes sessions between transactions"
 
 
 @contextmanager
@@ -89,38 +138,43 @@ def speaking_to(dsn: str, doing: str) -> Iterator[None]:
     """Turn psycopg's errors into ours: a broken connection is not a refused statement."""
     try:
         yield
-    except psycopg.errors.LockNotAvailable as error:
-        raise LockNotGranted(server_name(dsn), f"lock for {doing}", _first_line(error)) from error
-    except (psycopg.errors.AdminShutdown, psycopg.errors.CrashShutdown, psycopg.errors.CannotConnectNow) as error:
-        raise ServerUnavailable(server_name(dsn), _first_line(error)) from error
     except psycopg.Error as error:
-        if error.sqlstate is None:  # no answer of a server: the connection itself failed
-            raise ServerUnavailable(server_name(dsn), _first_line(error)) from error
-        raise DatabaseFailed(server_name(dsn), doing, _first_line(error)) from error
+        raise failure(dsn, doing, error) from error
+
+
+def failure(dsn: str, doing: str, error: psycopg.Error) -> ChangeoverError:
+    """Return an error of psycopg as ours."""
+    server, said = server_name(dsn), _first_line(error)
+    if isinstance(error, psycopg.errors.LockNotAvailable):
+        return LockNotGranted(server, f"lock for {doing}", said)
+    if isinstance(error, psycopg.errors.AdminShutdown | psycopg.errors.CrashShutdown | psycopg.errors.CannotConnectNow):
+        return ServerUnavailable(server, said)
+    if error.sqlstate is None:  # no answer of a server: the connection itself failed
+        return ServerUnavailable(server, said)
+    if hides_rows(error):
+        return RowsHidden(server, role_of(dsn), said)
+    if isinstance(error, psycopg.errors.CharacterNotInRepertoire | psycopg.errors.UntranslatableCharacter):
+        return TextRefused(server, doing, "; ".join([said, *WHERE.findall(error.diag.context or "")]))
+    return DatabaseFailed(server, doing, said)
+
+
+WHERE = re.compile(r"column \S+(?=:)|associated LSN \S+")
+"""What a server tells of the place of a value, without the value."""
+
+
+def hides_rows(error: psycopg.Error) -> bool:
+    """Return whether the server refused a statement because a policy would have hidden rows, whatever language it speaks."""
+    return error.sqlstate == "42501" and error.diag.source_function == "check_enable_rls"
+
+
+def role_of(dsn: str) -> str:
+    """Return the role that a DSN names, for messages."""
+    return str(conninfo_to_dict(dsn).get("user") or "ROLE")
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0].removeprefix("connection failed: ") if text else type(error).__name__
-
-
-def jdbc_options(dsn: str, application: str) -> dict[str, str]:
-    """Return Spark's JDBC options for a psycopg DSN; the password travels as an option that Spark redacts."""
-    parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items() if value is not None}
-    host, port, database = parts.get("host", "localhost"), parts.get("port", "5432"), parts.get("dbname", "")
-    settings = {name: value for name, value in PINNED.items() if name != "client_encoding"}  # pgjdbc insists on its own UTF8
-    options = {
-        "url": f"jdbc:postgresql://{host}:{port}/{quote(database, safe='')}",
-        "driver": "org.postgresql.Driver",
-        "ApplicationName": application,
-        "options": _merged_options("", settings),
-        "user": parts.get("user", ""),
-    }
-    if "password" in parts:
-        options["password"] = parts["password"]
-    if "sslmode" in parts:
-        options["sslmode"] = parts["sslmode"]
-    return options
 
 
 def spark_session(

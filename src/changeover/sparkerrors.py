@@ -10,13 +10,19 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused, ServerUnavailable, SnapshotLost
+from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused, RowsHidden, ServerUnavailable, SnapshotLost, TextRefused
 
 UNREACHABLE = re.compile(
     r"PSQLException: (.*(?:refused|terminating connection|I/O error|connection attempt failed|has been closed|EOF|shutting down"
     r"|starting up).*)"
 )
+NOT_CONNECTED = "FAILED_JDBC.CONNECTION"
+"""Spark's class of a connection that Java could not have."""
+
+HIDDEN = re.compile(r"PSQLException: ERROR: (.*row-level security policy.*)")
+NOT_TEXT = re.compile(r"PSQLException: ERROR: (invalid byte sequence for encoding .*|.* has no equivalent in encoding .*)")
 SNAPSHOT = re.compile(r"PSQLException: ERROR: (.*(?:snapshot).*)")
 DATABASE = re.compile(r"PSQLException: (?:ERROR: )?(.*)")
 OURS = "[NOT_CARRIED]"
@@ -33,13 +39,28 @@ def from_spark(table: str, place: str) -> Iterator[None]:
     try:
         yield
     except (PySparkException, Py4JError) as error:
-        raise translated(str(error), table, place) from error
+        raise translated("\n".join((str(error), *_causes(error))), table, place) from error
+
+
+def _causes(error: Any) -> Iterator[str]:
+    """Return what lies below an error in the JVM: Spark's own words leave it out where a connection was not had."""
+    cause = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
+    while cause is not None:
+        yield str(cause.toString())
+        cause = cause.getCause()
 
 
 def translated(text: str, table: str, place: str) -> ChangeoverError:
     """Return the error of ours that a stack trace tells of."""
     if match := UNREACHABLE.search(text):
         return ServerUnavailable("the source or target server", match[1].strip())
+    if NOT_CONNECTED in text:
+        match = DATABASE.search(text)
+        return ServerUnavailable(f"the server of table {table}", f"from Java: {match[1].strip() if match else 'no reason given'}")
+    if match := HIDDEN.search(text):
+        return RowsHidden(f"the server of table {table}", "ROLE", match[1].strip())
+    if match := NOT_TEXT.search(text):
+        return TextRefused(f"the server of table {table}", f"reading {place}", match[1].strip())
     if match := SNAPSHOT.search(text):
         return SnapshotLost("of this migration", match[1].strip())
     if OURS not in text and (match := DATABASE.search(text)):

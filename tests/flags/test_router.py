@@ -603,6 +603,31 @@ def test_an_applications_pool_is_used_and_left_as_it_was(stores: Stores, flag_cl
     assert levels == [("read committed",)]
 
 
+def test_a_mirrored_row_has_all_its_digits_in_an_applications_pool(
+    stores: Stores, flag_client: LDClient, set_stage: SetStage, follow: Follow
+) -> None:
+    pool, seen = OnePool(stores.old_dsn), []
+    pool.session.execute("SET extra_float_digits = -5")
+    pool.session.commit()
+
+    def write(cursor: Cursor) -> list[Change]:
+        seen.append(cursor.execute("SELECT 1 / 3.0::double precision").fetchone())
+        return follow.put_old(cursor)
+
+    router = Router(
+        old=PgEndpoint(stores.old_dsn, "public.follows", pool=pool),
+        new=stores.endpoint(Origin.NEW),
+        to_new=lambda row: None,
+        to_old=lambda row: None,
+        stage=FlagStage(flag_client, FLAG),
+    )
+    with router, pool.session:
+        set_stage(router, Stage.DUALWRITE)
+        assert router.write(old=write, new=follow.put_new).mirrored
+        assert pool.session.execute("SHOW extra_float_digits").fetchone() == ("-5",)
+    assert seen == [(1 / 3,)]
+
+
 def test_without_a_ledger_it_follows_the_flag_and_says_once_that_nothing_is_fenced(
     stores: Stores, make_router: MakeRouter, set_stage: SetStage, follow: Follow, caplog: pytest.LogCaptureFixture
 ) -> None:

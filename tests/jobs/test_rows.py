@@ -230,7 +230,7 @@ ROW = encoded(("x", "1", None, None))
     "message",
     [
         b"Z", b"I\0\1\x11\x71X" + ROW, b"D\0\1\x11\x71N" + ROW, b"U\0\1\x11\x71K" + ROW + b"Z" + ROW, b"I\0\1\x11\x71N\0\1n",
-        b"I\0\1\x11\x71N\0\4t\0\0\0\1\xffnnn", b"I\0\1\x11\x71N\0\4t\xff\xff\xff\xffnnn", b"I\0\1\x11\x71N\0\4znnn",
+        b"I\0\1\x11\x71N\0\4t\xff\xff\xff\xffnnn", b"I\0\1\x11\x71N\0\4znnn",
         b"I\0\0\0\1N" + ROW,
         b"B", b"C\0", b"B" + struct.pack("!QqI", 5, MICROS, 9),
     ],
@@ -240,6 +240,15 @@ def test_bytes_of_no_known_message_are_refused(message: bytes) -> None:
     assembler.take([begin(1000, 7), described("public.one")])
     with pytest.raises(MalformedMessage):
         assembler.take([framed(message)])
+
+
+def test_in_the_place_of_a_row_that_is_no_text_its_table_is_said_to_have_one() -> None:
+    assembler = Assembler(TABLES)
+    bad, good = b"I\0\1\x11\x71N\0\4t\0\0\0\1\xffnnn", b"I\0\1\x11\x71N" + ROW
+    assembler.take([begin(1000, 7), described("public.one"), *map(framed, (good, bad, good))])
+    events = pa.concat_tables(assembler.taken()).to_pylist()
+    assert [(event["op"], event["ordinal"]) for event in events] == [("I", 0), ("R", 2), ("I", 4)]
+    assert events[1]["note"] == "a row came whose a held bytes that are no UTF-8: correct it"
 
 
 def test_a_change_outside_of_a_transaction_is_refused() -> None:

@@ -6,13 +6,13 @@ import pytest
 from psycopg import sql
 from pyspark.sql import DataFrame
 
+from changeover import settings
 from changeover.errors import RowRefused
 from changeover.jobs.changes import last_of_each_key
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import require_prepared
 from changeover.jobs.spool import Spool
 from changeover.jobs.transform import Transform
-from changeover.session import PINNED
 from changeover.sparkerrors import from_spark
 from changeover.stores.pgtypes import passable
 from changeover.stores.reader import EVERYTHING, ExportedSnapshot, ReadTable, read_table
@@ -71,7 +71,7 @@ def test_what_one_way_carries_the_other_does_too(make_migration: MakeMigration) 
     made = migration_of(make_migration, list(CARRIED))
     # a server's own settings are its own
     for setting, value in {"bytea_output": "escape", "DateStyle": "SQL, DMY", "IntervalStyle": "iso_8601"}.items():
-        assert setting in PINNED
+        assert setting in settings.output()
         name = sql.Identifier(made.old.info.dbname)
         made.old.execute(sql.SQL("ALTER DATABASE {} SET {} = {}").format(name, sql.Identifier(setting), sql.Literal(value)))
     values = [(column, value) for column, values in enumerate(CARRIED.values()) for value in values]

@@ -77,7 +77,9 @@ class PostgresStore:
 
     def has_rows(self, schema: str, name: str) -> bool:
         """Return whether the table has any row."""
-        row = self.connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(sql.Identifier(schema, name))).fetchone()
+        query = sql.SQL("SELECT EXISTS (SELECT FROM {})").format(sql.Identifier(schema, name))
+        with speaking_to(self.dsn, f"looking into {schema}.{name}"):
+            row = self.connection.execute(query).fetchone()
         return bool(row and row[0])
 
     def create(self, table: TargetTable) -> None:
@@ -209,7 +211,6 @@ def freeze(spark: SparkSession, dsn: str, application: str, table: ReadTable, pa
 def exporting(dsn: str, application: str) -> Iterator[tuple[Connection, ExportedSnapshot]]:
     """Hold a snapshot of this moment open for others to import (driver)."""
     with connect(dsn, application, autocommit=False) as holder:
-        unlimited(holder)
         holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         holder.read_only = True
         row = holder.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text").fetchone()
@@ -222,7 +223,8 @@ def frozen_at(
     holder: Connection, parts: int,
 ) -> Frozen:  # fmt: skip
     """Return a frozen state whose snapshot `holder` holds; `holder` runs the user's own queries (driver)."""
-    ranges = plan_ranges(holder, table.schema, table.name, [c.name for c in table.key], parts)
+    with speaking_to(dsn, f"planning the reads of {table.schema}.{table.name}"):
+        ranges = plan_ranges(holder, table.schema, table.name, [c.name for c in table.key], parts)
 
     def frame(keys: Sequence[tuple[str, ...]] | None = None) -> DataFrame:
         return read_table(spark, dsn, application, table, ranges, snapshot, keys)
@@ -277,20 +279,10 @@ def _spark_type(type_name: str) -> str:
     return carried.spark if carried else ""
 
 
-def unlimited(connection: Connection) -> None:
-    """Lift every timeout that could end a session which has to hold a snapshot; names that a server does not know are skipped."""
-    connection.execute(
-        "SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('idle_in_transaction_session_timeout',"
-        " 'idle_session_timeout', 'statement_timeout', 'transaction_timeout')"
-    )
-    connection.commit()
-
-
 @contextmanager
 def importing(dsn: str, application: str, snapshot: str) -> Iterator[tuple[Connection, ExportedSnapshot]]:
     """Open a session inside an exported snapshot, and tell what it sees; raises SnapshotLost (driver)."""
     with connect(dsn, application, autocommit=False) as session:
-        unlimited(session)
         session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         session.read_only = True
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from psycopg import sql
 
-from changeover.session import jdbc_options
+from changeover import jdbc
 from changeover.stores import Column
 from changeover.stores.pgtypes import ARRAY, JSON, NATIVE, NESTED, TEXT, decode, form_of
 from changeover.stores.pgtypes import moved as as_moved
@@ -104,7 +104,7 @@ def _read(
 ) -> DataFrame:  # fmt: skip
     """Read expressions under their names, one partition a condition."""
     options = {
-        **jdbc_options(dsn, application),
+        **jdbc.options(dsn, application),
         "fetchsize": str(FETCH_SIZE),
         # the server's comparison is not Spark's (collations, the pad of char(n)), and the change stream meets Spark's alone
         "pushDownPredicate": "false",
@@ -178,14 +178,11 @@ def _some_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> list[s
 
 def _session_start(table: ReadTable, snapshot: ExportedSnapshot) -> sql.Composed:
     """Import the snapshot, prove it in band, and hold the table's file in place until the range is read."""
-    return sql.SQL(
+    begun = sql.SQL(
         "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET TRANSACTION SNAPSHOT {name};"
         " LOCK TABLE {table} IN ACCESS SHARE MODE;"
         " DO $check$ BEGIN IF pg_current_snapshot()::text <> {visible} THEN"
         " RAISE EXCEPTION 'changeover: the session sees % and not the exported snapshot', pg_current_snapshot();"
         " END IF; END $check$"
-    ).format(
-        name=sql.Literal(snapshot.name),
-        visible=sql.Literal(snapshot.visible),
-        table=table.rows,
     )
+    return jdbc.start(begun.format(name=sql.Literal(snapshot.name), visible=sql.Literal(snapshot.visible), table=table.rows))

@@ -1,0 +1,66 @@
+"""Connections: whether each kind that a run needs can be had from a server, and what stands in between; asked by `check`.
+
+A plain session says little of the others: the walsender has conditions of its own, the driver of Java takes less than libpq, and
+a pooler may give each transaction another session. Nothing is changed by it, and no JVM is started.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from changeover import jdbc, settings
+from changeover.errors import ServerUnavailable, UsageError
+from changeover.session import NO_POOLER, Connection, connect
+
+LOOKS = 4
+"""How often two sessions are asked for their processes: a pooler that changes them does so between two transactions."""
+
+
+def reasons(dsn: str, application: str, where: str) -> list[str]:
+    """Return what stands against a server's sessions of psycopg and of Java; raises ServerUnavailable (driver)."""
+    if shares_sessions(dsn, application):
+        return [f"{where} is reached through a pooler that changes sessions between transactions: {NO_POOLER}"]
+    try:
+        jdbc.options(dsn, application)
+    except UsageError as error:
+        return [f"{where}: {error}"]
+    return []
+
+
+def streaming(dsn: str, application: str, where: str) -> list[str]:
+    """Return why a server gives no session for replication; a role that may not replicate is a reason of its own (driver)."""
+    if not _may_replicate(dsn, application):
+        return []
+    try:
+        with closing(connect(dsn, application, replication=True)) as session:
+            session.execute("IDENTIFY_SYSTEM")
+    except ServerUnavailable as error:
+        ways = "see max_wal_senders and pg_hba.conf, and that no pooler is in between"
+        return [f"{where} gives no session for replication ({error.problem}): {ways}"]
+    return []
+
+
+def _may_replicate(dsn: str, application: str) -> bool:
+    """Return whether the role may; where it may not, there is a reason of its own."""
+    with closing(connect(dsn, application)) as session:
+        row = session.execute("SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user").fetchone()
+    return bool(row and row[0])
+
+
+def look_at_settings(connection: Connection, where: str, reasons: list[str], notes: list[str]) -> None:
+    """Add what stands against the plan, or is to be told, of settings that no session of ours can pin."""
+    for asked in settings.ASKED:
+        for (value,) in connection.execute(settings.question(asked)).fetchall():
+            told = f"{where} has {asked.name} = {value.strip()} for this role: {asked.consequence}"
+            (reasons if asked.reason else notes).append(told)
+
+
+def shares_sessions(dsn: str, application: str) -> bool:
+    """Return whether two sessions that are open at once have one process of the server by turns, or one of them several."""
+    with closing(connect(dsn, application)) as one, closing(connect(dsn, application)) as other:
+        seen: tuple[set[int], set[int]] = (set(), set())
+        for _ in range(LOOKS):
+            for session, pids in zip((one, other), seen, strict=True):
+                row = session.execute("SELECT pg_backend_pid()").fetchone()
+                pids.add(row[0] if row else 0)
+    return any(len(pids) > 1 for pids in seen) or bool(seen[0] & seen[1])
