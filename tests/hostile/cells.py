@@ -169,6 +169,13 @@ class Refused:
 
 PLAIN = "CREATE TABLE {table} (id integer PRIMARY KEY, v text)"
 
+def narrowed(source: str, target: str) -> Refused:
+    """Return a cell whose column is there in the new store with a type that does not hold every value."""
+    table = "CREATE TABLE {table} (id integer PRIMARY KEY, v TYPE)"
+    sentence = "does not hold every value"
+    return Refused(f"{source} into {target}", (table.replace("TYPE", source),), sentence, (table.replace("TYPE", target),))
+
+
 REFUSED = (
     Refused("no key", ("CREATE TABLE {table} (id integer NOT NULL, v text)",), "has no primary key and no replica identity"),
     Refused("a view", (PLAIN.replace("{table}", "base"), "CREATE VIEW {table} AS SELECT * FROM base"), "is a view"),
@@ -181,5 +188,12 @@ REFUSED = (
     Refused("a second unique rule", (PLAIN,), "unique", (PLAIN, "CREATE UNIQUE INDEX ON {table} (v)")),
     Refused("a trigger on the target", (PLAIN,), "trigger", (
         PLAIN, "CREATE TRIGGER t BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+    )),
+    *(narrowed(source, target) for source, target in (
+        ("numeric(12,4)", "numeric(10,2)"), ("numeric", "numeric(38,10)"), ("numeric", "double precision"), ("bigint", "integer"),
+        ("bigint", "double precision"), ("double precision", "real"), ("double precision", "numeric"), ("text", "varchar(5)"),
+        ("varchar(6)", "varchar(5)"), ("character(4)", "character(3)"), ("timestamp", "date"), ("timestamp", "timestamp(3)"),
+        ("timestamptz", "timestamptz(0)"), ("timestamptz", "timestamp"), ("interval", "interval(0)"), ("json", "jsonb"),
+        ("inet", "cidr"), ("text[]", "varchar(5)[]"), ("numeric(12,4)[]", "numeric(12,2)[]"),
     )),
 )  # fmt: skip
