@@ -33,10 +33,10 @@ VERSIONS = {
 
 TESTS = (
     "tests/hostile",
-    "tests/jobs/test_capture.py", "tests/jobs/test_backlog.py", "tests/jobs/test_triggerlog.py",
+    "tests/jobs/test_definition.py", "tests/jobs/test_capture.py", "tests/jobs/test_backlog.py", "tests/jobs/test_triggerlog.py",
     "tests/jobs/test_ranges.py", "tests/jobs/test_partitions.py", "tests/jobs/test_generated.py", "tests/stores/test_copytext.py",
     "tests/jobs/test_gate.py", "tests/stores/test_collection.py", "tests/stores/test_refusal.py", "tests/stores/test_sequences.py",
-    "tests/flags/test_fence.py",
+    "tests/flags/test_fence.py", "tests/flags/test_fence_definition.py",
 )  # fmt: skip
 """The matrix, then capture, copy, gate and fence."""
 

@@ -169,6 +169,7 @@ class Refused:
 
 PLAIN = "CREATE TABLE {table} (id integer PRIMARY KEY, v text)"
 
+
 def narrowed(source: str, target: str) -> Refused:
     """Return a cell whose column is there in the new store with a type that does not hold every value."""
     table = "CREATE TABLE {table} (id integer PRIMARY KEY, v TYPE)"

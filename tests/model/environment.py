@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+from changeover.jobs.definition import MEMBER, Piece
 from changeover.stores.statements import Move
 from tests.model.rules import RULES, Rules
 from tests.model.script import Script, told
@@ -28,10 +29,19 @@ STORES = OLD, NEW = "old", "new"
 
 
 class Definition(NamedTuple):
-    """The stream's definition: which rows of the catalogue it is, and whether the table's writes are in it."""
+    """The stream's definition: how often it was changed, and whether the table's writes are in it."""
 
-    identity: int = 0
+    changes: int = 0
     whole: bool = True
+
+    @property
+    def row(self) -> Piece | None:
+        """Return the table's row in the publication, of the transaction that put it there; None while it is taken out."""
+        return Piece(MEMBER, "t", "t", 1, str(self.changes), {"prqual": None}) if self.whole else None
+
+
+PREPARED = cast(Piece, Definition().row)
+"""The row on record."""
 
 
 class Surroundings(NamedTuple):
@@ -127,7 +137,7 @@ class Environment:
     def _others(self, state: State) -> Iterator[Step]:
         left, definition = state.left, state.definition
         if left.definition:
-            other = Definition(definition.identity + 1, not definition.whole)
+            other = Definition(definition.changes + 1, not definition.whole)
             what = "put back into" if other.whole else "taken out of"
             fewer = left._replace(definition=left.definition - 1)
             yield f"the table is {what} the publication", state._replace(definition=other, left=fewer)
@@ -185,7 +195,7 @@ class Environment:
     # -- the looks at the definition
 
     def _changed(self, state: State) -> bool:
-        return self.rules.definition_changed(Definition(), state.definition)
+        return self.rules.definition_changed(PREPARED, state.definition.row)
 
     def _watch(self, state: State) -> Iterator[Step]:
         if self._changed(state):

@@ -220,7 +220,7 @@ NOT_COMPARED = tuple(move for move in HAND_OVER if move is not Move.COMPARE)
 
 SURROUNDED: dict[str, Mutant] = {
     "definition compared by value": _mutant(
-        "environment: definition", definition_changed=lambda recorded, now: recorded.whole is not now.whole
+        "environment: definition", definition_changed=lambda recorded, now: now is None or recorded.says != now.says
     ),
     "definition compared before the freeze": _mutant("environment: definition", hand_over=COMPARED_FIRST),
     "definition compared by capture alone": _mutant("environment: definition", hand_over=NOT_COMPARED),

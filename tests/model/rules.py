@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from changeover.cohorts import Cohorts
-from changeover.jobs import changes, chunks, merge, offers, snapshot, tenure
+from changeover.jobs import changes, chunks, definition, merge, offers, snapshot, tenure
 from changeover.jobs.backfill import LedgerMark
 from changeover.jobs.chunks import Chunk
+from changeover.jobs.definition import Piece
 from changeover.jobs.entries import Authority
 from changeover.jobs.merge import Cell
 from changeover.jobs.offers import Change, Image, Key
@@ -39,9 +39,9 @@ def _floors(changes: Sequence[Authority]) -> list[tuple[int, Cohorts]]:
     return [(held.epoch, whose) for held, whose in tenure.shares(changes).items()]
 
 
-def _definition_changed(recorded: Any, now: Any) -> bool:
-    """Return whether the stream's definition is another: by the identity of the catalogue's rows, which no way back restores."""
-    return bool(recorded.identity != now.identity)
+def _definition_changed(recorded: Piece, now: Piece | None) -> bool:
+    """Return whether the stream's definition is another, as the product compares the table's row in the publication."""
+    return bool(definition.compared([recorded], [] if now is None else [now]))
 
 
 def _compared(target_type: str, source: str | None, target: str | None) -> bool:
@@ -80,7 +80,7 @@ class Rules:
     ranges: Callable[[Sequence[tuple[str, ...]]], list[KeyRange]] = ranges_between
     keeps_order: bool = False
     spare_rate: int = 1
-    definition_changed: Callable[[Any, Any], bool] = _definition_changed
+    definition_changed: Callable[[Piece, Piece | None], bool] = _definition_changed
     compared: Callable[[str, str | None, str | None], bool] = _compared
     covered: Callable[[Sequence[bool]], bool] = all
     filtered_read: str = "refused"
