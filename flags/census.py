@@ -27,7 +27,7 @@ from changeover.flags.fence import MOST_COHORTS
 from changeover.flags.stages import TABLE
 from changeover.flags.turning import flag_of
 from changeover.jobs.cohorts import new_column, old_column
-from changeover.session import Connection, application_name, connect
+from changeover.session import Connection, application_name, connect, escaped
 from changeover.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,9 @@ SELECT v::text FROM cohort WHERE v IS NOT NULL LIMIT {most}
 WHOLE = "SELECT DISTINCT {column}::text FROM {table} LIMIT {most}"
 """Where no index begins with the column: the whole table is read."""
 
-PRESENT = "SELECT v::text FROM unnest(%s::{type}[]) v WHERE EXISTS (SELECT FROM {table} WHERE {column} = v)"
+PRESENT = """
+SELECT asked.v::text FROM unnest(%s::{type}[]) AS asked (v) WHERE EXISTS (SELECT FROM {table} AS t WHERE t.{column} = asked.v)
+"""
 
 BITS = {"smallint": 16, "integer": 32, "bigint": 64}
 
@@ -168,7 +170,8 @@ def unknown(spec: Spec, names: Collection[str]) -> tuple[str, ...]:
 
 def _present(connection: Connection, place: tuple[str, str], column: str, kind: str, values: list[Any]) -> set[str]:
     typed = sql.SQL(kind)  # a name that format_type printed
-    statement = sql.SQL(PRESENT).format(table=sql.Identifier(*place), column=sql.Identifier(column), type=typed)
+    names = {"table": escaped(sql.Identifier(*place)), "column": escaped(sql.Identifier(column))}
+    statement = sql.SQL(PRESENT).format(**names, type=typed)
     with connection.transaction():
         connection.execute("SELECT set_config('statement_timeout', %s, true)", [f"{LOOK_SECONDS * 1000:.0f}ms"])
         return {row[0] for row in connection.execute(statement, [values])}

@@ -22,10 +22,10 @@ from psycopg.types.json import Json, Jsonb
 
 from changeover.errors import StepOrder
 from changeover.jobs.triggerlog import Log
+from changeover.names import qualified
 from changeover.position import ZERO_LSN, Version, format_lsn, parse_lsn
-from changeover.session import Connection, connect, server_name
+from changeover.session import Connection, connect, escaped, server_name
 from changeover.settings import Kind
-from changeover.spec import qualified
 from changeover.stores.gate import GatedTable
 
 Row = Mapping[str, Any]
@@ -218,7 +218,7 @@ class GateCall:
         if not columns or not key:
             raise StepOrder(f"a mirrored write to {endpoint.name}", "prepare")
         row = sql.SQL(", ").join(sql.Placeholder() for _ in columns)
-        statement = sql.SQL("SELECT {}(%s, %s, %s, %s, ROW({})::{})").format(gated.function, row, gated.table)
+        statement = sql.SQL("SELECT {}(%s, %s, %s, %s, ROW({})::{})").format(escaped(gated.function), row, escaped(gated.table))
         names, types, generated = zip(*columns, strict=True)
         computed = frozenset(name for name, is_computed in zip(names, generated, strict=True) if is_computed)
         return cls(endpoint.table, names, types, computed, key, statement)

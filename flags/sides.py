@@ -18,6 +18,7 @@ from changeover.jobs.entries import Authority
 from changeover.jobs.preflight import source_table
 from changeover.jobs.tenure import shares
 from changeover.jobs.triggerlog import Log
+from changeover.names import joined
 from changeover.position import epoch_floor, parse_lsn
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import TRIGGER, Spec, Table
@@ -61,7 +62,7 @@ class Side:
         for table in self.tables:
             what = Refusal(self.refused(changes) if table.cohort else (), begun, table.cohort)
             if not refusal.install(self.connection, table.schema, table.name, what, deadline):
-                return f"{table.schema}.{table.name}"
+                return joined(table.schema, table.name)
         return None
 
     def settle(self, changes: Sequence[Authority]) -> None:

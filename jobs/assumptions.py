@@ -150,7 +150,7 @@ def _definition(asked: Asked) -> list[Broken]:
     prepared, publication = definition.recorded(asked.record, OLD), asked.record.stream("status").publication
     now = present(asked.spec, asked.old, publication, definition.known(prepared))
     changes = definition.compared(prepared, now)
-    named = {".".join(table.source_name): table.source for table in asked.spec.tables}
+    named = {table.source_relation: table.source for table in asked.spec.tables}
     return [
         Broken(named.get(one.table, ""), one.reason, stops=True, gap=None if one.table in named else definition.gap(one, prepared))
         for one in changes

@@ -34,7 +34,7 @@ from changeover.jobs.rogue import Watch
 from changeover.jobs.slotcapture import SlotRun
 from changeover.jobs.spool import Spool, spool_path
 from changeover.session import Connection
-from changeover.spec import SLOT, Spec, load, qualified
+from changeover.spec import SLOT, Spec, load
 
 LEASE_SECONDS = 5.0
 ROGUE_SECONDS = 5.0
@@ -81,7 +81,7 @@ def capture(
 
 def feed_of(spec: Spec, ledger: Ledger, stream: Stream) -> Feed:
     """Return the old store's stream as capture follows it (driver)."""
-    tables = {".".join(qualified(table.source)): ledger.source_table(table.source)[1] for table in spec.tables}
+    tables = {table.source_relation: ledger.source_table(table.source)[1] for table in spec.tables}
     roots = Roots(spec, ledger)
 
     def ask(moment: Moment, old: Connection) -> list[str]:

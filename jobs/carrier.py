@@ -113,7 +113,7 @@ class Carrier:
     def _outline(self, start: int, end: int, transform: Transform, section: Section) -> pa.Table:
         """Return what of the table's events is offered, without their rows."""
         outline = self.spool.outline(start, end)
-        ours = outline.filter(pc.equal(outline["relation"], ".".join(transform.table.source_name)))
+        ours = outline.filter(pc.equal(outline["relation"], transform.table.source_relation))
         return offered(ours, echo=any(interval.echo for interval in section))
 
     def _next_batch(self, start: int, end: int, transform: Transform, section: Section) -> Batch:
@@ -131,7 +131,7 @@ class Carrier:
         A large one, of a table that is closed, may let its position be the gate; with small ones an application's own writes
         would wait more often than they do.
         """
-        relation = ".".join(transform.table.source_name)
+        relation = transform.table.source_relation
         taken = 0
         parts = self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS, PART_BYTES)
         first = list(islice(parts, 2))

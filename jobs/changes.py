@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.jobs.events import DELETE, UPDATE
 from changeover.jobs.transform import AT_LSN, AT_ORDINAL, GONE, Transform
+from changeover.names import nth, placed
 from changeover.position import format_lsn
 from changeover.session import application_name
 from changeover.spec import Spec
@@ -174,15 +175,17 @@ def completed(
     with ExitStack() as held:
         seen = snapshot or held.enter_context(_seeing(dsn, application, pc.unique(partial[XID]).to_pylist()))
         present = read_texts(spark, dsn, application, read, keys, seen)
-        there = present.select(*(F.col(f"`{name}`").alias(f"_now{place}") for place, name in enumerate(present.columns)))
-        now = {name: there[f"_now{place}"] for place, name in enumerate(present.columns)}
-        same = [frame[f"`{name}`"] == now[f"_text{place}"] for place, name in enumerate(identity)]
+        sent = placed(frame, [c.name for c in transform.source])
+        own = dict(zip(frame.columns, sent.columns, strict=True))
+        there = present.toDF(*(f"{name}_now" for name in present.columns))
+        now = {c.name: there[f"{nth(len(identity) + number)}_now"] for number, c in enumerate(columns)}
+        same = [sent[own[name]] == there[f"{nth(number)}_now"] for number, name in enumerate(identity)]
         whole = F.size(MISSING) == 0
-        joined = frame.join(there, [~whole, *same], "left").where(whole | now["_text0"].isNotNull())
+        joined = sent.join(there, [~whole, *same], "left").where(whole | there[f"{nth(0)}_now"].isNotNull())
         yield joined.select(
             *(
-                F.when(F.array_contains(MISSING, name), now[name]).otherwise(frame[f"`{name}`"]).alias(name)
-                if name in now else frame[f"`{name}`"]
+                F.when(F.array_contains(MISSING, name), now[name]).otherwise(sent[own[name]]).alias(name)
+                if name in now else sent[own[name]].alias(name)
                 for name in frame.columns
             )
         )  # fmt: skip

@@ -20,6 +20,7 @@ from psycopg import sql
 from changeover.errors import SourceChanged
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.triggerlog import TRIGGERS, Log
+from changeover.names import joined
 from changeover.session import Connection
 
 PUBLICATION, MEMBER, SCHEMA, KEY, TRIGGER, LOG = "publication", "table", "schema", "key", "trigger", "log"
@@ -112,11 +113,11 @@ def relations(connection: Connection, names: Collection[tuple[str, str]]) -> dic
     """Return the oids of tables that are there, with the tables' names."""
     quoted = [sql.Identifier(*name).as_string(connection) for name in names]
     rows = connection.execute(
-        "SELECT c.oid::bigint, n.nspname || '.' || c.relname FROM unnest(%s::text[]) AS asked(name)"
+        "SELECT c.oid::bigint, n.nspname, c.relname FROM unnest(%s::text[]) AS asked(name)"
         " JOIN pg_class c ON c.oid = to_regclass(asked.name) JOIN pg_namespace n ON n.oid = c.relnamespace",
         [quoted],
     )
-    return dict(rows.fetchall())
+    return {oid: joined(schema, name) for oid, schema, name in rows.fetchall()}
 
 
 def of_slot(connection: Connection, publication: str, tables: Mapping[int, str]) -> tuple[Piece, ...]:

@@ -7,9 +7,10 @@ spec's. That it is carried is known by construction, whatever the column's name;
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from changeover.names import folded, quoted
 from changeover.spec import IDENTIFIER, Table
 from changeover.stores import Column
 
@@ -26,11 +27,6 @@ class Derivation:
 
     expression: str
     origin: str | None = None
-
-
-def quoted(name: str) -> str:
-    """Return a column's name as Spark SQL quotes it."""
-    return "`" + name.replace("`", "``") + "`"
 
 
 def reference(text: str) -> str | None:
@@ -65,13 +61,34 @@ def derivations(table: Table, source: Sequence[Column]) -> dict[str, Derivation]
 def _stated(text: str, names: Sequence[str]) -> Derivation:
     """Return the derivation of a column that the spec states; Spark finds a column by its name in any case."""
     name = reference(text)
-    alike = [] if name is None else [one for one in names if one.lower() == name.lower()]
+    alike = [] if name is None else [one for one in names if folded(one) == folded(name)]
     found = name if name in alike else alike[0] if len(alike) == 1 else None
     return Derivation(text) if found is None else Derivation(quoted(found), found)
 
 
+TOKEN = re.compile(r"""'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|`(?:[^`]|``)+`|\w+""", re.DOTALL)
+"""A literal, a quoted name or a word of Spark SQL."""
+
+
+def resolved(text: str, held: Mapping[str, str]) -> str:
+    """Return an expression whose columns are found in a frame that holds them by other names, as `names.held` has it.
+
+    A column that differs from another one in case alone is meant where its name is written as it is.
+    """
+    apart = {name: other for name, other in held.items() if name != other}
+
+    def named(found: re.Match[str]) -> str:
+        token = found[0]
+        name = token[1:-1].replace("``", "`") if token.startswith("`") else token
+        called = token == name and re.match(r"\s*\(", text[found.end() :])
+        inside = text[: found.start()].rstrip().endswith(".")
+        return token if name not in apart or called or inside else apart[name]
+
+    return TOKEN.sub(named, text) if apart else text
+
+
 def mentioned(names: Collection[str], texts: Collection[str]) -> frozenset[str]:
     """Return the columns that any of some expressions may ask for; in doubt a column is one."""
-    words = {word.lower() for text in texts for word in WORD.findall(text)}
-    whole = "\n".join(texts).lower()
-    return frozenset(name for name in names if (name.lower() in words if WORD.fullmatch(name) else quoted(name).lower() in whole))
+    words = {folded(word) for text in texts for word in WORD.findall(text)}
+    whole = folded("\n".join(texts))
+    return frozenset(name for name in names if (folded(name) in words if WORD.fullmatch(name) else folded(quoted(name)) in whole))

@@ -18,6 +18,7 @@ from changeover.jobs.assumptions import Asked, Moment
 from changeover.jobs.cohorts import new_column, old_column
 from changeover.jobs.obstacles import obstacles, target_as_source
 from changeover.jobs.preflight import Preflight, SourceTable, preflight, source_table
+from changeover.names import qualified
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table
 
@@ -102,7 +103,7 @@ def _as_long(own: str, other: str) -> bool:
 
 def _crossing(connection: Connection, table: SourceTable, column: str) -> Iterator[str]:
     """Yield what of one store's table would bring rows of two cohorts together."""
-    schema, _, name = table.source.partition(".")
+    schema, name = qualified(table.source)
     asked = {"table": sql.Identifier(schema, name).as_string(connection), "column": column}
     for (index,) in connection.execute(UNIQUE, asked).fetchall():
         yield (

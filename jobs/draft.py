@@ -12,9 +12,10 @@ import re
 from changeover.errors import Refused
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.preflight import source_table
+from changeover.names import joined, part, qualified
 from changeover.secret import secret
 from changeover.session import application_name, connect
-from changeover.spec import IDENTIFIER, Table, qualified
+from changeover.spec import IDENTIFIER, Table
 
 
 def draft(dsn: str, table: str) -> str:
@@ -23,16 +24,17 @@ def draft(dsn: str, table: str) -> str:
     Raises Refused for a table that is not there or has no key, SpecError for a DSN with a password.
     """
     schema, name = qualified(table)
+    source = joined(schema, name)
     with connect(secret("init", "dsn", dsn).resolve(), application_name("init", "init")) as old:
-        seen = source_table(old, Table(f"{schema}.{name}", name, ()))
+        seen = source_table(old, Table(source, source, ()))
     if seen is None:
-        raise Refused(f"init: there is no table {schema}.{name} in that database: name it as schema.table")
+        raise Refused(f"init: there is no table {source} in that database: name it as schema.table")
     if not seen.identity:
-        raise Refused(f"init: {schema}.{name} has no primary key and no replica identity with a key: add one first")
-    key = ", ".join(_quoted(column) for column in seen.identity)
+        raise Refused(f"init: {source} has no primary key and no replica identity with a key: add one first")
+    key = ", ".join(toml(column) for column in seen.identity)
     columns = "\n".join(_drafted(column) for column in seen.columns)
     return DRAFT.format(
-        name=_migration_name(name), dsn=_quoted(dsn), source=_quoted(f"{schema}.{name}"), table=_quoted(name), key=key,
+        name=_migration_name(name), dsn=toml(dsn), source=toml(source), table=toml(part(name)), key=key,
         columns=columns,
     )  # fmt: skip
 
@@ -43,17 +45,17 @@ def _migration_name(table: str) -> str:
     return (plain if re.match("[a-z]", plain) else f"t{plain}")[:40]
 
 
-def _quoted(text: str) -> str:
-    """Return a TOML string, whose escapes are JSON's."""
-    return json.dumps(text, ensure_ascii=False)
+def toml(text: str) -> str:
+    """Return a TOML string, whose escapes are JSON's but for DEL, which may not stand there as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _drafted(column: SourceColumn) -> str:
     """Return a column's line: a comment that says what holds without it."""
     simple = IDENTIFIER.fullmatch(column.name)
-    name = column.name if simple else _quoted(column.name)
+    name = column.name if simple else toml(column.name)
     expression = column.name if simple else "`" + column.name.replace("`", "``") + "`"
-    return f"# {name} = {_quoted(expression)}  # {column.type}"
+    return f"# {name} = {toml(expression)}  # {column.type}"
 
 
 DRAFT = """name = "{name}"

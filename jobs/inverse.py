@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from changeover.errors import SpecError
 from changeover.jobs import transform
-from changeover.jobs.derivation import derivations, quoted
+from changeover.jobs.derivation import derivations
 from changeover.jobs.transform import Transform
+from changeover.names import quoted
 from changeover.spec import Spec, Table
 from changeover.stores import Column
 from changeover.stores.fits import holds, refuses

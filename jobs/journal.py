@@ -222,7 +222,7 @@ class Back:
         assert self.spec.flag is not None
         table = self.spec.table(source)
         new, forward = reverse.columns_of(path, table), self.forward[source, self.spec.flag.target]
-        key = [c.name for c in path.tables[".".join(table.target_name)] if c.key]
+        key = [c.name for c in path.tables[table.target_relation] if c.key]
         if target == reverse.OLD_STORE:
             old = forward.source, [c.name for c in forward.identity]
             return inverse.plan(self.spark, self.spec, table, old, new, key)

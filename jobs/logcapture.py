@@ -29,9 +29,10 @@ from changeover.jobs.shapes import Shape, not_utf8
 from changeover.jobs.transactions import ADDED_ANEW, added_anew, additions, difference
 from changeover.jobs.triggerlog import Log
 from changeover.jobs.windows import Row, Seen, Window
+from changeover.names import joined, qualified
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, speaking_to
-from changeover.spec import Spec, qualified
+from changeover.spec import Spec
 
 POLL_SECONDS = 0.1
 BATCH_EVENTS = 20_000
@@ -52,7 +53,7 @@ class LogRun:
         self.log = Log(spec.name)
         self.dsn, self.spool = feed.dsn, feed.spool
         self.intake = Intake(feed.spool, result)
-        names = [".".join(qualified(table.source)) for table in spec.tables]
+        names = [table.source_relation for table in spec.tables]
         self.sources = [Source(name, feed.tables[name]) for name in names]
         self.failing_since: float | None = None
         self.watch_at = 0.0
@@ -174,7 +175,7 @@ class Source:
     def __init__(self, name: str, prepared: Sequence[SourceColumn]) -> None:
         self.name, self.prepared = name, prepared
         self.stopped = False
-        schema, _, table = name.partition(".")
+        schema, table = qualified(name)
         columns = tuple(pgoutput.Column(c.name, c.oid, -1, c.key) for c in prepared)
         self.shape = Shape(name, pgoutput.Relation(0, schema, table, "d", columns), prepared)
         self.key = tuple(self.shape.columns[place] for place in self.shape.keys)
@@ -195,7 +196,7 @@ class Source:
     def _compared(self, seen: Seen) -> tuple[str, str]:
         if seen.relation is None:
             return "the table was dropped", ""
-        now = f"{seen.relation.schema}.{seen.relation.name}"
+        now = joined(seen.relation.schema, seen.relation.name)
         found = [] if now == self.name else [f"the table was renamed to {now}"]
         if not seen.enabled:
             found.append("its trigger of the log was disabled or dropped, so that changes are missing")

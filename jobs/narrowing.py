@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from changeover.jobs.derivation import derivations, quoted
+from changeover.jobs.derivation import derivations
+from changeover.names import quoted
 from changeover.spec import IDENTIFIER, Table
 from changeover.stores import Column, Store
 from changeover.stores.fits import loss

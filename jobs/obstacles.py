@@ -12,6 +12,7 @@ from psycopg import sql
 from changeover.jobs import connections, grants, inverse
 from changeover.jobs.assumptions import hidden, server
 from changeover.jobs.preflight import CAPTURE_RULES, TABLE_RULES, SourceTable, source_table
+from changeover.names import qualified
 from changeover.session import Connection, application_name, connect
 from changeover.spec import SLOT, Spec, Table
 from changeover.stores.batches import WIDEST
@@ -43,20 +44,20 @@ def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> l
 
 
 def _unfit(new: Connection, found: SourceTable) -> list[str]:
-    quoted = sql.Identifier(*found.source.split(".", 1)).as_string(new)
+    quoted = sql.Identifier(*qualified(found.source)).as_string(new)
     row = new.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
     assert row is not None
     lacks = grants.of_owners(new, row)
     asked = {"oid": row[0], "name": found.source, "identity": ", ".join(sorted(found.identity)), "keys": list(found.identity)}
     rows = new.execute(TABLE_RULES, asked).fetchall()
-    unseen = hidden(new, *found.source.split(".", 1))
+    unseen = hidden(new, *qualified(found.source))
     reasons = [*map(str, lacks), *(found for (found,) in rows), *([unseen] if unseen else [])]
     return [reason for reason in reasons if "generated column" not in reason]  # it is computed anew, and no part of a transform
 
 
 def target_as_source(table: Table) -> Table:
     """Return a table's target as a source of its own."""
-    return Table(".".join(table.target_name), table.source, table.key)
+    return Table(table.target_relation, table.source, table.key)
 
 
 def has_slot(connection: Connection, slot: str) -> bool:

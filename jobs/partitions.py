@@ -19,6 +19,7 @@ from psycopg.rows import class_row
 from changeover.errors import SourceChanged, TableStopped
 from changeover.jobs.entries import Partition
 from changeover.jobs.ledger import Ledger
+from changeover.names import qualified
 from changeover.session import Connection, application_name, connect, speaking_to
 from changeover.spec import Spec, Table
 
@@ -172,13 +173,13 @@ class Roots(_Known):
     def __init__(self, spec: Spec, ledger: Ledger) -> None:
         self.ledger = ledger
         self.tables = [table for table in spec.tables if recorded(ledger, table.source) is not None]
-        super().__init__(spec, spec.source.dsn.resolve(), [".".join(table.source_name) for table in self.tables])
+        super().__init__(spec, spec.source.dsn.resolve(), [table.source_relation for table in self.tables])
 
     def look(self, connection: Connection) -> list[str]:
         """Compare all partitioned tables with the ledger; return which were stopped by it, and why."""
         found = [(table, look(self.ledger, connection, table)) for table in self.tables]
         for table in self.tables:
-            self.know(".".join(table.source_name), recorded(self.ledger, table.source) or ())
+            self.know(table.source_relation, recorded(self.ledger, table.source) or ())
         return [f"{table.source}: {reason}" for table, reason in found if reason is not None]
 
 
@@ -197,8 +198,7 @@ class NewRoots(_Known):
     def look(self, connection: Connection) -> list[str]:
         """Compare all partitioned tables with the path's record; raises SourceChanged where one differs."""
         for name, before in self.tables.items():
-            schema, _, table = name.partition(".")
-            reason, born = compared(connection, (schema, table), before)
+            reason, born = compared(connection, qualified(name), before)
             if reason is not None:
                 raise SourceChanged(f"partitions of {name}: {reason}", "others", "not the same")
             if born:

@@ -22,10 +22,10 @@ from changeover.jobs.grants import Lack
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.narrowing import narrower
 from changeover.jobs.partitions import partitions_of
+from changeover.names import qualified, reserved
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
-from changeover.stores import VERSION_COLUMNS, Column, Store, open_store
-from changeover.stores.batches import WIDEST
+from changeover.stores import Column, Store, open_store
 from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
 from changeover.stores.postgres import PostgresStore
@@ -198,8 +198,8 @@ def preflight(spec: Spec) -> Preflight:
                 schema, name = table.target_name
                 if len(name.encode()) > NAME_BYTES:
                     found.reasons.append(f"the target table's name {name} is too long: {NAME_BYTES} bytes at most")
-                if target.kind == "postgres":
-                    found.reasons += _too_wide(table, found.tables.get(table.source))
+                if (seen := found.tables.get(table.source)) is not None:
+                    found.reasons += store.misfits(table.target, list(derivations(table, seen.store_columns)))
                 if isinstance(store, PostgresStore):
                     _rights_on_target(spec, store, schema, name, found)
                     if not grants.readable(store.connection, schema, name):
@@ -250,17 +250,6 @@ def _drawing(spec: Spec, connection: Connection, schema: str, name: str) -> list
     return grants.of_sequences(connection, schema, name, owning=spec.flag.context is not None)
 
 
-def _too_wide(table: Table, seen: SourceTable | None) -> list[str]:
-    """Return that a table's rows would not fit into a batch."""
-    count = len(derivations(table, seen.store_columns)) if seen is not None else 0
-    if count <= WIDEST:
-        return []
-    return [
-        f"target table {table.target} would be filled in {count:,} columns, and {WIDEST:,} is the most that a batch holds beside"
-        f" its versions: leave columns out by `drop`"
-    ]
-
-
 COSTS: dict[str, tuple[str, ...]] = {
     SLOT: (),
     TRIGGER: (
@@ -281,7 +270,7 @@ def _not_mirrored(old: Connection, seen: SourceTable | None) -> list[str]:
     """Return which columns of the old store its mirror could not write once authority has moved."""
     if seen is None:
         return []
-    table = sql.Identifier(*seen.source.split(".", 1)).as_string(old)
+    table = sql.Identifier(*qualified(seen.source)).as_string(old)
     return [row[0] for row in old.execute(UNWRITABLE, {"name": seen.source, "table": table, "key": list(seen.identity)})]
 
 
@@ -309,7 +298,7 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
         SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, *r[4:]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
     parts, rows = partitions_of(connection, schema, name), estimated_rows(connection, schema, name)
-    return SourceTable(f"{schema}.{name}", row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))
+    return SourceTable(table.source_relation, row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))
 
 
 def _source_table(connection: Connection, table: Table, capture: str, found: Preflight) -> None:
@@ -332,7 +321,7 @@ def _source_table(connection: Connection, table: Table, capture: str, found: Pre
     found.reasons += [
         f"{seen.source} or its target has a column {name}, a name that changeover needs for itself"
         for name in names
-        if name in VERSION_COLUMNS or name.startswith("_changeover_")
+        if reserved(name)
     ]
     if capture == TRIGGER and (seen.partitions is not None or seen.generated):
         what = "is partitioned" if seen.partitions is not None else f"has the generated column {min(seen.generated)}"
@@ -349,11 +338,12 @@ def _require_columns(spec: Spec, table: Table, seen: SourceTable | None) -> None
     names = [column.name for column in seen.columns]
     known = {name.lower() for name in names} | WORDS
     asked = [(f"columns.{name}", text.strip()) for name, text in table.columns.items()]
-    for where, name in [*asked, *(("drop", name) for name in table.drop)]:
-        if IDENTIFIER.fullmatch(name) and name.lower() not in known:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"its columns are {', '.join(names)}"
-            raise SpecError(spec.path, f"table {table.source}: {where}", f"there is no column {name} in {table.source}: {hint}")
+    misspelt = [(where, name) for where, name in asked if IDENTIFIER.fullmatch(name) and name.lower() not in known]
+    misspelt += [("drop", name) for name in table.drop if name not in names]
+    for where, name in misspelt:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"its columns are {', '.join(names)}"
+        raise SpecError(spec.path, f"table {table.source}: {where}", f"there is no column {name} in {table.source}: {hint}")
 
 
 def where(spec: Spec) -> str:

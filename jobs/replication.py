@@ -20,6 +20,7 @@ from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, Spool
 from changeover.jobs import pgoutput
 from changeover.jobs.charsets import has_no_encoding
 from changeover.jobs.entries import Stream
+from changeover.names import joined, qualified
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 
@@ -213,25 +214,26 @@ def slot_alarm(connection: Connection, slot: str) -> str | None:
 def generated_columns(connection: Connection, publication: str) -> dict[str, frozenset[str]]:
     """Return the generated columns of the published tables, which the stream leaves out."""
     rows = connection.execute(
-        "SELECT p.schemaname || '.' || p.tablename, array_agg(a.attname::text) FROM pg_publication_tables p"
+        "SELECT p.schemaname, p.tablename, array_agg(a.attname::text) FROM pg_publication_tables p"
         " JOIN pg_namespace n ON n.nspname = p.schemaname"
         " JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename"
         " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attgenerated <> '' AND NOT a.attisdropped"
-        " WHERE p.pubname = %s GROUP BY 1",
+        " WHERE p.pubname = %s GROUP BY 1, 2",
         [publication],
     )
-    return {relation: frozenset(columns) for relation, columns in rows.fetchall()}
+    return {joined(schema, name): frozenset(columns) for schema, name, columns in rows.fetchall()}
 
 
 def column_numbers(connection: Connection, tables: Collection[str]) -> dict[str, dict[str, int]]:
     """Return the numbers of the columns of each table, partitioned ones by their own, not by their partitions'."""
     rows = connection.execute(
-        "SELECT n.nspname || '.' || c.relname, jsonb_object_agg(a.attname, a.attnum) FROM pg_class c"
+        "SELECT n.nspname, c.relname, jsonb_object_agg(a.attname, a.attnum) FROM pg_class c"
         " JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0"
-        " AND NOT a.attisdropped WHERE n.nspname || '.' || c.relname = ANY (%s) GROUP BY 1",
-        [list(tables)],
+        " AND NOT a.attisdropped JOIN unnest(%s::text[], %s::text[]) AS asked (schema, name)"
+        " ON (n.nspname, c.relname) = (asked.schema, asked.name) GROUP BY 1, 2",
+        [list(names) for names in zip(*map(qualified, tables), strict=True)] or [[], []],
     )
-    return dict(rows.fetchall())
+    return {joined(schema, name): numbers for schema, name, numbers in rows.fetchall()}
 
 
 def answer_interval(connection: Connection) -> float:

@@ -237,4 +237,4 @@ def state(spec: Spec, ledger: Ledger) -> State | None:
 
 def columns_of(path: Path, table: Table) -> tuple[Column, ...]:
     """Return the new table's columns as frames carry them."""
-    return store_columns(path.tables[".".join(table.target_name)])
+    return store_columns(path.tables[table.target_relation])

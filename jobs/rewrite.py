@@ -33,7 +33,7 @@ def require_same_file(ledger: Ledger, spool: Spool, old: Connection, table: Tabl
     rewritten = _rewritten(ledger, table, seen)
     if rewritten is None:
         return
-    if seen is None or not _truncated(ledger, spool, old, ".".join(table.source_name)):
+    if seen is None or not _truncated(ledger, spool, old, table.source_relation):
         reason = f"{rewritten} was rewritten since prepare, and a rewritten table reads as empty under an older snapshot"
         ledger.stop_table(table.source, reason)
         raise TableStopped(table.source, reason)

@@ -139,7 +139,7 @@ def of_cohorts(events: pa.Table, column: str, whose: Cohorts) -> pa.ChunkedArray
 
 
 def _relation(store: str, table: Table) -> str:
-    return ".".join(table.source_name if store == OLD else table.target_name)
+    return table.source_relation if store == OLD else table.target_relation
 
 
 def _watched(spec: Spec, ledger: Ledger, path: reverse.Path | None) -> Iterator[tuple[str, Spool, int]]:

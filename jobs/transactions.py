@@ -24,6 +24,7 @@ from changeover.jobs.events import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, E
 from changeover.jobs.marker import MARKER_PREFIX
 from changeover.jobs.rows import Mask, Places, Wire
 from changeover.jobs.shapes import Shape, Stamps
+from changeover.names import joined
 from changeover.stores.gate import OURS
 
 log = logging.getLogger(__name__)
@@ -293,7 +294,7 @@ class Assembler:
         return self.shapes[relation]
 
     def _relation(self, relation: pgoutput.Relation) -> None:
-        name = f"{relation.schema}.{relation.name}"
+        name = joined(relation.schema, relation.name)
         known = self.shapes.get(relation.oid)
         source = name if name in self.tables else known.name if known is not None else self.roots.of(relation.oid)
         if source is None:

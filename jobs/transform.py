@@ -13,10 +13,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from changeover.errors import SpecError, UnsafePlan
-from changeover.jobs.derivation import Derivation, derivations, mentioned, quoted
+from changeover.jobs.derivation import Derivation, derivations, mentioned, resolved
+from changeover.names import RESERVED, held, hold, nth, quoted, reserved
 from changeover.spec import Spec, Table
 from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, VERSION_COLUMNS, Column, TargetTable
 from changeover.stores.pgtypes import decode, movable, passable, postgres_type, source_type
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
     from pyspark.sql import DataFrame, SparkSession
 
-GONE, AT_LSN, AT_ORDINAL = "_changeover_gone", "_changeover_lsn", "_changeover_ordinal"
+GONE, AT_LSN, AT_ORDINAL = (f"{RESERVED}{name}" for name in ("gone", "at_lsn", "at_ordinal"))
 """What a change of a source row has beside the row's columns."""
+
+LAST = f"{RESERVED}last"
 
 WRITTEN_ONE_WAY = re.compile(r"(smallint|integer|bigint|uuid|date|text|character varying(\(\d+\))?|timestamp.*)")
 """Types of which PostgreSQL writes equal values as the same text; 1.0 and 1.00 are equal numbers, -0 and 0 are."""
@@ -56,9 +60,9 @@ class Transform:
 
         Source columns in `moved` hold PostgreSQL's text, which is passed on as it is.
         """
-        shaped = self._shaped(frame)
-        kept = shaped.where(self.table.where) if self.table.where else shaped
-        return kept.select(*carry, *self._columns(kept, moved=moved))
+        shaped, names = self._shaped(frame)
+        kept = shaped.where(_expr(self.table.where, names)) if self.table.where else shaped
+        return kept.select(*carry, *(column.alias(name) for name, column in self._columns(names, moved).items()))
 
     def only_moved(self) -> frozenset[str]:
         """Return the source columns of which one target column of the same type is all that is made."""
@@ -74,7 +78,8 @@ class Transform:
 
     def keys(self, frame: DataFrame) -> DataFrame:
         """Return target keys for decoded source keys."""
-        return frame.select(*(column for column in self._columns(frame, self.target.key)))
+        columns = self._columns(self._held)
+        return hold(frame, self._held).select(*(column.alias(name) for name, column in columns.items() if name in self.target.key))
 
     @property
     def pg_types(self) -> dict[str, str]:
@@ -97,34 +102,35 @@ class Transform:
 
         asked = self._asked_of_every_row()
         values = [
-            (decode(text, c.type, native=False) if c.name in asked else text).alias(c.name)
+            (decode(text, c.type, native=False) if c.name in asked else text).alias(self._held[c.name])
             for c in self.source
-            for text in (F.col(f"`{c.name}`"),)
+            for text in (F.col(quoted(self._held[c.name])),)
         ]
         version = [
             F.lit(epoch).cast("int").alias(EPOCH), F.col(AT_LSN).alias(LSN), F.col(AT_ORDINAL).alias(ORDINAL),
             F.col(GONE).alias(DELETED),
         ]  # fmt: skip
-        shaped = self._shaped(events.select(*version, *values))
+        shaped, names = self._shaped(hold(events, self._held).select(*version, *values))
         if self.table.where:
-            left_out = ~F.coalesce(F.expr(self.table.where), F.lit(False))
+            left_out = ~F.coalesce(_expr(self.table.where, names), F.lit(False))
             shaped = shaped.withColumn(DELETED, F.when(F.col(DELETED), F.lit(True)).otherwise(left_out))
         here = ~F.col(DELETED)
         late = {
-            c.name: F.when(here, text_moved(text, c.type) if c.name in moved else decode(text, c.type, native=False))
+            names[c.name]: F.when(here, text_moved(text, c.type) if c.name in moved else decode(text, c.type, native=False))
             for c in self.source
             if c.name not in asked
-            for text in (shaped[f"`{c.name}`"],)
+            for text in (shaped[quoted(names[c.name])],)
         }
         whole = shaped.withColumns(late) if late else shaped
-        key = self._columns(whole, self.target.key)
-        rest = [
-            F.when(here, column).alias(name)
-            for name, column in zip(self.target.names, self._columns(whole, moved=moved), strict=True)
-            if name not in self.target.key
+        own = held(self.target.names)
+        columns = [
+            (column if name in self.target.key else F.when(here, column)).alias(own[name])
+            for name, column in self._columns(names, moved).items()
         ]
-        changes = whole.select(*VERSION_COLUMNS, *key, *rest)
-        return changes if self._one_to_one() else _last_of_each_key(changes, self.target)
+        changes = whole.select(*VERSION_COLUMNS, *columns)
+        if not self._one_to_one():
+            changes = _last_of_each_key(changes, [own[name] for name in self.target.key])
+        return hold(changes, {other: name for name, other in own.items()})
 
     def moved_in_stream(self) -> frozenset[str]:
         """Return the source columns outside the key of which one target column of the same type is all that is made.
@@ -150,7 +156,9 @@ class Transform:
 
     def kept(self, frame: DataFrame) -> DataFrame:
         """Return the source rows that `where` keeps, or all of them where it speaks of what the spec's function makes."""
-        return frame.where(self.table.where) if self.table.where and self.table.function is None else frame
+        if not self.table.where or self.table.function is not None:
+            return frame
+        return hold(frame, self._held).where(_expr(self.table.where, self._held))
 
     def _asked_of_every_row(self) -> frozenset[str]:
         """Return the source columns that are decoded before it is known whether a row is kept; in doubt a column is one."""
@@ -163,42 +171,44 @@ class Transform:
         computed = [one.expression for name in names if (one := self.derivations[name]).origin is None]
         return mentioned([c.name for c in self.source], [self.table.where or "", *computed])
 
-    def _shaped(self, frame: DataFrame) -> DataFrame:
-        """Apply the spec's function, which must keep the pipeline's own columns."""
+    @cached_property
+    def _held(self) -> dict[str, str]:
+        """The names by which frames hold the source's columns."""
+        return held([c.name for c in self.source])
+
+    def _shaped(self, frame: DataFrame) -> tuple[DataFrame, Mapping[str, str]]:
+        """Apply the spec's function, which must keep the pipeline's own columns; return by which names its columns are held."""
         if self.table.function is None:
-            return frame
-        shaped = load_function(self.table.function)(frame)
+            return hold(frame, self._held), self._held
+        shaped = load_function(self.table.function)(hold(frame, {other: name for name, other in self._held.items()}))
         lost = [name for name in VERSION_COLUMNS if name in frame.columns and name not in shaped.columns]
         if lost:
             raise SpecError(self.table.function, "transform.function", f"drops the columns {', '.join(lost)}: keep them")
-        return shaped
+        names = held([name for name in shaped.columns if name not in frame.columns or not reserved(name)])
+        return hold(shaped, names), names
 
-    def _columns(self, frame: DataFrame, names: Sequence[str] | None = None, moved: Collection[str] = ()) -> list[SparkColumn]:
-        from pyspark.sql import functions as F
-
-        return [
-            F.expr(self.derivations[c.name].expression).cast("string" if self._moves(c, moved) else c.spark_type).alias(c.name)
+    def _columns(self, names: Mapping[str, str], moved: Collection[str] = ()) -> dict[str, SparkColumn]:
+        """Return the target's columns, in its order, over a frame that holds the source's by these names."""
+        return {
+            c.name: _filled(one, names).cast("string" if one.origin in moved else c.spark_type)
             for c in self.target.columns
-            if names is None or c.name in names
-        ]
-
-    def _moves(self, column: Column, moved: Collection[str]) -> bool:
-        return self.derivations[column.name].origin in moved
+            for one in (self.derivations[c.name],)
+        }
 
 
-def _last_of_each_key(changes: DataFrame, target: TargetTable) -> DataFrame:
+def _last_of_each_key(changes: DataFrame, key: Sequence[str]) -> DataFrame:
     """Keep the change with the highest version of each key: a cell is the maximum of what it is offered."""
     from pyspark.sql import functions as F
 
-    rest = [name for name in changes.columns if name not in target.key]
-    last = F.max_by(F.struct(*(F.col(f"`{name}`") for name in rest)), F.struct(EPOCH, LSN, ORDINAL)).alias("_last")
-    latest = changes.groupBy(*(F.col(f"`{name}`") for name in target.key)).agg(last)
-    image = [
-        F.col(f"`{name}`") if name in target.key
-        else F.when(~F.col(f"_last.{DELETED}"), F.col(f"_last.`{name}`")).alias(name)
-        for name in target.names
-    ]  # fmt: skip
-    return latest.select(*(F.col(f"_last.{name}").alias(name) for name in VERSION_COLUMNS), *image)
+    rest = [name for name in changes.columns if name not in key]
+    last = F.max_by(F.struct(*map(quoted, rest)), F.struct(EPOCH, LSN, ORDINAL)).alias(LAST)
+    latest = changes.groupBy(*map(quoted, key)).agg(last)
+
+    def of_last(name: str) -> SparkColumn:
+        value = F.col(f"{LAST}.{quoted(name)}")
+        return (value if name in VERSION_COLUMNS else F.when(~F.col(f"{LAST}.{DELETED}"), value)).alias(name)
+
+    return latest.select(*(F.col(quoted(name)) if name in key else of_last(name) for name in changes.columns))
 
 
 def load_function(reference: str) -> Callable[[DataFrame], DataFrame]:
@@ -222,9 +232,11 @@ def plan(
     _require_stable(spec, table, wanted)
     frame = _empty_frame(spark, source)
     shaped = load_function(table.function)(frame) if table.function else frame
-    found = {name: _spark_type(spec, table, name, shaped, one.expression) for name, one in wanted.items()}
+    names = held(shaped.columns)
+    row = hold(shaped, names)
+    found = {name: _spark_type(spec, table, f"columns.{name}", row, names, one) for name, one in wanted.items()}
     if table.where is not None:
-        _spark_type(spec, table, "where", shaped, table.where, place="where")
+        _spark_type(spec, table, "where", row, names, Derivation(table.where))
     schema, name = table.target_name
     columns = (
         _existing_columns(spec, table, existing, found)
@@ -238,29 +250,43 @@ def plan(
 
 
 def _empty_frame(spark: SparkSession, columns: Sequence[Column]) -> DataFrame:
-    schema = ", ".join(f"{quoted(c.name)} {c.spark_type}" for c in columns)
-    return spark.createDataFrame([], schema)
+    schema = ", ".join(f"{nth(number)} {c.spark_type}" for number, c in enumerate(columns))
+    return spark.createDataFrame([], schema).toDF(*(c.name for c in columns))
 
 
-def _spark_type(spec: Spec, table: Table, column: str, frame: DataFrame, text: str, place: str = "") -> str:
+def _spark_type(
+    spec: Spec, table: Table, where: str, frame: DataFrame, names: Mapping[str, str], derivation: Derivation
+) -> str:  # fmt: skip
     from pyspark.errors import PySparkException
 
-    where = place or f"columns.{column}"
+    text = derivation.expression
     try:
-        analysed = frame.select(_expr(text))
+        analysed = frame.select(_filled(derivation, names))
         deterministic = cast("Any", analysed)._jdf.queryExecution().analyzed().deterministic()
     except PySparkException as error:
         problem = str(error).splitlines()[0]
+        for name, other in names.items():
+            problem = problem.replace(quoted(other), quoted(name))
         raise SpecError(spec.path, f"table {table.source}: {where}", f"{text!r} is not a valid expression: {problem}") from error
     if not deterministic:
         raise SpecError(spec.path, f"table {table.source}: {where}", f"{text!r} gives another value at each run")
     return analysed.schema.fields[0].dataType.simpleString()
 
 
-def _expr(text: str) -> SparkColumn:
+def _expr(text: str, names: Mapping[str, str]) -> SparkColumn:
+    """Return an expression of the spec's over a frame that holds columns by these names."""
     from pyspark.sql import functions as F
 
-    return F.expr(text)
+    return F.expr(resolved(text, names))
+
+
+def _filled(derivation: Derivation, names: Mapping[str, str]) -> SparkColumn:
+    """Return what fills a column; one that is carried is never read as SQL."""
+    from pyspark.sql import functions as F
+
+    if derivation.origin is None:
+        return _expr(derivation.expression, names)
+    return F.col(quoted(names[derivation.origin]))
 
 
 def _require_stable(spec: Spec, table: Table, wanted: Mapping[str, Derivation]) -> None:
@@ -315,10 +341,11 @@ def _require_key(
         raise SpecError(spec.path, f"table {table.source}: key", f"{missing[0]} is no column of the target")
     if table.function is not None:
         return
-    alone = _empty_frame(spark, [c for c in source if c.name in identity])
+    own = held([c.name for c in source])
+    alone = hold(_empty_frame(spark, [c for c in source if c.name in identity]), own)
     for name in table.key:
         try:
-            _ = alone.select(_expr(wanted[name].expression)).schema
+            _ = alone.select(_filled(wanted[name], own)).schema
         except PySparkException as error:
             raise UnsafePlan(
                 (f"target key column {name} of {table.source} is computed from {wanted[name].expression!r}, which needs more than"

@@ -16,6 +16,7 @@ from psycopg import sql
 
 from changeover import settings as pins
 from changeover.errors import LockNotGranted
+from changeover.names import joined
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, server_name
 from changeover.spec import Spec
 
@@ -178,8 +179,8 @@ def remove(connection: Connection, migration: str) -> list[str]:
     ).fetchall()
     for name, schema, table in found:
         drop = sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(sql.Identifier(name), sql.Identifier(schema, table))
-        _patiently(connection, f"lock to remove the trigger on {schema}.{table}", [drop])
-        removed.append(f"trigger {name} on {schema}.{table}")
+        _patiently(connection, f"lock to remove the trigger on {joined(schema, table)}", [drop])
+        removed.append(f"trigger {name} on {joined(schema, table)}")
     functions = connection.execute(
         "SELECT proname FROM pg_proc WHERE pronamespace = to_regnamespace('changeover') AND proname ~ %s",
         [f"^capture_{migration}_[0-9]+$"],

@@ -34,6 +34,7 @@ from changeover.jobs.reverse import (
     whole,
 )
 from changeover.jobs.tenure import NEW
+from changeover.names import qualified
 from changeover.position import format_lsn
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, speaking_to
 from changeover.spec import Spec
@@ -64,7 +65,7 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
         seen = [source_table(new, target_as_source(table)) for table in spec.tables]
         tables = {one.source: one for one in seen if one is not None}
         with speaking_to(dsn, "creating the publication"):
-            _publish(new, slot_of(spec), [tuple(name.split(".", 1)) for name in tables])
+            _publish(new, slot_of(spec), [qualified(name) for name in tables])
             oids = definition.relations(new, [target_as_source(table).source_name for table in spec.tables])
             pieces = definition.of_slot(new, slot_of(spec), oids)
         made = snapshot.create_slot(dsn, application, slot_of(spec))

@@ -37,8 +37,8 @@ def run_notebook(work: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_it_goes_from_the_differences_to_the_cause(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = spark.sql("SELECT id, timestamp '2026-03-01 10:00:00' + make_interval(0,0,0,id) AS at FROM range(6)")
-    source = source.selectExpr("cast(id AS int) id", "at", "'Ann ' name", "cast(NULL AS string) note", "0 _range")
-    target = source.selectExpr("id", "at + interval 2 hours at", "trim(name) name", "'' note", "_range").where("id < 5")
+    source = source.selectExpr("cast(id AS int) id", "at", "'Ann ' name", "cast(NULL AS string) note", "0 _changeover_range")
+    target = source.selectExpr("id", "at + interval 2 hours at", "trim(name) name", "'' note", "_changeover_range").where("id < 5")
     diff = compare(
         source, target, table="public.t", store="new", key=("id",), pg_types={}, ranges=(Range(0, None, None),),
         differences=tmp_path / "differences", run="r1",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from changeover.errors import CouldNotCheck
+from changeover.names import RESERVED, nth, placed
 from changeover.sparkerrors import from_spark
 from changeover.stores.pgtypes import postgres_type
 from changeover.verifiers.canonical import has_form, really_different, same, text
@@ -52,7 +53,7 @@ from changeover.verifiers.verdict import (
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
-RANGE = "_range"
+RANGE = f"{RESERVED}range"
 """Column of both frames: the number of the range that a row was read in."""
 
 NO_RANGE = -1
@@ -85,7 +86,7 @@ def compare(
     limit: int = 1_000_000,
     sensitive: Collection[str] = (),
 ) -> TableDiff:
-    """Compare two frames of the same columns and types, each with `_range`; reads each side once (driver).
+    """Compare two frames of the same columns and types, each with `RANGE`; reads each side once (driver).
 
     `pg_types` names PostgreSQL's type of a column, for those that travel as text. `target_ranges` are the target's own
     where it was not read in the source's ranges; a store without an order of keys has one infinite range. At most
@@ -224,8 +225,9 @@ def _side(frame: DataFrame, fields: Sequence[Field], side: int) -> DataFrame:
     """Columns by place, because a name of the user's must not meet one of ours."""
     from pyspark.sql import functions as F
 
-    values = [F.col(_quoted(column.name)).alias(f"c{place}") for place, column in enumerate(fields)]
-    return frame.select(F.lit(side).alias("side"), F.coalesce(F.col(RANGE).cast("int"), F.lit(NO_RANGE)).alias("range"), *values)
+    rows = placed(frame, [column.name for column in fields])
+    values = [F.col(nth(number)).alias(f"c{number}") for number in range(len(fields))]
+    return rows.select(F.lit(side).alias("side"), F.coalesce(F.col(RANGE).cast("int"), F.lit(NO_RANGE)).alias("range"), *values)
 
 
 def _class_columns(fields: Sequence[Field], paired: Column) -> list[Column]:
@@ -334,7 +336,3 @@ def _small_batches(spark: SparkSession) -> Iterator[None]:
         yield
     finally:
         spark.conf.set(BATCH, before or "10000")
-
-
-def _quoted(name: str) -> str:
-    return "`" + name.replace("`", "``") + "`"

@@ -35,11 +35,12 @@ from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.prepare import spool_of
 from changeover.jobs.spool import Spool
 from changeover.jobs.tenure import EVERYTHING, NEW, OLD, Standing, Tenure, stamped, standing, tenures
+from changeover.names import joined, segment
 from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table, Target
-from changeover.stores import DELETED
-from changeover.stores.appends import VERSION
+from changeover.stores import VERSION_COLUMNS
+from changeover.stores.appends import MARKS, marks_among
 from changeover.stores.gate import GatedTable
 
 NONE = "none"
@@ -248,7 +249,7 @@ def _new_events(
     spec: Spec, table: Table, given: Key, path: reverse.Path, changes: Sequence[Authority], log: Sequence[Tenure]
 ) -> list[dict[str, Any]]:
     """Return the events of the key in the new store's stream, as far as the path on record has brought them."""
-    types = {column.name: column.type for column in path.tables[".".join(table.target_name)] if column.key}
+    types = {column.name: column.type for column in path.tables[table.target_relation] if column.key}
     if not set(types) <= set(given) or not reverse.spool_of(spec).path.exists():
         return []
     with connect(reverse.new_dsn(spec), application_name(spec.name, "explain")) as new:
@@ -263,7 +264,7 @@ def _events(spool: Spool, name: tuple[str, str], own: Key, store: str, log: Sequ
 
     `log` is the row's own. What a store was written while it had no authority is at its place in the log, and no version.
     """
-    ours = (pc.field("relation") == ".".join(name)) & (pc.field("lsn") < spool.end())  # beyond it, a part of a transaction
+    ours = (pc.field("relation") == joined(*name)) & (pc.field("lsn") < spool.end())  # beyond it, a part of a transaction
     wanted = ["lsn", "ordinal", "op", "row", "key", "note"]
     told = [
         event
@@ -316,7 +317,7 @@ def _of_key(batch: pa.RecordBatch, own: Key) -> pa.Array:
 
 
 def _in_lake(spec: Spec, table: Table, target: Target, key: Key, finalized: datetime | None) -> dict[str, Any]:
-    path = target.folder / table.target_name[1]
+    path = target.folder / segment(table.target_name[1])
     if not DeltaTable.is_deltatable(str(path)):
         return {f"{target.name} row": NONE}
     dataset = _dataset(path)
@@ -326,8 +327,9 @@ def _in_lake(spec: Spec, table: Table, target: Target, key: Key, finalized: date
     for part in parts[1:]:
         condition &= part
     rows, cells = [], []
+    marks = marks_among(dataset.schema.names) or MARKS
     for row in dataset.to_table(filter=condition).to_pylist():
-        version, deleted = row.pop(VERSION), row.pop(DELETED)
+        version, deleted = map(row.pop, marks)
         cells.append(f"{'tombstone' if deleted else 'live'} at {Version(version['epoch'], version['lsn'], version['ordinal'])}")
         if not deleted:
             rows.append(row)
@@ -355,7 +357,9 @@ def _in_postgres(spec: Spec, table: Table, target: Target, key: Key, finalized: 
         if present and present[0] and same is not None:
             floor = new.execute(FLOOR, [gated.target]).fetchone()
             cell = new.execute(
-                sql.SQL("SELECT _epoch, _lsn::text, _ordinal, _deleted FROM {} WHERE {}").format(gated.touched, same)
+                sql.SQL("SELECT {}, {}::text, {}, {} FROM {} WHERE {}").format(
+                    *map(sql.Identifier, VERSION_COLUMNS), gated.touched, same
+                )
             ).fetchone()
     state = _gone(finalized) or (f"no live write touched it above {_version(floor)}" if floor else "no live write touched it")
     if cell is not None and (floor is None or _version(cell) > _version(floor)):  # else a batch's position has overtaken it

@@ -21,6 +21,7 @@ from deltalake import DeltaTable, write_deltalake
 from changeover.errors import CouldNotCheck
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
+from changeover.names import nth, placed
 from changeover.verifiers.canonical import notation_only, text
 from changeover.verifiers.verdict import CANONICALISATION, MISMATCHED, Difference, RangeCount, Recheck, TableDiff
 
@@ -149,9 +150,9 @@ def images(frame: DataFrame, names: Sequence[str], key: Sequence[str]) -> dict[K
     """Return each key's rows as exact texts of the named columns, in their order."""
     from pyspark.sql import functions as F
 
-    types = dict(frame.dtypes)
-    keys, values = ([text(F.col(f"`{name}`"), types[name]) for name in chosen] for chosen in (key, names))
-    rows = frame.select(F.array(*keys).alias("key"), F.array(*values).alias("row")).collect()
+    types, columns = dict(frame.dtypes), frame.columns
+    keys, values = ([text(F.col(nth(columns.index(name))), types[name]) for name in chosen] for chosen in (key, names))
+    rows = placed(frame, columns).select(F.array(*keys).alias("key"), F.array(*values).alias("row")).collect()
     found: dict[Key, Image] = {}
     for row in sorted(rows, key=repr):
         found[tuple(row["key"])] = (*found.get(tuple(row["key"]), ()), tuple(row["row"]))
@@ -182,7 +183,7 @@ def _replace_rows(differences: Path, run: str, rows: list[dict[str, Any]]) -> No
     """Keep of this run only the keys that still differ, so that the table says what the verdict says."""
     table = DeltaTable(str(differences))
     schema = pa.schema(table.schema().to_arrow())
-    table.delete(f"run = '{run}'")
+    table.delete("run = '{}'".format(run.replace("'", "''")))
     if rows:
         write_deltalake(table, pa.Table.from_pylist(rows, schema=schema), mode="append")
 

@@ -6,12 +6,14 @@ out on both sides. The sides' ranges stay as they were read, so coverage is stil
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from psycopg import sql
 
+from changeover.names import nth, placed
 from changeover.position import DUAL_WRITE_ORDINAL
-from changeover.stores import Frozen
+from changeover.stores import EPOCH, ORDINAL, Frozen
 from changeover.stores.gate import GatedTable
 from changeover.stores.pgtypes import decode
 
@@ -31,10 +33,20 @@ def rows(
     """
     gated = GatedTable(*transform.table.source_name, tuple(c.name for c in transform.identity), ())
     texts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in gated.key)
-    ahead = sql.SQL(" AND _ordinal = {}").format(sql.Literal(DUAL_WRITE_ORDINAL)) if aligned else sql.SQL("")
-    statement = sql.SQL("SELECT {} FROM {} WHERE _epoch > 0{}").format(texts, gated.touched, ahead)
-    touched = spark.createDataFrame(old.query(statement.as_string(None)), ", ".join(f"`{name}` string" for name in gated.key))
-    decoded = touched.select(*(decode(touched[c.name], c.type, native=False).alias(c.name) for c in transform.identity))
-    keys = transform.keys(decoded).distinct()
-    left, right = (frame.join(keys, list(transform.target.key), "left_anti") for frame in frames)
+    ahead = sql.SQL(" AND {} = {}").format(sql.Identifier(ORDINAL), sql.Literal(DUAL_WRITE_ORDINAL)) if aligned else sql.SQL("")
+    statement = sql.SQL("SELECT {} FROM {} WHERE {} > 0{}").format(texts, gated.touched, sql.Identifier(EPOCH), ahead)
+    names = [nth(number) for number in range(len(gated.key))]
+    touched = spark.createDataFrame(old.query(statement.as_string(None)), ", ".join(f"{name} string" for name in names))
+    decoded = touched.select(
+        *(decode(touched[name], c.type, native=False).alias(c.name) for name, c in zip(names, transform.identity, strict=True))
+    )
+    keys = placed(transform.keys(decoded).distinct(), transform.target.key)
+    left, right = (_without(frame, keys, transform.target.key) for frame in frames)
     return left, right
+
+
+def _without(frame: DataFrame, keys: DataFrame, names: Sequence[str]) -> DataFrame:
+    """Return the rows whose key, the columns of these names, is not among the keys, which stand by their places."""
+    rows = placed(frame, names)
+    same = [rows[nth(number)] == keys[nth(number)] for number in range(len(names))]
+    return rows.join(keys, same, "left_anti").toDF(*frame.columns)

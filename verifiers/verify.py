@@ -33,6 +33,7 @@ from changeover.jobs.tenure import shares
 from changeover.jobs.transform import Transform
 from changeover.jobs.triggerlog import Log
 from changeover.jobs.waiting import await_spool
+from changeover.names import nth, placed, qualified
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.sparkerrors import from_spark
@@ -42,7 +43,7 @@ from changeover.stores.postgres import freeze, frozen_at, importing
 from changeover.stores.reader import ExportedSnapshot, ReadTable
 from changeover.verifiers import checks, recheck, untouched
 from changeover.verifiers.canonical import text
-from changeover.verifiers.diff import compare
+from changeover.verifiers.diff import RANGE, compare
 from changeover.verifiers.split import Split
 from changeover.verifiers.verdict import Positions, Range, Recheck, TableDiff, Verdict
 
@@ -158,8 +159,7 @@ def _aligned(held: ExitStack, spec: Spec, dsn: str, application: str) -> tuple[i
 
 
 def _read(seen: SourceTable) -> ReadTable:
-    schema, _, name = seen.source.partition(".")
-    return ReadTable(schema, name, seen.store_columns, seen.key, seen.partitions is not None)
+    return ReadTable(*qualified(seen.source), seen.store_columns, seen.key, seen.partitions is not None)
 
 
 def _replay_to(replay: Replay, position: int, targets: Sequence[str]) -> None:
@@ -284,8 +284,8 @@ class _Comparison:
 
         frame = transform.kept(frozen.frame(None)) if transform else frozen.frame(None)
         one = len(frozen.ranges) == 1
-        ranged = frame.withColumn("_range", F.lit(0) if one else F.spark_partition_id())
-        return transform.rows(ranged, carry=["_range"]) if transform else ranged
+        ranged = frame.withColumn(RANGE, F.lit(0) if one else F.spark_partition_id())
+        return transform.rows(ranged, carry=[RANGE]) if transform else ranged
 
 
 def _only(rows: DataFrame, names: Sequence[str], keys: Sequence[recheck.Key]) -> DataFrame:
@@ -293,10 +293,11 @@ def _only(rows: DataFrame, names: Sequence[str], keys: Sequence[recheck.Key]) ->
     from pyspark.sql import functions as F
 
     types = dict(rows.dtypes)
-    asked = [f"_asked{place}" for place in range(len(names))]
+    own = [nth(number) for number in range(len(names))]
+    asked = [f"{name}_asked" for name in own]
     wanted = rows.sparkSession.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in asked))
-    same = [text(F.col(f"`{name}`"), types[name]) == F.col(one) for name, one in zip(names, asked, strict=True)]
-    return rows.join(wanted, same, "left_semi")
+    same = [text(F.col(here), types[name]) == F.col(one) for here, name, one in zip(own, names, asked, strict=True)]
+    return placed(rows, names).join(wanted, same, "left_semi").toDF(*rows.columns)
 
 
 def _ranges(frozen: Frozen) -> list[Range]:

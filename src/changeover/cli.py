@@ -49,12 +49,14 @@ def init(dsn: str, table: str, output: str) -> None:
 @SPEC
 @JSON
 def check(spec: str, as_json: bool) -> None:
-    """Look at both sides, change nothing, and say whether the plan is safe."""
+    """Look at both sides, bring no row the whole way, change nothing, and say whether the plan is safe."""
     from changeover.jobs import obstacles
-    from changeover.jobs.division import examined
+    from changeover.session import spark_session
+    from changeover.verifiers.rehearsal import rehearsed
 
-    found = examined(opened(spec))
-    notes = [*found.notes, *obstacles.notes(opened(spec))]
+    loaded = opened(spec)
+    found = rehearsed(loaded, lambda: spark_session(f"changeover:{loaded.name}"))  # no row, so no scratch folder is made
+    notes = [*found.notes, *obstacles.notes(loaded)]
     told = {"refused": found.reasons, "grant": found.grants, "note": notes}
     lines = [f"{kind}: {line}" for kind, said in told.items() for line in said]
     answer({"safe": not found.reasons, "reasons": found.reasons, "grants": found.grants, "notes": notes}, as_json,

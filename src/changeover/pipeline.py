@@ -26,10 +26,10 @@ from changeover.jobs import backfill as backfilling
 from changeover.jobs import prepare as preparing
 from changeover.jobs import replay as replaying
 from changeover.jobs import restart as restarting
-from changeover.jobs.division import examined
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.progress import progress
 from changeover.spec import Spec
+from changeover.verifiers.rehearsal import rehearsed
 from changeover.verifiers.verdict import Verdict
 from changeover.verifiers.verify import verify
 
@@ -63,7 +63,7 @@ class Step:
 
 
 def _check(run: Run) -> None:
-    found = examined(run.spec)
+    found = rehearsed(run.spec, run.spark)
     run.done["estimate"] = sum(table.rows for table in found.tables.values())
     if found.reasons and not _prepared(run.spec):
         raise UnsafePlan(tuple(found.reasons))
@@ -74,14 +74,17 @@ def _prepared(spec: Spec) -> bool:
         return ledger.exists()
 
 
-def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False) -> preparing.Prepared:
+def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False, rehearse: bool = True) -> preparing.Prepared:
     """Prepare, and have the flag's data file ask for the lowest stage where there is no such file yet (driver).
 
     With `anew` a prepared migration begins a new epoch: its target tables are emptied, and every chunk is pending again. One that
-    was begun so and did not come to its end is brought there in any case.
+    was begun so and did not come to its end is brought there in any case. Without `rehearse` the caller has done so.
     """
     with Ledger.open(spec, "prepare") as ledger:
-        again = ledger.exists() and (anew or ledger.begun() is not None)
+        there = ledger.exists()
+        again = there and (anew or ledger.begun() is not None)
+    if rehearse and not there and (reasons := rehearsed(spec, lambda: spark).reasons):
+        raise UnsafePlan(tuple(reasons))
     made = restarting.restart(spec, spark) if again else preparing.prepare(spec, spark)
     if spec.flag is not None:
         flag, file = cutover.flag_of(spec)
@@ -92,7 +95,7 @@ def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False) -> preparing
 
 
 def _prepare(run: Run) -> None:
-    prepare(run.spec, run.spark())
+    prepare(run.spec, run.spark(), rehearse=False)
 
 
 def _capture(run: Run) -> None:

@@ -41,6 +41,11 @@ def application_name(migration: str, step: str) -> str:
     return f"changeover:{migration}:{step}"
 
 
+def escaped(statement: sql.Composable) -> sql.SQL:
+    """Return composed SQL that gets parameters: psycopg takes a percent sign, in a name too, for the beginning of one."""
+    return sql.SQL(statement.as_string(None).replace("%", "%%"))
+
+
 def server_name(dsn: str) -> str:
     """Return host, port and database of a DSN for messages: never a user or a secret."""
     given = conninfo_to_dict(dsn)

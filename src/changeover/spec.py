@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from changeover.errors import SpecError
+from changeover.errors import SpecError, UsageError
+from changeover.names import joined, qualified
 from changeover.secret import Secret, secret
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -104,6 +105,16 @@ class Table:
         """Return schema and name of the target table (of a Delta target the name alone is the folder)."""
         return qualified(self.target)
 
+    @property
+    def source_relation(self) -> str:
+        """Return the source table's name in the one spelling in which it stands in spools and on record."""
+        return joined(*self.source_name)
+
+    @property
+    def target_relation(self) -> str:
+        """Return the target table's name in that spelling."""
+        return joined(*self.target_name)
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -145,15 +156,9 @@ class Spec:
     def table(self, name: str) -> Table:
         """Return the table whose source or target bears the name."""
         for table in self.tables:
-            if name in (table.source, table.target, table.source_name[1]):
+            if name in (table.source, table.target, table.source_relation, table.source_name[1]):
                 return table
         raise SpecError(self.path, "table", f"no table is named {name}")
-
-
-def qualified(name: str) -> tuple[str, str]:
-    """Split ``schema.table``; without a schema it is ``public``."""
-    schema, _, table = name.rpartition(".")
-    return schema or "public", table
 
 
 def load(path: str | Path) -> Spec:
@@ -284,7 +289,7 @@ class _Reader:
         tables = tuple(self.table(f"table[{index}]", item) for index, item in enumerate(given))
         # a Delta target's folder is named by the table alone
         for label, names in (
-            ("source", [".".join(t.source_name) for t in tables]), ("target", [t.target_name[1] for t in tables]),
+            ("source", [t.source_relation for t in tables]), ("target", [t.target_name[1] for t in tables]),
         ):  # fmt: skip
             twice = {name for name in names if names.count(name) > 1}
             if twice:
@@ -304,8 +309,8 @@ class _Reader:
         if function is not None and not re.fullmatch(r"[\w.]+:\w+", function):
             self.fail(f"{where}.transform.function", 'must be "package.module:function"')
         return Table(
-            source=self.text(where, given, "source"),
-            target=self.text(where, given, "target"),
+            source=self.table_name(where, given, "source"),
+            target=self.table_name(where, given, "target"),
             key=key,
             columns=dict(columns),
             drop=self.texts(where, given, "drop"),
@@ -315,6 +320,15 @@ class _Reader:
             reverse=dict(self.expressions(where, given, "reverse")),
             sensitive=self.texts(where, given, "sensitive"),
         )
+
+    def table_name(self, where: str, given: Mapping[str, Any], key: str) -> str:
+        """Return the name of a table, which `qualified` reads."""
+        name = self.text(where, given, key)
+        try:
+            qualified(name)
+        except UsageError as error:
+            self.fail(f"{where}.{key}", str(error))
+        return name
 
     def expressions(self, where: str, given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         """Return a section of columns and the expression that fills each, empty where it is left out."""

@@ -80,7 +80,8 @@ def offer_until_taken(mirror: Mirror) -> None:
 
 def touched(stores: Stores) -> list[tuple[Any, ...]]:
     return stores.new.execute(
-        'SELECT subject, _epoch, _lsn::text, _ordinal, _deleted FROM changeover."touched_public.associations" ORDER BY subject'
+        "SELECT subject, _changeover_epoch, _changeover_lsn::text, _changeover_ordinal, _changeover_deleted"
+        ' FROM changeover."touched_public.associations" ORDER BY subject'
     ).fetchall()
 
 

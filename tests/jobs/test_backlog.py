@@ -24,7 +24,6 @@ from changeover.jobs.spool import Spool
 from changeover.jobs.status import status
 from changeover.position import parse_lsn
 from changeover.session import Connection, application_name, connect
-from changeover.spec import qualified
 from tests.fix_capture import Prepared, Writer, child, peak_megabytes, require_all_of, wait_for
 
 ALWAYS = {"FAR_BYTES": 1, "NEAR_BYTES": 1}
@@ -70,7 +69,7 @@ def by_stream(prepared: Prepared, slot: str, path: Path, until: int) -> list[dic
     """Return what another slot brings by the stream alone."""
     spool = Spool(path)
     spool.create()
-    tables = {".".join(qualified(t.source)): prepared.ledger.source_table(t.source)[1] for t in prepared.spec.tables}
+    tables = {t.source_relation: prepared.ledger.source_table(t.source)[1] for t in prepared.spec.tables}
     feed = Feed(prepared.spec.source.dsn.resolve(), replace(prepared.stream, slot=slot), tables, spool)
     run = SlotRun(prepared.spec, feed, threading.Event(), lambda: spool.end() >= until, 0, CaptureResult())
     run.by_turns = False

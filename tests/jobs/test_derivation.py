@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from changeover.jobs.derivation import Derivation, derivations, mentioned, origin, reference
+from changeover.jobs.derivation import Derivation, derivations, mentioned, origin, reference, resolved
+from changeover.names import held, nth
 from changeover.spec import Table
 from changeover.stores import Column
 
@@ -54,3 +55,18 @@ def test_an_expression_may_ask_for_what_it_mentions() -> None:
     names = [c.name for c in SOURCE]
     assert mentioned(names, ["upper(ID) || `A B`", "größe > 0"]) == {"id", "a b", "Größe"}
     assert mentioned(names, ["`tick``ed`", "`a.b` = 1"]) == {"tick`ed", "a.b"}
+
+
+def test_an_expression_means_the_column_whose_name_it_writes_as_it_is() -> None:
+    names = held(["Name", "name", "NAME", "id", "a b", "A B"])
+    assert names == {"Name": nth(0), "name": nth(1), "NAME": nth(2), "id": "id", "a b": nth(4), "A B": nth(5)}
+    text = "upper(Name) || `name` || 'Name' || \"name\" || s.Name || Name (1) || nAME || `a b` || id -- `A B`"
+    told = f"upper({nth(0)}) || {nth(1)} || 'Name' || \"name\" || s.Name || Name (1) || nAME || {nth(4)} || id -- {nth(5)}"
+    assert resolved(text, names) == told
+    assert resolved("it's Name", held(["Name", "other"])) == "it's Name", "every other table's is left as it is"
+
+
+def test_letters_that_spark_does_not_tell_apart_are_told_apart_by_place() -> None:
+    for one, other in (("a", "A"), ("\u017f", "S"), ("\u212a", "k"), ("İ", "i"), ("é", "É")):
+        assert held([one, other]) == {one: nth(0), other: nth(1)}
+    assert held(["a", "b"]) == {"a": "a", "b": "b"}

@@ -91,7 +91,8 @@ class Kept:
     def cells(self) -> Cells:
         """Return the cells: versions from `touched`, images from the table; a tombstone has none."""
         found = self.connection.execute(
-            "SELECT coalesce(t.id, k.id), t._epoch, t._lsn - '0/0'::pg_lsn, t._ordinal, t._deleted, k.note, k.id IS NOT NULL"
+            "SELECT coalesce(t.id, k.id), t._changeover_epoch, t._changeover_lsn - '0/0'::pg_lsn, t._changeover_ordinal,"
+            " t._changeover_deleted, k.note, k.id IS NOT NULL"
             ' FROM kept k FULL JOIN changeover."touched_public.kept" t USING (id, kind)'
         ).fetchall()
         cells = {}

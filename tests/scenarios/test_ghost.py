@@ -15,7 +15,7 @@ import pytest
 from changeover.errors import LockNotGranted
 from changeover.position import Version, image_version
 from changeover.session import connect
-from changeover.stores import Column, TargetTable, batches, gate
+from changeover.stores import VERSION_COLUMNS, Column, TargetTable, batches, gate
 from changeover.stores.delta import DeltaStore
 from changeover.stores.postgres import PostgresStore
 from tests.fix_migration import LAKE, STORE, Migration, load_after
@@ -52,7 +52,8 @@ def test_a_deleted_row_does_not_come_back_to_postgres(migration: Migration, monk
 
 
 def test_without_tombstones_it_would(migration: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
-    race(migration, PostgresStore, monkeypatch, forget='DELETE FROM changeover."touched_public.associations" WHERE _deleted')
+    tombstones = 'changeover."touched_public.associations" WHERE _changeover_deleted'
+    race(migration, PostgresStore, monkeypatch, forget=f"DELETE FROM {tombstones}")
     assert rows_of(migration, DELETED, STORE) == 20
 
 
@@ -82,7 +83,7 @@ def offering(dsn: str, row: str, version: Version | None = None, deleted: bool =
     """Open a session whose batch table holds one row: an image, or a change with its version."""
     with connect(dsn, "test-offer", autocommit=False) as connection, connection.cursor() as cursor:
         batches.prepare_batch(cursor, GATED, versions=version is not None)
-        columns = "_epoch, _lsn, _ordinal, _deleted, id, note" if version else "id, note"
+        columns = ", ".join([*(VERSION_COLUMNS if version else ()), "id", "note"])
         if version:
             row = f"{version.epoch}\t{version.lsn >> 32:X}/{version.lsn & 0xFFFFFFFF:X}\t{version.ordinal}\t{deleted}\t{row}"
         with cursor.copy(f"COPY pg_temp.changeover_batch ({columns}) FROM STDIN".encode()) as copy:

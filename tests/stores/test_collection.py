@@ -49,7 +49,8 @@ def offer(connection: Connection, key: int, version: Version, note: str | None =
 def touched(connection: Connection) -> Kept:
     """Return the versions that are kept."""
     rows = connection.execute(
-        "SELECT id, _epoch, (_lsn - '0/0')::bigint, _ordinal, _deleted FROM changeover.\"touched_public.kept\""
+        "SELECT id, _changeover_epoch, (_changeover_lsn - '0/0')::bigint, _changeover_ordinal, _changeover_deleted"
+        ' FROM changeover."touched_public.kept"'
     ).fetchall()
     return {row[0]: (Version(row[1], row[2], row[3]), row[4]) for row in rows}
 

@@ -98,5 +98,6 @@ def test_a_column_of_texts_alone(any_dsn: str, spark: SparkSession) -> None:
 
 def test_positions_are_lsns(spark: SparkSession) -> None:
     lsns = [0, 1, 0xFFFFFFFF, 0x100000000, 0x16B374D848, 2**63 - 1]
-    frame = spark.createDataFrame([(lsn,) for lsn in lsns], "_lsn bigint").coalesce(1)
-    assert [row.line.strip() for row in copy_lines(frame, lsn_columns=("_lsn",)).collect()] == [format_lsn(lsn) for lsn in lsns]
+    frame = spark.createDataFrame([(lsn,) for lsn in lsns], "_changeover_lsn bigint").coalesce(1)
+    written = [row.line.strip() for row in copy_lines(frame, lsn_columns=("_changeover_lsn",)).collect()]
+    assert written == [format_lsn(lsn) for lsn in lsns]

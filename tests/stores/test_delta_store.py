@@ -15,8 +15,8 @@ from pyspark.sql import DataFrame, SparkSession
 from changeover.errors import RowRefused
 from changeover.jobs.merge import Cell, merged
 from changeover.position import Version, image_version
-from changeover.stores import DELETED, Column, Counts, TargetTable
-from changeover.stores.appends import VERSION, AppendTask
+from changeover.stores import VERSION_COLUMNS, Column, Counts, TargetTable
+from changeover.stores.appends import DELETED, VERSION, AppendTask
 from changeover.stores.delta import DeltaStore, live_rows
 
 V0 = image_version(100)
@@ -30,7 +30,8 @@ TABLE = TargetTable(
     ),
     ("id",),
 )
-CHANGES = "_epoch int, _lsn bigint, _ordinal bigint, _deleted boolean, id int, note string"
+TYPES = ("int", "bigint", "bigint", "boolean", "int", "string")
+CHANGES = ", ".join(f"{name} {kind}" for name, kind in zip((*VERSION_COLUMNS, "id", "note"), TYPES, strict=True))
 
 
 @dataclass

@@ -123,8 +123,8 @@ class Field:
 
     def ghosts(self) -> list[int]:
         """Return the keys that live beside their tombstone."""
-        found = self.admin.execute(f"SELECT id FROM {NAME} JOIN {TOUCHED} AS t USING (id) WHERE t._deleted".encode()).fetchall()
-        return [row[0] for row in found]
+        ghosts = f"SELECT id FROM {NAME} JOIN {TOUCHED} AS t USING (id) WHERE t._changeover_deleted"
+        return [row[0] for row in self.admin.execute(ghosts.encode()).fetchall()]
 
     def floor(self) -> tuple[int, str, int]:
         """Return the floor as the gate's function takes it."""

@@ -17,10 +17,10 @@ from psycopg import sql
 from changeover.jobs import merge
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
-from changeover.stores import Counts, batches, collection, gate, postgres, statements
+from changeover.stores import VERSION_COLUMNS, Counts, batches, collection, gate, postgres, statements
 from changeover.stores import truncate as truncating
 from changeover.stores.batches import BATCH, OF_CHANGES, OF_IMAGES
-from changeover.stores.gate import GatedTable
+from changeover.stores.gate import GatedTable, version_of
 from changeover.stores.statements import BARRIER, CLOSE, COLLECT, GATE, LOAD, Part
 from tests.stress.field import TOUCHED
 
@@ -45,21 +45,21 @@ def _touch(text: str) -> Callable[[GatedTable, sql.Composable], sql.Composed]:
 
     def touch(table: GatedTable, source: sql.Composable) -> sql.Composed:
         return sql.SQL(
-            "INSERT INTO {touched} AS t ({key}, _epoch, _lsn, _ordinal, _deleted)"
-            f" SELECT {{b_key}}, b._epoch, b._lsn, b._ordinal, b._deleted FROM {{source}} AS b, {text}"
+            "INSERT INTO {touched} AS t ({key}, {names})" f" SELECT {{b_key}}, {{b_names}} FROM {{source}} AS b, {text}"
         ).format(
             touched=table.touched, key=table.list(table.key), b_key=table.list(table.key, "b"), source=source,
-            target=sql.Literal(table.target), lock=table.lock_key,
+            target=sql.Literal(table.target), lock=table.lock_key, names=table.list(VERSION_COLUMNS),
+            b_names=table.list(VERSION_COLUMNS, "b"), new_names=table.list(VERSION_COLUMNS, "excluded"),
+            b=version_of("b"), t=version_of("t"), new=version_of("excluded"),
         )  # fmt: skip
 
     return touch
 
 
-KEPT = " ORDER BY {b_key} ON CONFLICT ({key}) DO UPDATE SET _epoch = excluded._epoch, _lsn = excluded._lsn,"
-KEPT += " _ordinal = excluded._ordinal, _deleted = excluded._deleted"
-NEWER = " WHERE (excluded._epoch, excluded._lsn, excluded._ordinal) > (t._epoch, t._lsn, t._ordinal)"
+KEPT = " ORDER BY {b_key} ON CONFLICT ({key}) DO UPDATE SET ({names}) = ROW({new_names})"
+NEWER = " WHERE {new} > {t}"
 HERE = "changeover.gate AS g WHERE g.target = {target}"
-ABOVE = " AND (b._epoch, b._lsn, b._ordinal) > (g.epoch, g.lsn, g.ordinal)"
+ABOVE = " AND {b} > (g.epoch, g.lsn, g.ordinal)"
 LOCKED = "pg_advisory_xact_lock_shared({lock}) AS l, "
 
 product_touch, product_delete, product_upsert = GatedTable.touch, GatedTable.delete, GatedTable.upsert
@@ -94,7 +94,7 @@ WITHOUT_LOCK = ((batches, "GATE", UNLOCKED), (gate, "GATE", UNLOCKED), (OF_CHANG
 FORGET = f"""
 CREATE FUNCTION forget() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN
     DELETE FROM {TOUCHED} WHERE id = NEW.id; RETURN NULL; END $body$;
-CREATE TRIGGER forget AFTER INSERT OR UPDATE ON {TOUCHED} FOR EACH ROW WHEN (NEW._deleted) EXECUTE FUNCTION forget();
+CREATE TRIGGER forget AFTER INSERT OR UPDATE ON {TOUCHED} FOR EACH ROW WHEN (NEW._changeover_deleted) EXECUTE FUNCTION forget();
 """
 
 # -- the loader
@@ -134,10 +134,9 @@ def _one_delete(connection: Connection, table: GatedTable, version: Version) -> 
     with connection.transaction():
         connection.execute(sql.SQL("SELECT pg_advisory_xact_lock_shared({})").format(table.lock_key))
         connection.execute(
-            sql.SQL(
-                "DELETE FROM {} AS t WHERE NOT EXISTS (SELECT FROM {} AS d WHERE {} AND (d._epoch, d._lsn, d._ordinal)"
-                " >= ({}, {}::pg_lsn, {}))"
-            ).format(table.table, table.touched, table.same_key("d", "t"), *_literals(version))
+            sql.SQL("DELETE FROM {} AS t WHERE NOT EXISTS (SELECT FROM {} AS d WHERE {} AND {} >= ({}, {}::pg_lsn, {}))").format(
+                table.table, table.touched, table.same_key("d", "t"), version_of("d"), *_literals(version)
+            )
         )
     return 0
 
@@ -182,7 +181,7 @@ def _deleted_where(table: GatedTable, condition: sql.Composable) -> sql.Composed
 def _by_key(turn: Any) -> None:
     """List the keys first and delete them then, whatever version they have by now."""
     found = turn.connection.execute(
-        sql.SQL("SELECT id FROM {} WHERE (_epoch, _lsn, _ordinal) <= ({}, {}::pg_lsn, {})").format(
+        sql.SQL("SELECT id FROM {} WHERE (_changeover_epoch, _changeover_lsn, _changeover_ordinal) <= ({}, {}::pg_lsn, {})").format(
             turn.table.touched, *_literals(turn.upto)
         )
     ).fetchall()
@@ -190,7 +189,7 @@ def _by_key(turn: Any) -> None:
 
 
 def _tombstones_alone(table: GatedTable, upto: Version, block: int) -> sql.Composed:
-    return _deleted_where(table, sql.SQL("_deleted"))
+    return _deleted_where(table, sql.SQL("_changeover_deleted"))
 
 
 def _without(procedure: statements.Procedure, part: Part) -> statements.Procedure:

@@ -38,7 +38,7 @@ class Pair:
         """Every row in one range, unless it brings one more value than the schema has."""
         width = self.schema.count(",") + 1
         whole = [row if len(row) > width else (*row, range_of) for row in rows]
-        return self.spark.createDataFrame(whole, f"{self.schema}, _range int")
+        return self.spark.createDataFrame(whole, f"{self.schema}, _changeover_range int")
 
     def compare(self, source: Rows, target: Rows, **options: Any) -> TableDiff:
         given: dict[str, Any] = {
@@ -305,7 +305,7 @@ def test_each_side_is_read_once(pair: Pair) -> None:
             yield row
 
     frames = [
-        pair.spark.createDataFrame(pair.frame(rows).rdd.mapPartitions(read), "k int, v string, _range int")
+        pair.spark.createDataFrame(pair.frame(rows).rdd.mapPartitions(read), "k int, v string, _changeover_range int")
         for rows in ([(1, "a"), (2, "b"), (3, "c")], [(1, "a"), (2, "x")])
     ]
     diff = compare(

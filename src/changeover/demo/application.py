@@ -28,7 +28,8 @@ from changeover.errors import ChangeoverError
 from changeover.flags.alarm import reason_of
 from changeover.flags.endpoint import Cursor, Row
 from changeover.flags.router import Change, Experiment, Router, returned
-from changeover.spec import load, qualified
+from changeover.names import qualified
+from changeover.spec import load
 
 WRITERS = 4
 READ_EVERY = 3

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psycopg
 
+from changeover.names import RESERVED, joined
 from changeover.position import Version
 from changeover.spec import Spec, Target
 
@@ -22,10 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
-EPOCH, LSN, ORDINAL, DELETED = "_epoch", "_lsn", "_ordinal", "_deleted"
-"""Columns that a frame of changes has beside the table's own: a version and whether the key is gone."""
-
-VERSION_COLUMNS = (EPOCH, LSN, ORDINAL, DELETED)
+EPOCH, LSN, ORDINAL, DELETED = VERSION_COLUMNS = tuple(f"{RESERVED}{name}" for name in ("epoch", "lsn", "ordinal", "deleted"))
+"""Columns that a frame, a batch and a touched row have beside the table's own: a version and whether the key is gone."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TargetTable:
         return tuple(column.name for column in self.columns)
 
     def __str__(self) -> str:
-        return f"{self.schema}.{self.name}"
+        return joined(self.schema, self.name)
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,10 @@ class Store(Protocol):
         """Return whether a column of a table here holds every value of a source column, carried as it is (check, prepare)."""
         ...
 
+    def misfits(self, table: str, names: Sequence[str]) -> list[str]:
+        """Return why a table, by its name in the spec, can't have columns of these names here, each a sentence (check, prepare)."""
+        ...
+
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
         """Return reasons why an existing table can't be a target, each a sentence (check, prepare)."""
         ...
@@ -178,6 +182,15 @@ class Store(Protocol):
 
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> AbstractContextManager[Frozen]:
         """Hold a state that verification reads, in about `parts` ranges of the key where the store has an order (verify)."""
+        ...
+
+    def rehearsing(
+        self, spark: SparkSession, table: TargetTable, scratch: Path, images: DataFrame, changes: DataFrame
+    ) -> AbstractContextManager[DataFrame | None]:
+        """Take images and changes without a row as `load` and `merge` do, and leave nothing behind, nor in `scratch` (check).
+
+        Yields the rows as verification reads them, none where the table is not there yet and nothing else tells.
+        """
         ...
 
     def begin_anew(self, table: TargetTable, image: Version, appended: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,16 +23,34 @@ from deltalake.transaction import AddAction
 
 from changeover import points
 from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused
+from changeover.names import RESERVED, folded
 from changeover.position import Version
 from changeover.sparkerrors import failure_of
-from changeover.stores import DELETED, Counts, Mark
+from changeover.stores import Counts, Mark
 from changeover.stores.tasks import outcome
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = "_version"
-"""struct<epoch:int,lsn:bigint,ordinal:bigint>: Spark compares structs field by field, which is the axis' order."""
+VERSION, DELETED = MARKS = ("_version", "_deleted")
+"""Our two columns of a lake's table: a struct<epoch:int,lsn:bigint,ordinal:bigint>, and whether the row is a tombstone.
+
+Spark compares structs field by field, which is the axis' order.
+"""
+
+APART = (f"{RESERVED}version", f"{RESERVED}deleted")
+"""Their names in a table which has a column of its own by one of the others."""
+
+
+def marks(own: Collection[str]) -> tuple[str, str]:
+    """Return what our columns are called beside a table's own, whose case Delta does not tell apart (pure)."""
+    return APART if set(map(folded, own)) & set(MARKS) else MARKS
+
+
+def marks_among(columns: Collection[str]) -> tuple[str, str] | None:
+    """Return what our columns are called among all of a table's, None where they are not there (pure)."""
+    return next((pair for pair in (APART, MARKS) if set(pair) <= set(columns)), None)
+
 
 ROW_GROUP = 100_000
 LONGEST_BOUND = 32
@@ -55,6 +73,9 @@ class AppendTask:
     chunks: tuple[int, ...]
     image: Version
     mark: Mark
+    marks: tuple[str, str] = MARKS
+    columns: tuple[str, ...] = ()
+    """What the rows' columns are called in the table, where they come by their places."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Write, commit, mark."""
@@ -88,11 +109,13 @@ class AppendTask:
         path = Path(self.path) / f"part-{chunk:05d}-{uuid.uuid4()}.snappy.parquet"
         writer: Any = None
         bounds = Bounds(self.key)
-        for rows in row_groups(batches):
+        for placed in row_groups(batches):
+            rows = placed.rename_columns(list(self.columns)) if self.columns else placed
             self._require_values(chunk, rows)
             bounds.add(rows)
-            whole = rows.append_column(VERSION, pa.repeat(_version(self.image), rows.num_rows)).append_column(
-                DELETED, pa.repeat(pa.scalar(False), rows.num_rows)
+            version, deleted = self.marks
+            whole = rows.append_column(version, pa.repeat(_version(self.image), rows.num_rows)).append_column(
+                deleted, pa.repeat(pa.scalar(False), rows.num_rows)
             )
             writer = writer or pq.ParquetWriter(path, whole.schema, compression="snappy")
             writer.write_table(whole)

@@ -16,7 +16,7 @@ from psycopg import sql
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.position import Version
 from changeover.stores import VERSION_COLUMNS, Counts
-from changeover.stores.gate import GATE_EPOCH, MARK, OURS, GatedTable, raise_floor
+from changeover.stores.gate import GATE_EPOCH, MARK, NO_VERSION, OURS, GatedTable, raise_floor, version_of
 from changeover.stores.statements import CATCH_UP, GATE, LOAD, Part
 
 BATCH = sql.Identifier("pg_temp", "changeover_batch")
@@ -31,13 +31,12 @@ def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool
 
     It lasts for this transaction, or where it is kept as long as the session, for a transaction that may have to be repeated.
     """
-    extra = "0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal, false AS _deleted, " if versions else ""
     cursor.execute(
         sql.SQL(
             "CREATE TEMPORARY TABLE changeover_batch ON COMMIT {end} AS SELECT {extra}{columns} FROM {table} WITH NO DATA"
         ).format(
             end=sql.SQL("PRESERVE ROWS" if keep else "DROP"),
-            extra=sql.SQL(extra),
+            extra=sql.SQL("{}, ").format(NO_VERSION) if versions else sql.SQL(""),
             columns=table.list(table.columns),
             table=table.table,
         )
@@ -64,7 +63,7 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     With `reached` the batch has every change up to that version that was not offered before, and the position is the gate
     (`statements.CATCH_UP`), unless another session holds the table's lock: then each key's version is, as always.
     """
-    found = cursor.execute(sql.SQL("SELECT count(*), max(_epoch)::text FROM {}").format(BATCH)).fetchone()
+    found = cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)).fetchone()
     assert found is not None
     cursor.execute(MARK, [OURS, "changes"])
     # a store that has lost authority lets the gate of the present epoch pass, see refusal
@@ -93,15 +92,13 @@ def _drop_older(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     """Leave in the batch what is above the floor and above the cell, and no version of its keys (under the exclusive lock)."""
     cursor.execute(
         sql.SQL(
-            "DELETE FROM {batch} AS b USING changeover.gate AS g WHERE g.target = {target}"
-            " AND (b._epoch, b._lsn, b._ordinal) <= (g.epoch, g.lsn, g.ordinal)"
-        ).format(batch=BATCH, target=sql.Literal(table.target))
+            "DELETE FROM {batch} AS b USING changeover.gate AS g WHERE g.target = {target} AND {b} <= (g.epoch, g.lsn, g.ordinal)"
+        ).format(batch=BATCH, b=version_of("b"), target=sql.Literal(table.target))
     )
     cursor.execute(
-        sql.SQL(
-            "DELETE FROM {batch} AS b USING {touched} AS t WHERE {same}"
-            " AND (b._epoch, b._lsn, b._ordinal) <= (t._epoch, t._lsn, t._ordinal)"
-        ).format(batch=BATCH, touched=table.touched, same=table.same_key("t", "b"))
+        sql.SQL("DELETE FROM {batch} AS b USING {touched} AS t WHERE {same} AND {b} <= {t}").format(
+            batch=BATCH, touched=table.touched, same=table.same_key("t", "b"), b=version_of("b"), t=version_of("t")
+        )
     )
     # the floor, raised in this transaction, answers for the rest: a tombstone left behind would take a row at a repeated sweep
     cursor.execute(
@@ -159,8 +156,8 @@ def _refuse_touched(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     """Take images of touched keys out of the batch; count them and those that a tombstone refused."""
     gone = cursor.execute(
         sql.SQL(
-            "WITH gone AS (DELETE FROM {batch} AS b USING {touched} AS t WHERE {same} RETURNING t._deleted)"
-            " SELECT count(*), count(*) FILTER (WHERE _deleted) FROM gone"
+            "WITH gone AS (DELETE FROM {batch} AS b USING {touched} AS t WHERE {same} RETURNING t._changeover_deleted)"
+            " SELECT count(*), count(*) FILTER (WHERE _changeover_deleted) FROM gone"
         ).format(batch=BATCH, touched=table.touched, same=table.same_key("t", "b"))
     ).fetchone()
     assert gone is not None

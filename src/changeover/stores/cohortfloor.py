@@ -16,7 +16,8 @@ from psycopg import sql
 
 from changeover.errors import LockNotGranted
 from changeover.session import Connection
-from changeover.stores.gate import GatedTable, ours
+from changeover.stores import EPOCH
+from changeover.stores.gate import GatedTable, body_of, ours
 from changeover.stores.refusal import LOCK_TIMEOUT, Refused, belongs
 
 TRIES = 100
@@ -47,7 +48,7 @@ def install(connection: Connection, table: GatedTable, column: str, floors: Sequ
 
 def _function(function: sql.Identifier, column: str, floors: Sequence[Refused]) -> sql.Composed:
     arms = [sql.SQL("WHEN {} THEN {}").format(belongs("NEW", column, one.cohorts), sql.Literal(one.epoch)) for one in floors]
-    return sql.SQL(
-        "CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN"
-        " IF NEW._epoch < (CASE {} ELSE 0 END) THEN RETURN NULL; END IF; RETURN NEW; END $body$"
-    ).format(function, sql.SQL(" ").join(arms))
+    body = sql.SQL("BEGIN IF NEW.{} < (CASE {} ELSE 0 END) THEN RETURN NULL; END IF; RETURN NEW; END").format(
+        sql.Identifier(EPOCH), sql.SQL(" ").join(arms)
+    )
+    return sql.SQL("CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS {}").format(function, body_of(body))

@@ -17,7 +17,7 @@ from changeover import points
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
 from changeover.stores import Collected
-from changeover.stores.gate import GatedTable, barrier, raise_floor
+from changeover.stores.gate import GatedTable, barrier, raise_floor, version_of
 from changeover.stores.statements import COLLECT, Part
 from changeover.stores.truncate import alone
 
@@ -89,9 +89,10 @@ def purge(table: GatedTable, upto: Version, block: int) -> sql.Composed:
     """Return the statement that deletes touched rows up to a version, by `merge.collected`, from a batch of blocks."""
     return sql.SQL(
         "DELETE FROM {touched} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {touched} WHERE ctid >= {first}::tid AND ctid < {last}::tid"
-        " AND (_epoch, _lsn, _ordinal) <= ({epoch}, {lsn}::pg_lsn, {ordinal}) FOR UPDATE SKIP LOCKED))"
+        " AND {version} <= ({epoch}, {lsn}::pg_lsn, {ordinal}) FOR UPDATE SKIP LOCKED))"
     ).format(
         touched=table.touched,
+        version=version_of(),
         first=sql.Literal(f"({block},0)"),
         last=sql.Literal(f"({block + BLOCKS_PER_BATCH},0)"),
         epoch=sql.Literal(upto.epoch),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, BinaryType, BooleanType, DataType, DatetimeType, StringType
 
+from changeover.names import quoted
+
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
     from pyspark.sql import DataFrame
@@ -26,7 +28,7 @@ def copy_lines(frame: DataFrame, lsn_columns: tuple[str, ...] = ()) -> DataFrame
     """
     fields = []
     for field in frame.schema.fields:
-        column = F.col(f"`{field.name}`")
+        column = F.col(quoted(field.name))
         text = _lsn(column) if field.name in lsn_columns else _guarded(_text(column, field.dataType), field.dataType)
         fields.append(F.coalesce(text, F.lit(NULL)))
     return frame.select(F.concat(F.concat_ws(",", *fields), F.lit("\n")).alias("line"))

@@ -1,6 +1,7 @@
 """A Delta Lake table as a target: idempotent appends while loading, then gated MERGEs by one writer.
 
-Every row bears `_version` (epoch, lsn, ordinal) and `_deleted`; a tombstone is a row. A chunk is appended under an application
+Every row bears `_version` (epoch, lsn, ordinal) and `_deleted`, by reserved names where the table has such columns of its own; a
+tombstone is a row. A chunk is appended under an application
 id of its own with version 1, so a repeated append is skipped (`appends`). An append never conflicts with an earlier
 MERGE, so merges begin only after the last chunk. Readers use `live_rows`; readers by path see tombstones until `finalize`.
 """
@@ -10,21 +11,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from deltalake import DeltaTable, TableFeatures
 from deltalake.exceptions import TableNotFoundError
 from deltalake.schema import Schema
 
 from changeover import folders
 from changeover.errors import CouldNotFinish
-from changeover.position import Version
+from changeover.names import chosen, folded, nth, quoted, segment
+from changeover.position import Version, image_version
 from changeover.sparkerrors import raise_failures
-from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Collected, Column, Counts, Frozen, Mark, TargetTable
-from changeover.stores.appends import VERSION, AppendTask, claim
+from changeover.stores import DELETED as GONE
+from changeover.stores import EPOCH, LSN, ORDINAL, Collected, Column, Counts, Frozen, Mark, TargetTable
+from changeover.stores.appends import DELETED, MARKS, VERSION, AppendTask, claim, marks, marks_among
 from changeover.stores.fits import lake_holds
 from changeover.stores.pgtypes import postgres_type
 from changeover.stores.reader import EVERYTHING
@@ -40,6 +45,25 @@ FROM_DELTA = {delta: spark for spark, delta in TO_DELTA.items()}
 
 NOT_WRITTEN = ("delta.constraints.", "delta.columnMapping.", "delta.enableRowTracking", "delta.identity")
 """Properties of a table whose files an append of ours would write wrongly, or unchecked."""
+
+NOT_TAKEN = frozenset(" ,;{}()\n\t=")
+"""Characters that Delta refuses in a column's name unless the table maps its columns, which an append of ours does not keep."""
+
+
+class Unmarked:
+    """The mark of a chunk that is on nobody's record, because it has no row."""
+
+    def in_transaction(self, cursor: psycopg.Cursor[Any], chunk: int, counts: Counts, seconds: float) -> bool:
+        """Mark nothing."""
+        return True
+
+    def afterwards(self, chunk: int, counts: Counts, seconds: float) -> bool:
+        """Mark nothing."""
+        return True
+
+    def identity(self, chunk: int) -> str:
+        """Return some name."""
+        return f"check-{chunk}"
 
 
 class DeltaStore:
@@ -58,7 +82,7 @@ class DeltaStore:
 
     def path(self, name: str) -> Path:
         """Return the folder of a table."""
-        return self.folder / name
+        return self.folder / segment(name)
 
     def columns(self, schema: str, name: str) -> tuple[Column, ...] | None:
         """Return the table's own columns, without version and tombstone."""
@@ -66,10 +90,11 @@ class DeltaStore:
         if table is None:
             return None
         fields = json.loads(table.schema().to_json())["fields"]
+        ours = marks_among([field["name"] for field in fields]) or ()
         return tuple(
             Column(field["name"], postgres_type(kind) or "text", kind, not field["nullable"])
             for field in fields
-            if field["name"] not in (VERSION, DELETED)
+            if field["name"] not in ours
             for kind in [_from_delta(field["type"])]
         )
 
@@ -81,13 +106,27 @@ class DeltaStore:
         """Return whether a column of a table here holds every value of a source column, carried as it is."""
         return lake_holds(source.spark_type, target.spark_type)
 
+    def misfits(self, table: str, names: Sequence[str]) -> list[str]:
+        """Return which names Delta does not take: two that differ in case alone, and those with a character of its own."""
+        there: dict[str, str] = {}
+        found = []
+        for name in names:
+            if (other := there.setdefault(folded(name), name)) != name:
+                found.append(f"two columns that differ in case alone, {_told(other)} and {_told(name)}")
+            if NOT_TAKEN & set(name):
+                found.append(f"a column {_told(name)}")
+        return [
+            f"target table {table} would have {one}, which Delta does not take: give another name in [table.columns]"
+            for one in found
+        ]
+
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
         """Return what stands against an existing table: it must have our version columns, and files that an append can write."""
         table = self._open(name)
         if table is None:
             return []
         place = f"target {self.name}: {self.path(name)}"
-        if not {VERSION, DELETED} <= {field.name for field in table.schema().fields}:
+        if marks_among([field.name for field in table.schema().fields]) is None:
             return [f"{place} is a Delta table without {VERSION} and {DELETED}: name another one"]
         metadata = table.metadata()
         columns = json.loads(table.schema().to_json())["fields"]
@@ -107,11 +146,12 @@ class DeltaStore:
             {"name": c.name, "type": _to_delta(c.spark_type), "nullable": c.name not in table.key, "metadata": {}}
             for c in table.columns
         ]
-        version = [("epoch", "integer"), ("lsn", "long"), ("ordinal", "long")]
+        parts = [("epoch", "integer"), ("lsn", "long"), ("ordinal", "long")]
+        version, deleted = marks(table.names)
         fields += [
-            {"name": VERSION, "nullable": False, "metadata": {}, "type": {"type": "struct", "fields": [
-                {"name": name, "type": kind, "nullable": True, "metadata": {}} for name, kind in version]}},
-            {"name": DELETED, "type": "boolean", "nullable": False, "metadata": {}},
+            {"name": version, "nullable": False, "metadata": {}, "type": {"type": "struct", "fields": [
+                {"name": name, "type": kind, "nullable": True, "metadata": {}} for name, kind in parts]}},
+            {"name": deleted, "type": "boolean", "nullable": False, "metadata": {}},
         ]  # fmt: skip
         folders.made(self.folder, self.mode)
         made = DeltaTable.create(str(self.path(table.name)), Schema.from_json(json.dumps({"type": "struct", "fields": fields})))
@@ -128,9 +168,10 @@ class DeltaStore:
         found = self._existing(table.name)
         required = tuple(field.name for field in found.schema().fields if not field.nullable and field.name in table.names)
         task = AppendTask(
-            str(self.path(table.name)), table.key, required, tuple(chunks), self.floors[table.name], mark
+            str(self.path(table.name)), table.key, required, tuple(chunks), self.floors[table.name], mark, _marks(found),
+            table.names
         )  # fmt: skip
-        raise_failures(row.failure for row in read(chunks).select(*table.names).mapInArrow(task, OUTCOME).collect())
+        raise_failures(row.failure for row in chosen(read(chunks), table.names).mapInArrow(task, OUTCOME).collect())
 
     def close(self, table: TargetTable) -> int:
         """Nothing to sweep: no merge ran before the last append."""
@@ -141,16 +182,17 @@ class DeltaStore:
         from delta.tables import DeltaTable as SparkDeltaTable
         from pyspark.sql import functions as F
 
-        version = F.struct(F.col(EPOCH).alias("epoch"), F.col(LSN).alias("lsn"), F.col(ORDINAL).alias("ordinal"))
-        offered = changes.select(*table.names, version.alias(VERSION), DELETED)
-        offered = offered.where(F.col(VERSION) > _literal(self.floors[table.name]))
-        same = " AND ".join(f"t.`{name}` = s.`{name}`" for name in table.key)
-        everything = {f"`{name}`": f"s.`{name}`" for name in (*table.names, VERSION, DELETED)}
+        version, deleted = _marks(self._existing(table.name))
+        at = F.struct(F.col(EPOCH).alias("epoch"), F.col(LSN).alias("lsn"), F.col(ORDINAL).alias("ordinal"))
+        offered = changes.select(*map(quoted, table.names), at.alias(version), F.col(GONE).alias(deleted))
+        offered = offered.where(F.col(version) > _literal(self.floors[table.name]))
+        same = " AND ".join(f"t.{quoted(name)} = s.{quoted(name)}" for name in table.key)
+        everything = {quoted(name): f"s.{quoted(name)}" for name in (*table.names, version, deleted)}
         done = (
             SparkDeltaTable.forPath(changes.sparkSession, str(self.path(table.name)))
             .alias("t")
             .merge(offered.alias("s"), same)
-            .whenMatchedUpdate(f"s.{VERSION} > t.{VERSION}", everything)  # type: ignore[arg-type]
+            .whenMatchedUpdate(f"s.{version} > t.{version}", everything)  # type: ignore[arg-type]
             .whenNotMatchedInsert(values=everything)  # type: ignore[arg-type]
             .execute()
         )
@@ -163,9 +205,10 @@ class DeltaStore:
         from delta.tables import DeltaTable as SparkDeltaTable
         from pyspark.sql import functions as F
 
-        gone: dict[str, str | SparkColumn] = {VERSION: _literal(version), DELETED: F.lit(True)}
-        gone |= {f"`{name}`": F.lit(None) for name in table.names if name not in table.key}
-        SparkDeltaTable.forPath(spark, str(self.path(table.name))).update(F.col(VERSION) < _literal(version), gone)
+        at, deleted = _marks(self._existing(table.name))
+        gone: dict[str, str | SparkColumn] = {at: _literal(version), deleted: F.lit(True)}
+        gone |= {quoted(name): F.lit(None) for name in table.names if name not in table.key}
+        SparkDeltaTable.forPath(spark, str(self.path(table.name))).update(F.col(at) < _literal(version), gone)
 
     def touched(self, table: TargetTable) -> int:
         """Return 0: versions are columns of the rows, and tombstones are rows that stay until `finalize`."""
@@ -179,21 +222,36 @@ class DeltaStore:
     def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
         """Name the table's present version, which no later commit changes; it has no order of keys, so one range."""
         version = self._existing(table.name).version()
-        live = live_rows(spark, self.path(table.name), version).select(*table.names)
+        live = live_rows(spark, self.path(table.name), version).select(*map(quoted, table.names))
 
         def frame(keys: Sequence[tuple[str, ...]] | None = None) -> DataFrame:
             if keys is None:
                 return live
-            names = [f"`{name}` string" for name in table.key]
-            wanted = spark.createDataFrame([tuple(key) for key in keys], ", ".join(names))
-            return live.join(wanted, [live[name].cast("string") == wanted[name] for name in table.key], "left_semi")
+            names = [nth(number) for number in range(len(table.key))]
+            wanted = spark.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in names))
+            same = [live[quoted(name)].cast("string") == wanted[asked] for name, asked in zip(table.key, names, strict=True)]
+            return live.join(wanted, same, "left_semi")
 
         def query(text: str) -> list[tuple[Any, ...]]:
-            live.createOrReplaceTempView(table.name)
+            live.createOrReplaceTempView(quoted(table.name))
             found = spark.sql(text).toArrow()  # which keeps zones; a row's timestamps would be the machine's local time
             return list(zip(*(column.to_pylist() for column in found.columns), strict=True))
 
         yield Frozen(f"version {version}", EVERYTHING, frame, query)
+
+    @contextmanager
+    def rehearsing(
+        self, spark: SparkSession, table: TargetTable, scratch: Path, images: DataFrame, changes: DataFrame
+    ) -> Iterator[DataFrame | None]:
+        """Make a table like it in a folder that is removed, and MERGE nothing into it."""
+        with passing_folder(scratch) as folder:
+            copy = DeltaStore(self.name, folder, self.migration)
+            copy.create(table)
+            copy.install(table, image_version(0))
+            copy.load(table, [0], lambda _: images, Unmarked())
+            copy.merge(table, changes)
+            with copy.freeze(spark, table, 1) as frozen:
+                yield frozen.frame(None)
 
     def begin_anew(self, table: TargetTable, image: Version, appended: Sequence[str]) -> None:
         """Claim the names of earlier appends, so that none comes late, then take all rows and tombstones out."""
@@ -205,7 +263,7 @@ class DeltaStore:
         """Remove the tombstones; `_version` and `_deleted` stay as columns, dropping them would rewrite the table."""
         found = self._open(table.name)
         if found is not None:
-            found.delete(DELETED)
+            found.delete(_marks(found)[1])
 
     def abort(self, table: TargetTable, created: bool) -> None:
         """Remove the table where prepare created it."""
@@ -225,12 +283,37 @@ class DeltaStore:
             return None
 
 
+@contextmanager
+def passing_folder(place: Path) -> Iterator[Path]:
+    """Make a folder for the block, and above it what is missing; all of it is removed at the end."""
+    missing = [one for one in (place, *place.parents) if not one.exists()]
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="check-", dir=place) as folder:
+            yield Path(folder)
+    finally:
+        for one in missing:
+            one.rmdir()
+
+
 def live_rows(spark: SparkSession, path: Path | str, version: int | None = None) -> DataFrame:
     """Return the rows of a migrated Delta table that are not tombstones, as of a version if given (lazy)."""
     reader = spark.read.format("delta")
     if version is not None:
         reader = reader.option("versionAsOf", version)
-    return reader.load(str(path)).where(f"NOT {DELETED}").drop(VERSION, DELETED)
+    rows = reader.load(str(path))
+    at, deleted = marks_among(rows.columns) or MARKS
+    return rows.where(f"NOT {deleted}").drop(at, deleted)
+
+
+def _marks(table: DeltaTable) -> tuple[str, str]:
+    """Return what our columns of a lake's table are called."""
+    return marks_among([field.name for field in table.schema().fields]) or MARKS
+
+
+def _told(name: str) -> str:
+    """Return a name as a sentence has it, whatever characters it is made of."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _literal(version: Version) -> SparkColumn:

@@ -18,8 +18,10 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import CouldNotFinish, LockNotGranted
+from changeover.names import joined
 from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection
+from changeover.stores import EPOCH, LSN, ORDINAL, VERSION_COLUMNS
 from changeover.stores.statements import GATE, Part
 
 FENCED = "CF001"
@@ -49,9 +51,23 @@ GATE_EPOCH = "SELECT set_config('changeover.epoch', epoch::text, true) FROM chan
 """Lets the epoch of the table's own floor past a refusal, which a hand-over to the other store has left there."""
 
 
+NO_VERSION = sql.SQL("0::integer AS {}, '0/0'::pg_lsn AS {}, 0::bigint AS {}, false AS {}").format(
+    *map(sql.Identifier, VERSION_COLUMNS)
+)
+"""The columns of a version as a table that is made from a query gets them."""
+
+PARAMETER = "{}_given"
+
+
+def version_of(alias: str = "") -> sql.Composed:
+    """Return a row's version as a value that compares as the axis does."""
+    names = (sql.Identifier(*([alias] if alias else []), name) for name in (EPOCH, LSN, ORDINAL))
+    return sql.SQL("({})").format(sql.SQL(", ").join(names))
+
+
 def ours(kind: str, schema: str, name: str) -> sql.Identifier:
     """Return what stands for one table in our schema: named by schema and table, where too long cut and told apart by a hash."""
-    whole = f"{kind}_{schema}.{name}"
+    whole = f"{kind}_{joined(schema, name)}"
     if len(whole.encode()) > NAME_BYTES:
         mark = hashlib.sha256(whole.encode()).hexdigest()[:10]
         begin = whole.encode()[: NAME_BYTES - len(mark) - 1].decode(errors="ignore")  # no half of a character
@@ -86,7 +102,7 @@ class GatedTable:
     @property
     def target(self) -> str:
         """Return the name under which the floor is kept."""
-        return f"{self.schema}.{self.name}"
+        return joined(self.schema, self.name)
 
     @property
     def lock_key(self) -> sql.Composed:
@@ -104,25 +120,23 @@ class GatedTable:
             sql.SQL("{} = {}").format(sql.Identifier(left, name), sql.Identifier(right, name)) for name in self.key
         )
 
-    # -- the gate's statements; `source` yields (_epoch, _lsn, _ordinal, _deleted, columns...)
+    # -- the gate's statements; `source` yields the version's columns and the table's own
 
     def touch(self, source: sql.Composable) -> sql.Composed:
         """Statement 2: the versions that win, recorded; rows locked in key order, so that two batches can't deadlock."""
         return sql.SQL(
-            "INSERT INTO {touched} AS t ({key}, _epoch, _lsn, _ordinal, _deleted)"
-            " SELECT {b_key}, b._epoch, b._lsn, b._ordinal, b._deleted FROM {source} AS b, changeover.gate AS g"
-            " WHERE g.target = {target} AND (b._epoch, b._lsn, b._ordinal) > (g.epoch, g.lsn, g.ordinal) ORDER BY {b_key}"
-            " ON CONFLICT ({key}) DO UPDATE SET _epoch = excluded._epoch, _lsn = excluded._lsn, _ordinal = excluded._ordinal,"
-            " _deleted = excluded._deleted"
-            " WHERE (excluded._epoch, excluded._lsn, excluded._ordinal) > (t._epoch, t._lsn, t._ordinal)"
+            "INSERT INTO {touched} AS t ({key}, {names}) SELECT {b_key}, {b_names} FROM {source} AS b, changeover.gate AS g"
+            " WHERE g.target = {target} AND {b} > (g.epoch, g.lsn, g.ordinal) ORDER BY {b_key}"
+            " ON CONFLICT ({key}) DO UPDATE SET ({names}) = ROW({new_names}) WHERE {new} > {t}"
         ).format(
             touched=self.touched, key=self.list(self.key), b_key=self.list(self.key, "b"), source=source,
-            target=sql.Literal(self.target),
+            target=sql.Literal(self.target), names=self.list(VERSION_COLUMNS), b_names=self.list(VERSION_COLUMNS, "b"),
+            new_names=self.list(VERSION_COLUMNS, "excluded"), b=version_of("b"), t=version_of("t"), new=version_of("excluded"),
         )  # fmt: skip
 
     def delete(self, source: sql.Composable) -> sql.Composed:
         """Statement 3: the winners that are deletes."""
-        return sql.SQL("DELETE FROM {table} AS t USING {source} AS b WHERE b._deleted AND {same}").format(
+        return sql.SQL("DELETE FROM {table} AS t USING {source} AS b WHERE b._changeover_deleted AND {same}").format(
             table=self.table, source=source, same=self.same_key("t", "b")
         )
 
@@ -135,9 +149,8 @@ class GatedTable:
                 sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in rest)
             )
         return sql.SQL(
-            "INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {b_columns} FROM {source} AS b WHERE NOT b._deleted"
-            " ORDER BY {b_key}"
-            " ON CONFLICT ({key}) {action}"
+            "INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {b_columns} FROM {source} AS b"
+            " WHERE NOT b._changeover_deleted ORDER BY {b_key} ON CONFLICT ({key}) {action}"
         ).format(
             table=self.table, columns=self.list(self.columns), b_columns=self.list(self.columns, "b"), source=source,
             b_key=self.list(self.key, "b"), key=self.list(self.key), action=action,
@@ -157,10 +170,9 @@ def install(connection: Connection, table: GatedTable, image: Version) -> None:
         present = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table.touched.as_string(connection)]).fetchone()
         if present is None or not present[0]:
             connection.execute(
-                sql.SQL(
-                    "CREATE TABLE {touched} AS SELECT {key}, 0::integer AS _epoch, '0/0'::pg_lsn AS _lsn, 0::bigint AS _ordinal,"
-                    " false AS _deleted FROM {table} WITH NO DATA"
-                ).format(touched=table.touched, key=table.list(table.key), table=table.table)
+                sql.SQL("CREATE TABLE {touched} AS SELECT {key}, {version} FROM {table} WITH NO DATA").format(
+                    touched=table.touched, key=table.list(table.key), version=NO_VERSION, table=table.table
+                )
             )
             connection.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table.touched, table.list(table.key)))
         connection.execute(_function(table))
@@ -188,20 +200,31 @@ def gated(connection: Connection, schema: str, name: str, key: Sequence[str]) ->
     return GatedTable(schema, name, tuple(key), tuple(row[0] for row in rows))
 
 
+def body_of(code: sql.Composed) -> sql.Literal:
+    """Return a function's body as a literal: whatever stands between dollars may stand in a name."""
+    return sql.Literal(code.as_string(None))
+
+
 def _function(table: GatedTable) -> sql.Composed:
-    """The gate for one row in one round trip: the same statements, each with a snapshot of its own (VOLATILE)."""
-    one = sql.SQL("(SELECT p_epoch AS _epoch, p_lsn AS _lsn, p_ordinal AS _ordinal, p_deleted AS _deleted, (p_image).*)")
+    """The gate for one row in one round trip: the same statements, each with a snapshot of its own (VOLATILE).
+
+    Its variables bear the reserved prefix as well: PL/pgSQL would take a column of the user's for one of the same name.
+    """
+    given = sql.SQL(", ").join(
+        sql.SQL("{} AS {}").format(sql.Identifier(PARAMETER.format(name)), sql.Identifier(name)) for name in VERSION_COLUMNS
+    )
+    one = sql.SQL("(SELECT {}, (_changeover_image).*)").format(given)
     parts = {
         Part.LOCK_SHARED: sql.SQL("PERFORM pg_advisory_xact_lock_shared({});").format(table.lock_key),
-        Part.TOUCH: sql.SQL("{}; GET DIAGNOSTICS won = ROW_COUNT; IF won = 0 THEN RETURN false; END IF;").format(table.touch(one)),
-        Part.DELETE: sql.SQL("IF p_deleted THEN {}; END IF;").format(table.delete(one)),
-        Part.UPSERT: sql.SQL("IF NOT p_deleted THEN {}; END IF;").format(table.upsert(one)),
+        Part.TOUCH: sql.SQL(
+            "{}; GET DIAGNOSTICS _changeover_won = ROW_COUNT; IF _changeover_won = 0 THEN RETURN false; END IF;"
+        ).format(table.touch(one)),
+        Part.DELETE: sql.SQL("IF _changeover_deleted_given THEN {}; END IF;").format(table.delete(one)),
+        Part.UPSERT: sql.SQL("IF NOT _changeover_deleted_given THEN {}; END IF;").format(table.upsert(one)),
     }
-    return sql.SQL(
+    body = sql.SQL(
         """
-        CREATE OR REPLACE FUNCTION {function}(p_epoch integer, p_lsn pg_lsn, p_ordinal bigint, p_deleted boolean, p_image {table})
-        RETURNS boolean LANGUAGE plpgsql VOLATILE AS $body$
-        DECLARE won bigint;
+        DECLARE _changeover_won bigint;
         BEGIN
             IF current_setting('transaction_isolation') <> 'read committed' THEN
                 RAISE EXCEPTION 'the gate needs READ COMMITTED: under % a row survives its tombstone',
@@ -209,14 +232,17 @@ def _function(table: GatedTable) -> sql.Composed:
             END IF;
             PERFORM pg_logical_emit_message(true, {ours}, 'mirror');
             PERFORM set_config({ours}, 'mirror', true);
-            PERFORM set_config('changeover.epoch', p_epoch::text, true);
+            PERFORM set_config('changeover.epoch', _changeover_epoch_given::text, true);
             {gate}
             RETURN true;
-        END $body$
+        END
         """
-    ).format(
-        function=table.function, table=table.table, ours=sql.Literal(OURS), gate=sql.SQL(" ").join(parts[part] for (part,) in GATE)
-    )
+    ).format(ours=sql.Literal(OURS), gate=sql.SQL(" ").join(parts[part] for (part,) in GATE))
+    return sql.SQL(
+        "CREATE OR REPLACE FUNCTION {function}(_changeover_epoch_given integer, _changeover_lsn_given pg_lsn,"
+        " _changeover_ordinal_given bigint, _changeover_deleted_given boolean, _changeover_image {table})"
+        " RETURNS boolean LANGUAGE plpgsql VOLATILE AS {body}"
+    ).format(function=table.function, table=table.table, body=body_of(body))
 
 
 def barrier(connection: Connection, table: GatedTable, server: str, tries: int = 60) -> int:
@@ -270,8 +296,8 @@ def sweep(connection: Connection, table: GatedTable) -> int:
         connection.execute(GATE_EPOCH, [table.target])
         return connection.execute(
             sql.SQL(
-                "DELETE FROM {table} AS t USING (SELECT {key} FROM {touched} WHERE _deleted ORDER BY {key} FOR UPDATE) AS b"
-                " WHERE {same}"
+                "DELETE FROM {table} AS t USING (SELECT {key} FROM {touched} WHERE _changeover_deleted ORDER BY {key} FOR UPDATE)"
+                " AS b WHERE {same}"
             ).format(table=table.table, key=table.list(table.key), touched=table.touched, same=table.same_key("t", "b"))
         ).rowcount
 

@@ -8,29 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import psycopg
 from psycopg import sql
 
 from changeover.errors import SnapshotLost
+from changeover.names import chosen, nth
 from changeover.position import Version
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.sparkerrors import raise_failures
 from changeover.spec import Target
 from changeover.stores import LSN, VERSION_COLUMNS, Collected, Column, Counts, Frozen, Mark, TargetTable, collection, gate, refusal
 from changeover.stores import truncate as truncating
+from changeover.stores.batches import BATCH, WIDEST, prepare_batch
 from changeover.stores.fits import holds
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import plan_ranges
 from changeover.stores.reader import ExportedSnapshot, ReadTable, read_table
 from changeover.stores.statements import CLOSE, Part
-from changeover.stores.tasks import OUTCOME, LoadTask, MergeTask
+from changeover.stores.tasks import OUTCOME, LoadTask, MergeTask, copy_in, gated_session
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
+
+PASSING = "pg_temp"
+"""The schema of a session's temporary tables."""
 
 BATCHES_PER_TURN = 8
 """Transactions of a collection after which replay goes on: its lag, and a fence that waits for its turn, do not notice."""
@@ -68,6 +75,20 @@ class PostgresStore:
         """Return whether a column of a table here holds every value of a source column, carried as it is."""
         return target.spark_type != "" and holds(source.type, target.type)
 
+    def misfits(self, table: str, names: Sequence[str]) -> list[str]:
+        """Return which names are too long for PostgreSQL, which would cut them, and whether there are too many columns."""
+        found = [
+            f"target table {table} would have the column {name}, whose name is too long: {gate.NAME_BYTES} bytes at most"
+            for name in names
+            if len(name.encode()) > gate.NAME_BYTES
+        ]
+        if len(names) > WIDEST:
+            found.append(
+                f"target table {table} would be filled in {len(names):,} columns, and {WIDEST:,} is the most that a batch"
+                f" holds beside its versions: leave columns out by `drop`"
+            )
+        return found
+
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
         """Return what stands against the table as a target: its key, and whatever acts by itself when rows are written."""
         rows = self.connection.execute(
@@ -84,19 +105,8 @@ class PostgresStore:
 
     def create(self, table: TargetTable) -> None:
         """Create the table with its primary key."""
-        columns = sql.SQL(", ").join(
-            sql.SQL("{} {}{}").format(
-                sql.Identifier(column.name),
-                sql.SQL(column.type),  # a name that format_type or our own table printed
-                sql.SQL(" NOT NULL" if column.not_null or column.name in table.key else ""),
-            )
-            for column in table.columns
-        )
-        key = sql.SQL(", ").join(sql.Identifier(name) for name in table.key)
         with speaking_to(self.dsn, f"creating {table}"):
-            self.connection.execute(
-                sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY ({}))").format(sql.Identifier(table.schema, table.name), columns, key)
-            )
+            self.connection.execute(_creation(table))
 
     def install(self, table: TargetTable, image: Version) -> None:
         """Install the gate; idempotent."""
@@ -111,7 +121,7 @@ class PostgresStore:
         """Load all chunks in one Spark job, a task a chunk."""
         from changeover.stores.copytext import copy_lines
 
-        lines = copy_lines(read(chunks).select(*table.names))
+        lines = copy_lines(chosen(read(chunks), table.names))
         task = LoadTask(self.dsn, self.application, self.gated(table), tuple(chunks), mark)
         raise_failures(row.failure for row in lines.mapInArrow(task, OUTCOME).collect())
 
@@ -137,7 +147,7 @@ class PostgresStore:
 
         if reached is not None:
             changes = changes.coalesce(1)
-        lines = copy_lines(changes.select(*VERSION_COLUMNS, *table.names), lsn_columns=(LSN,))
+        lines = copy_lines(chosen(changes, (*VERSION_COLUMNS, *table.names)), lsn_columns=(nth(VERSION_COLUMNS.index(LSN)),))
         rows = lines.mapInArrow(MergeTask(self.dsn, self.application, self.gated(table), reached), OUTCOME).collect()
         raise_failures(row.failure for row in rows)
         return Counts(sum(row.offered for row in rows), sum(row.taken for row in rows))
@@ -179,6 +189,39 @@ class PostgresStore:
         with freeze(spark, self.dsn, self.application, read, parts) as frozen:
             yield frozen
 
+    @contextmanager
+    def rehearsing(
+        self, spark: SparkSession, table: TargetTable, scratch: Path, images: DataFrame, changes: DataFrame
+    ) -> Iterator[DataFrame | None]:
+        """COPY no line into batches of the table's shape, which are rolled back, and read no row of it."""
+        from changeover.stores.copytext import copy_lines
+
+        versioned = (*VERSION_COLUMNS, *table.names)
+        with speaking_to(self.dsn, f"copying no row into {table}"), gated_session(self.dsn, self.application) as cursor:
+            shape = self._shape(cursor, table)
+            for frame, names in ((images, table.names), (changes, versioned)):
+                lines = copy_lines(chosen(frame, names), lsn_columns=(nth(versioned.index(LSN)),) if names is versioned else ())
+                prepare_batch(cursor, shape, versions=names is versioned)
+                copy_in(cursor, names, [memoryview(row.line.encode()) for row in lines.collect()])
+                cursor.execute(sql.SQL("DROP TABLE {}").format(BATCH))
+        if shape.schema != PASSING:
+            with self.freeze(spark, table, 1) as frozen:
+                rows = frozen.frame([])
+                rows.collect()
+                yield rows
+        else:
+            with freeze(spark, self.dsn, self.application, SERVER, 1) as frozen:
+                frozen.frame([]).collect()
+            yield None
+
+    def _shape(self, cursor: psycopg.Cursor[Any], table: TargetTable) -> gate.GatedTable:
+        """Return the table, or one like it for this transaction where it is not there yet."""
+        if self.columns(table.schema, table.name) is not None:
+            return self.gated(table)
+        shape = replace(table, schema=PASSING, name="changeover_rehearsal")
+        cursor.execute(_creation(shape))
+        return self.gated(shape)
+
     def begin_anew(self, table: TargetTable, image: Version, appended: Sequence[str]) -> None:
         """Empty the table and its touched rows under a new floor; a chunk of an earlier epoch has lost its mark in the ledger."""
         with speaking_to(self.dsn, f"emptying {table}"):
@@ -196,6 +239,24 @@ class PostgresStore:
         if created:
             with speaking_to(self.dsn, f"dropping {table}"):
                 self.connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(table.schema, table.name)))
+
+
+def _creation(table: TargetTable) -> sql.Composed:
+    """Compose the statement that creates a table."""
+    columns = sql.SQL(", ").join(
+        sql.SQL("{} {}{}").format(
+            sql.Identifier(column.name),
+            sql.SQL(column.type),  # a name that format_type or our own table printed
+            sql.SQL(" NOT NULL" if column.not_null or column.name in table.key else ""),
+        )
+        for column in table.columns
+    )
+    key = sql.SQL(", ").join(sql.Identifier(name) for name in table.key)
+    return sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY ({}))").format(sql.Identifier(table.schema, table.name), columns, key)
+
+
+SERVER = ReadTable("pg_catalog", "pg_class", (Column("relpages", "integer", "int"),), (Column("relpages", "integer", "int"),))
+"""A table that every server has, read where only the session is asked for."""
 
 
 @contextmanager

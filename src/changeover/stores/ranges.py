@@ -13,6 +13,7 @@ from itertools import pairwise
 from psycopg import sql
 
 from changeover.errors import CouldNotCheck
+from changeover.names import RESERVED
 from changeover.session import Connection
 from changeover.stores.reader import KeyRange
 
@@ -48,15 +49,17 @@ def plan_ranges(connection: Connection, schema: str, name: str, key: Sequence[st
     texts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(column)) for column in key)
     rows = connection.execute(
         sql.SQL(
-            "SELECT {texts} FROM (SELECT {columns}, tile, lag(tile) OVER (ORDER BY {columns}) AS before"
-            " FROM (SELECT {columns}, ntile({count}) OVER (ORDER BY {columns}) AS tile"
-            " FROM {table} TABLESAMPLE SYSTEM ({percent})) AS sample) AS tiled WHERE tile <> before ORDER BY tile"
+            "SELECT {texts} FROM (SELECT {columns}, {tile}, lag({tile}) OVER (ORDER BY {columns}) AS {before}"
+            " FROM (SELECT {columns}, ntile({count}) OVER (ORDER BY {columns}) AS {tile}"
+            " FROM {table} TABLESAMPLE SYSTEM ({percent})) AS sample) AS tiled WHERE {tile} <> {before} ORDER BY {tile}"
         ).format(
             texts=texts,
             columns=columns,
             count=sql.Literal(count),
             table=sql.Identifier(schema, name),
             percent=sql.Literal(percent),
+            tile=sql.Identifier(f"{RESERVED}tile"),
+            before=sql.Identifier(f"{RESERVED}before"),
         )
     ).fetchall()
     return ranges_between([tuple(row) for row in rows])

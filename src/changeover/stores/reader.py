@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from psycopg import sql
 
 from changeover import jdbc
+from changeover.names import RESERVED, nth
 from changeover.stores import Column
 from changeover.stores.pgtypes import ARRAY, JSON, NATIVE, NESTED, TEXT, decode, form_of
 from changeover.stores.pgtypes import moved as as_moved
@@ -74,13 +75,14 @@ def read_table(
 
     With `keys` (in PostgreSQL's text form), the rows of those alone, some keys a partition. Columns in `moved` are read as text.
     """
-    columns = [(_form(c, TEXT if c.name in moved else form_of(c.type)), c.name) for c in table.columns]
+    columns = [_form(c, TEXT if c.name in moved else form_of(c.type)) for c in table.columns]
     conditions = [_predicate(table.key, bounds) for bounds in ranges] if keys is None else _some_of(table.key, keys)
     frame = _read(spark, dsn, application, table, columns, conditions, snapshot)
     return frame.select(
         *(
-            (as_moved(frame[c.name], c.type) if c.name in moved else decode(frame[c.name], c.type, native=True)).alias(c.name)
-            for c in table.columns
+            (as_moved(value, c.type) if c.name in moved else decode(value, c.type, native=True)).alias(c.name)
+            for number, c in enumerate(table.columns)
+            for value in (frame[nth(number)],)
         )
     )
 
@@ -88,21 +90,20 @@ def read_table(
 def read_texts(
     spark: SparkSession, dsn: str, application: str, table: ReadTable, keys: Sequence[tuple[str, ...]], snapshot: ExportedSnapshot
 ) -> DataFrame:  # fmt: skip
-    """Return the rows of some keys in the texts in which the change stream has them, the key as `_text0` and so on.
+    """Return the rows of some keys in the texts in which the change stream has them: the key, then the columns, by their places.
 
     Lazy: read in tasks, on each action, some keys a partition.
     """
-    columns = [(_streamed(column), f"_text{place}") for place, column in enumerate(table.key)]
-    columns += [(_streamed(column), column.name) for column in table.columns]
+    columns = [_streamed(column) for column in (*table.key, *table.columns)]
     frame = _read(spark, dsn, application, table, columns, _some_of(table.key, keys), snapshot)
-    return frame.drop(*(f"_key{place}" for place in range(len(table.key))))
+    return frame.select(*map(nth, range(len(columns))))
 
 
 def _read(
-    spark: SparkSession, dsn: str, application: str, table: ReadTable, columns: Sequence[tuple[sql.Composable, str]],
+    spark: SparkSession, dsn: str, application: str, table: ReadTable, columns: Sequence[sql.Composable],
     conditions: Sequence[sql.Composable], snapshot: ExportedSnapshot,
 ) -> DataFrame:  # fmt: skip
-    """Read expressions under their names, one partition a condition."""
+    """Read expressions by their places, one partition a condition."""
     options = {
         **jdbc.options(dsn, application),
         "fetchsize": str(FETCH_SIZE),
@@ -115,10 +116,16 @@ def _read(
     return spark.read.jdbc(url, inner, predicates=[one.as_string(None) for one in conditions], properties=options)
 
 
-def _subquery(table: ReadTable, columns: Sequence[tuple[sql.Composable, str]]) -> sql.Composed:
+def _raw(number: int) -> str:
+    """Return the name of a column of the raw key."""
+    return f"{RESERVED}key{number}"
+
+
+def _subquery(table: ReadTable, columns: Sequence[sql.Composable]) -> sql.Composed:
     """The expressions, and the raw key beside them for the conditions (Spark prunes what it does not use)."""
-    raw = [(sql.Identifier(column.name), f"_key{place}") for place, column in enumerate(table.key)]
-    parts = [sql.SQL("{} AS {}").format(form, sql.Identifier(name)) for form, name in [*columns, *raw]]
+    named = [(form, nth(number)) for number, form in enumerate(columns)]
+    named += [(sql.Identifier(column.name), _raw(number)) for number, column in enumerate(table.key)]
+    parts = [sql.SQL("{} AS {}").format(form, sql.Identifier(name)) for form, name in named]
     return sql.SQL("(SELECT {} FROM {}) AS changeover_read").format(sql.SQL(", ").join(parts), table.rows)
 
 
@@ -146,7 +153,7 @@ def _form(column: Column, form: str) -> sql.Composable:
 
 def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
     """The condition of a range on the raw key; the database compares, under the key's own collation."""
-    columns = sql.SQL(", ").join(sql.Identifier(f"_key{place}") for place in range(len(key)))
+    columns = sql.SQL(", ").join(sql.Identifier(_raw(number)) for number in range(len(key)))
     sides = [
         sql.SQL("({}) {} ({})").format(
             columns,
@@ -163,7 +170,7 @@ def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
 
 def _some_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> list[sql.Composable]:
     """The conditions that together hold for some keys, each for as many as one query names."""
-    columns = sql.SQL(", ").join(sql.Identifier(f"_key{place}") for place in range(len(key)))
+    columns = sql.SQL(", ").join(sql.Identifier(_raw(number)) for number in range(len(key)))
     rows = [
         sql.SQL("({})").format(
             sql.SQL(", ").join(

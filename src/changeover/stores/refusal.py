@@ -19,7 +19,7 @@ from psycopg import sql
 
 from changeover.cohorts import EVERY, Cohorts
 from changeover.session import Connection
-from changeover.stores.gate import FENCED, ours
+from changeover.stores.gate import FENCED, body_of, ours
 
 LOCK_TIMEOUT = "300ms"
 
@@ -113,9 +113,8 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
     A row that changes its cohort is a write to both. A TRUNCATE is one to all, so no store takes it where cohorts are told apart.
     """
     epochs = [one.epoch for one in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
-    return sql.SQL(
+    body = sql.SQL(
         """
-        CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $body$
         DECLARE since integer := -1;
         BEGIN
             IF TG_LEVEL = 'STATEMENT' THEN since := {whole}; END IF;
@@ -127,12 +126,13 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
             END IF;
             IF TG_OP = 'DELETE' THEN RETURN OLD; END IF;
             RETURN NEW;
-        END $body$
+        END
         """
     ).format(
-        function=function, state=sql.Literal(FENCED), old=_since("OLD", refusal, ends), new=_since("NEW", refusal, ends),
+        state=sql.Literal(FENCED), old=_since("OLD", refusal, ends), new=_since("NEW", refusal, ends),
         whole=_since("", refusal, ends) if refusal.column is None else sql.Literal(max([0, *epochs])),
     )  # fmt: skip
+    return sql.SQL("CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS {}").format(function, body_of(body))
 
 
 def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:

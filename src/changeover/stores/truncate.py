@@ -14,8 +14,9 @@ from psycopg import sql
 
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
+from changeover.stores import VERSION_COLUMNS
 from changeover.stores.batches import BATCH, apply_batch, prepare_batch
-from changeover.stores.gate import GatedTable, barrier, raise_floor
+from changeover.stores.gate import GatedTable, barrier, raise_floor, version_of
 
 ROWS_PER_BATCH = 50_000
 
@@ -51,11 +52,13 @@ def _delete_some(connection: Connection, table: GatedTable, version: Version) ->
         prepare_batch(cursor, table, versions=True)
         found = cursor.execute(
             sql.SQL(
-                "INSERT INTO {batch} (_epoch, _lsn, _ordinal, _deleted, {key})"
+                "INSERT INTO {batch} ({names}, {key})"
                 " SELECT {epoch}, {lsn}, {ordinal}, true, {t_key} FROM {table} AS t WHERE NOT EXISTS (SELECT FROM {touched} AS d"
-                " WHERE {same} AND (d._epoch, d._lsn, d._ordinal) >= ({epoch}, {lsn}, {ordinal})) LIMIT {limit}"
+                " WHERE {same} AND {d} >= ({epoch}, {lsn}, {ordinal})) LIMIT {limit}"
             ).format(
                 batch=BATCH,
+                names=table.list(VERSION_COLUMNS),
+                d=version_of("d"),
                 key=table.list(table.key),
                 t_key=table.list(table.key, "t"),
                 epoch=sql.Literal(version.epoch),

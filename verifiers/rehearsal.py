@@ -1,0 +1,129 @@
+"""The rehearsal: the whole way of every table on frames without a row, so that what passes `check` runs.
+
+It plans as the steps do, reads the source by the reader's own session, and brings no row through transform, COPY, MERGE and
+comparison: names, types and expressions meet every engine that they will meet. What an engine refuses is a reason, one sentence.
+What it makes in a store is rolled back, and a lake's table stands in a folder that is removed: nothing is changed, nothing left.
+Runs on the driver, with Spark, once nothing else stands against the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from changeover.errors import ChangeoverError, Interrupted, JavaMissing, RowRefused, SpecError, UnsafePlan
+from changeover.jobs import events, inverse
+from changeover.jobs.changes import completed, last_of_each_key
+from changeover.jobs.division import examined
+from changeover.jobs.ledger import Ledger
+from changeover.jobs.preflight import Preflight, SourceTable
+from changeover.jobs.prepare import plan_transforms
+from changeover.jobs.transform import Transform
+from changeover.names import qualified
+from changeover.session import application_name
+from changeover.sparkerrors import translated
+from changeover.spec import Spec, Table, Target
+from changeover.stores import open_store
+from changeover.stores.postgres import exporting
+from changeover.stores.reader import EVERYTHING, ReadTable, read_table
+from changeover.verifiers.diff import RANGE, classified, shared_fields
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+NO_KEYS: tuple[tuple[str, ...], ...] = ()
+"""A read of these keys is a session with the reader's own options, and no row."""
+
+
+def rehearsed(spec: Spec, spark: Callable[[], SparkSession]) -> Preflight:
+    """Return what the preflight finds, and before prepare, where that is nothing, what the whole way finds (driver).
+
+    Raises JavaMissing where Spark can't start, SpecError, and what else `division.examined` raises.
+    """
+    found = examined(spec)
+    if not found.reasons and not _prepared(spec):
+        found.reasons += rehearse(spec, spark(), found.tables)
+    return found
+
+
+def _prepared(spec: Spec) -> bool:
+    with Ledger.open(spec, "check") as ledger:
+        return ledger.exists()
+
+
+def rehearse(spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]) -> list[str]:
+    """Return what some engine has against the way of a table, each a sentence (driver)."""
+    reasons: list[str] = []
+    for table in spec.tables:
+        for target in spec.targets.values():
+            with _told(reasons, f"{table.source} into {target.name}"):
+                seen = tables[table.source]
+                only = replace(spec, tables=(table,), targets={target.name: target})
+                (transform,) = plan_transforms(only, spark, {table.source: seen}).values()
+                _go(spec, spark, transform, seen, target)
+                _return(spec, spark, table, transform, target)
+    return list(dict.fromkeys(reasons))
+
+
+@contextmanager
+def _told(reasons: list[str], place: str) -> Iterator[None]:
+    """Make a reason of whatever an engine, or a function of the application's, raises; what the spec alone is wrong in is none."""
+    try:
+        yield
+    except (Interrupted, JavaMissing, SpecError):
+        raise
+    except UnsafePlan as error:
+        reasons += error.reasons
+    except Exception as error:
+        reasons.append(_sentence(error, place))
+
+
+def _sentence(error: Exception, place: str) -> str:
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    if isinstance(error, PySparkException | Py4JError):
+        error = translated(str(error), place, "without a row")
+    if isinstance(error, RowRefused):  # there was none: it is what Spark says of an expression or a name
+        return f"{place}: {error.problem}"
+    if isinstance(error, ChangeoverError):
+        return str(error)
+    return f"{place}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+
+
+def _go(spec: Spec, spark: SparkSession, transform: Transform, seen: SourceTable, target: Target) -> None:
+    """Bring no row from the source through load, merge and comparison."""
+    dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "check")
+    read = ReadTable(*qualified(seen.source), transform.source, seen.key, seen.partitions is not None)
+    with open_store(spec, target, "check") as store, exporting(dsn, application) as (_, snapshot):
+
+        def rows(moved: frozenset[str]) -> DataFrame:
+            frame = read_table(spark, dsn, application, read, EVERYTHING, snapshot, NO_KEYS, moved)
+            return transform.rows(frame, moved=moved)
+
+        nothing = last_of_each_key(events.SCHEMA.empty_table(), seen.identity, [c.name for c in transform.source])
+        with completed(spec, spark, transform, nothing, None, dsn) as whole:
+            changes = transform.changes(whole, 0, transform.moved_in_stream() if store.takes_text else frozenset())
+            images = rows(transform.only_moved() if store.takes_text else frozenset())
+            with store.rehearsing(spark, transform.target, spec.work, images, changes) as there:
+                if there is not None:
+                    _compare(transform, rows(frozenset()), there)
+
+
+def _compare(transform: Transform, here: DataFrame, there: DataFrame) -> None:
+    """Have Spark analyse the comparison of two frames."""
+    from pyspark.sql import functions as F
+
+    left, right = (frame.withColumn(RANGE, F.lit(0)) for frame in (here, there))
+    fields = shared_fields(left, right, transform.table.source, transform.target.key, transform.pg_types)
+    _ = classified(left, right, fields, 1).schema
+
+
+def _return(spec: Spec, spark: SparkSession, table: Table, transform: Transform, target: Target) -> None:
+    """Have Spark analyse the way back of the target that takes over, where there is one."""
+    columns = transform.target.columns
+    if spec.flag is None or spec.flag.target != target.name or inverse.missing(spec, table, transform.source, columns):
+        return
+    inverse.plan(spark, spec, table, (transform.source, [c.name for c in transform.identity]), columns, table.key)
