@@ -19,6 +19,8 @@ from changeover.errors import GateClosed
 from changeover.flags.facts import Facts, facts
 from changeover.flags.stages import ORDER, TABLE, needs_fence
 from changeover.flags.turns import mirrored_since, turns
+from changeover.jobs import assumptions
+from changeover.jobs.assumptions import Asked
 from changeover.jobs.entries import CLOSED, Heartbeat, Load, VerdictRow
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.replication import slot_state
@@ -60,7 +62,7 @@ class Evidence:
     rogue: tuple[Rogue, ...] = ()
     everybodys: Stage | None = None
     stopped: Mapping[str, str] = field(default_factory=dict)
-    """Why each table is stopped that is."""
+    """Why each table is stopped that is, or will be at the next look."""
 
     @property
     def acting(self) -> Stage:
@@ -81,6 +83,7 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "gate")) as old:
         here, slot, _ = slot_state(old, spec.name, spec.slot)
         log_read = spec.source.capture == TRIGGER and capturing(old, spec.name)
+        altered = assumptions.altered(Asked(spec, old, ledger))
     found = turns(ledger)
     prepared = (ledger.milestones()[0], ledger.stream("gate").l0) if ledger.exists() else ()
     return Evidence(
@@ -88,7 +91,8 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
         heartbeats=ledger.heartbeats(), facts=facts(ledger.authorities()), stage_since=found[0].at if found else None,
         mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(here), capture_active=slot == "active" or log_read,
         sources=tuple(t.source for t in spec.tables), target=spec.flag.target, way_back=state(spec, ledger),
-        rogue=tuple(rogue(spec, ledger)), everybodys=everybodys, stopped=ledger.stopped() if ledger.exists() else {},
+        rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
+        stopped={**altered, **(ledger.stopped() if ledger.exists() else {})},
     )  # fmt: skip
 
 
@@ -96,7 +100,7 @@ def _nothing_stopped(e: Evidence) -> list[str]:
     """While the old store has authority over anything, no table stands still before the end of its stream."""
     if Origin.OLD not in e.facts.stores:
         return []
-    return [f"{source} is stopped ({why}): `changeover prepare --anew SPEC`" for source, why in e.stopped.items()]
+    return [f"{source} goes no further: {why}: `changeover prepare --anew SPEC`" for source, why in sorted(e.stopped.items())]
 
 
 def _loads_closed(e: Evidence) -> list[str]:

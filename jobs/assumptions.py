@@ -244,11 +244,18 @@ RULES = (
 # -- the moments
 
 
-def ask(moment: Moment, asked: Asked) -> list[Broken]:
+def ask(moment: Moment, asked: Asked, rules: Sequence[Rule] = RULES) -> list[Broken]:
     """Return what does not hold of what is asked at a moment (driver, capture)."""
     stream = _followed(asked.ledger)
     with speaking_to(asked.spec.source.dsn.resolve(), "asking whether the assumptions hold"):
-        return [one for rule in RULES if moment in rule.moments and (stream or not rule.prepared) for one in rule.look(asked)]
+        return [one for rule in rules if moment in rule.moments and (stream or not rule.prepared) for one in rule.look(asked)]
+
+
+def altered(asked: Asked) -> dict[str, str]:
+    """Return why each table will be stopped for what its stream was altered since prepare (looks only)."""
+    tables = [table.source for table in asked.spec.tables]
+    broken = ask(Moment.FENCE, asked, [rule for rule in RULES if rule.look is _definition])
+    return {source: one.reason for one in reversed(broken) for source in ([one.table] if one.table else tables)}
 
 
 def _followed(ledger: Ledger | None) -> bool:
