@@ -60,6 +60,31 @@ def refused(folder: Path, text: str) -> SpecError:
     return caught.value
 
 
+@pytest.mark.parametrize(("before", "after", "where"), [
+    ('path = "/lake"', 'path = "/data%20of/lake"', "target.lake.path: has %20 in it"),
+    ('path = "/work"', 'path = "/w%2Fx"', "work.path: has %2F in it"),
+])  # fmt: skip
+def test_a_folder_that_delta_would_look_for_elsewhere_is_refused(tmp_path: Path, before: str, after: str, where: str) -> None:
+    assert where in str(refused(tmp_path, WHOLE.replace(before, after)))
+    assert loaded(tmp_path, WHOLE.replace(before, 'path = "/50% of it"')).tables
+
+
+@pytest.mark.parametrize("name", ["a.b.c", 'public."a', ".", "public."])
+def test_what_names_no_table_is_refused_by_its_key(tmp_path: Path, name: str) -> None:
+    said = str(refused(tmp_path, WHOLE.replace('source = "public.follows"', f"source = '{name}'")))
+    assert "table[0].source: " in said
+    assert "names no table: write schema.table" in said
+
+
+def test_two_tables_that_read_alike_are_two(tmp_path: Path) -> None:
+    second = '[[table]]\nsource = \'"a.b".c\'\ntarget = "t2"\nkey = ["id"]\n[flag]'
+    spec = loaded(tmp_path, WHOLE.replace('source = "public.follows"', "source = 'a.\"b.c\"'").replace("[flag]", second))
+    assert [table.source_name for table in spec.tables] == [("a", "b.c"), ("a.b", "c")]
+    assert spec.table('"a.b".c').target == "t2"
+    same = second.replace('"a.b".c', 'a."b.c"')
+    assert "stands in two" in str(refused(tmp_path, WHOLE.replace("public.follows", 'a.\\"b.c\\"').replace("[flag]", same)))
+
+
 def test_a_whole_spec(tmp_path: Path) -> None:
     spec = loaded(tmp_path, WHOLE)
     table = spec.tables[0]

@@ -25,6 +25,8 @@ IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 """A migration's name becomes part of a slot's name, whose characters PostgreSQL restricts."""
 
+ENCODED = re.compile("%[0-9A-Fa-f]{2}")
+
 KIND = re.compile(r"[-A-Za-z0-9._]+")
 """A column of cohorts is a kind of the flag's contexts, whose letters the SDK restricts."""
 
@@ -280,7 +282,7 @@ class _Reader:
             return Target(name, kind, dsn=self.secret(where, given))
         if kind == "delta":
             self.only(where, given, ("kind", "path"))
-            return Target(name, kind, path=self.beside(self.text(where, given, "path")))
+            return Target(name, kind, path=self.folder(where, given))
         self.fail(f"{where}.kind", f'is "{kind}": known are "postgres" and "delta"')
 
     def tables(self, given: Any) -> tuple[Table, ...]:
@@ -358,13 +360,20 @@ class _Reader:
 
     def work(self, given: Mapping[str, Any]) -> str:
         self.only("work", given, ("path", "mode"))
-        return self.beside(self.text("work", given, "path"))
+        return self.folder("work", given)
 
     def mode(self, given: Mapping[str, Any]) -> int:
         mode = self.text("work", {"mode": "0700", **given}, "mode")
         if not MODE.fullmatch(mode):
             self.fail("work.mode", f'is "{mode}": write rights in octal that leave all to the owner, such as "0750"')
         return int(mode, 8)
+
+    def folder(self, where: str, given: Mapping[str, Any]) -> str:
+        """Return a folder of Delta tables; delta-rs reads what looks like a percent-encoded character as that character."""
+        path = self.beside(self.text(where, given, "path"))
+        if met := ENCODED.search(path):
+            self.fail(f"{where}.path", f"has {met[0]} in it ({path}), which Delta reads as another character: name another folder")
+        return path
 
     def beside(self, path: str) -> str:
         """Return a path of the file's, absolute: whoever runs a command, and from where, means the same folder."""
