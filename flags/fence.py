@@ -25,7 +25,7 @@ from changeover.errors import FenceCalledOff, Refused, TableStopped
 from changeover.flags.arrival import draw_near, hand_back, hand_over
 from changeover.flags.sides import Side, sides
 from changeover.flags.transfer import Pause, Transfer, advance_sequences, pass_the_others
-from changeover.jobs import reverse, tenure, wayback
+from changeover.jobs import privileges, reverse, tenure, wayback
 from changeover.jobs.division import indivisible
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
@@ -188,6 +188,7 @@ def _prepare_gates(transfer: Transfer, seconds: float) -> None:
         gate.install_gate(losing.connection, table.schema, table.name, table.key, epoch_floor(0))
         if table.cohort is None:
             gate.raise_floor(losing.connection, table.gated, epoch_floor(transfer.epoch))
+    _allow(transfer)
     for side in (losing, gaining):
         side.install_floors(transfer.before)
     apart = any(table.cohort for table in gaining.tables)
@@ -196,6 +197,14 @@ def _prepare_gates(transfer: Transfer, seconds: float) -> None:
     for table in gaining.tables:
         gaining.connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(table.schema, table.name)))
     advance_sequences(gaining)
+
+
+def _allow(transfer: Transfer) -> None:
+    """Let the application's roles use the ledger and both gates: the losing store's is new, and mirrored to from now on."""
+    privileges.allow_ledger(transfer.spec, transfer.ledger.connection)
+    for side in (transfer.losing, transfer.gaining):
+        for table in side.tables:
+            privileges.allow_gate(transfer.spec, side.connection, table.gated)
 
 
 @contextmanager

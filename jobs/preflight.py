@@ -151,7 +151,9 @@ WHERE c.oid = %s AND k.place <= i.indnkeyatts ORDER BY k.place
 """
 
 COLUMNS = """
-SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull, a.atttypmod, a.attnum
+SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull AND NOT EXISTS (
+        SELECT FROM pg_constraint c WHERE c.conrelid = a.attrelid AND c.contype = 'n' AND a.attnum = ANY (c.conkey)
+            AND NOT c.convalidated), a.atttypmod, a.attnum
 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
 WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum
 """

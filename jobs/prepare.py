@@ -19,8 +19,9 @@ from psycopg import sql
 from changeover import folders
 from changeover.cohorts import EVERY
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
-from changeover.jobs import assumptions, cohorts, definition, inverse, partitions, snapshot, transform, triggerlog, wayback, windows
+from changeover.jobs import assumptions, cohorts, definition, inverse, partitions, privileges, snapshot, transform, triggerlog, wayback, windows
 from changeover.jobs.assumptions import Asked, Moment
+from changeover.jobs.creation import create_target, install_gate
 from changeover.jobs.division import examined
 from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.ledger import Ledger, drop_ledger
@@ -81,11 +82,12 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
 def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tuple[str, str], transform.Transform]) -> Prepared:
     """Make everything, in the order that is the promise."""
     ledger.create()
+    privileges.allow_ledger(spec, ledger.connection)
     created = _create_targets(spec, transforms, ledger)
     stream, pieces = open_stream(spec, found)
     for (_, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
-            store.install(planned.target, stream.image)
+            install_gate(spec, store, planned, stream)
     folders.work(spec)
     spool_of(spec).create(stream.l0)
     _record(spec, ledger, stream, pieces, found, created)
@@ -173,7 +175,7 @@ def _create_targets(
             missing = store.columns(schema, name) is None
             ledger.audit("prepare", "creating", {"source": source, "target": target, "created": missing})
             if missing:
-                store.create(planned.target)
+                create_target(spec, store, planned)
             elif store.has_rows(schema, name):
                 raise TargetNotEmpty(target, str(planned.target))
             created[source, target] = missing

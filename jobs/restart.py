@@ -23,6 +23,7 @@ from changeover.jobs import cohorts, definition, wayback
 from changeover.jobs.assumptions import Moment
 from changeover.jobs.backfill import append_name
 from changeover.jobs.chunks import first_token
+from changeover.jobs.creation import create_target, install_gate
 from changeover.jobs.division import examined
 from changeover.jobs.entries import PENDING, Stream
 from changeover.jobs.ledger import Ledger
@@ -109,8 +110,8 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
     for (source, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
             if store.columns(planned.target.schema, planned.target.name) is None:
-                store.create(planned.target)
-            store.install(planned.target, stream.image)
+                create_target(spec, store, planned)
+            install_gate(spec, store, planned, stream)
             chunks = ledger.chunks(source, target)
             names = [append_name(spec.name, before.image, source, target, row.chunk) for row in chunks]
             store.begin_anew(planned.target, stream.image, names)

@@ -325,7 +325,8 @@ def _new_columns(
         if type_name is None:
             raise SpecError(spec.path, f"table {table.source}: columns.{name}", f"gives {found[name]}, which no column can hold")
         spark_type = origin.spark_type if origin else found[name]
-        columns.append(Column(name, type_name, spark_type, name in table.key))
+        not_null = name in table.key or (origin is not None and origin.not_null)
+        columns.append(Column(name, type_name, spark_type, not_null))
     return columns
 
 

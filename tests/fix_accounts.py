@@ -19,6 +19,7 @@ import pytest
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags import cutover, flagfile
+from changeover.flags.endpoint import RowMapping
 from changeover.flags.fence import fence
 from changeover.flags.router import Change, Router, returned
 from changeover.jobs.capture import capture
@@ -99,11 +100,13 @@ def following(migration: Migration) -> Iterator[None]:
 
 
 @contextmanager
-def routed(migration: Migration) -> Iterator[Router]:
+def routed(
+    migration: Migration, table: str = "accounts", *, to_new: RowMapping = dict, to_old: RowMapping = dict
+) -> Iterator[Router]:
     """Open a router of the migration."""
     client = flagfile.client(migration.spec.work / "flags.json")
     limits = replace(PATIENT, max_pause=MAX_PAUSE)  # writers wait as long as the fence does
-    router = Router.connect(migration.spec, "accounts", to_new=dict, to_old=dict, client=client, limits=limits)
+    router = Router.connect(migration.spec, table, to_new=to_new, to_old=to_old, client=client, limits=limits)
     try:
         yield router
     finally:

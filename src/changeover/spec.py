@@ -147,6 +147,8 @@ class Spec:
     digest: str
     ledger: Secret
     flag: Flag | None = None
+    roles: tuple[str, ...] = ()
+    """The roles by which the application uses the stores."""
     document: Mapping[str, Any] = field(default_factory=dict)
     mode: int = 0o700
 
@@ -184,12 +186,13 @@ def _digest(document: Mapping[str, Any]) -> str:
     """Return the hash of what a migration is.
 
     Its checks only ask about it, so a query may be corrected midway; its way back begins at the fence, and may be told until then.
-    What is sensitive, and who may read the work folder, changes no row.
+    What is sensitive, who may read the work folder, and which roles the application has, changes no row.
     """
     left_out = ("check", "reverse", "sensitive")
     tables = [{key: value for key, value in table.items() if key not in left_out} for table in document["table"]]
     work = {key: value for key, value in document["work"].items() if key != "mode"}
     whole = {**document, "table": tables, "work": work}
+    whole.pop("application", None)
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -241,7 +244,7 @@ class _Reader:
         return secret(self.path, f"{where}.{key}", self.text(where, given, key))
 
     def spec(self, document: Mapping[str, Any]) -> Spec:
-        self.only("", document, ("name", "source", "target", "table", "flag", "work", "ledger"))
+        self.only("", document, ("name", "source", "target", "table", "flag", "application", "work", "ledger"))
         name = self.text("", document, "name")
         if not NAME.fullmatch(name):
             self.fail("name", "must be lower-case letters, digits and underscores, begin with a letter, 40 at most")
@@ -257,6 +260,7 @@ class _Reader:
             digest=_digest(document),
             ledger=self.ledger(document, targets),
             flag=self.flag(document, targets),
+            roles=self.roles(document),
             document=document,
         )
 
@@ -357,6 +361,13 @@ class _Reader:
         if context is not None and not (KIND.fullmatch(context) and context not in ("kind", "multi")):
             self.fail("flag.context", f'is "{context}": LaunchDarkly has no kind of context by that name')
         return Flag(self.text("flag", given, "key"), target, self.beside(file) if file else None, context)
+
+    def roles(self, document: Mapping[str, Any]) -> tuple[str, ...]:
+        if "application" not in document:
+            return ()
+        given = self.section("", document, "application")
+        self.only("application", given, ("roles",))
+        return tuple(dict.fromkeys(self.texts("application", given, "roles")))
 
     def work(self, given: Mapping[str, Any]) -> str:
         self.only("work", given, ("path", "mode"))

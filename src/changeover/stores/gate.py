@@ -66,13 +66,18 @@ def version_of(alias: str = "") -> sql.Composed:
 
 
 def ours(kind: str, schema: str, name: str) -> sql.Identifier:
-    """Return what stands for one table in our schema: named by schema and table, where too long cut and told apart by a hash."""
+    """Return what stands for one table in our schema."""
+    return sql.Identifier("changeover", our_name(kind, schema, name))
+
+
+def our_name(kind: str, schema: str, name: str) -> str:
+    """Return its name there: that of schema and table, where too long cut and told apart by a hash."""
     whole = f"{kind}_{joined(schema, name)}"
     if len(whole.encode()) > NAME_BYTES:
         mark = hashlib.sha256(whole.encode()).hexdigest()[:10]
         begin = whole.encode()[: NAME_BYTES - len(mark) - 1].decode(errors="ignore")  # no half of a character
         whole = f"{begin}_{mark}"
-    return sql.Identifier("changeover", whole)
+    return whole
 
 
 @dataclass(frozen=True)
