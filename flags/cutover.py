@@ -26,6 +26,7 @@ from changeover.flags.cohorts import Apart, sentence, together
 from changeover.flags.endpoint import Cohort
 from changeover.flags.facts import Facts, facts
 from changeover.flags.fence import MAX_PAUSE, fence, settle
+from changeover.flags.rights import waits
 from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previous_stage
 from changeover.flags.turning import Advanced, everybody, flag_of, require_open, require_way_back, turn, wished
 from changeover.interrupt import asked_to_stop
@@ -52,7 +53,8 @@ class Shown:
     """The page for the night: where the migration stands, what speaks against the next step, and what each step costs.
 
     `stage` is the one at which routers act; `wish` is the flag's, which waits for a fence where the two differ. `loses` is how
-    many writes of rows the step down, to `back`, would leave behind. `apart` are the cohorts at the other store.
+    many writes of rows the step down, to `back`, would leave behind. `apart` are the cohorts at the other store. `notes` say how it
+    was found out whether the application may write to the new store, and which open transactions a fence would wait for now.
     """
 
     stage: Stage
@@ -67,6 +69,7 @@ class Shown:
     way_back: reverse.State | None
     rogue: Sequence[Rogue]
     apart: Apart | None = None
+    notes: Sequence[str] = ()
 
     @property
     def go(self) -> bool:
@@ -82,14 +85,16 @@ def show(spec: Spec) -> Shown:
         wish, known = wished(spec), facts(ledger.authorities())
         stage = effective(wish, known.rest.store)
         above = next_stage(stage)
-        reasons = gate.objections(gate.collect(spec, ledger, stage, above)) if above else []
-        if above and (waits := together(known, above)):
-            reasons = [waits, *reasons]
+        evidence = gate.collect(spec, ledger, stage, above) if above else None
+        reasons = gate.objections(evidence) if evidence else []
+        if above and (apart := together(known, above)):
+            reasons = [apart, *reasons]
         back = None if turns.completed(turns.turns(ledger)) else _below(spec, known)[1]
         loses = turning.expected(ledger, known.epochs(Origin.NEW) if back and TABLE[back].writes is Origin.OLD else ())
         return Shown(
             stage, wish, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
             reverse.state(spec, ledger), rogue(spec, ledger), by_name.apart(known),
+            notes=[*evidence.rights.told, *waits(spec)] if evidence and gate.takes_over(stage, evidence.after) else [],
         )  # fmt: skip
 
 
@@ -111,8 +116,8 @@ def advance(
         after = to or next_stage(before)
         if after is None:
             raise Refused("flags advance: the migration is complete, there is no stage above")
-        if waits := together(known, after):
-            raise Refused(f"flags advance: {waits}")
+        if apart := together(known, after):
+            raise Refused(f"flags advance: {apart}")
         told = require_open(ledger, gate.collect(spec, ledger, before, after), override, {})
         done = turn(spec, ledger, before, after)
         _record(spec, ledger, turns.ADVANCED, before, after, told)

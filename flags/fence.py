@@ -23,6 +23,7 @@ from psycopg import sql
 from changeover import points
 from changeover.errors import FenceCalledOff, Refused, TableStopped
 from changeover.flags.arrival import draw_near, hand_back, hand_over
+from changeover.flags.rights import held_up_by
 from changeover.flags.sides import Side, sides
 from changeover.flags.transfer import Pause, Transfer, advance_sequences, pass_the_others
 from changeover.jobs import privileges, reverse, tenure, wayback
@@ -74,6 +75,8 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, cohorts: Coll
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), ExitStack() as held:
         before = ledger.authorities()
         whose = tenure.moving(before, to.value, cohorts)
+        if whose is not None:
+            _name_holders(spec, to)
         if to is Origin.NEW and whose is not None:
             for source, why in ledger.stopped().items():
                 raise TableStopped(source, why)
@@ -90,6 +93,15 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, cohorts: Coll
         names = frozenset(cohorts) if cohorts is not None else None
         epoch = max((one.epoch for one in before), default=0) + 1
         return _move(Transfer(spec, ledger, to, epoch, whose, names, before, old, new), max_pause)
+
+
+def _name_holders(spec: Spec, to: Origin) -> None:
+    """Say which long transactions everything that follows will wait for, so that somebody can end them."""
+    with sides(spec) as (old, new):
+        losing = old if to is Origin.NEW else new
+        tables = [(table.schema, table.name) for table in losing.tables]
+        for one in held_up_by(losing.connection, tables, new.connection if to is Origin.NEW else None):
+            log.warning("%s", one)
 
 
 def _require_nameable(spec: Spec, to: Origin, cohorts: Collection[str] | None) -> None:

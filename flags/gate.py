@@ -17,6 +17,7 @@ from ldclient.migrations.types import Origin, Stage
 
 from changeover.errors import GateClosed
 from changeover.flags.facts import Facts, facts
+from changeover.flags.rights import Rights, rights
 from changeover.flags.stages import ORDER, TABLE, needs_fence
 from changeover.flags.turns import mirrored_since, turns
 from changeover.jobs import assumptions
@@ -63,6 +64,7 @@ class Evidence:
     everybodys: Stage | None = None
     stopped: Mapping[str, str] = field(default_factory=dict)
     """Why each table is stopped that is, or will be at the next look."""
+    rights: Rights = field(default_factory=Rights)
 
     @property
     def acting(self) -> Stage:
@@ -92,6 +94,7 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
         mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(here), capture_active=slot == "active" or log_read,
         sources=tuple(t.source for t in spec.tables), target=spec.flag.target, way_back=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
+        rights=rights(spec) if takes_over(before, after) else Rights(),
         stopped={**altered, **(ledger.stopped() if ledger.exists() else {})},
     )  # fmt: skip
 
@@ -101,6 +104,11 @@ def _nothing_stopped(e: Evidence) -> list[str]:
     if Origin.OLD not in e.facts.stores:
         return []
     return [f"{source} goes no further: {why}: `changeover prepare --anew SPEC`" for source, why in sorted(e.stopped.items())]
+
+
+def takes_over(before: Stage, after: Stage) -> bool:
+    """Return whether a step hands authority to the new store (pure)."""
+    return TABLE[before].writes is Origin.OLD and TABLE[after].writes is Origin.NEW
 
 
 def _loads_closed(e: Evidence) -> list[str]:
@@ -242,9 +250,14 @@ def _nothing_rogue(e: Evidence) -> list[str]:
     return [str(one) for one in e.rogue]
 
 
+def _application_may_write(e: Evidence) -> list[str]:
+    """Before the new store takes over: the application's roles can use it, and what is mirrored back."""
+    return e.rights.reasons
+
+
 RULES: tuple[Callable[[Evidence], list[str]], ...] = (
     _nothing_stopped, _loads_closed, _verdict_fresh, _processes_present, _lag_small, _replay_past_dualwrite,
-    _comparisons_clean, _mirror_whole, _way_back_open, _nothing_rogue,
+    _comparisons_clean, _mirror_whole, _way_back_open, _nothing_rogue, _application_may_write,
 )  # fmt: skip
 
 

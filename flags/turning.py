@@ -92,7 +92,7 @@ def _write(flag: Flag, file: Path, stage: Stage, cohorts: Collection[str] | None
 def require_open(ledger: Ledger, evidence: gate.Evidence, override: str | None, told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what goes on record of a step's evidence; raises GateClosed, itself on record, unless there is an override."""
     reasons = gate.objections(evidence)
-    found = {**told, "evidence": evidence.digest, "reasons": reasons, "override": override}
+    found = {**told, "evidence": evidence.digest, "reasons": reasons, "rights": evidence.rights.told, "override": override}
     if reasons and not override:
         ledger.audit(turns.STEP, "refused", {"from": evidence.before.value, "to": evidence.after.value, **found})
         raise GateClosed(evidence.after.value, tuple(reasons))

@@ -1,36 +1,56 @@
-"""Leftovers: what of ours is in the old store, and of the way back in the new one.
+"""Leftovers: what of a migration is in the old store, and of its way back in the new one.
 
-It goes by our names in the server's own catalogue, not by any record, so it also finds what a killed run left, or another
-migration has. It looks only. Runs where its caller runs, without Spark.
+It goes by the names that this migration gives, in this database's own catalogue, and not by any record, so it also finds what a
+killed run left. What another migration has, or another database of the server, is none of it, however alike the names are. What
+migrations share, the schema and the table of floors, counts where nothing else is in it. It looks only. Runs where its caller runs,
+without Spark.
 """
 
 from __future__ import annotations
 
 import time
 
+from psycopg import sql
+
 from changeover.jobs import wayback
-from changeover.session import application_name, connect
+from changeover.jobs.triggerlog import TRIGGERS, Log
+from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec
+from changeover.stores.gate import our_name
 
 SESSION = "session "
 SESSION_SECONDS = 5.0
 
+KINDS = ("touched", "gate", "refuse", "floor")
+"""What stands beside a table of the user's in our schema."""
+
 LEFTOVERS = """
-SELECT 'replication slot ' || slot_name FROM pg_replication_slots WHERE slot_name LIKE 'changeover%'
-UNION ALL SELECT 'publication ' || pubname FROM pg_publication WHERE pubname LIKE 'changeover%'
-UNION ALL SELECT format('trigger %s on %s', tgname, tgrelid::regclass) FROM pg_trigger WHERE tgname LIKE 'changeover%'
-UNION ALL SELECT format('%s in schema changeover', relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE n.nspname = 'changeover'
-UNION ALL SELECT format('function changeover.%s', proname) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-    WHERE n.nspname = 'changeover'
-UNION ALL SELECT 'schema changeover' FROM pg_namespace WHERE nspname = 'changeover'
-UNION ALL SELECT format('session %s', application_name) FROM pg_stat_activity
-    WHERE application_name LIKE 'changeover:%' AND pid <> pg_backend_pid() AND datname = current_database()
+SELECT 'replication slot ' || slot_name FROM pg_replication_slots
+WHERE slot_name = %(slot)s AND database = current_database()
+UNION ALL SELECT 'publication ' || pubname FROM pg_publication WHERE pubname = %(slot)s
+UNION ALL SELECT format('trigger %%s on %%s', tgname, tgrelid::regclass) FROM pg_trigger
+WHERE tgname = ANY (%(logging)s) AND tgparentid = 0
+    OR tgname LIKE 'changeover\\_refusal%%' AND tgparentid = 0 AND tgrelid IN (
+        SELECT to_regclass(t)::oid FROM unnest(%(tables)s::text[]) AS t
+        UNION SELECT p.relid FROM unnest(%(tables)s::text[]) AS t, pg_partition_tree(to_regclass(t)) AS p)
+UNION ALL SELECT format('%%s in schema changeover', relname) FROM pg_class
+WHERE relnamespace = to_regnamespace('changeover') AND relname = ANY (%(ours)s)
+UNION ALL SELECT format('function changeover.%%s', proname) FROM pg_proc
+WHERE pronamespace = to_regnamespace('changeover') AND (proname = ANY (%(ours)s) OR proname ~ %(functions)s)
+UNION ALL SELECT format('session %%s', application_name) FROM pg_stat_activity
+WHERE starts_with(application_name, %(sessions)s) AND pid <> pg_backend_pid() AND datname = current_database()
 """
+
+EMPTY = """
+SELECT 'schema changeover' FROM pg_namespace n WHERE nspname = 'changeover'
+    AND NOT EXISTS (SELECT FROM pg_class WHERE relnamespace = n.oid AND relname <> ALL (%(ours)s) AND relkind IN ('r', 'p'))
+    AND NOT EXISTS (SELECT FROM pg_proc WHERE pronamespace = n.oid AND proname <> ALL (%(ours)s) AND proname !~ %(functions)s)
+"""
+"""The schema, where nobody else's is in it."""
 
 
 def leftovers(spec: Spec) -> list[str]:
-    """Return everything of ours that is still in the old store, and what is left of the reverse path (driver; looks only).
+    """Return everything of the migration that is still in the old store, and what is left of its reverse path (driver; looks only).
 
     Where it is sessions alone it looks again for a while: the server ends one a little after its client has gone.
     """
@@ -42,5 +62,26 @@ def leftovers(spec: Spec) -> list[str]:
 
 def _left(spec: Spec) -> list[str]:
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "leftovers")) as old:
-        left = [row[0] for row in old.execute(LEFTOVERS).fetchall()]
+        left = _of_old(old, spec)
     return left + [one for one in wayback.leftovers(spec) if one not in left]
+
+
+def _of_old(old: Connection, spec: Spec) -> list[str]:
+    log = Log(spec.name)
+    ours = [our_name(kind, *table.source_name) for table in spec.tables for kind in KINDS]
+    ours += [f"capture_log_{spec.name}", f"capture_window_{spec.name}", *(["gate"] if _floors_are_ours(old, spec) else [])]
+    asked = {
+        "slot": spec.slot, "logging": [log.trigger + suffix for suffix, _, _ in TRIGGERS],
+        "tables": [sql.Identifier(*table.source_name).as_string(old) for table in spec.tables],
+        "ours": ours, "functions": f"^capture_{spec.name}_[0-9]+$", "sessions": application_name(spec.name, ""),
+    }  # fmt: skip
+    return [row[0] for query in (LEFTOVERS, EMPTY) for row in old.execute(query, asked).fetchall()]
+
+
+def _floors_are_ours(old: Connection, spec: Spec) -> bool:
+    """Return whether the table of floors is there for this migration alone, or for nobody."""
+    row = old.execute("SELECT has_table_privilege(to_regclass('changeover.gate'), 'SELECT')").fetchone()
+    if row is None or not row[0]:
+        return False
+    names = [".".join(table.source_name) for table in spec.tables]
+    return old.execute("SELECT FROM changeover.gate WHERE target <> ALL (%s)", [names]).fetchone() is None

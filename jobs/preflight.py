@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from psycopg import sql
 
 from changeover.errors import RowsHidden, SpecError
-from changeover.jobs import charsets, connections, grants, masking
+from changeover.jobs import charsets, connections, grants, holders, likeness, masking, privileges
 from changeover.jobs.derivation import WORDS, derivations
 from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
@@ -187,6 +187,8 @@ def preflight(spec: Spec) -> Preflight:
             if (seen := found.tables.get(table.source)) is not None:
                 found.reasons += charsets.unreadable(old, dsn, application, seen.read, masking.of_source(table, seen.identity))
         found.notes += COSTS[spec.source.capture]
+        if spec.source.capture == SLOT:
+            found.notes += [f"prepare waits for {one}" for one in holders.of_slot(old)]
     prepared = _is_prepared(spec, found)
     for target in spec.targets.values():
         with open_store(spec, target, "check") as store:
@@ -206,6 +208,7 @@ def preflight(spec: Spec) -> Preflight:
                     _rights_on_target(spec, store, schema, name, found)
                     if not grants.readable(store.connection, schema, name):
                         continue
+                    _beside_the_source(spec, store, table, found)
                 existing = store.columns(schema, name)
                 if existing is None or prepared:
                     continue
@@ -243,6 +246,18 @@ def _rights_on_target(spec: Spec, store: PostgresStore, schema: str, name: str, 
     rights = grants.REFUSE if takes_over else grants.WRITE
     found.lack(grants.of_table(connection, schema, name, rights, owning=takes_over), where)
     found.lack(_drawing(spec, connection, schema, name) if takes_over else [], where)
+
+
+def _beside_the_source(spec: Spec, store: PostgresStore, table: Table, found: Preflight) -> None:
+    """Note what a target table lacks beside its source, and which rights the application's roles lack."""
+    seen = found.tables.get(table.source)
+    if seen is None:
+        return
+    with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
+        found.notes += likeness.notes(old, store.connection, table, seen.store_columns)
+        for where, lack in privileges.missing(spec, old, store.connection, table, seen.store_columns):
+            found.notes.append(f"{where} store: {lack}")
+            found.grants.append(lack.grant if where == "old" else f"{lack.grant}  -- in target {store.name}")
 
 
 def _drawing(spec: Spec, connection: Connection, schema: str, name: str) -> list[Lack]:

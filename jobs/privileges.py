@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 import psycopg
 from psycopg import sql
 
+from changeover.jobs.derivation import derivations
 from changeover.jobs.grants import RELATION, Lack
 from changeover.session import Connection
-from changeover.spec import Spec
-from changeover.stores import defaults, gate, sequences
+from changeover.spec import Spec, Table
+from changeover.stores import Column, defaults, gate, sequences
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +181,20 @@ def grant(connection: Connection, needs: Iterable[Need]) -> None:
 def _has(connection: Connection, need: Need) -> bool:
     row = connection.execute(need.asks).fetchone()
     return bool(row and row[0])
+
+
+def missing(spec: Spec, old: Connection, new: Connection, table: Table, source: Sequence[Column]) -> list[tuple[str, Lack]]:
+    """Return what the application's roles lack in either store, as far as can be known before prepare, each with its store."""
+    carried = {name: one.origin for name, one in derivations(table, source).items() if one.origin is not None}
+    known, found = present(old, spec.roles), []
+    there = new.execute(RELATION, table.target_name).fetchone() is not None
+    for role in present(new, spec.roles) if there else ():
+        used = uses(old, role, *table.source_name) if role in known else FULL
+        found += [("new", lack) for lack in lacking(new, of_table(new, role, *table.target_name, used, carried))]
+    for role in known if spec.flag is not None else ():
+        needs = of_mirror(role, *table.source_name, uses(old, role, *table.source_name))
+        found += [("old", lack) for lack in lacking(old, needs)]
+    return found
 
 
 def allow_table(spec: Spec, old: Connection, new: Connection, source: tuple[str, str], target: tuple[str, str],

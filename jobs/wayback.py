@@ -17,7 +17,7 @@ from changeover.errors import SourceChanged, SpoolGap, StepOrder
 from changeover.jobs import definition, snapshot
 from changeover.jobs.entries import Partition, Stream
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.obstacles import has_slot, obstacles, target_as_source
+from changeover.jobs.obstacles import obstacles, target_as_source
 from changeover.jobs.partitions import NewRoots
 from changeover.jobs.preflight import SourceTable, source_table
 from changeover.jobs.replication import require_stream
@@ -230,6 +230,10 @@ def leftovers(spec: Spec) -> list[str]:
     if spec.flag is None:
         return []
     with connect(new_dsn(spec), application_name(spec.name, "leftovers")) as new:
-        found = [f"replication slot {slot_of(spec)}"] if has_slot(new, slot_of(spec)) else []
-        rows = new.execute("SELECT 'publication ' || pubname FROM pg_publication WHERE pubname = %s", [slot_of(spec)]).fetchall()
-    return found + [row[0] for row in rows]
+        rows = new.execute(
+            "SELECT 'replication slot ' || slot_name FROM pg_replication_slots WHERE slot_name = %(name)s"
+            " AND database = current_database() UNION ALL SELECT 'publication ' || pubname FROM pg_publication"
+            " WHERE pubname = %(name)s",
+            {"name": slot_of(spec)},
+        ).fetchall()
+    return [row[0] for row in rows]

@@ -39,6 +39,7 @@ def show(spec: str, as_json: bool) -> None:
         lines.append(f"back: {seen.back.value}: {_loses(seen.loses, 'would be lost')}")
     if seen.way_back is not None:
         lines.append(f"reverse path: {seen.way_back.line}")
+    lines += [f"note: {one}" for one in seen.notes]
     lines += [f"rogue: {one}" for one in seen.rogue]
     stages = {name: stage.value if (stage := getattr(seen, name)) else None for name in ("stage", "wish", "next", "back")}
     answer({**plain(seen), **stages, "go": seen.go}, as_json, lambda: "\n".join(lines))

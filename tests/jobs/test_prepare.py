@@ -185,14 +185,14 @@ def prepared(migration: Migration) -> Migration:
 def test_a_session_that_is_ending_is_not_left_and_one_that_stays_is(
     migration: Migration, old_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = connect(old_dsn, "changeover:test:ending")
+    session = connect(old_dsn, f"changeover:{migration.spec.name}:ending")
     ending = threading.Timer(1.0, session.close)
     ending.start()
     assert migration.leftovers() == []
     ending.join()
     monkeypatch.setattr(leftovers, "SESSION_SECONDS", 0.5)
-    with connect(old_dsn, "changeover:test:staying"):
-        assert migration.leftovers() == ["session changeover:test:staying"]
+    with connect(old_dsn, f"changeover:{migration.spec.name}:staying"), connect(old_dsn, "changeover:another:staying"):
+        assert migration.leftovers() == [f"session changeover:{migration.spec.name}:staying"]
 
 
 def test_abort_leaves_the_old_store_as_it_was(migration: Migration) -> None:

@@ -1,7 +1,7 @@
 """A whole hand-over and back with an application that has a role of its own, which leaves identity and defaults to the server.
 
-The role may do to the old table what an application does, and nothing else in either store. Whatever it gets is given by prepare and
-by the fence. Judged by plain SQL, and by the counts of the application's own errors.
+The role may do to the old table what an application does, and nothing else in either store. Whatever it gets is given by prepare
+and by the fence. Judged by plain SQL, and by the counts of the application's own errors.
 """
 
 from __future__ import annotations
