@@ -18,7 +18,8 @@ from changeover.stores.defaults import ALWAYS, Own
 BESIDE = """
 WITH t AS (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s)
 SELECT 'index', i.indexrelid::regclass::text, ARRAY(SELECT a.attname::text
-    FROM unnest(i.indkey) WITH ORDINALITY AS k (number, place) JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number ORDER BY k.place)
+    FROM unnest(i.indkey) WITH ORDINALITY AS k (number, place)
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number ORDER BY k.place)
 FROM t JOIN pg_index i ON i.indrelid = t.oid WHERE NOT i.indisprimary
 UNION ALL SELECT CASE c.contype WHEN 'f' THEN 'foreign key' ELSE 'check' END, c.conname::text, ARRAY(SELECT a.attname::text
     FROM unnest(c.conkey) WITH ORDINALITY AS k (number, place)
