@@ -14,6 +14,7 @@ from psycopg import sql
 
 from changeover.jobs import wayback
 from changeover.jobs.triggerlog import TRIGGERS, Log
+from changeover.names import joined
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec
 from changeover.stores.gate import our_name
@@ -83,5 +84,5 @@ def _floors_are_ours(old: Connection, spec: Spec) -> bool:
     row = old.execute("SELECT has_table_privilege(to_regclass('changeover.gate'), 'SELECT')").fetchone()
     if row is None or not row[0]:
         return False
-    names = [".".join(table.source_name) for table in spec.tables]
+    names = [joined(*table.source_name) for table in spec.tables]
     return old.execute("SELECT FROM changeover.gate WHERE target <> ALL (%s)", [names]).fetchone() is None

@@ -19,7 +19,19 @@ from psycopg import sql
 from changeover import folders
 from changeover.cohorts import EVERY
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
-from changeover.jobs import assumptions, cohorts, definition, inverse, partitions, privileges, snapshot, transform, triggerlog, wayback, windows
+from changeover.jobs import (
+    assumptions,
+    cohorts,
+    definition,
+    inverse,
+    partitions,
+    privileges,
+    snapshot,
+    transform,
+    triggerlog,
+    wayback,
+    windows,
+)
 from changeover.jobs.assumptions import Asked, Moment
 from changeover.jobs.creation import create_target, install_gate
 from changeover.jobs.division import examined
