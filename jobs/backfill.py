@@ -192,7 +192,7 @@ class _Load:
             ranges = [(chunks[n].lower, chunks[n].upper) for n in numbers]
             moved = self.transform.only_moved() if self.store.takes_text else frozenset()
             frame = read_table(self.spark, dsn, application, read, ranges, live, moved=moved)
-            return self.transform.rows(frame, moved=moved)
+            return self.transform.images(frame, moved=moved)
 
         with from_spark(source, "a chunk of the backfill"):
             self.store.load(self.transform.target, pending, rows, mark)

@@ -14,9 +14,9 @@ from typing import Any
 
 from changeover.jobs.derivation import Derivation, mentioned
 from changeover.spec import Table
+from changeover.stores.owners import HASHED
 
 MASK = "***"
-HASHED = "sha256:"
 DIGITS = 12
 """Hexadecimal digits of a hash that are shown: enough to tell a sample's keys apart."""
 

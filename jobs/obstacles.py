@@ -15,6 +15,7 @@ from changeover.jobs.preflight import CAPTURE_RULES, TABLE_RULES, SourceTable, s
 from changeover.names import qualified
 from changeover.session import Connection, application_name, connect
 from changeover.spec import SLOT, Spec, Table
+from changeover.stores import replica
 from changeover.stores.batches import WIDEST
 
 
@@ -34,6 +35,7 @@ def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> l
         reasons += [lack] if lack else []
         if len(seen.columns) > WIDEST:
             reasons.append(f"{seen.source} has {len(seen.columns):,} columns: {WIDEST:,} is the most that a batch back to it holds")
+        reasons += replica.acting(old, _quoted(old, seen))[0]
         if found is not None:
             reasons += _unfit(new, found)
     reasons = [f"the new store: {reason}" if reason.startswith(("the ", "wal_level", "all ")) else reason for reason in reasons]
@@ -43,9 +45,12 @@ def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> l
     return reasons
 
 
+def _quoted(connection: Connection, table: SourceTable) -> str:
+    return sql.Identifier(*qualified(table.source)).as_string(connection)
+
+
 def _unfit(new: Connection, found: SourceTable) -> list[str]:
-    quoted = sql.Identifier(*qualified(found.source)).as_string(new)
-    row = new.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
+    row = new.execute("SELECT %s::regclass::oid", [_quoted(new, found)]).fetchone()
     assert row is not None
     lacks = grants.of_owners(new, row)
     asked = {"oid": row[0], "name": found.source, "identity": ", ".join(sorted(found.identity)), "keys": list(found.identity)}
@@ -66,7 +71,7 @@ def has_slot(connection: Connection, slot: str) -> bool:
 
 
 def notes(spec: Spec) -> list[str]:
-    """Return what `check` has to say of the way back: why there is none (driver; looks only)."""
+    """Return what `check` has to say of the way back: why there is none, and what acts on its rows (driver; looks only)."""
     if spec.flag is None:
         return []
     application = application_name(spec.name, "check")
@@ -75,4 +80,6 @@ def notes(spec: Spec) -> list[str]:
         connect(spec.targets[spec.flag.target].dsn_value, application) as new,
     ):
         reasons = obstacles(spec, old, new)
-    return [f"{reason}; until then the router's mirror alone keeps the old store up to date" for reason in reasons]
+        seen = [found for table in spec.tables if (found := source_table(old, table)) is not None]
+        acting = [one for table in seen for one in replica.acting(old, _quoted(old, table))[1]]
+    return [*(f"{reason}; until then the router's mirror alone keeps the old store up to date" for reason in reasons), *acting]

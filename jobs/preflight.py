@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from psycopg import sql
 
 from changeover.errors import RowsHidden, SpecError
-from changeover.jobs import charsets, connections, grants, holders, likeness, masking, privileges
+from changeover.jobs import charsets, connections, grants, holders, keys, likeness, masking, privileges
 from changeover.jobs.derivation import WORDS, derivations
 from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
@@ -24,7 +24,7 @@ from changeover.jobs.narrowing import narrower
 from changeover.jobs.partitions import partitions_of
 from changeover.names import qualified, reserved
 from changeover.session import Connection, application_name, connect, server_name
-from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
+from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table, Target
 from changeover.stores import Column, Store, open_store
 from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
@@ -209,14 +209,18 @@ def preflight(spec: Spec) -> Preflight:
                     if not grants.readable(store.connection, schema, name):
                         continue
                     _beside_the_source(spec, store, table, found)
-                existing = store.columns(schema, name)
-                if existing is None or prepared:
+                if prepared:
+                    continue
+                found.reasons += store.objections(schema, name, table.key)
+                found.notes += store.remarks(schema, name)
+                if (existing := store.columns(schema, name)) is None:
                     continue
                 if (seen := found.tables.get(table.source)) is not None:
                     found.reasons += narrower(store, table, seen.store_columns, existing)
-                found.reasons += store.objections(schema, name, table.key)
                 if _has_rows(store, schema, name):
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
+        if target.kind == "postgres" and not prepared:
+            found.reasons += _coarser_keys(spec, target)
     return found
 
 
@@ -265,6 +269,14 @@ def _drawing(spec: Spec, connection: Connection, schema: str, name: str) -> list
     if spec.flag is None:
         return []
     return grants.of_sequences(connection, schema, name, owning=spec.flag.context is not None)
+
+
+def _coarser_keys(spec: Spec, target: Target) -> list[str]:
+    """Return which key columns of a target's tables can't tell apart what the source's can."""
+    application = application_name(spec.name, "check")
+    with connect(spec.source.dsn.resolve(), application) as old, connect(target.dsn_value, application) as new:
+        seen = [t for t in spec.tables if all(grants.usable(*at) for at in ((old, t.source_name[0]), (new, t.target_name[0])))]
+        return [f"target {target.name}: {reason}" for table in seen for reason in keys.coarser(old, new, table)]
 
 
 COSTS: dict[str, tuple[str, ...]] = {

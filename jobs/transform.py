@@ -20,7 +20,8 @@ from changeover.errors import SpecError, UnsafePlan
 from changeover.jobs.derivation import Derivation, derivations, mentioned, resolved
 from changeover.names import RESERVED, held, hold, nth, quoted, reserved
 from changeover.spec import Spec, Table
-from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, VERSION_COLUMNS, Column, TargetTable
+from changeover.stores import DELETED, EPOCH, LEFT, LSN, ORDINAL, OWNER, VERSION_COLUMNS, Column, TargetTable
+from changeover.stores.owners import HASHED, MEET
 from changeover.stores.pgtypes import decode, movable, passable, postgres_type, source_type
 from changeover.stores.pgtypes import moved as text_moved
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 GONE, AT_LSN, AT_ORDINAL = (f"{RESERVED}{name}" for name in ("gone", "at_lsn", "at_ordinal"))
 """What a change of a source row has beside the row's columns."""
 
-LAST = f"{RESERVED}last"
+LAST, NEWEST, ALIVE = f"{RESERVED}last", f"{RESERVED}newest", f"{RESERVED}alive"
 
 WRITTEN_ONE_WAY = re.compile(r"(smallint|integer|bigint|uuid|date|text|character varying(\(\d+\))?|timestamp.*)")
 """Types of which PostgreSQL writes equal values as the same text; 1.0 and 1.00 are equal numbers, -0 and 0 are."""
@@ -64,6 +65,23 @@ class Transform:
         kept = shaped.where(_expr(self.table.where, names)) if self.table.where else shaped
         return kept.select(*carry, *(column.alias(name) for name, column in self._columns(names, moved).items()))
 
+    def images(self, frame: DataFrame, moved: Collection[str] = ()) -> DataFrame:
+        """Return target rows for decoded source rows, with the source key of each where that is kept."""
+        if not self.target.owned:
+            return self.rows(frame, moved=moved)
+        whole = hold(frame, self._held).withColumn(OWNER, self._owner(self._held))
+        return self.rows(whole, carry=[OWNER], moved=moved)
+
+    def _owner(self, names: Mapping[str, str]) -> SparkColumn:
+        """Return a row's source key as text, from decoded columns; of what is sensitive a hash, since it stands in sentences."""
+        from pyspark.sql import functions as F
+
+        columns = {c: F.col(quoted(names[c.name])) for c in self.identity}
+        texts = {c.name: F.hex(column) if c.spark_type == "binary" else column.cast("string") for c, column in columns.items()}
+        hidden = set(self.table.sensitive)
+        shown = {name: F.concat(F.lit(HASHED), F.sha2(text, 256)) if name in hidden else text for name, text in texts.items()}
+        return F.to_json(F.struct(*(text.alias(name) for name, text in shown.items())))
+
     def only_moved(self) -> frozenset[str]:
         """Return the source columns of which one target column of the same type is all that is made."""
         types = {c.name: c.type for c in self.source}
@@ -73,7 +91,8 @@ class Transform:
             name
             for column in self.target.columns
             if (name := self.derivations[column.name].origin) is not None
-            and types[name] == column.type and times[name] == 1 and name not in asked and movable(column.type)
+            and types[name] == column.type and times[name] == 1 and name not in asked | self._identifying()
+            and movable(column.type)
         )  # fmt: skip
 
     def keys(self, frame: DataFrame) -> DataFrame:
@@ -123,13 +142,14 @@ class Transform:
         }
         whole = shaped.withColumns(late) if late else shaped
         own = held(self.target.names)
+        owner = [self._owner(names).alias(OWNER)] if self.target.owned else []
         columns = [
             (column if name in self.target.key else F.when(here, column)).alias(own[name])
             for name, column in self._columns(names, moved).items()
         ]
-        changes = whole.select(*VERSION_COLUMNS, *columns)
+        changes = whole.select(*VERSION_COLUMNS, *owner, *columns)
         if not self._one_to_one():
-            changes = _last_of_each_key(changes, [own[name] for name in self.target.key])
+            changes = _last_of_each_key(changes, [own[name] for name in self.target.key], owned=self.target.owned)
         return hold(changes, {other: name for name, other in own.items()})
 
     def moved_in_stream(self) -> frozenset[str]:
@@ -164,7 +184,12 @@ class Transform:
         """Return the source columns that are decoded before it is known whether a row is kept; in doubt a column is one."""
         if self.table.function is not None:
             return frozenset(c.name for c in self.source)
-        return self._asked(self.target.key) | {origin for name in self.target.key if (origin := self.derivations[name].origin)}
+        origins = {origin for name in self.target.key if (origin := self.derivations[name].origin)}
+        return self._asked(self.target.key) | origins | self._identifying()
+
+    def _identifying(self) -> frozenset[str]:
+        """Return the columns of the source key where its text is kept, which is that of its decoded values."""
+        return frozenset(c.name for c in self.identity) if self.target.owned else frozenset()
 
     def _asked(self, names: Collection[str]) -> frozenset[str]:
         """Return the source columns that `where` may ask for, or the expressions that compute some target columns."""
@@ -196,19 +221,33 @@ class Transform:
         }
 
 
-def _last_of_each_key(changes: DataFrame, key: Sequence[str]) -> DataFrame:
-    """Keep the change with the highest version of each key: a cell is the maximum of what it is offered."""
+def _last_of_each_key(changes: DataFrame, key: Sequence[str], *, owned: bool = False) -> DataFrame:
+    """Keep the change with the highest version of each key: a cell is the maximum of what it is offered.
+
+    The key is the last change's own: Spark groups -0.0 with 0.0, and would give it out as 0.0. Where several source keys may make
+    one, the one that is alive counts, whatever was deleted after it, and two that are alive are refused by name.
+    """
     from pyspark.sql import functions as F
 
-    rest = [name for name in changes.columns if name not in key]
-    last = F.max_by(F.struct(*map(quoted, rest)), F.struct(EPOCH, LSN, ORDINAL)).alias(LAST)
-    latest = changes.groupBy(*map(quoted, key)).agg(last)
+    version, alive = F.struct(EPOCH, LSN, ORDINAL), ~F.col(DELETED)
+    last = F.max_by(F.struct(*map(quoted, changes.columns)), F.struct(alive, version) if owned else version).alias(LAST)
+    owners = {ALIVE: alive, LEFT: ~alive} if owned else {}
+    latest = changes.groupBy(*map(quoted, key)).agg(
+        last, F.max(version).alias(NEWEST),
+        *(F.sort_array(F.collect_list(F.when(of, F.col(OWNER)))).alias(name) for name, of in owners.items()),
+    )  # fmt: skip
 
     def of_last(name: str) -> SparkColumn:
         value = F.col(f"{LAST}.{quoted(name)}")
-        return (value if name in VERSION_COLUMNS else F.when(~F.col(f"{LAST}.{DELETED}"), value)).alias(name)
+        if name in (EPOCH, LSN, ORDINAL):
+            return F.col(f"{NEWEST}.{name}").alias(name)
+        return (value if name in (*key, DELETED) else F.when(~F.col(f"{LAST}.{DELETED}"), value)).alias(name)
 
-    return latest.select(*(F.col(quoted(name)) if name in key else of_last(name) for name in changes.columns))
+    if not owned:
+        return latest.select(*map(of_last, changes.columns))
+    met = F.concat(F.lit(f"[KEYS_MEET] {MEET}: "), F.array_join(ALIVE, " and "))
+    sole = F.when(F.size(ALIVE) > 1, F.raise_error(met).cast("string")).otherwise(F.col(f"{LAST}.{OWNER}")).alias(OWNER)
+    return latest.select(*(sole if name == OWNER else of_last(name) for name in changes.columns), LEFT)
 
 
 def load_function(reference: str) -> Callable[[DataFrame], DataFrame]:
@@ -245,7 +284,9 @@ def plan(
     )
     _require_key(spark, spec, table, source, replica_identity, wanted, [c.name for c in columns])
     by_name = {c.name: c for c in source}
-    whole = TargetTable(schema, name, tuple(columns), table.key)
+    # what a function makes is not known, and whether it keeps a column of ours is not either: verification alone looks at its keys
+    owned = table.function is None and not set(replica_identity) <= {wanted[column].origin for column in table.key}
+    whole = TargetTable(schema, name, tuple(columns), table.key, owned)
     return Transform(table, tuple(source), whole, wanted, tuple(by_name[name] for name in replica_identity))
 
 

@@ -39,7 +39,7 @@ from changeover.names import joined, segment
 from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table, Target
-from changeover.stores import VERSION_COLUMNS
+from changeover.stores import OWNER, VERSION_COLUMNS
 from changeover.stores.appends import MARKS, marks_among
 from changeover.stores.gate import GatedTable
 
@@ -168,7 +168,8 @@ def _source_key(spec: Spec, old: Connection, table: Table, seen: SourceTable, gi
     own = {column: given[name] for name, column in _moved(table).items()}
     if not set(seen.identity) <= set(own):
         return None
-    return _as_written(spec, old, own, {column.name: column.type for column in seen.key})
+    written = _as_written(spec, old, own, {column.name: column.type for column in seen.key})
+    return _as_it_stands(old, table.source_name, written)
 
 
 def _as_written(spec: Spec, connection: Connection, key: Key, types: Mapping[str, str]) -> dict[str, str]:
@@ -178,6 +179,16 @@ def _as_written(spec: Spec, connection: Connection, key: Key, types: Mapping[str
         row = connection.execute(sql.SQL("SELECT {}").format(casts)).fetchone()
     assert row is not None
     return dict(zip(types, row, strict=True))
+
+
+def _as_it_stands(connection: Connection, name: tuple[str, str], key: dict[str, str]) -> dict[str, str]:
+    """Return a key in the notation that its row has, 1.0 for 1, as the stream tells it; without such a row as it was given."""
+    same = _same(connection, name, key)
+    if same is None:
+        return key
+    texts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(column)) for column in key)
+    row = connection.execute(sql.SQL("SELECT {} FROM {} WHERE {}").format(texts, sql.Identifier(*name), same)).fetchone()
+    return key if row is None else dict(zip(key, row, strict=True))
 
 
 @contextmanager
@@ -330,6 +341,7 @@ def _in_lake(spec: Spec, table: Table, target: Target, key: Key, finalized: date
     marks = marks_among(dataset.schema.names) or MARKS
     for row in dataset.to_table(filter=condition).to_pylist():
         version, deleted = map(row.pop, marks)
+        row.pop(OWNER, None)
         cells.append(f"{'tombstone' if deleted else 'live'} at {Version(version['epoch'], version['lsn'], version['ordinal'])}")
         if not deleted:
             rows.append(row)

@@ -46,6 +46,7 @@ CREATE TRIGGER before_statement BEFORE INSERT OR UPDATE OR DELETE ON {table} FOR
     EXECUTE FUNCTION hesitate('{share}', '{statement}');
 CREATE TRIGGER before_row BEFORE INSERT OR UPDATE OR DELETE ON {table} FOR EACH ROW
     EXECUTE FUNCTION hesitate('{share}', '{row}');
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER before_statement, ENABLE ALWAYS TRIGGER before_row;
 """
 
 SHARE, STATEMENT, ROW = 0.15, 0.025, 0.004

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 from pyspark.sql import SparkSession
 
-from changeover.verifiers.recheck import Image, Trail, alike, images
+from changeover.verifiers.recheck import Image, Trail, _another_notation, alike, images
 
 WHEN = datetime(2024, 3, 1, 12, 0, 0, 1, tzinfo=UTC)
 SCHEMA = "k binary, at timestamp, n string, tags array<string>, d double"
@@ -52,3 +52,10 @@ def test_a_target_may_hold_what_the_source_held_since() -> None:
     assert trail.since == 2.0
     assert trail.meets((("c",),), (("a",),), ["text"], 3.0), "the mirror of an earlier write arrives"
     assert not Trail().meets((("c",),), (("a",),), ["text"], 3.0), "an image from before the comparison is no excuse"
+
+
+def test_a_key_that_is_written_otherwise_by_now_is_no_stranger() -> None:
+    asked = [("1", "x"), ("7", "y")]
+    assert _another_notation(("1.0", "x"), asked, ["numeric", "text"])
+    assert not _another_notation(("1.0", "y"), asked, ["numeric", "text"])
+    assert not _another_notation(("1.0", "x"), asked, ["text", "text"])

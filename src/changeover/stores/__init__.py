@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 EPOCH, LSN, ORDINAL, DELETED = VERSION_COLUMNS = tuple(f"{RESERVED}{name}" for name in ("epoch", "lsn", "ordinal", "deleted"))
 """Columns that a frame, a batch and a touched row have beside the table's own: a version and whether the key is gone."""
 
+OWNER, LEFT = "_changeover_owner", "_changeover_left"
+"""What an image or a change has besides where several source keys may make one target key (`TargetTable.owned`).
+
+The source key that it comes from, as text; and of a change, the source keys whose rows were deleted by the same batch.
+"""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -46,6 +52,8 @@ class TargetTable:
     name: str
     columns: tuple[Column, ...]
     key: tuple[str, ...]
+    owned: bool = False
+    """Whether the source key of each live row is kept, because nothing proves that no other source row has its target key."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,7 +140,11 @@ class Store(Protocol):
         ...
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
-        """Return reasons why an existing table can't be a target, each a sentence (check, prepare)."""
+        """Return reasons why what is there can't be a target, or why none can be made, each a sentence (check, prepare)."""
+        ...
+
+    def remarks(self, schema: str, name: str) -> list[str]:
+        """Return what a person should know of an existing table, each a sentence (check)."""
         ...
 
     def has_rows(self, schema: str, name: str) -> bool:

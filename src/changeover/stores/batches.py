@@ -15,7 +15,7 @@ from psycopg import sql
 
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.position import Version
-from changeover.stores import VERSION_COLUMNS, Counts
+from changeover.stores import LEFT, OWNER, VERSION_COLUMNS, Counts, owners
 from changeover.stores.gate import GATE_EPOCH, MARK, NO_VERSION, OURS, GatedTable, raise_floor, version_of
 from changeover.stores.statements import CATCH_UP, GATE, LOAD, Part
 
@@ -26,6 +26,16 @@ WIDEST = 1600 - len(VERSION_COLUMNS)
 """How many columns of a table fit into a batch beside the versions: PostgreSQL's tables have 1,600 at most."""
 
 
+def image_columns(table: GatedTable) -> tuple[str, ...]:
+    """Return the columns in which images arrive."""
+    return (*table.columns, *([OWNER] if table.owned else []))
+
+
+def change_columns(table: GatedTable) -> tuple[str, ...]:
+    """Return the columns in which changes arrive."""
+    return (*VERSION_COLUMNS, *table.columns, *([OWNER, LEFT] if table.owned else []))
+
+
 def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool, *, keep: bool = False) -> None:
     """Create the session's batch table: the table's columns, with versions in front for changes.
 
@@ -33,8 +43,9 @@ def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool
     """
     cursor.execute(
         sql.SQL(
-            "CREATE TEMPORARY TABLE changeover_batch ON COMMIT {end} AS SELECT {extra}{columns} FROM {table} WITH NO DATA"
+            "CREATE TEMPORARY TABLE changeover_batch ON COMMIT {end} AS SELECT {extra}{columns}{owners} FROM {table} WITH NO DATA"
         ).format(
+            owners=sql.SQL(f", NULL::text AS {OWNER}, NULL::text[] AS {LEFT}" if table.owned else ""),
             end=sql.SQL("PRESERVE ROWS" if keep else "DROP"),
             extra=sql.SQL("{}, ").format(NO_VERSION) if versions else sql.SQL(""),
             columns=table.list(table.columns),
@@ -58,13 +69,15 @@ def require_read_committed(cursor: psycopg.Cursor[Any]) -> None:
 
 
 def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version | None = None) -> Counts:
-    """Offer the batch table's changes, one row a key, through the gate, in the caller's transaction.
+    """Offer the batch table's changes, one row a key as texts, through the gate, in the caller's transaction.
 
     With `reached` the batch has every change up to that version that was not offered before, and the position is the gate
     (`statements.CATCH_UP`), unless another session holds the table's lock: then each key's version is, as always.
     """
     found = cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)).fetchone()
     assert found is not None
+    if table.loose:
+        _collapse(cursor, table)
     cursor.execute(MARK, [OURS, "changes"])
     # a store that has lost authority lets the gate of the present epoch pass, see refusal
     cursor.execute("SELECT set_config('changeover.epoch', %s, true)", [found[1]])
@@ -73,7 +86,24 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     if reached is not None and _lock_exclusive(cursor, table):
         steps = {**OF_CHANGES, Part.LOCK_EXCLUSIVE: _locked, Part.RAISE_FLOOR: lambda cursor, table: _raise(cursor, table, reached)}
         (procedure,) = CATCH_UP
-    return Counts(int(found[0]), sum(steps[part](cursor, table).taken for (part,) in procedure))
+    owners.require_sole(cursor, table, BATCH)
+    taken = sum(steps[part](cursor, table).taken for (part,) in procedure)
+    owners.record_changes(cursor, table, BATCH)
+    return Counts(int(found[0]), taken)
+
+
+def _collapse(cursor: psycopg.Cursor[Any], table: GatedTable) -> None:
+    """Keep the last change of each key as the server compares keys, the target column's way: 1 and 1.0 are one key.
+
+    The batch is this session's alone, so it makes no difference when this is done.
+    """
+    cursor.execute(
+        sql.SQL(
+            "DELETE FROM {batch} AS b USING (SELECT ctid AS place, row_number() OVER (PARTITION BY {key}"
+            " ORDER BY _changeover_epoch DESC, _changeover_lsn DESC, _changeover_ordinal DESC) AS rank FROM {batch}) AS d"
+            " WHERE b.ctid = d.place AND d.rank > 1"
+        ).format(batch=BATCH, key=table.list(table.key))
+    )
 
 
 def _lock_exclusive(cursor: psycopg.Cursor[Any], table: GatedTable) -> bool:
@@ -148,7 +178,8 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     done = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
     touched, inserted = done[Part.REFUSE].offered, done[Part.INSERT].taken
     if offered - touched > inserted and (met := collisions(cursor, table)):
-        raise RowRefused(table.target, f"target key {met[0]}", "two source rows meet in this one target key")
+        raise RowRefused(table.target, owners.meeting(cursor, table, BATCH) or f"target key {met[0]}", owners.MEET)
+    owners.record_images(cursor, table, BATCH)
     return Counts(offered, inserted, done[Part.REFUSE].refused)
 
 

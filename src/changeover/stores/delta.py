@@ -9,11 +9,13 @@ MERGE, so merges begin only after the last chunk. Readers use `live_rows`; reade
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +25,15 @@ from deltalake.exceptions import TableNotFoundError
 from deltalake.schema import Schema
 
 from changeover import folders
-from changeover.errors import CouldNotFinish
-from changeover.names import chosen, folded, nth, quoted, segment
+from changeover.errors import CouldNotFinish, RowRefused
+from changeover.names import RESERVED, chosen, folded, nth, quoted, segment
 from changeover.position import Version, image_version
 from changeover.sparkerrors import raise_failures
 from changeover.stores import DELETED as GONE
-from changeover.stores import EPOCH, LSN, ORDINAL, Collected, Column, Counts, Frozen, Mark, TargetTable
+from changeover.stores import EPOCH, LEFT, LSN, ORDINAL, OWNER, Collected, Column, Counts, Frozen, Mark, TargetTable
 from changeover.stores.appends import DELETED, MARKS, VERSION, AppendTask, claim, marks, marks_among
 from changeover.stores.fits import lake_holds
+from changeover.stores.owners import HASHED, MEET
 from changeover.stores.pgtypes import postgres_type
 from changeover.stores.reader import EVERYTHING
 from changeover.stores.tasks import OUTCOME
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 TO_DELTA = {"tinyint": "byte", "smallint": "short", "int": "integer", "bigint": "long"}
 FROM_DELTA = {delta: spark for spark, delta in TO_DELTA.items()}
 
+
+HOLDER, HELD = f"{RESERVED}holder", f"{RESERVED}held"
+"""Whose a lake's row is, and since which version, beside what is offered to it."""
 
 NOT_WRITTEN = ("delta.constraints.", "delta.columnMapping.", "delta.enableRowTracking", "delta.identity")
 """Properties of a table whose files an append of ours would write wrongly, or unchecked."""
@@ -94,7 +100,7 @@ class DeltaStore:
         return tuple(
             Column(field["name"], postgres_type(kind) or "text", kind, not field["nullable"])
             for field in fields
-            if field["name"] not in ours
+            if field["name"] not in (*ours, OWNER)
             for kind in [_from_delta(field["type"])]
         )
 
@@ -121,11 +127,11 @@ class DeltaStore:
         ]
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
-        """Return what stands against an existing table: it must have our version columns, and files that an append can write."""
+        """Return what stands against a folder: an existing table must have our versions, and files that an append can write."""
         table = self._open(name)
-        if table is None:
-            return []
         place = f"target {self.name}: {self.path(name)}"
+        if table is None:
+            return [f"{place} {reason}" for reason in unwritable(self.path(name))]
         if marks_among([field.name for field in table.schema().fields]) is None:
             return [f"{place} is a Delta table without {VERSION} and {DELETED}: name another one"]
         metadata = table.metadata()
@@ -134,6 +140,10 @@ class DeltaStore:
         found += [f"has the property {name}" for name in metadata.configuration if name.startswith(NOT_WRITTEN)]
         found += [f"has the column {c['name']} with {rule}" for c in columns for rule in c["metadata"] if rule.startswith("delta.")]
         return [f"{place} {reason}, which the backfill's append does not keep: name another one" for reason in found]
+
+    def remarks(self, schema: str, name: str) -> list[str]:
+        """Return nothing: all that there is to be said of a folder stands against it."""
+        return []
 
     def has_rows(self, schema: str, name: str) -> bool:
         """Return whether the table has any file."""
@@ -146,6 +156,7 @@ class DeltaStore:
             {"name": c.name, "type": _to_delta(c.spark_type), "nullable": c.name not in table.key, "metadata": {}}
             for c in table.columns
         ]
+        fields += [{"name": OWNER, "type": "string", "nullable": True, "metadata": {}}] if table.owned else []
         parts = [("epoch", "integer"), ("lsn", "long"), ("ordinal", "long")]
         version, deleted = marks(table.names)
         fields += [
@@ -169,13 +180,49 @@ class DeltaStore:
         required = tuple(field.name for field in found.schema().fields if not field.nullable and field.name in table.names)
         task = AppendTask(
             str(self.path(table.name)), table.key, required, tuple(chunks), self.floors[table.name], mark, _marks(found),
-            table.names
+            (*table.names, *self._owner(table))
         )  # fmt: skip
-        raise_failures(row.failure for row in chosen(read(chunks), table.names).mapInArrow(task, OUTCOME).collect())
+        images = chosen(read(chunks), (*table.names, *self._owner(table)))
+        raise_failures(row.failure for row in images.mapInArrow(task, OUTCOME).collect())
 
     def close(self, table: TargetTable) -> int:
-        """Nothing to sweep: no merge ran before the last append."""
+        """Nothing to sweep: no merge ran before the last append. Images that meet in one key are refused by name."""
+        from pyspark.sql import SparkSession
+        from pyspark.sql import functions as F
+
+        if self._owner(table):
+            images = SparkSession.active().read.format("delta").load(str(self.path(table.name)))
+            keys = F.sort_array(F.collect_list(OWNER)).alias(HOLDER)
+            owners = images.groupBy(*map(quoted, table.key)).agg(keys).where(F.size(HOLDER) > 1).select(HOLDER)
+            if (met := owners.first()) is not None:
+                raise RowRefused(str(table), f"source keys {' and '.join(met[0])}", MEET)
         return 0
+
+    def _owner(self, table: TargetTable) -> list[str]:
+        """Return the column of source keys where it is kept; a table that was made without one has none."""
+        return [OWNER] if table.owned and self._has_owner(table) else []
+
+    def _has_owner(self, table: TargetTable) -> bool:
+        return any(field.name == OWNER for field in self._existing(table.name).schema().fields)
+
+    def _require_sole(self, spark: SparkSession, table: TargetTable, offered: DataFrame, version: str, deleted: str) -> None:
+        """Refuse a put that would overwrite the live row of another source key, which this batch does not delete (see `owners`)."""
+        from pyspark.sql import functions as F
+
+        there = spark.read.format("delta").load(str(self.path(table.name))).where(~F.col(deleted))
+        here = there.select(F.col(OWNER).alias(HOLDER), F.col(version).alias(HELD), *map(quoted, table.key)).alias("t")
+        same = " AND ".join(f"t.{quoted(name)} = s.{quoted(name)}" for name in table.key)
+        met = (
+            offered.where(~F.col(deleted) & (F.col(f"{version}.epoch") == self.floors[table.name].epoch))
+            .alias("s")
+            .join(here, F.expr(same))
+            .where((F.col(version) > F.col(HELD)) & (F.col(HOLDER) != F.col(OWNER)) & ~F.array_contains(LEFT, F.col(HOLDER)))
+            .where(F.col(HOLDER).contains(HASHED) == F.col(OWNER).contains(HASHED))
+            .select(HOLDER, OWNER)
+            .first()
+        )
+        if met is not None:
+            raise RowRefused(str(table), f"source keys {met[0]} and {met[1]}", MEET)
 
     def merge(self, table: TargetTable, changes: DataFrame, reached: Version | None = None) -> Counts:
         """Offer changes by one MERGE: an older one changes nothing, a delete of an absent key leaves a tombstone."""
@@ -184,10 +231,16 @@ class DeltaStore:
 
         version, deleted = _marks(self._existing(table.name))
         at = F.struct(F.col(EPOCH).alias("epoch"), F.col(LSN).alias("lsn"), F.col(ORDINAL).alias("ordinal"))
-        offered = changes.select(*map(quoted, table.names), at.alias(version), F.col(GONE).alias(deleted))
+        owner = self._owner(table)
+        own = [*owner, *([LEFT] if owner else [])]
+        offered = changes.select(*map(quoted, table.names), *own, at.alias(version), F.col(GONE).alias(deleted))
         offered = offered.where(F.col(version) > _literal(self.floors[table.name]))
+        if owner:
+            self._require_sole(changes.sparkSession, table, offered, version, deleted)
         same = " AND ".join(f"t.{quoted(name)} = s.{quoted(name)}" for name in table.key)
-        everything = {quoted(name): f"s.{quoted(name)}" for name in (*table.names, version, deleted)}
+        everything = {quoted(name): f"s.{quoted(name)}" for name in (*table.names, *owner, version, deleted)}
+        if not owner and self._has_owner(table):  # what another store's stream brings has no source key of this one's
+            everything[OWNER] = "NULL"
         done = (
             SparkDeltaTable.forPath(changes.sparkSession, str(self.path(table.name)))
             .alias("t")
@@ -244,6 +297,7 @@ class DeltaStore:
         self, spark: SparkSession, table: TargetTable, scratch: Path, images: DataFrame, changes: DataFrame
     ) -> Iterator[DataFrame | None]:
         """Make a table like it in a folder that is removed, and MERGE nothing into it."""
+        table = replace(table, owned=False)  # without a row nobody owns one
         with passing_folder(scratch) as folder:
             copy = DeltaStore(self.name, folder, self.migration)
             copy.create(table)
@@ -260,7 +314,7 @@ class DeltaStore:
         self.floors[table.name] = image
 
     def finalize(self, table: TargetTable) -> None:
-        """Remove the tombstones; `_version` and `_deleted` stay as columns, dropping them would rewrite the table."""
+        """Remove the tombstones; the columns of ours stay, dropping them would rewrite the table."""
         found = self._open(table.name)
         if found is not None:
             found.delete(_marks(found)[1])
@@ -277,6 +331,8 @@ class DeltaStore:
         return found
 
     def _open(self, name: str) -> DeltaTable | None:
+        if not self.path(name).is_dir():
+            return None
         try:
             return DeltaTable(str(self.path(name)))
         except TableNotFoundError:
@@ -296,6 +352,18 @@ def passing_folder(place: Path) -> Iterator[Path]:
             one.rmdir()
 
 
+def unwritable(path: Path) -> list[str]:
+    """Return why no Delta table can be made in a folder that has none (looks only)."""
+    if path.exists() and not path.is_dir():
+        return ["is a file: name another one"]
+    if any(found.is_file() for found in path.rglob("*") if "_delta_log" not in found.parts):  # whose own is a creation's, killed
+        return ["is a folder with files and no Delta table: empty it or name another one"]
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        return [f"can't be made: {there} is a file"]
+    return [] if os.access(there, os.W_OK | os.X_OK) else [f"can't be made: {there} is not writable"]
+
+
 def live_rows(spark: SparkSession, path: Path | str, version: int | None = None) -> DataFrame:
     """Return the rows of a migrated Delta table that are not tombstones, as of a version if given (lazy)."""
     reader = spark.read.format("delta")
@@ -303,7 +371,7 @@ def live_rows(spark: SparkSession, path: Path | str, version: int | None = None)
         reader = reader.option("versionAsOf", version)
     rows = reader.load(str(path))
     at, deleted = marks_among(rows.columns) or MARKS
-    return rows.where(f"NOT {deleted}").drop(at, deleted)
+    return rows.where(f"NOT {deleted}").drop(at, deleted, OWNER)
 
 
 def _marks(table: DeltaTable) -> tuple[str, str]:

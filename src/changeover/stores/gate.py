@@ -21,7 +21,7 @@ from changeover.errors import CouldNotFinish, LockNotGranted
 from changeover.names import joined
 from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection
-from changeover.stores import EPOCH, LSN, ORDINAL, VERSION_COLUMNS
+from changeover.stores import EPOCH, LSN, ORDINAL, OWNER, VERSION_COLUMNS
 from changeover.stores.statements import GATE, Part
 
 FENCED = "CF001"
@@ -88,6 +88,11 @@ class GatedTable:
     name: str
     key: tuple[str, ...]
     columns: tuple[str, ...]
+    loose: tuple[str, ...] = ()
+    """Key columns of which equal values may differ as texts (`loose_columns`): a row then stands under its newest notation."""
+
+    owned: bool = False
+    """Whether the source key of each live row is kept beside it, in `owners`."""
 
     @property
     def table(self) -> sql.Identifier:
@@ -98,6 +103,11 @@ class GatedTable:
     def touched(self) -> sql.Identifier:
         """Return the table of versions and tombstones."""
         return ours("touched", self.schema, self.name)
+
+    @property
+    def owners(self) -> sql.Identifier:
+        """Return the table of live rows' source keys."""
+        return ours("owner", self.schema, self.name)
 
     @property
     def function(self) -> sql.Identifier:
@@ -132,11 +142,11 @@ class GatedTable:
         return sql.SQL(
             "INSERT INTO {touched} AS t ({key}, {names}) SELECT {b_key}, {b_names} FROM {source} AS b, changeover.gate AS g"
             " WHERE g.target = {target} AND {b} > (g.epoch, g.lsn, g.ordinal) ORDER BY {b_key}"
-            " ON CONFLICT ({key}) DO UPDATE SET ({names}) = ROW({new_names}) WHERE {new} > {t}"
+            " ON CONFLICT ({key}) DO UPDATE SET {written} WHERE {new} > {t}"
         ).format(
             touched=self.touched, key=self.list(self.key), b_key=self.list(self.key, "b"), source=source,
             target=sql.Literal(self.target), names=self.list(VERSION_COLUMNS), b_names=self.list(VERSION_COLUMNS, "b"),
-            new_names=self.list(VERSION_COLUMNS, "excluded"), b=version_of("b"), t=version_of("t"), new=version_of("excluded"),
+            written=_excluded((*VERSION_COLUMNS, *self.loose)), b=version_of("b"), t=version_of("t"), new=version_of("excluded"),
         )  # fmt: skip
 
     def delete(self, source: sql.Composable) -> sql.Composed:
@@ -146,13 +156,13 @@ class GatedTable:
         )
 
     def upsert(self, source: sql.Composable) -> sql.Composed:
-        """Statement 4: the winners that are rows, always by ON CONFLICT."""
-        rest = [name for name in self.columns if name not in self.key]
-        action = sql.SQL("DO NOTHING")
-        if rest:
-            action = sql.SQL("DO UPDATE SET {}").format(  # type: ignore[assignment]
-                sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in rest)
-            )
+        """Statement 4: the winners that are rows, always by ON CONFLICT.
+
+        A key column stays out of SET unless its notation may differ: it would be locked against foreign keys, and one that is
+        GENERATED ALWAYS, which is never of such a type, takes no value there.
+        """
+        rest = [name for name in self.columns if name not in self.key or name in self.loose]
+        action = sql.SQL("DO UPDATE SET {}").format(_excluded(rest)) if rest else sql.SQL("DO NOTHING")
         return sql.SQL(
             "INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {b_columns} FROM {source} AS b"
             " WHERE NOT b._changeover_deleted ORDER BY {b_key} ON CONFLICT ({key}) {action}"
@@ -160,6 +170,34 @@ class GatedTable:
             table=self.table, columns=self.list(self.columns), b_columns=self.list(self.columns, "b"), source=source,
             b_key=self.list(self.key, "b"), key=self.list(self.key), action=action,
         )  # fmt: skip
+
+
+def _excluded(names: Sequence[str]) -> sql.Composed:
+    """Return the assignments by which columns take the values that were offered."""
+    return sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in names)
+
+
+LOOSE = """
+SELECT a.attname FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    JOIN pg_type e ON e.oid = CASE WHEN t.typcategory = 'A' THEN t.typelem ELSE t.oid END
+    LEFT JOIN pg_collation c ON c.oid = a.attcollation
+WHERE a.attrelid = to_regclass(%s) AND a.attname::text = ANY (%s) AND (NOT coalesce(c.collisdeterministic, true) OR NOT (
+    e.typtype = 'e' OR e.oid = ANY (ARRAY['bool', 'int2', 'int4', 'int8', 'oid', 'text', 'varchar', 'name', 'bytea', 'uuid', 'date',
+        'time', 'timetz', 'timestamp', 'timestamptz', 'inet', 'cidr', 'macaddr', 'macaddr8', 'bit', 'varbit', 'pg_lsn']::regtype[])
+    OR (e.oid IN ('numeric'::regtype, 'bpchar'::regtype) AND a.atttypmod >= 0)))
+ORDER BY a.attnum
+"""
+"""Key columns but for those of types, and under collations, in which equal values are always the same text.
+
+Others are numeric without a scale (1 and 1.0), jsonb, interval, floats (-0), their arrays, and texts whose collation is not
+deterministic. timetz is not one: its zone counts, too. A type that is not named is taken for loose.
+"""
+
+
+def loose_columns(connection: Connection, schema: str, name: str, key: Sequence[str]) -> tuple[str, ...]:
+    """Return the key columns of which equal values may differ as texts; the server is asked, whose equality the gate goes by."""
+    rows = connection.execute(LOOSE, [sql.Identifier(schema, name).as_string(connection), list(key)]).fetchall()
+    return tuple(row[0] for row in rows)
 
 
 def install(connection: Connection, table: GatedTable, image: Version) -> None:
@@ -180,7 +218,20 @@ def install(connection: Connection, table: GatedTable, image: Version) -> None:
                 )
             )
             connection.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table.touched, table.list(table.key)))
+        if table.owned and not has_owners(connection, table):
+            connection.execute(
+                sql.SQL("CREATE TABLE {owners} AS SELECT {key}, ''::text AS {owner} FROM {table} WITH NO DATA").format(
+                    owners=table.owners, key=table.list(table.key), owner=sql.Identifier(OWNER), table=table.table
+                )
+            )
+            connection.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table.owners, table.list(table.key)))
         connection.execute(_function(table))
+
+
+def has_owners(connection: Connection, table: GatedTable) -> bool:
+    """Return whether source keys are kept beside a table."""
+    row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table.owners.as_string(connection)]).fetchone()
+    return bool(row and row[0])
 
 
 def installed(connection: Connection, table: GatedTable) -> bool:
@@ -202,7 +253,7 @@ def gated(connection: Connection, schema: str, name: str, key: Sequence[str]) ->
         " AND attgenerated = '' ORDER BY attnum",
         [sql.Identifier(schema, name).as_string(connection)],
     ).fetchall()
-    return GatedTable(schema, name, tuple(key), tuple(row[0] for row in rows))
+    return GatedTable(schema, name, tuple(key), tuple(row[0] for row in rows), loose_columns(connection, schema, name, key))
 
 
 def body_of(code: sql.Composed) -> sql.Literal:
@@ -219,11 +270,15 @@ def _function(table: GatedTable) -> sql.Composed:
         sql.SQL("{} AS {}").format(sql.Identifier(PARAMETER.format(name)), sql.Identifier(name)) for name in VERSION_COLUMNS
     )
     one = sql.SQL("(SELECT {}, (_changeover_image).*)").format(given)
+    # whose source key a mirrored row has is not told: until its event comes it is nobody's
+    nobody = sql.SQL("DELETE FROM {} AS t USING (SELECT (_changeover_image).*) AS b WHERE {};").format(
+        table.owners, table.same_key("t", "b")
+    )
     parts = {
         Part.LOCK_SHARED: sql.SQL("PERFORM pg_advisory_xact_lock_shared({});").format(table.lock_key),
         Part.TOUCH: sql.SQL(
-            "{}; GET DIAGNOSTICS _changeover_won = ROW_COUNT; IF _changeover_won = 0 THEN RETURN false; END IF;"
-        ).format(table.touch(one)),
+            "{}; GET DIAGNOSTICS _changeover_won = ROW_COUNT; IF _changeover_won = 0 THEN RETURN false; END IF; {}"
+        ).format(table.touch(one), nobody if table.owned else sql.SQL("")),
         Part.DELETE: sql.SQL("IF _changeover_deleted_given THEN {}; END IF;").format(table.delete(one)),
         Part.UPSERT: sql.SQL("IF NOT _changeover_deleted_given THEN {}; END IF;").format(table.upsert(one)),
     }
@@ -275,7 +330,8 @@ def begin_anew(connection: Connection, table: GatedTable, image: Version, server
                 connection.execute("SET LOCAL lock_timeout = '500ms'")
                 connection.execute("SELECT set_config('changeover.epoch', %s, true)", [str(image.epoch)])  # past a refusal
                 connection.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(table.lock_key))
-                connection.execute(sql.SQL("TRUNCATE {}, {}").format(table.table, table.touched))
+                emptied = [table.table, table.touched, *([table.owners] if table.owned else [])]
+                connection.execute(sql.SQL("TRUNCATE {}").format(sql.SQL(", ").join(emptied)))
                 _put_floor(connection, table, image)
             return
         except psycopg.errors.LockNotAvailable:
@@ -331,7 +387,7 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
             connection.execute(
                 sql.SQL("DROP FUNCTION IF EXISTS {}(integer, pg_lsn, bigint, boolean, {})").format(table.function, table.table)
             )
-            connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table.touched))
+            connection.execute(sql.SQL("DROP TABLE IF EXISTS {}, {}").format(table.touched, table.owners))
             connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("floor", schema, name)))
         left = connection.execute("SELECT FROM changeover.gate LIMIT 1").fetchone()
         if left is None:

@@ -21,9 +21,23 @@ from changeover.position import Version
 from changeover.session import Connection, application_name, connect, server_name, speaking_to
 from changeover.sparkerrors import raise_failures
 from changeover.spec import Target
-from changeover.stores import LSN, VERSION_COLUMNS, Collected, Column, Counts, Frozen, Mark, TargetTable, collection, gate, refusal
+from changeover.stores import (
+    LSN,
+    VERSION_COLUMNS,
+    Collected,
+    Column,
+    Counts,
+    Frozen,
+    Mark,
+    TargetTable,
+    collection,
+    gate,
+    refusal,
+    replica,
+)
+from changeover.stores import objections as objecting
 from changeover.stores import truncate as truncating
-from changeover.stores.batches import BATCH, WIDEST, prepare_batch
+from changeover.stores.batches import BATCH, WIDEST, change_columns, image_columns, prepare_batch
 from changeover.stores.fits import holds
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import plan_ranges
@@ -61,6 +75,7 @@ class PostgresStore:
         """Connect for a step; raises ServerUnavailable, or SecretMissing."""
         dsn = target.dsn_value
         with connect(dsn, application_name(migration, step)) as connection:
+            replica.take(connection)
             yield cls(target.name, dsn, migration, step, connection)
 
     def columns(self, schema: str, name: str) -> tuple[Column, ...] | None:
@@ -90,11 +105,12 @@ class PostgresStore:
         return found
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
-        """Return what stands against the table as a target: its key, and whatever acts by itself when rows are written."""
-        rows = self.connection.execute(
-            OBJECTIONS, {"table": sql.Identifier(schema, name).as_string(self.connection), "key": sorted(key)}
-        ).fetchall()
-        return [f"target {self.name}: {row[0]}" for row in rows]
+        """Return what stands against the relation as a target: its key, and whatever acts by itself when rows are written."""
+        return [f"target {self.name}: {reason}" for reason in objecting.objections(self.connection, schema, name, key)]
+
+    def remarks(self, schema: str, name: str) -> list[str]:
+        """Return that a crash would empty the table, where it is unlogged."""
+        return [f"target {self.name}: {remark}" for remark in objecting.remarks(self.connection, schema, name)]
 
     def has_rows(self, schema: str, name: str) -> bool:
         """Return whether the table has any row."""
@@ -111,18 +127,21 @@ class PostgresStore:
     def install(self, table: TargetTable, image: Version) -> None:
         """Install the gate; idempotent."""
         with speaking_to(self.dsn, f"installing the gate of {table}"):
-            gate.install(self.connection, self.gated(table), image)
+            gate.install(self.connection, replace(self.gated(table), owned=table.owned), image)
 
     def gated(self, table: TargetTable) -> gate.GatedTable:
         """Return the table as the gate's statements need it."""
-        return gate.GatedTable(table.schema, table.name, table.key, table.names)
+        loose = gate.loose_columns(self.connection, table.schema, table.name, table.key)
+        found = gate.GatedTable(table.schema, table.name, table.key, table.names, loose)
+        return replace(found, owned=table.owned and gate.has_owners(self.connection, found))
 
     def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
         """Load all chunks in one Spark job, a task a chunk."""
         from changeover.stores.copytext import copy_lines
 
-        lines = copy_lines(chosen(read(chunks), table.names))
-        task = LoadTask(self.dsn, self.application, self.gated(table), tuple(chunks), mark)
+        gated = self.gated(table)
+        lines = copy_lines(chosen(read(chunks), image_columns(gated)))
+        task = LoadTask(self.dsn, self.application, gated, tuple(chunks), mark)
         raise_failures(row.failure for row in lines.mapInArrow(task, OUTCOME).collect())
 
     def close(self, table: TargetTable) -> int:
@@ -147,8 +166,9 @@ class PostgresStore:
 
         if reached is not None:
             changes = changes.coalesce(1)
-        lines = copy_lines(chosen(changes, (*VERSION_COLUMNS, *table.names)), lsn_columns=(nth(VERSION_COLUMNS.index(LSN)),))
-        rows = lines.mapInArrow(MergeTask(self.dsn, self.application, self.gated(table), reached), OUTCOME).collect()
+        gated = self.gated(table)
+        lines = copy_lines(chosen(changes, change_columns(gated)), lsn_columns=(nth(VERSION_COLUMNS.index(LSN)),))
+        rows = lines.mapInArrow(MergeTask(self.dsn, self.application, gated, reached), OUTCOME).collect()
         raise_failures(row.failure for row in rows)
         return Counts(sum(row.offered for row in rows), sum(row.taken for row in rows))
 
@@ -295,30 +315,6 @@ def frozen_at(
             return holder.execute(text.encode()).fetchall()
 
     return Frozen(position, ranges, frame, query)
-
-
-OBJECTIONS = """
-SELECT format('%%s has no primary key or unique constraint on (%%s)', %(table)s::text, array_to_string(%(key)s::text[], ', '))
-WHERE NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND i.indimmediate
-    AND i.indpred IS NULL AND i.indexprs IS NULL AND %(key)s::text[] = (SELECT array_agg(a.attname::text ORDER BY a.attname::text)
-        FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)))
-UNION ALL
-SELECT format('%%s has the unique index %%s beside its key: per-key order breaks value swaps, so build it after the catch-up',
-    %(table)s::text, i.indexrelid::regclass)
-FROM pg_index i WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND %(key)s::text[] <> (
-    SELECT array_agg(a.attname::text ORDER BY a.attname::text) FROM pg_attribute a
-    WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey))
-UNION ALL
-SELECT format('%%s has the trigger %%s: enable it after the catch-up', %(table)s::text, t.tgname)
-FROM pg_trigger t WHERE t.tgrelid = %(table)s::regclass AND NOT t.tgisinternal AND t.tgenabled <> 'D'
-UNION ALL
-SELECT format('%%s has the foreign key %%s: add it after the catch-up', %(table)s::text, c.conname)
-FROM pg_constraint c WHERE c.conrelid = %(table)s::regclass AND c.contype = 'f'
-UNION ALL
-SELECT format('%%s.%%s is GENERATED ALWAYS AS IDENTITY outside the key, so no update can bring it: ALTER TABLE %%s ALTER %%I SET'
-    ' GENERATED BY DEFAULT', %(table)s::text, a.attname, %(table)s::text, a.attname)
-FROM pg_attribute a WHERE a.attrelid = %(table)s::regclass AND a.attidentity = 'a' AND NOT a.attname::text = ANY (%(key)s::text[])
-"""
 
 
 def catalogue_columns(connection: Connection, schema: str, name: str) -> tuple[Column, ...] | None:

@@ -130,9 +130,13 @@ def _subquery(table: ReadTable, columns: Sequence[sql.Composable]) -> sql.Compos
 
 
 def _streamed(column: Column) -> sql.Composable:
-    """The text in which the change stream has a value: the type's output function's, an array as JSON of such texts."""
+    """The text in which the change stream has a value: the type's output function's, an array as JSON of such texts.
+
+    By jsonb, which writes an array as the stream's decoder does, with a space behind each comma: keys meet by their texts.
+    """
     if column.type.endswith("[]"):
-        return _form(column, JSON)
+        form = "CASE WHEN array_lower({0}, 1) <> 1 THEN '[[' || {0}::text ELSE to_jsonb({0}::text[])::text END"
+        return sql.SQL(form).format(sql.Identifier(column.name))
     return sql.SQL("CASE WHEN {0} IS NOT NULL THEN format('%s', {0}) END").format(sql.Identifier(column.name))
 
 
@@ -172,15 +176,17 @@ def _some_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> list[s
     """The conditions that together hold for some keys, each for as many as one query names."""
     columns = sql.SQL(", ").join(sql.Identifier(_raw(number)) for number in range(len(key)))
     rows = [
-        sql.SQL("({})").format(
-            sql.SQL(", ").join(
-                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(column.type)) for value, column in zip(row, key, strict=True)
-            )
-        )
+        sql.SQL("({})").format(sql.SQL(", ").join(_given(value, column.type) for value, column in zip(row, key, strict=True)))
         for row in values
     ]
     parts = [rows[start : start + KEYS_AT_ONCE] for start in range(0, len(rows), KEYS_AT_ONCE)]
     return [sql.SQL("({}) IN ({})").format(columns, sql.SQL(", ").join(part)) for part in parts] or [sql.SQL("false")]
+
+
+def _given(value: str, type_name: str) -> sql.Composed:
+    """A key's value from the text in which the change stream has it, in which an array is JSON."""
+    form = "ARRAY(SELECT jsonb_array_elements_text({}::jsonb))::{}" if type_name.endswith("[]") else "{}::{}"
+    return sql.SQL(form).format(sql.Literal(value), sql.SQL(type_name))
 
 
 def _session_start(table: ReadTable, snapshot: ExportedSnapshot) -> sql.Composed:

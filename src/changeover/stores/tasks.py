@@ -21,8 +21,8 @@ from changeover.errors import ChangeoverError, RowRefused
 from changeover.position import Version
 from changeover.session import connect, speaking_to
 from changeover.sparkerrors import failure_of
-from changeover.stores import VERSION_COLUMNS, Counts, Mark, gate
-from changeover.stores.batches import BATCH, apply_batch, load_batch, prepare_batch
+from changeover.stores import Counts, Mark, gate, replica
+from changeover.stores.batches import BATCH, apply_batch, change_columns, image_columns, load_batch, prepare_batch
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,7 +76,7 @@ class LoadTask:
             gated_session(self.dsn, self.application) as cursor,
         ):
             prepare_batch(cursor, self.table, versions=False, keep=True)
-            copy_in(cursor, self.table.columns, line_blocks(batches))
+            copy_in(cursor, image_columns(self.table), line_blocks(batches))
             cursor.connection.commit()  # Spark gives the rows once, and a deadlock may take the next transaction
             points.reach("chunk-read", f"{self.table.target} {chunk}")
             counts = self._commit(cursor, chunk, started)
@@ -143,7 +143,7 @@ class MergeTask:
                 try:
                     with gated_session(self.dsn, self.application) as cursor:
                         prepare_batch(cursor, self.table, versions=True)
-                        copy_in(cursor, (*VERSION_COLUMNS, *self.table.columns), changes)
+                        copy_in(cursor, change_columns(self.table), changes)
                         counts = apply_batch(cursor, self.table, self.reached)
                         cursor.connection.commit()
                         return counts
@@ -161,6 +161,8 @@ def gated_session(dsn: str, application: str) -> Iterator[psycopg.Cursor[Any]]:
     """Open a session for one transaction through the gate; what is not committed is rolled back."""
     with connect(dsn, application, autocommit=False, settings=ROOM) as connection:
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        replica.take(connection)
+        connection.commit()  # what is set in a transaction that is rolled back is set no more
         with connection.cursor() as cursor:
             yield cursor
             connection.rollback()
