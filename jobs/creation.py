@@ -6,6 +6,8 @@ transaction, so a prepare that was killed leaves none of them alone. Runs on the
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from changeover.jobs import privileges
@@ -18,6 +20,8 @@ from changeover.stores.postgres import PostgresStore
 if TYPE_CHECKING:
     from changeover.jobs.transform import Transform
 
+log = logging.getLogger(__name__)
+
 
 def create_target(spec: Spec, store: Store, planned: Transform) -> None:
     """Create a target table; in PostgreSQL its columns do by themselves what the old ones do, and the application may use it."""
@@ -29,9 +33,17 @@ def create_target(spec: Spec, store: Store, planned: Transform) -> None:
     with connect(old_dsn, application_name(spec.name, "prepare")) as old, store.connection.transaction():
         store.create(planned.target)
         with speaking_to(store.dsn, f"giving {planned.target} its defaults"):
-            own = defaults.of_table(old, *source)
-            defaults.make(store.connection, planned.target, {name: own[origin] for name, origin in carried.items()})
+            found = defaults.of_table(old, *source)
+            own = {name: found[origin] for name, origin in carried.items()}
+            defaults.make(store.connection, planned.target, own)
+            _name_what_is_not_made(store, planned, own)
             privileges.allow_table(spec, old, store.connection, source, target, carried)
+
+
+def _name_what_is_not_made(store: PostgresStore, planned: Transform, own: Mapping[str, defaults.Own]) -> None:
+    for name, one in own.items():
+        if (why := defaults.why_not(store.connection, one)) is not None:
+            log.warning("%s.%s has no default, as %s.%s has: %s", planned.target, name, planned.table.source, one.name, why)
 
 
 def install_gate(spec: Spec, store: Store, planned: Transform, stream: Stream) -> None:

@@ -29,6 +29,12 @@ FROM t JOIN pg_constraint c ON c.conrelid = t.oid WHERE c.contype IN ('c', 'f') 
 """Indexes, checks and foreign keys of a table, with the columns that they are of."""
 
 
+DRAWING = """
+SELECT count(DISTINCT (f.adrelid, f.adnum)) FROM pg_depend d JOIN pg_attrdef f ON f.oid = d.objid
+WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = %(sequence)s::regclass
+"""
+
+
 def notes(old: Connection, new: Connection, table: Table, source: tuple[Column, ...]) -> list[str]:
     """Return what the target table lacks beside its source, or will lack once prepare has made it."""
     before, after = defaults.of_table(old, *table.source_name), defaults.of_table(new, *table.target_name)
@@ -38,7 +44,7 @@ def notes(old: Connection, new: Connection, table: Table, source: tuple[Column, 
         if after:
             found += _unlike(table, name, before[origin], after.get(name))
         else:
-            found += _unmade(new, table, name, before[origin])
+            found += [*_unmade(new, table, name, before[origin]), *_shared(old, table, before[origin])]
     found += _generated(table, before, after)
     return found + _beside(old, new, table, carried)
 
@@ -53,6 +59,17 @@ def _unmade(new: Connection, table: Table, name: str, own: Own) -> Iterator[str]
         )
     if (why := defaults.why_not(new, own)) is not None:
         yield f"the default of {place} ({own.expression}) is not made in the new table ({why}): {_left_out(own.not_null)}"
+
+
+def _shared(old: Connection, table: Table, own: Own) -> Iterator[str]:
+    """Yield that other columns draw from a column's sequence too: in the new store it has one of its own."""
+    for drawn in own.draws:
+        row = old.execute(DRAWING, {"sequence": drawn.name}).fetchone()
+        if row is not None and row[0] > 1:
+            yield (
+                f"the sequence {drawn.name} of {table.source}.{own.name} is drawn from by {row[0]:,} columns: in the new store this"
+                f" one has a sequence of its own, and may draw a number that another one holds"
+            )
 
 
 def _unlike(table: Table, name: str, own: Own, there: Own | None) -> Iterator[str]:

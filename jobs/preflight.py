@@ -76,6 +76,11 @@ class Preflight:
     grants: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def note(self, said: str) -> None:
+        """Note something once."""
+        if said not in self.notes:
+            self.notes.append(said)
+
     def lack(self, rights: Sequence[Lack], where: str = "") -> None:
         """Refuse for want of rights, with the statements that give them; `where` is the store, the old one is not named."""
         for one in rights:
@@ -259,8 +264,10 @@ def _beside_the_source(spec: Spec, store: PostgresStore, table: Table, found: Pr
         return
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
         found.notes += likeness.notes(old, store.connection, table, seen.store_columns)
+        if spec.roles and not privileges.present(store.connection, spec.roles):
+            found.note(f"target {store.name} has none of the application's roles ({', '.join(spec.roles)}): create them")
         for where, lack in privileges.missing(spec, old, store.connection, table, seen.store_columns):
-            found.notes.append(f"{where} store: {lack}")
+            found.note(f"{where} store: {lack}")
             found.grants.append(lack.grant if where == "old" else f"{lack.grant}  -- in target {store.name}")
 
 

@@ -14,7 +14,7 @@ CREATE SEQUENCE counted;
 CREATE TABLE wares (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, number int DEFAULT nextval('counted'),
     code int GENERATED ALWAYS AS IDENTITY, note text NOT NULL DEFAULT 'none', price numeric CHECK (price > 0),
     twice numeric GENERATED ALWAYS AS (price * 2) STORED, owner bigint REFERENCES wares, marked text DEFAULT mark());
-CREATE INDEX by_note ON wares (note)
+CREATE INDEX by_note ON wares (note); CREATE TABLE others (n int DEFAULT nextval('counted'))
 """
 MARK = "CREATE FUNCTION mark() RETURNS text LANGUAGE sql AS $$ SELECT 'm' $$;"
 GOODS = "target table public.goods"
@@ -33,6 +33,7 @@ LACKS = {
         "the default of public.wares.marked (public.mark()) is not made in the new table (function public.mark() does not exist):"
         " an INSERT that leaves it out will put NULL there",
         f"public.wares.twice is generated ((price * (2)::numeric)), and {GOODS} has no such column",
+        "the sequence public.counted of public.wares.number is drawn from by 2 columns",
         f"{GOODS} has not what public.wares has: check wares_price_check, foreign key wares_owner_fkey, index by_note",
     ],
     BARE: [

@@ -30,6 +30,7 @@ BY_NAME = re.compile(r"\b(nextval|currval|setval|lastval)\(")
 class Drawn:
     """A sequence that a column draws from: how the default names it, and how it counts."""
 
+    name: str
     literal: str
     type: str
     start: int
@@ -87,8 +88,8 @@ WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped 
 """
 
 DRAWS = """
-SELECT DISTINCT a.attname, format('%%L::regclass', q.oid::regclass::text), format_type(s.seqtypid, NULL), s.seqstart,
-    s.seqincrement, s.seqmin, s.seqmax, s.seqcache, s.seqcycle
+SELECT DISTINCT a.attname, q.oid::regclass::text, format('%%L::regclass', q.oid::regclass::text),
+    format_type(s.seqtypid, NULL), s.seqstart, s.seqincrement, s.seqmin, s.seqmax, s.seqcache, s.seqcycle
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid
 LEFT JOIN pg_attrdef f ON f.adrelid = a.attrelid AND f.adnum = a.attnum
 JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = a.attrelid
