@@ -72,7 +72,10 @@ def advance(spec: Spec, ledger: Ledger, names: Collection[Cohort], override: str
     done = turning.turn(spec, ledger, Stage.SHADOW, Stage.LIVE, chosen)
     assert done is not None
     turns.record_cohorts(ledger, turns.ADVANCED, Stage.SHADOW, Stage.LIVE, {**told, "epoch": done.epoch})
-    return Advanced(Stage.SHADOW, Stage.LIVE, done.epoch, done.pause_seconds, cohorts=tuple(going), unknown=missing)
+    return Advanced(
+        Stage.SHADOW, Stage.LIVE, done.epoch, done.pause_seconds, cohorts=tuple(going), unknown=missing,
+        notes=tuple(evidence.rights.told),
+    )  # fmt: skip
 
 
 def rollback(spec: Spec, ledger: Ledger, names: Collection[Cohort]) -> Advanced:

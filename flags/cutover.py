@@ -118,10 +118,12 @@ def advance(
             raise Refused("flags advance: the migration is complete, there is no stage above")
         if apart := together(known, after):
             raise Refused(f"flags advance: {apart}")
-        told = require_open(ledger, gate.collect(spec, ledger, before, after), override, {})
+        evidence = gate.collect(spec, ledger, before, after)
+        told = require_open(ledger, evidence, override, {})
         done = turn(spec, ledger, before, after)
         _record(spec, ledger, turns.ADVANCED, before, after, told)
-        return Advanced(before, after, _epoch(ledger), done.pause_seconds if done else None)
+        pause, notes = done.pause_seconds if done else None, tuple(evidence.rights.told)
+        return Advanced(before, after, _epoch(ledger), pause, notes=notes)
 
 
 def rollback(spec: Spec, *, cohorts: Collection[Cohort] | None = None) -> Advanced:

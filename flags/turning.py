@@ -29,7 +29,8 @@ class Advanced:
 
     `pause_seconds` is how long the fence held writers up, None without a fence; `lost` how many writes of rows a step down left
     behind in the new store, which never reached the old one, as far as routers know; `lacking` is why the old store got what their
-    mirrors brought alone, None where it got everything. `unknown` are the named cohorts of which neither store has a row.
+    mirrors brought alone, None where it got everything. `unknown` are the named cohorts of which neither store has a row. `notes`
+    say how it was found out whether the application may write to the store that took over.
     """
 
     before: Stage
@@ -40,6 +41,7 @@ class Advanced:
     lacking: str | None = None
     cohorts: tuple[str, ...] | None = None
     unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def flag_of(spec: Spec) -> tuple[Flag, Path]:

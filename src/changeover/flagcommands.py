@@ -83,6 +83,8 @@ def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
     told = {"from": done.before.value, "to": done.after.value, "epoch": done.epoch, "pause_seconds": done.pause_seconds}
     told |= {"lost": done.lost, "lacking": done.lacking} if back else {}
     told |= {"cohorts": list(done.cohorts), "unknown": list(done.unknown)} if done.cohorts is not None else {}
+    told |= {"notes": list(done.notes)} if done.notes else {}
+    notes = "".join(f"\n{note}" for note in done.notes)
     pause = f", writers were held up {done.pause_seconds:.2f} s at most" if done.pause_seconds is not None else ""
     lost = f"; {_loses(done.lost, 'lost')}" if back else ""
     lost += (
@@ -90,7 +92,7 @@ def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
     )
     whose = f"{some(done.cohorts)}: " if done.cohorts is not None else ""
     unknown = f"\nno row as yet, in either store, of {some(done.unknown)}" if done.unknown else ""
-    answer(told, as_json, lambda: f"{whose}{told['from']} → {told['to']} (epoch {told['epoch']}{pause}){lost}{unknown}")
+    answer(told, as_json, lambda: f"{whose}{told['from']} → {told['to']} (epoch {told['epoch']}{pause}){lost}{unknown}{notes}")
 
 
 @flags.command()

@@ -21,6 +21,7 @@ from psycopg.conninfo import make_conninfo
 
 from changeover.flags import cutover
 from changeover.flags.router import Router, returned
+from changeover.session import connect
 from changeover.spec import Spec, load
 from tests import fix_accounts as accounts
 from tests.fix_flags import PATIENCE, wait_until
@@ -147,7 +148,11 @@ def test_an_application_with_a_role_of_its_own_goes_over_and_back(shop: Shop) ->
     accounts.turn(migration, Stage.SHADOW)
     with accounts.following(migration), taking_orders(shop) as router:
         wait_until(lambda: len(shop.written) > 40 or shop.errors)
+        with connect(migration.spec.source.dsn.resolve(), "month's end", autocommit=False) as slow:
+            slow.execute("UPDATE orders SET note = note WHERE writer = 'before1'")
+            wait_until(lambda: any("the fence waits for process" in one for one in cutover.show(migration.spec).notes))
         shown = cutover.show(migration.spec)
+        assert any(f"{shop.role} on bookings in the new store: tried" in one for one in shown.notes), shown.notes
         assert not any(shop.role in reason for reason in shown.reasons), shown.reasons
         cutover.advance(migration.spec, to=Stage.LIVE, override="the test asks for no verdict")
         before = len(shop.written)
