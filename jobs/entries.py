@@ -7,7 +7,7 @@ pickles and may be read anywhere. The statements that write and read entries are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -33,7 +33,8 @@ CREATE TABLE IF NOT EXISTS changeover.source_partition (
     FOREIGN KEY (migration, source) REFERENCES changeover.source_table ON DELETE CASCADE);
 CREATE TABLE IF NOT EXISTS changeover.load (
     migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL, target text NOT NULL,
-    state text NOT NULL, applied pg_lsn NOT NULL, created boolean NOT NULL DEFAULT false, refused bigint NOT NULL DEFAULT 0,
+    state text NOT NULL, applied pg_lsn NOT NULL, created boolean NOT NULL DEFAULT false, types jsonb NOT NULL DEFAULT '{}',
+    refused bigint NOT NULL DEFAULT 0,
     swept bigint NOT NULL DEFAULT 0, events bigint NOT NULL DEFAULT 0, changed timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (migration, source, target));
 CREATE TABLE IF NOT EXISTS changeover.chunk (
@@ -143,6 +144,8 @@ class Load:
     refused: int
     swept: int
     events: int
+    types: Mapping[str, str] = field(default_factory=dict)
+    """The type that each column of the target was planned to have, by the name that its store has for it."""
 
 
 @dataclass(frozen=True)

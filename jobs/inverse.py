@@ -19,7 +19,7 @@ from changeover.jobs.transform import Transform
 from changeover.names import quoted
 from changeover.spec import Spec, Table
 from changeover.stores import Column
-from changeover.stores.fits import holds, refuses
+from changeover.stores.fits import holds, lake_holds, refuses
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -105,6 +105,19 @@ def same(
         table, source=table.target, columns={}, drop=tuple(c.name for c in new if c.name not in kept), where=None, function=None
     )
     return transform.plan(spark, spec, wanted, _carried(new), new_key, columns)
+
+
+def cut(table: Table, new: Sequence[Column], columns: Sequence[Column]) -> list[str]:
+    """Return which columns of another target would cut values of the new table in silence, once it follows that one (pure)."""
+    there = {c.name: c for c in columns}
+    return [
+        f"{table.target}.{own.name} is {own.type} in the new store and {there[own.name].spark_type} in a lake, which would not hold"
+        f" all that is written there after the hand-over: state the wider type by an expression in [table.columns], such as"
+        f' {own.name} = "cast({own.name} as {own.spark_type})"'
+        for own in new
+        if own.spark_type and own.name in there and not lake_holds(own.spark_type, there[own.name].spark_type)
+        if not refuses(own.type, there[own.name].type)
+    ]
 
 
 def _carried(columns: Sequence[Column]) -> list[Column]:

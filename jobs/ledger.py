@@ -172,10 +172,17 @@ class Ledger:
             [self.migration, source, target, format_lsn(l0), created],
         )
 
+    def record_types(self, source: str, target: str, types: Mapping[str, str]) -> None:
+        """Record the type that each column of a target is planned to have."""
+        self.connection.execute(
+            "UPDATE changeover.load SET types = %s WHERE migration = %s AND source = %s AND target = %s",
+            [json.dumps(types), self.migration, source, target],
+        )
+
     def loads(self) -> list[Load]:
         """Return all loads of the migration, by source and target."""
         rows = self.connection.execute(
-            "SELECT source, target, state, applied::text, created, refused, swept, events FROM changeover.load"
+            "SELECT source, target, state, applied::text, created, refused, swept, events, types FROM changeover.load"
             " WHERE migration = %s ORDER BY source, target",
             [self.migration],
         ).fetchall()

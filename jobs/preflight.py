@@ -214,15 +214,14 @@ def preflight(spec: Spec) -> Preflight:
                     if not grants.readable(store.connection, schema, name):
                         continue
                     _beside_the_source(spec, store, table, found)
+                existing = store.columns(schema, name)
+                if existing is not None and (seen := found.tables.get(table.source)) is not None:
+                    found.reasons += narrower(store, table, seen.store_columns, existing)
                 if prepared:
                     continue
                 found.reasons += store.objections(schema, name, table.key)
                 found.notes += store.remarks(schema, name)
-                if (existing := store.columns(schema, name)) is None:
-                    continue
-                if (seen := found.tables.get(table.source)) is not None:
-                    found.reasons += narrower(store, table, seen.store_columns, existing)
-                if _has_rows(store, schema, name):
+                if existing is not None and _has_rows(store, schema, name):
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
         if target.kind == "postgres" and not prepared:
             found.reasons += _coarser_keys(spec, target)

@@ -97,12 +97,17 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
     privileges.allow_ledger(spec, ledger.connection)
     created = _create_targets(spec, transforms, ledger)
     stream, pieces = open_stream(spec, found)
-    for (_, target), planned in transforms.items():
-        with open_store(spec, spec.targets[target], "prepare") as store:
+    types = {}
+    for names, planned in transforms.items():
+        with open_store(spec, spec.targets[names[1]], "prepare") as store:
             install_gate(spec, store, planned, stream)
+            types[names] = {column.name: store.type_of(column) for column in planned.target.columns}
     folders.work(spec)
     spool_of(spec).create(stream.l0)
-    _record(spec, ledger, stream, pieces, found, created)
+    with ledger.connection.transaction():
+        _record(spec, ledger, stream, pieces, found, created)
+        for (source, target), planned_types in types.items():
+            ledger.record_types(source, target, planned_types)
     return Prepared(stream, transforms)
 
 
@@ -169,6 +174,9 @@ def require_way_back(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[
     for table in spec.tables if spec.flag is not None else ():
         assert spec.flag is not None
         planned = transforms[table.source, spec.flag.target]
+        for lake in (transforms[table.source, name] for name in spec.targets if name != spec.flag.target):
+            if reasons := inverse.cut(table, planned.target.columns, lake.target.columns):
+                raise UnsafePlan(tuple(reasons))
         if lack := inverse.missing(spec, table, planned.source, planned.target.columns):
             log.warning("%s; until then the router's mirror alone keeps the old store up to date", lack)
         else:
@@ -258,13 +266,13 @@ def _record(
     spec: Spec, ledger: Ledger, stream: Stream, pieces: Sequence[definition.Piece], found: Preflight,
     created: Mapping[tuple[str, str], bool],
 ) -> None:  # fmt: skip
-    with ledger.connection.transaction():
-        ledger.record_migration(spec, stream)
-        definition.record(ledger, OLD, pieces)
-        record_tables(spec, ledger, found)
-        for (source, target), made in created.items():
-            ledger.record_load(source, target, stream.l0, made)
-        ledger.audit("prepare", "done", {"l0": stream.l0, "slot": stream.slot, "spec": spec.digest})
+    """Record, in the caller's transaction, what was made."""
+    ledger.record_migration(spec, stream)
+    definition.record(ledger, OLD, pieces)
+    record_tables(spec, ledger, found)
+    for (source, target), made in created.items():
+        ledger.record_load(source, target, stream.l0, made)
+    ledger.audit("prepare", "done", {"l0": stream.l0, "slot": stream.slot, "spec": spec.digest})
 
 
 def record_tables(spec: Spec, ledger: Ledger, found: Preflight) -> None:

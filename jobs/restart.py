@@ -107,8 +107,10 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
     opened, pieces = open_stream(spec, found)
     stream = replace(opened, epoch=epoch)
     points.reach("stream-opened", epoch)
+    types = {}
     for (source, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
+            types[source, target] = {column.name: store.type_of(column) for column in planned.target.columns}
             if store.columns(planned.target.schema, planned.target.name) is None:
                 create_target(spec, store, planned)
             install_gate(spec, store, planned, stream)
@@ -122,6 +124,8 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
         _record(ledger, stream)
         definition.record(ledger, OLD, pieces)
         record_tables(spec, ledger, found)
+        for (source, target), planned_types in types.items():
+            ledger.record_types(source, target, planned_types)
         emptied = [f"{planned.target} in {target}" for (_, target), planned in transforms.items()]
         told = {"epoch": epoch, "l0": format_lsn(stream.l0), "removed": removed, "emptied": emptied}
         ledger.audit("prepare", "anew", told)

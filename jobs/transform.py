@@ -12,7 +12,7 @@ import importlib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +33,12 @@ GONE, AT_LSN, AT_ORDINAL = (f"{RESERVED}{name}" for name in ("gone", "at_lsn", "
 """What a change of a source row has beside the row's columns."""
 
 LAST, NEWEST, ALIVE = f"{RESERVED}last", f"{RESERVED}newest", f"{RESERVED}alive"
+
+CUT = f"{RESERVED}cut"
+"""What a row that is compared has beside its columns: the source's own values where a cast changes them."""
+
+PARSED = frozenset({"string", "void"})
+"""What an expression may give of which a cast makes something else by its nature, and not by a loss."""
 
 WRITTEN_ONE_WAY = re.compile(r"(smallint|integer|bigint|uuid|date|text|character varying(\(\d+\))?|timestamp.*)")
 """Types of which PostgreSQL writes equal values as the same text; 1.0 and 1.00 are equal numbers, -0 and 0 are."""
@@ -55,6 +61,8 @@ class Transform:
     derivations: Mapping[str, Derivation]
     identity: tuple[Column, ...]
     partitioned: bool = False
+    casts: Mapping[str, str] = field(default_factory=dict)
+    """Target columns whose type is another one than what fills them has, and that one, Spark's."""
 
     def rows(self, frame: DataFrame, carry: Sequence[str] = (), moved: Collection[str] = ()) -> DataFrame:
         """Return target rows for decoded source rows, those that `where` leaves out left out, and the columns in `carry`.
@@ -82,6 +90,24 @@ class Transform:
         shown = {name: F.concat(F.lit(HASHED), F.sha2(text, 256)) if name in hidden else text for name, text in texts.items()}
         return F.to_json(F.struct(*(text.alias(name) for name, text in shown.items())))
 
+    def uncast(self, frame: DataFrame, carry: Sequence[str] = ()) -> DataFrame:
+        """Return what `rows` does, and in `CUT` by place the texts of the values that the cast to the target's types changes.
+
+        So a comparison with the target is one of what the source holds, though it meets the target's values in their own type.
+        """
+        from pyspark.sql import functions as F
+
+        shaped, names = self._shaped(frame)
+        kept = shaped.where(_expr(self.table.where, names)) if self.table.where else shaped
+        own = [
+            F.when(~value.cast(c.spark_type).try_cast(given).eqNullSafe(value), value.cast("string")).alias(nth(number))
+            for number, c in enumerate(self.target.columns)
+            if (given := self.casts.get(c.name)) is not None
+            for value in [_filled(self.derivations[c.name], names)]
+        ]
+        cut = [F.struct(*own).alias(CUT)] if own else []
+        return kept.select(*carry, *cut, *(column.alias(name) for name, column in self._columns(names).items()))
+
     def only_moved(self) -> frozenset[str]:
         """Return the source columns of which one target column of the same type is all that is made."""
         types = {c.name: c.type for c in self.source}
@@ -102,9 +128,12 @@ class Transform:
 
     @property
     def pg_types(self) -> dict[str, str]:
-        """Return PostgreSQL's type of each target column, the source's own where a column is moved or carried over."""
+        """Return PostgreSQL's type of each target column, the source's own where a column is carried without a cast."""
         types = {c.name: c.type for c in self.source}
-        return {c.name: types[origin] if (origin := self.derivations[c.name].origin) else c.type for c in self.target.columns}
+        return {
+            c.name: types[origin] if (origin := self.derivations[c.name].origin) and c.name not in self.casts else c.type
+            for c in self.target.columns
+        }
 
     def source_key(self, identity: Sequence[str]) -> tuple[str, ...] | None:
         """Return the target key columns that hold the identity's columns unchanged, in its order, or None where one does not."""
@@ -287,7 +316,8 @@ def plan(
     # what a function makes is not known, and whether it keeps a column of ours is not either: verification alone looks at its keys
     owned = table.function is None and not set(replica_identity) <= {wanted[column].origin for column in table.key}
     whole = TargetTable(schema, name, tuple(columns), table.key, owned)
-    return Transform(table, tuple(source), whole, wanted, tuple(by_name[name] for name in replica_identity))
+    casts = {c.name: given for c in columns if (given := found[c.name]) != c.spark_type and given not in PARSED}
+    return Transform(table, tuple(source), whole, wanted, tuple(by_name[name] for name in replica_identity), casts=casts)
 
 
 def _empty_frame(spark: SparkSession, columns: Sequence[Column]) -> DataFrame:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from changeover.errors import CouldNotCheck
+from changeover.jobs.transform import CUT
 from changeover.names import RESERVED, nth, placed
 from changeover.sparkerrors import from_spark
 from changeover.stores.pgtypes import postgres_type
@@ -52,6 +53,7 @@ from changeover.verifiers.verdict import (
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql.types import DataType
 
 RANGE = f"{RESERVED}range"
 """Column of both frames: the number of the range that a row was read in."""
@@ -182,7 +184,7 @@ def shared_fields(
     """Return the columns of both frames; raises CouldNotCheck where the two have not the same ones (driver)."""
     left, right = dict(source.dtypes), dict(target.dtypes)
     for name in [*left, *right]:
-        if left.get(name) != right.get(name):
+        if name != CUT and left.get(name) != right.get(name):
             found = f"{left.get(name, 'absent')} in the source and {right.get(name, 'absent')} in the target"
             raise CouldNotCheck(table, f"column {name} is {found}")
     for name in (*key, RANGE):
@@ -191,7 +193,7 @@ def shared_fields(
     return tuple(
         Field(name, kind, pg_types.get(name) or postgres_type(kind) or "text", name in key)
         for name, kind in left.items()
-        if name != RANGE
+        if name not in (RANGE, CUT)
     )
 
 
@@ -202,8 +204,10 @@ def classified(source: DataFrame, target: DataFrame, fields: Sequence[Field], pa
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as F
+    from pyspark.sql.types import StructType
 
-    both = _side(source, fields, SOURCE).unionByName(_side(target, fields, TARGET))
+    cast = source.schema[CUT].dataType if CUT in source.columns else None
+    both = _side(source, fields, SOURCE, cast).unionByName(_side(target, fields, TARGET, cast))
     keys = [f"c{place}" for place, column in enumerate(fields) if column.key]
     partitions = max(partitions, int(both.sparkSession.conf.get("spark.sql.shuffle.partitions") or 1))
     rows_of_key = Window.partitionBy(*keys).orderBy("side")
@@ -218,22 +222,30 @@ def classified(source: DataFrame, target: DataFrame, fields: Sequence[Field], pa
         *partners,
     )
     paired = F.col("in_source").eqNullSafe(1) & F.col("in_target").eqNullSafe(1)
-    return brought_together.where(~paired | (F.col("side") == SOURCE)).select(*_class_columns(fields, paired))
+    cut = frozenset(cast.fieldNames()) if isinstance(cast, StructType) else frozenset()
+    return brought_together.where(~paired | (F.col("side") == SOURCE)).select(*_class_columns(fields, paired, cut))
 
 
-def _side(frame: DataFrame, fields: Sequence[Field], side: int) -> DataFrame:
+def _side(frame: DataFrame, fields: Sequence[Field], side: int, cast: DataType | None) -> DataFrame:
     """Columns by place, because a name of the user's must not meet one of ours."""
     from pyspark.sql import functions as F
 
     rows = placed(frame, [column.name for column in fields])
     values = [F.col(nth(number)).alias(f"c{number}") for number in range(len(fields))]
+    if cast is not None:
+        values.append((F.col(CUT) if CUT in frame.columns else F.lit(None).cast(cast)).alias("cut"))
     return rows.select(F.lit(side).alias("side"), F.coalesce(F.col(RANGE).cast("int"), F.lit(NO_RANGE)).alias("range"), *values)
 
 
-def _class_columns(fields: Sequence[Field], paired: Column) -> list[Column]:
+def _class_columns(fields: Sequence[Field], paired: Column, cut: frozenset[str]) -> list[Column]:
     from pyspark.sql import functions as F
 
-    equal = [same(F.col(f"c{place}"), F.col(f"p{place}"), column.spark_type) for place, column in enumerate(fields)]
+    # what a cast changed is no longer what the source holds, whatever the target holds
+    equal = [
+        equal & F.col(f"cut.{nth(place)}").isNull() if nth(place) in cut else equal
+        for place, column in enumerate(fields)
+        for equal in [same(F.col(f"c{place}"), F.col(f"p{place}"), column.spark_type)]
+    ]
     kind = (
         F.when((F.col("in_source") > 1) | (F.col("in_target") > 1), DUPLICATE)
         .when(F.col("in_target") == 0, MISSING)
@@ -243,7 +255,7 @@ def _class_columns(fields: Sequence[Field], paired: Column) -> list[Column]:
     )
     twice = F.when(F.col("in_source") <= 1, "target").when(F.col("in_target") <= 1, "source").otherwise("both")
     names = F.array_compact(F.array(*(F.when(~is_equal, column.name) for is_equal, column in zip(equal, fields, strict=True))))
-    own = _texts(fields, "c")
+    own = _texts(fields, "c", cut)
     in_source, in_target = F.col("side") == SOURCE, F.col("side") == TARGET
     differs = kind != EQUAL
     return [
@@ -259,15 +271,19 @@ def _class_columns(fields: Sequence[Field], paired: Column) -> list[Column]:
     ]
 
 
-def _texts(fields: Sequence[Field | None], prefix: str) -> Column:
-    """Return a map of column name -> value as text, of the fields that are given."""
+def _texts(fields: Sequence[Field | None], prefix: str, cut: frozenset[str] = frozenset()) -> Column:
+    """Return a map of column name -> value as text, of the fields that are given.
+
+    Of a column in `cut` it is the value that the source holds, where a cast changed it.
+    """
     from pyspark.sql import functions as F
 
-    pairs = [
-        (F.lit(column.name), text(F.col(f"{prefix}{place}"), column.spark_type))
-        for place, column in enumerate(fields)
-        if column is not None
-    ]
+    pairs = []
+    for place, column in enumerate(fields):
+        if column is not None:
+            value = text(F.col(f"{prefix}{place}"), column.spark_type)
+            own = F.coalesce(F.col(f"cut.{nth(place)}"), value) if nth(place) in cut else value
+            pairs.append((F.lit(column.name), own))
     return F.create_map(*(part for pair in pairs for part in pair))
 
 

@@ -21,6 +21,7 @@ from deltalake import DeltaTable, write_deltalake
 from changeover.errors import CouldNotCheck
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
+from changeover.jobs.transform import CUT
 from changeover.names import nth, placed
 from changeover.verifiers.canonical import notation_only, text
 from changeover.verifiers.verdict import CANONICALISATION, MISMATCHED, Difference, RangeCount, Recheck, TableDiff
@@ -114,7 +115,7 @@ class _Sides:
     def now(self, keys: Sequence[Key]) -> tuple[dict[Key, Image], dict[Key, Image], list[str]]:
         """Return what each side holds now, and PostgreSQL's types of an image's columns, in its order."""
         frames = (self.source(keys), self.target(keys))
-        names = sorted(frames[0].columns)
+        names = sorted(frames[1].columns)
         old, new = (images(frame, names, self.diff.key) for frame in frames)
         types = [self.pg_types[name] for name in self.diff.key]
         strangers = {key for key in (old.keys() | new.keys()) - set(keys) if not _another_notation(key, keys, types)}
@@ -158,6 +159,13 @@ def images(frame: DataFrame, names: Sequence[str], key: Sequence[str]) -> dict[K
 
     types, columns = dict(frame.dtypes), frame.columns
     keys, values = ([text(F.col(nth(columns.index(name))), types[name]) for name in chosen] for chosen in (key, names))
+    if CUT in types:
+        own, cut = [name for name in columns if name != CUT], nth(columns.index(CUT))
+        there = frame.select(f"{CUT}.*").columns
+        values = [
+            F.coalesce(F.col(f"{cut}.{place}"), value) if (place := nth(own.index(name))) in there else value
+            for name, value in zip(names, values, strict=True)
+        ]
     rows = placed(frame, columns).select(F.array(*keys).alias("key"), F.array(*values).alias("row")).collect()
     found: dict[Key, Image] = {}
     for row in sorted(rows, key=repr):

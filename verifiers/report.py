@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from changeover.position import format_lsn
-from changeover.verifiers.verdict import CLASSES, Bound, Difference, RangeCount, Verdict
+from changeover.verifiers.verdict import CLASSES, TYPE, Bound, Difference, RangeCount, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -110,7 +110,7 @@ def _overview(verdicts: Sequence[Verdict]) -> RenderableType:
             Text(verdict.target),
             Text(verdict.word, style="green" if verdict.equal else "red"),
             f"{verdict.source_rows:,}\n{verdict.target_rows:,}",
-            "\n".join(f"{count:,} {kind}" for kind in CLASSES if (count := verdict.counts.get(kind, 0))) or "none",
+            "\n".join(f"{count:,} {kind}" for kind in (*CLASSES, TYPE) if (count := verdict.counts.get(kind, 0))) or "none",
             Text(str(verdict.positions).replace(", ", "\n")),
             seconds(verdict.seconds),
         )
@@ -123,6 +123,8 @@ def _details(verdict: Verdict) -> Iterator[RenderableType]:
     from rich.text import Text
 
     name = f"{verdict.table} in {verdict.target}"
+    for one in verdict.types:
+        yield Text(f"{name}: {one}", style="red")
     for check in verdict.checks:
         answer = "equal" if check.equal else f"different: {check.first_difference}"
         yield Text(f"{name}: check {check.name}: {answer}")

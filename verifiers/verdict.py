@@ -21,6 +21,9 @@ MISMATCHED = "mismatched"
 DUPLICATE = "duplicate"
 CANONICALISATION = "canonicalisation"
 
+TYPE = "type"
+"""Class of a difference that is a column's and no key's: its type is not the one that was planned."""
+
 CLASSES: dict[str, str] = {
     MISSING: "in the source alone",
     EXTRA: "in the target alone",
@@ -116,6 +119,20 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
+class TypeDifference:
+    """A column of one side whose type is another one than `prepare` planned; `found` is None where the column is gone."""
+
+    side: str
+    column: str
+    planned: str
+    found: str | None
+
+    def __str__(self) -> str:
+        now = "is gone" if self.found is None else f"has the type {self.found}"
+        return f"column {self.column} of the {self.side} {now}, and {self.planned} was planned"
+
+
+@dataclass(frozen=True)
 class Positions:
     """The moment that a verdict speaks of: a source LSN in bytes, and the target's LSN as text or `version N`."""
 
@@ -163,12 +180,14 @@ class Verdict:
     kept: int
     checks: tuple[CheckResult, ...] = ()
     recheck: Recheck = field(default_factory=Recheck)
+    types: tuple[TypeDifference, ...] = ()
     canonicalisation: str = LOOKED_FOR
 
     @classmethod
     def of(
         cls, diff: TableDiff, *, run: str, positions: Positions, checked_at: str, seconds: float,
         checks: Sequence[CheckResult] = (), recheck: Recheck | None = None, mask: Mask = NOTHING_HIDDEN,
+        types: Sequence[TypeDifference] = (),
     ) -> Verdict:  # fmt: skip
         """Bind what a comparison found to its moment.
 
@@ -178,7 +197,8 @@ class Verdict:
         return cls(
             run=run, table=diff.table, target=diff.store, positions=positions, checked_at=checked_at, seconds=seconds,
             key=diff.key, source_rows=diff.source_rows, target_rows=diff.target_rows, equal_rows=diff.equal_rows,
-            counts=diff.counts, columns=diff.columns, duplicates=diff.duplicates,
+            counts={**diff.counts, TYPE: len(types)} if types else diff.counts, types=tuple(types),
+            columns=diff.columns, duplicates=diff.duplicates,
             sample=tuple(masked(difference, mask) for difference in diff.sample[:SAMPLE_SIZE]),
             source_ranges=_shown(diff.source_ranges, mask), target_ranges=_shown(diff.target_ranges, mask),
             found=diff.found, kept=diff.kept,
@@ -188,12 +208,12 @@ class Verdict:
     @property
     def differing_keys(self) -> int:
         """Return how many keys differ in more than notation."""
-        return sum(count for kind, count in self.counts.items() if kind != CANONICALISATION)
+        return sum(count for kind, count in self.counts.items() if kind not in (CANONICALISATION, TYPE))
 
     @property
     def equal(self) -> bool:
-        """Return whether no key differs in more than notation and every check's two answers agree."""
-        return self.differing_keys == 0 and all(check.equal for check in self.checks)
+        """Return whether no key differs in more than notation, no column in its type, and every check's two answers agree."""
+        return self.differing_keys == 0 and not self.types and all(check.equal for check in self.checks)
 
     @property
     def word(self) -> str:
@@ -279,5 +299,6 @@ _READ: dict[str, Any] = {
     "target_ranges": _range_counts,
     "checks": lambda given: tuple(CheckResult(**item) for item in given),
     "recheck": lambda given: Recheck(**given),
+    "types": lambda given: tuple(TypeDifference(**item) for item in given),
 }
 """Field -> how it comes back from plain JSON; a field that is not here is plain already."""

@@ -44,8 +44,9 @@ from changeover.stores.reader import ExportedSnapshot, ReadTable
 from changeover.verifiers import checks, recheck, untouched
 from changeover.verifiers.canonical import text
 from changeover.verifiers.diff import RANGE, compare
+from changeover.verifiers.planned import changed_types
 from changeover.verifiers.split import Split
-from changeover.verifiers.verdict import Positions, Range, Recheck, TableDiff, Verdict
+from changeover.verifiers.verdict import Positions, Range, Recheck, TableDiff, TypeDifference, Verdict
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -67,6 +68,7 @@ class Moment:
     source_lsn: int
     sources: dict[str, Frozen]
     targets: dict[tuple[str, str], Frozen]
+    tables: dict[str, SourceTable]
     aligned: bool = False
 
 
@@ -134,7 +136,7 @@ def _moment(
                 name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS) for name, read in reads.items()
             }
             assumptions.require(assumptions.Moment.VERDICT, assumptions.Asked(spec, old, ledger))
-            yield Moment(lsn, sources, targets, aligned=split.at_new)
+            yield Moment(lsn, sources, targets, tables, aligned=split.at_new)
         else:
             with ExitStack() as turn:
                 aligned = _comes_back(ledger, lakes, first, split.changes)
@@ -145,7 +147,7 @@ def _moment(
                 targets = _freeze_targets(held, spec, spark, chosen)
                 sources = {n: held.enter_context(freeze(spark, dsn, application, read, PARTS)) for n, read in reads.items()}
             assumptions.require(assumptions.Moment.VERDICT, assumptions.Asked(spec, old, ledger))
-            yield Moment(max((parse_lsn(s.position) for s in sources.values()), default=0), sources, targets, aligned)
+            yield Moment(max((parse_lsn(s.position) for s in sources.values()), default=0), sources, targets, tables, aligned)
 
 
 def _aligned(held: ExitStack, spec: Spec, dsn: str, application: str) -> tuple[int, Connection, ExportedSnapshot]:
@@ -238,7 +240,23 @@ class _Comparison:
             checked_at=datetime.now(UTC).isoformat(timespec="seconds"), seconds=time.monotonic() - started,
             checks=[] if follows_new else checks.run(self.source, self.transform.table.checks, old, new), recheck=again,
             mask=mask,
+            types=self._types(),
         )  # fmt: skip
+
+    def _types(self) -> list[TypeDifference]:
+        """Return the columns that have another type than the one on record, when the target was opened or now."""
+        table = self.transform.target
+        with open_store(self.spec, self.spec.targets[self.target], "verify") as store:
+            seen = [table.columns, store.columns(table.schema, table.name) or ()]
+            now = [{column.name: store.type_of(column) for column in columns} for columns in seen]
+        _, recorded, _ = self.ledger.source_table(self.source)
+        planned = {column.name: column.type for column in recorded}
+        source = self.moment.tables.get(self.source)
+        own = [{column.name: column.type for column in source.columns}] if source is not None else []
+        return [
+            *changed_types("source", planned, own),
+            *changed_types("target", self.ledger.load(self.source, self.target).types, now),
+        ]
 
     def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, Recheck]:
         """Judge differing keys by the stores' present rows, with replay keeping up while it is a stream that heals, either way."""
@@ -256,7 +274,7 @@ class _Comparison:
             def source(keys: Sequence[recheck.Key]) -> DataFrame:
                 places = [diff.key.index(column) for column in moved] if moved else []
                 own = [tuple(key[place] for place in places) for key in keys] if moved else None
-                rows = self.transform.rows(present.enter_context(freeze(self.spark, dsn, application, read, 1)).frame(own))
+                rows = self.transform.uncast(present.enter_context(freeze(self.spark, dsn, application, read, 1)).frame(own))
                 return rows if moved else _only(rows, diff.key, keys)
 
             def target(keys: Sequence[recheck.Key]) -> DataFrame:
@@ -285,7 +303,7 @@ class _Comparison:
         frame = transform.kept(frozen.frame(None)) if transform else frozen.frame(None)
         one = len(frozen.ranges) == 1
         ranged = frame.withColumn(RANGE, F.lit(0) if one else F.spark_partition_id())
-        return transform.rows(ranged, carry=[RANGE]) if transform else ranged
+        return transform.uncast(ranged, carry=[RANGE]) if transform else ranged
 
 
 def _only(rows: DataFrame, names: Sequence[str], keys: Sequence[recheck.Key]) -> DataFrame:

@@ -115,6 +115,17 @@ def test_a_wider_column_goes_back_by_itself_only_where_what_is_too_much_is_an_er
     assert (lacking is None) is back
 
 
+def test_a_lake_that_would_cut_what_the_new_store_takes_does_not_follow_it(spec: Spec) -> None:
+    new = [*NEW[:4], Column("amount", "numeric(12,4)", "decimal(12,4)"), Column("note", "text", "string")]
+    lake = [Column("a", "integer", "int"), Column("amount", "numeric(10,2)", "decimal(10,2)"), Column("note", "text", "string")]
+    assert inverse.cut(table(spec), new, lake) == [
+        "associations.amount is numeric(12,4) in the new store and decimal(10,2) in a lake, which would not hold all that is"
+        " written there after the hand-over: state the wider type by an expression in [table.columns], such as"
+        ' amount = "cast(amount as decimal(12,4))"'
+    ]
+    assert inverse.cut(table(spec), new, [*lake[:1], *new[4:]]) == []
+
+
 def test_a_column_that_is_not_there_is_a_mistake(spec: Spec) -> None:
     with pytest.raises(SpecError, match=r"reverse.joint: there is no such column in follows: its columns are from_user, joined"):
         inverse.missing(spec, table(spec, reverse={"joint": "a"}), OLD, NEW)

@@ -49,6 +49,9 @@ FROM_DELTA = {delta: spark for spark, delta in TO_DELTA.items()}
 HOLDER, HELD = f"{RESERVED}holder", f"{RESERVED}held"
 """Whose a lake's row is, and since which version, beside what is offered to it."""
 
+BOUNDED = frozenset({"smallint", "int", "bigint", "string"})
+"""Types whose bounds every reader takes alike."""
+
 NOT_WRITTEN = ("delta.constraints.", "delta.columnMapping.", "delta.enableRowTracking", "delta.identity")
 """Properties of a table whose files an append of ours would write wrongly, or unchecked."""
 
@@ -165,7 +168,8 @@ class DeltaStore:
             {"name": deleted, "type": "boolean", "nullable": False, "metadata": {}},
         ]  # fmt: skip
         folders.made(self.folder, self.mode)
-        made = DeltaTable.create(str(self.path(table.name)), Schema.from_json(json.dumps({"type": "struct", "fields": fields})))
+        schema = Schema.from_json(json.dumps({"type": "struct", "fields": fields}))
+        made = DeltaTable.create(str(self.path(table.name)), schema, configuration=_statistics(table))
         if made.protocol().writer_features is not None:
             # from writer version 7 on (timestamp_ntz asks for it) NOT NULL is a feature that must be named
             made.alter.add_feature(TableFeatures.Invariants)
@@ -389,6 +393,17 @@ def _literal(version: Version) -> SparkColumn:
 
     parts = zip(version._fields, ("int", "bigint", "bigint"), version, strict=True)
     return F.struct(*(F.lit(value).cast(kind).alias(name) for name, kind, value in parts))
+
+
+def _statistics(table: TargetTable) -> dict[str, str | None]:
+    """Return the properties by which no writer keeps statistics that readers take otherwise (Delta protocol, Per-file Statistics).
+
+    Spark cuts a timestamp's bounds to milliseconds, which delta-rs takes as they are, and passes over files; days and moments far
+    from now it can't read at all. So the columns are those of which an append keeps them: the key's whole numbers and texts.
+    """
+    names = [c.name for c in table.columns if c.name in table.key and c.spark_type in BOUNDED]
+    quoted = ",".join("`" + name.replace("`", "``") + "`" for name in names)
+    return {"delta.dataSkippingStatsColumns": quoted} if names else {"delta.dataSkippingNumIndexedCols": "0"}
 
 
 def _to_delta(spark_type: str) -> Any:
