@@ -18,6 +18,7 @@ from changeover.session import Connection, connect
 from changeover.spec import Spec, load
 from tests.fix_migration import STORE, Migration, spec_text
 from tests.fix_postgres import fresh_database
+from tests.fix_roles import Mover, passing_mover
 
 
 @dataclass
@@ -60,6 +61,17 @@ def field(any_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv("NEW_DSN", new_dsn)
         monkeypatch.setattr("changeover.jobs.backfill.FEWEST_CHUNKS", 1)
         yield Field(old_dsn, new_dsn, old, new, tmp_path)
+
+
+@pytest.fixture
+def role(field: Field, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mover]:
+    """Yield a role that is no superuser; migrations run as it, and it has to be given the tables."""
+    with passing_mover(field.old_dsn, field.new_dsn) as made:
+        for session in (field.old, field.new):
+            made.owns(session)
+        monkeypatch.setenv("OLD_DSN", made.dsn(field.old_dsn))
+        monkeypatch.setenv("NEW_DSN", made.dsn(field.new_dsn))
+        yield made
 
 
 def statement(text: str, **names: str) -> sql.SQL:
