@@ -13,8 +13,9 @@ from typing import Any
 from psycopg import sql
 
 from changeover.jobs.derivation import origin
-from changeover.session import Connection
-from changeover.spec import Table
+from changeover.jobs.grants import usable
+from changeover.session import Connection, application_name, connect
+from changeover.spec import Spec, Table, Target
 
 COLUMNS = """
 SELECT a.attname, c.collisdeterministic, to_jsonb(c)
@@ -33,6 +34,14 @@ class Collation:
     name: str
     deterministic: bool
     rules: tuple[Any, ...]
+
+
+def objections(spec: Spec, target: Target) -> list[str]:
+    """Return which key columns of a PostgreSQL target's tables can't tell apart what the source's can (driver; looks only)."""
+    application = application_name(spec.name, "check")
+    with connect(spec.source.dsn.resolve(), application) as old, connect(target.dsn_value, application) as new:
+        seen = [t for t in spec.tables if all(usable(*at) for at in ((old, t.source_name[0]), (new, t.target_name[0])))]
+        return [f"target {target.name}: {reason}" for table in seen for reason in coarser(old, new, table)]
 
 
 def coarser(old: Connection, new: Connection, table: Table) -> list[str]:

@@ -24,7 +24,7 @@ from changeover.jobs.narrowing import narrower
 from changeover.jobs.partitions import partitions_of
 from changeover.names import qualified, reserved
 from changeover.session import Connection, application_name, connect, server_name
-from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table, Target
+from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
 from changeover.stores import Column, Store, open_store
 from changeover.stores.gate import NAME_BYTES
 from changeover.stores.pgtypes import source_type
@@ -224,7 +224,7 @@ def preflight(spec: Spec) -> Preflight:
                 if existing is not None and _has_rows(store, schema, name):
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
         if target.kind == "postgres" and not prepared:
-            found.reasons += _coarser_keys(spec, target)
+            found.reasons += keys.objections(spec, target)
     return found
 
 
@@ -275,14 +275,6 @@ def _drawing(spec: Spec, connection: Connection, schema: str, name: str) -> list
     if spec.flag is None:
         return []
     return grants.of_sequences(connection, schema, name, owning=spec.flag.context is not None)
-
-
-def _coarser_keys(spec: Spec, target: Target) -> list[str]:
-    """Return which key columns of a target's tables can't tell apart what the source's can."""
-    application = application_name(spec.name, "check")
-    with connect(spec.source.dsn.resolve(), application) as old, connect(target.dsn_value, application) as new:
-        seen = [t for t in spec.tables if all(grants.usable(*at) for at in ((old, t.source_name[0]), (new, t.target_name[0])))]
-        return [f"target {target.name}: {reason}" for table in seen for reason in keys.coarser(old, new, table)]
 
 
 COSTS: dict[str, tuple[str, ...]] = {

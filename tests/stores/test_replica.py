@@ -79,7 +79,7 @@ def test_a_refusal_and_an_always_trigger_fire_all_the_same(session: Connection, 
     forbids, told = replica.acting(session, "parent")
     assert forbids == []
     assert told == [
-        "the TRIGGER counts of parent is ENABLE ALWAYS or REPLICA, so it fires for what comes back, too: ALTER TABLE parent ENABLE"
+        "parent has the TRIGGER counts as ENABLE ALWAYS or REPLICA, so it fires for what comes back, too: ALTER TABLE parent ENABLE"
         " TRIGGER counts makes it an ordinary one"
     ]
     offer(session, any_dsn, "0,0/200,0,f,1,again")
@@ -98,9 +98,9 @@ def test_a_role_that_may_not_is_told_what_would_act_and_by_which_grant_it_would_
         role = psycopg.conninfo.conninfo_to_dict(dsn)["user"]
         grant = f"GRANT SET ON PARAMETER session_replication_role TO {role}"
         assert found == [
-            f"the TRIGGER counts of parent would act on what comes back, because the role {role} may not set"
+            f"parent has the TRIGGER counts, which would act on what comes back, because the role {role} may not set"
             f" session_replication_role: {grant}",
-            "the foreign key of of child with its ON DELETE of parent would act on what comes back, because the role"
+            "parent has the foreign key of of child behind it, ON DELETE, which would act on what comes back, because the role"
             f" {role} may not set session_replication_role: {grant}",
         ]
         offer(session, dsn, "0,0/200,0,t,1,")

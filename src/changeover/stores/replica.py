@@ -20,7 +20,7 @@ WHERE t.tgrelid IN (SELECT %(table)s::regclass UNION SELECT relid FROM pg_partit
     AND NOT t.tgisinternal AND t.tgenabled <> 'D' AND t.tgparentid = 0
     AND p.pronamespace IS DISTINCT FROM to_regnamespace('changeover')
 UNION ALL
-SELECT format('foreign key %%I of %%s with its ON %%s', c.conname, c.conrelid::regclass,
+SELECT format('foreign key %%I of %%s behind it, ON %%s', c.conname, c.conrelid::regclass,
         CASE WHEN c.confdeltype IN ('c', 'n', 'd') THEN 'DELETE' ELSE 'UPDATE' END), c.confrelid::regclass::text, false
 FROM pg_constraint c WHERE c.confrelid = %(table)s::regclass AND c.contype = 'f' AND c.conparentid = 0
     AND (c.confdeltype IN ('c', 'n', 'd') OR c.confupdtype IN ('c', 'n', 'd'))
@@ -52,7 +52,7 @@ def acting(connection: Connection, table: str) -> tuple[list[str], list[str]]:
     """Return sentences on a table, named as SQL names it, whose rows come back: what forbids that, and what is to be known."""
     live = connection.execute(LIVE, {"table": table}).fetchall()
     always = [
-        f"the {what} of {name} is ENABLE ALWAYS or REPLICA, so it fires for what comes back, too: ALTER TABLE {name} ENABLE {what}"
+        f"{name} has the {what} as ENABLE ALWAYS or REPLICA, so it fires for what comes back, too: ALTER TABLE {name} ENABLE {what}"
         " makes it an ordinary one"
         for what, name, fires in live
         if fires
@@ -66,6 +66,6 @@ def acting(connection: Connection, table: str) -> tuple[list[str], list[str]]:
     if connection.info.server_version < GRANTED_SINCE:
         way = "before PostgreSQL 15 only a superuser may"
     return [
-        f"the {what} of {name} would act on what comes back, because the role {row[0]} may not set {PARAMETER}: {way}"
+        f"{name} has the {what}, which would act on what comes back, because the role {row[0]} may not set {PARAMETER}: {way}"
         for what, name in ordinary
     ], always
