@@ -23,9 +23,6 @@ from changeover.spec import Spec, Table
 from changeover.stores import sequences
 from changeover.stores.statements import HAND_OVER, Move
 
-SEQUENCE_MARGIN = 10_000
-"""How far a gaining store's sequences go past the other's: rows that arrive during the hand-over find their place below."""
-
 
 @dataclass(frozen=True)
 class Transfer:
@@ -92,8 +89,7 @@ def advance_sequences(gaining: Side) -> None:
     for table in gaining.tables:
         for sequence in sequences.sequences(gaining.connection, table.schema, table.name):
             held = sequences.held(gaining.connection, table.schema, table.name, sequence)
-            ahead = held + SEQUENCE_MARGIN * sequence.increment if held is not None else None
-            sequences.move_past(gaining.connection, sequence, ahead)
+            sequences.move_past(gaining.connection, sequence, sequences.ahead(sequence, held))
 
 
 def pass_the_others(transfer: Transfer) -> None:

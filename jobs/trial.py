@@ -87,8 +87,9 @@ def trial(connection: Connection, role: str, tried: Tried) -> Trial:
         return Trial(untried=f"{acting[0]} on {tried.schema}.{tried.name} would act")
     try:
         for one in sequences.sequences(connection, tried.schema, tried.name):
-            if one.indexed:  # past the rows that have arrived, whose numbers it has not given out
-                sequences.move_past(connection, one, sequences.held(connection, tried.schema, tried.name, one))
+            if one.indexed:  # past the rows that have arrived or come meanwhile, whose numbers it has not given out
+                held = sequences.held(connection, tried.schema, tried.name, one)
+                sequences.move_past(connection, one, sequences.ahead(one, held))
         return _judged(connection, role, tried)
     except ChangeoverError as error:
         return Trial(untried=str(error))
@@ -161,7 +162,9 @@ def _fresh(connection: Connection, tried: Tried, name: str) -> str | None:
         return None
     column = sql.Identifier(name)
     if NUMBER.match(kind):
-        return _value(connection, sql.SQL("SELECT (coalesce(max({}), 0) + 1)::text FROM {}").format(column, tried.table))
+        further = sequences.MARGIN if kind in ("integer", "bigint", "numeric") else 1
+        greater = sql.SQL("SELECT (coalesce(max({}), 0) + {})::text FROM {}").format(column, sql.Literal(further), tried.table)
+        return _value(connection, greater)
     if TIME.match(kind):
         later = sql.SQL("SELECT (coalesce(max({}), now()) + interval '1 day')::text FROM {}").format(column, tried.table)
         return _value(connection, later)

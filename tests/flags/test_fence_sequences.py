@@ -6,8 +6,8 @@ import pytest
 from ldclient.migrations.types import Origin
 
 from changeover.flags.fence import fence
-from changeover.flags.transfer import SEQUENCE_MARGIN
 from changeover.session import Connection
+from changeover.stores.sequences import MARGIN
 from tests.fix_accounts import following
 from tests.fix_migration import STORE, MakeMigration, Migration
 
@@ -30,7 +30,7 @@ number = "id"
 key = "orders"
 target = "store"
 """
-USED = 3 * SEQUENCE_MARGIN
+USED = 3 * MARGIN
 
 
 @pytest.fixture

@@ -19,6 +19,9 @@ from changeover.session import Connection
 
 LOCK_TIMEOUT = "300ms"
 
+MARGIN = 10_000
+"""How far a sequence goes past what a table holds while rows still arrive: those find their place below."""
+
 MOVE_SECONDS = 5.0
 """How long to wait for transactions that have drawn from a sequence; each try holds up others for LOCK_TIMEOUT at most."""
 
@@ -83,6 +86,14 @@ def held(connection: Connection, schema: str, name: str, sequence: Sequence) -> 
         sql.SQL("SELECT {}({}) FROM {}").format(function, sql.Identifier(sequence.column), sql.Identifier(schema, name))
     ).fetchone()
     return int(row[0]) if row is not None and row[0] is not None else None
+
+
+def ahead(sequence: Sequence, held: int | None) -> int | None:
+    """Return where a sequence has the margin beyond a value, or that value where it could not count so far (pure)."""
+    if held is None:
+        return None
+    wanted = held + MARGIN * sequence.increment
+    return wanted if sequence.least <= wanted < sequence.most else held
 
 
 def move_past(connection: Connection, sequence: Sequence, *values: int | None, seconds: float = MOVE_SECONDS) -> None:
