@@ -148,6 +148,8 @@ WRONG = [
     ('name = "follows"', 'name = ""', "name", "is empty"),
     ('dsn = "env:OLD_DSN"', "dsn = true", "source.dsn", "must be a string, not bool"),
     ('dsn = "env:OLD_DSN"', 'dsn = "host"', "source.dsn", "is not a PostgreSQL DSN"),
+    ("[flag]", '[application]\nroles = "app"\n[flag]', "application.roles", "must be a list of names"),
+    ("[flag]", '[application]\nrole = ["app"]\n[flag]', "application.role", "did you mean roles?"),
     ('capture = "slot"', 'capture = "kafka"', "source.capture", "slot"),
     ('kind = "delta"', 'kind = "iceberg"', "target.lake.kind", '"postgres" and "delta"'),
     ('key = ["entity_a", "entity_b"]', 'key = "entity_a"', "table[0].key", "must be a list of names"),
@@ -323,3 +325,10 @@ def test_what_is_sensitive_may_be_named_midway(tmp_path: Path) -> None:
     spec = loaded(tmp_path, WHOLE.replace('drop = ["secret"]', 'drop = ["secret"]\nsensitive = ["email"]'))
     assert spec.tables[0].sensitive == ("email",)
     assert spec.digest == loaded(tmp_path, WHOLE).digest
+
+
+def test_the_applications_roles_may_be_told_later(tmp_path: Path) -> None:
+    spec = loaded(tmp_path, WHOLE.replace("[flag]", '[application]\nroles = ["app", "Batch jobs", "app"]\n[flag]'))
+    assert spec.roles == ("app", "Batch jobs")
+    assert spec.digest == loaded(tmp_path, WHOLE).digest
+    assert loaded(tmp_path, WHOLE).roles == ()
