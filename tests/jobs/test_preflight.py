@@ -76,3 +76,33 @@ def test_the_widest_table_fits_into_a_batch_and_no_wider_one(old_dsn: str) -> No
             assert apply_batch(cursor, table).taken == 1
         with pytest.raises(psycopg.errors.TooManyColumns), connection.transaction(), connection.cursor() as cursor:
             prepare_batch(cursor, gate.gated(connection, "public", "breaks", ["id"]), versions=True)
+
+
+def test_what_cannot_be_a_target_is_refused_and_an_unlogged_one_is_noted(
+    old_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLD_DSN", old_dsn)
+    monkeypatch.setenv("NEW_DSN", new_dsn)
+    with connect(old_dsn, "test") as old, connect(new_dsn, "test") as new:
+        old.execute("CREATE TABLE wide (id integer PRIMARY KEY, email text)")
+        for made, reason in (
+            (
+                "TABLE wares (id integer PRIMARY KEY, email text); CREATE UNIQUE INDEX low ON wares (lower(email))",
+                "an expression low",
+            ),
+            (
+                "TABLE wares (id integer, email text, PRIMARY KEY (id), EXCLUDE (email WITH =))",
+                "exclusion constraint wares_email_excl",
+            ),
+            ("VIEW wares AS SELECT 1 AS id, ''::text AS email", "public.wares is a view"),
+            ("TYPE wares AS ENUM ()", "public.wares is the name of a type"),
+        ):
+            new.execute(f"CREATE {made}".encode())
+            (told,) = preflight(spec_of(tmp_path)).reasons
+            assert told.startswith("target store: public.wares "), told
+            assert reason in told
+            new.execute(f"DROP {made.split()[0]} wares".encode())
+        new.execute("CREATE UNLOGGED TABLE wares (id integer, email text, PRIMARY KEY (id) INCLUDE (email))")
+        found = preflight(spec_of(tmp_path))
+        assert found.reasons == []
+        assert any(note.startswith("target store: public.wares is unlogged: a crash") for note in found.notes)
