@@ -99,17 +99,17 @@ def _go(spec: Spec, spark: SparkSession, transform: Transform, seen: SourceTable
     read = ReadTable(*qualified(seen.source), transform.source, seen.key, seen.partitions is not None)
     with open_store(spec, target, "check") as store, exporting(dsn, application) as (_, snapshot):
 
-        def rows(moved: frozenset[str]) -> DataFrame:
-            frame = read_table(spark, dsn, application, read, EVERYTHING, snapshot, NO_KEYS, moved)
-            return transform.rows(frame, moved=moved)
+        def no_row(moved: frozenset[str]) -> DataFrame:
+            return read_table(spark, dsn, application, read, EVERYTHING, snapshot, NO_KEYS, moved)
 
         nothing = last_of_each_key(events.SCHEMA.empty_table(), seen.identity, [c.name for c in transform.source])
         with completed(spec, spark, transform, nothing, None, dsn) as whole:
             changes = transform.changes(whole, 0, transform.moved_in_stream() if store.takes_text else frozenset())
-            images = rows(transform.only_moved() if store.takes_text else frozenset())
+            moved = transform.only_moved() if store.takes_text else frozenset()
+            images = transform.rows(no_row(moved), moved=moved)
             with store.rehearsing(spark, transform.target, spec.work, images, changes) as there:
                 if there is not None:
-                    _compare(transform, rows(frozenset()), there)
+                    _compare(transform, transform.uncast(no_row(frozenset())), there)
 
 
 def _compare(transform: Transform, here: DataFrame, there: DataFrame) -> None:

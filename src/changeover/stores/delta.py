@@ -402,8 +402,7 @@ def _statistics(table: TargetTable) -> dict[str, str | None]:
     from now it can't read at all. So the columns are those of which an append keeps them: the key's whole numbers and texts.
     """
     names = [c.name for c in table.columns if c.name in table.key and c.spark_type in BOUNDED]
-    quoted = ",".join("`" + name.replace("`", "``") + "`" for name in names)
-    return {"delta.dataSkippingStatsColumns": quoted} if names else {"delta.dataSkippingNumIndexedCols": "0"}
+    return {"delta.dataSkippingStatsColumns": ",".join(map(quoted, names))} if names else {"delta.dataSkippingNumIndexedCols": "0"}
 
 
 def _to_delta(spark_type: str) -> Any:
