@@ -22,7 +22,7 @@ from changeover.errors import CouldNotCheck
 from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.transform import CUT
-from changeover.names import nth, placed
+from changeover.names import nth, placed, reserved
 from changeover.verifiers.canonical import notation_only, text
 from changeover.verifiers.verdict import CANONICALISATION, MISMATCHED, Difference, RangeCount, Recheck, TableDiff
 
@@ -160,7 +160,7 @@ def images(frame: DataFrame, names: Sequence[str], key: Sequence[str]) -> dict[K
     types, columns = dict(frame.dtypes), frame.columns
     keys, values = ([text(F.col(nth(columns.index(name))), types[name]) for name in chosen] for chosen in (key, names))
     if CUT in types:
-        own, cut = [name for name in columns if name != CUT], nth(columns.index(CUT))
+        own, cut = [name for name in columns if not reserved(name)], nth(columns.index(CUT))
         there = frame.select(f"{CUT}.*").columns
         values = [
             F.coalesce(F.col(f"{cut}.{place}"), value) if (place := nth(own.index(name))) in there else value
