@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from changeover.errors import ChangeoverError, Interrupted, JavaMissing, RowRefused, SpecError, UnsafePlan
+from changeover.errors import ChangeoverError, Interrupted, JavaMissing, RowRefused, ServerUnavailable, SpecError, UnsafePlan
 from changeover.jobs import events, inverse
 from changeover.jobs.changes import completed, last_of_each_key
 from changeover.jobs.division import examined
@@ -69,10 +69,13 @@ def rehearse(spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable])
 
 @contextmanager
 def _told(reasons: list[str], place: str) -> Iterator[None]:
-    """Make a reason of whatever an engine, or a function of the application's, raises; what the spec alone is wrong in is none."""
+    """Make a reason of whatever an engine, or a function of the application's, raises.
+
+    A server that is gone is none, nor is what the spec alone is wrong in.
+    """
     try:
         yield
-    except (Interrupted, JavaMissing, SpecError):
+    except (Interrupted, JavaMissing, ServerUnavailable, SpecError):
         raise
     except UnsafePlan as error:
         reasons += error.reasons
