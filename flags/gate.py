@@ -23,6 +23,7 @@ from changeover.flags.turns import mirrored_since, turns
 from changeover.jobs import assumptions
 from changeover.jobs.assumptions import Asked
 from changeover.jobs.entries import CLOSED, Heartbeat, Load, VerdictRow
+from changeover.jobs.health import LAG_BYTES
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.replication import slot_state
 from changeover.jobs.reverse import State, state
@@ -33,7 +34,6 @@ from changeover.session import application_name, connect
 from changeover.spec import TRIGGER, Spec
 
 VERDICT_HOURS = 24.0
-LAG_BYTES = 16 * 1024 * 1024
 HEARTBEAT_SECONDS = 10.0
 COMPARISONS = 100
 """Reads that must have been compared at a stage that compares before it is left upwards: fewer say nothing."""

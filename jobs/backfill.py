@@ -1,8 +1,10 @@
 """The backfill: pending chunks read in the kept snapshot, transformed, and loaded into each target.
 
 A Spark job that may die at any point and be run again: chunks that are marked in the ledger are not repeated, and one that was
-written but not marked is not written twice. When the last chunk is in, the table is closed: the source's file is compared
-with the one that was prepared, then barrier and sweep. Only a closed table may be verified or read.
+written but not marked is not written twice. A row that can't be carried over is named by key and column, and the other tables go
+on; what is pending is then read in a newer snapshot, as after a lost one, in which the row may be corrected. When the last chunk is
+in, the table is closed: the source's file is compared with the one that was prepared, then barrier and sweep. Only a closed table
+may be verified or read.
 """
 
 from __future__ import annotations
@@ -16,8 +18,17 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from changeover import points
-from changeover.errors import CouldNotFinish, SnapshotLost, SourceChanged, TableStopped
-from changeover.jobs import assumptions, snapshot, windows
+from changeover.errors import (
+    ChangeoverError,
+    CouldNotFinish,
+    RowRefused,
+    SnapshotLost,
+    SourceChanged,
+    TableStopped,
+    TextRefused,
+    together,
+)
+from changeover.jobs import assumptions, badrow, snapshot, windows
 from changeover.jobs.assumptions import Asked, Moment
 from changeover.jobs.entries import CLOSED, LOADED, PENDING, ChunkRow, Stream
 from changeover.jobs.ledger import Ledger, mark_loaded
@@ -31,7 +42,7 @@ from changeover.sparkerrors import from_spark
 from changeover.spec import SLOT, Spec
 from changeover.stores import Counts, Store, open_store
 from changeover.stores import ranges as planning
-from changeover.stores.reader import ExportedSnapshot, ReadTable, read_table
+from changeover.stores.reader import ExportedSnapshot, KeyRange, Reading, ReadTable, read_table
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -100,21 +111,35 @@ def append_name(migration: str, image: Version, source: str, target: str, chunk:
 def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = None) -> list[Loaded]:
     """Load all pending chunks of every table into the targets (all unless named) and close them (driver).
 
-    Raises StepOrder before prepare, SnapshotLost, TableStopped, LeaseHeld when another backfill runs.
+    Raises StepOrder before prepare, SnapshotLost, TableStopped, RowRefused when the other tables are done, LeaseHeld when another
+    backfill runs.
     """
     with Ledger.open(spec, "backfill") as ledger:
         prepared = require_prepared(spec, spark, ledger, "backfill")
         with ledger.lease("backfill"), ledger.recorded("backfill") as told:
+            refused: list[ChangeoverError] = []
             for (source, target), transform in prepared.transforms.items():
                 if targets is None or target in targets:
                     with open_store(spec, spec.targets[target], "backfill") as store:
                         store.install(transform.target, prepared.stream.image)
-                        _Load(spec, spark, ledger, prepared.stream, transform, store).run(source)
+                        try:
+                            _Load(spec, spark, ledger, prepared.stream, transform, store).run(source)
+                        except (RowRefused, TextRefused) as bad:
+                            refused.append(bad)
+            if refused:
+                _leave_snapshot(spec, ledger)
+                raise together(refused)
             done = [_summary(ledger, source, target) for source, target in prepared.transforms]
             if all(load.state == CLOSED for load in ledger.loads()):
                 snapshot.release(spec.source.dsn.resolve(), spec.name)
             told["loads"] = [loaded.__dict__ for loaded in done]
             return done
+
+
+def _leave_snapshot(spec: Spec, ledger: Ledger) -> None:
+    """Have what is pending read in a newer snapshot, in which a row may be corrected; the stream joins it to this one."""
+    ledger.record_snapshot("", ledger.stream("backfill").visible)
+    snapshot.release(spec.source.dsn.resolve(), spec.name)
 
 
 def _summary(ledger: Ledger, source: str, target: str) -> Loaded:
@@ -182,21 +207,40 @@ class _Load:
         pending = [number for number, row in chunks.items() if row.loaded is None]
         if not pending:
             return
-        application = application_name(self.spec.name, "backfill")
-        dsn = self.spec.source.dsn.resolve()
         live = self._snapshot()
         token = self.ledger.claim(source, self.store.name)
         mark = LedgerMark(self.ledger.dsn, self.spec.name, source, self.store.name, token, self.stream.image)
 
         def rows(numbers: Sequence[int]) -> DataFrame:
-            ranges = [(chunks[n].lower, chunks[n].upper) for n in numbers]
-            moved = self.transform.only_moved() if self.store.takes_text else frozenset()
-            frame = read_table(self.spark, dsn, application, read, ranges, live, moved=moved)
-            return self.transform.images(frame, moved=moved)
+            return self._rows(read, live, [(chunks[n].lower, chunks[n].upper) for n in numbers])
 
-        with from_spark(source, "a chunk of the backfill"):
-            self.store.load(self.transform.target, pending, rows, mark)
+        try:
+            with from_spark(source, "a chunk of the backfill"):
+                self.store.load(self.transform.target, pending, rows, mark)
+        except (RowRefused, TextRefused) as refused:
+            raise self._bad_row(source, read, live) or refused from refused
         self._require_all_loaded(source, self.ledger.chunks(source, self.store.name))
+
+    def _rows(self, read: ReadTable, live: ExportedSnapshot, ranges: Sequence[KeyRange]) -> DataFrame:
+        """Return what goes to the target, one partition a range."""
+        dsn, application = self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")
+        moved = self.transform.only_moved() if self.store.takes_text else frozenset()
+        return self.transform.images(read_table(self.spark, dsn, application, read, ranges, live, moved=moved), moved=moved)
+
+    def _bad_row(self, source: str, read: ReadTable, live: ExportedSnapshot) -> RowRefused | None:
+        """Look for the row in the chunks that were under way: tasks begin in order, so it is one of the first that are open."""
+        open_ones = [row for row in self.ledger.chunks(source, self.store.name) if row.loaded is None]
+        under_way = open_ones[: 2 * self.spark.sparkContext.defaultParallelism]
+        reading = Reading(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill"), read, live)
+        ranges = [(row.lower, row.upper) for row in under_way]
+
+        def search() -> RowRefused | None:
+            return badrow.in_ranges(
+                self.transform, reading, ranges, lambda bounds: self._rows(read, live, [bounds]),
+                lambda frame: self.store.try_rows(self.transform.target, frame),
+            )  # fmt: skip
+
+        return badrow.sought(source, search)
 
     def _snapshot(self) -> ExportedSnapshot:
         """Return the kept snapshot, or a new one that shows at least as much: the stream brings whatever lies between the two."""

@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import psycopg
 from deltalake.exceptions import DeltaError
@@ -37,6 +38,9 @@ from changeover.session import Connection
 from changeover.spec import SLOT, Spec, load
 
 LEASE_SECONDS = 5.0
+STARTED, WAITING = "started", "waiting"
+"""What stands on record of a capture before it ends."""
+
 ROGUE_SECONDS = 5.0
 """How often to look for writes to a store without authority."""
 
@@ -55,9 +59,10 @@ def capture(
 ) -> CaptureResult:
     """Bring changes into the spool until `until()`, `stop`, Ctrl-C or SIGTERM; what is whole then is durable (driver).
 
-    A broken connection is opened anew for up to `patience` seconds. `until` is asked after each append and 5 times a
-    second. Raises StepOrder before prepare, LeaseHeld beside another run, SourceChanged or SpoolGap when this is not
-    the prepared stream any more, ServerUnavailable, DatabaseFailed, RowRefused.
+    A broken connection is opened anew for up to `patience` seconds, and a work folder that takes nothing is tried again for as
+    long as it takes, at the start for `patience`. `until` is asked after each append and 5 times a second. Raises StepOrder
+    before prepare, LeaseHeld beside another run, SourceChanged or SpoolGap when this is not the prepared stream any more,
+    ServerUnavailable, DatabaseFailed, RowRefused, FolderFailed.
     """
     stop = stop or threading.Event()
     started = time.monotonic()
@@ -68,7 +73,8 @@ def capture(
         follow = SlotRun if spec.source.capture == SLOT else LogRun
         run = follow(spec, feed, stop, until or (lambda: False), patience, result)
         with ledger.recorded("capture") as told, asked_to_stop(stop) as asked, new_store_beside(spec):
-            ledger.audit("capture", "started", {})  # it may run for weeks, and a kill leaves no other trace
+            ledger.audit("capture", STARTED, {})  # it may run for weeks, and a kill leaves no other trace
+            run.patience.tell = partial(_tell_waiting, spec)
             try:
                 run.run()
             finally:
@@ -95,6 +101,12 @@ def feed_of(spec: Spec, ledger: Ledger, stream: Stream) -> Feed:
         return list(dict.fromkeys([*told, *roots.look(old)]))  # which puts new partitions on record
 
     return Feed(spec.source.dsn.resolve(), stream, tables, Spool(spool_path(spec.work, stream.epoch)), roots, ask)
+
+
+def _tell_waiting(spec: Spec, why: str | None) -> None:
+    """Put on record for what capture waits, and that it goes on; where the ledger can't be reached either, the log has it."""
+    with suppress(ChangeoverError, psycopg.Error), Ledger.open(spec, "capture") as ledger:
+        ledger.audit("capture", STARTED if why is None else WAITING, {} if why is None else {"error": why})
 
 
 @contextmanager

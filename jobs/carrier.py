@@ -1,13 +1,15 @@
 """The carrier: one stream's next batches collapsed, made ready and offered to one target, and how far they reached written down.
 
 A batch is bounded in events and bytes, splits no transaction, and is one change a key. Its position is written down after it is
-committed, so a killed replay offers some changes again, which the gate refuses. It knows no direction: the journal says which
-stream this is. Runs on the driver, what Spark is needed for in tasks.
+committed, so a killed replay offers some changes again, which the gate refuses. A row that can't be carried over ends it, unless a
+later change of its key is there already, such as its correction: then the batch reaches that far, and the row is never offered. It
+knows no direction: the journal says which stream this is. Runs on the driver, what Spark is needed for in tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -17,21 +19,22 @@ import pyarrow.compute as pc
 
 from changeover import points
 from changeover.cohorts import EVERY, Cohorts
-from changeover.errors import TableStopped
-from changeover.jobs.changes import completed, last_of_each_key, passed_on
+from changeover.errors import RowRefused, TableStopped, TextRefused
+from changeover.jobs import badrow
+from changeover.jobs.changes import completed, last_of_each_key, passed_on, without
 from changeover.jobs.events import ADDED, DELETE, INSERT, NO_TEXT, RELATION, TRUNCATE, UPDATE, kept
 from changeover.jobs.journal import Journal
 from changeover.jobs.merge import caught_up_floor
 from changeover.jobs.tenure import Interval, Section
-from changeover.jobs.transform import Transform
+from changeover.jobs.transform import AT_LSN, AT_ORDINAL, Transform
 from changeover.position import Version, format_lsn
 from changeover.sparkerrors import from_spark
 from changeover.spec import Spec
-from changeover.stores import Counts, Store
+from changeover.stores import DELETED, Counts, Store
 from changeover.stores.reader import ExportedSnapshot
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
 BATCH_EVENTS, BATCH_BYTES = 250_000, 64 << 20
 """About how many events, and bytes of the spool's files, one batch takes, so that memory does not grow with the backlog."""
@@ -51,6 +54,19 @@ class Batch:
     events: int
     stop: str | None
     truncated: tuple[int, int] | None = None
+
+
+Key = tuple[str | None, ...]
+Place = tuple[int, int]
+"""Commit LSN and ordinal of an event."""
+
+
+class BadChange(Exception):
+    """A change that can't be carried over: how it is refused, its source key, and its place in the stream."""
+
+    def __init__(self, refused: RowRefused, key: Key, place: Place) -> None:
+        super().__init__(str(refused))
+        self.refused, self.key, self.place = refused, key, place
 
 
 class Carrier:
@@ -80,13 +96,7 @@ class Carrier:
         if stopped and first_stop(self._outline(start, self.spool.end(), transform, section), identity_of(transform)) is None:
             raise TableStopped(load.source, stopped)
         self._require_begun(load, start)
-        batch = self._next_batch(start, end, transform, section)
-        taken = 0
-        if batch.events:
-            with from_spark(load.source, f"changes from {format_lsn(start)} to {format_lsn(batch.until)}"):
-                if batch.truncated:
-                    self._truncate(load, batch.truncated, section, transform, store)
-                taken = self._offer(load, start, batch, section, transform, store)
+        batch, taken = self._offer_next(load, start, end, section, transform, store)
         points.reach("batch-offered", f"{load.source} {load.target} {batch.events}")
         self.journal.advance(load, batch.until, batch.events)
         if batch.stop:
@@ -100,6 +110,37 @@ class Carrier:
             reason = f"its events from {format_lsn(start)} on are asked for, and the spool begins at {format_lsn(begin)}"
             self.journal.stop(load, reason)
             raise TableStopped(load.source, reason)
+
+    def _offer_next(
+        self, load: Any, start: int, end: int, section: Section, transform: Transform, store: Store
+    ) -> tuple[Batch, int]:
+        """Offer the next batch; with a row that can't be carried over it reaches to the last change of its key, before `end`."""
+        batch = self._next_batch(start, end, transform, section)
+        passed: dict[Key, Place] = {}
+        while True:
+            try:
+                return batch, self._offer(load, start, batch, section, transform, store, passed) if batch.events else 0
+            except BadChange as bad:
+                last = self._last_place(bad, end, transform, section)
+                if last <= bad.place:
+                    raise bad.refused from bad
+                if last[0] >= batch.until:
+                    batch = self._batch(start, last[0] + 1, transform, section)
+                if batch.until <= last[0]:  # the table stops in between
+                    raise bad.refused from bad
+                passed[bad.key] = last
+
+    def _last_place(self, bad: BadChange, end: int, transform: Transform, section: Section) -> Place:
+        """Return the place of the last change of a bad row's key, or of a TRUNCATE; it has all to say of that key."""
+        identity = identity_of(transform)
+        last = last_truncate(self._outline(bad.place[0], end, transform, section)) or bad.place
+        relation = transform.table.source_relation
+        for events in self.spool.parts(bad.place[0], end, relation, 2 * BATCH_EVENTS, PART_BYTES):
+            changed = offered(kept(events, pc.is_in(events["op"], pa.array(CHANGES))), echo=any(one.echo for one in section))
+            found = last_of_each_key(changed, identity, identity)
+            places = zip(found[AT_LSN].to_pylist(), found[AT_ORDINAL].to_pylist(), strict=True)
+            last = max([last, *(place for key, place in zip(_keys(found, identity), places, strict=True) if key == bad.key)])
+        return last
 
     def _truncate(self, load: Any, at: tuple[int, int], section: Section, transform: Transform, store: Store) -> None:
         """Offer a TRUNCATE, which is of all rows; both stores refuse one once cohorts have moved apart."""
@@ -117,7 +158,9 @@ class Carrier:
         return offered(ours, echo=any(interval.echo for interval in section))
 
     def _next_batch(self, start: int, end: int, transform: Transform, section: Section) -> Batch:
-        end = self.spool.reach(start, end, BATCH_EVENTS, BATCH_BYTES)
+        return self._batch(start, self.spool.reach(start, end, BATCH_EVENTS, BATCH_BYTES), transform, section)
+
+    def _batch(self, start: int, end: int, transform: Transform, section: Section) -> Batch:
         ours = self._outline(start, end, transform, section)
         stop = first_stop(ours, identity_of(transform))
         if stop is not None:
@@ -125,12 +168,17 @@ class Carrier:
         reason = f"{stop[1]} (at {format_lsn(end)})" if stop else None
         return Batch(end, ours.num_rows, reason, last_truncate(ours))
 
-    def _offer(self, load: Any, start: int, batch: Batch, section: Section, transform: Transform, store: Store) -> int:
+    def _offer(
+        self, load: Any, start: int, batch: Batch, section: Section, transform: Transform, store: Store, passed: Mapping[Key, Place]
+    ) -> int:
         """Offer the batch's changes; return how many were taken. A batch is one part, unless one transaction outgrew it.
 
-        A large one, of a table that is closed, may let its position be the gate; with small ones an application's own writes
-        would wait more often than they do.
+        Of the keys in `passed` nothing is offered before their places; raises BadChange. A large one, of a closed table, may
+        let its position be the gate; with small ones an application's own writes would wait more often than they do.
         """
+        if batch.truncated:
+            with from_spark(load.source, f"a TRUNCATE at {format_lsn(batch.truncated[0])}"):
+                self._truncate(load, batch.truncated, section, transform, store)
         relation = transform.table.source_relation
         taken = 0
         parts = self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS, PART_BYTES)
@@ -139,31 +187,82 @@ class Carrier:
         alone = len(first) == 1 and batch.events > SMALL_BATCH and self.journal.closed(load)
         reached = caught_up_floor(section[0].epoch, batch.until) if alone else None
         for events in chain(first, parts):
-            changed = kept(events, pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE])))
+            changed = kept(events, pc.is_in(events["op"], pa.array(CHANGES)))
             for interval in section:
                 ours = offered(changed, echo=interval.echo)
                 if batch.truncated:  # what came before it has nothing to say any more
                     ours = ours.filter(_after(ours, *batch.truncated))
-                taken += self._offer_part(load, ours, interval, reached, transform, store)
+                taken += self._offer_part(load, ours, interval, reached, transform, store, passed)
         return taken
 
     def _offer_part(
-        self, load: Any, events: pa.Table, interval: Interval, reached: Version | None, transform: Transform, store: Store
-    ) -> int:
+        self, load: Any, events: pa.Table, interval: Interval, reached: Version | None, transform: Transform, store: Store,
+        passed: Mapping[Key, Place],
+    ) -> int:  # fmt: skip
         """Offer the last change of each key that is an interval's."""
         last = last_of_each_key(events, identity_of(transform), [c.name for c in transform.source])
+        last = without(last, identity_of(transform), passed)
         if interval.cohorts != EVERY:
             last = of_cohorts(last, self.journal.cohort(load), interval.cohorts)
-            if not len(last):
-                return 0
-        if store.pass_on is not None and (texts := passed_on(last, transform, interval.epoch)) is not None:
+        if not len(last):
+            return 0
+        try:
+            with from_spark(load.source, f"changes up to {format_lsn(max(last[AT_LSN].to_pylist(), default=0))}"):
+                return self._put(last, interval.epoch, reached, transform, store)
+        except (RowRefused, TextRefused) as refused:
+            found = badrow.sought(load.source, lambda: self._refused(last, interval.epoch, transform, store))
+            if found is None:
+                raise
+            one, why = found
+            (key,) = _keys(one, identity_of(transform))
+            raise BadChange(why, key, (one[AT_LSN][0].as_py(), one[AT_ORDINAL][0].as_py())) from refused
+
+    def _put(self, last: pa.Table, epoch: int, reached: Version | None, transform: Transform, store: Store) -> int:
+        """Put changes into the target, one a key; return how many were taken."""
+        if store.pass_on is not None and (texts := passed_on(last, transform, epoch)) is not None:
             return store.pass_on(transform.target, texts, reached).taken
-        with completed(self.spec, self.spark, transform, last, self.snapshot, self.journal.dsn) as whole:
-            moved = transform.moved_in_stream() if store.takes_text else frozenset()
-            changes = transform.changes(whole, interval.epoch, moved)
+        with self._made(last, epoch, transform, store) as changes:
             # one task: the fence waits for such batches
-            changes = changes.coalesce(1) if len(last) <= SMALL_BATCH else changes
-            return store.merge(transform.target, changes, reached).taken
+            return store.merge(transform.target, changes.coalesce(1) if len(last) <= SMALL_BATCH else changes, reached).taken
+
+    @contextmanager
+    def _made(self, last: pa.Table, epoch: int, transform: Transform, store: Store, *, lazy: bool = False) -> Iterator[DataFrame]:
+        """Yield the target's changes for those of the source; a `lazy` frame evaluates no column that is not asked for."""
+        with completed(self.spec, self.spark, transform, last, self.snapshot, self.journal.dsn) as whole:
+            rows = whole.coalesce(1) if lazy else whole  # Spark's optimiser evaluates local rows at once, all columns of them
+            yield transform.changes(rows, epoch, transform.moved_in_stream() if store.takes_text else frozenset())
+
+    def _refused(self, last: pa.Table, epoch: int, transform: Transform, store: Store) -> tuple[pa.Table, RowRefused] | None:
+        """Return the first change that is refused, and how; None where changes are refused together alone."""
+        source = transform.table.source
+
+        def attempt(some: pa.Table) -> None:
+            if store.pass_on is not None and (texts := passed_on(some, transform, epoch)) is not None:
+                store.pass_on(transform.target, texts, write=False)
+            else:
+                with self._made(some, epoch, transform, store) as changes:
+                    store.try_changes(transform.target, changes)
+
+        found = badrow.narrowed(last, _halves, lambda some: badrow.met(lambda: attempt(some), source))
+        if found is None or len(found[0]) != 1:
+            return None
+        one, why = found
+        (key,) = _keys(one, identity_of(transform))
+        with self._made(one, epoch, transform, store, lazy=True) as changes:
+            column = badrow.column_of(transform, why, lambda: changes, (DELETED,))
+        return one, badrow.sentence(transform, key, why, column)
+
+
+CHANGES = [INSERT, UPDATE, DELETE]
+
+
+def _halves(changes: pa.Table) -> list[pa.Table]:
+    middle = len(changes) // 2
+    return [changes.slice(0, middle), changes.slice(middle)] if middle else []
+
+
+def _keys(changes: pa.Table, identity: Sequence[str]) -> list[Key]:
+    return list(zip(*(changes[name].to_pylist() for name in identity), strict=True))
 
 
 def identity_of(transform: Transform) -> list[str]:

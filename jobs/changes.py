@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,17 @@ def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequenc
     xid = events["xid"].to_numpy()
     stamps = {GONE: gone_now, AT_LSN: lsn[place[chosen]], AT_ORDINAL: after[chosen], MISSING: unsent, XID: xid[place[chosen]]}
     return pa.table({**stamps, **texts})
+
+
+def without(
+    changes: pa.Table, identity: Sequence[str], passed: Mapping[tuple[str | None, ...], tuple[int, int]]
+) -> pa.Table:  # fmt: skip
+    """Return the changes without those of some keys that lie before a place of each key (pure)."""
+    if not passed:
+        return changes
+    names = (*identity, AT_LSN, AT_ORDINAL)
+    rows = zip(*(changes[name].to_pylist() for name in names), strict=True)
+    return changes.filter(pa.array([row[-2:] >= passed.get(row[:-2], (0, -1)) for row in rows], pa.bool_()))
 
 
 def passed_on(changes: pa.Table, transform: Transform, epoch: int) -> pa.Table | None:

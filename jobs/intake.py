@@ -8,6 +8,8 @@ append through it. Runs where capture runs.
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from changeover.errors import ChangeoverError, FolderFailed, StepOrder
 from changeover.jobs.assumptions import Moment
 from changeover.jobs.entries import SourceColumn, Stream
 from changeover.jobs.events import SCHEMA, Event
@@ -22,6 +25,8 @@ from changeover.jobs.spool import Spool
 from changeover.jobs.transactions import Partitions, Unpartitioned
 from changeover.position import format_lsn
 from changeover.session import Connection
+
+log = logging.getLogger(__name__)
 
 BATCH_EVENTS = 50_000
 BATCH_BYTES = 32 << 20
@@ -35,6 +40,61 @@ WATCH_SECONDS = 60.0
 
 IDLE_STEP = 1 << 20
 """Bytes of other tables' WAL after which an idle source moves the spool's end, so that the server lets that WAL go."""
+
+
+LONGEST_DELAY = 2.0
+FOLDER_DELAY = 5.0
+"""How long to wait at most between two tries: at the server's door, and at the folder's, where a try decodes all anew."""
+
+
+class Patience:
+    """How long a run waits for what comes back by itself: the server, or room in the work folder.
+
+    The server is waited for some seconds. So is the folder at first; once a run has made anything durable it waits without
+    end, since the server keeps what is not. Each trouble is logged once, and told to whoever keeps the record: why, then None.
+    """
+
+    def __init__(self, seconds: float, stop: threading.Event) -> None:
+        self.seconds, self.stop = seconds, stop
+        self.tell: Callable[[str | None], None] = lambda why: None
+        self.said: str | None = None
+        self._since: float | None = None
+        self._delay = 0.1
+        self._folder = self._spooled = False
+
+    def answered(self) -> None:
+        """Take note that the server sent something; that says nothing of the folder."""
+        if not self._folder:
+            self._over()
+
+    def spooled(self) -> None:
+        """Take note that something was made durable."""
+        self._spooled = True
+        self._over()
+
+    def wait(self, error: ChangeoverError) -> None:
+        """Wait before the next try, or raise the error when there is no patience left."""
+        now, folder = time.monotonic(), isinstance(error, FolderFailed)
+        longest = FOLDER_DELAY if folder else LONGEST_DELAY
+        if self._since is None or folder != self._folder:
+            self._since, self._delay = now, 0.1
+        else:
+            self._delay = min(2 * self._delay, longest)
+        self._folder = folder
+        if now - self._since > self.seconds and not (folder and self._spooled):
+            raise error
+        if str(error) != self.said:
+            self.said = str(error)
+            log.warning("%s; tried again until it does", error)
+            self.tell(self.said)
+        self.stop.wait(self._delay)
+
+    def _over(self) -> None:
+        self._since, self._folder = None, False
+        if self.said is not None:
+            log.info("capture goes on")
+            self.said = None
+            self.tell(None)
 
 
 @dataclass
@@ -73,15 +133,26 @@ class Feed:
 class Intake:
     """The spool's writing end for one run: what is gathered, when it is due, and the counts."""
 
-    def __init__(self, spool: Spool, result: CaptureResult) -> None:
+    def __init__(self, spool: Spool, result: CaptureResult, patience: Patience) -> None:
         self.spool = spool
         self.result = result
-        self.reopen()
+        self.patience = patience
+        self.bytes, self.flush_at = 0, float("inf")
+        self.whole = self.durable = 0
 
     def reopen(self) -> None:
         """Begin where the spool ends: what another connection took and did not flush is taken again."""
         self.bytes, self.flush_at = 0, float("inf")
-        self.whole = self.durable = self.spool.end()
+        self.spool.settle()
+        self.whole = self.durable = self.end()
+
+    def end(self) -> int:
+        """Return where the spool ends; a prepared migration that has none has lost it, or its folder is elsewhere for now."""
+        try:
+            return self.spool.end()
+        except StepOrder as error:
+            lost = "no spool is there: if it is lost for good, `changeover prepare --anew SPEC` begins anew"
+            raise FolderFailed(str(self.spool.path), lost) from error
 
     def took(self, size: int, events: int) -> None:
         """Count bytes that were taken, and events that are held; a full batch is due at once."""
@@ -122,6 +193,7 @@ class Intake:
     def append(self, batch: Sequence[Event] | pa.Table, end: int) -> None:
         """Append to the spool, which is durable when this returns, and merge small files every so often."""
         self.spool.append(batch, end)
+        self.patience.spooled()
         self.result.events += len(batch)
         self.result.appends += 1
         self.durable = self.result.end_lsn = end

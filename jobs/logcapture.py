@@ -19,12 +19,12 @@ import psycopg
 from psycopg import pq
 from psycopg.adapt import Transformer
 
-from changeover.errors import RowRefused, ServerUnavailable, SourceChanged
+from changeover.errors import FolderFailed, RowRefused, ServerUnavailable, SourceChanged
 from changeover.jobs import intake, pgoutput, triggerlog, windows
 from changeover.jobs.assumptions import Moment
 from changeover.jobs.entries import SourceColumn
 from changeover.jobs.events import ADDED, RELATION, Event, Image
-from changeover.jobs.intake import CaptureResult, Feed, Intake
+from changeover.jobs.intake import CaptureResult, Feed, Intake, Patience
 from changeover.jobs.shapes import Shape, not_utf8
 from changeover.jobs.transactions import ADDED_ANEW, added_anew, additions, difference
 from changeover.jobs.triggerlog import Log
@@ -48,36 +48,30 @@ class LogRun:
     def __init__(
         self, spec: Spec, feed: Feed, stop: threading.Event, until: Callable[[], bool], patience: float, result: CaptureResult
     ) -> None:
-        self.spec, self.feed, self.stream, self.stop, self.until, self.patience = spec, feed, feed.stream, stop, until, patience
+        self.spec, self.feed, self.stream, self.stop, self.until = spec, feed, feed.stream, stop, until
+        self.patience = Patience(patience, stop)
         self.result = result
         self.log = Log(spec.name)
         self.dsn, self.spool = feed.dsn, feed.spool
-        self.intake = Intake(feed.spool, result)
+        self.intake = Intake(feed.spool, result, self.patience)
         names = [table.source_relation for table in spec.tables]
         self.sources = [Source(name, feed.tables[name]) for name in names]
-        self.failing_since: float | None = None
         self.watch_at = 0.0
 
     def run(self) -> None:
         """Follow the log until the run is ended, over as many sessions as it takes."""
-        delay = 0.1
         while not self.stop.is_set():
             try:
                 with self._session() as connection:
                     self._follow(connection)
                 return
-            except ServerUnavailable as error:
-                now = time.monotonic()
-                delay = 0.1 if self.failing_since is None else min(2 * delay, 2.0)
-                self.failing_since = self.failing_since or now
-                if now - self.failing_since > self.patience:
-                    raise
-                log.warning("%s; trying again in %g s", error, delay)
-                self.stop.wait(delay)
+            except (ServerUnavailable, FolderFailed) as error:
+                self.patience.wait(error)
 
     @contextmanager
     def _session(self) -> Iterator[Connection]:
         """Prove that this is the prepared log, whole from the spool's end on, and take out of it what a killed run left."""
+        self.intake.reopen()
         with windows.log_session(self.dsn, application_name(self.spec.name, "capture")) as connection:
             self._ask(Moment.CONNECT, connection)
             with speaking_to(self.dsn, "checking the trigger log"):
@@ -88,7 +82,7 @@ class LogRun:
             yield connection
 
     def _durable(self) -> int:
-        return max(self.spool.end(), self.stream.l0)
+        return max(self.intake.end(), self.stream.l0)
 
     def _follow(self, connection: Connection) -> None:
         with speaking_to(self.dsn, "reading the trigger log"):
@@ -101,7 +95,7 @@ class LogRun:
         last = windows.windows(connection, self.log, self._durable())[0]
         while True:
             following = windows.windows(connection, self.log, last.end + 1)
-            self.failing_since = None
+            self.patience.answered()
             if following:
                 self._spool(connection, last, following[0])
                 windows.prune(connection, self.log, following[0], last)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import psycopg
 from ldclient.migrations.types import Stage
 
-from changeover.errors import ChangeoverError, TableStopped
+from changeover.errors import ChangeoverError, RowRefused, TableStopped, TextRefused
 from changeover.jobs import reverse
 from changeover.jobs.carrier import Carrier
 from changeover.jobs.chunks import mergeable
@@ -78,30 +78,31 @@ class Replay:
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Offer everything spooled below `until` to each target, in one turn of that target's lease."""
-        done = []
-        stops = []
+        done: list[Replayed] = []
+        stops: list[ChangeoverError] = []
         for target in targets or list(self.spec.targets):
             with self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS):
                 try:
                     done.append(self.offer(until, [target]))
-                except TableStopped as stop:
+                except (TableStopped, RowRefused, TextRefused) as stop:
                     stops.append(stop)
         if stops:
             raise stops[0]
         return total(done)
 
     def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
-        """Do a round's work; the caller holds the leases of the targets. A table that stops is named when the others are done."""
+        """Do a round's work; the caller holds the leases. A table that stops, or a row of it, is named when the others are done."""
         end = min([self.spool.end()] + ([until] if until is not None else []))
         authorities = self.ledger.authorities()
         carried = self.back.carried(authorities)
-        done, stops = [], []
+        done: list[Replayed] = []
+        stops: list[ChangeoverError] = []
         for source, target in self.prepared.transforms:
             if targets is None or target in targets:
                 parts = sections(authorities, takes_over=self._takes_over(target), carried=carried)
                 try:
                     done += self._offer_table(source, target, parts, end, apart=bool(named(authorities)))
-                except TableStopped as stop:
+                except (TableStopped, RowRefused, TextRefused) as stop:
                     stops.append(stop)
         if stops:
             raise stops[0]

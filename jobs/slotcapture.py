@@ -17,13 +17,13 @@ from contextlib import closing, contextmanager
 import psycopg
 
 from changeover import points
-from changeover.errors import DatabaseFailed, LeaseHeld, ServerUnavailable
+from changeover.errors import DatabaseFailed, FolderFailed, LeaseHeld, ServerUnavailable
 from changeover.jobs import backlog, intake, pgoutput
 from changeover.jobs.assumptions import Moment
 from changeover.jobs.backlog import Backlog
 from changeover.jobs.charsets import has_no_encoding
 from changeover.jobs.chunks import acknowledged
-from changeover.jobs.intake import CaptureResult, Feed, Intake
+from changeover.jobs.intake import CaptureResult, Feed, Intake, Patience
 from changeover.jobs.replication import (
     FEEDBACK_SECONDS,
     Replication,
@@ -58,18 +58,16 @@ class SlotRun:
         self, spec: Spec, feed: Feed, stop: threading.Event, until: Callable[[], bool], patience: float, result: CaptureResult
     ) -> None:
         self.spec, self.feed, self.stream, self.tables, self.roots = spec, feed, feed.stream, feed.tables, feed.roots
-        self.stop, self.until, self.patience = stop, until, patience
+        self.stop, self.until, self.patience = stop, until, Patience(patience, stop)
         self.ask_at, self.done = 0.0, False
         self.dsn, self.result = feed.dsn, result
-        self.intake = Intake(feed.spool, result)
+        self.intake = Intake(feed.spool, result, self.patience)
         self.answer_at = self.watch_at = float("inf")
         self.answer_every = FEEDBACK_SECONDS
-        self.failing_since: float | None = None
         self.by_turns = True
 
     def run(self) -> None:
         """Follow the stream until the run is ended, over as many connections as it takes."""
-        delay = 0.1
         while not self._ended():
             try:
                 with self._proved() as (replication, generated, far):
@@ -77,14 +75,8 @@ class SlotRun:
                         self._stream(replication, generated)
                     else:  # after which all is proved anew
                         self._read_backlog(far, generated)
-            except (ServerUnavailable, LeaseHeld) as error:
-                now = time.monotonic()
-                delay = 0.1 if self.failing_since is None else min(2 * delay, 2.0)
-                self.failing_since = self.failing_since or now
-                if now - self.failing_since > self.patience:
-                    raise
-                log.warning("%s; trying again in %g s", error, delay)
-                self.stop.wait(delay)
+            except (ServerUnavailable, LeaseHeld, FolderFailed) as error:
+                self.patience.wait(error)
             except DatabaseFailed:
                 self._require_unchanged()  # before PostgreSQL 18 decoding ends where the publication is gone
                 raise
@@ -160,7 +152,7 @@ class SlotRun:
                 raise pgoutput.MalformedMessage("a turn of the backlog that ends inside a transaction")
         self.intake.passed(upto)
         self._flush(assembler)
-        self.failing_since = None
+        self.patience.answered()
         points.reach("backlog-durable", format_lsn(self.intake.durable))
         reader.acknowledge(acknowledged(self.intake.durable, upto))
         points.reach("backlog-acknowledged", format_lsn(self.intake.durable))
@@ -190,7 +182,7 @@ class SlotRun:
         frames = replication.frames(0.05, min(TAKE_BYTES, intake.BATCH_BYTES), gather_seconds=GATHER_SECONDS)
         if not frames:
             return
-        self.failing_since = None
+        self.patience.answered()
         with self._decoding():
             for frame in [frame for frame in frames if frame[0] == pgoutput.KEEPALIVE]:
                 alive = pgoutput.keepalive(frame)
@@ -203,7 +195,7 @@ class SlotRun:
 
     def _took(self, assembler: Assembler, messages: Wire) -> None:
         """Have messages read, and see whether a batch is full."""
-        self.failing_since = None
+        self.patience.answered()
         self.intake.committed(assembler.read(messages), marker=assembler.marker)
         self.intake.took(len(messages.bytes), assembler.count)
 

@@ -26,7 +26,8 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from changeover.errors import CouldNotFinish, LeaseHeld, SourceChanged, SpoolGap, StepOrder
+from changeover.errors import FolderFailed, LeaseHeld, SourceChanged, SpoolGap, StepOrder
+from changeover.fileerrors import working
 from changeover.jobs.compaction import grouped, mergeable
 from changeover.jobs.events import (
     ADDED,
@@ -97,12 +98,18 @@ class Spool:
         self.path = Path(path)
         self._handle: DeltaTable | None = None
         self._opened = 0
+        self._doubtful: int | None = None
 
     def create(self, begin: int = 0) -> None:
-        """Create the table durably unless it is there; raises SourceChanged on another format.
+        """Create the table durably unless it is there; raises SourceChanged on another format, FolderFailed.
 
         `begin` is where its stream begins: what lies below is in no event of it.
         """
+        with working(self.path):
+            self._create(begin)
+        self._table()
+
+    def _create(self, begin: int) -> None:
         if not DeltaTable.is_deltatable(str(self.path)):
             DeltaTable.create(
                 self.path,
@@ -120,7 +127,6 @@ class Spool:
             log = self.path / "_delta_log"
             for path in (*log.glob("*.json"), log, self.path, self.path.parent):
                 _sync(path)
-        self._table()
 
     def reopen(self) -> None:
         """Forget what is known of the table: it may be another one at the same path."""
@@ -129,9 +135,9 @@ class Spool:
     def end(self) -> int:
         """Return the commit END LSN up to which all is durable, 0 before the first append.
 
-        Raises StepOrder without a spool.
+        Raises StepOrder without a spool, FolderFailed.
         """
-        return self._latest().transaction_version(APPLICATION) or 0
+        return self._marked(self._latest(), APPLICATION)
 
     def begin(self) -> int:
         """Return where the stream begins; a reader that needs what lies below has a gap in front of it."""
@@ -153,13 +159,13 @@ class Spool:
     def held(self) -> Place:
         """Return the place up to which events are durable: that of the last part, where it lies beyond the end."""
         table = self._latest()
-        end, lsn, ordinal = (table.transaction_version(name) or 0 for name in (APPLICATION, PART_LSN, PART_ORDINAL))
+        end, lsn, ordinal = (self._marked(table, name) for name in (APPLICATION, PART_LSN, PART_ORDINAL))
         return max((end, NOWHERE[1]), (lsn, ordinal) if lsn else NOWHERE)
 
     def append(self, batch: Sequence[Event] | pa.Table, end_lsn: int) -> None:
         """Append whole transactions that end at `end_lsn`, and of the next one what is there, durably and once.
 
-        A table has the spool's schema; its rows are in any order.
+        A table has the spool's schema; its rows are in any order. After FolderFailed `settle` comes before the next append.
         An append that reaches no further than the spool does is left out. Raises LeaseHeld when another writer has
         committed meanwhile.
         """
@@ -172,7 +178,24 @@ class Spool:
             marks += [Transaction(PART_LSN, reach[0]), Transaction(PART_ORDINAL, reach[1])]
         if reach <= self.held():
             return
-        self._commit([self._write(events)] if len(events) else [], marks)
+        with working(self.path):
+            self._commit([self._write(events)] if len(events) else [], marks)
+
+    def settle(self) -> None:
+        """Make durable what a commit left in doubt whose log entry could not be brought to stable storage.
+
+        What the system failed to write once it may count as written, so the entry is written anew and takes its own place.
+        """
+        if self._doubtful is None:
+            return
+        with working(self.path):
+            entry = self.path / "_delta_log" / f"{self._doubtful:020d}.json"
+            fresh = entry.with_suffix(".settling")
+            fresh.write_bytes(entry.read_bytes())
+            _sync(fresh)
+            fresh.replace(entry)
+            _sync(entry.parent)
+        self._doubtful = None
 
     def compact(self) -> int:
         """Merge the newest small files into one, as durably as an append, and return how many they were (capture alone).
@@ -180,6 +203,10 @@ class Spool:
         Events, end and place stay as they are, and the merged files stay on disk for RETAIN_SECONDS. Each event comes to a file
         at least twice as large as the one that it was in, so it is written a few times at most.
         """
+        with working(self.path):
+            return self._compact()
+
+    def _compact(self) -> int:
         files = pa.table(self._latest().get_add_actions(flatten=True)).to_pylist()
         small = mergeable(files)
         if small:
@@ -202,8 +229,8 @@ class Spool:
     def reach(self, after: int, until: int, events: int, size: int) -> int:
         """Return a position above `after` up to which about so many events, or bytes of files, lie; it splits no transaction."""
         table = self._latest()
-        until = min(until, table.transaction_version(APPLICATION) or 0)
-        for file in _met(table, after, until):
+        until = min(until, self._marked(table, APPLICATION))
+        for file in self._met(table, after, until):
             events, size = events - file["num_records"], size - file["size_bytes"]
             if events <= 0 or size <= 0:
                 return min(until, max(int(file["max.lsn"]), after) + 1)
@@ -217,17 +244,18 @@ class Spool:
         With `noted`, only those of files that hold a note, or something without one.
         """
         table = self._latest()
-        until = min(until, table.transaction_version(APPLICATION) or 0)
+        until = min(until, self._marked(table, APPLICATION))
         held: list[pa.Table] = []
-        for file in _holding(_met(table, after, until), noted):
-            with pq.ParquetFile(self.path / file["path"]) as data:
-                for batch in data.iter_batches(min(events, ROWS_AT_ONCE), columns=SCHEMA.names, use_threads=True):
-                    read = pa.Table.from_batches([batch])
-                    ours = pc.and_(pc.greater_equal(read["lsn"], after), pc.less(read["lsn"], until))
-                    held.append(kept(read, pc.and_(ours, pc.equal(read["relation"], relation))))
-                    if sum(map(len, held)) >= events or sum(part.nbytes for part in held) >= size:
-                        yield pa.concat_tables(held)
-                        held = []
+        with working(self.path):
+            for file in _holding(self._met(table, after, until), noted):
+                with pq.ParquetFile(self.path / file["path"]) as data:
+                    for batch in data.iter_batches(min(events, ROWS_AT_ONCE), columns=SCHEMA.names, use_threads=True):
+                        read = pa.Table.from_batches([batch])
+                        ours = pc.and_(pc.greater_equal(read["lsn"], after), pc.less(read["lsn"], until))
+                        held.append(kept(read, pc.and_(ours, pc.equal(read["relation"], relation))))
+                        if sum(map(len, held)) >= events or sum(part.nbytes for part in held) >= size:
+                            yield pa.concat_tables(held)
+                            held = []
         if any(map(len, held)):
             yield pa.concat_tables(held)
 
@@ -253,19 +281,35 @@ class Spool:
     def _scan(self, after: int, until: int, columns: list[str], *, noted: bool | None = None) -> pa.Table:
         """Read the files whose positions meet the range; with `noted`, those that hold a note, or something without one."""
         table = self._latest()
-        until = min(until, table.transaction_version(APPLICATION) or 0)
-        paths = [str(self.path / file["path"]) for file in _holding(_met(table, after, until), noted)]
+        until = min(until, self._marked(table, APPLICATION))
+        paths = [str(self.path / file["path"]) for file in _holding(self._met(table, after, until), noted)]
         if not paths:
             return SCHEMA.empty_table().select(columns)
         chosen = (pc.field("lsn") >= after) & (pc.field("lsn") < until)
-        return pq.read_table(paths, columns=columns, filters=chosen, schema=SCHEMA)
+        with working(self.path):
+            return pq.read_table(paths, columns=columns, filters=chosen, schema=SCHEMA)
+
+    def _marked(self, table: DeltaTable, name: str) -> int:
+        """Return what the newest append left under a name, 0 where there was none."""
+        with working(self.path):
+            return table.transaction_version(name) or 0
+
+    def _met(self, table: DeltaTable, after: int, until: int) -> list[dict[str, Any]]:
+        """Return the files whose positions meet the range, in order: the log tells which, so the others cost nothing."""
+        with working(self.path):
+            actions = pa.table(table.get_add_actions(flatten=True))
+        if "min.lsn" not in actions.column_names:  # nothing was ever appended
+            return []
+        met: list[dict[str, Any]] = actions.filter((pc.field("max.lsn") >= after) & (pc.field("min.lsn") < until)).to_pylist()
+        return sorted(met, key=lambda file: (file["max.lsn"], file["min.lsn"]))
 
     def _table(self) -> DeltaTable:
         if self._handle is None:
-            try:
-                table = DeltaTable(self.path)
-            except TableNotFoundError as error:
-                raise StepOrder(f"reading the spool {self.path}", "prepare") from error
+            with working(self.path):
+                try:
+                    table = DeltaTable(self.path)
+                except TableNotFoundError as error:
+                    raise StepOrder(f"reading the spool {self.path}", "prepare") from error
             found = table.metadata().configuration.get(FORMAT_KEY)
             if found != FORMAT:
                 raise SourceChanged(f"spool format ({self.path})", FORMAT, str(found))
@@ -275,11 +319,12 @@ class Spool:
     def _latest(self) -> DeltaTable:
         table = self._table()
         try:
-            table.update_incremental()
+            with working(self.path):
+                table.update_incremental()
         except DeltaError as error:
             if self.path.exists():
                 raise
-            raise CouldNotFinish(f"the spool {self.path} is gone: the migration ended or was begun anew; run again") from error
+            raise FolderFailed(str(self.path), "it is gone, or the migration ended or was begun anew") from error
         if table.version() - self._opened < CHECKPOINT_EVERY:
             return table
         # a handle carries every log entry since it was opened: 100 ms an append after 700 of them, else 14 ms
@@ -301,7 +346,9 @@ class Spool:
         except CommitFailedError as error:
             raise LeaseHeld("capture", f"it committed to the spool {self.path}") from error
         table.update_incremental()
+        self._doubtful = table.version()
         self._sync_log(table)
+        self._doubtful = None
 
     def _write(self, events: pa.Table) -> AddAction:
         """Write an append's file."""
@@ -318,13 +365,17 @@ class Spool:
         """Write one data file and bring it to stable storage before any log entry can name it."""
         path = self.path / f"part-{uuid.uuid4()}.parquet"
         count = without = 0
-        with pq.ParquetWriter(path, SCHEMA, **LAYOUT) as writer:
-            for table in tables:
-                writer.write_table(table)
-                count += table.num_rows
-                without += table["note"].null_count
-        _sync(path)
-        _sync(self.path)
+        try:
+            with pq.ParquetWriter(path, SCHEMA, **LAYOUT) as writer:
+                for table in tables:
+                    writer.write_table(table)
+                    count += table.num_rows
+                    without += table["note"].null_count
+            _sync(path)
+            _sync(self.path)
+        except OSError:
+            path.unlink(missing_ok=True)  # or what did not fit would keep what comes next from fitting
+            raise
         nulls = {"lsn": 0, "note": without}
         stats = {"numRecords": count, "minValues": {"lsn": first}, "maxValues": {"lsn": last}, "nullCount": nulls}
         return AddAction(path.name, path.stat().st_size, {}, int(time.time() * 1000), data_change, json.dumps(stats))
@@ -350,15 +401,6 @@ class Spool:
 def _unmarked(events: pa.Table) -> pa.ChunkedArray:
     changes = pc.is_in(events["op"], pa.array([INSERT, UPDATE, DELETE, TRUNCATE]))
     return pc.and_(changes, pc.is_null(events["note"]))
-
-
-def _met(table: DeltaTable, after: int, until: int) -> list[dict[str, Any]]:
-    """Return the files whose positions meet the range, in order: the log tells which, so the others cost nothing."""
-    actions = pa.table(table.get_add_actions(flatten=True))
-    if "min.lsn" not in actions.column_names:  # nothing was ever appended
-        return []
-    met: list[dict[str, Any]] = actions.filter((pc.field("max.lsn") >= after) & (pc.field("min.lsn") < until)).to_pylist()
-    return sorted(met, key=lambda file: (file["max.lsn"], file["min.lsn"]))
 
 
 def _holding(files: list[dict[str, Any]], noted: bool | None) -> list[dict[str, Any]]:

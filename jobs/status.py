@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from changeover.errors import StepOrder
+from changeover.errors import FolderFailed, StepOrder
 from changeover.jobs import assumptions, cohorts, reverse, triggerlog
 from changeover.jobs.assumptions import Asked, Moment
+from changeover.jobs.capture import WAITING
 from changeover.jobs.entries import CLOSED, Load, Stream
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import spool_of
@@ -55,6 +56,10 @@ class Status:
     broken: list[str]
     """What the stream rests on and does not hold any more (`assumptions`)."""
 
+    def state(self, step: str) -> str:
+        """Return the state of a step."""
+        return str(next(one["state"] for one in self.steps if one["step"] == step))
+
     def lines(self) -> Iterator[str]:
         """Return the page for a person."""
         yield self.name
@@ -75,7 +80,8 @@ class Status:
 
     def _details(self, step: str) -> list[str]:
         if step == "capture" and self.stream["source_lsn"]:
-            return [line for line in (_stream_line(self.stream), self.stream["alarm"], *self.stream["notes"]) if line]
+            told = (self.stream["waiting"], _stream_line(self.stream), self.stream["alarm"], *self.stream["notes"])
+            return [line for line in told if line]
         if step == "backfill":
             return [_load_line(load) for load in self.loads]
         if step == "replay":
@@ -124,7 +130,7 @@ def status(spec: Spec) -> Status:
     with Ledger.open(spec, "status") as ledger:
         known = ledger.stream("status")
         prepared, finalized = ledger.milestones()
-        stream = _stream(spec, known)
+        stream = _stream(spec, known, _why_not(ledger))
         authority, changes = ledger.authority(), ledger.authorities()
         touched = _touched(spec)
         rests = finalized or cohorts.at(changes, OLD) is None
@@ -145,7 +151,15 @@ def broken(spec: Spec, ledger: Ledger) -> list[str]:
         return assumptions.sentences(Moment.WATCH, Asked(spec, old, ledger))
 
 
-def _stream(spec: Spec, known: Stream) -> dict[str, Any]:
+def _why_not(ledger: Ledger) -> str | None:
+    """Return for what capture waits, or why its last run failed, as far as that is on record; else None."""
+    at, _, outcome, detail = next(iter(ledger.audits("capture")), (None, "", "", {}))
+    if outcome not in (WAITING, "failed") or at is None:
+        return None
+    return f"{'waiting' if outcome == WAITING else 'ended'} since {_short(at)}: {detail.get('error', 'no reason given')}"
+
+
+def _stream(spec: Spec, known: Stream, why: str | None) -> dict[str, Any]:
     """Return the state of the slot or the trigger log, the spool's end, and how far both are behind; what is gone is None."""
     dsn = spec.source.dsn.resolve()
     with connect(dsn, application_name(spec.name, "status")) as old, speaking_to(dsn, "reading the slot"):
@@ -156,14 +170,17 @@ def _stream(spec: Spec, known: Stream) -> dict[str, Any]:
             slot, log_bytes, alarm = triggerlog.state(old, spec.name)
             kept = None
     notes: list[str] = []
+    end: int | None = None
     try:
         spool = spool_of(spec, known.epoch)
-        end: int | None = max(spool.end(), known.l0)
+        end = max(spool.end(), known.l0)
         notes = [f"{relation}: {note} (at {format_lsn(lsn)})" for relation, lsn, note in spool.notes()]
     except StepOrder:  # finalized, or the work folder is elsewhere
-        end = None
+        pass
+    except FolderFailed as error:
+        notes = [str(error)]
     return {
-        "slot": slot, "alarm": alarm, "notes": notes, "log_bytes": log_bytes,
+        "slot": slot, "alarm": alarm, "notes": notes, "waiting": why, "log_bytes": log_bytes,
         "source_lsn": here, "kept_wal_bytes": kept, "spool_end": None if end is None else format_lsn(end),
         "behind_bytes": None if end is None else max(0, parse_lsn(here) - end),
     }  # fmt: skip

@@ -2,13 +2,14 @@
 
 A comparison counts by class and range on each side. It holds only if the ranges partition the key's order from minus to
 plus infinity, every row belongs to exactly one of them, and the classes add up to what was read; a range without a row
-is accounted for with 0. Whatever does not hold raises `CouldNotCheck`, so a gap, an overlap or an empty comparison is
-never read as "equal".
+is accounted for with 0. Where no side had any row, each range must have been read to its end by a task of its own, which
+says so after its last row. Whatever does not hold raises `CouldNotCheck`, so a gap, an overlap or a read that did not
+end is never read as "equal".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from changeover.stores import ranges as partition
 from changeover.verifiers.verdict import CANONICALISATION, CLASSES, Range, RangeCount
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import DataFrame
 
 SIDES = ("source", "target")
@@ -87,14 +89,42 @@ def coverage(
 
 
 def require_complete(tallies: Sequence[Tally], rows_read: Sequence[int], *, table: str) -> None:
-    """Prove that the classes add up to the rows that each side's reader counted, and that there were any."""
+    """Prove that the classes add up to the rows that each side's reader counted."""
     for side, name in enumerate(SIDES):
         rows = sum(rows_by_range(tallies, side).values())
         if rows != rows_read[side]:
             problem = f"{rows_read[side]} rows of the {name} were read and {rows} were compared: run it again"
             raise CouldNotCheck(table, problem)
-    if not any(rows_read):
-        raise CouldNotCheck(table, "both sides are empty, so the comparison proves nothing")
+
+
+def require_read(frame: DataFrame, ranges: int, *, table: str, side: str, empty: bool) -> None:
+    """Prove that every range of a side is read to its end, and with `empty` that no row is in any of them (driver).
+
+    The partition i of the frame is range i; a store without an order of keys has one range in any number of partitions.
+    """
+    read = _read_to_end(frame)
+    if ranges > 1 and sorted(read) != list(range(ranges)):
+        raise CouldNotCheck(table, f"{len(read)} of {ranges} ranges of the {side} were read to their end: run it again")
+    if empty and (rows := sum(read.values())):
+        raise CouldNotCheck(table, f"the {side} read as empty at first and has {rows} rows: run it again")
+
+
+def _read_to_end(frame: DataFrame) -> dict[int, int]:
+    """Return partition -> rows, as each task tells after its last row; no value of a row is asked for."""
+    from pyspark.sql import functions as F
+
+    found = frame.select(F.lit(1)).mapInArrow(_count_rows, "partition int, rows bigint").collect()
+    return {row["partition"]: row["rows"] for row in found}
+
+
+def _count_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+    from pyspark import TaskContext
+
+    rows = sum(batch.num_rows for batch in batches)
+    context = TaskContext.get()
+    number = context.partitionId() if context is not None else -1
+    yield pa.RecordBatch.from_arrays([pa.array([number], pa.int32()), pa.array([rows], pa.int64())], names=["partition", "rows"])
 
 
 def rows_by_range(tallies: Sequence[Tally], side: int, kinds: Sequence[str] = (EQUAL, *CLASSES)) -> dict[int, int]:

@@ -94,7 +94,8 @@ def compare(
     where it was not read in the source's ranges; a store without an order of keys has one infinite range. At most
     `limit` rows that differ are kept in the Delta table `differences`, made where it is not there yet, under `run`, with the
     names of `sensitive` columns.
-    Raises CouldNotCheck when both sides are empty, have not the same columns, or when the counts do not add up.
+    Two empty sides are equal, which says no more than that both frames gave no row (`coverage.require_read`). Raises
+    CouldNotCheck when the sides have not the same columns, or when the counts do not add up.
     """
     started = time.monotonic()
     fields = shared_fields(source, target, table, key, pg_types)

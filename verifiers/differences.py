@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from deltalake import DeltaTable
 from deltalake.schema import Schema
 
+from changeover.fileerrors import working
 from changeover.verifiers.verdict import MISMATCHED, SAMPLE_LENGTH, SAMPLE_SIZE, Difference
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ STORED = {
 def ensure_table(differences: Path) -> None:
     """Make the table of differences, empty, where it is not there yet (driver)."""
     fields = [{"name": name, "type": kind, "nullable": True, "metadata": {}} for name, kind in STORED.items()]
-    differences.mkdir(parents=True, exist_ok=True)
-    DeltaTable.create(str(differences), Schema.from_json(json.dumps({"type": "struct", "fields": fields})), mode="ignore")
+    with working(differences):
+        differences.mkdir(parents=True, exist_ok=True)
+        DeltaTable.create(str(differences), Schema.from_json(json.dumps({"type": "struct", "fields": fields})), mode="ignore")
 
 
 def keep(

@@ -6,7 +6,8 @@ application writes to both stores, a target may be ahead of X, so differing keys
 moved the old store is compared with the new one as both are, and the lake with the rows that no mirrored write has touched ahead
 of the stream; without a reverse path the lake stays at the fence, and is compared with the rows that no later write touched at all.
 While cohorts are at both stores it is both: first what was written to the new store comes back up to one position, then X is
-taken, of all other rows; differing keys are judged again with both directions moving.
+taken, of all other rows; differing keys are judged again with both directions moving. A table that can't be checked keeps no other
+from its verdict: its reason is raised when the others have theirs.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from changeover.errors import CouldNotCheck, StepOrder, TableStopped
-from changeover.jobs import assumptions, masking, reverse, snapshot, windows
+from changeover.errors import CouldNotCheck, RowRefused, StepOrder, TableStopped, TextRefused
+from changeover.jobs import assumptions, badrow, masking, reverse, snapshot, windows
 from changeover.jobs.entries import CLOSED, Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.marker import emit_marker, mark
@@ -39,17 +40,22 @@ from changeover.session import Connection, application_name, connect
 from changeover.sparkerrors import from_spark
 from changeover.spec import TRIGGER, Spec
 from changeover.stores import Frozen, open_store
-from changeover.stores.postgres import freeze, frozen_at, importing
+from changeover.stores.postgres import file_watch, freeze, frozen_at, importing
 from changeover.stores.reader import ExportedSnapshot, ReadTable
 from changeover.verifiers import checks, recheck, untouched
 from changeover.verifiers.canonical import text
+from changeover.verifiers.coverage import SIDES, require_read
 from changeover.verifiers.diff import RANGE, compare
 from changeover.verifiers.planned import changed_types
 from changeover.verifiers.split import Split
+from changeover.verifiers.unchecked import Unchecked
 from changeover.verifiers.verdict import Positions, Range, Recheck, TableDiff, TypeDifference, Verdict
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
+
+Chosen = dict[tuple[str, str], Transform]
+"""What is compared: (source, target) -> transform."""
 
 log = logging.getLogger(__name__)
 
@@ -72,48 +78,59 @@ class Moment:
     aligned: bool = False
 
 
-def verify(spec: Spec, spark: SparkSession, *, targets: Sequence[str] | None = None) -> list[Verdict]:
+def verify(
+    spec: Spec, spark: SparkSession, *, targets: Sequence[str] | None = None, found: Callable[[Verdict], object] | None = None
+) -> list[Verdict]:
     """Compare every row of every table with each target (all unless named) and record the verdicts (driver).
 
-    Raises CouldNotCheck where there is no answer, StepOrder before the backfill is closed, TableStopped.
+    `found` is told each verdict when it is on record. Once all have theirs that can, raises CouldNotCheck where there is no answer,
+    StepOrder before the backfill is closed, TableStopped, RowRefused, or CouldNotFinish with all reasons where there are several.
     """
     with Ledger.open(spec, "verify") as ledger, ledger.lease("verify"), ledger.recorded("verify") as told:
         prepared = require_prepared(spec, spark, ledger, "verify")
         chosen = {names: t for names, t in prepared.transforms.items() if targets is None or names[1] in targets}
-        _require_closed(ledger, chosen)
-        split = Split(ledger.authorities())
-        verdicts = []
-        with _moment(spec, spark, ledger, prepared, chosen, split) as moment:
-            for (source, target), transform in chosen.items():
-                verdict = _Comparison(spec, spark, ledger, transform, source, target, split, moment).run()
-                stage = recheck.last_stage(ledger)
-                ledger.record_verdict(source, target, verdict.word, stage, verdict.document())
-                log.info("%s in %s: %s at %s", source, target, verdict.word, verdict.positions)
-                verdicts.append(verdict)
+        unchecked = Unchecked()
+        _look_closed(ledger, chosen, unchecked)
+        verdicts: list[Verdict] = []
+        told["verdicts"] = recorded = []
+        if unchecked.left(chosen):
+            split = Split(ledger.authorities())
+            with _moment(spec, spark, ledger, prepared, chosen, split, unchecked) as moment:
+                for (source, target), transform in unchecked.left(chosen).items():
+                    with unchecked.at([(source, target)]):
+                        verdict = _Comparison(spec, spark, ledger, transform, source, target, split, moment).run()
+                        stage = recheck.last_stage(ledger)
+                        ledger.record_verdict(source, target, verdict.word, stage, verdict.document())
+                        log.info("%s in %s: %s at %s", source, target, verdict.word, verdict.positions)
+                        verdicts.append(verdict)
+                        recorded.append({"source": source, "target": target, "verdict": verdict.word, "rows": verdict.source_rows})
+                        if found is not None:
+                            found(verdict)
+        unchecked.require_none()
         told["outcome"] = "equal" if all(verdict.equal for verdict in verdicts) else "different"
-        told["verdicts"] = [{"source": v.table, "target": v.target, "verdict": v.word, "rows": v.source_rows} for v in verdicts]
         return verdicts
 
 
-def _require_closed(ledger: Ledger, chosen: dict[tuple[str, str], Transform]) -> None:
-    for source, target in chosen:
-        _, _, stopped = ledger.source_table(source)
-        if stopped:
-            raise TableStopped(source, stopped)
-        if ledger.load(source, target).state != CLOSED:
-            raise StepOrder("verify", "backfill")
+def _look_closed(ledger: Ledger, chosen: Chosen, unchecked: Unchecked) -> None:
+    for source, target in unchecked.left(chosen):
+        with unchecked.at([(source, target)]):
+            _, _, stopped = ledger.source_table(source)
+            if stopped:
+                raise TableStopped(source, stopped)
+            if ledger.load(source, target).state != CLOSED:
+                raise StepOrder("verify", "backfill")
 
 
 @contextmanager
 def _moment(
-    spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared,
-    chosen: dict[tuple[str, str], Transform], split: Split,
+    spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared, chosen: Chosen, split: Split, unchecked: Unchecked,
 ) -> Iterator[Moment]:  # fmt: skip
     """Hold both sides still; while the old store has authority over any row they are aligned at one LSN."""
     dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "verify")
     with ExitStack() as held, connect(dsn, application) as old:
-        tables = {t.source: seen for t in spec.tables if (seen := source_table(old, t)) is not None}
+        tables = _tables(old, spec, chosen, unchecked)
         reads = {name: _read(seen) for name, seen in tables.items()}
+        watches = {name: file_watch(old, read) for name, read in reads.items()}
         first, every = min(source for source, _ in chosen), sorted({target for _, target in chosen})
         lakes = [one for one in reverse.targets_of(spec) if one in every] if split.at_new else []
         if split.at_old:
@@ -129,13 +146,14 @@ def _moment(
                 emit_marker(old, "verify")
                 replay = Replay(spec, spark, ledger, prepared, exported)
                 replay.back.limit = limit
-                _replay_to(replay, lsn, every)
-                targets = _freeze_targets(held, spec, spark, chosen)
+                _replay_to(replay, lsn, every, chosen, unchecked)
+                targets = _freeze_targets(held, spec, spark, chosen, unchecked)
             position = format_lsn(lsn)
             sources = {
-                name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS) for name, read in reads.items()
+                name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS, watches[name])
+                for name, read in reads.items()
             }
-            assumptions.require(assumptions.Moment.VERDICT, assumptions.Asked(spec, old, ledger))
+            _ask(spec, old, ledger, chosen, unchecked)
             yield Moment(lsn, sources, targets, tables, aligned=split.at_new)
         else:
             with ExitStack() as turn:
@@ -144,9 +162,9 @@ def _moment(
                     for target in (reverse.OLD_STORE, *lakes):
                         turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
                     _bring_back_to_now(spec, Replay(spec, spark, ledger, prepared), lakes)
-                targets = _freeze_targets(held, spec, spark, chosen)
+                targets = _freeze_targets(held, spec, spark, chosen, unchecked)
                 sources = {n: held.enter_context(freeze(spark, dsn, application, read, PARTS)) for n, read in reads.items()}
-            assumptions.require(assumptions.Moment.VERDICT, assumptions.Asked(spec, old, ledger))
+            _ask(spec, old, ledger, chosen, unchecked)
             yield Moment(max((parse_lsn(s.position) for s in sources.values()), default=0), sources, targets, tables, aligned)
 
 
@@ -164,10 +182,34 @@ def _read(seen: SourceTable) -> ReadTable:
     return ReadTable(*qualified(seen.source), seen.store_columns, seen.key, seen.partitions is not None)
 
 
-def _replay_to(replay: Replay, position: int, targets: Sequence[str]) -> None:
+def _tables(old: Connection, spec: Spec, chosen: Chosen, unchecked: Unchecked) -> dict[str, SourceTable]:
+    """Return the source tables as they are now."""
+    tables = {}
+    for source in sorted({source for source, _ in unchecked.left(chosen)}):
+        with unchecked.at([names for names in chosen if names[0] == source]):
+            seen = source_table(old, spec.table(source))
+            if seen is None:
+                raise CouldNotCheck(source, "there is no such table in the old store any more")
+            tables[source] = seen
+    return tables
+
+
+def _ask(spec: Spec, old: Connection, ledger: Ledger, chosen: Chosen, unchecked: Unchecked) -> None:
+    """Ask of each table whether what a verdict rests on still holds; what concerns all is every table's reason."""
+    for source in sorted({source for source, _ in unchecked.left(chosen)}):
+        with unchecked.at([names for names in chosen if names[0] == source]):
+            assumptions.require(assumptions.Moment.VERDICT, assumptions.Asked(spec, old, ledger, source))
+
+
+def _replay_to(replay: Replay, position: int, targets: Sequence[str], chosen: Chosen, unchecked: Unchecked) -> None:
     """Offer every event below a position, once capture has made them durable."""
     await_spool(replay.ledger, replay.spool, position, "the source's stream")
-    replay.offer(until=position, targets=targets)
+    try:
+        replay.offer(until=position, targets=targets)
+    except (TableStopped, RowRefused, TextRefused) as error:  # the other tables are there
+        _look_closed(replay.ledger, chosen, unchecked)
+        behind = [names for names in unchecked.left(chosen) if replay.ledger.load(*names).applied < position]
+        unchecked.add(behind, error)
 
 
 def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str, changes: Sequence[Authority]) -> bool:
@@ -194,12 +236,13 @@ def _bring_back_to_now(spec: Spec, replay: Replay, lakes: Sequence[str]) -> int:
 
 
 def _freeze_targets(
-    held: ExitStack, spec: Spec, spark: SparkSession, chosen: dict[tuple[str, str], Transform]
+    held: ExitStack, spec: Spec, spark: SparkSession, chosen: Chosen, unchecked: Unchecked
 ) -> dict[tuple[str, str], Frozen]:
     frozen = {}
-    for (source, target), transform in chosen.items():
-        store = held.enter_context(open_store(spec, spec.targets[target], "verify"))
-        frozen[source, target] = held.enter_context(store.freeze(spark, transform.target, PARTS))
+    for (source, target), transform in unchecked.left(chosen).items():
+        with unchecked.at([(source, target)]):
+            store = held.enter_context(open_store(spec, spec.targets[target], "verify"))
+            frozen[source, target] = held.enter_context(store.freeze(spark, transform.target, PARTS))
     return frozen
 
 
@@ -227,11 +270,17 @@ class _Comparison:
             frames = untouched.rows(self.spark, self.transform, old, frames, aligned=self.moment.aligned)
         mask = masking.of_target(self.transform.table, self.transform.derivations)
         differences = self.spec.work / "differences"
-        diff = compare(
-            *frames, table=self.source, store=self.target, key=self.transform.target.key, pg_types=self.transform.pg_types,
-            ranges=_ranges(old), target_ranges=_ranges(new), differences=differences, run=run,
-            sensitive=mask.columns,
-        )  # fmt: skip
+        try:
+            diff = compare(
+                *frames, table=self.source, store=self.target, key=self.transform.target.key, pg_types=self.transform.pg_types,
+                ranges=_ranges(old), target_ranges=_ranges(new), differences=differences, run=run,
+                sensitive=mask.columns,
+            )  # fmt: skip
+        except (RowRefused, TextRefused) as refused:
+            sides = zip(SIDES, (old, new), strict=True)
+            found = (badrow.in_frozen(self.spark, self.transform, frozen, side) for side, frozen in sides)
+            raise next(filter(None, found), refused) from refused
+        self._require_whole(diff, old, new, every_row=not follows_new)
         again = None
         if diff.differing_keys and self._takes_over() and recheck.dual_written(self.ledger, self.split.changes):
             diff, again = self._recheck(diff, differences, run)
@@ -258,6 +307,23 @@ class _Comparison:
             *changed_types("target", self.ledger.load(self.source, self.target).types, now),
         ]
 
+    def _require_whole(self, diff: TableDiff, old: Frozen, new: Frozen, *, every_row: bool) -> None:
+        """Prove that nothing was read as empty which is not: each range to its end, and from the file that the state was of."""
+        filtered = self.transform.table.where is not None or self.transform.table.function is not None
+        left_out = (filtered or not every_row, not every_row)
+        sides = list(zip(SIDES, (old, new), left_out, strict=True))
+        if not diff.source_rows and not diff.target_rows:
+            with from_spark(self.source, f"a table without rows in {self.target}"):
+                for side, frozen, some in sides:
+                    require_read(frozen.frame(None), len(frozen.ranges), table=self.source, side=side, empty=not some)
+        for side, frozen, _ in sides:
+            self._require_same_file(side, frozen)
+
+    def _require_same_file(self, side: str, frozen: Frozen) -> None:
+        if not frozen.same_file():
+            problem = f"the {side} table was rewritten, truncated or repartitioned while it was read, which then reads as empty"
+            raise CouldNotCheck(self.source, f"{problem}: run `changeover verify` again")
+
     def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, Recheck]:
         """Judge differing keys by the stores' present rows, with replay keeping up while it is a stream that heals, either way."""
         dsn, application = self.spec.source.dsn.resolve(), application_name(self.spec.name, "verify")
@@ -271,14 +337,20 @@ class _Comparison:
             present = ExitStack()
             held.enter_context(present)
 
+            def watched(side: str, frozen: Frozen) -> Frozen:
+                present.callback(self._require_same_file, side, frozen)
+                return frozen
+
             def source(keys: Sequence[recheck.Key]) -> DataFrame:
                 places = [diff.key.index(column) for column in moved] if moved else []
                 own = [tuple(key[place] for place in places) for key in keys] if moved else None
-                rows = self.transform.uncast(present.enter_context(freeze(self.spark, dsn, application, read, 1)).frame(own))
+                now = watched("source", present.enter_context(freeze(self.spark, dsn, application, read, 1)))
+                rows = self.transform.uncast(now.frame(own))
                 return rows if moved else _only(rows, diff.key, keys)
 
             def target(keys: Sequence[recheck.Key]) -> DataFrame:
-                return present.enter_context(store.freeze(self.spark, self.transform.target, 1)).frame(list(keys))
+                now = watched("target", present.enter_context(store.freeze(self.spark, self.transform.target, 1)))
+                return now.frame(list(keys))
 
             def between() -> None:
                 present.close()

@@ -10,15 +10,32 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from changeover import __version__
-from changeover.command import DEBUG, JSON, SPEC, TARGETS, Commands, answer, opened, running, spark_for, terminal_text
-from changeover.errors import UsageError
+from changeover.command import (
+    DEBUG,
+    JSON,
+    LOG_FORMAT,
+    SPEC,
+    TARGETS,
+    Commands,
+    answer,
+    opened,
+    plain,
+    running,
+    spark_for,
+    terminal_text,
+)
+from changeover.errors import ChangeoverError, UsageError
 from changeover.flagcommands import flags
+from changeover.jobs.health import LAG_BYTES
 from changeover.jobs.ledger import Ledger
+
+if TYPE_CHECKING:
+    from changeover.verifiers.verdict import Verdict
 
 
 @click.group(cls=Commands)
@@ -129,14 +146,15 @@ def prepare(spec: str, anew: bool, as_json: bool, debug: bool) -> None:
 
 @main.command()
 @SPEC
+@LOG_FORMAT
 @JSON
 @DEBUG
-def capture(spec: str, as_json: bool, debug: bool) -> None:
+def capture(spec: str, log_format: str, as_json: bool, debug: bool) -> None:
     """Spool the change stream until stopped: the one long-lived service."""
     from changeover.jobs.capture import capture as act
     from changeover.position import format_lsn
 
-    with running(spec, "capture", debug) as loaded:
+    with running(spec, "capture", debug, log_format) as loaded:
         result = act(loaded)
     answer(result, as_json, lambda: (
         f"captured: {result.events:,} changes of {result.transactions:,} transactions, durable up to {format_lsn(result.end_lsn)}"
@@ -164,15 +182,16 @@ def backfill(spec: str, targets: tuple[str, ...], as_json: bool, debug: bool) ->
 @main.command()
 @SPEC
 @TARGETS
-@click.option("--follow", is_flag=True, help="Go on until stopped.")
+@click.option("--follow", is_flag=True, help="Go on until stopped, with the log on standard error.")
+@LOG_FORMAT
 @JSON
 @DEBUG
-def replay(spec: str, targets: tuple[str, ...], follow: bool, as_json: bool, debug: bool) -> None:
+def replay(spec: str, targets: tuple[str, ...], follow: bool, log_format: str, as_json: bool, debug: bool) -> None:
     """Offer what was spooled until caught up."""
     from changeover.jobs.replay import replay as act
     from changeover.position import format_lsn
 
-    with running(spec, "replay", debug) as loaded:
+    with running(spec, "replay", debug, log_format if follow else None) as loaded:
         spark = spark_for(loaded, "replay", targets)
         done = act(loaded, spark, follow=follow, targets=targets or None)
     answer(done, as_json, lambda: f"replayed: {done.events:,} events, applied up to {format_lsn(done.applied)}")
@@ -189,11 +208,20 @@ def verify(spec: str, targets: tuple[str, ...], report: str | None, as_json: boo
     from changeover.verifiers.report import write_html
     from changeover.verifiers.verify import verify as act
 
-    with running(spec, "verify", debug) as loaded:
-        verdicts = act(loaded, spark_for(loaded, "verify", targets), targets=targets or None)
-        if report:
-            write_html(Path(report), verdicts)
-    answer({"verdicts": [v.document() for v in verdicts]}, as_json, lambda: terminal_text(verdicts))
+    verdicts: list[Verdict] = []
+    unchecked: list[str] = []
+    try:
+        with running(spec, "verify", debug) as loaded:
+            act(loaded, spark_for(loaded, "verify", targets), targets=targets or None, found=verdicts.append)
+            if report:
+                write_html(Path(report), verdicts)
+    except ChangeoverError as error:
+        unchecked = [str(error)]
+        raise
+    finally:
+        if verdicts:
+            answer({"verdicts": [v.document() for v in verdicts], "could_not_check": unchecked}, as_json,
+                   lambda: terminal_text(verdicts))  # fmt: skip
     sys.exit(0 if all(verdict.equal for verdict in verdicts) else 1)
 
 
@@ -212,13 +240,20 @@ def explain(spec: str, key: tuple[str, ...], table: str | None, as_json: bool) -
 
 @main.command()
 @SPEC
+@click.option("--check", is_flag=True, help="Exit 1, with a line for each reason, where something needs attention: for a probe.")
+@click.option("--max-behind", type=click.IntRange(min=0), default=LAG_BYTES, show_default=True, metavar="BYTES",
+              help="How far capture and replay may be behind, in bytes of WAL.")  # fmt: skip
 @JSON
-def status(spec: str, as_json: bool) -> None:
+def status(spec: str, check: bool, max_behind: int, as_json: bool) -> None:
     """Say where the migration is: chunks, positions, lag, authority, verdicts."""
+    from changeover.jobs.health import problems
     from changeover.jobs.status import status as act
 
     told = act(opened(spec))
-    answer(told, as_json, lambda: "\n".join(told.lines()))
+    found = problems(told, max_behind)
+    lines = [f"attention {one}" for one in found] or ["healthy"] if check else list(told.lines())
+    answer({**plain(told), "healthy": not found, "problems": found}, as_json, lambda: "\n".join(lines))
+    sys.exit(1 if check and found else 0)
 
 
 @main.command()

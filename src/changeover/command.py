@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 import psycopg
 
-from changeover.errors import ChangeoverError, CouldNotFinish, Interrupted, RowsHidden, SpecError
+from changeover.errors import ChangeoverError, CouldNotFinish, FolderFailed, Interrupted, RowsHidden, SpecError
+from changeover.fileerrors import trouble
 from changeover.folders import keep_private, umask, work
 from changeover.jobs.ledger import Ledger
-from changeover.record import log_file
+from changeover.record import JSON as AS_JSON
+from changeover.record import TEXT, TOLD, log_file
 from changeover.session import hides_rows
 from changeover.spec import Spec, load
 
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 SPEC = click.argument("spec", type=click.Path())
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+LOG_FORMAT = click.option(
+    "--log-format", type=click.Choice([TEXT, AS_JSON]), default=TEXT, show_default=True,
+    help="The log on standard error: lines for a person, or one JSON object a line.",
+)  # fmt: skip
 DEBUG = click.option("--debug", is_flag=True, help="Log at debug level.")
 TARGETS = click.option("--target", "targets", multiple=True, help="Only this target; may be given more than once.")
 
@@ -59,6 +65,8 @@ class Commands(click.Group):
 
 def unforeseen(error: Exception, log: Path | None = None) -> CouldNotFinish:
     """Return one sentence for an error that no part of ours has named; `log` holds the whole of it."""
+    if isinstance(error, OSError) and error.filename is not None and (problem := trouble(error)) is not None:
+        return FolderFailed(str(error.filename), problem)
     said = str(error).strip().partition("\n")[0] or type(error).__name__
     details = f"; {log} has the details" if log else ""
     if not isinstance(error, psycopg.Error):
@@ -71,8 +79,9 @@ def unforeseen(error: Exception, log: Path | None = None) -> CouldNotFinish:
 
 
 def fail(error: ChangeoverError) -> NoReturn:
-    """Print the sentence and exit."""
-    click.echo(f"changeover: {error}", err=True)
+    """Print the sentence, unless standard error has it as JSON already, and exit."""
+    if not getattr(error, TOLD, False):
+        click.echo(f"changeover: {error}", err=True)
     sys.exit(error.exit_code)
 
 
@@ -103,18 +112,25 @@ def terminal_text(verdicts: Sequence[Verdict]) -> str:
 
 
 @contextmanager
-def running(path: str, step: str, debug: bool) -> Iterator[Spec]:
-    """Load the spec and log the run into a file of its own, an unforeseen error with its whole traceback."""
+def running(path: str, step: str, debug: bool, stream: str | None = None) -> Iterator[Spec]:
+    """Load the spec and log the run into a file of its own, an unforeseen error with its whole traceback.
+
+    With `stream` the log goes to standard error too; as JSON it ends with the sentence, which is then printed no second time.
+    """
     spec = opened(path)
-    with log_file(spec, step, debug) as log:
+    logger = logging.getLogger("changeover")
+    with log_file(spec, step, debug, stream) as log:
         try:
             yield spec
         except ChangeoverError as error:
-            logging.getLogger("changeover").error("%s", error)
+            logger.error("%s", error, extra={TOLD: True})
+            setattr(error, TOLD, stream == AS_JSON)
             raise
         except Exception as error:
-            logging.getLogger("changeover").exception("unforeseen")
-            raise unforeseen(error, log) from error
+            named = unforeseen(error, log)
+            logger.error("unforeseen: %s", named, exc_info=True, extra={TOLD: True})
+            setattr(named, TOLD, stream == AS_JSON)
+            raise named from error
 
 
 def opened(path: str) -> Spec:

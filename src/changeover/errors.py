@@ -28,6 +28,7 @@ from tasks to the driver. A wrong row is never an exception: it is data in a ver
     │   ├── CouldNotCheck                  a comparison that has no answer
     │   ├── FenceCalledOff                 the hand-over took longer than max_pause
     │   ├── RowRefused                     a row can't be represented in the target
+    │   ├── FolderFailed                   a folder is full, read-only, gone or not ours
     │   ├── JavaMissing                    Spark can't start
     │   └── EmbeddedServerFailed           the server of our own could not be made, started or stopped
     └── Interrupted                  130   Ctrl-C
@@ -35,6 +36,7 @@ from tasks to the driver. A wrong row is never an exception: it is data in a ver
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -70,6 +72,17 @@ class CouldNotFinish(ChangeoverError):
     """The work did not end; what was done is kept and the same command goes on from there."""
 
     transient = True
+
+
+def together(reasons: Sequence[Exception]) -> Exception:
+    """Return what is raised for several errors that were gathered: the one reason, or all in one sentence."""
+    sentences = list(dict.fromkeys(map(sentence, reasons)))
+    return reasons[0] if len(sentences) == 1 else CouldNotFinish("; ".join(sentences))
+
+
+def sentence(error: Exception) -> str:
+    """Return an error's sentence; that of somebody else's error may hold a row, so it is the name alone."""
+    return str(error) if isinstance(error, ChangeoverError) else type(error).__name__
 
 
 @dataclass(eq=False)
@@ -333,8 +346,22 @@ class RowRefused(CouldNotFinish):
 
     def __str__(self) -> str:
         return (
-            f"table {self.table}, {self.place}: a row can't be carried over ({self.problem}): correct the expression or the row,"
-            f" then run again"
+            f"table {self.table}, {self.place}: a row can't be carried over ({self.problem}): correct it in the source, then run"
+            f" the same command again, which goes on from there"
+        )
+
+
+@dataclass(eq=False)
+class FolderFailed(CouldNotFinish):
+    """A folder can't be written or read: full, read-only, removed, not ours, over its quota."""
+
+    folder: str
+    problem: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder} can't be written or read ({self.problem}): make room there, or bring it back writable; nothing is lost,"
+            f" and the same command goes on from there"
         )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from changeover.command import DEBUG, JSON, SPEC, answer, opened, plain, running
+from changeover.command import DEBUG, JSON, LOG_FORMAT, SPEC, answer, opened, plain, running
 from changeover.errors import Interrupted
+from changeover.record import JSON as AS_JSON
 
 
 @click.group()
@@ -97,12 +98,13 @@ def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
 
 @flags.command()
 @SPEC
+@LOG_FORMAT
 @DEBUG
-def watch(spec: str, debug: bool) -> None:
+def watch(spec: str, log_format: str, debug: bool) -> None:
     """Follow a flag that is turned elsewhere: ask the gate, fence, write the epoch; until stopped."""
     from changeover.flags.cutover import watch as act
 
-    with running(spec, "flags-watch", debug) as loaded:
+    with running(spec, "flags-watch", debug, log_format if log_format == AS_JSON else None) as loaded:
         click.echo(f"watching the flag of {loaded.name}; Ctrl-C ends it")
         if act(loaded, threading.Event(), say=click.echo):
             raise Interrupted("flags watch")

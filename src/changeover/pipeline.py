@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ldclient.migrations.types import Stage
 
 from changeover import folders
 from changeover.errors import ChangeoverError, CouldNotFinish, LeaseHeld, UnsafePlan
+from changeover.fileerrors import working
 from changeover.flags import cutover, flagfile
 from changeover.jobs import backfill as backfilling
 from changeover.jobs import prepare as preparing
@@ -49,6 +50,7 @@ class Run:
     spark: Callable[[], SparkSession]
     seconds: dict[str, float] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
+    say: Callable[[str], None] = lambda line: None
     done: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,8 +91,9 @@ def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False, rehearse: bo
     if spec.flag is not None:
         flag, file = cutover.flag_of(spec)
         if not file.exists():
-            folders.made(file.parent, spec.mode)
-            flagfile.write_stage(file, flag.key, Stage.OFF)
+            with working(file.parent):
+                folders.made(file.parent, spec.mode)
+                flagfile.write_stage(file, flag.key, Stage.OFF)
     return made
 
 
@@ -113,7 +116,10 @@ def _replay(run: Run) -> None:
 
 
 def _verify(run: Run) -> None:
-    run.verdicts = verify(run.spec, run.spark())
+    def found(verdict: Verdict) -> None:
+        run.say(f"verify: {verdict.table} in {verdict.target}: {verdict.word}, {verdict.source_rows:,} rows")
+
+    run.verdicts = verify(run.spec, run.spark(), found=found)
 
 
 STEPS: tuple[Step, ...] = (
@@ -134,7 +140,7 @@ STEPS: tuple[Step, ...] = (
 
 def run(spec: Spec, spark: Callable[[], SparkSession], *, say: Callable[[str], None] = lambda line: None) -> Run:
     """Walk all steps (driver); whatever is done is not repeated. `say` gets a line as each step begins and ends."""
-    walk = Run(spec, spark)
+    walk = Run(spec, spark, say=say)
     for step in STEPS:
         say(f"{step.name}: {step.does}")
         started = time.monotonic()
@@ -156,7 +162,7 @@ def start_capture(spec: Spec) -> int | None:
                 pass
         except LeaseHeld:
             return None
-    with open(folders.work(spec, "logs") / "capture.out", "ab") as out:
+    with working(spec.work), _opened(spec) as out:
         child = subprocess.Popen(
             [sys.executable, "-m", "changeover.jobs.capture", spec.path],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=dict(os.environ),
@@ -164,6 +170,13 @@ def start_capture(spec: Spec) -> int | None:
     threading.Thread(target=child.wait, daemon=True, name="capture-reaper").start()
     _wait_for_capture(spec, child)
     return child.pid
+
+
+@contextmanager
+def _opened(spec: Spec) -> Iterator[IO[bytes]]:
+    """Open the file to which capture's output goes."""
+    with open(folders.work(spec, "logs") / "capture.out", "ab") as out:
+        yield out
 
 
 def _wait_for_capture(spec: Spec, child: subprocess.Popen[bytes]) -> None:

@@ -12,7 +12,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused, RowsHidden, ServerUnavailable, SnapshotLost, TextRefused
+from changeover.errors import (
+    ChangeoverError,
+    CouldNotFinish,
+    FolderFailed,
+    RowRefused,
+    RowsHidden,
+    ServerUnavailable,
+    SnapshotLost,
+    TextRefused,
+)
+from changeover.fileerrors import trouble_in
 
 UNREACHABLE = re.compile(
     r"PSQLException: (.*(?:refused|terminating connection|I/O error|connection attempt failed|has been closed|EOF|shutting down"
@@ -28,6 +38,17 @@ DATABASE = re.compile(r"PSQLException: (?:ERROR: )?(.*)")
 OURS = "[NOT_CARRIED]"
 """What our own expressions raise begins so, in Spark and in the server's message alike."""
 VALUE = re.compile(r"\[([A-Z_.]+)\] (.*)")
+WRITING = re.compile(r"\[TASK_WRITE_FAILED\] Task failed while writing rows to (?:file:)?(\S+?)\.?(?:\s|$)")
+"""What Spark says of files that it could not write, whatever the system said of them."""
+
+GIVEN = re.compile(r"The value '.*?' of the type")
+"""Where Spark repeats a value."""
+
+ROW = re.compile(
+    r"PSQLException: (?:ERROR: )?"
+    r"((?:invalid byte sequence|character with byte sequence|invalid input syntax|Bad value for type)[^:\n]*)"
+)
+"""What the server or its driver says against a value of the source, up to where it repeats it."""
 
 
 @contextmanager
@@ -52,6 +73,10 @@ def _causes(error: Any) -> Iterator[str]:
 
 def translated(text: str, table: str, place: str) -> ChangeoverError:
     """Return the error of ours that a stack trace tells of."""
+    said, written = trouble_in(text), WRITING.search(text)
+    if said or written:
+        folder = written[1] if written else f"table {table}, {place}: Spark's scratch folder (spark.local.dir)"
+        return FolderFailed(folder, said or "Spark's task failed while it wrote there")
     if match := UNREACHABLE.search(text):
         return ServerUnavailable("the source or target server", match[1].strip())
     if NOT_CONNECTED in text:
@@ -63,10 +88,13 @@ def translated(text: str, table: str, place: str) -> ChangeoverError:
         return TextRefused(f"the server of table {table}", f"reading {place}", match[1].strip())
     if match := SNAPSHOT.search(text):
         return SnapshotLost("of this migration", match[1].strip())
+    if OURS not in text and (match := ROW.search(text)):
+        return RowRefused(table, place, match[1].strip())
     if OURS not in text and (match := DATABASE.search(text)):
         return CouldNotFinish(f"table {table}, {place}: the server refused: {match[1].strip()}")
     if match := VALUE.search(text):
-        return RowRefused(table, place, f"{match[1]}: {match[2].split(' SQLSTATE')[0].strip()}")
+        said = GIVEN.sub("A value of the type", match[2].split(" SQLSTATE")[0])
+        return RowRefused(table, place, f"{match[1]}: {said.strip()}")
     lines = [line for line in text.splitlines() if line.strip()]
     return CouldNotFinish(f"table {table}, {place}: Spark failed: {lines[0] if lines else 'no reason given'}")
 

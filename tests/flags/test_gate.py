@@ -18,6 +18,7 @@ from changeover.flags.facts import Fact, Facts
 from changeover.flags.gate import COMPARISONS, Evidence
 from changeover.flags.turns import Turn
 from changeover.jobs.entries import Heartbeat, Load
+from changeover.jobs.health import LAG_BYTES
 from changeover.jobs.reverse import State
 from changeover.spec import Spec, load
 
@@ -89,10 +90,10 @@ WHOLE = Facts(1, Fact(1, Origin.NEW))
 
 @pytest.mark.parametrize(("facts", "lag", "back"), [(Facts(), True, False), (SPLIT, True, True), (WHOLE, False, True)])
 def test_while_cohorts_stand_apart_both_directions_are_asked(facts: Facts, lag: bool, back: bool) -> None:
-    way = State("0/1", None, "missing", None, gate.LAG_BYTES + 1, None, ())
+    way = State("0/1", None, "missing", None, LAG_BYTES + 1, None, ())
     loads = [Load("public.t", "store", "closed", 0, False, 0, 0, 0)]
     found = evidence(
-        Stage.SHADOW, Stage.LIVE, facts=facts, loads=loads, source_lsn=gate.LAG_BYTES + 1, capture_active=False, way_back=way
+        Stage.SHADOW, Stage.LIVE, facts=facts, loads=loads, source_lsn=LAG_BYTES + 1, capture_active=False, way_back=way
     )
     said = " ".join(gate._lag_small(found)), " ".join(gate._way_back_open(found))
     assert ("capture is not running" in said[0], "bytes of WAL behind (at 0/0)" in said[0]) == (lag, lag)

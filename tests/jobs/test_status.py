@@ -207,3 +207,38 @@ def test_history_has_runs_that_failed_and_why(accounts: Migration, monkeypatch: 
         ("failed", "OperationalError"),
         ("interrupted", "KeyboardInterrupt"),
     ]
+
+
+def probe(migration: Migration) -> tuple[int, list[str]]:
+    """Return what a probe gets: the exit code and the lines, which are in the JSON too."""
+    done = CliRunner().invoke(main, ["status", "--check", migration.spec.path])
+    told = json.loads(CliRunner().invoke(main, ["status", "--json", migration.spec.path]).stdout)
+    lines = done.stdout.splitlines()
+    assert (told["healthy"], [f"attention {one}" for one in told["problems"]] or ["healthy"]) == (not done.exit_code, lines)
+    return done.exit_code, lines
+
+
+def test_a_probe_gets_a_line_for_each_reason(accounts: Migration) -> None:
+    assert probe(accounts) == (1, ["attention capture: not running"])
+    with following(accounts):
+        accounts.backfill()
+        accounts.replay()
+        verify(accounts.spec, accounts.spark)
+        assert probe(accounts) == (0, ["healthy"])
+        accounts.old.execute("UPDATE accounts SET note = 'behind'")
+        behind = CliRunner().invoke(main, ["status", "--check", "--max-behind", "0", accounts.spec.path])
+        assert (behind.exit_code, [line.split(" is ")[0] for line in behind.stdout.splitlines()][-2:]) == (
+            1, ["attention public.accounts in lake", "attention public.accounts in store"],
+        )  # fmt: skip
+        with Ledger.open(accounts.spec, "test") as ledger:
+            ledger.stop_table("public.accounts", "it was truncated")
+            run = ledger.record_verdict("public.accounts", STORE, "different", None, {})
+        assert probe(accounts) == (
+            1,
+            ["attention public.accounts is stopped: it was truncated",
+             f"attention the last verdict on public.accounts in store is different (run {run})"],
+        )  # fmt: skip
+    accounts.old.execute("SELECT pg_drop_replication_slot(%s)", [accounts.spec.slot])
+    assert probe(accounts)[1][0] == "attention capture: the slot is missing"
+    finalize(accounts.spec)
+    assert probe(accounts) == (0, ["healthy"])

@@ -21,7 +21,7 @@ NOON = datetime(2024, 3, 1, 12, 0, 0, 1, tzinfo=UTC)
 
 def answers(rows: Rows) -> Frozen:
     """Return a state whose every query has one answer."""
-    return Frozen("here", (), lambda keys: pytest.fail("no frame is asked for"), lambda text: rows)
+    return Frozen("here", (), lambda keys: pytest.fail("no frame is asked for"), lambda text: rows, lambda: True)
 
 
 def equal(old: Rows, new: Rows) -> bool:
@@ -63,6 +63,6 @@ def test_a_query_that_fails_names_check_side_and_table() -> None:
     def refused(text: str) -> Rows:
         raise DatabaseFailed("host/db", "running a check of the spec", "column x does not exist")
 
-    broken = Frozen("here", (), lambda keys: pytest.fail("no frame is asked for"), refused)
+    broken = Frozen("here", (), lambda keys: pytest.fail("no frame is asked for"), refused, lambda: True)
     with pytest.raises(CouldNotCheck, match=r"could not check public\.t: the target's query of the check c failed \(column x"):
         run("public.t", [Check("c", "SELECT 1", "SELECT 2")], answers([(1,)]), broken)

@@ -67,6 +67,7 @@ def test_rows_lost_or_won_on_the_way(rows_read: tuple[int, int]) -> None:
         require_complete(TALLIES, rows_read, table="t")
 
 
-def test_nothing_on_both_sides() -> None:
-    with pytest.raises(CouldNotCheck, match="both sides are empty"):
-        require_complete([], (0, 0), table="t")
+def test_nothing_on_both_sides_is_complete_and_rows_that_were_read_of_no_class_are_not() -> None:
+    require_complete([], (0, 0), table="t")
+    with pytest.raises(CouldNotCheck, match="1 rows of the target were read and 0 were compared"):
+        require_complete([], (0, 1), table="t")

@@ -265,9 +265,10 @@ def test_a_row_of_no_range_is_no_verdict(pair: Pair, number: int | None) -> None
         pair.compare([(1, "a", 0), (2, "b", number)], [(1, "a", 0), (2, "b", 0)], ranges=HALVES)
 
 
-def test_an_empty_comparison_is_no_verdict(pair: Pair) -> None:
-    with pytest.raises(CouldNotCheck, match="both sides are empty"):
-        pair.compare([], [])
+def test_two_empty_sides_are_equal_and_every_range_has_its_count(pair: Pair) -> None:
+    diff = pair.compare([], [], ranges=HALVES)
+    assert (diff.equal, diff.source_rows, diff.target_rows, diff.equal_rows) == (True, 0, 0, 0)
+    assert [c.rows for c in (*diff.source_ranges, *diff.target_ranges)] == [0, 0, 0, 0]
 
 
 def test_one_empty_side_is_a_verdict(pair: Pair) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
+    from changeover.stores.reader import Reading
+
 EPOCH, LSN, ORDINAL, DELETED = VERSION_COLUMNS = tuple(f"{RESERVED}{name}" for name in ("epoch", "lsn", "ordinal", "deleted"))
 """Columns that a frame, a batch and a touched row have beside the table's own: a version and whether the key is gone."""
 
@@ -102,16 +104,27 @@ class Frozen:
     """A state of a table that no later write changes.
 
     `position` names it, `ranges` are the key ranges that `frame` reads as partitions, `frame` gives its live rows (or those
-    of some keys, in PostgreSQL's text form), and `query` runs SQL of the user's in the store's own engine.
+    of some keys, in PostgreSQL's text form), and `query` runs SQL of the user's in the store's own engine. `same_file` tells
+    whether the table still has the file that it had before the state was taken: one that was replaced reads as empty.
     """
 
     position: str
     ranges: Sequence[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]
     frame: Callable[[Sequence[tuple[str, ...]] | None], DataFrame]
     query: Callable[[str], list[tuple[Any, ...]]]
+    same_file: Callable[[], bool]
+    reading: Reading | None = None
+    """How its rows are read where it is PostgreSQL's."""
 
 
-PassOn = Callable[["TargetTable", "pa.Table", Version | None], Counts]
+class PassOn(Protocol):
+    """Offers changes whose values are PostgreSQL's texts; not to `write` raises what it would raise, and writes nothing."""
+
+    def __call__(
+        self, table: TargetTable, changes: pa.Table, reached: Version | None = None, *, write: bool = True
+    ) -> Counts:  # fmt: skip
+        """Offer them."""
+        ...
 
 
 class Store(Protocol):
@@ -161,6 +174,14 @@ class Store(Protocol):
 
     def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
         """Load the chunks' images; `read` gives a frame whose partition i holds chunk number `chunks[i]` (backfill)."""
+        ...
+
+    def try_rows(self, table: TargetTable, rows: DataFrame) -> None:
+        """Raise what loading images would raise, and write nothing (a search for a bad row)."""
+        ...
+
+    def try_changes(self, table: TargetTable, changes: DataFrame) -> None:
+        """Raise what merging changes would raise, and write nothing (a search for a bad row)."""
         ...
 
     def close(self, table: TargetTable) -> int:

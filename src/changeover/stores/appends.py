@@ -23,6 +23,7 @@ from deltalake.transaction import AddAction
 
 from changeover import points
 from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused
+from changeover.fileerrors import working
 from changeover.names import RESERVED, folded
 from changeover.position import Version
 from changeover.sparkerrors import failure_of
@@ -84,7 +85,8 @@ class AppendTask:
         context = TaskContext.get()
         assert context is not None
         try:
-            yield outcome(self.append(self.chunks[context.partitionId()], batches))
+            with working(self.path):
+                yield outcome(self.append(self.chunks[context.partitionId()], batches))
         except ChangeoverError as error:
             yield outcome(None, failure_of(error))
 
@@ -111,7 +113,7 @@ class AppendTask:
         bounds = Bounds(self.key)
         for placed in row_groups(batches):
             rows = placed.rename_columns(list(self.columns)) if self.columns else placed
-            self._require_values(chunk, rows)
+            require_values(self.path, self.required, rows)
             bounds.add(rows)
             version, deleted = self.marks
             whole = rows.append_column(version, pa.repeat(_version(self.image), rows.num_rows)).append_column(
@@ -127,10 +129,30 @@ class AppendTask:
         size, now = path.stat().st_size, int(time.time() * 1000)
         return [AddAction(path.name, size, {}, now, True, json.dumps(bounds.statistics()))]
 
-    def _require_values(self, chunk: int, rows: pa.Table) -> None:
-        for name in self.required:
-            if rows.column(name).null_count:
-                raise RowRefused(self.path, f"chunk {chunk}", f"column {name} must not be NULL, and a row has none there")
+
+@dataclass(frozen=True)
+class TryTask:
+    """What a Spark task does with rows of which only is to be known whether the table takes them (task)."""
+
+    path: str
+    required: tuple[str, ...]
+    columns: tuple[str, ...]
+    """The names of the columns that arrive by their places."""
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Look at every row and write none."""
+        try:
+            for placed in row_groups(batches):
+                require_values(self.path, self.required, placed.rename_columns(list(self.columns)))
+        except ChangeoverError as error:
+            yield outcome(None, failure_of(error))
+
+
+def require_values(path: str, required: Sequence[str], rows: pa.Table) -> None:
+    """Raise RowRefused where a column that must have a value has none."""
+    for name in required:
+        if rows.column(name).null_count:
+            raise RowRefused(path, f"column {name}", f"column {name} must not be NULL")
 
 
 def _version(image: Version) -> pa.Scalar:

@@ -31,7 +31,7 @@ from changeover.position import Version, image_version
 from changeover.sparkerrors import raise_failures
 from changeover.stores import DELETED as GONE
 from changeover.stores import EPOCH, LEFT, LSN, ORDINAL, OWNER, Collected, Column, Counts, Frozen, Mark, TargetTable
-from changeover.stores.appends import DELETED, MARKS, VERSION, AppendTask, claim, marks, marks_among
+from changeover.stores.appends import DELETED, MARKS, VERSION, AppendTask, TryTask, claim, marks, marks_among
 from changeover.stores.fits import lake_holds
 from changeover.stores.owners import HASHED, MEET
 from changeover.stores.pgtypes import postgres_type
@@ -180,14 +180,32 @@ class DeltaStore:
 
     def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
         """Append each chunk once and mark it: one Spark job, a task a chunk."""
-        found = self._existing(table.name)
-        required = tuple(field.name for field in found.schema().fields if not field.nullable and field.name in table.names)
+        required = self._required(table)
         task = AppendTask(
-            str(self.path(table.name)), table.key, required, tuple(chunks), self.floors[table.name], mark, _marks(found),
+            str(self.path(table.name)), table.key, required, tuple(chunks), self.floors[table.name], mark,
+            _marks(self._existing(table.name)),
             (*table.names, *self._owner(table))
         )  # fmt: skip
         images = chosen(read(chunks), (*table.names, *self._owner(table)))
         raise_failures(row.failure for row in images.mapInArrow(task, OUTCOME).collect())
+
+    def _required(self, table: TargetTable) -> tuple[str, ...]:
+        fields = self._existing(table.name).schema().fields
+        return tuple(field.name for field in fields if not field.nullable and field.name in table.names)
+
+    def try_rows(self, table: TargetTable, rows: DataFrame) -> None:
+        """Evaluate images and look for values that the table must have."""
+        self._try(table, rows, self._required(table))
+
+    def try_changes(self, table: TargetTable, changes: DataFrame) -> None:
+        """Evaluate changes and look for values that the table must have: of a delete its key alone, of a row that lives all."""
+        self._try(table, changes, table.key)
+        if beside := set(self._required(table)) - set(table.key):
+            self._try(table, changes.where(f"NOT {GONE}"), sorted(beside))
+
+    def _try(self, table: TargetTable, rows: DataFrame, required: Sequence[str]) -> None:
+        task = TryTask(str(self.path(table.name)), tuple(required), table.names)
+        raise_failures(row.failure for row in chosen(rows, table.names).mapInArrow(task, OUTCOME).collect())
 
     def close(self, table: TargetTable) -> int:
         """Nothing to sweep: no merge ran before the last append. Images that meet in one key are refused by name."""
@@ -294,7 +312,8 @@ class DeltaStore:
             found = spark.sql(text).toArrow()  # which keeps zones; a row's timestamps would be the machine's local time
             return list(zip(*(column.to_pylist() for column in found.columns), strict=True))
 
-        yield Frozen(f"version {version}", EVERYTHING, frame, query)
+        # a version names its files, and one that is gone is an error of the read
+        yield Frozen(f"version {version}", EVERYTHING, frame, query, same_file=lambda: True)
 
     @contextmanager
     def rehearsing(

@@ -41,9 +41,9 @@ from changeover.stores.batches import BATCH, WIDEST, change_columns, image_colum
 from changeover.stores.fits import holds
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import plan_ranges
-from changeover.stores.reader import ExportedSnapshot, ReadTable, read_table
+from changeover.stores.reader import ExportedSnapshot, Reading, ReadTable, read_table
 from changeover.stores.statements import CLOSE, Part
-from changeover.stores.tasks import OUTCOME, LoadTask, MergeTask, copy_in, gated_session
+from changeover.stores.tasks import OUTCOME, LoadTask, MergeTask, Untaken, copy_in, gated_session
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -144,6 +144,10 @@ class PostgresStore:
         task = LoadTask(self.dsn, self.application, gated, tuple(chunks), mark)
         raise_failures(row.failure for row in lines.mapInArrow(task, OUTCOME).collect())
 
+    def try_rows(self, table: TargetTable, rows: DataFrame) -> None:
+        """Put one partition of images through the gate by an attempt that no chunk is marked for, so it is rolled back."""
+        self.load(table, [0], lambda _: rows.coalesce(1), Untaken())
+
     def close(self, table: TargetTable) -> int:
         """Close by `statements.CLOSE`: barrier, then sweep; return how many ghosts it removed."""
         with speaking_to(self.dsn, f"closing {table}"):
@@ -157,29 +161,38 @@ class PostgresStore:
         with truncating.alone(self.connection, table):
             return gate.sweep(self.connection, table)
 
+    def try_changes(self, table: TargetTable, changes: DataFrame) -> None:
+        """Put changes through the gate in a transaction that is rolled back."""
+        self._merge(table, changes.coalesce(1), write=False)
+
     def merge(self, table: TargetTable, changes: DataFrame, reached: Version | None = None) -> Counts:
         """Offer changes through the gate, a transaction a partition; partitions must not share a key.
 
         With `reached` it is one transaction, whose position is the gate.
         """
+        return self._merge(table, changes, reached)
+
+    def _merge(self, table: TargetTable, changes: DataFrame, reached: Version | None = None, *, write: bool = True) -> Counts:
         from changeover.stores.copytext import copy_lines
 
         if reached is not None:
             changes = changes.coalesce(1)
         gated = self.gated(table)
         lines = copy_lines(chosen(changes, change_columns(gated)), lsn_columns=(nth(VERSION_COLUMNS.index(LSN)),))
-        rows = lines.mapInArrow(MergeTask(self.dsn, self.application, gated, reached), OUTCOME).collect()
+        task = MergeTask(self.dsn, self.application, gated, reached, write)
+        rows = lines.mapInArrow(task, OUTCOME).collect()
         raise_failures(row.failure for row in rows)
         return Counts(sum(row.offered for row in rows), sum(row.taken for row in rows))
 
-    def pass_on(self, table: TargetTable, changes: pa.Table, reached: Version | None = None) -> Counts:
+    def pass_on(self, table: TargetTable, changes: pa.Table, reached: Version | None = None, *, write: bool = True) -> Counts:
         """Offer changes as texts through the gate, in one transaction of this process: no task, no JVM."""
         import pyarrow as pa
         from pyarrow import csv
 
         lines = pa.BufferOutputStream()
         csv.write_csv(changes, lines, csv.WriteOptions(include_header=False, quoting_style="all_valid"))
-        return MergeTask(self.dsn, self.application, self.gated(table), reached).merge([memoryview(lines.getvalue())])
+        task = MergeTask(self.dsn, self.application, self.gated(table), reached, write)
+        return task.merge([memoryview(lines.getvalue())])
 
     def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:
         """Raise the floor, then delete what is older, in batches."""
@@ -282,10 +295,29 @@ SERVER = ReadTable("pg_catalog", "pg_class", (Column("relpages", "integer", "int
 @contextmanager
 def freeze(spark: SparkSession, dsn: str, application: str, table: ReadTable, parts: int) -> Iterator[Frozen]:
     """Hold one state of a table in PostgreSQL; its ranges are planned in the same snapshot (driver)."""
-    with exporting(dsn, application) as (holder, snapshot):
-        row = holder.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        yield frozen_at(spark, dsn, application, table, snapshot, row[0], holder, parts)
+    with connect(dsn, application) as watch:
+        same_file = file_watch(watch, table)
+        with exporting(dsn, application) as (holder, snapshot):
+            row = holder.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+            assert row is not None
+            yield frozen_at(spark, dsn, application, table, snapshot, row[0], holder, parts, same_file)
+
+
+FILES = """
+SELECT oid::bigint, pg_relation_filenode(oid)::bigint FROM (
+    SELECT to_regclass(%(table)s)::oid AS oid UNION SELECT relid::oid FROM pg_partition_tree(to_regclass(%(table)s))) AS parts
+ORDER BY oid
+"""
+
+
+def file_watch(connection: Connection, table: ReadTable) -> Callable[[], bool]:
+    """Return what tells whether a table and its partitions have the files that they have now (driver).
+
+    It is asked for before a snapshot is taken: a file that is replaced later reads as empty in it, without an error.
+    """
+    named = {"table": sql.Identifier(table.schema, table.name).as_string(connection)}
+    before = connection.execute(FILES, named).fetchall()
+    return lambda: connection.execute(FILES, named).fetchall() == before
 
 
 @contextmanager
@@ -301,7 +333,7 @@ def exporting(dsn: str, application: str) -> Iterator[tuple[Connection, Exported
 
 def frozen_at(
     spark: SparkSession, dsn: str, application: str, table: ReadTable, snapshot: ExportedSnapshot, position: str,
-    holder: Connection, parts: int,
+    holder: Connection, parts: int, same_file: Callable[[], bool],
 ) -> Frozen:  # fmt: skip
     """Return a frozen state whose snapshot `holder` holds; `holder` runs the user's own queries (driver)."""
     with speaking_to(dsn, f"planning the reads of {table.schema}.{table.name}"):
@@ -314,7 +346,7 @@ def frozen_at(
         with speaking_to(dsn, "running a check of the spec"):
             return holder.execute(text.encode()).fetchall()
 
-    return Frozen(position, ranges, frame, query)
+    return Frozen(position, ranges, frame, query, same_file, Reading(dsn, application, table, snapshot))
 
 
 def catalogue_columns(connection: Connection, schema: str, name: str) -> tuple[Column, ...] | None:

@@ -14,6 +14,7 @@ from psycopg import sql
 
 from changeover import jdbc
 from changeover.names import RESERVED, nth
+from changeover.session import Connection
 from changeover.stores import Column
 from changeover.stores.pgtypes import ARRAY, JSON, NATIVE, NESTED, TEXT, decode, form_of
 from changeover.stores.pgtypes import moved as as_moved
@@ -59,6 +60,16 @@ class ReadTable:
     def rows(self) -> sql.Composed:
         """Return the table as a query names it."""
         return sql.SQL("{}{}").format(sql.SQL("" if self.partitioned else "ONLY "), sql.Identifier(self.schema, self.name))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a table of PostgreSQL is read: where, and in which snapshot."""
+
+    dsn: str
+    application: str
+    table: ReadTable
+    snapshot: ExportedSnapshot
 
 
 def read_table(
@@ -170,6 +181,23 @@ def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
         if bound is not None
     ]
     return sql.SQL(" AND ").join(sides) if sides else sql.SQL("true")
+
+
+def some_rows(
+    session: Connection, table: ReadTable, bounds: KeyRange, limit: int, *, middle: bool = False
+) -> list[tuple[str, ...]]:  # fmt: skip
+    """Return the first keys of a range, as texts, or those from its middle on; the session's own snapshot counts (driver)."""
+    rows = _subquery(table, [])
+    keys = [sql.Identifier(_raw(number)) for number in range(len(table.key))]
+    texts, order = (sql.SQL(", ").join(parts) for parts in ([sql.SQL("{}::text").format(key) for key in keys], keys))
+    inside = _predicate(table.key, bounds)
+    skip = sql.SQL("(SELECT count(*) / 2 FROM {} WHERE {})").format(rows, inside) if middle else sql.SQL("0")
+    found = session.execute(
+        sql.SQL("SELECT {} FROM {} WHERE {} ORDER BY {} LIMIT {} OFFSET {}").format(
+            texts, rows, inside, order, sql.Literal(limit), skip
+        )
+    )
+    return [tuple(row) for row in found.fetchall()]
 
 
 def _some_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> list[sql.Composable]:

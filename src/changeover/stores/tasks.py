@@ -7,6 +7,7 @@ is yielded as data.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 OUTCOME = "offered bigint, taken bigint, failure binary"
 """What a task yields: what it did, or the error that ended it."""
 
+
+ROWS_FAULT = ("22", "23", "44", "54000")
+"""SQLSTATEs, or their classes, by which a server refuses a row for what is in it: data, constraints, a value too large to index."""
 
 TRIES = 5
 """How often a transaction is tried that the server ends because of a deadlock."""
@@ -75,11 +79,12 @@ class LoadTask:
             speaking_to(self.dsn, f"loading chunk {chunk} of {self.table.target}"),
             gated_session(self.dsn, self.application) as cursor,
         ):
-            prepare_batch(cursor, self.table, versions=False, keep=True)
-            copy_in(cursor, image_columns(self.table), line_blocks(batches))
-            cursor.connection.commit()  # Spark gives the rows once, and a deadlock may take the next transaction
-            points.reach("chunk-read", f"{self.table.target} {chunk}")
-            counts = self._commit(cursor, chunk, started)
+            with refusing(cursor, self.table):
+                prepare_batch(cursor, self.table, versions=False, keep=True)
+                copy_in(cursor, image_columns(self.table), line_blocks(batches))
+                cursor.connection.commit()  # Spark gives the rows once, and a deadlock may take the next transaction
+                points.reach("chunk-read", f"{self.table.target} {chunk}")
+                counts = self._commit(cursor, chunk, started)
             points.reach("target-committed", f"{self.table.target} {chunk}")
         points.reach("between-chunks", f"{self.table.target} {chunk}")
         return counts
@@ -117,12 +122,13 @@ class LoadTask:
 
 @dataclass(frozen=True)
 class MergeTask:
-    """What a Spark task does with one partition's changes (task; safe to repeat)."""
+    """What a Spark task does with one partition's changes (task; safe to repeat); not to `write` rolls back what was done."""
 
     dsn: str
     application: str
     table: gate.GatedTable
     reached: Version | None = None
+    write: bool = True
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Copy and gate in one transaction, again after a deadlock with an application's write."""
@@ -141,11 +147,12 @@ class MergeTask:
             while True:
                 tries -= 1
                 try:
-                    with gated_session(self.dsn, self.application) as cursor:
+                    with gated_session(self.dsn, self.application) as cursor, refusing(cursor, self.table):
                         prepare_batch(cursor, self.table, versions=True)
                         copy_in(cursor, change_columns(self.table), changes)
                         counts = apply_batch(cursor, self.table, self.reached)
-                        cursor.connection.commit()
+                        if self.write:
+                            cursor.connection.commit()
                         return counts
                 except psycopg.errors.DeadlockDetected:
                     if not tries:
@@ -166,6 +173,54 @@ def gated_session(dsn: str, application: str) -> Iterator[psycopg.Cursor[Any]]:
         with connection.cursor() as cursor:
             yield cursor
             connection.rollback()
+
+
+@contextmanager
+def refusing(cursor: psycopg.Cursor[Any], table: gate.GatedTable) -> Iterator[None]:
+    """Turn what the server says against a row into RowRefused, which names the column and no value of it."""
+    try:
+        yield
+    except psycopg.Error as error:
+        if not (error.sqlstate or "").startswith(ROWS_FAULT):
+            raise
+        cursor.connection.rollback()
+        said = re.sub(r'"[^"]*" (?=is out of range)', "", (error.diag.message_primary or "").partition(': "')[0])
+        raise RowRefused(table.target, _column_of(cursor, table, error.diag), f"{said}, SQLSTATE {error.sqlstate}") from error
+
+
+def _column_of(cursor: psycopg.Cursor[Any], table: gate.GatedTable, said: psycopg.errors.Diagnostic) -> str:
+    """Return the columns that a server's refusal is about, as far as it tells."""
+    names = [said.column_name] if said.column_name else []
+    if copied := re.search(r"COPY changeover_batch, line \d+, column (.*)", said.context or "", re.DOTALL):
+        names = [name for name in sorted(table.columns, key=len, reverse=True) if copied[1].startswith(name)][:1]
+    if said.constraint_name and not names:
+        names = [
+            row[0]
+            for row in cursor.execute(
+                "SELECT a.attname FROM pg_constraint c JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey)"
+                " WHERE c.conrelid = to_regclass(%s) AND c.conname = %s ORDER BY a.attnum",
+                [table.table.as_string(cursor), said.constraint_name],
+            )
+        ]
+        cursor.connection.rollback()
+    return f"column {', '.join(names)}" if names else "a row"
+
+
+@dataclass(frozen=True)
+class Untaken:
+    """The mark of an attempt that is to write nothing: no chunk is ever its own, so it rolls back."""
+
+    def in_transaction(self, cursor: psycopg.Cursor[Any], chunk: int, counts: Counts, seconds: float) -> bool:
+        """Mark nothing."""
+        return False
+
+    def afterwards(self, chunk: int, counts: Counts, seconds: float) -> bool:
+        """Mark nothing."""
+        return False
+
+    def identity(self, chunk: int) -> str:
+        """Return a name that is no chunk's."""
+        return "changeover/untaken"
 
 
 def copy_in(cursor: psycopg.Cursor[Any], columns: Sequence[str], blocks: Iterable[memoryview]) -> None:
