@@ -59,8 +59,8 @@ RANGE = f"{RESERVED}range"
 """Column of both frames: the number of the range that a row was read in."""
 
 NO_RANGE = -1
-BATCH = "spark.sql.inMemoryColumnarStorage.batchSize"
-BATCH_ROWS = 500
+WHILE_COMPARING = {"spark.sql.inMemoryColumnarStorage.batchSize": "500", "spark.sql.constraintPropagation.enabled": "false"}
+"""Settings of Spark for the length of a comparison."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _found(
     An equal row leaves its class and ranges alone on disk, a few bytes; so the stores are read once whatever comes out.
     """
     with ExitStack() as held:
-        held.enter_context(_small_batches(source.sparkSession))
+        held.enter_context(_settings(source.sparkSession))
         frames, rows_read = _counting(source, target)
         rows = held.enter_context(_on_disk(classified(*frames, fields, partitions)))
         tallies = tally_rows(rows)
@@ -341,15 +341,18 @@ def _on_disk(frame: DataFrame) -> Iterator[DataFrame]:
 
 
 @contextmanager
-def _small_batches(spark: SparkSession) -> Iterator[None]:
-    """Put what is kept on disk there in small pieces, until the block ends.
+def _settings(spark: SparkSession) -> Iterator[None]:
+    """Put what is kept on disk there in small pieces, and plan without constraints, until the block ends.
 
     Java's object stream holds on to its last hundred pieces (`spark.serializer.objectStreamReset`), a piece being so
-    many rows or 4 MB: at Spark's 10,000 rows that is 400 MB a task for rows that differ, whose values are kept.
+    many rows or 4 MB: at Spark's 10,000 rows that is 400 MB a task for rows that differ, whose values are kept. What Spark
+    infers of columns that are equal to casts of others grows with the square of their number, and is of no use here.
     """
-    before = spark.conf.get(BATCH)
-    spark.conf.set(BATCH, str(BATCH_ROWS))
+    before = {name: spark.conf.get(name) for name in WHILE_COMPARING}
     try:
+        for name, value in WHILE_COMPARING.items():
+            spark.conf.set(name, value)
         yield
     finally:
-        spark.conf.set(BATCH, before or "10000")
+        for name, own in before.items():
+            spark.conf.set(name, str(own))
