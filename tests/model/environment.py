@@ -16,13 +16,13 @@ from typing import NamedTuple, cast
 
 from changeover.jobs.definition import MEMBER, Piece
 from changeover.stores.statements import Move
-from tests.model.rules import RULES, Rules
+from tests.model.rules import PLANNED_TYPE, RULES, Rules
 from tests.model.script import Script, told
 
 Rows = tuple[str | None, ...]
 """What each key's row holds, in the keys' order; None where there is none."""
 
-WIDE, NARROW = "numeric(12,4)", "numeric(10,2)"
+WIDE, NARROW = PLANNED_TYPE, "numeric(10,2)"
 """The target's column: as planned, and as somebody may make it."""
 
 STORES = OLD, NEW = "old", "new"

@@ -21,6 +21,7 @@ from changeover.stores.delta import DeltaStore
 from changeover.stores.ranges import ranges_between
 from changeover.stores.reader import KeyRange
 from changeover.stores.statements import Move, Procedure, Transaction
+from changeover.verifiers.planned import changed_types
 from tests.model.carried import Held
 
 
@@ -44,9 +45,13 @@ def _definition_changed(recorded: Piece, now: Piece | None) -> bool:
     return bool(definition.compared([recorded], [] if now is None else [now]))
 
 
+PLANNED_TYPE = "numeric(12,4)"
+"""The type of the target's column that prepare recorded, in the worlds of the environment."""
+
+
 def _compared(target_type: str, source: str | None, target: str | None) -> bool:
-    """Return whether a verdict takes values as equal: what the source holds, before any cast to the target's type."""
-    return source == target
+    """Return whether a verdict takes values as equal: what the source holds, before any cast, in a column of the planned type."""
+    return source == target and not changed_types("target", {"v": PLANNED_TYPE}, [{"v": target_type}])
 
 
 @dataclass(frozen=True)
