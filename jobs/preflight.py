@@ -57,14 +57,13 @@ class SourceTable:
     @property
     def read(self) -> ReadTable:
         """Return the table as readers take it."""
-        schema, name = self.source.split(".", 1)
-        return ReadTable(schema, name, self.store_columns, self.key, partitioned=self.partitions is not None)
+        return ReadTable(*qualified(self.source), self.store_columns, self.key, partitioned=self.partitions is not None)
 
     @property
     def key(self) -> tuple[Column, ...]:
-        """Return the identity's columns in the index's order."""
+        """Return the identity's columns in the index's order; a generated one, which is refused, is none of the table's."""
         by_name = {column.name: column for column in self.store_columns}
-        return tuple(by_name[name] for name in self.identity)
+        return tuple(by_name[name] for name in self.identity if name in by_name)
 
 
 @dataclass
