@@ -25,8 +25,8 @@ from changeover.jobs.transform import Transform
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
 from changeover.spec import Table
-from changeover.stores import DELETED, Column, Counts, TargetTable, batches, gate
-from changeover.stores.appends import VERSION, AppendTask
+from changeover.stores import Column, Counts, TargetTable, batches, gate
+from changeover.stores.appends import DELETED, VERSION, AppendTask
 from changeover.stores.delta import DeltaStore
 from changeover.stores.tasks import LoadTask
 from tests.cases.playing import offers_of
