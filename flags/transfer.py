@@ -14,7 +14,7 @@ from ldclient.migrations.types import Origin
 
 from changeover import points
 from changeover.cohorts import Cohorts
-from changeover.errors import FenceCalledOff
+from changeover.errors import CouldNotFinish, FenceCalledOff
 from changeover.flags.sides import Side
 from changeover.jobs.derivation import origin
 from changeover.jobs.entries import Authority
@@ -62,7 +62,8 @@ class Pause:
 
     def make(self, move: Move) -> None:
         """Note that a move is made; none comes before its turn in `statements.HAND_OVER`, whose order is the proof."""
-        assert move is HAND_OVER[len(self.made)], f"{move} after {self.made}"
+        if move is not HAND_OVER[len(self.made)]:
+            raise CouldNotFinish(f"the fence would make {move.name} after {[one.name for one in self.made]}")
         self.made.append(move)
         points.reach(f"fence-{move.name.lower().replace('_', '-')}")
 
