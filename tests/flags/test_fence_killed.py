@@ -17,7 +17,7 @@ from changeover import points
 from changeover.flags.fence import fence, settle
 from changeover.jobs.ledger import Ledger
 from changeover.stores.gate import FENCED
-from tests.fix_accounts import assert_nothing_lost, following, unmirrored
+from tests.fix_accounts import MAX_PAUSE, assert_nothing_lost, following, unmirrored
 from tests.fix_migration import Migration
 
 CHILD = """
@@ -25,7 +25,7 @@ import sys
 from ldclient.migrations.types import Origin
 from changeover.flags.fence import fence
 from changeover.spec import load
-fence(load(sys.argv[1]), Origin.OLD)
+fence(load(sys.argv[1]), Origin.OLD, max_pause=float(sys.argv[2]))
 """
 
 BEFORE = ("fence-freeze", "fence-position", "fence-compare", "fence-await", "fence-final")
@@ -38,10 +38,10 @@ WRITE = {"old": b"UPDATE accounts SET note = %s WHERE id = 1", "new": b"UPDATE l
 def killed_at(migration: Migration, point: str, file: Path) -> None:
     """Begin the way back in a process of its own, and kill -9 it at a point."""
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, migration.spec.path], env={**os.environ, points.VARIABLE: f"{point}:{file}"},
+        [sys.executable, "-c", CHILD, migration.spec.path, str(MAX_PAUSE)], env={**os.environ, points.VARIABLE: f"{point}:{file}"},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + MAX_PAUSE
     while not file.exists():
         assert child.poll() is None, child.communicate()[1]
         assert time.monotonic() < deadline, f"{point} was never reached"
