@@ -7,6 +7,7 @@ that is there already keeps its rights. Runs wherever a step runs.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def made(path: Path, mode: int) -> Path:
     Returns:
         The same path.
     """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(mode)
