@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 
 from changeover import pipeline, points
 from changeover.embedded import EmbeddedServer
-from changeover.errors import CouldNotFinish, DatabaseFailed, LeaseHeld, Refused, SourceChanged, SpecError, StepOrder, UsageError
+from changeover.errors import CouldNotFinish, DatabaseFailed, FolderFailed, LeaseHeld, Refused, SourceChanged, SpecError, StepOrder, UsageError
 from changeover.jobs.backfill import append_name
 from changeover.jobs.capture import capture
 from changeover.jobs.entries import CLOSED, PENDING, Stream
@@ -263,7 +263,7 @@ def test_it_is_refused_where_it_would_lose_rows(make_migration: MakeMigration) -
     migration.backfill()
     migration.assert_equal()
     shutil.rmtree(migration.spec.work / "spool-3")
-    with pytest.raises(StepOrder):
+    with pytest.raises(FolderFailed, match="no spool is there: if it is lost for good, `changeover prepare --anew SPEC`"):
         capture(migration.spec, patience=0)
     migration.abort()
 
