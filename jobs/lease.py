@@ -7,7 +7,7 @@ held on the driver.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psycopg
 
@@ -34,7 +34,12 @@ def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0) -> Iterat
             ).fetchone()
             if row is None or not row[0]:
                 raise LeaseHeld(step, _holder(holder, application))
-        yield
+        try:
+            yield
+        finally:
+            # the server ends a session a little after its client, and the next command may come in between
+            with suppress(psycopg.Error):
+                holder.execute("SELECT pg_advisory_unlock_all()")
 
 
 def is_held(session: Connection, migration: str, step: str) -> bool:

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from changeover.errors import FolderFailed, StepOrder
-from changeover.jobs import assumptions, cohorts, reverse, triggerlog
+from changeover.jobs import assumptions, cohorts, lease, reverse, triggerlog
 from changeover.jobs.assumptions import Asked, Moment
 from changeover.jobs.capture import WAITING
 from changeover.jobs.entries import CLOSED, Load, Stream
@@ -130,7 +130,8 @@ def status(spec: Spec) -> Status:
     with Ledger.open(spec, "status") as ledger:
         known = ledger.stream("status")
         prepared, finalized = ledger.milestones()
-        stream = _stream(spec, known, _why_not(ledger))
+        alive = lease.is_held(ledger.connection, spec.name, "capture")
+        stream = _stream(spec, known, _why_not(ledger), alive)
         authority, changes = ledger.authority(), ledger.authorities()
         touched = _touched(spec)
         rests = finalized or cohorts.at(changes, OLD) is None
@@ -159,8 +160,11 @@ def _why_not(ledger: Ledger) -> str | None:
     return f"{'waiting' if outcome == WAITING else 'ended'} since {_short(at)}: {detail.get('error', 'no reason given')}"
 
 
-def _stream(spec: Spec, known: Stream, why: str | None) -> dict[str, Any]:
-    """Return the state of the slot or the trigger log, the spool's end, and how far both are behind; what is gone is None."""
+def _stream(spec: Spec, known: Stream, why: str | None, alive: bool) -> dict[str, Any]:
+    """Return the state of the slot or the trigger log, the spool's end, and how far both are behind; what is gone is None.
+
+    A slot that rests between two connections of a capture that is `alive` is as good as active; where that waits, it says so.
+    """
     dsn = spec.source.dsn.resolve()
     with connect(dsn, application_name(spec.name, "status")) as old, speaking_to(dsn, "reading the slot"):
         here, slot, kept = slot_state(old, spec.name, spec.slot)
@@ -169,6 +173,8 @@ def _stream(spec: Spec, known: Stream, why: str | None) -> dict[str, Any]:
         if spec.source.capture == TRIGGER:
             slot, log_bytes, alarm = triggerlog.state(old, spec.name)
             kept = None
+    if slot == "inactive" and alive:
+        slot = "waiting" if why else "active"
     notes: list[str] = []
     end: int | None = None
     try:
@@ -221,8 +227,10 @@ def _newest_verdicts(ledger: Ledger) -> list[dict[str, Any]]:
     return list(newest.values())
 
 
-CAPTURE = {"active": "running", "inactive": "not running", "missing": "the slot is missing", "lost": "the slot has lost its WAL",
-           "no log": "the trigger log is missing"}  # fmt: skip
+CAPTURE = {
+    "active": "running", "waiting": "waiting", "inactive": "not running", "missing": "the slot is missing",
+    "lost": "the slot has lost its WAL", "no log": "the trigger log is missing",
+}  # fmt: skip
 
 
 def _steps(

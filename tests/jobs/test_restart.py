@@ -17,7 +17,17 @@ from deltalake import DeltaTable
 
 from changeover import pipeline, points
 from changeover.embedded import EmbeddedServer
-from changeover.errors import CouldNotFinish, DatabaseFailed, FolderFailed, LeaseHeld, Refused, SourceChanged, SpecError, StepOrder, UsageError
+from changeover.errors import (
+    CouldNotFinish,
+    DatabaseFailed,
+    FolderFailed,
+    LeaseHeld,
+    Refused,
+    SourceChanged,
+    SpecError,
+    StepOrder,
+    UsageError,
+)
 from changeover.jobs.backfill import append_name
 from changeover.jobs.capture import capture
 from changeover.jobs.entries import CLOSED, PENDING, Stream

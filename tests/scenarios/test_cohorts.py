@@ -145,7 +145,7 @@ def writing(migration: Migration, before: Sequence[Writer] = ()) -> Iterator[lis
     assert [writer.failed for writer in writers if writer.failed] == []
 
 
-def settled(migration: Migration, seconds: float = 120.0) -> None:
+def settled(migration: Migration, seconds: float = 600.0) -> None:
     """Wait until everything that either store has committed, as far as it has authority, was offered to all the others."""
     places = []
     for connection in (migration.old, migration.new):
