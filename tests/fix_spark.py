@@ -6,16 +6,12 @@ session's settings as they were.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 from pyspark.sql import SparkSession
 
 from changeover.session import spark_session
-
-# the second compiler takes longer than it saves in runs of minutes, and many processes share the cores
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
 
 @pytest.fixture(scope="session")

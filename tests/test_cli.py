@@ -597,7 +597,7 @@ def test_json_is_one_object_and_nothing_else(prepared: Case) -> None:
 
 def test_abort_before_prepare_finds_nothing(case: Case) -> None:
     done = case.run("abort", "--json")
-    assert (done.exit_code, json.loads(done.stdout)) == (0, {"removed": [], "left": []})
+    assert (done.exit_code, json.loads(done.stdout)) == (0, {"removed": [], "left": [], "kept": []})
 
 
 def test_a_failure_leaves_standard_output_empty(case: Case) -> None:
