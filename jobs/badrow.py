@@ -18,6 +18,7 @@ from changeover.jobs.transform import Transform
 from changeover.names import nth, placed
 from changeover.session import Connection
 from changeover.sparkerrors import OURS, from_spark
+from changeover.stores.owners import MEET
 from changeover.stores.postgres import importing
 from changeover.stores.reader import KeyRange, Reading, ReadTable, read_table, some_rows
 
@@ -46,6 +47,11 @@ def met(trying: Tried, table: str) -> RowRefused | None:
     except TextRefused as refused:
         return RowRefused(table, FAILED, refused.problem)
     return None
+
+
+def one_alone(refused: ChangeoverError) -> bool:
+    """Return whether one row by itself may be at fault; two that meet are named already, and each alone is in order (pure)."""
+    return not (isinstance(refused, RowRefused) and MEET in refused.problem)
 
 
 def narrowed(

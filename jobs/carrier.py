@@ -210,6 +210,8 @@ class Carrier:
             with from_spark(load.source, f"changes up to {format_lsn(max(last[AT_LSN].to_pylist(), default=0))}"):
                 return self._put(last, interval.epoch, reached, transform, store)
         except (RowRefused, TextRefused) as refused:
+            if not badrow.one_alone(refused):
+                raise
             found = badrow.sought(load.source, lambda: self._refused(last, interval.epoch, transform, store))
             if found is None:
                 raise

@@ -19,7 +19,7 @@ from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 
 from changeover.position import image_version
-from changeover.stores import Column, TargetTable
+from changeover.stores import DELETED, EPOCH, LSN, ORDINAL, Column, TargetTable
 from changeover.stores.appends import AppendTask
 from changeover.stores.delta import DeltaStore, live_rows
 from changeover.stores.pgtypes import EXACT
@@ -109,7 +109,11 @@ def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tuple
     task.append(0, iter(appended.toArrow().to_batches()))
     _require_equal(exact(DeltaTable(str(store.path("odd"))).to_pyarrow_table()), exact(appended.toArrow()))
     changed = appended.where("id = 1").selectExpr("2 AS id", *COLUMNS)
-    both = merged.union(changed).selectExpr("0 AS _epoch", "200L AS _lsn", "0L AS _ordinal", "false AS _deleted", "*").coalesce(1)
+    both = (
+        merged.union(changed)
+        .selectExpr(f"0 AS {EPOCH}", f"200L AS {LSN}", f"0L AS {ORDINAL}", f"false AS {DELETED}", "*")
+        .coalesce(1)
+    )
     store.merge(TABLE, both)
     before = exact(appended.toArrow())
     return folder / "odd", {**before, 2: before[1], **exact(merged.toArrow())}
