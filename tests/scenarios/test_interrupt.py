@@ -140,5 +140,7 @@ def test_an_error_in_a_task_is_one_sentence_and_nothing_else(make_migration: Mak
         output, errors = said(child)
         assert (child.returncode, output) == (3, ""), errors
         assert len(errors.splitlines()) == 1, errors
-        assert errors.startswith("changeover: table public.follows, a chunk of the backfill: a row can't be carried over (")
+        assert errors.startswith(
+            "changeover: table public.follows, key (1, 2), column blocked_on: a row can't be carried over (CAST_INVALID_INPUT: "
+        )
         until(lambda: not alive(child.pid), END_SECONDS)
