@@ -1,17 +1,18 @@
 """The backfill: pending chunks read in the kept snapshot, transformed, and loaded into each target.
 
 A Spark job that may die at any point and be run again: chunks that are marked in the ledger are not repeated, and one that was
-written but not marked is not written twice. A row that can't be carried over is named by key and column, and the other tables go
-on; what is pending is then read in a newer snapshot, as after a lost one, in which the row may be corrected. When the last chunk is
-in, the table is closed: the source's file is compared with the one that was prepared, then barrier and sweep. Only a closed table
-may be verified or read.
+written but not marked is not written twice. A row that can't be carried over is named by key and column; its chunk stays pending,
+and everything else is loaded. The next run reads that chunk in a newer snapshot, as after a lost one, in which the row may be
+corrected; its images bear v0 all the same, since its table keeps its tombstones until it is closed. When the last chunk is in,
+the table is closed: the source's file is compared with the one that was prepared, then barrier and sweep. Only a closed table may
+be verified or read.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from changeover.errors import (
 )
 from changeover.jobs import assumptions, badrow, snapshot, windows
 from changeover.jobs.assumptions import Asked, Moment
-from changeover.jobs.entries import CLOSED, LOADED, PENDING, ChunkRow, Stream
+from changeover.jobs.entries import CLOSED, LOADED, PENDING, Stream
 from changeover.jobs.ledger import Ledger, mark_loaded
 from changeover.jobs.preflight import source_table, store_columns
 from changeover.jobs.prepare import exported, require_prepared, spool_of
@@ -52,6 +53,9 @@ log = logging.getLogger(__name__)
 ROWS_PER_CHUNK = 250_000
 FEWEST_CHUNKS = 8
 """Even a small table gets a few chunks, so that a killed run repeats little."""
+
+MOST_ASIDE = 10
+"""Chunks with a bad row that a run leaves out of one table: each costs a job that fails, and a wrong rule fails in all of them."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,7 @@ def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = No
                 if targets is None or target in targets:
                     with open_store(spec, spec.targets[target], "backfill") as store:
                         store.install(transform.target, prepared.stream.image)
-                        try:
-                            _Load(spec, spark, ledger, prepared.stream, transform, store).run(source)
-                        except (RowRefused, TextRefused) as bad:
-                            refused.append(bad)
+                        refused += _Load(spec, spark, ledger, prepared.stream, transform, store).run(source)
             if refused:
                 _leave_snapshot(spec, ledger)
                 raise together(refused)
@@ -165,8 +166,8 @@ class _Load:
     transform: Transform
     store: Store
 
-    def run(self, source: str) -> None:
-        """Plan, load what is pending, close."""
+    def run(self, source: str) -> list[ChangeoverError]:
+        """Plan, load what is pending, close; return what rows were refused, whose chunks are still pending."""
         state = self.ledger.load(source, self.store.name).state
         _, columns, stopped = self.ledger.source_table(source)
         if stopped:
@@ -174,7 +175,9 @@ class _Load:
         if state == PENDING:
             read = self._read_table(columns_of=store_columns(columns))
             self._plan(source, read)
-            self._load_pending(source, read)
+            refused = self._load_pending(source, read)
+            if refused:
+                return refused
             self.ledger.set_state(source, self.store.name, LOADED, self.stream.epoch)
         if state in (PENDING, LOADED):
             points.reach("before-close")
@@ -182,6 +185,7 @@ class _Load:
                 assumptions.require(Moment.CLOSE, Asked(self.spec, old, self.ledger, source))
             swept = self.store.close(self.transform.target)
             self.ledger.set_state(source, self.store.name, CLOSED, self.stream.epoch, swept)
+        return []
 
     def _read_table(self, columns_of: Sequence[Any]) -> ReadTable:
         schema, name = self.transform.table.source_name
@@ -201,25 +205,34 @@ class _Load:
             ranges = planning.plan_ranges(old, read.schema, read.name, [c.name for c in read.key], count)
         self.ledger.record_chunks(source, self.store.name, ranges, self.stream.epoch)
 
-    def _load_pending(self, source: str, read: ReadTable) -> None:
+    def _load_pending(self, source: str, read: ReadTable) -> list[ChangeoverError]:
+        """Load every chunk that is not; one with a bad row is set aside, and its refusal returned."""
         chunks = {row.chunk: row for row in self.ledger.chunks(source, self.store.name)}
         planning.require_partition(source, [(row.lower, row.upper) for row in chunks.values()])
-        pending = [number for number, row in chunks.items() if row.loaded is None]
-        if not pending:
-            return
-        live = self._snapshot()
-        token = self.ledger.claim(source, self.store.name)
-        mark = LedgerMark(self.ledger.dsn, self.spec.name, source, self.store.name, token, self.stream.image)
+        aside: dict[int, ChangeoverError] = {}
+        while pending := self._pending(source, aside):
+            live = self._snapshot()
+            token = self.ledger.claim(source, self.store.name)  # a task that a failed job left behind marks nothing any more
+            mark = LedgerMark(self.ledger.dsn, self.spec.name, source, self.store.name, token, self.stream.image)
 
-        def rows(numbers: Sequence[int]) -> DataFrame:
-            return self._rows(read, live, [(chunks[n].lower, chunks[n].upper) for n in numbers])
+            def rows(numbers: Sequence[int], live: ExportedSnapshot = live) -> DataFrame:
+                return self._rows(read, live, [(chunks[n].lower, chunks[n].upper) for n in numbers])
 
-        try:
-            with from_spark(source, "a chunk of the backfill"):
-                self.store.load(self.transform.target, pending, rows, mark)
-        except (RowRefused, TextRefused) as refused:
-            raise self._bad_row(source, read, live) or refused from refused
-        self._require_all_loaded(source, self.ledger.chunks(source, self.store.name))
+            try:
+                with from_spark(source, "a chunk of the backfill"):
+                    self.store.load(self.transform.target, pending, rows, mark)
+            except (RowRefused, TextRefused) as refused:
+                found = self._bad_row(source, read, live, {n: (chunks[n].lower, chunks[n].upper) for n in pending})
+                if found is None or len(aside) == MOST_ASIDE:
+                    return [*aside.values(), refused if found is None else found[1]]
+                aside[found[0]] = found[1]
+            else:
+                self._require_all_loaded(source, self._pending(source, aside))
+        return [*aside.values()]
+
+    def _pending(self, source: str, aside: Collection[int]) -> list[int]:
+        chunks = self.ledger.chunks(source, self.store.name)
+        return [row.chunk for row in chunks if row.loaded is None and row.chunk not in aside]
 
     def _rows(self, read: ReadTable, live: ExportedSnapshot, ranges: Sequence[KeyRange]) -> DataFrame:
         """Return what goes to the target, one partition a range."""
@@ -227,20 +240,22 @@ class _Load:
         moved = self.transform.only_moved() if self.store.takes_text else frozenset()
         return self.transform.images(read_table(self.spark, dsn, application, read, ranges, live, moved=moved), moved=moved)
 
-    def _bad_row(self, source: str, read: ReadTable, live: ExportedSnapshot) -> RowRefused | None:
-        """Look for the row in the chunks that were under way: tasks begin in order, so it is one of the first that are open."""
-        open_ones = [row for row in self.ledger.chunks(source, self.store.name) if row.loaded is None]
-        under_way = open_ones[: 2 * self.spark.sparkContext.defaultParallelism]
+    def _bad_row(
+        self, source: str, read: ReadTable, live: ExportedSnapshot, pending: Mapping[int, KeyRange]
+    ) -> tuple[int, RowRefused] | None:
+        """Return the chunk of the first bad row, and its refusal: tasks begin in order, so it is one of the first that are open."""
+        still = [number for number in self._pending(source, ()) if number in pending]
+        under_way = {pending[n]: n for n in still[: 2 * self.spark.sparkContext.defaultParallelism]}
         reading = Reading(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill"), read, live)
-        ranges = [(row.lower, row.upper) for row in under_way]
 
-        def search() -> RowRefused | None:
+        def search() -> tuple[KeyRange, RowRefused] | None:
             return badrow.in_ranges(
-                self.transform, reading, ranges, lambda bounds: self._rows(read, live, [bounds]),
+                self.transform, reading, list(under_way), lambda bounds: self._rows(read, live, [bounds]),
                 lambda frame: self.store.try_rows(self.transform.target, frame),
             )  # fmt: skip
 
-        return badrow.sought(source, search)
+        found = badrow.sought(source, search)
+        return None if found is None else (under_way[found[0]], found[1])
 
     def _snapshot(self) -> ExportedSnapshot:
         """Return the kept snapshot, or a new one that shows at least as much: the stream brings whatever lies between the two."""
@@ -262,8 +277,7 @@ class _Load:
         self.ledger.record_snapshot(" ".join(one.name for one in kept), kept[0].visible)
         return kept[0]
 
-    def _require_all_loaded(self, source: str, chunks: Sequence[ChunkRow]) -> None:
-        left = [row.chunk for row in chunks if row.loaded is None]
+    def _require_all_loaded(self, source: str, left: Sequence[int]) -> None:
         if left:
             raise CouldNotFinish(f"{source} into {self.store.name}: chunks {left} were claimed by another backfill: run again")
 

@@ -119,8 +119,8 @@ def sought(table: str, search: Callable[[], Found | None]) -> Found | None:
 def in_ranges(
     transform: Transform, reading: Reading, ranges: Sequence[KeyRange], rows: Callable[[KeyRange], DataFrame],
     trying: Callable[[DataFrame], object], *, of_target: bool = False,
-) -> RowRefused | None:  # fmt: skip
-    """Return the refusal of the first row that fails in some ranges of a table's key, or None (driver).
+) -> tuple[KeyRange, RowRefused] | None:  # fmt: skip
+    """Return the first range of a table's key with a row that fails, and how that row is refused, or None (driver).
 
     `rows` reads what a range holds, in the snapshot, and `trying` does with it what failed.
     """
@@ -135,7 +135,7 @@ def in_ranges(
             if found is not None:
                 one, why = found
                 (key,) = some_rows(session, reading.table, one, 1)
-                return sentence(transform, key, why, column_of(transform, why, partial(rows, one)), of_target=of_target)
+                return bounds, sentence(transform, key, why, column_of(transform, why, partial(rows, one)), of_target=of_target)
     return None
 
 
@@ -150,13 +150,14 @@ def in_frozen(spark: SparkSession, transform: Transform, frozen: Frozen, side: s
         frame = read_table(spark, reading.dsn, reading.application, reading.table, [bounds], reading.snapshot)
         return transform.uncast(frame) if of_source else frame
 
-    def search() -> RowRefused | None:
-        return in_ranges(transform, reading, frozen.ranges, rows, _evaluate_all, of_target=not of_source)
-
-    found = sought(transform.table.source, search)
-    if found is None or of_source:
-        return found
-    return RowRefused(found.table, f"the {side}'s {found.place}", found.problem)
+    found = sought(
+        transform.table.source,
+        lambda: in_ranges(transform, reading, frozen.ranges, rows, _evaluate_all, of_target=not of_source),
+    )
+    if found is None:
+        return None
+    _, row = found
+    return row if of_source else RowRefused(row.table, f"the {side}'s {row.place}", row.problem)
 
 
 def _evaluate_all(rows: DataFrame) -> None:

@@ -5,6 +5,7 @@ Every fixture runs the real part: servers, Spark and the SDK are started by the 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ pytest_plugins = [f"tests.{path.stem}" for path in sorted(Path(__file__).parent.
 
 for plugin in pytest_plugins:  # before the first is loaded, since plugins import each other
     pytest.register_assert_rewrite(plugin)
+
+# Every JVM of the suite compiles once and quickly: its rows are few, and compiling again for speed took half of all its CPU. What
+# a query gives is the same. The cache is made large, because without the second compiler it is 48 MB, and a full one stops all.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=400m -XX:+UseSerialGC")
 
 # an example may take as long as the machine makes it; what fails is printed so that it can be run again
 settings.register_profile("suite", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from changeover.errors import ChangeoverError, RowRefused
-from changeover.jobs import carrier
+from changeover.jobs import backfill, carrier
 from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows, rows
 
 OLD = """
@@ -75,21 +75,43 @@ def assert_equal(migration: Migration, *targets: str) -> None:
         assert lake_rows(migration.lake("days2").select("id", "day")) == days
 
 
-def test_a_chunk_with_a_bad_row_is_read_again_in_a_newer_snapshot(made: Migration) -> None:
-    for bad in ("ts = 'secret' WHERE id = 33", "qty = -7 WHERE id = 44", "note = NULL WHERE id = 50"):
+def pending(migration: Migration) -> list[int]:
+    """Return how many chunks of the first table are not loaded, in the store and in the lake, which has no rules of its own."""
+    return [sum(not row.loaded for row in migration.chunks(target)) for target in (STORE, LAKE)]
+
+
+def test_a_chunk_with_a_bad_row_alone_is_read_again_in_a_newer_snapshot(made: Migration) -> None:
+    for bad in ("ts = 'secret' WHERE id = 33", "qty = -7 WHERE id = 44", "note = NULL WHERE id = 2"):
         made.old.execute(f"UPDATE t SET {bad}".encode())
     made.old.execute("UPDATE days SET day = 'infinity' WHERE id = 7")
     made.prepare()
-    refused(made.backfill, "table public.t, key (33, p), column ts: ", "table public.days, key (7), column day: ")
+    ts, day = "table public.t, key (33, p), column ts: ", "table public.days, key (7), column day: "
+    qty, note = "table public.t, key (44, p), column qty: ", "table public.t, key (2, p), column note: "
+    refused(made.backfill, ts, day, qty, note)
+    assert pending(made) == [3, 1]
     made.old.execute(b"UPDATE t SET ts = '2020-02-02' WHERE id = 33; DELETE FROM days WHERE id = 7")
     made.old.execute(MEANWHILE.format(33).encode())
     made.catch_up(STORE)
-    refused(made.backfill, "table public.t, key (44, p), column qty: ")
+    refused(made.backfill, qty, note)
+    assert pending(made) == [2, 0]
     made.old.execute("UPDATE t SET qty = 3 WHERE id = 44")
     made.old.execute(MEANWHILE.format(44).encode())
-    refused(made.backfill, "table public.t, key (50, p), column note: ")
-    made.old.execute("DELETE FROM t WHERE id = 50")
+    refused(made.backfill, note)
+    made.old.execute("DELETE FROM t WHERE id = 2")
     made.catch_up(STORE)
+    made.backfill()
+    made.catch_up()
+    assert_equal(made, STORE, LAKE)
+
+
+def test_a_rule_that_fails_everywhere_ends_after_a_few_chunks(made: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backfill, "MOST_ASIDE", 2)
+    made.old.execute("UPDATE t SET qty = -qty WHERE id > 10")
+    made.prepare()
+    with pytest.raises(ChangeoverError) as raised:
+        made.backfill(STORE)
+    assert str(raised.value).count("column qty: ") == 3
+    made.old.execute("UPDATE t SET qty = abs(qty)")
     made.backfill()
     made.catch_up()
     assert_equal(made, STORE, LAKE)
