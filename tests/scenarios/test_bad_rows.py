@@ -81,23 +81,19 @@ def pending(migration: Migration) -> list[int]:
 
 
 def test_a_chunk_with_a_bad_row_alone_is_read_again_in_a_newer_snapshot(made: Migration) -> None:
-    for bad in ("ts = 'secret' WHERE id = 33", "qty = -7 WHERE id = 44", "note = NULL WHERE id = 2"):
-        made.old.execute(f"UPDATE t SET {bad}".encode())
+    made.old.execute(b"UPDATE t SET ts = 'secret' WHERE id = 33; UPDATE t SET qty = -7 WHERE id = 2")
     made.old.execute("UPDATE days SET day = 'infinity' WHERE id = 7")
     made.prepare()
-    ts, day = "table public.t, key (33, p), column ts: ", "table public.days, key (7), column day: "
-    qty, note = "table public.t, key (44, p), column qty: ", "table public.t, key (2, p), column note: "
-    refused(made.backfill, ts, day, qty, note)
-    assert pending(made) == [3, 1]
+    qty, day = "table public.t, key (2, p), column qty: ", "table public.days, key (7), column day: "
+    refused(made.backfill, "table public.t, key (33, p), column ts: ", qty, day)
+    assert pending(made) == [2, 1]
     made.old.execute(b"UPDATE t SET ts = '2020-02-02' WHERE id = 33; DELETE FROM days WHERE id = 7")
     made.old.execute(MEANWHILE.format(33).encode())
     made.catch_up(STORE)
-    refused(made.backfill, qty, note)
-    assert pending(made) == [2, 0]
-    made.old.execute("UPDATE t SET qty = 3 WHERE id = 44")
-    made.old.execute(MEANWHILE.format(44).encode())
-    refused(made.backfill, note)
+    refused(made.backfill, qty)
+    assert pending(made) == [1, 0]
     made.old.execute("DELETE FROM t WHERE id = 2")
+    made.old.execute(MEANWHILE.format(20).encode())
     made.catch_up(STORE)
     made.backfill()
     made.catch_up()
@@ -105,16 +101,16 @@ def test_a_chunk_with_a_bad_row_alone_is_read_again_in_a_newer_snapshot(made: Mi
 
 
 def test_a_rule_that_fails_everywhere_ends_after_a_few_chunks(made: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backfill, "MOST_ASIDE", 2)
-    made.old.execute("UPDATE t SET qty = -qty WHERE id > 10")
+    monkeypatch.setattr(backfill, "MOST_ASIDE", 1)
+    made.old.execute("UPDATE t SET qty = -qty")
     made.prepare()
     with pytest.raises(ChangeoverError) as raised:
         made.backfill(STORE)
-    assert str(raised.value).count("column qty: ") == 3
+    assert str(raised.value).count("column qty: ") == 2
     made.old.execute("UPDATE t SET qty = abs(qty)")
-    made.backfill()
-    made.catch_up()
-    assert_equal(made, STORE, LAKE)
+    made.backfill(STORE)
+    made.catch_up(STORE)
+    assert_equal(made, STORE)
 
 
 def test_replay_goes_on_when_a_bad_row_was_corrected(made: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
