@@ -10,7 +10,7 @@ import pytest
 from psycopg import sql
 
 from changeover.errors import SourceChanged
-from changeover.jobs import definition, intake
+from changeover.jobs import definition, intake, replication
 from changeover.jobs.assumptions import Asked, Moment, sentences, stop
 from changeover.jobs.capture import capture, emit_marker
 from changeover.jobs.tenure import OLD
@@ -104,6 +104,7 @@ def test_a_row_filter_is_told_without_its_values(prepared: Prepared) -> None:
 @pytest.mark.parametrize("altered", ["dropped", "left and back", "fewer operations and back"])
 def test_a_capture_that_runs_sees_it_at_its_watch(prepared: Prepared, altered: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(replication, "FEEDBACK_SECONDS", 0.2)  # a quiet stream is looked at as often as it is answered
     failed: list[BaseException] = []
 
     def run() -> None:
