@@ -15,7 +15,7 @@ from psycopg import sql
 
 from changeover.errors import RowsHidden, SpecError
 from changeover.jobs import charsets, connections, grants, holders, keys, likeness, masking, privileges
-from changeover.jobs.derivation import WORDS, derivations
+from changeover.jobs.derivation import WORDS, derivations, owned
 from changeover.jobs.entries import Partition, SourceColumn
 from changeover.jobs.generated import generated_of, require_not_asked_for
 from changeover.jobs.grants import Lack
@@ -207,7 +207,8 @@ def preflight(spec: Spec) -> Preflight:
                 if len(name.encode()) > NAME_BYTES:
                     found.reasons.append(f"the target table's name {name} is too long: {NAME_BYTES} bytes at most")
                 if (seen := found.tables.get(table.source)) is not None:
-                    found.reasons += store.misfits(table.target, list(derivations(table, seen.store_columns)))
+                    wanted = derivations(table, seen.store_columns)
+                    found.reasons += store.misfits(table.target, list(wanted), owned=owned(table, wanted, seen.identity))
                 if isinstance(store, PostgresStore):
                     _rights_on_target(spec, store, schema, name, found)
                     if not grants.readable(store.connection, schema, name):

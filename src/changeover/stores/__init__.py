@@ -148,8 +148,11 @@ class Store(Protocol):
         """Return whether a column of a table here holds every value of a source column, carried as it is (check, prepare)."""
         ...
 
-    def misfits(self, table: str, names: Sequence[str]) -> list[str]:
-        """Return why a table, by its name in the spec, can't have columns of these names here, each a sentence (check, prepare)."""
+    def misfits(self, table: str, names: Sequence[str], *, owned: bool = False) -> list[str]:
+        """Return why a table, by its name in the spec, can't have columns of these names here, each a sentence (check, prepare).
+
+        `owned` is as the table's will be.
+        """
         ...
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:

@@ -115,7 +115,7 @@ class DeltaStore:
         """Return whether a column of a table here holds every value of a source column, carried as it is."""
         return lake_holds(source.spark_type, target.spark_type)
 
-    def misfits(self, table: str, names: Sequence[str]) -> list[str]:
+    def misfits(self, table: str, names: Sequence[str], *, owned: bool = False) -> list[str]:
         """Return which names Delta does not take: two that differ in case alone, and those with a character of its own."""
         there: dict[str, str] = {}
         found = []

@@ -37,7 +37,7 @@ from changeover.stores import (
 )
 from changeover.stores import objections as objecting
 from changeover.stores import truncate as truncating
-from changeover.stores.batches import BATCH, WIDEST, change_columns, image_columns, prepare_batch
+from changeover.stores.batches import BATCH, OWNED, WIDEST, change_columns, image_columns, prepare_batch
 from changeover.stores.fits import holds
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import plan_ranges
@@ -90,17 +90,18 @@ class PostgresStore:
         """Return whether a column of a table here holds every value of a source column, carried as it is."""
         return target.spark_type != "" and holds(source.type, target.type)
 
-    def misfits(self, table: str, names: Sequence[str]) -> list[str]:
+    def misfits(self, table: str, names: Sequence[str], *, owned: bool = False) -> list[str]:
         """Return which names are too long for PostgreSQL, which would cut them, and whether there are too many columns."""
         found = [
             f"target table {table} would have the column {name}, whose name is too long: {gate.NAME_BYTES} bytes at most"
             for name in names
             if len(name.encode()) > gate.NAME_BYTES
         ]
-        if len(names) > WIDEST:
+        widest = WIDEST - len(OWNED) * owned
+        if len(names) > widest:
             found.append(
-                f"target table {table} would be filled in {len(names):,} columns, and {WIDEST:,} is the most that a batch"
-                f" holds beside its versions: leave columns out by `drop`"
+                f"target table {table} would be filled in {len(names):,} columns, and {widest:,} is the most that a batch"
+                f" holds beside its versions{' and the keys of their rows' * owned}: leave columns out by `drop`"
             )
         return found
 
