@@ -186,6 +186,7 @@ def preflight(spec: Spec) -> Preflight:
             if spec.flag is not None:
                 found.reasons += _not_mirrored(old, found.tables.get(table.source))
         connections.look_at_settings(old, OLD, found.reasons, found.notes)
+        connections.look_at_limits(old, application, OLD, found.notes)
         encoding = charsets.encoding_of(old)
         for table in spec.tables:
             if (seen := found.tables.get(table.source)) is not None:
@@ -199,6 +200,7 @@ def preflight(spec: Spec) -> Preflight:
             if isinstance(store, PostgresStore):
                 found.reasons += connections.reasons(target.dsn_value, application, f"target {target.name}")
                 connections.look_at_settings(store.connection, f"target {target.name}", found.reasons, found.notes)
+                connections.look_at_limits(store.connection, application, f"target {target.name}", found.notes)
                 there = charsets.encoding_of(store.connection)
                 found.reasons += charsets.target_reasons(encoding, there, target.name)
                 found.notes += charsets.notes(encoding, there, target.name) if spec.flag is not None else []

@@ -216,8 +216,14 @@ class Store(Protocol):
         """Remove some of the versions up to one that `merge.collectable` allows, from a place on, first 0 (replay)."""
         ...
 
-    def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> AbstractContextManager[Frozen]:
-        """Hold a state that verification reads, in about `parts` ranges of the key where the store has an order (verify)."""
+    def freeze(
+        self, spark: SparkSession, tables: Sequence[TargetTable], parts: int
+    ) -> AbstractContextManager[Callable[[TargetTable], Frozen]]:  # fmt: skip
+        """Hold a state of tables that verification reads, by as many sessions however many there are (verify).
+
+        What it yields gives a table's, in about `parts` ranges of the key where the store has an order, and raises what stands
+        against that table alone.
+        """
         ...
 
     def rehearsing(
