@@ -116,3 +116,22 @@ def test_what_cannot_be_a_target_is_refused_and_an_unlogged_one_is_noted(
         found = preflight(spec_of(tmp_path))
         assert found.reasons == []
         assert any(note.startswith("target store: public.wares is unlogged: a crash") for note in found.notes)
+
+
+def test_a_statement_names_its_table_as_sql_does(
+    old_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLD_DSN", old_dsn)
+    monkeypatch.setenv("NEW_DSN", new_dsn)
+    with connect(old_dsn, "test") as old:
+        old.execute("""CREATE TABLE "My ""odd"".t" (id integer PRIMARY KEY, n integer GENERATED ALWAYS AS IDENTITY)""")
+        spec = spec_of(tmp_path)
+        odd = replace(spec, tables=(replace(spec.tables[0], source="""public."My ""odd"".t\""""),))
+        (told,) = preflight(odd).reasons
+        old.execute("SET search_path = ''")
+        old.execute(told.partition(": ")[2].encode())
+        assert preflight(odd).reasons == []
+        old.execute("""ALTER TABLE public."My ""odd"".t" DROP CONSTRAINT "My ""odd"".t_pkey\"""")
+        (told,) = preflight(odd).reasons
+        old.execute(told.partition(": ")[2].partition(",")[0].encode() + b" (id)")
+        assert preflight(odd).reasons == []
