@@ -6,6 +6,7 @@ a pooler may give each transaction another session. Nothing is changed by it, an
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 
 from changeover import jdbc, settings
@@ -14,6 +15,24 @@ from changeover.session import NO_POOLER, Connection, connect
 
 LOOKS = 4
 """How often two sessions are asked for their processes: a pooler that changes them does so between two transactions."""
+
+SESSIONS = 16
+"""How many sessions capture, replay and another step hold beside each other in a server with both stores, for any number of tables.
+
+Each task of Spark's that runs has one more.
+"""
+
+LEFT = """
+SELECT least(CASE WHEN NOT r.rolsuper AND r.rolconnlimit >= 0 THEN r.rolconnlimit - count(*) FILTER (WHERE a.usesysid = r.oid) END,
+        CASE WHEN NOT r.rolsuper AND d.datconnlimit >= 0 THEN d.datconnlimit - count(*) FILTER (WHERE a.datid = d.oid) END,
+        current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+            - coalesce(current_setting('reserved_connections', true)::int, 0) - count(*))
+    + count(*) FILTER (WHERE a.usesysid = r.oid AND starts_with(a.application_name, %s))
+FROM pg_roles r CROSS JOIN pg_database d CROSS JOIN pg_stat_activity a
+WHERE r.rolname = current_user AND d.datname = current_database() AND a.usesysid IS NOT NULL AND a.datid IS NOT NULL
+GROUP BY r.oid, r.rolsuper, r.rolconnlimit, d.oid, d.datconnlimit
+"""
+"""How many sessions the role may open, those of ours that are open among them."""
 
 
 def reasons(dsn: str, application: str, where: str) -> list[str]:
@@ -53,6 +72,17 @@ def look_at_settings(connection: Connection, where: str, reasons: list[str], not
         for (value,) in connection.execute(settings.question(asked)).fetchall():
             told = f"{where} has {asked.name} = {value.strip()} for this role: {asked.consequence}"
             (reasons if asked.reason else notes).append(told)
+
+
+def look_at_limits(connection: Connection, application: str, where: str, notes: list[str]) -> None:
+    """Note where a server lets the role open fewer sessions than a run may hold."""
+    row = connection.execute(LEFT, [application.rpartition(":")[0] + ":"]).fetchone()
+    tasks = os.cpu_count() or 1
+    if row is not None and row[0] < SESSIONS + tasks:
+        notes.append(
+            f"{where} has {row[0]} sessions left for this role, and {SESSIONS + tasks} may be open at once, one of them for each of"
+            f" {tasks} tasks of Spark's: raise the role's CONNECTION LIMIT, the database's, or max_connections"
+        )
 
 
 def shares_sessions(dsn: str, application: str) -> bool:

@@ -58,6 +58,14 @@ def derivations(table: Table, source: Sequence[Column]) -> dict[str, Derivation]
     return found if table.function is None else {name: Derivation(one.expression) for name, one in found.items()}
 
 
+def owned(table: Table, wanted: Mapping[str, Derivation], identity: Collection[str]) -> bool:
+    """Return whether source keys are kept beside the target's, because nothing proves that no two of them make one of its keys.
+
+    What a function makes is not known, and whether it keeps a column of ours is not either: verification alone looks at its keys.
+    """
+    return table.function is None and not set(identity) <= {wanted[column].origin for column in table.key if column in wanted}
+
+
 def _stated(text: str, names: Sequence[str]) -> Derivation:
     """Return the derivation of a column that the spec states; Spark finds a column by its name in any case."""
     name = reference(text)

@@ -79,8 +79,8 @@ ORDER BY r.rolname, c.oid
 
 RIGHTS = """
 SELECT format('the role %%s has no %%s on %%s', current_user, p.list, c.oid::regclass),
-    format('GRANT %%s ON %%s TO %%I', p.list, c.oid::regclass, current_user)
-FROM pg_class c CROSS JOIN LATERAL (
+    format('GRANT %%s ON %%I.%%I TO %%I', p.list, n.nspname, c.relname, current_user)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace CROSS JOIN LATERAL (
     SELECT string_agg(name, ', ' ORDER BY place) AS list FROM unnest(%(rights)s::text[]) WITH ORDINALITY AS r (name, place)
     WHERE NOT has_table_privilege(c.oid, name) AND NOT (%(owning)s AND has_table_privilege(c.relowner, c.oid, name))) p
 WHERE c.oid = %(oid)s AND p.list IS NOT NULL
@@ -95,8 +95,9 @@ DRAWING = """
 SELECT s.oid, NOT (has_sequence_privilege(s.oid, 'SELECT') AND has_sequence_privilege(s.oid, 'UPDATE'))
         AND NOT (has_sequence_privilege(c.relowner, s.oid, 'SELECT') AND has_sequence_privilege(c.relowner, s.oid, 'UPDATE')),
     format('the role %%s may not read and move the sequence %%s', current_user, s.oid::regclass),
-    format('GRANT SELECT, UPDATE ON SEQUENCE %%s TO %%I', s.oid::regclass, current_user)
-FROM pg_class s JOIN pg_class c ON c.oid = %(table)s WHERE s.oid = %(sequence)s::regclass
+    format('GRANT SELECT, UPDATE ON SEQUENCE %%I.%%I TO %%I', n.nspname, s.relname, current_user)
+FROM pg_class s JOIN pg_namespace n ON n.oid = s.relnamespace JOIN pg_class c ON c.oid = %(table)s
+WHERE s.oid = %(sequence)s::regclass
 """
 """A sequence, and whether it can't be moved, with the rights of the table's owner either."""
 

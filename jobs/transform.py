@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from changeover.errors import SpecError, UnsafePlan
-from changeover.jobs.derivation import Derivation, derivations, mentioned, resolved
+from changeover.jobs.derivation import Derivation, derivations, mentioned, owned, resolved
 from changeover.names import RESERVED, held, hold, nth, quoted, reserved
 from changeover.spec import Spec, Table
 from changeover.stores import DELETED, EPOCH, LEFT, LSN, ORDINAL, OWNER, VERSION_COLUMNS, Column, TargetTable
@@ -313,9 +313,7 @@ def plan(
     )
     _require_key(spark, spec, table, source, replica_identity, wanted, [c.name for c in columns])
     by_name = {c.name: c for c in source}
-    # what a function makes is not known, and whether it keeps a column of ours is not either: verification alone looks at its keys
-    owned = table.function is None and not set(replica_identity) <= {wanted[column].origin for column in table.key}
-    whole = TargetTable(schema, name, tuple(columns), table.key, owned)
+    whole = TargetTable(schema, name, tuple(columns), table.key, owned(table, wanted, replica_identity))
     casts = {c.name: given for c in columns if (given := found[c.name]) != c.spark_type and given not in PARSED}
     return Transform(table, tuple(source), whole, wanted, tuple(by_name[name] for name in replica_identity), casts=casts)
 

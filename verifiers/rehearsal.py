@@ -23,7 +23,7 @@ from changeover.jobs.prepare import plan_transforms
 from changeover.jobs.transform import Transform
 from changeover.names import qualified
 from changeover.session import application_name
-from changeover.sparkerrors import translated
+from changeover.sparkerrors import as_ours
 from changeover.spec import Spec, Table, Target
 from changeover.stores import open_store
 from changeover.stores.postgres import exporting
@@ -88,7 +88,7 @@ def _sentence(error: Exception, place: str) -> str:
     from pyspark.errors import PySparkException
 
     if isinstance(error, PySparkException | Py4JError):
-        error = translated(str(error), place, "without a row")
+        error = as_ours(error, place, "without a row")
     if isinstance(error, RowRefused):  # there was none: it is what Spark says of an expression or a name
         return f"{place}: {error.problem}"
     if isinstance(error, ChangeoverError):

@@ -15,37 +15,31 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from changeover.errors import CouldNotCheck, RowRefused, StepOrder, TableStopped, TextRefused
-from changeover.jobs import assumptions, badrow, masking, reverse, snapshot, windows
-from changeover.jobs.entries import CLOSED, Authority
+from changeover.errors import CouldNotCheck, RowRefused, TextRefused
+from changeover.jobs import badrow, masking, reverse
 from changeover.jobs.ledger import Ledger
-from changeover.jobs.marker import emit_marker, mark
-from changeover.jobs.preflight import SourceTable, source_table
-from changeover.jobs.prepare import Prepared, require_prepared
+from changeover.jobs.prepare import require_prepared
 from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
-from changeover.jobs.tenure import shares
 from changeover.jobs.transform import Transform
-from changeover.jobs.triggerlog import Log
-from changeover.jobs.waiting import await_spool
-from changeover.names import nth, placed, qualified
-from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect
+from changeover.names import nth, placed
+from changeover.session import application_name
 from changeover.sparkerrors import from_spark
-from changeover.spec import TRIGGER, Spec
+from changeover.spec import Spec
 from changeover.stores import Frozen, open_store
-from changeover.stores.postgres import file_watch, freeze, frozen_at, importing
-from changeover.stores.reader import ExportedSnapshot, ReadTable
+from changeover.stores.postgres import freeze
+from changeover.stores.reader import ReadTable
 from changeover.verifiers import checks, recheck, untouched
 from changeover.verifiers.canonical import text
 from changeover.verifiers.coverage import SIDES, require_read
 from changeover.verifiers.diff import RANGE, compare
+from changeover.verifiers.moment import Moment, held_still, look_closed
 from changeover.verifiers.planned import changed_types
 from changeover.verifiers.split import Split
 from changeover.verifiers.unchecked import Unchecked
@@ -54,28 +48,7 @@ from changeover.verifiers.verdict import Positions, Range, Recheck, TableDiff, T
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-Chosen = dict[tuple[str, str], Transform]
-"""What is compared: (source, target) -> transform."""
-
 log = logging.getLogger(__name__)
-
-PARTS = 8
-"""Key ranges that a side is read in: a few per core, so that one slow range does not hold the others up."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The moment of one verification: the old store's state per table, and the targets' states, all held open.
-
-    `aligned` says that the new store has authority, of some cohorts at least, and that the old store and the lake have what it had
-    told up to one position.
-    """
-
-    source_lsn: int
-    sources: dict[str, Frozen]
-    targets: dict[tuple[str, str], Frozen]
-    tables: dict[str, SourceTable]
-    aligned: bool = False
 
 
 def verify(
@@ -90,12 +63,12 @@ def verify(
         prepared = require_prepared(spec, spark, ledger, "verify")
         chosen = {names: t for names, t in prepared.transforms.items() if targets is None or names[1] in targets}
         unchecked = Unchecked()
-        _look_closed(ledger, chosen, unchecked)
+        look_closed(ledger, chosen, unchecked)
         verdicts: list[Verdict] = []
         told["verdicts"] = recorded = []
         if unchecked.left(chosen):
             split = Split(ledger.authorities())
-            with _moment(spec, spark, ledger, prepared, chosen, split, unchecked) as moment:
+            with held_still(spec, spark, ledger, prepared, chosen, split, unchecked) as moment:
                 for (source, target), transform in unchecked.left(chosen).items():
                     with unchecked.at([(source, target)]):
                         verdict = _Comparison(spec, spark, ledger, transform, source, target, split, moment).run()
@@ -109,141 +82,6 @@ def verify(
         unchecked.require_none()
         told["outcome"] = "equal" if all(verdict.equal for verdict in verdicts) else "different"
         return verdicts
-
-
-def _look_closed(ledger: Ledger, chosen: Chosen, unchecked: Unchecked) -> None:
-    for source, target in unchecked.left(chosen):
-        with unchecked.at([(source, target)]):
-            _, _, stopped = ledger.source_table(source)
-            if stopped:
-                raise TableStopped(source, stopped)
-            if ledger.load(source, target).state != CLOSED:
-                raise StepOrder("verify", "backfill")
-
-
-@contextmanager
-def _moment(
-    spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared, chosen: Chosen, split: Split, unchecked: Unchecked,
-) -> Iterator[Moment]:  # fmt: skip
-    """Hold both sides still; while the old store has authority over any row they are aligned at one LSN."""
-    dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "verify")
-    with ExitStack() as held, connect(dsn, application) as old:
-        tables = _tables(old, spec, chosen, unchecked)
-        reads = {name: _read(seen) for name, seen in tables.items()}
-        watches = {name: file_watch(old, read) for name, read in reads.items()}
-        first, every = min(source for source, _ in chosen), sorted({target for _, target in chosen})
-        lakes = [one for one in reverse.targets_of(spec) if one in every] if split.at_new else []
-        if split.at_old:
-            with ExitStack() as turn:
-                for target in [*([reverse.OLD_STORE] if split.at_new else []), *every]:
-                    turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
-                split.require_unmoved(ledger, first)
-                limit = None
-                if split.at_new:
-                    split.require_way_back(ledger, first)
-                    limit = _bring_back_to_now(spec, Replay(spec, spark, ledger, prepared), lakes)
-                lsn, holder, exported = _aligned(held, spec, dsn, application)
-                emit_marker(old, "verify")
-                replay = Replay(spec, spark, ledger, prepared, exported)
-                replay.back.limit = limit
-                _replay_to(replay, lsn, every, chosen, unchecked)
-                targets = _freeze_targets(held, spec, spark, chosen, unchecked)
-            position = format_lsn(lsn)
-            sources = {
-                name: frozen_at(spark, dsn, application, read, exported, position, holder, PARTS, watches[name])
-                for name, read in reads.items()
-            }
-            _ask(spec, old, ledger, chosen, unchecked)
-            yield Moment(lsn, sources, targets, tables, aligned=split.at_new)
-        else:
-            with ExitStack() as turn:
-                aligned = _comes_back(ledger, lakes, first, split.changes)
-                if aligned:
-                    for target in (reverse.OLD_STORE, *lakes):
-                        turn.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
-                    _bring_back_to_now(spec, Replay(spec, spark, ledger, prepared), lakes)
-                targets = _freeze_targets(held, spec, spark, chosen, unchecked)
-                sources = {n: held.enter_context(freeze(spark, dsn, application, read, PARTS)) for n, read in reads.items()}
-            _ask(spec, old, ledger, chosen, unchecked)
-            yield Moment(max((parse_lsn(s.position) for s in sources.values()), default=0), sources, targets, tables, aligned)
-
-
-def _aligned(held: ExitStack, spec: Spec, dsn: str, application: str) -> tuple[int, Connection, ExportedSnapshot]:
-    """Return a position, and a snapshot that shows exactly what the change stream has below it, with the session that holds it."""
-    if spec.source.capture == TRIGGER:
-        window = held.enter_context(windows.aligned(dsn, application, Log(spec.name)))
-        return window.end, window.holder, window.snapshot
-    made = snapshot.create_slot(dsn, application, f"{spec.slot}_verify", temporary=True)
-    held.enter_context(made.session)
-    return made.l0, *held.enter_context(importing(dsn, application, made.snapshot))
-
-
-def _read(seen: SourceTable) -> ReadTable:
-    return ReadTable(*qualified(seen.source), seen.store_columns, seen.key, seen.partitions is not None)
-
-
-def _tables(old: Connection, spec: Spec, chosen: Chosen, unchecked: Unchecked) -> dict[str, SourceTable]:
-    """Return the source tables as they are now."""
-    tables = {}
-    for source in sorted({source for source, _ in unchecked.left(chosen)}):
-        with unchecked.at([names for names in chosen if names[0] == source]):
-            seen = source_table(old, spec.table(source))
-            if seen is None:
-                raise CouldNotCheck(source, "there is no such table in the old store any more")
-            tables[source] = seen
-    return tables
-
-
-def _ask(spec: Spec, old: Connection, ledger: Ledger, chosen: Chosen, unchecked: Unchecked) -> None:
-    """Ask of each table whether what a verdict rests on still holds; what concerns all is every table's reason."""
-    for source in sorted({source for source, _ in unchecked.left(chosen)}):
-        with unchecked.at([names for names in chosen if names[0] == source]):
-            assumptions.require(assumptions.Moment.VERDICT, assumptions.Asked(spec, old, ledger, source))
-
-
-def _replay_to(replay: Replay, position: int, targets: Sequence[str], chosen: Chosen, unchecked: Unchecked) -> None:
-    """Offer every event below a position, once capture has made them durable."""
-    await_spool(replay.ledger, replay.spool, position, "the source's stream")
-    try:
-        replay.offer(until=position, targets=targets)
-    except (TableStopped, RowRefused, TextRefused) as error:  # the other tables are there
-        _look_closed(replay.ledger, chosen, unchecked)
-        behind = [names for names in unchecked.left(chosen) if replay.ledger.load(*names).applied < position]
-        unchecked.add(behind, error)
-
-
-def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str, changes: Sequence[Authority]) -> bool:
-    """Return whether the old store gets all that is written to the new one; a lake that gets more than it has nothing beside it."""
-    lacking = reverse.whole(ledger)
-    if lacking is None:
-        return True
-    if lakes and reverse.carried(reverse.recorded(ledger), changes) & {held.epoch for held in shares(changes)}:
-        problem = f"the lake follows the new store, and the old store, which it is held against, does not: {lacking}"
-        raise CouldNotCheck(source, problem)
-    return False
-
-
-def _bring_back_to_now(spec: Spec, replay: Replay, lakes: Sequence[str]) -> int:
-    """Offer what was written to the new store to the old store and the lakes, whose leases are held; return up to where."""
-    with connect(reverse.new_dsn(spec), application_name(spec.name, "verify")) as new:
-        position = mark(new, "verify")
-    await_spool(replay.ledger, replay.back.journal.spool, position, "the new store's stream", step="capture-new")
-    replay.back.limit = position
-    replay.bring_back()
-    if lakes:
-        replay.offer(targets=lakes)
-    return position
-
-
-def _freeze_targets(
-    held: ExitStack, spec: Spec, spark: SparkSession, chosen: Chosen, unchecked: Unchecked
-) -> dict[tuple[str, str], Frozen]:
-    frozen = {}
-    for (source, target), transform in unchecked.left(chosen).items():
-        with unchecked.at([(source, target)]):
-            store = held.enter_context(open_store(spec, spec.targets[target], "verify"))
-            frozen[source, target] = held.enter_context(store.freeze(spark, transform.target, PARTS))
-    return frozen
 
 
 @dataclass(frozen=True)
@@ -344,12 +182,13 @@ class _Comparison:
             def source(keys: Sequence[recheck.Key]) -> DataFrame:
                 places = [diff.key.index(column) for column in moved] if moved else []
                 own = [tuple(key[place] for place in places) for key in keys] if moved else None
-                now = watched("source", present.enter_context(freeze(self.spark, dsn, application, read, 1)))
+                now = watched("source", present.enter_context(freeze(self.spark, dsn, application, [read], 1))(read))
                 rows = self.transform.uncast(now.frame(own))
                 return rows if moved else _only(rows, diff.key, keys)
 
             def target(keys: Sequence[recheck.Key]) -> DataFrame:
-                now = watched("target", present.enter_context(store.freeze(self.spark, self.transform.target, 1)))
+                hold = present.enter_context(store.freeze(self.spark, [self.transform.target], 1))
+                now = watched("target", hold(self.transform.target))
                 return now.frame(list(keys))
 
             def between() -> None:

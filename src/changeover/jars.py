@@ -1,4 +1,4 @@
-"""The Java archives that Spark does not ship: Delta Lake and the PostgreSQL driver, beside Spark's own.
+"""The Java archives that Spark does not ship: Delta Lake, the PostgreSQL driver and its way to a socket, beside Spark's own.
 
 They are resolved once by Spark's own resolver and moved into pyspark's `jars` folder by rename, so that an archive is
 there whole or not at all, and no session needs a network or a setting afterwards. What is there is not fetched again,
@@ -42,10 +42,19 @@ class Artifact(NamedTuple):
 DELTA = Artifact("io.delta", "delta-spark_4.2_2.13", "4.4.0")
 POSTGRES = Artifact("org.postgresql", "postgresql", "42.7.7")
 
+SOCKETS = Artifact("com.kohlschutter.junixsocket", "junixsocket-common", "2.10.1")
+NATIVE = Artifact(SOCKETS.group, "junixsocket-native-common", SOCKETS.version)
+"""junixsocket, under the Apache License 2.0: the PostgreSQL driver has TCP alone, and many servers give a socket's folder alone."""
+
+ROOTS = (DELTA, POSTGRES, SOCKETS, NATIVE)
+"""What the resolver is asked for; it brings what they need."""
+
 NEEDED = (
     DELTA,
     Artifact("io.delta", "delta-storage", "4.4.0"),
     POSTGRES,
+    SOCKETS,
+    NATIVE,
 )
 """What read, write, merge, OPTIMIZE, VACUUM and JDBC load; the rest of the tree Spark ships or never loads."""
 
@@ -100,14 +109,14 @@ def fetch(into: Path | None = None) -> tuple[Artifact, ...]:
 def _resolve(ivy: Path) -> None:
     """Let a Spark session of its own process resolve the tree into `ivy/jars`."""
     environ = {**os.environ, "JAVA_HOME": str(java.find())}
-    command = [sys.executable, "-c", _RESOLVE, f"{DELTA.coordinates},{POSTGRES.coordinates}", str(ivy)]
+    command = [sys.executable, "-c", _RESOLVE, ",".join(root.coordinates for root in ROOTS), str(ivy)]
     try:
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=RESOLVE_WITHIN, check=False)
     except subprocess.TimeoutExpired as error:
         raise JarsMissing(f"its resolver took more than {RESOLVE_WITHIN:g} s, run again") from error
     if done.returncode:
         raise JarsMissing(
-            f"its resolver could not fetch {DELTA.coordinates} and {POSTGRES.coordinates} ({_reason(done.stderr)}): "
+            f"its resolver could not fetch {' and '.join(root.coordinates for root in ROOTS)} ({_reason(done.stderr)}): "
             f"check the network and run `{sys.executable} -m changeover.jars` again"
         )
 

@@ -32,6 +32,9 @@ UNKNOWN = {
 SAME = {"channel_binding": "channelBinding", "sslnegotiation": "sslNegotiation", "krbsrvname": "kerberosServerName"}
 """libpq's names and those of the driver of Java, where the values are the same."""
 
+SOCKETS = "org.newsclub.net.unix.AFUNIXSocketFactory$FactoryArg"
+"""The factory of junixsocket (`changeover.jars`): the driver of Java has TCP alone by itself."""
+
 FROM_JDBC = (*FROM_ENVIRONMENT, "extra_float_digits")
 """What the driver sends of its own, above the options."""
 
@@ -59,7 +62,7 @@ def options(dsn: str, application: str) -> dict[str, str]:
         **({"password": told["password"]} if told["password"] else {}),
         **{SAME[name]: told[name] for name in SAME if name in told},
         **({"gssEncMode": told["gssencmode"]} if told.get("gssencmode") in ("disable", "require") else {}),
-        **_tls(told),
+        **(_by_socket(told) if _socket(told) else _tls(told)),
     }
 
 
@@ -67,14 +70,34 @@ def _require_known(dsn: str, told: Mapping[str, str]) -> None:
     for name, lack in UNKNOWN.items():
         if name in told:
             raise UsageError(f"{server_name(dsn)}: the DSN has {name}, and {JAVA} {lack}: leave it out")
-    if told["host"].startswith(("/", "@")):
+    if not _socket(told):
+        return
+    if told["host"].startswith("@"):
         raise UsageError(
-            f"{server_name(dsn)}: the DSN names the socket {told['host']}, and {JAVA} has TCP alone: write host=localhost"
+            f"{server_name(dsn)}: the DSN names the abstract socket {told['host']}, and {JAVA} takes a folder's alone: write"
+            " host=/FOLDER or host=localhost"
         )
+    if "requirepeer" in told:
+        raise UsageError(
+            f"{server_name(dsn)}: the DSN has requirepeer, and {JAVA} can't ask whose process a server is: leave it out"
+        )
+
+
+def _socket(told: Mapping[str, str]) -> bool:
+    """Return whether libpq reached the server by a socket of its machine; an address comes before one."""
+    return told["host"].startswith(("/", "@")) and not told["hostaddr"]
+
+
+def _by_socket(told: Mapping[str, str]) -> dict[str, str]:
+    """Return what the driver of Java is told about a socket, at which libpq uses no TLS either, whatever the DSN says."""
+    path = f"{told['host'].rstrip('/')}/.s.PGSQL.{told['port']}"
+    return {"sslmode": "disable", "socketFactory": SOCKETS, "socketFactoryArg": path}
 
 
 def _host(dsn: str, told: Mapping[str, str]) -> str:
     """Return the host for the URL: the address, where one is given and the name is not what TLS proves."""
+    if _socket(told):
+        return "localhost"  # which the factory of sockets takes for its own
     host, address = told["host"], told["hostaddr"]
     if told.get("sslmode") != "verify-full":
         host = address or host

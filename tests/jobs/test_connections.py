@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,25 @@ def test_a_server_that_gives_no_session_for_replication_is_refused(tmp_path: Pat
     assert len(told) == 1
     assert told[0].startswith("the old store gives no session for replication (")
     assert "see max_wal_senders and pg_hba.conf" in told[0]
+
+
+def test_a_server_that_lets_the_role_open_few_sessions_is_told(old_dsn: str, mover: Mover) -> None:
+    role, needed = sql.Identifier(mover.name), connections.SESSIONS + (os.cpu_count() or 1)
+    with connect(old_dsn, "test") as admin, connect(mover.dsn(old_dsn), "changeover:m:check") as session:
+        database = sql.Identifier(admin.info.dbname)
+        for limit in (
+            sql.SQL("ALTER ROLE {} CONNECTION LIMIT").format(role),
+            sql.SQL("ALTER DATABASE {} CONNECTION LIMIT").format(database),
+        ):
+            for number, few in ((-1, False), (needed + 1, False), (needed - 2, True)):
+                admin.execute(sql.SQL("{} {}").format(limit, sql.Literal(number)))
+                notes: list[str] = []
+                connections.look_at_limits(session, "changeover:m:check", "the old store", notes)
+                assert bool(notes) == few, (limit, number, notes)
+            admin.execute(sql.SQL("{} -1").format(limit))
+    with passing_server(default_binaries(), max_connections="12") as server, connect(server.dsn(), "changeover:m:check") as session:
+        connections.look_at_limits(session, "changeover:m:check", "the old store", notes := [])
+    assert notes[0].startswith(f"the old store has 9 sessions left for this role, and {needed} may be open at once")
 
 
 def test_check_names_what_no_session_can_pin_on_either_side_under_policies_too(

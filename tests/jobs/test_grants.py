@@ -15,7 +15,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from changeover.embedded import EmbeddedServer
-from changeover.jobs import obstacles
+from changeover.jobs import grants, obstacles
 from changeover.jobs.division import examined
 from changeover.position import Version
 from changeover.session import Connection, connect
@@ -171,3 +171,20 @@ def test_membership_is_asked_for_and_nothing_that_comes_with_it(shop: Shop) -> N
     assert [reason for reason in found.reasons if wanted in reason] == found.reasons
     shop.obey(found.grants)
     assert examined(shop.spec()).reasons == []
+
+
+def test_a_statement_runs_as_it_is_printed_whatever_names_and_search_path_are(shop: Shop) -> None:
+    shop.old.execute("""CREATE SEQUENCE public."My ""odd"".seq"; CREATE TABLE public."A ""b"".t" (id bigint)""")
+    shop.old.execute("""ALTER TABLE public."A ""b"".t" ALTER id SET DEFAULT nextval('public."My ""odd"".seq"')""")
+    owner = sql.Identifier(shop.application)
+    shop.old.execute(sql.SQL("""ALTER TABLE public."A ""b"".t" OWNER TO {}; SET search_path = ''""").format(owner))
+    with shop.as_mover(0) as mover:
+
+        def lacks() -> list[str]:
+            table = ("public", 'A "b".t')
+            found = [*grants.of_table(mover, *table, grants.READ, owning=False), *grants.of_sequences(mover, *table, owning=False)]
+            return [one.grant for one in found]
+
+        assert len(lacks()) == 2
+        shop.obey(lacks())
+        assert lacks() == []

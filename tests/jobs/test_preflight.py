@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -13,7 +14,7 @@ from changeover.position import Version
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
 from changeover.stores import gate
-from changeover.stores.batches import BATCH, WIDEST, apply_batch, prepare_batch
+from changeover.stores.batches import BATCH, OWNED, WIDEST, apply_batch, prepare_batch
 
 SPEC = """
 name = "wide"
@@ -62,6 +63,10 @@ def test_a_target_that_is_too_wide_for_a_batch_is_refused(
     assert preflight(spec_of(tmp_path, '[table.columns]\ntwo = "c1 + c2"\n')).reasons == [told.replace("1,597", "1,598")]
     assert preflight(spec_of(tmp_path, 'drop = ["c5"]')).reasons == []
     assert any(note.startswith("public.wide has 1,597 columns: 1,596 is the most") for note in obstacles.notes(spec_of(tmp_path)))
+    computed, dropped = '[table.columns]\nid = "id + 1"\n', [f"c{number}" for number in range(1, 4)]
+    told = told.replace("1,597", "1,595").replace("1,596", "1,594").replace("versions", "versions and the keys of their rows")
+    assert preflight(spec_of(tmp_path, f"drop = {dropped[:2]}\n{computed}")).reasons == [told]
+    assert preflight(spec_of(tmp_path, f"drop = {dropped}\n{computed}")).reasons == []
 
 
 def test_the_widest_table_fits_into_a_batch_and_no_wider_one(old_dsn: str) -> None:
@@ -76,6 +81,11 @@ def test_the_widest_table_fits_into_a_batch_and_no_wider_one(old_dsn: str) -> No
             assert apply_batch(cursor, table).taken == 1
         with pytest.raises(psycopg.errors.TooManyColumns), connection.transaction(), connection.cursor() as cursor:
             prepare_batch(cursor, gate.gated(connection, "public", "breaks", ["id"]), versions=True)
+        fits = replace(table, owned=True)
+        with pytest.raises(psycopg.errors.TooManyColumns), connection.transaction(), connection.cursor() as cursor:
+            prepare_batch(cursor, fits, versions=True)
+        with connection.transaction(), connection.cursor() as cursor:
+            prepare_batch(cursor, replace(fits, columns=fits.columns[: -len(OWNED)]), versions=True)
 
 
 def test_what_cannot_be_a_target_is_refused_and_an_unlogged_one_is_noted(
@@ -106,3 +116,22 @@ def test_what_cannot_be_a_target_is_refused_and_an_unlogged_one_is_noted(
         found = preflight(spec_of(tmp_path))
         assert found.reasons == []
         assert any(note.startswith("target store: public.wares is unlogged: a crash") for note in found.notes)
+
+
+def test_a_statement_names_its_table_as_sql_does(
+    old_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLD_DSN", old_dsn)
+    monkeypatch.setenv("NEW_DSN", new_dsn)
+    with connect(old_dsn, "test") as old:
+        old.execute("""CREATE TABLE "My ""odd"".t" (id integer PRIMARY KEY, n integer GENERATED ALWAYS AS IDENTITY)""")
+        spec = spec_of(tmp_path)
+        odd = replace(spec, tables=(replace(spec.tables[0], source="""public."My ""odd"".t\""""),))
+        (told,) = preflight(odd).reasons
+        old.execute("SET search_path = ''")
+        old.execute(told.partition(": ")[2].encode())
+        assert preflight(odd).reasons == []
+        old.execute("""ALTER TABLE public."My ""odd"".t" DROP CONSTRAINT "My ""odd"".t_pkey\"""")
+        (told,) = preflight(odd).reasons
+        old.execute(told.partition(": ")[2].partition(",")[0].encode() + b" (id)")
+        assert preflight(odd).reasons == []

@@ -45,6 +45,12 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "CREATE TABLE t (id int, v text); CREATE UNIQUE INDEX part ON t (id) WHERE id > 0": ("no primary key or unique", "part beside"),
     "CREATE TABLE t (id int, v text); CREATE UNIQUE INDEX calc ON t ((id + 0))": ("no primary key or unique", "calc beside"),
     'CREATE TABLE t (id text, v text); CREATE UNIQUE INDEX sole ON t (id COLLATE "C")': ("no primary key or", "sole beside"),
+    # a key that is none for a NULL
+    "CREATE TABLE t (id int UNIQUE, v text)": (
+        "public.t.id is of the key and may be NULL, and two rows of a NULL key would both stay: ALTER TABLE public.t ALTER id",
+    ),
+    "CREATE TABLE t (id int, v text) PARTITION BY HASH (id); CREATE UNIQUE INDEX ON t (id);"
+    " CREATE TABLE t1 PARTITION OF t FOR VALUES WITH (MODULUS 1, REMAINDER 0)": ("public.t.id is of the key and may be NULL",),
     # what is no table
     "CREATE VIEW t AS SELECT 1 AS id": ("public.t is a view, and rows are written to tables alone: name another target",),
     "CREATE MATERIALIZED VIEW t AS SELECT 1 AS id": ("public.t is a materialized view",),
@@ -80,7 +86,10 @@ CARRIED = (
     "CREATE TABLE t (id int, v text, PRIMARY KEY (id)) PARTITION BY HASH (id);"
     " CREATE TABLE t1 PARTITION OF t FOR VALUES WITH (MODULUS 1, REMAINDER 0)",
 )
-CARRIED_SINCE_15 = ("CREATE TABLE t (id int NOT NULL, v text, UNIQUE NULLS NOT DISTINCT (id))",)
+CARRIED_SINCE_15 = (
+    "CREATE TABLE t (id int NOT NULL, v text, UNIQUE NULLS NOT DISTINCT (id))",
+    "CREATE TABLE t (id int, v text, UNIQUE NULLS NOT DISTINCT (id))",
+)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pyspark.sql import SparkSession
 
 from changeover.errors import CouldNotCheck, CouldNotFinish
 from changeover.jobs.ledger import Ledger
-from changeover.verifiers import diff
+from changeover.verifiers import diff, moment
 from changeover.verifiers import verify as verifying
 from changeover.verifiers.coverage import require_read
 from changeover.verifiers.verdict import Verdict
@@ -87,14 +87,14 @@ def test_a_table_that_reads_as_empty_because_its_file_was_replaced_is_not_equal(
     migration.old.execute("INSERT INTO p VALUES (1, 'lost'), (11, 'lost')")
     migration.catch_up()
     migration.new.execute("DELETE FROM p2")  # every row is lost, which a verdict has to say
-    replay_to = getattr(verifying, "_replay_to")  # noqa: B009
+    replay_to = moment._Holding._replay_to
 
     def rewritten(*arguments: Any) -> None:
         """Replace the source's file after the snapshot was taken, and before its session holds a lock of the table."""
         replay_to(*arguments)
         migration.old.execute("ALTER TABLE p ALTER v TYPE varchar(9) USING v || ''")
 
-    monkeypatch.setattr(verifying, "_replay_to", rewritten)
+    monkeypatch.setattr(moment._Holding, "_replay_to", rewritten)
     told = failing(migration, CouldNotCheck, "public.p: the source table was rewritten, truncated or repartitioned")
     assert [(v.table, v.word) for v in told] == [("public.a", "equal")]
     assert ("p", STORE) not in on_record(migration)

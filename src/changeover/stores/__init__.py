@@ -148,8 +148,11 @@ class Store(Protocol):
         """Return whether a column of a table here holds every value of a source column, carried as it is (check, prepare)."""
         ...
 
-    def misfits(self, table: str, names: Sequence[str]) -> list[str]:
-        """Return why a table, by its name in the spec, can't have columns of these names here, each a sentence (check, prepare)."""
+    def misfits(self, table: str, names: Sequence[str], *, owned: bool = False) -> list[str]:
+        """Return why a table, by its name in the spec, can't have columns of these names here, each a sentence (check, prepare).
+
+        `owned` is as the table's will be.
+        """
         ...
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
@@ -213,8 +216,14 @@ class Store(Protocol):
         """Remove some of the versions up to one that `merge.collectable` allows, from a place on, first 0 (replay)."""
         ...
 
-    def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> AbstractContextManager[Frozen]:
-        """Hold a state that verification reads, in about `parts` ranges of the key where the store has an order (verify)."""
+    def freeze(
+        self, spark: SparkSession, tables: Sequence[TargetTable], parts: int
+    ) -> AbstractContextManager[Callable[[TargetTable], Frozen]]:  # fmt: skip
+        """Hold a state of tables that verification reads, by as many sessions however many there are (verify).
+
+        What it yields gives a table's, in about `parts` ranges of the key where the store has an order, and raises what stands
+        against that table alone.
+        """
         ...
 
     def rehearsing(

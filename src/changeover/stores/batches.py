@@ -25,6 +25,9 @@ BATCH = sql.Identifier("pg_temp", "changeover_batch")
 WIDEST = 1600 - len(VERSION_COLUMNS)
 """How many columns of a table fit into a batch beside the versions: PostgreSQL's tables have 1,600 at most."""
 
+OWNED = (OWNER, LEFT)
+"""What a batch of changes has besides where source keys are kept."""
+
 
 def image_columns(table: GatedTable) -> tuple[str, ...]:
     """Return the columns in which images arrive."""
@@ -33,7 +36,7 @@ def image_columns(table: GatedTable) -> tuple[str, ...]:
 
 def change_columns(table: GatedTable) -> tuple[str, ...]:
     """Return the columns in which changes arrive."""
-    return (*VERSION_COLUMNS, *table.columns, *([OWNER, LEFT] if table.owned else []))
+    return (*VERSION_COLUMNS, *table.columns, *(OWNED if table.owned else []))
 
 
 def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool, *, keep: bool = False) -> None:

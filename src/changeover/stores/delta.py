@@ -115,7 +115,7 @@ class DeltaStore:
         """Return whether a column of a table here holds every value of a source column, carried as it is."""
         return lake_holds(source.spark_type, target.spark_type)
 
-    def misfits(self, table: str, names: Sequence[str]) -> list[str]:
+    def misfits(self, table: str, names: Sequence[str], *, owned: bool = False) -> list[str]:
         """Return which names Delta does not take: two that differ in case alone, and those with a character of its own."""
         there: dict[str, str] = {}
         found = []
@@ -294,8 +294,13 @@ class DeltaStore:
         return Collected(0, None)
 
     @contextmanager
-    def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
-        """Name the table's present version, which no later commit changes; it has no order of keys, so one range."""
+    def freeze(
+        self, spark: SparkSession, tables: Sequence[TargetTable], parts: int
+    ) -> Iterator[Callable[[TargetTable], Frozen]]:  # fmt: skip
+        """Name a table's present version, which no later commit changes; it has no order of keys, so one range."""
+        yield lambda table: self._frozen(spark, table)
+
+    def _frozen(self, spark: SparkSession, table: TargetTable) -> Frozen:
         version = self._existing(table.name).version()
         live = live_rows(spark, self.path(table.name), version).select(*map(quoted, table.names))
 
@@ -313,7 +318,7 @@ class DeltaStore:
             return list(zip(*(column.to_pylist() for column in found.columns), strict=True))
 
         # a version names its files, and one that is gone is an error of the read
-        yield Frozen(f"version {version}", EVERYTHING, frame, query, same_file=lambda: True)
+        return Frozen(f"version {version}", EVERYTHING, frame, query, same_file=lambda: True)
 
     @contextmanager
     def rehearsing(
@@ -327,8 +332,8 @@ class DeltaStore:
             copy.install(table, image_version(0))
             copy.load(table, [0], lambda _: images, Unmarked())
             copy.merge(table, changes)
-            with copy.freeze(spark, table, 1) as frozen:
-                yield frozen.frame(None)
+            with copy.freeze(spark, [table], 1) as hold:
+                yield hold(table).frame(None)
 
     def begin_anew(self, table: TargetTable, image: Version, appended: Sequence[str]) -> None:
         """Claim the names of earlier appends, so that none comes late, then take all rows and tombstones out."""

@@ -122,7 +122,7 @@ class GatedTable:
     @property
     def lock_key(self) -> sql.Composed:
         """Return the two arguments of the table's advisory lock."""
-        return sql.SQL("hashtext('changeover.gate'), hashtext({})").format(sql.Literal(self.target))
+        return sql.SQL("pg_catalog.hashtext('changeover.gate'), pg_catalog.hashtext({})").format(sql.Literal(self.target))
 
     def list(self, names: Sequence[str], prefix: str = "") -> sql.Composed:
         """Return the columns as a list, each behind a table alias if given."""
@@ -132,7 +132,8 @@ class GatedTable:
     def same_key(self, left: str, right: str) -> sql.Composed:
         """Return the condition that two aliases have the same key."""
         return sql.SQL(" AND ").join(
-            sql.SQL("{} = {}").format(sql.Identifier(left, name), sql.Identifier(right, name)) for name in self.key
+            sql.SQL("{} OPERATOR(pg_catalog.=) {}").format(sql.Identifier(left, name), sql.Identifier(right, name))
+            for name in self.key
         )
 
     # -- the gate's statements; `source` yields the version's columns and the table's own
@@ -141,8 +142,8 @@ class GatedTable:
         """Statement 2: the versions that win, recorded; rows locked in key order, so that two batches can't deadlock."""
         return sql.SQL(
             "INSERT INTO {touched} AS t ({key}, {names}) SELECT {b_key}, {b_names} FROM {source} AS b, changeover.gate AS g"
-            " WHERE g.target = {target} AND {b} > (g.epoch, g.lsn, g.ordinal) ORDER BY {b_key}"
-            " ON CONFLICT ({key}) DO UPDATE SET {written} WHERE {new} > {t}"
+            " WHERE g.target OPERATOR(pg_catalog.=) {target} AND {b} OPERATOR(pg_catalog.>) (g.epoch, g.lsn, g.ordinal)"
+            " ORDER BY {b_key} ON CONFLICT ({key}) DO UPDATE SET {written} WHERE {new} OPERATOR(pg_catalog.>) {t}"
         ).format(
             touched=self.touched, key=self.list(self.key), b_key=self.list(self.key, "b"), source=source,
             target=sql.Literal(self.target), names=self.list(VERSION_COLUMNS), b_names=self.list(VERSION_COLUMNS, "b"),
@@ -264,7 +265,8 @@ def body_of(code: sql.Composed) -> sql.Literal:
 def _function(table: GatedTable) -> sql.Composed:
     """The gate for one row in one round trip: the same statements, each with a snapshot of its own (VOLATILE).
 
-    Its variables bear the reserved prefix as well: PL/pgSQL would take a column of the user's for one of the same name.
+    Its variables bear the reserved prefix as well: PL/pgSQL would take a column of the user's for one of the same name. It has no
+    search_path of its own, which triggers and policies of the application's would meet: every name says its schema, operators too.
     """
     given = sql.SQL(", ").join(
         sql.SQL("{} AS {}").format(sql.Identifier(PARAMETER.format(name)), sql.Identifier(name)) for name in VERSION_COLUMNS
@@ -275,9 +277,10 @@ def _function(table: GatedTable) -> sql.Composed:
         table.owners, table.same_key("t", "b")
     )
     parts = {
-        Part.LOCK_SHARED: sql.SQL("PERFORM pg_advisory_xact_lock_shared({});").format(table.lock_key),
+        Part.LOCK_SHARED: sql.SQL("PERFORM pg_catalog.pg_advisory_xact_lock_shared({});").format(table.lock_key),
         Part.TOUCH: sql.SQL(
-            "{}; GET DIAGNOSTICS _changeover_won = ROW_COUNT; IF _changeover_won = 0 THEN RETURN false; END IF; {}"
+            "{}; GET DIAGNOSTICS _changeover_won = ROW_COUNT;"
+            " IF _changeover_won OPERATOR(pg_catalog.=) 0 THEN RETURN false; END IF; {}"
         ).format(table.touch(one), nobody if table.owned else sql.SQL("")),
         Part.DELETE: sql.SQL("IF _changeover_deleted_given THEN {}; END IF;").format(table.delete(one)),
         Part.UPSERT: sql.SQL("IF NOT _changeover_deleted_given THEN {}; END IF;").format(table.upsert(one)),
@@ -286,13 +289,13 @@ def _function(table: GatedTable) -> sql.Composed:
         """
         DECLARE _changeover_won bigint;
         BEGIN
-            IF current_setting('transaction_isolation') <> 'read committed' THEN
+            IF pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.<>) 'read committed' THEN
                 RAISE EXCEPTION 'the gate needs READ COMMITTED: under % a row survives its tombstone',
-                    current_setting('transaction_isolation');
+                    pg_catalog.current_setting('transaction_isolation');
             END IF;
-            PERFORM pg_logical_emit_message(true, {ours}, 'mirror');
-            PERFORM set_config({ours}, 'mirror', true);
-            PERFORM set_config('changeover.epoch', _changeover_epoch_given::text, true);
+            PERFORM pg_catalog.pg_logical_emit_message(true, {ours}, 'mirror');
+            PERFORM pg_catalog.set_config({ours}, 'mirror', true);
+            PERFORM pg_catalog.set_config('changeover.epoch', _changeover_epoch_given::pg_catalog.text, true);
             {gate}
             RETURN true;
         END

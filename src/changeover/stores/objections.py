@@ -45,6 +45,12 @@ SELECT format('%%s has no primary key or unique constraint on (%%s) that is chec
     ' ADD PRIMARY KEY', %(name)s::text, array_to_string(%(key)s::text[], ', '), %(schema)s::text, %(table)s::text)
 WHERE NOT EXISTS (SELECT FROM indexes WHERE is_key AND indrelid = %(oid)s)
 UNION ALL
+SELECT format('%%s.%%s is of the key and may be NULL, and two rows of a NULL key would both stay: ALTER TABLE %%I.%%I ALTER %%I'
+    ' SET NOT NULL', %(name)s::text, a.attname, %(schema)s::text, %(table)s::text, a.attname)
+FROM pg_attribute a WHERE a.attrelid = %(oid)s AND a.attname::text = ANY (%(key)s::text[]) AND NOT a.attnotnull
+    AND EXISTS (SELECT FROM indexes WHERE is_key AND indrelid = %(oid)s)
+    AND NOT EXISTS (SELECT FROM indexes i WHERE is_key AND indrelid = %(oid)s AND to_jsonb(i) @> '{"indnullsnotdistinct": true}')
+UNION ALL
 SELECT format('%%s has the %%s %%s beside its key: per-key order breaks value swaps, so build it after the catch-up',
     %(name)s::text, CASE WHEN i.indisexclusion THEN 'exclusion constraint' WHEN i.indexprs IS NOT NULL
         THEN 'unique index over an expression' ELSE 'unique index' END, i.indexrelid::regclass)

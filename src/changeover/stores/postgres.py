@@ -37,7 +37,7 @@ from changeover.stores import (
 )
 from changeover.stores import objections as objecting
 from changeover.stores import truncate as truncating
-from changeover.stores.batches import BATCH, WIDEST, change_columns, image_columns, prepare_batch
+from changeover.stores.batches import BATCH, OWNED, WIDEST, change_columns, image_columns, prepare_batch
 from changeover.stores.fits import holds
 from changeover.stores.pgtypes import source_type
 from changeover.stores.ranges import plan_ranges
@@ -90,17 +90,18 @@ class PostgresStore:
         """Return whether a column of a table here holds every value of a source column, carried as it is."""
         return target.spark_type != "" and holds(source.type, target.type)
 
-    def misfits(self, table: str, names: Sequence[str]) -> list[str]:
+    def misfits(self, table: str, names: Sequence[str], *, owned: bool = False) -> list[str]:
         """Return which names are too long for PostgreSQL, which would cut them, and whether there are too many columns."""
         found = [
             f"target table {table} would have the column {name}, whose name is too long: {gate.NAME_BYTES} bytes at most"
             for name in names
             if len(name.encode()) > gate.NAME_BYTES
         ]
-        if len(names) > WIDEST:
+        widest = WIDEST - len(OWNED) * owned
+        if len(names) > widest:
             found.append(
-                f"target table {table} would be filled in {len(names):,} columns, and {WIDEST:,} is the most that a batch"
-                f" holds beside its versions: leave columns out by `drop`"
+                f"target table {table} would be filled in {len(names):,} columns, and {widest:,} is the most that a batch"
+                f" holds beside its versions{' and the keys of their rows' * owned}: leave columns out by `drop`"
             )
         return found
 
@@ -211,16 +212,22 @@ class PostgresStore:
             )
 
     @contextmanager
-    def freeze(self, spark: SparkSession, table: TargetTable, parts: int) -> Iterator[Frozen]:
-        """Hold an exported REPEATABLE READ snapshot open; the position is the insert LSN read inside it."""
+    def freeze(
+        self, spark: SparkSession, tables: Sequence[TargetTable], parts: int
+    ) -> Iterator[Callable[[TargetTable], Frozen]]:  # fmt: skip
+        """Hold one exported REPEATABLE READ snapshot of all the tables open; the position is the insert LSN read inside it."""
+        reads = {table: self._read(table) for table in tables}
+        with freeze(spark, self.dsn, self.application, list(reads.values()), parts) as hold:
+            yield lambda table: hold(reads[table])
+
+    def _read(self, table: TargetTable) -> ReadTable:
+        """Return a table as readers take it."""
         key = tuple(column for name in table.key for column in table.columns if column.name == name)
         found = self.connection.execute(
             "SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass(%s)",
             [sql.Identifier(table.schema, table.name).as_string(self.connection)],
         ).fetchone()
-        read = ReadTable(table.schema, table.name, table.columns, key, partitioned=bool(found and found[0]))
-        with freeze(spark, self.dsn, self.application, read, parts) as frozen:
-            yield frozen
+        return ReadTable(table.schema, table.name, table.columns, key, partitioned=bool(found and found[0]))
 
     @contextmanager
     def rehearsing(
@@ -238,13 +245,13 @@ class PostgresStore:
                 copy_in(cursor, names, [memoryview(row.line.encode()) for row in lines.collect()])
                 cursor.execute(sql.SQL("DROP TABLE {}").format(BATCH))
         if shape.schema != PASSING:
-            with self.freeze(spark, table, 1) as frozen:
-                rows = frozen.frame([])
+            with self.freeze(spark, [table], 1) as hold:
+                rows = hold(table).frame([])
                 rows.collect()
                 yield rows
         else:
-            with freeze(spark, self.dsn, self.application, SERVER, 1) as frozen:
-                frozen.frame([]).collect()
+            with freeze(spark, self.dsn, self.application, [SERVER], 1) as hold_server:
+                hold_server(SERVER).frame([]).collect()
             yield None
 
     def _shape(self, cursor: psycopg.Cursor[Any], table: TargetTable) -> gate.GatedTable:
@@ -293,14 +300,25 @@ SERVER = ReadTable("pg_catalog", "pg_class", (Column("relpages", "integer", "int
 
 
 @contextmanager
-def freeze(spark: SparkSession, dsn: str, application: str, table: ReadTable, parts: int) -> Iterator[Frozen]:
-    """Hold one state of a table in PostgreSQL; its ranges are planned in the same snapshot (driver)."""
+def freeze(
+    spark: SparkSession, dsn: str, application: str, tables: Sequence[ReadTable], parts: int
+) -> Iterator[Callable[[ReadTable], Frozen]]:  # fmt: skip
+    """Hold one state of tables in PostgreSQL, by two sessions however many they are (driver).
+
+    What it yields plans a table's ranges in the same snapshot, and raises what stands against that table alone.
+    """
     with connect(dsn, application) as watch:
-        same_file = file_watch(watch, table)
+        same_file = {table: file_watch(watch, table) for table in tables}
         with exporting(dsn, application) as (holder, snapshot):
-            row = holder.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-            assert row is not None
-            yield frozen_at(spark, dsn, application, table, snapshot, row[0], holder, parts, same_file)
+            position = position_of(holder)
+            yield lambda table: frozen_at(spark, dsn, application, table, snapshot, position, holder, parts, same_file[table])
+
+
+def position_of(holder: Connection) -> str:
+    """Return where the server's log is."""
+    row = holder.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+    assert row is not None
+    return str(row[0])
 
 
 FILES = """
@@ -335,15 +353,18 @@ def frozen_at(
     spark: SparkSession, dsn: str, application: str, table: ReadTable, snapshot: ExportedSnapshot, position: str,
     holder: Connection, parts: int, same_file: Callable[[], bool],
 ) -> Frozen:  # fmt: skip
-    """Return a frozen state whose snapshot `holder` holds; `holder` runs the user's own queries (driver)."""
-    with speaking_to(dsn, f"planning the reads of {table.schema}.{table.name}"):
+    """Return a frozen state whose snapshot `holder` holds; `holder` runs the user's own queries (driver).
+
+    What fails of one table is undone, so that the others' snapshot stays.
+    """
+    with speaking_to(dsn, f"planning the reads of {table.schema}.{table.name}"), holder.transaction():
         ranges = plan_ranges(holder, table.schema, table.name, [c.name for c in table.key], parts)
 
     def frame(keys: Sequence[tuple[str, ...]] | None = None) -> DataFrame:
         return read_table(spark, dsn, application, table, ranges, snapshot, keys)
 
     def query(text: str) -> list[tuple[Any, ...]]:
-        with speaking_to(dsn, "running a check of the spec"):
+        with speaking_to(dsn, "running a check of the spec"), holder.transaction():
             return holder.execute(text.encode()).fetchall()
 
     return Frozen(position, ranges, frame, query, same_file, Reading(dsn, application, table, snapshot))

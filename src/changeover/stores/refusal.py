@@ -111,25 +111,29 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
     """The trigger's body: what comes through the gate of the present epoch passes, and what is begun once `ends` has come.
 
     A row that changes its cohort is a write to both. A TRUNCATE is one to all, so no store takes it where cohorts are told apart.
+    The writer's search_path counts for nothing: every name says its schema, operators too.
     """
     epochs = [one.epoch for one in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
     body = sql.SQL(
         """
-        DECLARE since integer := -1;
+        DECLARE since integer := -1; given pg_catalog.text; epoch integer := -1;
         BEGIN
-            IF TG_LEVEL = 'STATEMENT' THEN since := {whole}; END IF;
-            IF TG_LEVEL = 'ROW' AND TG_OP <> 'INSERT' THEN since := {old}; END IF;
-            IF TG_LEVEL = 'ROW' AND TG_OP <> 'DELETE' THEN since := greatest(since, {new}); END IF;
-            IF coalesce(nullif(current_setting('changeover.epoch', true), '')::integer, -1) < since THEN
+            IF TG_LEVEL {same} 'STATEMENT' THEN since := {whole}; END IF;
+            IF TG_LEVEL {same} 'ROW' AND TG_OP OPERATOR(pg_catalog.<>) 'INSERT' THEN since := {old}; END IF;
+            IF TG_LEVEL {same} 'ROW' AND TG_OP OPERATOR(pg_catalog.<>) 'DELETE' THEN since := greatest(since, {new}); END IF;
+            given := pg_catalog.current_setting('changeover.epoch', true);
+            IF given OPERATOR(pg_catalog.<>) '' THEN epoch := given; END IF;
+            IF epoch OPERATOR(pg_catalog.<) since THEN
                 RAISE EXCEPTION 'changeover: this store has no authority over % since epoch %: write to the other one',
-                    TG_RELID::regclass, since USING ERRCODE = {state};
+                    TG_RELID::pg_catalog.regclass, since USING ERRCODE = {state};
             END IF;
-            IF TG_OP = 'DELETE' THEN RETURN OLD; END IF;
+            IF TG_OP {same} 'DELETE' THEN RETURN OLD; END IF;
             RETURN NEW;
         END
         """
     ).format(
-        state=sql.Literal(FENCED), old=_since("OLD", refusal, ends), new=_since("NEW", refusal, ends),
+        state=sql.Literal(FENCED), same=sql.SQL("OPERATOR(pg_catalog.=)"),
+        old=_since("OLD", refusal, ends), new=_since("NEW", refusal, ends),
         whole=_since("", refusal, ends) if refusal.column is None else sql.Literal(max([0, *epochs])),
     )  # fmt: skip
     return sql.SQL("CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS {}").format(function, body_of(body))
@@ -137,7 +141,7 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
 
 def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
     """Return the expression of the epoch since which a row is refused, -1 for one that is not."""
-    begun = sql.SQL("clock_timestamp() < {}::timestamptz").format(sql.Literal(ends))
+    begun = sql.SQL("pg_catalog.clock_timestamp() OPERATOR(pg_catalog.<) {}::pg_catalog.timestamptz").format(sql.Literal(ends))
     arms: list[tuple[Refused, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
     arms += [(refusal.begun, begun)] if refusal.begun else []
     return sql.SQL("CASE {} ELSE -1 END").format(
@@ -157,7 +161,9 @@ def belongs(row: str, column: str | None, cohorts: Cohorts) -> sql.Composable:
     if column is None or cohorts == EVERY:
         return sql.SQL("true")
     names = sql.Literal(json.dumps(dict.fromkeys(sorted(cohorts.names))))
-    inside = sql.SQL("{}::jsonb ? {}::text").format(names, sql.Identifier(row.lower(), column))
+    inside = sql.SQL("{}::pg_catalog.jsonb OPERATOR(pg_catalog.?) {}::pg_catalog.text").format(
+        names, sql.Identifier(row.lower(), column)
+    )
     return sql.SQL("NOT ({})").format(inside) if cohorts.others else inside
 
 

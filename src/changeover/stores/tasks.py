@@ -175,6 +175,10 @@ def gated_session(dsn: str, application: str) -> Iterator[psycopg.Cursor[Any]]:
             connection.rollback()
 
 
+OUT_OF_RANGE = "22003"
+"""SQLSTATE of a number that its type can't hold, which stands in the midst of the message."""
+
+
 @contextmanager
 def refusing(cursor: psycopg.Cursor[Any], table: gate.GatedTable) -> Iterator[None]:
     """Turn what the server says against a row into RowRefused, which names the column and no value of it."""
@@ -184,8 +188,18 @@ def refusing(cursor: psycopg.Cursor[Any], table: gate.GatedTable) -> Iterator[No
         if not (error.sqlstate or "").startswith(ROWS_FAULT):
             raise
         cursor.connection.rollback()
-        said = re.sub(r'"[^"]*" (?=is out of range)', "", (error.diag.message_primary or "").partition(': "')[0])
+        said = _without_value(error.diag.message_primary or "", error.sqlstate or "")
         raise RowRefused(table.target, _column_of(cursor, table, error.diag), f"{said}, SQLSTATE {error.sqlstate}") from error
+
+
+FOREIGN = re.compile("[»«„“”「」『』].*", re.DOTALL)
+"""From a quotation mark on that no English message has."""
+
+
+def _without_value(message: str, state: str) -> str:
+    """Return what a server says, in whatever language, without the value that it repeats."""
+    cut = FOREIGN.sub("", message.partition(': "')[0])
+    return (re.sub(r'"[^"]*" ?', "", cut) if state == OUT_OF_RANGE else cut).rstrip(" :")
 
 
 def _column_of(cursor: psycopg.Cursor[Any], table: gate.GatedTable, said: psycopg.errors.Diagnostic) -> str:

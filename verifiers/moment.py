@@ -1,0 +1,245 @@
+"""The moment of a verification: the old store's state per table, and the targets' states, all held open until the verdicts.
+
+However many tables there are, a store is held by as many sessions, and all tables of one PostgreSQL store by one snapshot. A table
+that can't be held keeps no other from its verdict. Runs on the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from changeover.errors import CouldNotCheck, RowRefused, StepOrder, TableStopped, TextRefused
+from changeover.jobs import assumptions, reverse, snapshot, windows
+from changeover.jobs.entries import CLOSED, Authority
+from changeover.jobs.ledger import Ledger
+from changeover.jobs.marker import emit_marker, mark
+from changeover.jobs.preflight import SourceTable, source_table
+from changeover.jobs.prepare import Prepared
+from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
+from changeover.jobs.tenure import shares
+from changeover.jobs.transform import Transform
+from changeover.jobs.triggerlog import Log
+from changeover.jobs.waiting import await_spool
+from changeover.position import format_lsn, parse_lsn
+from changeover.session import Connection, application_name, connect
+from changeover.spec import TRIGGER, Spec
+from changeover.stores import Frozen, open_store
+from changeover.stores.postgres import exporting, file_watch, frozen_at, importing, position_of
+from changeover.stores.reader import ExportedSnapshot
+from changeover.verifiers.split import Split
+from changeover.verifiers.unchecked import Names, Unchecked
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+Chosen = Mapping[Names, Transform]
+"""What is compared: (source, target) -> transform."""
+
+PARTS = 8
+"""Key ranges that a side is read in: a few per core, so that one slow range does not hold the others up."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The moment of one verification: the states of the old store's tables, at a position of its log, and of the targets'.
+
+    `aligned` says that the new store has authority, of some cohorts at least, and that the old store and the lake have what it had
+    told up to one position.
+    """
+
+    source_lsn: int
+    sources: dict[str, Frozen]
+    targets: dict[tuple[str, str], Frozen]
+    tables: dict[str, SourceTable]
+    aligned: bool = False
+
+
+@contextmanager
+def held_still(
+    spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared, chosen: Chosen, split: Split, unchecked: Unchecked,
+) -> Iterator[Moment]:  # fmt: skip
+    """Hold both sides still; while the old store has authority over any row they are aligned at one LSN."""
+    with ExitStack() as held, connect(spec.source.dsn.resolve(), application_name(spec.name, "verify")) as old:
+        tables = _tables(old, spec, chosen, unchecked)
+        one = _Holding(held, spec, spark, ledger, prepared, chosen, unchecked, old, tables)
+        moment = one.aligned(split) if split.at_old else one.as_it_is(split)
+        one.ask()
+        yield moment
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """How one moment comes to be held; what holds it stays in `held`."""
+
+    held: ExitStack
+    spec: Spec
+    spark: SparkSession
+    ledger: Ledger
+    prepared: Prepared
+    chosen: Chosen
+    unchecked: Unchecked
+    old: Connection
+    tables: dict[str, SourceTable]
+
+    def aligned(self, split: Split) -> Moment:
+        """Take a position X, offer every event below it, and hold the targets before any above it is."""
+        watches = self._watches()
+        every, lakes = self._targets(split)
+        with ExitStack() as turn:
+            for target in [*([reverse.OLD_STORE] if split.at_new else []), *every]:
+                turn.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+            split.require_unmoved(self.ledger, self._first)
+            limit = None
+            if split.at_new:
+                split.require_way_back(self.ledger, self._first)
+                limit = self._bring_back_to_now(lakes)
+            lsn, holder, exported = self._position()
+            emit_marker(self.old, "verify")
+            replay = Replay(self.spec, self.spark, self.ledger, self.prepared, exported)
+            replay.back.limit = limit
+            self._replay_to(replay, lsn, every)
+            targets = self._freeze_targets()
+        return Moment(lsn, self._freeze_sources(holder, exported, lsn, watches), targets, self.tables, aligned=split.at_new)
+
+    def as_it_is(self, split: Split) -> Moment:
+        """Hold both as they are, once the old store and the lakes have what the new one wrote, where they get it."""
+        _, lakes = self._targets(split)
+        with ExitStack() as turn:
+            aligned = _comes_back(self.ledger, lakes, self._first, split.changes)
+            if aligned:
+                for target in (reverse.OLD_STORE, *lakes):
+                    turn.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+                self._bring_back_to_now(lakes)
+            targets = self._freeze_targets()
+            watches = self._watches()
+            holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
+            lsn = parse_lsn(position_of(holder))
+            sources = self._freeze_sources(holder, exported, lsn, watches)
+        return Moment(lsn, sources, targets, self.tables, aligned)
+
+    @property
+    def _dsn(self) -> str:
+        return self.spec.source.dsn.resolve()
+
+    @property
+    def _application(self) -> str:
+        return application_name(self.spec.name, "verify")
+
+    @property
+    def _first(self) -> str:
+        """Return the table by which what concerns all is told."""
+        return min(source for source, _ in self.chosen)
+
+    def _targets(self, split: Split) -> tuple[list[str], list[str]]:
+        """Return all targets that are compared, and the lakes among them that follow the new store."""
+        every = sorted({target for _, target in self.chosen})
+        return every, [one for one in reverse.targets_of(self.spec) if one in every] if split.at_new else []
+
+    def _watches(self) -> dict[str, Callable[[], bool]]:
+        return {name: file_watch(self.old, seen.read) for name, seen in self.tables.items()}
+
+    def _position(self) -> tuple[int, Connection, ExportedSnapshot]:
+        """Return a position, the session that holds its snapshot, and that: it shows exactly what the change stream has below."""
+        if self.spec.source.capture == TRIGGER:
+            window = self.held.enter_context(windows.aligned(self._dsn, self._application, Log(self.spec.name)))
+            return window.end, window.holder, window.snapshot
+        made = snapshot.create_slot(self._dsn, self._application, f"{self.spec.slot}_verify", temporary=True)
+        self.held.enter_context(made.session)
+        return made.l0, *self.held.enter_context(importing(self._dsn, self._application, made.snapshot))
+
+    def _replay_to(self, replay: Replay, position: int, targets: Sequence[str]) -> None:
+        """Offer every event below a position, once capture has made them durable."""
+        await_spool(replay.ledger, replay.spool, position, "the source's stream")
+        try:
+            replay.offer(until=position, targets=targets)
+        except (TableStopped, RowRefused, TextRefused) as error:  # the other tables are there
+            look_closed(replay.ledger, self.chosen, self.unchecked)
+            behind = [names for names in self.unchecked.left(self.chosen) if replay.ledger.load(*names).applied < position]
+            self.unchecked.add(behind, error)
+
+    def _bring_back_to_now(self, lakes: Sequence[str]) -> int:
+        """Offer what was written to the new store to the old store and the lakes, whose leases are held; return up to where."""
+        replay = Replay(self.spec, self.spark, self.ledger, self.prepared)
+        with connect(reverse.new_dsn(self.spec), self._application) as new:
+            position = mark(new, "verify")
+        await_spool(replay.ledger, replay.back.journal.spool, position, "the new store's stream", step="capture-new")
+        replay.back.limit = position
+        replay.bring_back()
+        if lakes:
+            replay.offer(targets=lakes)
+        return position
+
+    def _freeze_targets(self) -> dict[Names, Frozen]:
+        """Hold all tables of each target, by as many sessions however many tables there are."""
+        frozen = {}
+        left = self.unchecked.left(self.chosen)
+        for target in dict.fromkeys(target for _, target in left):
+            tables = {names: one.target for names, one in left.items() if names[1] == target}
+            with self.unchecked.at(tables):
+                store = self.held.enter_context(open_store(self.spec, self.spec.targets[target], "verify"))
+                hold = self.held.enter_context(store.freeze(self.spark, list(tables.values()), PARTS))
+                for names, table in tables.items():
+                    with self.unchecked.at([names]):
+                        frozen[names] = hold(table)
+        return frozen
+
+    def _freeze_sources(
+        self, holder: Connection, exported: ExportedSnapshot, lsn: int, watches: Mapping[str, Callable[[], bool]]
+    ) -> dict[str, Frozen]:
+        """Hold all source tables in one snapshot, which is that of a position."""
+        frozen = {}
+        for name, seen in self.tables.items():
+            with self.unchecked.at(_of(name, self.chosen)):
+                frozen[name] = frozen_at(
+                    self.spark, self._dsn, self._application, seen.read, exported, format_lsn(lsn), holder, PARTS, watches[name]
+                )
+        return frozen
+
+    def ask(self) -> None:
+        """Ask of each table whether what a verdict rests on still holds; what concerns all is every table's reason."""
+        for source in sorted({source for source, _ in self.unchecked.left(self.chosen)}):
+            with self.unchecked.at(_of(source, self.chosen)):
+                asked = assumptions.Asked(self.spec, self.old, self.ledger, source)
+                assumptions.require(assumptions.Moment.VERDICT, asked)
+
+
+def _of(source: str, chosen: Chosen) -> list[Names]:
+    """Return what is compared of one source table."""
+    return [names for names in chosen if names[0] == source]
+
+
+def look_closed(ledger: Ledger, chosen: Chosen, unchecked: Unchecked) -> None:
+    """Take down which tables stopped, or are not loaded yet."""
+    for source, target in unchecked.left(chosen):
+        with unchecked.at([(source, target)]):
+            _, _, stopped = ledger.source_table(source)
+            if stopped:
+                raise TableStopped(source, stopped)
+            if ledger.load(source, target).state != CLOSED:
+                raise StepOrder("verify", "backfill")
+
+
+def _tables(old: Connection, spec: Spec, chosen: Chosen, unchecked: Unchecked) -> dict[str, SourceTable]:
+    """Return the source tables as they are now."""
+    tables = {}
+    for source in sorted({source for source, _ in unchecked.left(chosen)}):
+        with unchecked.at(_of(source, chosen)):
+            seen = source_table(old, spec.table(source))
+            if seen is None:
+                raise CouldNotCheck(source, "there is no such table in the old store any more")
+            tables[source] = seen
+    return tables
+
+
+def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str, changes: Sequence[Authority]) -> bool:
+    """Return whether the old store gets all that is written to the new one; a lake that gets more than it has nothing beside it."""
+    lacking = reverse.whole(ledger)
+    if lacking is None:
+        return True
+    if lakes and reverse.carried(reverse.recorded(ledger), changes) & {held.epoch for held in shares(changes)}:
+        problem = f"the lake follows the new store, and the old store, which it is held against, does not: {lacking}"
+        raise CouldNotCheck(source, problem)
+    return False
