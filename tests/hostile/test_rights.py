@@ -71,9 +71,9 @@ def test_each_missing_right_is_one_sentence_whose_grant_is_enough(
         grants.append((session, statement(row.grant, **names)))
     found = examined(spec)
     assert sorted(found.reasons) == sorted(expected)
-    assert_printed(found, [text.as_string(None) for _, text in grants])
-    for session, text in grants:
-        session.execute(text)
+    assert_printed(found, [grant.as_string(None) for _, grant in grants])
+    for session, grant in grants:
+        session.execute(grant)
     again = examined(spec)
     assert (again.reasons, again.grants) == ([], [])
 
