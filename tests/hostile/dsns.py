@@ -60,19 +60,18 @@ def write_files(folder: Path, places: tuple[Place, ...]) -> None:
     passwords.chmod(0o600)
 
 
-SERVICES = {"PGSERVICEFILE": "{folder}/services"}
+PASSWORDS = {"PGPASSFILE": "{folder}/passwords"}
+SERVICES = {"PGSERVICEFILE": "{folder}/services", **PASSWORDS}
 
 FORMS = (
     Form("keywords", keywords),
     Form("uri", lambda place: uri(place, f"127.0.0.1:{place.port}", "?connect_timeout=7&options=-c%20DateStyle%3DGerman")),
-    Form("service", lambda place: f"service={place.side} password={make_conninfo('', password=PASSWORD)[9:]}", SERVICES),
-    Form("service and passwords", lambda place: f"service={place.side}", {**SERVICES, "PGPASSFILE": "{folder}/passwords"}),
-    Form("password file", lambda place: keywords(place, password=""), {"PGPASSFILE": "{folder}/passwords"}),
+    Form("service", lambda place: f"service={place.side}", SERVICES),
+    Form("password file", lambda place: keywords(place, password="", host="", hostaddr="127.0.0.1"), PASSWORDS),
     Form("environment", lambda place: make_conninfo("", dbname=place.database),
          {"PGHOST": "localhost", "PGPORT": "{port}", "PGUSER": "{user}", "PGPASSWORD": PASSWORD}),
     Form("hosts", lambda place: keywords(place, host="127.0.0.1,localhost", port=f"1,{place.port}",
                                          target_session_attrs="read-write")),
     Form("hosts of a uri", lambda place: uri(place, f"127.0.0.1:1,localhost:{place.port}", "?target_session_attrs=primary")),
-    Form("address", lambda place: keywords(place, host="", hostaddr="127.0.0.1")),
     Form("address beside a name", lambda place: keywords(place, host="not-resolved.invalid", hostaddr="127.0.0.1")),
 )  # fmt: skip
