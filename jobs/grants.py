@@ -57,6 +57,12 @@ UNION ALL SELECT format('the role %%s may not make anything in the schema change
 FROM pg_namespace WHERE nspname = 'changeover' AND NOT (has_schema_privilege(oid, 'USAGE') AND has_schema_privilege(oid, 'CREATE'))
 """
 
+BATCHES: LiteralString = """
+SELECT format('the role %%s may make no temporary table, in which batches arrive', current_user),
+    format('GRANT TEMPORARY ON DATABASE %%I TO %%I', current_database(), current_user)
+WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')
+"""
+
 SCHEMA = """
 SELECT format('the role %%s may not create a table in the schema %%s', current_user, nspname),
     format('GRANT USAGE, CREATE ON SCHEMA %%I TO %%I', nspname, current_user)
@@ -105,6 +111,11 @@ WHERE s.oid = %(sequence)s::regclass
 def of_server(connection: Connection, capture: str | None = None) -> list[Lack]:
     """Return what the role lacks of its server and database, to make what is ours and to capture in a way, if at all."""
     return [Lack(*row) for row in connection.execute(SERVER[capture] + OURS, {}).fetchall()]
+
+
+def of_batches(connection: Connection) -> list[Lack]:
+    """Return what the role lacks to write rows to its database in batches."""
+    return [Lack(*row) for row in connection.execute(BATCHES, {}).fetchall()]
 
 
 def of_schema(connection: Connection, schema: str) -> list[Lack]:

@@ -222,7 +222,7 @@ def preflight(spec: Spec) -> Preflight:
                     found.reasons += narrower(store, table, seen.store_columns, existing)
                 if prepared:
                     continue
-                found.reasons += store.objections(schema, name, table.key)
+                found.reasons += [one for one in store.objections(schema, name, table.key) if one not in found.reasons]
                 found.notes += store.remarks(schema, name)
                 if existing is not None and _has_rows(store, schema, name):
                     found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
@@ -244,13 +244,14 @@ def _rights_on_source(spec: Spec, old: Connection, table: Table, found: Prefligh
     back = spec.flag is not None
     found.lack(grants.of_table(old, *table.source_name, grants.REFUSE if back else grants.READ, owning=True))
     found.lack(_drawing(spec, old, *table.source_name))
+    found.lack(grants.of_batches(old) if back else [])
 
 
 def _rights_on_target(spec: Spec, store: PostgresStore, schema: str, name: str, found: Preflight) -> None:
     """A table that takes over has a fence and a change stream of its own, which ask for its owner; another one is written to."""
     connection, where = store.connection, f"target {store.name}"
     takes_over = spec.flag is not None and spec.flag.target == store.name
-    found.lack(grants.of_server(connection), where)
+    found.lack(grants.of_server(connection) + grants.of_batches(connection), where)
     if store.columns(schema, name) is None:
         found.lack(grants.of_schema(connection, schema), where)
         return

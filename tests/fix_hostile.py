@@ -51,10 +51,17 @@ def moved(name: str, key: str = "id", more: str = "") -> str:
 
 
 @pytest.fixture
-def field(any_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Field]:
+def database_prefix() -> str:
+    """Return what the names of the two databases begin with; a module of tests may have another one."""
+    return ""
+
+
+@pytest.fixture
+def field(any_server: EmbeddedServer, database_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Field]:
     """Yield two empty databases on a server of each major."""
     with (
-        fresh_database(any_server, "old") as old_dsn, fresh_database(any_server, "new") as new_dsn,
+        fresh_database(any_server, f"{database_prefix}old") as old_dsn,
+        fresh_database(any_server, f"{database_prefix}new") as new_dsn,
         connect(old_dsn, "test-old") as old, connect(new_dsn, "test-new") as new,
     ):  # fmt: skip
         monkeypatch.setenv("OLD_DSN", old_dsn)

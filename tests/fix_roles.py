@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from changeover.session import Connection, connect
-from changeover.settings import PINNED
+from changeover.settings import PINNED, assignment
 
 WORST = {
     "TimeZone": "America/St_Johns", "DateStyle": "SQL, DMY", "IntervalStyle": "sql_standard", "extra_float_digits": "-15",
@@ -27,6 +27,13 @@ WORST = {
     "wal_sender_timeout": "1s",
 }  # fmt: skip
 """The last two timeouts are set to nothing only when the server's version is known, so they leave time to begin."""
+
+OTHER = {
+    "TimeZone": "Asia/Kabul", "DateStyle": "German, MDY", "IntervalStyle": "iso_8601", "extra_float_digits": "0",
+    "client_encoding": "SJIS", "backslash_quote": "off", "client_min_messages": "error",
+    "default_transaction_isolation": "repeatable read", "synchronous_commit": "local",
+}  # fmt: skip
+"""Further values that are as bad, where a setting has some."""
 
 EVIL = """
 CREATE SCHEMA evil;
@@ -66,9 +73,16 @@ class Mover:
             for statement in EVIL.split(";\n"):
                 admin.execute(sql.SQL(statement))
         whom = sql.SQL("DATABASE {}").format(sql.Identifier(admin.info.dbname)) if by_database else self._role
-        for name, value in worst(admin).items():
-            parts = sql.SQL(", ").join(map(sql.Literal, value.split(", ")))
-            admin.execute(sql.SQL("ALTER {} SET {} TO {}").format(whom, sql.Identifier(name), parts))
+        _alter(admin, whom, worst(admin))
+
+    def is_beset_otherwise(self, admin: Connection) -> None:
+        """Set the further bad values for the role in the session's database, where they win over the role's own."""
+        _alter(admin, sql.SQL("{} IN DATABASE {}").format(self._role, sql.Identifier(admin.info.dbname)), OTHER)
+
+    def is_beset_by(self, admin: Connection, name: str) -> None:
+        """Set one setting alone to its worst, for the role."""
+        self.is_free(admin)
+        _alter(admin, self._role, {name: WORST[name]})
 
     def is_free(self, admin: Connection) -> None:
         """Take the role's settings away."""
@@ -77,6 +91,11 @@ class Mover:
     @property
     def _role(self) -> sql.Composed:
         return sql.SQL("ROLE {}").format(sql.Identifier(self.name))
+
+
+def _alter(admin: Connection, whom: sql.Composed, values: Mapping[str, str]) -> None:
+    for name, value in values.items():
+        admin.execute(sql.SQL("ALTER {} SET {}").format(whom, assignment(name, value)))
 
 
 def worst(admin: Connection) -> dict[str, str]:

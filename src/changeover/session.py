@@ -115,6 +115,20 @@ def _given_options(dsn: str) -> str | None:
     return found.decode() if found else None
 
 
+OURS_OR_FILES = frozenset(
+    {"application_name", "client_encoding", "connect_timeout", "options", "passfile", "replication", "service", "servicefile"}
+)
+"""Words of a session that are ours, or name a file that is at hand here alone."""
+
+
+def settled(dsn: str, connection: Connection) -> str:
+    """Return the DSN of a session in words that mean the same elsewhere: tasks have not the driver's files and environment."""
+    wire = connection.pgconn
+    told = {one.keyword.decode(): one.val.decode() for one in wire.info if one.val and one.val != one.compiled}
+    told |= {"password": wire.password.decode(), "options": _given_options(dsn) or ""}
+    return make_conninfo("", **{name: value for name, value in told.items() if value and name not in OURS_OR_FILES - {"options"}})
+
+
 FROM_ENVIRONMENT = ("TimeZone", "DateStyle")
 """What libpq sends for PGTZ and PGDATESTYLE, behind the options and so above them: they are set once more."""
 

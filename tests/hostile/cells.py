@@ -139,6 +139,12 @@ CARRIED = (
         "emptied", "id integer PRIMARY KEY, v text", "VALUES (1, 'v')",
         ("TRUNCATE {table}", "INSERT INTO {table} VALUES (2, 'w')"),
     ),
+    Carried("empty", "id integer PRIMARY KEY, v text", "SELECT 1, 'v' WHERE false"),
+    Carried(
+        "empty_again", "id integer PRIMARY KEY, v text", "SELECT 1, 'v' WHERE false",
+        ("INSERT INTO {table} VALUES (1, 'v'), (2, 'w')", "UPDATE {table} SET id = id + 10", "DELETE FROM {table}"),
+    ),
+    Carried("deleted", "id integer PRIMARY KEY, v text", "SELECT i, 'v' FROM generate_series(1, 50) i", ("DELETE FROM {table}",)),
     Carried(
         "unsent", "id integer PRIMARY KEY, v text, n integer", "SELECT 1, repeat('long', 9000), 1",
         (

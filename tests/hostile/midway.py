@@ -1,8 +1,11 @@
 """The matrix of what happens midway, as data: what somebody does to a store, at which step it shows, and what comes of it.
 
-All rows are played one after the other against one migration, whose role is no superuser in either store. It is done, the step ends
-with a sentence, it is undone, and the same step goes on as if nothing had been. A change of the stream's definition is a gap that
-nothing undoes: those rows are in `tests/jobs/test_definition.py` and `tests/flags/test_fence_definition.py`.
+All rows of `MIDWAY` are played one after the other against one migration, whose role is no superuser in either store. It is done,
+the step ends with a sentence, it is undone, and the same step goes on as if nothing had been. A change of the stream's definition
+is a gap that nothing undoes: those rows are in `tests/jobs/test_definition.py` and `tests/flags/test_fence_definition.py`.
+
+A column of the target that is given a narrower type ends no step: what is written is what the server makes of it, and verification
+has to tell. So each row of `NARROWED` has a table of its own in one migration.
 """
 
 from __future__ import annotations
@@ -67,3 +70,25 @@ MIDWAY = (
         ("REVOKE SELECT ON {table} FROM {role}",), ("GRANT SELECT ON {table} TO {role}",), "permission denied",
     ),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A table whose target has a column narrowed before a step and widened after the verdict; `cut` says whether values were."""
+
+    table: str
+    before: Step
+    column: str
+    narrower: str
+    wider: str
+    cut: bool = True
+
+
+PRICE = ("n", "numeric(10,2)", "numeric(12,4)")
+
+NARROWED = (
+    Narrowed("loaded", Step.BACKFILL, *PRICE),
+    Narrowed("replayed", Step.REPLAY, *PRICE),
+    Narrowed("judged", Step.VERIFY, *PRICE),
+    Narrowed("fits", Step.VERIFY, "v", "character varying(9)", "text", cut=False),
+)

@@ -1,21 +1,30 @@
-"""Every cell that must be carried: all tables in one migration on each major, judged by the bytes of binary COPY on both sides."""
+"""Every cell that must be carried: all tables in one migration on each major, judged by the bytes of binary COPY on both sides.
+
+It runs as a role that is no superuser and has every pinned setting at its worst, another worst in the new store. What is beside it:
+that each pinned value holds in each kind of session, set for a role or a database, is `tests/test_settings.py`; capture by triggers
+under the same settings is `tests/scenarios/test_hostile_role.py`; all pairs of types under the server's own settings are
+`tests/scenarios/test_types.py`. The judge's sessions are an administrator's, for whom nothing is set.
+"""
 
 from __future__ import annotations
 
 from pyspark.sql import SparkSession
 
 from tests.fix_hostile import Field, columns_of, image, moved, statement
+from tests.fix_roles import Mover
 from tests.hostile.cells import CARRIED, Carried
 
 
-def make(field: Field, cells: tuple[Carried, ...]) -> None:
-    """Make the cells' tables, and rows of the snapshot, in the old store; in the new one what is there before."""
+def make(field: Field, role: Mover, cells: tuple[Carried, ...]) -> None:
+    """Make the role's tables, and rows of the snapshot, in the old store; in the new one what is there before."""
     for cell in cells:
         field.old.execute(statement(f"CREATE TABLE {{table}} ({cell.columns})", table=cell.name))
         names = [name for name in columns_of(field.old, cell.name) if name != "twice"]
         field.old.execute(statement(f"INSERT INTO {{table}} ({', '.join(names)}) {cell.rows}", table=cell.name))
+        role.owns(field.old, f"public.{cell.name}")
         if cell.target:
             field.new.execute(statement(f"CREATE TABLE {{table}} ({cell.target})", table=cell.name))
+            role.owns(field.new, f"public.{cell.name}")
 
 
 def wrong(field: Field, cells: tuple[Carried, ...]) -> list[str]:
@@ -30,8 +39,16 @@ def wrong(field: Field, cells: tuple[Carried, ...]) -> list[str]:
     return found
 
 
-def test_every_carried_cell_arrives_as_it_is(field: Field, spark: SparkSession) -> None:
-    make(field, CARRIED)
+def beset(field: Field, role: Mover) -> None:
+    """Give the role the worst settings, and other ones that are as bad in the new store."""
+    for session in (field.old, field.new):
+        role.is_beset(session)
+    role.is_beset_otherwise(field.new)
+
+
+def test_every_carried_cell_arrives_as_it_is_whatever_is_set(field: Field, spark: SparkSession, role: Mover) -> None:
+    make(field, role, CARRIED)
+    beset(field, role)
     migration = field.migration(spark, "carried", *(moved(cell.name, cell.key) for cell in CARRIED))
     migration.prepare()
     migration.backfill()

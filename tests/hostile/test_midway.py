@@ -9,10 +9,12 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from changeover.errors import ChangeoverError
+from changeover.verifiers.verdict import Verdict
+from changeover.verifiers.verify import verify
 from tests.fix_hostile import Field, image, moved, statement
 from tests.fix_migration import Migration
 from tests.fix_roles import Mover
-from tests.hostile.midway import MIDWAY, Midway, Step
+from tests.hostile.midway import MIDWAY, NARROWED, Midway, Narrowed, Step
 
 TABLE, COLUMNS = "t", ("id", "n", "v")
 DDL = "CREATE TABLE {table} (id integer PRIMARY KEY, n numeric(12,4), v text)"
@@ -65,3 +67,46 @@ def test_what_happens_midway_is_a_sentence_and_no_loss(field: Field, spark: Spar
 
 def _steps(migration: Migration) -> Mapping[Step, Callable[[], Any]]:
     return {Step.BACKFILL: migration.backfill, Step.REPLAY: migration.replay, Step.VERIFY: migration.verify}
+
+
+def test_a_column_that_is_narrowed_midway_is_told_and_never_equal(field: Field, spark: SparkSession) -> None:
+    tables = [row.table for row in NARROWED]
+    for table in tables:
+        field.old.execute(statement(DDL, table=table))
+        field.old.execute(statement(ROWS, table=table))
+    migration = field.migration(spark, "narrowed", *map(moved, tables))
+    migration.prepare()
+    steps: Mapping[Step, Callable[[], Any]] = {**_steps(migration), Step.VERIFY: lambda: None}
+    for step, act in steps.items():
+        if step is Step.REPLAY:
+            for table in tables:
+                for text in LATER:
+                    field.old.execute(statement(text, table=table))
+            migration.capture()
+        retype(field, [(row, row.narrower) for row in NARROWED if row.before is step])
+        act()
+    assert differences(migration) == {row.table: ["type", *["mismatched"] * row.cut] for row in NARROWED}
+    retype(field, [(row, row.wider) for row in NARROWED])
+    for row in NARROWED:  # whether values were cut, as the bytes say it
+        sides = {image(session, row.table, COLUMNS, "id") for session in (field.old, field.new)}
+        assert (len(sides) > 1) == row.cut, row.table
+
+
+def retype(field: Field, rows: list[tuple[Narrowed, str]]) -> None:
+    for row, kind in rows:
+        field.new.execute(
+            statement("ALTER TABLE {table} ALTER {column} TYPE {kind}", table=row.table, column=row.column, kind=kind)
+        )
+
+
+def differences(migration: Migration) -> dict[str, list[str]]:
+    """Return the classes of differences that a verification tells of each table; nothing of those that it calls equal."""
+    with migration.capturing():
+        verdicts = verify(migration.spec, migration.spark)
+    return {one.table.removeprefix("public."): classes(one) for one in verdicts}
+
+
+def classes(verdict: Verdict) -> list[str]:
+    found = sorted((name for name, count in verdict.counts.items() if count), reverse=True)
+    assert verdict.word == ("different" if found else "equal")
+    return found

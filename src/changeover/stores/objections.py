@@ -24,10 +24,6 @@ UNION ALL
 SELECT format('%%s is the name of a type, so no table can be made under it: name another target', %(name)s::text)
 FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
 WHERE (n.nspname, t.typname) = (%(schema)s, %(table)s) AND t.typrelid = 0 AND t.typcategory <> 'A'
-UNION ALL
-SELECT format('the role %%s may make no temporary table, in which batches arrive: GRANT TEMPORARY ON DATABASE %%I TO %%I',
-    current_user, current_database(), current_user)
-WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')
 """
 
 TABLE = """

@@ -18,7 +18,7 @@ from psycopg import sql
 from changeover.errors import SnapshotLost
 from changeover.names import chosen, nth
 from changeover.position import Version
-from changeover.session import Connection, application_name, connect, server_name, speaking_to
+from changeover.session import Connection, application_name, connect, server_name, settled, speaking_to
 from changeover.sparkerrors import raise_failures
 from changeover.spec import Target
 from changeover.stores import (
@@ -76,7 +76,7 @@ class PostgresStore:
         dsn = target.dsn_value
         with connect(dsn, application_name(migration, step)) as connection:
             replica.take(connection)
-            yield cls(target.name, dsn, migration, step, connection)
+            yield cls(target.name, settled(dsn, connection), migration, step, connection)
 
     def columns(self, schema: str, name: str) -> tuple[Column, ...] | None:
         """Return the table's columns, generated ones left out; None when there is no such table."""
