@@ -169,11 +169,11 @@ def log_session(dsn: str, application: str) -> Iterator[Connection]:
 
 
 def windows(connection: Connection, log: Log, since: int) -> list[Window]:
-    """Return the windows that end at `since` or later, in order."""
+    """Return the windows that end at `since` or later, in order: that of positions, which their texts do not have."""
     rows = connection.execute(
-        sql.SQL('SELECT "end"::text, snapshot::text, tables, at FROM {} WHERE "end" >= %s::pg_lsn ORDER BY "end"').format(
-            log.windows
-        ),
+        sql.SQL(
+            'SELECT w."end"::text, w.snapshot::text, w.tables, w.at FROM {} w WHERE w."end" >= %s::pg_lsn ORDER BY w."end"'
+        ).format(log.windows),
         [format_lsn(since)],
     ).fetchall()
     return [Window(parse_lsn(row[0]), row[1], tuple(map(_seen, row[2])), row[3]) for row in rows]

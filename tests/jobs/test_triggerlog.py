@@ -37,7 +37,7 @@ from changeover.jobs.spool import Spool
 from changeover.jobs.status import status
 from changeover.jobs.tenure import OLD
 from changeover.jobs.triggerlog import Log
-from changeover.position import parse_lsn
+from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
 from changeover.stores.gate import MARK, OURS
@@ -590,6 +590,14 @@ def test_a_source_that_is_restarted_is_followed_on(new_dsn: str, tmp_path: Path,
                 finally:
                     stop.set()
             assert [e["row"]["stamp"] for e in made.events()] == ["before", "after"]
+
+
+def test_windows_come_in_the_order_of_their_ends(counters: Logged) -> None:
+    ends = ["FF/FFFFFFF", "FF/10000000", "100/0", "100/FF"]
+    for end in reversed(ends):
+        counters.old.execute(sql.SQL("INSERT INTO {} VALUES (%s::pg_lsn, '1:1:', '[]')").format(counters.log.windows), [end])
+    found = windows.windows(counters.old, counters.log, parse_lsn(ends[0]))
+    assert [format_lsn(window.end) for window in found] == ends, "whose texts have another order"
 
 
 def test_a_log_with_a_gap_is_refused(counters: Logged) -> None:

@@ -189,7 +189,9 @@ def some_rows(
     """Return the first keys of a range, as texts, or those from its middle on; the session's own snapshot counts (driver)."""
     rows = _subquery(table, [])
     keys = [sql.Identifier(_raw(number)) for number in range(len(table.key))]
-    texts, order = (sql.SQL(", ").join(parts) for parts in ([sql.SQL("{}::text").format(key) for key in keys], keys))
+    # a text has another name than its key, by which the rows would be ordered else
+    named = [sql.SQL("{}::text AS {}").format(key, sql.Identifier(f"{_raw(n)}_text")) for n, key in enumerate(keys)]
+    texts, order = (sql.SQL(", ").join(parts) for parts in (named, keys))
     inside = _predicate(table.key, bounds)
     skip = sql.SQL("(SELECT count(*) / 2 FROM {} WHERE {})").format(rows, inside) if middle else sql.SQL("0")
     found = session.execute(
