@@ -135,7 +135,7 @@ TARGETS = [
         "CREATE TABLE public.kept (id integer PRIMARY KEY, must text NOT NULL)",
         "column must of target table kept is NOT NULL and nothing fills it",
     ),
-    ("CREATE TABLE public.kept (no integer, id integer UNIQUE)", "target table kept has no column day"),
+    ("CREATE TABLE public.kept (no integer, id integer NOT NULL UNIQUE)", "target table kept has no column day"),
     ("CREATE TABLE public.kept (id integer PRIMARY KEY, day date UNIQUE)", "the unique index kept_day_key beside its key"),
 ]
 
