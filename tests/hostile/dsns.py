@@ -37,6 +37,9 @@ class Form:
     dsn: Callable[[Place], str]
     environment: Mapping[str, str] = field(default_factory=dict)
     """`{folder}` is where the files are; `{port}` and `{user}` are those of either store."""
+    carries: bool = False
+    """Whether a table is carried by it: by one form of each source from which libpq takes its words. `check` opens every kind of
+    session by every form."""
 
 
 def keywords(place: Place, **words: str) -> str:
@@ -67,12 +70,13 @@ SERVICES = {"PGSERVICEFILE": "{folder}/services", **PASSWORDS}
 FORMS = (
     Form("keywords", keywords),
     Form("uri", lambda place: uri(place, f"127.0.0.1:{place.port}", "?connect_timeout=7&options=-c%20DateStyle%3DGerman")),
-    Form("service", lambda place: f"service={place.side}", SERVICES),
+    Form("service", lambda place: f"service={place.side}", SERVICES, carries=True),
     Form("password file", lambda place: keywords(place, password="", host="", hostaddr="127.0.0.1"), PASSWORDS),
     Form("environment", lambda place: make_conninfo("", dbname=place.database),
-         {"PGHOST": "localhost", "PGPORT": "{port}", "PGUSER": "{user}", "PGPASSWORD": PASSWORD}),
+         {"PGHOST": "localhost", "PGPORT": "{port}", "PGUSER": "{user}", "PGPASSWORD": PASSWORD}, carries=True),
     Form("hosts", lambda place: keywords(place, host="127.0.0.1,localhost", port=f"1,{place.port}",
                                          target_session_attrs="read-write")),
-    Form("hosts of a uri", lambda place: uri(place, f"127.0.0.1:1,localhost:{place.port}", "?target_session_attrs=primary")),
+    Form("hosts of a uri", lambda place: uri(place, f"127.0.0.1:1,localhost:{place.port}", "?target_session_attrs=primary"),
+         carries=True),
     Form("address beside a name", lambda place: keywords(place, host="not-resolved.invalid", hostaddr="127.0.0.1")),
 )  # fmt: skip
