@@ -54,7 +54,7 @@ ROWS_PER_CHUNK = 250_000
 FEWEST_CHUNKS = 8
 """Even a small table gets a few chunks, so that a killed run repeats little."""
 
-MOST_ASIDE = 10
+MOST_ASIDE = 5
 """Chunks with a bad row that a run leaves out of one table: each costs a job that fails, and a wrong rule fails in all of them."""
 
 

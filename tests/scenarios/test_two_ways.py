@@ -7,7 +7,7 @@ from psycopg import sql
 from pyspark.sql import DataFrame
 
 from changeover import settings
-from changeover.errors import RowRefused
+from changeover.errors import CouldNotFinish, RowRefused
 from changeover.jobs.changes import last_of_each_key
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import require_prepared
@@ -165,9 +165,9 @@ def test_what_one_way_refuses_the_other_does_too(make_migration: MakeMigration) 
             refusing = {way: refused(frame.select(f"c{row}")) for way, frame in ways.items()}
             assert refusing == dict.fromkeys(ways, True), f"{kind} {value!r}"
     for target in (STORE, LAKE):
-        with pytest.raises(RowRefused, match=r"table odd, key \(\d+\), column c\d+: "):
+        with pytest.raises(CouldNotFinish, match=r"table odd, key \(\d+\), column c\d+: "):
             made.backfill(target)
-    with pytest.raises(RowRefused, match=r"table odd, key \(\d+\), column c\d+: "):
+    with pytest.raises(CouldNotFinish, match=r"table odd, key \(\d+\), column c\d+: "):
         made.replay(STORE)
     assert made.new.execute("SELECT count(*) FROM odd_too").fetchone() == (0,)
 
