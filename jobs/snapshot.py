@@ -1,6 +1,6 @@
 """The snapshot: one command makes the slot and the exported snapshot, and keepers hold the snapshot for as long as it is read.
 
-`CREATE_REPLICATION_SLOT … (SNAPSHOT 'export')` gives an exact pair: every transaction is either visible in the snapshot or in
+`CREATE_REPLICATION_SLOT … EXPORT_SNAPSHOT` gives an exact pair: every transaction is either visible in the snapshot or in
 the slot's stream with a commit LSN at or above L0. The export itself dies at that session's next command, so a process of its
 own, the keeper, imports it in two sessions and exports it again; a killed backfill finds it there. The keeper's sessions are
 ended from anywhere by `release`, since a snapshot that is held keeps the old store's vacuum back.
@@ -65,7 +65,8 @@ def create_slot(dsn: str, application: str, slot: str, *, temporary: bool = Fals
     try:
         kind = sql.SQL("TEMPORARY " if temporary else "")
         row = session.execute(
-            sql.SQL("CREATE_REPLICATION_SLOT {} {}LOGICAL pgoutput (SNAPSHOT 'export')").format(sql.Identifier(slot), kind)
+            # the older of two forms, which every release from 14 on takes
+            sql.SQL("CREATE_REPLICATION_SLOT {} {}LOGICAL pgoutput EXPORT_SNAPSHOT").format(sql.Identifier(slot), kind)
         ).fetchone()
     except psycopg.errors.QueryCanceled as error:
         session.close()

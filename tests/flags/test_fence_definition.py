@@ -99,7 +99,8 @@ def put_right(migration: Migration) -> None:
 def test_what_was_altered_after_the_verdict_is_found_under_the_refusal(moved: Migration) -> None:
     assert moved.verify(STORE)[STORE].equal
     name = sql.Identifier(moved.spec.slot).as_string(moved.old)
-    for number, (there, back) in enumerate(ALTERED):
+    row_filters = moved.old.info.server_version >= 150000
+    for number, (there, back) in enumerate(one for one in ALTERED if row_filters or "WHERE" not in one[0]):
         with followed(moved):
             wait_until(partial(applied, moved, mark(moved.old, f"running {number}")))  # both follow, and have asked already
             moved.old.execute(there.format(p=name).encode())
