@@ -1,9 +1,10 @@
 """The experiment: a read asked of both stores and compared, in the words of GitHub's Scientist.
 
 The authority's answer has gone to the caller before the other store is asked. Mirrored writes and replay arrive a
-little later, so a difference is looked at again, *both* stores read anew, with growing waits; only one that stays is a
-mismatch. An error on either side is an error, never a match. Under overload comparisons are dropped and counted. All
-but `run_if` runs on one thread beside the callers.
+little later, so a difference is looked at again, *both* stores read anew, with growing waits, and no look counts before
+this process's mirror has dealt with what it had to bring. Only a difference that stays is a mismatch. An error on
+either side is an error, never a match. Under overload comparisons are dropped and counted. All but `run_if` runs on
+one thread beside the callers.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ log = logging.getLogger("changeover.flags")
 Read = Callable[[Cursor], Any]
 LAG_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Seconds before each further look at a difference; as many looks as there are waits."""
-
 KEPT_MISMATCHES = 100
 OUTCOMES = ("compared", "matched", "mismatched", "ignored")
+
+
+def nothing() -> bool:
+    """Say that nothing is under way: there is no mirror."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ class Comparison:
     reads: Mapping[Origin, Read]
     looks: int = 0
     apart: bool = False
+    lags: Callable[[], bool] = nothing
+    """Whether the other store still lacks what it was to get when it was looked at last."""
 
 
 class HookRaised(Exception):
@@ -124,6 +131,7 @@ class Comparisons:
     def __init__(
         self, endpoints: Mapping[Origin, PgEndpoint], to_new: Callable[[Row], Row | None], application: str, *,
         limit: int, deadline: float, waits: Sequence[float] = LAG_WAITS,
+        under_way: Callable[[Origin], Callable[[], bool]] = lambda _: nothing,
     ) -> None:  # fmt: skip
         self.endpoints = endpoints
         self.to_new = to_new
@@ -131,6 +139,7 @@ class Comparisons:
         self.limit = limit
         self.deadline = deadline
         self.waits = waits
+        self.under_way = under_way
         self.mismatches: deque[Result] = deque(maxlen=KEPT_MISMATCHES)
         self.drops = Alarm("comparisons of reads are dropped, the queue is full")
         self.errors = Alarm("comparisons of reads have no answer")
@@ -239,6 +248,9 @@ class Comparisons:
 
     def _look(self, comparison: Comparison) -> None:
         """Read the other store, or both on a further look, and end the comparison or come back to it later."""
+        if comparison.lags():
+            self._push(time.monotonic() + self.waits[comparison.looks - 1], comparison)
+            return
         control = comparison.control
         candidate_origin = other(control.origin)
         if comparison.looks == 0:
@@ -250,7 +262,8 @@ class Comparisons:
             control, candidate = seen[control.origin], seen[candidate_origin]
         result = self._judge(comparison, control, candidate)
         if result.mismatched and comparison.looks < len(self.waits):
-            again = replace(comparison, control=control, looks=comparison.looks + 1)
+            lags = self.under_way(candidate_origin)
+            again = replace(comparison, control=control, looks=comparison.looks + 1, lags=lags)
             self._push(time.monotonic() + self.waits[comparison.looks], again)
         else:
             self._finish(comparison.experiment, result)

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,17 @@ class Mirror:
             **counts, "lost": lost, "queued": dict(queued), "failed": self.failures.count, "dropped": self.drops.count,
             "depth": len(under_way), "last_failure": self.failures.last, "last_drop": self.drops.last,
         }  # fmt: skip
+
+    def under_way(self) -> Callable[[], bool]:
+        """Return what tells, whenever it is asked, whether anything of what is offered by now is still to be dealt with."""
+        with self._changed:
+            offered = self._counts["mirrored"]
+
+        def still() -> bool:
+            with self._changed:
+                return self._counts["mirrored"] - len(self._queue) - (self._current is not None) < offered
+
+        return still
 
     def drain(self, seconds: float) -> bool:
         """Wait until everything that was offered has been dealt with; False when the time is over first."""

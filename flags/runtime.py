@@ -22,7 +22,7 @@ from ldclient.migrations.types import Origin, Stage
 from changeover.errors import ServerUnavailable
 from changeover.flags.authority import AuthoritySource, Beat, Follower
 from changeover.flags.endpoint import PgEndpoint, RowMapping, Sessions
-from changeover.flags.experiment import Comparisons
+from changeover.flags.experiment import Comparisons, nothing
 from changeover.flags.facts import BEGINNING, Fact
 from changeover.flags.mirror import Mirror
 from changeover.flags.stages import TABLE, StageRule, effective
@@ -83,7 +83,7 @@ class Runtime:
         }
         self.comparisons = Comparisons(
             parts.endpoints, parts.mappings[Origin.NEW], parts.application,
-            limit=parts.limits.compare_queue, deadline=parts.limits.compare_deadline,
+            limit=parts.limits.compare_queue, deadline=parts.limits.compare_deadline, under_way=self.under_way,
         )  # fmt: skip
         self.follower: Follower | None = None
         if parts.authority is not None:
@@ -138,6 +138,11 @@ class Runtime:
                         limit=limits.mirror_queue, deadline=limits.mirror_deadline,
                     )  # fmt: skip
         return mirror
+
+    def under_way(self, origin: Origin) -> Callable[[], bool]:
+        """Return what tells whether a store still lacks what this process has to bring it by now."""
+        mirror = self._mirrors.get(origin)
+        return nothing if mirror is None else mirror.under_way()
 
     def count(self, name: str) -> None:
         """Count one occurrence."""

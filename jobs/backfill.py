@@ -54,8 +54,8 @@ ROWS_PER_CHUNK = 250_000
 FEWEST_CHUNKS = 8
 """Even a small table gets a few chunks, so that a killed run repeats little."""
 
-MOST_ASIDE = 5
-"""Chunks with a bad row that a run leaves out of one table: each costs a job that fails, and a wrong rule fails in all of them."""
+MOST_NAMED = 5
+"""Bad rows, one a chunk, after which a run leaves a table: each costs a job that fails, and a wrong rule fails in every chunk."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,10 @@ def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = No
                 if targets is None or target in targets:
                     with open_store(spec, spec.targets[target], "backfill") as store:
                         store.install(transform.target, prepared.stream.image)
-                        refused += _Load(spec, spark, ledger, prepared.stream, transform, store).run(source)
+                        try:
+                            refused += _Load(spec, spark, ledger, prepared.stream, transform, store).run(source)
+                        except (RowRefused, TextRefused) as bad:  # a key that can't be planned with
+                            refused.append(bad)
             if refused:
                 _leave_snapshot(spec, ledger)
                 raise together(refused)
@@ -207,8 +210,8 @@ class _Load:
 
     def _load_pending(self, source: str, read: ReadTable) -> list[ChangeoverError]:
         """Load every chunk that is not; one with a bad row is set aside, and its refusal returned."""
-        chunks = {row.chunk: row for row in self.ledger.chunks(source, self.store.name)}
-        planning.require_partition(source, [(row.lower, row.upper) for row in chunks.values()])
+        ranges = {row.chunk: (row.lower, row.upper) for row in self.ledger.chunks(source, self.store.name)}
+        planning.require_partition(source, list(ranges.values()))
         aside: dict[int, ChangeoverError] = {}
         while pending := self._pending(source, aside):
             live = self._snapshot()
@@ -216,19 +219,22 @@ class _Load:
             mark = LedgerMark(self.ledger.dsn, self.spec.name, source, self.store.name, token, self.stream.image)
 
             def rows(numbers: Sequence[int], live: ExportedSnapshot = live) -> DataFrame:
-                return self._rows(read, live, [(chunks[n].lower, chunks[n].upper) for n in numbers])
+                return self._rows(read, live, [ranges[n] for n in numbers])
 
             try:
                 with from_spark(source, "a chunk of the backfill"):
                     self.store.load(self.transform.target, pending, rows, mark)
             except (RowRefused, TextRefused) as refused:
-                found = self._bad_row(source, read, live, {n: (chunks[n].lower, chunks[n].upper) for n in pending})
-                if found is None or len(aside) == MOST_ASIDE:
-                    return [*aside.values(), refused if found is None else found[1]]
-                aside[found[0]] = found[1]
+                found = self._bad_row(source, read, live, {ranges[n]: n for n in self._pending(source, aside)})
+                if found is None:
+                    return [*aside.values(), refused]
+                chunk, row = found
+                aside[chunk] = row
+                if len(aside) == MOST_NAMED:
+                    break
             else:
                 self._require_all_loaded(source, self._pending(source, aside))
-        return [*aside.values()]
+        return list(aside.values())
 
     def _pending(self, source: str, aside: Collection[int]) -> list[int]:
         chunks = self.ledger.chunks(source, self.store.name)
@@ -241,21 +247,20 @@ class _Load:
         return self.transform.images(read_table(self.spark, dsn, application, read, ranges, live, moved=moved), moved=moved)
 
     def _bad_row(
-        self, source: str, read: ReadTable, live: ExportedSnapshot, pending: Mapping[int, KeyRange]
+        self, source: str, read: ReadTable, live: ExportedSnapshot, pending: Mapping[KeyRange, int]
     ) -> tuple[int, RowRefused] | None:
         """Return the chunk of the first bad row, and its refusal: tasks begin in order, so it is one of the first that are open."""
-        still = [number for number in self._pending(source, ()) if number in pending]
-        under_way = {pending[n]: n for n in still[: 2 * self.spark.sparkContext.defaultParallelism]}
+        under_way = list(pending)[: 2 * self.spark.sparkContext.defaultParallelism]
         reading = Reading(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill"), read, live)
 
         def search() -> tuple[KeyRange, RowRefused] | None:
             return badrow.in_ranges(
-                self.transform, reading, list(under_way), lambda bounds: self._rows(read, live, [bounds]),
+                self.transform, reading, under_way, lambda bounds: self._rows(read, live, [bounds]),
                 lambda frame: self.store.try_rows(self.transform.target, frame),
             )  # fmt: skip
 
         found = badrow.sought(source, search)
-        return None if found is None else (under_way[found[0]], found[1])
+        return None if found is None else (pending[found[0]], found[1])
 
     def _snapshot(self) -> ExportedSnapshot:
         """Return the kept snapshot, or a new one that shows at least as much: the stream brings whatever lies between the two."""

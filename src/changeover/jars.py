@@ -49,13 +49,7 @@ NATIVE = Artifact(SOCKETS.group, "junixsocket-native-common", SOCKETS.version)
 ROOTS = (DELTA, POSTGRES, SOCKETS, NATIVE)
 """What the resolver is asked for; it brings what they need."""
 
-NEEDED = (
-    DELTA,
-    Artifact("io.delta", "delta-storage", "4.4.0"),
-    POSTGRES,
-    SOCKETS,
-    NATIVE,
-)
+NEEDED = (*ROOTS, Artifact("io.delta", "delta-storage", "4.4.0"))
 """What read, write, merge, OPTIMIZE, VACUUM and JDBC load; the rest of the tree Spark ships or never loads."""
 
 RESOLVE_WITHIN = 600.0

@@ -116,7 +116,7 @@ def _given_options(dsn: str) -> str | None:
 
 
 OURS_OR_FILES = frozenset(
-    {"application_name", "client_encoding", "connect_timeout", "options", "passfile", "replication", "service", "servicefile"}
+    {"application_name", "client_encoding", "connect_timeout", "passfile", "replication", "service", "servicefile"}
 )
 """Words of a session that are ours, or name a file that is at hand here alone."""
 
@@ -126,7 +126,7 @@ def settled(dsn: str, connection: Connection) -> str:
     wire = connection.pgconn
     told = {one.keyword.decode(): one.val.decode() for one in wire.info if one.val and one.val != one.compiled}
     told |= {"password": wire.password.decode(), "options": _given_options(dsn) or ""}
-    return make_conninfo("", **{name: value for name, value in told.items() if value and name not in OURS_OR_FILES - {"options"}})
+    return make_conninfo("", **{name: value for name, value in told.items() if value and name not in OURS_OR_FILES})
 
 
 FROM_ENVIRONMENT = ("TimeZone", "DateStyle")

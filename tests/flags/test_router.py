@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from changeover.errors import LockNotGranted, ServerUnavailable, SpecError
 from changeover.flags import flagfile
 from changeover.flags.authority import LedgerAuthority
 from changeover.flags.endpoint import Change, Cursor, PgEndpoint, returned
+from changeover.flags.experiment import LAG_WAITS
+from changeover.flags.mirror import Mirror
 from changeover.flags.router import Router
 from changeover.flags.runtime import Limits
 from changeover.flags.stages import FENCED, TABLE
 from changeover.flags.wish import EVERYONE, FlagStage
-from tests.fix_flags import PATIENCE, PATIENT, Follow, MakeRouter, Stores
+from tests.fix_flags import PATIENCE, PATIENT, Follow, MakeRouter, Stores, wait_until
 
 FLAG = "follows-store"
 SetStage = Callable[[Router, Stage], None]
@@ -422,14 +425,28 @@ def test_a_fence_moves_a_pinned_request_on(stores: Stores, make_router: MakeRout
 
 
 def test_a_mismatch_of_the_stores_is_kept_and_a_late_mirror_is_none(
-    stores: Stores, make_router: MakeRouter, set_stage: SetStage, make_follow: Callable[..., Follow]
+    stores: Stores,
+    make_router: MakeRouter,
+    set_stage: SetStage,
+    make_follow: Callable[..., Follow],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    told: list[bool] = []
+    under_way = Mirror.under_way
+
+    def recorded(still: Callable[[], bool]) -> bool:
+        told.append(still())
+        return told[-1]
+
+    monkeypatch.setattr(Mirror, "under_way", lambda mirror: partial(recorded, under_way(mirror)))
     router = make_router()
     set_stage(router, Stage.SHADOW)
-    with locked(stores.new, "public.associations"):
+    with stores.new.transaction():
+        stores.new.execute("LOCK TABLE public.associations IN SHARE MODE")  # reads pass, and the mirror waits
         put(router, make_follow(1))
         find(router, make_follow(1))
-        time.sleep(0.2)
+        wait_until(lambda: len(told) > 2 * len(LAG_WAITS))  # more looks than there are, none of which counts
+        assert all(told)
     assert router.drain(PATIENCE)
     assert router.counters()["comparisons"]["matched"] == 1
     stores.new.execute('UPDATE public.associations SET attributes = \'{"note": "spoilt"}\'')

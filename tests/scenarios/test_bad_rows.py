@@ -101,7 +101,7 @@ def test_a_chunk_with_a_bad_row_alone_is_read_again_in_a_newer_snapshot(made: Mi
 
 
 def test_a_rule_that_fails_everywhere_ends_after_a_few_chunks(made: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backfill, "MOST_ASIDE", 1)
+    monkeypatch.setattr(backfill, "MOST_NAMED", 2)
     made.old.execute("UPDATE t SET qty = -qty")
     made.prepare()
     with pytest.raises(ChangeoverError) as raised:
