@@ -47,10 +47,10 @@ MISSING, XID = "_changeover_missing", "_changeover_xid"
 """What a change has besides, until its row is whole: the columns that were not sent, and the transaction."""
 
 
-def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequence[str]) -> pa.Table:
+def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequence[str], *, every: bool = False) -> pa.Table:
     """Return the last change of each source key, with its source columns as texts; a delete has those of its key (pure).
 
-    `events` are inserts, updates and deletes of one table in the spool's schema.
+    `events` are inserts, updates and deletes of one table in the spool's schema. With `every`, none is left out for a later one.
     """
     rows, keys = _Maps(events["row"]), _Maps(events["key"])
     op, lsn, ordinal = (events[name].to_numpy() for name in ("op", "lsn", "ordinal"))
@@ -61,7 +61,7 @@ def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequenc
     gone, place = np.concatenate((deletes, moved)), np.concatenate((deletes, moved, puts))
     after = np.concatenate((ordinal[gone], ordinal[puts] + np.isin(puts, moved)))
     names = {name: pa.concat_arrays([keys.texts(name, gone), rows.texts(name, puts)]) for name in identity}
-    last = _last(names, lsn[place], after)
+    last = np.arange(len(place)) if every else _last(names, lsn[place], after)
     dead, live = last[last < len(gone)], last[last >= len(gone)]
     chosen = np.concatenate((dead, live))
     of_live = place[live]

@@ -1,16 +1,17 @@
 """Recheck: keys that differed while both stores were being written are judged again until they stand still.
 
 A target may be ahead of the aligned position, because a dual write reaches it before the stream does, or behind, because a mirror
-is under way. A key passes as soon as the target holds an image that the source held at or after the comparison. A key that differs
-and stands still is a difference; one that never stands still leaves the question open, which is `CouldNotCheck`, not "equal". So
-do more keys than are judged again: none is left out.
+is under way. A key passes as soon as the target holds an image that the source held at or after the comparison: what it holds at a
+look, or was told of since by the stream, however often a key is written. A key that differs and stands still is a difference; one
+that never stands still leaves the question open, which is `CouldNotCheck`, not "equal". So do more keys than are judged again: none
+is left out.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.transform import CUT
 from changeover.names import nth, placed, reserved
+from changeover.stores import DELETED
 from changeover.verifiers.canonical import notation_only, text
 from changeover.verifiers.verdict import CANONICALISATION, MISMATCHED, Difference, RangeCount, Recheck, TableDiff
 
@@ -44,6 +46,7 @@ Image = tuple[tuple[str | None, ...], ...]
 """What a side holds under a key, each row as the texts of its columns: no row, one, or more where a key is there twice."""
 
 Read = Callable[[Sequence[Key]], "DataFrame"]
+History = Callable[[Sequence[Key]], Iterable["DataFrame"]]
 
 
 @dataclass
@@ -54,13 +57,16 @@ class Trail:
     last: tuple[Image, Image] | None = None
     since: float = 0.0
 
-    def meets(self, old: Image, new: Image, types: Sequence[str], now: float) -> bool:
-        """Take what both sides hold now; return whether the target's image is one that the source has held."""
-        if old not in self.source:
-            self.source.append(old)
+    def meets(self, old: Image, new: Image, types: Sequence[str], now: float, told: Sequence[Image] = ()) -> bool:
+        """Take what both sides hold now, and what the stream told of the source; return whether that has held the target's image.
+
+        The stream may tell of an image after the look that found it in the target, so the one before counts, too.
+        """
+        self.source += [image for image in dict.fromkeys((*told, old)) if image not in self.source]
+        held = [new] if self.last is None else [new, self.last[1]]
         if self.last != (old, new):
             self.last, self.since = (old, new), now
-        return any(alike(seen, new, types) for seen in self.source)
+        return any(alike(seen, one, types) for seen in self.source for one in held)
 
 
 def dual_written(ledger: Ledger, changes: Sequence[Authority]) -> bool:
@@ -76,12 +82,13 @@ def last_stage(ledger: Ledger) -> str | None:
 
 
 def judge(
-    diff: TableDiff, differences: Path, run: str, *, pg_types: Mapping[str, str], source: Read, target: Read,
+    diff: TableDiff, differences: Path, run: str, *, pg_types: Mapping[str, str], source: Read, target: Read, history: History,
     between: Callable[[], object],
 ) -> tuple[TableDiff, Recheck]:  # fmt: skip
     """Return the diff with the keys left out that were in flight (driver).
 
-    `source` and `target` read the present rows of some target keys; `between` is called before each round, to let changes
+    `source` and `target` read the present rows of some target keys; `history` returns what the source's stream told of them since
+    it was asked last, as changes of the target; `between` is called before each round, to let changes
     arrive; `pg_types` are those that the comparison went by. Raises CouldNotCheck when more keys differ than are judged again,
     and when none is left but those that never stood still.
     """
@@ -93,7 +100,7 @@ def judge(
             f" judged again: run verify in a quieter moment, or at the stage off; they are in {differences}"
         )
         raise CouldNotCheck(diff.table, problem)
-    passed, hot = _settle(keys, _Sides(diff, pg_types, source, target), between)
+    passed, hot = _settle(keys, _Sides(diff, pg_types, source, target, history), between)
     left = [row for row in found if _key(row, diff.key) not in passed]
     if hot and not set(keys) - passed - hot:
         problem = f"{len(hot):,} {'key' if len(hot) == 1 else 'keys'} kept changing while both stores were written"
@@ -111,9 +118,10 @@ class _Sides:
     pg_types: Mapping[str, str]
     source: Read
     target: Read
+    history: History
 
-    def now(self, keys: Sequence[Key]) -> tuple[dict[Key, Image], dict[Key, Image], list[str]]:
-        """Return what each side holds now, and PostgreSQL's types of an image's columns, in its order."""
+    def now(self, keys: Sequence[Key]) -> tuple[dict[Key, Image], dict[Key, Image], dict[Key, list[Image]], list[str]]:
+        """Return what each side holds now, what the source held since, and PostgreSQL's types of an image's columns in order."""
         frames = (self.source(keys), self.target(keys))
         names = sorted(frames[1].columns)
         old, new = (images(frame, names, self.diff.key) for frame in frames)
@@ -121,7 +129,8 @@ class _Sides:
         strangers = {key for key in (old.keys() | new.keys()) - set(keys) if not _another_notation(key, keys, types)}
         if strangers:  # a key whose text is not what was asked for would be taken for one that is gone
             raise CouldNotCheck(self.diff.table, f"the key {min(strangers)} came back for one that was asked for")
-        return old, new, [self.pg_types[name] for name in names]
+        told = changes(self.history(keys), names, self.diff.key)
+        return old, new, told, [self.pg_types[name] for name in names]
 
 
 def _another_notation(key: Key, asked: Sequence[Key], types: Sequence[str]) -> bool:
@@ -139,10 +148,10 @@ def _settle(keys: Sequence[Key], sides: _Sides, between: Callable[[], object]) -
         rounds += 1
         between()
         asked = sorted(trails)
-        old, new, types = sides.now(asked)
+        old, new, told, types = sides.now(asked)
         now = time.monotonic()
         for key in asked:
-            if trails[key].meets(old.get(key, ()), new.get(key, ()), types, now):
+            if trails[key].meets(old.get(key, ()), new.get(key, ()), types, now, told.get(key, ())):
                 passed.add(key)
                 del trails[key]
         if all(now - trail.since >= SETTLED_SECONDS for trail in trails.values()):
@@ -155,22 +164,47 @@ def _settle(keys: Sequence[Key], sides: _Sides, between: Callable[[], object]) -
 
 def images(frame: DataFrame, names: Sequence[str], key: Sequence[str]) -> dict[Key, Image]:
     """Return each key's rows as exact texts of the named columns, in their order."""
+    found: dict[Key, Image] = {}
+    for row in sorted(_texts(frame, names, key).collect(), key=repr):
+        found[tuple(row["key"])] = (*found.get(tuple(row["key"]), ()), tuple(row["row"]))
+    return found
+
+
+def changes(frames: Iterable[DataFrame], names: Sequence[str], key: Sequence[str]) -> dict[Key, list[Image]]:
+    """Return what each key's changes made of it, as `images` has it."""
+    found: dict[Key, list[Image]] = {}
+    for frame in frames:
+        for row in _texts(frame, names, key, DELETED).distinct().collect():
+            found.setdefault(tuple(row["key"]), []).append(() if row[DELETED] else (tuple(row["row"]),))
+    return found
+
+
+def only(rows: DataFrame, names: Sequence[str], keys: Sequence[Key]) -> DataFrame:
+    """Return the rows of some target keys."""
+    from pyspark.sql import functions as F
+
+    types = dict(rows.dtypes)
+    own = [nth(number) for number in range(len(names))]
+    asked = [f"{name}_asked" for name in own]
+    wanted = rows.sparkSession.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in asked))
+    same = [text(F.col(here), types[name]) == F.col(one) for here, name, one in zip(own, names, asked, strict=True)]
+    return placed(rows, names).join(wanted, same, "left_semi").toDF(*rows.columns)
+
+
+def _texts(frame: DataFrame, names: Sequence[str], key: Sequence[str], *more: str) -> DataFrame:
     from pyspark.sql import functions as F
 
     types, columns = dict(frame.dtypes), frame.columns
     keys, values = ([text(F.col(nth(columns.index(name))), types[name]) for name in chosen] for chosen in (key, names))
     if CUT in types:
-        own, cut = [name for name in columns if not reserved(name)], nth(columns.index(CUT))
+        plain, cut = [name for name in columns if not reserved(name)], nth(columns.index(CUT))
         there = frame.select(f"{CUT}.*").columns
         values = [
-            F.coalesce(F.col(f"{cut}.{place}"), value) if (place := nth(own.index(name))) in there else value
+            F.coalesce(F.col(f"{cut}.{place}"), value) if (place := nth(plain.index(name))) in there else value
             for name, value in zip(names, values, strict=True)
         ]
-    rows = placed(frame, columns).select(F.array(*keys).alias("key"), F.array(*values).alias("row")).collect()
-    found: dict[Key, Image] = {}
-    for row in sorted(rows, key=repr):
-        found[tuple(row["key"])] = (*found.get(tuple(row["key"]), ()), tuple(row["row"]))
-    return found
+    own = [F.col(nth(columns.index(name))).alias(name) for name in more]
+    return placed(frame, columns).select(F.array(*keys).alias("key"), F.array(*values).alias("row"), *own)
 
 
 def alike(left: Image, right: Image, types: Sequence[str]) -> bool:

@@ -28,7 +28,6 @@ from changeover.jobs.ledger import Ledger
 from changeover.jobs.prepare import require_prepared
 from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
 from changeover.jobs.transform import Transform
-from changeover.names import nth, placed
 from changeover.session import application_name
 from changeover.sparkerrors import from_spark
 from changeover.spec import Spec
@@ -36,9 +35,9 @@ from changeover.stores import Frozen, open_store
 from changeover.stores.postgres import freeze
 from changeover.stores.reader import ReadTable
 from changeover.verifiers import checks, recheck, untouched
-from changeover.verifiers.canonical import text
 from changeover.verifiers.coverage import SIDES, require_read
 from changeover.verifiers.diff import RANGE, compare
+from changeover.verifiers.history import History
 from changeover.verifiers.moment import Moment, held_still, look_closed
 from changeover.verifiers.planned import changed_types
 from changeover.verifiers.split import Split
@@ -184,7 +183,7 @@ class _Comparison:
                 own = [tuple(key[place] for place in places) for key in keys] if moved else None
                 now = watched("source", present.enter_context(freeze(self.spark, dsn, application, [read], 1))(read))
                 rows = self.transform.uncast(now.frame(own))
-                return rows if moved else _only(rows, diff.key, keys)
+                return rows if moved else recheck.only(rows, diff.key, keys)
 
             def target(keys: Sequence[recheck.Key]) -> DataFrame:
                 hold = present.enter_context(store.freeze(self.spark, [self.transform.target], 1))
@@ -201,8 +200,9 @@ class _Comparison:
 
             with from_spark(self.source, f"keys of {self.target} that are judged again"):
                 return recheck.judge(
-                    diff, differences, run, pg_types=self.transform.pg_types, source=source, target=target, between=between
-                )
+                    diff, differences, run, pg_types=self.transform.pg_types, source=source, target=target, between=between,
+                    history=History(self.spark, self.transform, replay.spool, self.moment.source_lsn).since,
+                )  # fmt: skip
 
     def _takes_over(self) -> bool:
         """Return whether this target is the one that the application writes to."""
@@ -215,18 +215,6 @@ class _Comparison:
         one = len(frozen.ranges) == 1
         ranged = frame.withColumn(RANGE, F.lit(0) if one else F.spark_partition_id())
         return transform.uncast(ranged, carry=[RANGE]) if transform else ranged
-
-
-def _only(rows: DataFrame, names: Sequence[str], keys: Sequence[recheck.Key]) -> DataFrame:
-    """Return the rows of some target keys, for a source whose own keys can't be told from them."""
-    from pyspark.sql import functions as F
-
-    types = dict(rows.dtypes)
-    own = [nth(number) for number in range(len(names))]
-    asked = [f"{name}_asked" for name in own]
-    wanted = rows.sparkSession.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in asked))
-    same = [text(F.col(here), types[name]) == F.col(one) for here, name, one in zip(own, names, asked, strict=True)]
-    return placed(rows, names).join(wanted, same, "left_semi").toDF(*rows.columns)
 
 
 def _ranges(frozen: Frozen) -> list[Range]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
+from itertools import count
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from changeover.cli import main
 from changeover.flags import flagfile
 from changeover.flags.endpoint import Row
 from changeover.flags.router import Change, Router, returned
-from changeover.verifiers import recheck
+from changeover.verifiers import moment, recheck
 from tests.fix_accounts import wait_for_writes
 from tests.fix_flags import PATIENCE, PATIENT
 from tests.fix_migration import STORE, MakeMigration, Migration
@@ -134,6 +135,29 @@ def test_what_is_in_flight_is_no_difference_and_what_is_not_is(dual: tuple[Migra
     assert {(row["key"]["id"], row["class"]) for row in migration.differences(verdict)} == DAMAGED
     assert (verdict.recheck.rechecked - verdict.recheck.in_flight, verdict.differing_keys) == (3, 3)
     assert verdict.columns == {"at": 1}
+
+
+def test_a_key_that_is_written_between_any_two_looks_is_judged_by_what_the_stream_told_of_it(
+    dual: tuple[Migration, Router], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration, router = dual
+    amounts = count(1)
+
+    def written_before(look: Callable[..., Any]) -> Callable[..., Any]:
+        def later(*arguments: Any) -> Any:
+            put(router, 1, Decimal(next(amounts)))
+            assert router.drain(PATIENCE)
+            return look(*arguments)
+
+        return later
+
+    judge = recheck.judge
+    monkeypatch.setattr(recheck, "judge", lambda *a, target, **named: judge(*a, target=written_before(target), **named))
+    monkeypatch.setattr(moment._Holding, "_freeze_targets", written_before(moment._Holding._freeze_targets))
+    verdict = migration.verify()[STORE]
+    assert verdict.word == "equal"
+    assert (verdict.recheck.rechecked, verdict.recheck.in_flight, verdict.recheck.hot) == (1, 1, 0)
+    assert next(amounts) > 3, "the first look alone can't tell"
 
 
 def test_a_key_that_is_left_unjudged_is_no_verdict(dual: tuple[Migration, Router], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,14 @@ def test_a_target_may_hold_what_the_source_held_since() -> None:
     assert not Trail().meets((("c",),), (("a",),), ["text"], 3.0), "an image from before the comparison is no excuse"
 
 
+def test_a_target_may_hold_what_the_stream_tells_of_later() -> None:
+    trail = Trail()
+    assert not trail.meets((("a",),), (("b",),), ["text"], 1.0)
+    assert trail.meets((("c",),), (("d",),), ["text"], 2.0, [(("b",),), ()]), "what the look before found in the target"
+    assert trail.meets((("c",),), (), ["text"], 3.0), "it was gone in between"
+    assert not Trail().meets((("a",),), (("b",),), ["text"], 1.0, [(("c",),), ()])
+
+
 def test_a_key_that_is_written_otherwise_by_now_is_no_stranger() -> None:
     asked = [("1", "x"), ("7", "y")]
     assert _another_notation(("1.0", "x"), asked, ["numeric", "text"])
