@@ -140,11 +140,12 @@ class Transform:
         moved = {self.derivations[name].origin: name for name in self.target.key}
         return tuple(moved[name] for name in identity) if set(identity) <= set(moved) else None
 
-    def changes(self, events: DataFrame, epoch: int, moved: Collection[str] = ()) -> DataFrame:
+    def changes(self, events: DataFrame, epoch: int, moved: Collection[str] = (), *, every: bool = False) -> DataFrame:
         """Return changes of the target for those of the source (`changes.last_of_each_key`): one row a key, the last by version.
 
         A delete carries the key alone. A row that `where` leaves out is a delete of its key; as in a backfill, nothing of it is
         evaluated but the key and what `where` asks for. Source columns in `moved`, of `moved_in_stream`, are passed on as text.
+        With `every`, a key has as many rows as it has changes.
         """
         from pyspark.sql import functions as F
 
@@ -177,7 +178,7 @@ class Transform:
             for name, column in self._columns(names, moved).items()
         ]
         changes = whole.select(*VERSION_COLUMNS, *owner, *columns)
-        if not self.one_to_one():
+        if not every and not self._one_to_one():
             changes = _last_of_each_key(changes, [own[name] for name in self.target.key], owned=self.target.owned)
         return hold(changes, {other: name for name, other in own.items()})
 
@@ -191,14 +192,14 @@ class Transform:
 
     def passed_on(self) -> dict[str, str] | None:
         """Return target column -> source column where every row goes on as it is, under other names at most; None elsewhere."""
-        if self.table.where is not None or not self.one_to_one():
+        if self.table.where is not None or not self._one_to_one():
             return None
         types = {c.name: c.type for c in self.source}
         found = {c.name: origin for c in self.target.columns if (origin := self.derivations[c.name].origin) is not None}
         whole = all(c.name in found and types[found[c.name]] == c.type and passable(c.type) for c in self.target.columns)
         return found if whole else None
 
-    def one_to_one(self) -> bool:
+    def _one_to_one(self) -> bool:
         """Return whether no two keys of the source that differ as texts can be one key of the target."""
         names = [c.name for c in self.identity]
         return self.source_key(names) is not None and all(WRITTEN_ONE_WAY.fullmatch(c.type) for c in self.identity)

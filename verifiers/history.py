@@ -36,7 +36,7 @@ class History:
 
     def since(self, keys: Sequence[Key]) -> Iterator[DataFrame]:
         """Yield the changes of some target keys that came since the last call."""
-        if not self.transform.one_to_one() or self.transform.casts:
+        if self.transform.target.owned or self.transform.casts:
             return
         since, self.until = self.until, max(self.until, self.spool.end())
         relation = self.transform.table.source_relation
@@ -44,7 +44,7 @@ class History:
             whole = pc.and_(pc.is_in(events["op"], pa.array(CHANGES)), pc.equal(pc.list_value_length(events["missing"]), 0))
             changed = events.filter(whole)
             if len(changed):
-                yield only(self.transform.changes(self._rows(changed), 0), self.transform.target.key, keys)
+                yield only(self.transform.changes(self._rows(changed), 0, every=True), self.transform.target.key, keys)
 
     def _rows(self, events: pa.Table) -> DataFrame:
         columns = [column.name for column in self.transform.source]

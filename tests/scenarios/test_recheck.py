@@ -152,7 +152,11 @@ def test_a_key_that_is_written_between_any_two_looks_is_judged_by_what_the_strea
         return later
 
     judge = recheck.judge
-    monkeypatch.setattr(recheck, "judge", lambda *a, target, **named: judge(*a, target=written_before(target), **named))
+
+    def judged(*arguments: Any, source: recheck.Read, target: recheck.Read, **named: Any) -> Any:
+        return judge(*arguments, source=written_before(source), target=written_before(target), **named)
+
+    monkeypatch.setattr(recheck, "judge", judged)
     monkeypatch.setattr(moment._Holding, "_freeze_targets", written_before(moment._Holding._freeze_targets))
     verdict = migration.verify()[STORE]
     assert verdict.word == "equal"
