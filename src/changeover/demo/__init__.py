@@ -21,11 +21,13 @@ __all__ = ["main"]
 
 @click.command()
 @click.option("--rows", default=200_000, show_default=True, type=click.IntRange(min=LEAST_ROWS), help="Rows of the old table.")
-@click.option("--break", "broken", type=click.Choice(list(KINDS)), help="Damage the new store; verify finds it; exit 1.")
+@click.option(
+    "--break", "broken", type=click.Choice(list(KINDS)), multiple=True, help="Damage the new store; verify finds it; exit 1."
+)
 @click.option("--keep", is_flag=True, help="Leave server and data, and print the next commands to try.")
 @click.option("--work", type=click.Path(path_type=Path), help="A new folder for everything; otherwise a temporary one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, all else on standard error.")
-def main(rows: int, broken: str | None, keep: bool, work: Path | None, as_json: bool) -> None:
+def main(rows: int, broken: tuple[str, ...], keep: bool, work: Path | None, as_json: bool) -> None:
     """Move a live table to PostgreSQL and Delta on this machine, verify it, and hand it over."""
     from rich.console import Console
 

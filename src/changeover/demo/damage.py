@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from changeover.errors import CouldNotFinish
 from changeover.session import Connection
-from changeover.verifiers.verdict import EXTRA, MISMATCHED
+from changeover.verifiers.verdict import EXTRA, MISMATCHED, Difference
 
 ARRIVES_WITHIN = 60.0
 
@@ -25,11 +25,17 @@ LONG_NOTE = "a note that is long enough for somebody to cut it short"
 
 @dataclass(frozen=True)
 class Damaged:
-    """What verify has to find: class and column (None for a whole row), and what was done, in words."""
+    """What verify has to find: class, reserved user and column (None for a whole row), and what was done, in words."""
 
     done: str
     kind: str
+    user: int
     column: str | None
+
+    def is_told(self, difference: Difference) -> bool:
+        """Return whether a difference is what was done."""
+        same = difference.kind == self.kind and difference.key["entity_a"] == str(self.user)
+        return same and (self.column is None or list(difference.columns) == [self.column])
 
 
 def ghost(old: Connection, new: Connection) -> Damaged:
@@ -40,7 +46,7 @@ def ghost(old: Connection, new: Connection) -> Damaged:
     _arrived(new, "SELECT count(*) = 0 FROM associations WHERE (entity_a, entity_b) = (%s, %s)", key)
     new.execute("INSERT INTO associations SELECT * FROM image")
     new.execute("DROP TABLE image")
-    return Damaged("a row that was deleted in the old store is back in the new one", EXTRA, None)
+    return Damaged("a row that was deleted in the old store is back in the new one", EXTRA, GHOST[0], None)
 
 
 def lost_update(old: Connection, new: Connection) -> Damaged:
@@ -51,7 +57,7 @@ def lost_update(old: Connection, new: Connection) -> Damaged:
     old.execute("UPDATE follows SET note = 'the newer note' WHERE (from_user, to_channel) = (%s, %s)", key)
     _arrived(new, "SELECT note = 'the newer note' FROM associations WHERE (entity_a, entity_b) = (%s, %s)", key)
     new.execute("UPDATE associations SET note = %s WHERE (entity_a, entity_b) = (%s, %s)", [note, *key])
-    return Damaged("an older value is over a newer one", MISMATCHED, "note")
+    return Damaged("an older value is over a newer one", MISMATCHED, LOST_UPDATE[0], "note")
 
 
 def timezone(old: Connection, new: Connection) -> Damaged:
@@ -61,7 +67,7 @@ def timezone(old: Connection, new: Connection) -> Damaged:
         " WHERE entity_a = %s AND blocked_on IS NOT NULL",
         [TIMEZONE_USER],
     )
-    return Damaged("a user's timestamps were read in the wrong time zone", MISMATCHED, "blocked_on")
+    return Damaged("a user's timestamps were read in the wrong time zone", MISMATCHED, TIMEZONE_USER, "blocked_on")
 
 
 def truncate(old: Connection, new: Connection) -> Damaged:
@@ -70,7 +76,7 @@ def truncate(old: Connection, new: Connection) -> Damaged:
     old.execute("UPDATE follows SET note = %s WHERE (from_user, to_channel) = (%s, %s)", [LONG_NOTE, *key])
     _arrived(new, "SELECT note = %s FROM associations WHERE (entity_a, entity_b) = (%s, %s)", [LONG_NOTE, *key])
     new.execute("UPDATE associations SET note = left(note, 20) WHERE (entity_a, entity_b) = (%s, %s)", key)
-    return Damaged("a text was cut short", MISMATCHED, "note")
+    return Damaged("a text was cut short", MISMATCHED, TRUNCATED[0], "note")
 
 
 def _arrived(new: Connection, question: str, values: Sequence[object]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -37,12 +37,12 @@ CORES = 2
 def demo(
     *,
     rows: int = 200_000,
-    broken: str | None = None,
+    broken: Sequence[str] = (),
     keep: bool = False,
     work: Path | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Move the demo's table and tell about it on `console`; `broken` is one of `damage.KINDS` (driver).
+    """Move the demo's table and tell about it on `console`; `broken` are some of `damage.KINDS` (driver).
 
     Raises UsageError, JavaMissing and EmbeddedServerFailed before anything is made, Interrupted for Ctrl-C and SIGTERM;
     whatever is raised, all processes are ended, but for a server that is to be kept.
@@ -61,7 +61,7 @@ def demo(
 
 
 def _moved(
-    shape: Shape, broken: str | None, keep: bool, work: Path | None, console: Console, left: places.Left
+    shape: Shape, broken: Sequence[str], keep: bool, work: Path | None, console: Console, left: places.Left
 ) -> Outcome:  # fmt: skip
     started = time.monotonic()
     with ExitStack() as held:

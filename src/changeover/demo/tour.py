@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -241,23 +241,29 @@ STEPS = (
 """The whole way, in order."""
 
 
-def steps(broken: str | None) -> tuple[Step, ...]:
+def steps(broken: Sequence[str]) -> tuple[Step, ...]:
     """Return the steps of a run: the whole way, or up to the first verdict and then damage and another verdict."""
-    if broken is None:
+    if not broken:
         return STEPS
     upto = next(place for place, step in enumerate(STEPS) if step.action is first_verify)
-    return (*STEPS[: upto + 1], Step(f"break {broken}", lambda tour: damage(tour, broken)))
+    return (*STEPS[: upto + 1], Step(f"break {', '.join(broken)}", lambda tour: damage(tour, broken)))
 
 
-def damage(tour: Tour, kind: str) -> str:
-    """Damage the new store behind its back and verify: raises CouldNotFinish if the verdict does not name what was done."""
+def damage(tour: Tour, kinds: Sequence[str]) -> str:
+    """Damage the new store behind its back and verify.
+
+    Raises CouldNotFinish where the verdict does not name all that was done, or names anything else.
+    """
     with connect(tour.place.dsns["old"], "demo:damage") as old, connect(tour.place.dsns["new"], "demo:damage") as new:
-        done = KINDS[kind](old, new)
+        done = [KINDS[kind](old, new) for kind in kinds]
     tour.verdicts = _verified(tour)
     found = [d for v in tour.verdicts if v.target == "store" for d in v.sample]
-    if not any(d.kind == done.kind and (done.column is None or done.column in d.columns) for d in found):
-        raise CouldNotFinish(f"{done.done}, and verify did not name it: this is a defect of changeover, please report it")
-    return f"{done.done}: {_named(found[0])}"
+    told = [next(filter(one.is_told, found), None) for one in done]
+    others = [d for d in found if not any(one.is_told(d) for one in done)]
+    if None in told or others:
+        wrong = f"verify did not name it: {done[told.index(None)].done}" if None in told else f"verify named {_named(others[0])}"
+        raise CouldNotFinish(f"{wrong}: this is a defect of changeover, please report it")
+    return "; ".join(f"{one.done}: {_named(d)}" for one, d in zip(done, told, strict=True) if d is not None)
 
 
 def _named(difference: Difference) -> str:
