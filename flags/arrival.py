@@ -31,7 +31,7 @@ from changeover.stores.statements import Move
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
-"""How often to ask the new store meanwhile whether its stream is still whole."""
+"""How often to ask meanwhile whether the stream is still whole."""
 
 
 def hand_over(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
@@ -78,7 +78,7 @@ def draw_near(transfer: Transfer, seconds: float) -> str | None:
     """Wait, before the pause, until the gaining store has what the losing one holds now; return why it will not have it all.
 
     Writers go on meanwhile, and the first batch of a replay that has just begun is no part of their pause. Raises FenceCalledOff
-    where replay does not come near.
+    where replay does not come near, and TableStopped where it can't, because the stream is not whole any more.
     """
     spec, ledger, back = transfer.spec, transfer.ledger, transfer.to is Origin.OLD
     if back and (lacking := wayback.lacking(spec, ledger)):
@@ -87,8 +87,10 @@ def draw_near(transfer: Transfer, seconds: float) -> str | None:
     emit_marker(transfer.losing.connection, "fence ahead")
     look_at = time.monotonic() + LOOK_SECONDS
     while waiting := _not_back(ledger, place) if back else _behind(spec, ledger, place):
-        if back and time.monotonic() > look_at:
-            if lacking := wayback.lacking(spec, ledger):
+        if time.monotonic() > look_at:
+            if not back:  # capture may have ended over it
+                assumptions.require(Moment.FENCE, Asked(spec, transfer.old.connection, ledger))
+            elif lacking := wayback.lacking(spec, ledger):
                 return lacking
             look_at = time.monotonic() + LOOK_SECONDS
         if time.monotonic() > deadline:

@@ -106,7 +106,7 @@ def test_rows_that_a_policy_hides_are_refused_and_never_left_out(old_dsn: str, m
         hide(admin, mover)
         with connect(dsn, "test") as ours, pytest.raises(RowsHidden) as refused, speaking_to(dsn, "reading"):
             ours.execute("SELECT * FROM t")
-        assert f"ALTER ROLE {mover.name} BYPASSRLS, or GRANT" in str(refused.value)
+        assert f'ALTER ROLE "{mover.name}" BYPASSRLS, or GRANT' in str(refused.value)
         with closing(PgEndpoint(dsn, "t").open("test")) as application:  # its own policies are the application's affair
             assert application.execute("SELECT * FROM t").fetchall() == [(1,)]
         admin.execute(sql.SQL("ALTER ROLE {} BYPASSRLS").format(sql.Identifier(mover.name)))

@@ -8,6 +8,7 @@ from pyspark.sql import SparkSession
 
 from changeover import jdbc
 from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused, RowsHidden, ServerUnavailable, SnapshotLost, TextRefused
+from changeover.jars import JarsMissing
 from changeover.session import connect
 from changeover.sparkerrors import Answer, from_spark, translated
 from changeover.stores.tasks import _without_value
@@ -36,6 +37,12 @@ def test_an_answer_is_told_by_its_state(old_dsn: str, spark: SparkSession, state
     assert type(caught.value) is kind
     if isinstance(caught.value, RowRefused):
         assert caught.value.problem == f"a value can't be read (SQLSTATE {state})"
+
+
+def test_a_socket_without_its_archive_is_told_by_what_to_run(old_dsn: str, spark: SparkSession) -> None:
+    given = {**jdbc.options(old_dsn, "test"), "socketFactory": "org.newsclub.net.unix.Missing$Factory"}
+    with pytest.raises(JarsMissing, match=r"run `python -m changeover\.jars`.*junixsocket-common:"), from_spark("t", "a chunk"):
+        spark.read.format("jdbc").options(**given, query="SELECT 1").load().collect()
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,10 @@ class DatabaseFailed(CouldNotFinish):
 
 @dataclass(eq=False)
 class RowsHidden(CouldNotFinish):
-    """A policy would hide rows from our role, so the server refused the statement instead of leaving them out."""
+    """A policy would hide rows from our role, so the server refused the statement instead of leaving them out.
+
+    `role` is as it stands in a statement, quoted where we know it.
+    """
 
     server: str
     role: str

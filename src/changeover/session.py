@@ -187,8 +187,9 @@ def hides_rows(error: psycopg.Error) -> bool:
 
 
 def role_of(dsn: str) -> str:
-    """Return the role that a DSN names, for messages."""
-    return str(conninfo_to_dict(dsn).get("user") or "ROLE")
+    """Return the role that a DSN names as a statement has it, for messages."""
+    name = conninfo_to_dict(dsn).get("user")
+    return sql.Identifier(str(name)).as_string() if name else "ROLE"
 
 
 def _first_line(error: BaseException) -> str:

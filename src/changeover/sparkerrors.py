@@ -25,6 +25,7 @@ from changeover.errors import (
     TextRefused,
 )
 from changeover.fileerrors import trouble_in
+from changeover.jars import NATIVE, SOCKETS, JarsMissing
 
 UNREACHABLE = re.compile(
     r"PSQLException: (.*(?:refused|terminating connection|I/O error|connection attempt failed|has been closed|EOF|shutting down"
@@ -61,6 +62,7 @@ GONE = re.compile("08...|57P0[123]|53300")
 """SQLSTATEs of a server that is out of reach, goes down or comes up, or has no session left."""
 
 NO_TEXT = ("22021", "22P05")
+SOCKETS_MISSING = "ClassNotFoundException: org.newsclub.net.unix"
 IMPORTING = ("ImportSnapshot", "SetTransactionSnapshot")
 """Functions of the server that refuse a snapshot; their SQLSTATEs are those of other refusals, too."""
 
@@ -113,6 +115,11 @@ def translated(text: str, table: str, place: str, answer: Answer | None = None) 
     if said or written:
         folder = written[1] if written else f"table {table}, {place}: Spark's scratch folder (spark.local.dir)"
         return FolderFailed(folder, said or "Spark's task failed while it wrote there")
+    if SOCKETS_MISSING in text:
+        return JarsMissing(
+            "junixsocket, by which Java reaches a server at a socket, is not there: run `python -m changeover.jars`, or give Spark"
+            f" the packages {','.join(one.coordinates for one in (SOCKETS, NATIVE))}; then run the same command again"
+        )
     found = _answered(answer, table, place) if answer and NOT_CONNECTED not in text else _told(text, table, place)
     if found is not None:
         return found
