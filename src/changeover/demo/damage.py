@@ -6,15 +6,14 @@ script of somebody else's would. `verify` has to name what was done by class, ke
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from changeover.errors import CouldNotFinish
 from changeover.session import Connection
 from changeover.verifiers.verdict import EXTRA, MISMATCHED, Difference
 
-ARRIVES_WITHIN = 60.0
+Wait = Callable[[Callable[[], str | None]], None]
+"""Waits until a function returns nothing that is waited for."""
 
 GHOST = (3, 1)
 LOST_UPDATE = (4, 2)
@@ -38,29 +37,29 @@ class Damaged:
         return same and (self.column is None or list(difference.columns) == [self.column])
 
 
-def ghost(old: Connection, new: Connection) -> Damaged:
+def ghost(old: Connection, new: Connection, wait: Wait) -> Damaged:
     """Bring a row back that was deleted in the old store."""
     key = list(GHOST)
     new.execute("CREATE TEMPORARY TABLE image AS SELECT * FROM associations WHERE (entity_a, entity_b) = (%s, %s)", key)
     old.execute("DELETE FROM follows WHERE (from_user, to_channel) = (%s, %s)", key)
-    _arrived(new, "SELECT count(*) = 0 FROM associations WHERE (entity_a, entity_b) = (%s, %s)", key)
+    _arrived(wait, new, "SELECT count(*) = 0 FROM associations WHERE (entity_a, entity_b) = (%s, %s)", key)
     new.execute("INSERT INTO associations SELECT * FROM image")
     new.execute("DROP TABLE image")
     return Damaged("a row that was deleted in the old store is back in the new one", EXTRA, GHOST[0], None)
 
 
-def lost_update(old: Connection, new: Connection) -> Damaged:
+def lost_update(old: Connection, new: Connection, wait: Wait) -> Damaged:
     """Put the value from before an update back."""
     key = list(LOST_UPDATE)
     before = new.execute("SELECT note FROM associations WHERE (entity_a, entity_b) = (%s, %s)", key).fetchone()
     note = before[0] if before is not None else None
     old.execute("UPDATE follows SET note = 'the newer note' WHERE (from_user, to_channel) = (%s, %s)", key)
-    _arrived(new, "SELECT note = 'the newer note' FROM associations WHERE (entity_a, entity_b) = (%s, %s)", key)
+    _arrived(wait, new, "SELECT note = 'the newer note' FROM associations WHERE (entity_a, entity_b) = (%s, %s)", key)
     new.execute("UPDATE associations SET note = %s WHERE (entity_a, entity_b) = (%s, %s)", [note, *key])
     return Damaged("an older value is over a newer one", MISMATCHED, LOST_UPDATE[0], "note")
 
 
-def timezone(old: Connection, new: Connection) -> Damaged:
+def timezone(old: Connection, new: Connection, wait: Wait) -> Damaged:
     """Read a user's timestamps as if they were of another zone."""
     new.execute(
         "UPDATE associations SET blocked_on = blocked_on AT TIME ZONE 'UTC' AT TIME ZONE 'America/Los_Angeles'"
@@ -70,28 +69,29 @@ def timezone(old: Connection, new: Connection) -> Damaged:
     return Damaged("a user's timestamps were read in the wrong time zone", MISMATCHED, TIMEZONE_USER, "blocked_on")
 
 
-def truncate(old: Connection, new: Connection) -> Damaged:
+def truncate(old: Connection, new: Connection, wait: Wait) -> Damaged:
     """Cut a text short."""
     key = list(TRUNCATED)
     old.execute("UPDATE follows SET note = %s WHERE (from_user, to_channel) = (%s, %s)", [LONG_NOTE, *key])
-    _arrived(new, "SELECT note = %s FROM associations WHERE (entity_a, entity_b) = (%s, %s)", [LONG_NOTE, *key])
+    _arrived(wait, new, "SELECT note = %s FROM associations WHERE (entity_a, entity_b) = (%s, %s)", [LONG_NOTE, *key])
     new.execute("UPDATE associations SET note = left(note, 20) WHERE (entity_a, entity_b) = (%s, %s)", key)
     return Damaged("a text was cut short", MISMATCHED, TRUNCATED[0], "note")
 
 
-def _arrived(new: Connection, question: str, values: Sequence[object]) -> None:
+def _arrived(wait: Wait, new: Connection, question: str, values: Sequence[object]) -> None:
     """Wait until replay has brought a change of the old store."""
-    deadline = time.monotonic() + ARRIVES_WITHIN
-    while (row := new.execute(question.encode(), values).fetchone()) is None or not row[0]:
-        if time.monotonic() > deadline:
-            raise CouldNotFinish(f"a change of the old store did not reach the new one within {ARRIVES_WITHIN:g} s")
-        time.sleep(0.05)
+
+    def waiting() -> str | None:
+        row = new.execute(question.encode(), values).fetchone()
+        return None if row is not None and row[0] else "a change of the old store did not reach the new one"
+
+    wait(waiting)
 
 
-KINDS: Mapping[str, Callable[[Connection, Connection], Damaged]] = {
+KINDS: Mapping[str, Callable[[Connection, Connection, Wait], Damaged]] = {
     "ghost": ghost,
     "lost-update": lost_update,
     "timezone": timezone,
     "truncate": truncate,
 }
-"""Name on the command line -> what is done, given sessions with the old and the new store."""
+"""Name on the command line -> what is done, given sessions with the old and the new store, and how to wait."""

@@ -16,9 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from changeover.demo.patience import Patience
 from changeover.errors import CouldNotFinish
 
 END_WITHIN = 30.0
+
+MOST_WRITES = 50_000
+"""Writes of the application during which what is waited for has to happen: many times what any of it takes."""
 
 
 @dataclass
@@ -101,13 +105,16 @@ class ApplicationProcess:
             return {}
         return found
 
-    def wait_for(self, what: str, condition: Callable[[dict[str, Any]], bool], seconds: float = 120.0) -> dict[str, Any]:
-        """Wait until its status fulfils a condition; raises CouldNotFinish when it does not in time."""
-        deadline = time.monotonic() + seconds
+    def wait_for(self, what: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Wait until its status fulfils a condition; raises CouldNotFinish when it says nothing new, or has written much since."""
+        patience = Patience(self.status)
+        begun = self.status().get("writes", 0)
         while not ((seen := self.status()) and condition(seen)):
             self.child.require_alive()
-            if time.monotonic() > deadline:
-                raise CouldNotFinish(f"the demo's application: no sign of {what} within {seconds:g} s, see {self.child.log}")
+            sign = f"the demo's application: no sign of {what}, see {self.child.log}"
+            patience.require(sign)
+            if seen and (more := seen["writes"] - begun) > MOST_WRITES:
+                raise CouldNotFinish(f"{sign}; it has made {more:,} writes meanwhile")
             time.sleep(0.05)
         return seen
 

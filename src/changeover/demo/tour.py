@@ -18,6 +18,7 @@ from ldclient.migrations.types import Stage
 from changeover import pipeline
 from changeover.demo.damage import KINDS
 from changeover.demo.follow import Follower
+from changeover.demo.patience import Patience, tasks_done
 from changeover.demo.place import Place
 from changeover.demo.processes import ApplicationProcess, Child, capture
 from changeover.demo.table import Shape
@@ -38,7 +39,6 @@ from changeover.verifiers.verify import verify
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-CAUGHT_UP_WITHIN = 120.0
 COMPARED_READS = 200
 """Compared reads to wait for at shadow and at live: twice what the gate asks for."""
 
@@ -80,6 +80,15 @@ class Tour:
         self.replay.require_alive()
         if self.capture is not None:
             self.capture.require_alive()
+
+    def wait(self, waiting: Callable[[], str | None]) -> None:
+        """Wait until nothing is waited for any more, as long as a position or a task of Spark's moves; raises CouldNotFinish."""
+        with Ledger.open(self.spec, "demo") as ledger:
+            patience = Patience(lambda: (*(load.applied for load in ledger.loads()), *tasks_done(self.spark)))
+            while why := waiting():
+                self.require_alive()
+                patience.require(why)
+                time.sleep(0.05)
 
     def run(self, step: Step) -> str:
         """Run one step and take its time."""
@@ -255,7 +264,7 @@ def damage(tour: Tour, kinds: Sequence[str]) -> str:
     Raises CouldNotFinish where the verdict does not name all that was done, or names anything else.
     """
     with connect(tour.place.dsns["old"], "demo:damage") as old, connect(tour.place.dsns["new"], "demo:damage") as new:
-        done = [KINDS[kind](old, new) for kind in kinds]
+        done = [KINDS[kind](old, new, tour.wait) for kind in kinds]
     tour.verdicts = _verified(tour)
     found = [d for v in tour.verdicts if v.target == "store" for d in v.sample]
     told = [next(filter(one.is_told, found), None) for one in done]
@@ -316,12 +325,7 @@ def _pass_marker(tour: Tour, targets: list[str]) -> int:
         assert row is not None
         wanted = parse_lsn(row[0])
         emit_marker(old, "demo")
-        deadline = time.monotonic() + CAUGHT_UP_WITHIN
-        while (applied := _applied(ledger, targets)) < wanted:
-            if time.monotonic() > deadline:
-                raise CouldNotFinish(f"replay reached {format_lsn(applied)} and not {format_lsn(wanted)} in time")
-            tour.require_alive()
-            time.sleep(0.05)
+        tour.wait(lambda: _behind(ledger, targets, wanted))
         row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
         assert row is not None
         return max(0, parse_lsn(row[0]) - _applied(ledger, targets))
@@ -331,16 +335,16 @@ def _applied(ledger: Ledger, targets: list[str]) -> int:
     return min(load.applied for load in ledger.loads() if load.target in targets)
 
 
+def _behind(ledger: Ledger, targets: list[str], position: int) -> str | None:
+    applied = _applied(ledger, targets)
+    return f"replay reached {format_lsn(applied)} and not {format_lsn(position)}" if applied < position else None
+
+
 def _reach_fence(tour: Tour) -> None:
     """Let the lake arrive where the old store's authority ended; from there on it stands still."""
     with Ledger.open(tour.spec, "demo") as ledger:
         fence = ledger.authority().from_lsn
-        deadline = time.monotonic() + CAUGHT_UP_WITHIN
-        while _applied(ledger, ["lake"]) < fence:
-            tour.require_alive()
-            if time.monotonic() > deadline:
-                raise CouldNotFinish(f"the lake did not reach the fence at {format_lsn(fence)} in time")
-            time.sleep(0.05)
+        tour.wait(lambda: _behind(ledger, ["lake"], fence))
 
 
 def end(tour: Tour) -> None:
