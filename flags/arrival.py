@@ -78,7 +78,7 @@ def draw_near(transfer: Transfer, seconds: float) -> str | None:
     """Wait, before the pause, until the gaining store has what the losing one holds now; return why it will not have it all.
 
     Writers go on meanwhile, and the first batch of a replay that has just begun is no part of their pause. Raises FenceCalledOff
-    where replay does not come near, and TableStopped where it can't, because the stream is not whole any more.
+    where replay does not come near, and what a watch of capture raises where it can't: the stream is not whole any more.
     """
     spec, ledger, back = transfer.spec, transfer.ledger, transfer.to is Origin.OLD
     if back and (lacking := wayback.lacking(spec, ledger)):
@@ -89,7 +89,7 @@ def draw_near(transfer: Transfer, seconds: float) -> str | None:
     while waiting := _not_back(ledger, place) if back else _behind(spec, ledger, place):
         if time.monotonic() > look_at:
             if not back:  # capture may have ended over it
-                assumptions.require(Moment.FENCE, Asked(spec, transfer.old.connection, ledger))
+                assumptions.require(Moment.WATCH, Asked(spec, transfer.old.connection, ledger))
             elif lacking := wayback.lacking(spec, ledger):
                 return lacking
             look_at = time.monotonic() + LOOK_SECONDS

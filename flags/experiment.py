@@ -1,10 +1,10 @@
 """The experiment: a read asked of both stores and compared, in the words of GitHub's Scientist.
 
 The authority's answer has gone to the caller before the other store is asked. Mirrored writes and replay arrive a
-little later, so a difference is looked at again, *both* stores read anew, with growing waits, and no look counts before
-this process's mirror has dealt with what it had to bring. Only a difference that stays is a mismatch. An error on
-either side is an error, never a match. Under overload comparisons are dropped and counted. All but `run_if` runs on
-one thread beside the callers.
+little later, so a difference is looked at again, *both* stores read anew, with growing waits, and each time this process's
+mirror has first dealt with what it had when the difference was seen. Only a difference that stays is a mismatch. An
+error on either side is an error, never a match. Under overload, or behind a mirror that stands still, comparisons are
+dropped and counted. All but `run_if` runs on one thread beside the callers.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class Comparisons:
     def _look(self, comparison: Comparison) -> None:
         """Read the other store, or both on a further look, and end the comparison or come back to it later."""
         if comparison.lags():
-            self._push(time.monotonic() + self.waits[comparison.looks - 1], comparison)
+            self._push(time.monotonic() + self.waits[-1], comparison)
             return
         control = comparison.control
         candidate_origin = other(control.origin)

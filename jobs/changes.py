@@ -47,10 +47,10 @@ MISSING, XID = "_changeover_missing", "_changeover_xid"
 """What a change has besides, until its row is whole: the columns that were not sent, and the transaction."""
 
 
-def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequence[str], *, every: bool = False) -> pa.Table:
+def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequence[str], *, commits: bool = False) -> pa.Table:
     """Return the last change of each source key, with its source columns as texts; a delete has those of its key (pure).
 
-    `events` are inserts, updates and deletes of one table in the spool's schema. With `every`, none is left out for a later one.
+    `events` are inserts, updates and deletes of one table in the spool's schema. With `commits`, it is the last of each commit.
     """
     rows, keys = _Maps(events["row"]), _Maps(events["key"])
     op, lsn, ordinal = (events[name].to_numpy() for name in ("op", "lsn", "ordinal"))
@@ -61,7 +61,7 @@ def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequenc
     gone, place = np.concatenate((deletes, moved)), np.concatenate((deletes, moved, puts))
     after = np.concatenate((ordinal[gone], ordinal[puts] + np.isin(puts, moved)))
     names = {name: pa.concat_arrays([keys.texts(name, gone), rows.texts(name, puts)]) for name in identity}
-    last = np.arange(len(place)) if every else _last(names, lsn[place], after)
+    last = _last(names, lsn[place], after, commits=commits)
     dead, live = last[last < len(gone)], last[last >= len(gone)]
     chosen = np.concatenate((dead, live))
     of_live = place[live]
@@ -122,14 +122,15 @@ def _literal(elements: str) -> str:
     return "{" + ",".join(parts) + "}"
 
 
-def _last(keys: dict[str, pa.Array], lsn: npt.NDArray[np.int64], ordinal: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the places of the last change of each key."""
+def _last(
+    keys: dict[str, pa.Array], lsn: npt.NDArray[np.int64], ordinal: npt.NDArray[np.int64], *, commits: bool
+) -> npt.NDArray[np.int64]:
+    """Return the places of the last change of each key, or of each key in each commit."""
     order = np.lexsort((ordinal, lsn))
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
-    latest = pa.table({**{f"key {name}": key for name, key in keys.items()}, "rank": rank}).group_by(
-        [f"key {name}" for name in keys], use_threads=False
-    )
+    groups: dict[str, Any] = {**{f"key {name}": key for name, key in keys.items()}, **({"lsn": lsn} if commits else {})}
+    latest = pa.table({**groups, "rank": rank}).group_by(list(groups), use_threads=False)
     return np.sort(order[latest.aggregate([("rank", "max")])["rank_max"].to_numpy()])
 
 

@@ -145,7 +145,7 @@ class Transform:
 
         A delete carries the key alone. A row that `where` leaves out is a delete of its key; as in a backfill, nothing of it is
         evaluated but the key and what `where` asks for. Source columns in `moved`, of `moved_in_stream`, are passed on as text.
-        With `every`, a key has as many rows as it has changes.
+        With `every`, the events may have several of a key, and each is a row.
         """
         from pyspark.sql import functions as F
 

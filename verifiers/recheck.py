@@ -1,10 +1,10 @@
 """Recheck: keys that differed while both stores were being written are judged again until they stand still.
 
 A target may be ahead of the aligned position, because a dual write reaches it before the stream does, or behind, because a mirror
-is under way. A key passes as soon as the target holds an image that the source held at or after the comparison: what it holds at a
-look, or was told of since by the stream, however often a key is written. A key that differs and stands still is a difference; one
-that never stands still leaves the question open, which is `CouldNotCheck`, not "equal". So do more keys than are judged again: none
-is left out.
+is under way. A key passes when the target holds an image that the source held at or after the comparison, as a look found it, or,
+however often it is written, as a commit left it that the stream tells of: the last one that replay had offered before the target
+was looked at, or one that was told since. A key that differs and stands still is a difference; one that never stands still leaves
+the question open, which is `CouldNotCheck`, not "equal". So do more keys than are judged again: none is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from changeover.jobs.entries import Authority
 from changeover.jobs.ledger import Ledger
 from changeover.jobs.transform import CUT
 from changeover.names import nth, placed, reserved
-from changeover.stores import DELETED
 from changeover.verifiers.canonical import notation_only, text
 from changeover.verifiers.verdict import CANONICALISATION, MISMATCHED, Difference, RangeCount, Recheck, TableDiff
 
@@ -46,27 +45,33 @@ Image = tuple[tuple[str | None, ...], ...]
 """What a side holds under a key, each row as the texts of its columns: no row, one, or more where a key is there twice."""
 
 Read = Callable[[Sequence[Key]], "DataFrame"]
-History = Callable[[Sequence[Key]], Iterable["DataFrame"]]
+History = Callable[[Sequence[Key]], Iterable[tuple[Key, Image] | None]]
+"""Tells, in order, what commits left of some keys since it was asked last; None: nobody knows what a key was last."""
 
 
 @dataclass
 class Trail:
-    """What was seen of one key: every source image, the last of both sides, and since when they stand still."""
+    """What was seen of one key: the source's images at looks, what both sides held last and since when, and its last commit."""
 
     source: list[Image] = field(default_factory=list)
     last: tuple[Image, Image] | None = None
     since: float = 0.0
+    commit: Image | None = None
+    """What the last commit left of which the stream told, None where that is not known."""
 
-    def meets(self, old: Image, new: Image, types: Sequence[str], now: float, told: Sequence[Image] = ()) -> bool:
-        """Take what both sides hold now, and what the stream told of the source; return whether that has held the target's image.
+    def hears(self, image: Image, types: Sequence[str]) -> bool:
+        """Take what a commit left that the stream told of; return whether the target held that at the last look."""
+        self.commit = image
+        return self.last is not None and alike(image, self.last[1], types)
 
-        The stream may tell of an image after the look that found it in the target, so the one before counts, too.
-        """
-        self.source += [image for image in dict.fromkeys((*told, old)) if image not in self.source]
-        held = [new] if self.last is None else [new, self.last[1]]
+    def meets(self, old: Image, new: Image, types: Sequence[str], now: float) -> bool:
+        """Take what both sides hold now; return whether the target's image is one that the source has held."""
+        if old not in self.source:
+            self.source.append(old)
         if self.last != (old, new):
             self.last, self.since = (old, new), now
-        return any(alike(seen, one, types) for seen in self.source for one in held)
+        known = self.source if self.commit is None else [*self.source, self.commit]
+        return any(alike(seen, new, types) for seen in known)
 
 
 def dual_written(ledger: Ledger, changes: Sequence[Authority]) -> bool:
@@ -87,10 +92,9 @@ def judge(
 ) -> tuple[TableDiff, Recheck]:  # fmt: skip
     """Return the diff with the keys left out that were in flight (driver).
 
-    `source` and `target` read the present rows of some target keys; `history` returns what the source's stream told of them since
-    it was asked last, as changes of the target; `between` is called before each round, to let changes
-    arrive; `pg_types` are those that the comparison went by. Raises CouldNotCheck when more keys differ than are judged again,
-    and when none is left but those that never stood still.
+    `source` and `target` read the present rows of some target keys, and `history` what the source's stream told of them;
+    `between` is called before each round, to let changes arrive; `pg_types` are those that the comparison went by. Raises
+    CouldNotCheck when more keys differ than are judged again, and when none is left but those that never stood still.
     """
     found = _rows(differences, run)
     keys = sorted({_key(row, diff.key) for row in found if row["class"] != CANONICALISATION})
@@ -120,17 +124,25 @@ class _Sides:
     target: Read
     history: History
 
-    def now(self, keys: Sequence[Key]) -> tuple[dict[Key, Image], dict[Key, Image], dict[Key, list[Image]], list[str]]:
-        """Return what each side holds now, what the source held since, and PostgreSQL's types of an image's columns in order."""
-        frames = (self.source(keys), self.target(keys))
-        names = sorted(frames[1].columns)
+    @property
+    def names(self) -> list[str]:
+        """Return the columns of an image, in its order."""
+        return sorted(self.pg_types)
+
+    @property
+    def types(self) -> list[str]:
+        """Return PostgreSQL's types of them."""
+        return [self.pg_types[name] for name in self.names]
+
+    def now(self, keys: Sequence[Key]) -> tuple[dict[Key, Image], dict[Key, Image]]:
+        """Return what each side holds now."""
+        frames, names = (self.source(keys), self.target(keys)), self.names
         old, new = (images(frame, names, self.diff.key) for frame in frames)
         types = [self.pg_types[name] for name in self.diff.key]
         strangers = {key for key in (old.keys() | new.keys()) - set(keys) if not _another_notation(key, keys, types)}
         if strangers:  # a key whose text is not what was asked for would be taken for one that is gone
             raise CouldNotCheck(self.diff.table, f"the key {min(strangers)} came back for one that was asked for")
-        told = changes(self.history(keys), names, self.diff.key)
-        return old, new, told, [self.pg_types[name] for name in names]
+        return old, new
 
 
 def _another_notation(key: Key, asked: Sequence[Key], types: Sequence[str]) -> bool:
@@ -146,14 +158,15 @@ def _settle(keys: Sequence[Key], sides: _Sides, between: Callable[[], object]) -
     rounds = 0
     while trails:
         rounds += 1
+        judged = _hear(trails, sides)  # before replay offers what it tells of
         between()
         asked = sorted(trails)
-        old, new, told, types = sides.now(asked)
+        old, new = sides.now(asked)
         now = time.monotonic()
-        for key in asked:
-            if trails[key].meets(old.get(key, ()), new.get(key, ()), types, now, told.get(key, ())):
-                passed.add(key)
-                del trails[key]
+        judged |= {key for key in asked if trails[key].meets(old.get(key, ()), new.get(key, ()), sides.types, now)}
+        passed |= judged
+        for key in judged:
+            del trails[key]
         if all(now - trail.since >= SETTLED_SECONDS for trail in trails.values()):
             return passed, set()
         if now - started > PATIENCE_SECONDS and rounds >= FEWEST_ROUNDS:
@@ -162,20 +175,23 @@ def _settle(keys: Sequence[Key], sides: _Sides, between: Callable[[], object]) -
     return passed, set()
 
 
+def _hear(trails: Mapping[Key, Trail], sides: _Sides) -> set[Key]:
+    """Take what the stream told of keys; return those whose target held at the last look what a commit has left since."""
+    passed = set()
+    for told in sides.history(sorted(trails)):
+        if told is None:
+            for trail in trails.values():
+                trail.commit = None
+        elif told[0] in trails and trails[told[0]].hears(told[1], sides.types):
+            passed.add(told[0])
+    return passed
+
+
 def images(frame: DataFrame, names: Sequence[str], key: Sequence[str]) -> dict[Key, Image]:
     """Return each key's rows as exact texts of the named columns, in their order."""
     found: dict[Key, Image] = {}
-    for row in sorted(_texts(frame, names, key).collect(), key=repr):
+    for row in sorted(texts(frame, names, key).collect(), key=repr):
         found[tuple(row["key"])] = (*found.get(tuple(row["key"]), ()), tuple(row["row"]))
-    return found
-
-
-def changes(frames: Iterable[DataFrame], names: Sequence[str], key: Sequence[str]) -> dict[Key, list[Image]]:
-    """Return what each key's changes made of it, as `images` has it."""
-    found: dict[Key, list[Image]] = {}
-    for frame in frames:
-        for row in _texts(frame, names, key, DELETED).distinct().collect():
-            found.setdefault(tuple(row["key"]), []).append(() if row[DELETED] else (tuple(row["row"]),))
     return found
 
 
@@ -191,7 +207,8 @@ def only(rows: DataFrame, names: Sequence[str], keys: Sequence[Key]) -> DataFram
     return placed(rows, names).join(wanted, same, "left_semi").toDF(*rows.columns)
 
 
-def _texts(frame: DataFrame, names: Sequence[str], key: Sequence[str], *more: str) -> DataFrame:
+def texts(frame: DataFrame, names: Sequence[str], key: Sequence[str], *more: str) -> DataFrame:
+    """Return each row's key and named columns as exact texts, and more columns as they are (driver)."""
     from pyspark.sql import functions as F
 
     types, columns = dict(frame.dtypes), frame.columns

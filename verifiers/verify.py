@@ -201,7 +201,7 @@ class _Comparison:
             with from_spark(self.source, f"keys of {self.target} that are judged again"):
                 return recheck.judge(
                     diff, differences, run, pg_types=self.transform.pg_types, source=source, target=target, between=between,
-                    history=History(self.spark, self.transform, replay.spool, self.moment.source_lsn).since,
+                    history=History(self.spark, self.transform, replay.spool, self.moment.source_lsn).told,
                 )  # fmt: skip
 
     def _takes_over(self) -> bool:

@@ -54,12 +54,23 @@ def test_a_target_may_hold_what_the_source_held_since() -> None:
     assert not Trail().meets((("c",),), (("a",),), ["text"], 3.0), "an image from before the comparison is no excuse"
 
 
-def test_a_target_may_hold_what_the_stream_tells_of_later() -> None:
-    trail = Trail()
-    assert not trail.meets((("a",),), (("b",),), ["text"], 1.0)
-    assert trail.meets((("c",),), (("d",),), ["text"], 2.0, [(("b",),), ()]), "what the look before found in the target"
-    assert trail.meets((("c",),), (), ["text"], 3.0), "it was gone in between"
-    assert not Trail().meets((("a",),), (("b",),), ["text"], 1.0, [(("c",),), ()])
+def test_a_target_may_hold_what_a_commit_has_left_since_the_last_look() -> None:
+    trail, kind = Trail(), ["text"]
+    assert not trail.meets((("a",),), (("b",),), kind, 1.0)
+    assert not trail.hears((("x",),), kind)
+    assert trail.hears((("b",),), kind), "the commit that the target had already is told of"
+    assert not trail.hears((), kind)
+    assert trail.meets((("c",),), (), kind, 2.0), "what replay has offered by now: the row was gone"
+    assert not trail.meets((("c",),), (("b",),), kind, 3.0), "an earlier commit is no excuse once a later one was offered"
+
+
+def test_a_target_that_stands_still_is_not_excused_by_what_the_source_was_before() -> None:
+    trail, kind = Trail(), ["text"]
+    for image in ("1", "0", "1"):  # told before the first look, so the target has had all of it offered
+        assert not trail.hears(((image,),), kind)
+    for now in (1.0, 2.0, 3.0):
+        assert not trail.meets((("1",),), (("0",),), kind, now)
+    assert trail.since == 1.0
 
 
 def test_a_key_that_is_written_otherwise_by_now_is_no_stranger() -> None:

@@ -60,13 +60,14 @@ def lost_update(old: Connection, new: Connection, wait: Wait) -> Damaged:
 
 
 def timezone(old: Connection, new: Connection, wait: Wait) -> Damaged:
-    """Read a user's timestamps as if they were of another zone."""
+    """Read a user's first timestamp as if it were of another zone."""
     new.execute(
         "UPDATE associations SET blocked_on = blocked_on AT TIME ZONE 'UTC' AT TIME ZONE 'America/Los_Angeles'"
-        " WHERE entity_a = %s AND blocked_on IS NOT NULL",
-        [TIMEZONE_USER],
+        " WHERE entity_a = %(user)s AND entity_b = (SELECT min(entity_b) FROM associations WHERE entity_a = %(user)s"
+        " AND blocked_on IS NOT NULL)",
+        {"user": TIMEZONE_USER},
     )
-    return Damaged("a user's timestamps were read in the wrong time zone", MISMATCHED, TIMEZONE_USER, "blocked_on")
+    return Damaged("a user's timestamp was read in the wrong time zone", MISMATCHED, TIMEZONE_USER, "blocked_on")
 
 
 def truncate(old: Connection, new: Connection, wait: Wait) -> Damaged:

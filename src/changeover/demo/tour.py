@@ -254,6 +254,7 @@ def steps(broken: Sequence[str]) -> tuple[Step, ...]:
     """Return the steps of a run: the whole way, or up to the first verdict and then damage and another verdict."""
     if not broken:
         return STEPS
+    broken = tuple(dict.fromkeys(broken))  # what is done already can't be done again
     upto = next(place for place, step in enumerate(STEPS) if step.action is first_verify)
     return (*STEPS[: upto + 1], Step(f"break {', '.join(broken)}", lambda tour: damage(tour, broken)))
 
