@@ -1,4 +1,8 @@
-"""How long the demo waits: for as long as anything moves, however slow the machine is."""
+"""How long the demo waits: for as long as anything moves, however slow the machine is.
+
+A wait names what moves while there is progress, and ends by an error that says what was waited for where nothing has moved for
+long. Runs on the driver, and in the application's process without Spark.
+"""
 
 from __future__ import annotations
 
