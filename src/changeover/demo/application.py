@@ -32,6 +32,9 @@ from changeover.names import qualified
 from changeover.spec import load
 
 WRITERS = 4
+MOST_QUEUED = 200
+"""Mirrored writes under way from which on the writers wait for the mirror: a fifth of what it holds."""
+
 READ_EVERY = 3
 STATUS_SECONDS = 0.2
 DRAIN_SECONDS = 10.0
@@ -176,7 +179,7 @@ class Application:
         write: Callable[[random.Random, deque[Row]], None] = self._write
         for turn in range(sys.maxsize):
             due = max(due + WRITERS / self.shape.writes_per_second, time.monotonic() - 1.0)
-            if self.stop.wait(max(0.0, due - time.monotonic())):
+            if self.stop.wait(max(0.0, due - time.monotonic())) or self._held_up():
                 return
             if self.traceless.is_set() and write != self._leave_no_trace:
                 write = self._leave_no_trace
@@ -184,6 +187,16 @@ class Application:
             self._tried(write, rng, gone)
             if turn % READ_EVERY == 0:
                 self._tried(self._read, rng)
+
+    def _held_up(self) -> bool:
+        """Wait while the mirror is far behind; a machine with other work gets fewer writes, not lost ones. True where it ended."""
+        while not self.stop.is_set() and max(self._depths(), default=0) > MOST_QUEUED:
+            self.stop.wait(0.05)
+        return self.stop.is_set()
+
+    def _depths(self) -> list[int]:
+        counters = self.router.counters()
+        return [counters[name]["depth"] for name in ("mirror_new", "mirror_old") if name in counters]
 
     def _tried(self, action: Callable[..., None], *arguments: object) -> None:
         """An application has a request to answer for each of these: whatever goes wrong is counted, and the next comes."""
