@@ -17,6 +17,7 @@ import click
 from changeover import __version__
 from changeover.command import (
     DEBUG,
+    HELP,
     JSON,
     LOG_FORMAT,
     SPEC,
@@ -38,18 +39,21 @@ if TYPE_CHECKING:
     from changeover.verifiers.verdict import Verdict
 
 
-@click.group(cls=Commands)
+@click.group(cls=Commands, context_settings=HELP)
 @click.version_option(__version__)
 def main() -> None:
     """Move a live table to another store while the application keeps reading and writing."""
 
 
-@main.command()
+@main.command(section="Plan", example="changeover init env:OLD_DSN public.follows --output follows.toml")
 @click.argument("dsn")
 @click.argument("table")
 @click.option("--output", default="-", help="Where to write; - is standard output.")
 def init(dsn: str, table: str, output: str) -> None:
-    """Write a spec from a live table; DSN is env:NAME, the environment variable that holds it."""
+    """Write a spec from a live table.
+
+    DSN is env:NAME, the environment variable that holds it.
+    """
     from changeover.jobs.draft import draft
 
     if output != "-" and Path(output).exists():
@@ -62,11 +66,14 @@ def init(dsn: str, table: str, output: str) -> None:
         raise UsageError(f"init: {output} can't be written ({error.strerror}): name another file") from error
 
 
-@main.command()
+@main.command(section="Plan", example="changeover check follows.toml")
 @SPEC
 @JSON
 def check(spec: str, as_json: bool) -> None:
-    """Look at both sides, bring no row the whole way, change nothing, and say whether the plan is safe."""
+    """Say whether the plan is safe.
+
+    Looks at both sides, brings no row the whole way, and changes nothing. Exit code 1 means no.
+    """
     from changeover.jobs import obstacles
     from changeover.session import spark_session
     from changeover.verifiers.rehearsal import rehearsed
@@ -81,11 +88,14 @@ def check(spec: str, as_json: bool) -> None:
     sys.exit(1 if found.reasons else 0)
 
 
-@main.command()
+@main.command(section="Plan", example="changeover plan follows.toml")
 @SPEC
 @JSON
 def plan(spec: str, as_json: bool) -> None:
-    """Print the steps that `run` walks, with the locks that each takes in the old store."""
+    """Print the steps and their locks.
+
+    They are those that `run` walks, with the locks that each takes in the old store.
+    """
     from changeover.pipeline import STEPS
 
     opened(spec)
@@ -97,12 +107,15 @@ def plan(spec: str, as_json: bool) -> None:
     )
 
 
-@main.command()
+@main.command(section="Move", example="changeover run follows.toml")
 @SPEC
 @JSON
 @DEBUG
 def run(spec: str, as_json: bool, debug: bool) -> None:
-    """Do everything from check to verify; run it again after whatever stopped it."""
+    """Do everything from check to verify.
+
+    Run it again after whatever stopped it.
+    """
     from changeover import pipeline
 
     with running(spec, "run", debug) as loaded:
@@ -113,11 +126,14 @@ def run(spec: str, as_json: bool, debug: bool) -> None:
     sys.exit(1 if different else 0)
 
 
-@main.command()
+@main.command(section="Plan", example="changeover prove follows.toml")
 @SPEC
 @JSON
 def prove(spec: str, as_json: bool) -> None:
-    """Replay the races on both servers, in a scratch schema, with tombstones and without; nothing of yours is touched."""
+    """Replay the races on both servers.
+
+    In a scratch schema, with tombstones and without; nothing of yours is touched.
+    """
     from changeover.verifiers.prove import as_table
     from changeover.verifiers.prove import prove as act
 
@@ -127,13 +143,16 @@ def prove(spec: str, as_json: bool) -> None:
     sys.exit(1 if lost else 0)
 
 
-@main.command()
+@main.command(section="Move", example="changeover prepare follows.toml")
 @SPEC
 @click.option("--anew", is_flag=True, help="Begin a new epoch: empty the target tables, all chunks pending.")
 @JSON
 @DEBUG
 def prepare(spec: str, anew: bool, as_json: bool, debug: bool) -> None:
-    """Make publication, slot, kept snapshot, ledger, target tables and gates."""
+    """Make the slot, the ledger and the targets.
+
+    Publication, slot, kept snapshot, ledger, target tables and gates.
+    """
     from changeover.pipeline import prepare as act
     from changeover.position import format_lsn
 
@@ -144,13 +163,16 @@ def prepare(spec: str, anew: bool, as_json: bool, debug: bool) -> None:
     answer(told, as_json, lambda: f"prepared: slot {told['slot']} at {told['l0']}, epoch {told['epoch']}")
 
 
-@main.command()
+@main.command(section="Move", example="changeover capture follows.toml --log-format json")
 @SPEC
 @LOG_FORMAT
 @JSON
 @DEBUG
 def capture(spec: str, log_format: str, as_json: bool, debug: bool) -> None:
-    """Spool the change stream until stopped: the one long-lived service."""
+    """Spool the change stream until stopped.
+
+    The one long-lived service.
+    """
     from changeover.jobs.capture import capture as act
     from changeover.position import format_lsn
 
@@ -162,13 +184,13 @@ def capture(spec: str, log_format: str, as_json: bool, debug: bool) -> None:
     sys.exit(130 if result.interrupted else 0)
 
 
-@main.command()
+@main.command(section="Move", example="changeover backfill follows.toml --target store")
 @SPEC
 @TARGETS
 @JSON
 @DEBUG
 def backfill(spec: str, targets: tuple[str, ...], as_json: bool, debug: bool) -> None:
-    """Load all pending chunks and close the tables."""
+    """Load all pending chunks, close the tables."""
     from changeover.jobs.backfill import backfill as act
     from changeover.jobs.progress import progress
 
@@ -179,7 +201,7 @@ def backfill(spec: str, targets: tuple[str, ...], as_json: bool, debug: bool) ->
         f" {one.swept} swept" for one in done))  # fmt: skip
 
 
-@main.command()
+@main.command(section="Move", example="changeover replay follows.toml --follow")
 @SPEC
 @TARGETS
 @click.option("--follow", is_flag=True, help="Go on until stopped, with the log on standard error.")
@@ -197,14 +219,17 @@ def replay(spec: str, targets: tuple[str, ...], follow: bool, log_format: str, a
     answer(done, as_json, lambda: f"replayed: {done.events:,} events, applied up to {format_lsn(done.applied)}")
 
 
-@main.command()
+@main.command(section="Move", example="changeover verify follows.toml --report report.html")
 @SPEC
 @TARGETS
 @click.option("--report", type=click.Path(), help="Write the HTML report here.")
 @JSON
 @DEBUG
 def verify(spec: str, targets: tuple[str, ...], report: str | None, as_json: bool, debug: bool) -> None:
-    """Compare every row of both sides at one position."""
+    """Compare every row at one position.
+
+    Exit code 1 means that rows differ, 3 that a table could not be checked.
+    """
     from changeover.verifiers.report import write_html
     from changeover.verifiers.verify import verify as act
 
@@ -225,27 +250,36 @@ def verify(spec: str, targets: tuple[str, ...], report: str | None, as_json: boo
     sys.exit(0 if all(verdict.equal for verdict in verdicts) else 1)
 
 
-@main.command()
+main.add_command(flags)
+
+
+@main.command(section="Look", example="changeover explain follows.toml 1 follows 7")
 @SPEC
 @click.argument("key", nargs=-1, required=True)
 @click.option("--table", help="The table, where several have a key of as many columns.")
 @JSON
 def explain(spec: str, key: tuple[str, ...], table: str | None, as_json: bool) -> None:
-    """Tell the story of one row by its target KEY: chunk, cell, spooled events, images, stage."""
+    """Tell the story of one row.
+
+    KEY is the target's: chunk, cell, spooled events, images, stage.
+    """
     from changeover.verifiers.explain import explain as act
 
     told = act(opened(spec), key, table=table)
     answer(told, as_json, lambda: "\n".join(told.lines()))
 
 
-@main.command()
+@main.command(section="Look", example="changeover status follows.toml --check")
 @SPEC
 @click.option("--check", is_flag=True, help="Exit 1, with a line for each reason, where something needs attention: for a probe.")
 @click.option("--max-behind", type=click.IntRange(min=0), default=LAG_BYTES, show_default=True, metavar="BYTES",
               help="How far capture and replay may be behind, in bytes of WAL.")  # fmt: skip
 @JSON
 def status(spec: str, check: bool, max_behind: int, as_json: bool) -> None:
-    """Say where the migration is: chunks, positions, lag, authority, verdicts."""
+    """Say where the migration is.
+
+    Chunks, positions, lag, authority, verdicts.
+    """
     from changeover.jobs.health import problems
     from changeover.jobs.status import status as act
 
@@ -256,11 +290,11 @@ def status(spec: str, check: bool, max_behind: int, as_json: bool) -> None:
     sys.exit(1 if check and found else 0)
 
 
-@main.command()
+@main.command(section="Look", example="changeover history follows.toml")
 @SPEC
 @JSON
 def history(spec: str, as_json: bool) -> None:
-    """Print the record of all runs, newest first."""
+    """Print all runs, newest first."""
     loaded = opened(spec)
     with Ledger.open(loaded, "history") as ledger:
         ledger.stream("history")
@@ -284,11 +318,14 @@ def nested(part: Any) -> str:
     return f"({', '.join(f'{name} {value}' for name, value in part.items())})" if isinstance(part, dict) else str(part)
 
 
-@main.command()
+@main.command(section="End", example="changeover finalize follows.toml")
 @SPEC
 @JSON
 def finalize(spec: str, as_json: bool) -> None:
-    """End the migration: drop what is ours, never a table of yours."""
+    """End the migration: drop what is ours.
+
+    Never a table of yours.
+    """
     from changeover.jobs.leftovers import leftovers
     from changeover.jobs.prepare import finalize as act
     from changeover.jobs.purge import kept
@@ -298,22 +335,28 @@ def finalize(spec: str, as_json: bool) -> None:
     _removed(removed, left, list(kept(loaded).lines()), as_json)
 
 
-@main.command()
+@main.command(section="End", example="changeover purge follows.toml")
 @SPEC
 @JSON
 def purge(spec: str, as_json: bool) -> None:
-    """Remove rows that are still kept after the end: differences, samples, scratch, old files of a lake."""
+    """Remove rows that are kept after the end.
+
+    Differences, samples, scratch, old files of a lake.
+    """
     from changeover.jobs.purge import purge as act
 
     removed = list(act(opened(spec)).lines())
     answer({"removed": removed}, as_json, lambda: "\n".join(f"removed: {one}" for one in removed) or "no row is kept")
 
 
-@main.command()
+@main.command(section="End", example="changeover abort follows.toml")
 @SPEC
 @JSON
 def abort(spec: str, as_json: bool) -> None:
-    """Undo all that prepare made; the old store is as before."""
+    """Undo all that prepare made.
+
+    The old store is as before.
+    """
     from changeover.jobs.leftovers import leftovers
     from changeover.jobs.prepare import abort as act
     from changeover.jobs.purge import kept
@@ -330,13 +373,13 @@ def _removed(removed: list[str], left: list[str], rows: list[str], as_json: bool
     answer(told, as_json, lambda: "\n".join([*(f"removed: {one}" for one in removed), *last]))
 
 
-main.add_command(flags)
-
-
-@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@main.command(section="Try", context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def demo(arguments: tuple[str, ...]) -> None:
-    """Run the main job on an embedded PostgreSQL and a local Delta table."""
+    """Move a live table on this machine.
+
+    From an embedded PostgreSQL to another database and a local Delta table.
+    """
     from changeover.demo import main as act
 
     act(args=list(arguments), prog_name="changeover demo")

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
     from changeover.verifiers.verdict import Verdict
 
+HELP = {"help_option_names": ["-h", "--help"]}
+"""The settings of a context in which both words ask for help."""
+
+SUMMARY = 45
+"""Characters of a command's first sentence: the list of commands shows it whole on the narrowest terminal."""
+
 SPEC = click.argument("spec", type=click.Path())
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 LOG_FORMAT = click.option(
@@ -43,7 +49,47 @@ DEBUG = click.option("--debug", is_flag=True, help="Log at debug level.")
 TARGETS = click.option("--target", "targets", multiple=True, help="Only this target; may be given more than once.")
 
 
-class Commands(click.Group):
+class Command(click.Command):
+    """A command with an example, under a heading of the group's help."""
+
+    def __init__(self, *arguments: Any, example: str = "", section: str = "", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.example, self.section = example, section
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example below the options."""
+        super().format_epilog(ctx, formatter)
+        if self.example:
+            with formatter.section("Example"):
+                formatter.write(f"{'':{formatter.current_indent}}{self.example}\n")
+
+
+class Sections(click.Group):
+    """A group that lists its commands as they were defined, in sections."""
+
+    command_class = Command
+
+    def __init__(self, *arguments: Any, section: str = "", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.section = section
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of their definition."""
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, section by section."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name, command in self.commands.items():
+            section = getattr(command, "section", "") or "Commands"
+            sections.setdefault(section, []).append((name, command.get_short_help_str(SUMMARY)))
+        widest = max(map(len, self.commands))
+        for section, rows in sections.items():
+            with formatter.section(section):
+                formatter.write_dl([(f"{name:{widest}}", summary) for name, summary in rows])
+
+
+class Commands(Sections):
     """A group whose commands end with our exit codes and one sentence, never with a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -10,21 +10,24 @@ from typing import Any
 
 import click
 
-from changeover.command import DEBUG, JSON, LOG_FORMAT, SPEC, answer, opened, plain, running
+from changeover.command import DEBUG, JSON, LOG_FORMAT, SPEC, Sections, answer, opened, plain, running
 from changeover.errors import Interrupted
 from changeover.record import JSON as AS_JSON
 
 
-@click.group()
+@click.group(cls=Sections, section="Hand over")
 def flags() -> None:
-    """Show and turn the migration flag, gated by the evidence."""
+    """Show and turn the migration flag.
+
+    Gated by the evidence.
+    """
 
 
-@flags.command()
+@flags.command(example="changeover flags show follows.toml")
 @SPEC
 @JSON
 def show(spec: str, as_json: bool) -> None:
-    """Go or no-go for the next step, with every reason."""
+    """Go or no-go, with every reason."""
     from changeover.flags.cohorts import some
     from changeover.flags.cutover import show as act
 
@@ -55,19 +58,19 @@ COHORTS = click.option(
 )
 
 
-@flags.command()
+@flags.command(example="changeover flags advance follows.toml")
 @SPEC
 @COHORTS
 @click.option("--override", metavar="WHY", help="Go without the gate's evidence; the reason is logged.")
 @JSON
 def advance(spec: str, cohorts: tuple[str, ...], override: str | None, as_json: bool) -> None:
-    """Go one stage up, if the gate's evidence holds."""
+    """Go one stage up, if the evidence holds."""
     from changeover.flags.cutover import advance as act
 
     _step(act(opened(spec), override=override, cohorts=cohorts or None), as_json)
 
 
-@flags.command()
+@flags.command(example="changeover flags rollback follows.toml")
 @SPEC
 @COHORTS
 @JSON
@@ -96,12 +99,15 @@ def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
     answer(told, as_json, lambda: f"{whose}{told['from']} → {told['to']} (epoch {told['epoch']}{pause}){lost}{unknown}{notes}")
 
 
-@flags.command()
+@flags.command(example="changeover flags watch follows.toml")
 @SPEC
 @LOG_FORMAT
 @DEBUG
 def watch(spec: str, log_format: str, debug: bool) -> None:
-    """Follow a flag that is turned elsewhere: ask the gate, fence, write the epoch; until stopped."""
+    """Follow a flag that is turned elsewhere.
+
+    Asks the gate, fences, writes the epoch; until stopped.
+    """
     from changeover.flags.cutover import watch as act
 
     with running(spec, "flags-watch", debug, log_format if log_format == AS_JSON else None) as loaded:

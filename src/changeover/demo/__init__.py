@@ -13,13 +13,14 @@ from pathlib import Path
 
 import click
 
+from changeover.command import HELP, Command
 from changeover.demo.damage import KINDS
 from changeover.demo.table import LEAST_ROWS
 
 __all__ = ["main"]
 
 
-@click.command()
+@click.command(cls=Command, context_settings=HELP, example="changeover demo --rows 50000 --keep")
 @click.option("--rows", default=200_000, show_default=True, type=click.IntRange(min=LEAST_ROWS), help="Rows of the old table.")
 @click.option(
     "--break", "broken", type=click.Choice(list(KINDS)), multiple=True, help="Damage the new store; verify finds it; exit 1."
