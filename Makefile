@@ -24,13 +24,13 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 java: $(STAMP)
-	@$(BIN)/python -m changeover.java --install >/dev/null
+	@$(BIN)/python -m changeover.spark.java --install >/dev/null
 
 second: $(STAMP)
 	@$(BIN)/python -m tests.majors --second
 
-$(JARS): $(STAMP) src/changeover/jars.py | java
-	@$(BIN)/python -m changeover.jars
+$(JARS): $(STAMP) src/changeover/spark/jars.py | java
+	@$(BIN)/python -m changeover.spark.jars
 	@touch $@
 
 demo: setup ## Move a live table end to end; ARGS="--rows 50000 --keep"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from psycopg import sql
 
-from changeover.cohorts import Cohorts
-from changeover.embedded import EmbeddedServer
+from changeover.embedded.server import EmbeddedServer
 from changeover.session import Connection, connect
-from changeover.stores import refusal
+from changeover.stores.postgres import refusal
+from changeover.tenants import Cohorts
 
 ROUNDS, WRITES, WRITERS = 7, 300, 4
 REFUSED = {"one": 1, "thousand": 1_000, "most": 10_000}

@@ -24,8 +24,8 @@ from benchmarks.follows import CASES, Case, create_source, fingerprint
 from benchmarks.parties import APPLICATION, Job
 from benchmarks.result import CaseResult, Result
 from benchmarks.worker import PartyFailed, Worker
-from changeover.binaries import find_binaries, wheel_binaries
-from changeover.embedded import EmbeddedServer
+from changeover.embedded.binaries import find_binaries, wheel_binaries
+from changeover.embedded.server import EmbeddedServer
 from changeover.session import connect
 
 WARM_UP_ROWS = 20_000

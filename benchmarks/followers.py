@@ -56,9 +56,9 @@ class Replay:
 
     def set_up(self, job: Backlog) -> None:
         """Prepare, load, and start the process that captures when it is told to."""
-        from changeover.jobs.backfill import backfill
+        from changeover.jobs.apply.rounds import replay
+        from changeover.jobs.load.copier import backfill
         from changeover.jobs.prepare import prepare
-        from changeover.jobs.replay import replay
         from changeover.spec import load
 
         os.environ["BENCHMARK_OLD"], os.environ["BENCHMARK_NEW"] = job.old, job.new
@@ -78,7 +78,7 @@ class Replay:
 
     def copy(self, job: Backlog) -> None:
         """Capture and replay until the last change is applied."""
-        from changeover.jobs.ledger import Ledger
+        from changeover.jobs.ledger.ledger import Ledger
 
         self.pipe.send(job.end)
         with Ledger.open(self.spec, "benchmark") as ledger:
@@ -110,7 +110,7 @@ class Replay:
 
 def serve_capture(path: str, pipe: Pipe) -> None:
     """Capture up to each position that is sent (the service's process)."""
-    from changeover.jobs.capture import capture
+    from changeover.jobs.capture.service import capture
     from changeover.jobs.prepare import spool_of
     from changeover.spec import load
 

@@ -1,7 +1,7 @@
 """The table that is copied: users follow channels, with notification settings, in the order in which they did so.
 
 It holds what a real one holds and what plain JDBC can still carry: a text timestamp, a numeric, an array, jsonb, NULLs
-and non-ASCII text. The demo's table (`changeover.demo.table`) is another one on purpose: it holds what breaks careless copies,
+and non-ASCII text. The demo's table (`changeover.demo.schema`) is another one on purpose: it holds what breaks careless copies,
 and a party that fails or carries something else has no time to compare. Every party gets a target table made by the same
 statement, with its primary key.
 """

@@ -17,8 +17,8 @@ from typing import IO, TYPE_CHECKING, Protocol
 from psycopg.conninfo import conninfo_to_dict
 
 from benchmarks.follows import Case
-from changeover import jdbc
 from changeover.session import connect, spark_session
+from changeover.spark import jdbc
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -77,7 +77,7 @@ class Ours:
 
     def copy(self, job: Job) -> None:
         """Run the backfill."""
-        from changeover.jobs.backfill import backfill
+        from changeover.jobs.load.copier import backfill
 
         backfill(self.spec, self.spark)
 

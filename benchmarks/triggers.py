@@ -15,9 +15,9 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
-from changeover.demo.table import DDL
-from changeover.embedded import EmbeddedServer
-from changeover.jobs import triggerlog
+from changeover.demo.schema import DDL
+from changeover.embedded.server import EmbeddedServer
+from changeover.jobs.source import triggerlog
 from changeover.session import connect
 from changeover.spec import load
 

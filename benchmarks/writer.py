@@ -17,7 +17,7 @@ from typing import Self
 
 from psycopg import sql
 
-from changeover.flags.endpoint import Change, GateCall, PgEndpoint, position, returned, transaction
+from changeover.flags.router.endpoint import Change, GateCall, PgEndpoint, position, returned, transaction
 from changeover.position import DUAL_WRITE_ORDINAL, Version
 from changeover.session import Connection
 

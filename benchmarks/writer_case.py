@@ -24,7 +24,7 @@ from benchmarks.parties import APPLICATION, Job
 from benchmarks.result import CaseResult, Result
 from benchmarks.worker import PartyFailed, Worker
 from benchmarks.writer import NEW_ROWS, Timed, Writing
-from changeover.binaries import find_binaries, wheel_binaries
+from changeover.embedded.binaries import find_binaries, wheel_binaries
 from changeover.session import Connection, connect
 
 CASE = CASES["identity"]

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from changeover.jobs import holders, privileges
-from changeover.jobs.derivation import derivations
-from changeover.jobs.grants import Lack
-from changeover.jobs.preflight import SourceTable, source_table
-from changeover.jobs.trial import Tried, trial
+from changeover.jobs.access import holders, privileges
+from changeover.jobs.access.grants import Lack
+from changeover.jobs.access.trial import Tried, trial
+from changeover.jobs.preflight.rules import SourceTable, source_table
+from changeover.jobs.transform.derivation import derivations
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table
-from changeover.stores import defaults, gate
+from changeover.stores.postgres import gate
+from changeover.stores.tables import defaults
 
 UNNAMED = "no [application] roles stand in the spec, so nobody asked whether the application may write to the new store"
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.stores.gate import FENCED
+from changeover.stores.postgres.gate import FENCED
 
 __all__ = ["FENCED", "ORDER", "TABLE", "StageRule", "effective", "needs_fence", "next_stage", "other", "previous_stage"]
 

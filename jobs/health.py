@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from changeover.jobs.reverse import CAPTURED, COMPLETED
-from changeover.jobs.tenure import OLD
+from changeover.jobs.ledger.epochs import OLD
+from changeover.jobs.reverse.path import CAPTURED, COMPLETED
 
 if TYPE_CHECKING:
     from changeover.jobs.status import Status

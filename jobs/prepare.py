@@ -16,34 +16,27 @@ from typing import TYPE_CHECKING
 import psycopg
 from psycopg import sql
 
-from changeover import folders
-from changeover.cohorts import EVERY
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
-from changeover.jobs import (
-    assumptions,
-    cohorts,
-    definition,
-    inverse,
-    partitions,
-    privileges,
-    snapshot,
-    transform,
-    triggerlog,
-    wayback,
-    windows,
-)
-from changeover.jobs.assumptions import Asked, Moment
-from changeover.jobs.creation import create_target, install_gate
-from changeover.jobs.division import examined
-from changeover.jobs.entries import CLOSED, LEDGER_TABLES, Stream
-from changeover.jobs.ledger import Ledger, drop_ledger
-from changeover.jobs.preflight import Preflight, SourceTable, source_table, store_columns
-from changeover.jobs.spool import Spool, remove_spools, spool_path
-from changeover.jobs.tenure import NEW, OLD
+from changeover.files import folders
+from changeover.jobs.access import privileges
+from changeover.jobs.guarantee import assumptions, definition
+from changeover.jobs.guarantee.assumptions import Asked, Moment
+from changeover.jobs.install.targets import create_target, install_gate
+from changeover.jobs.ledger.epochs import NEW, OLD
+from changeover.jobs.ledger.ledger import Ledger, drop_ledger
+from changeover.jobs.ledger.records import CLOSED, LEDGER_TABLES, Stream
+from changeover.jobs.preflight.division import examined
+from changeover.jobs.preflight.rules import Preflight, SourceTable, source_table, store_columns
+from changeover.jobs.reverse import setup as reverse_setup
+from changeover.jobs.source import partitions, snapshot, ticks, triggerlog
+from changeover.jobs.spool.table import Spool, remove_spools, spool_path
+from changeover.jobs.transform import inverse, tenancy, transform
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import SLOT, Spec, Table, Target
-from changeover.stores import TargetTable, gate, open_store, refusal
-from changeover.stores.reader import ExportedSnapshot
+from changeover.stores.base.interface import TargetTable, open_store
+from changeover.stores.base.reader import ExportedSnapshot
+from changeover.stores.postgres import gate, refusal
+from changeover.tenants import EVERY
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -113,7 +106,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
 
 def _remove_unfinished(spec: Spec, ledger: Ledger) -> list[str]:
     """Remove from both stores what a prepare made that never came to its record."""
-    removed = wayback.remove(spec, None) + remove_from_source(spec)
+    removed = reverse_setup.remove(spec, None) + remove_from_source(spec)
     creating = ledger.creating()
     removed += _abort_targets(spec, creating)
     if creating:
@@ -233,10 +226,10 @@ def _open_log(spec: Spec, keys: Sequence[Sequence[str]]) -> Opened:
     application = application_name(spec.name, "prepare")
     log = triggerlog.Log(spec.name)
     with connect(dsn, application) as old, speaking_to(dsn, "making the trigger log"):
-        system_id, timeline = windows.identify(old)
+        system_id, timeline = ticks.identify(old)
         triggerlog.install(old, spec, keys)
         pieces = assumptions.present(spec, old, spec.slot)
-    with windows.aligned(dsn, application, log, [table.source_name for table in spec.tables]) as first:
+    with ticks.aligned(dsn, application, log, [table.source_name for table in spec.tables]) as first:
         kept = snapshot.start_keeper(spec, first.snapshot.name)
     names = " ".join(one.name for one in kept)
     return Stream(first.end, system_id, timeline, spec.slot, str(log), names, kept[0].visible), pieces
@@ -313,11 +306,11 @@ def abort(spec: Spec) -> list[str]:
     """
     with Ledger.open(spec, "abort") as ledger:
         prepared = ledger.exists()
-        if prepared and (gone := cohorts.at(ledger.authorities(), NEW)) is not None:
-            whose = "" if gone == EVERY else f" over {cohorts.told(gone)}"
+        if prepared and (gone := tenancy.at(ledger.authorities(), NEW)) is not None:
+            whose = "" if gone == EVERY else f" over {tenancy.told(gone)}"
             raise Refused(f"abort: authority{whose} has moved to the new store: `changeover flags rollback` first")
         if prepared:
-            removed = wayback.remove(spec, ledger) + remove_from_source(spec)
+            removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
             removed += _abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
             drop_ledger(ledger.connection, spec.name)
             _drop_empty_schema(ledger.connection)
@@ -368,11 +361,11 @@ def finalize(spec: Spec) -> list[str]:
         open_loads = [f"{load.source} in {load.target}" for load in ledger.loads() if load.state != CLOSED]
         if open_loads:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
-        left = cohorts.at(ledger.authorities(), OLD) if spec.flag is not None else None
+        left = tenancy.at(ledger.authorities(), OLD) if spec.flag is not None else None
         if left is not None:
-            whose = "" if left == EVERY else f" over {cohorts.told(left)}"
+            whose = "" if left == EVERY else f" over {tenancy.told(left)}"
             raise Refused(f"finalize: the old store still has authority{whose}: `changeover flags advance` up to complete first")
-        removed = wayback.remove(spec, ledger) + remove_from_source(spec)
+        removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
         for table in spec.tables:
             for target in spec.targets.values():
                 with open_store(spec, target, "finalize") as store:

@@ -15,9 +15,9 @@ from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 
 from changeover.errors import Refused
-from changeover.jobs.ledger import Ledger
+from changeover.jobs.ledger.ledger import Ledger
 from changeover.spec import Spec
-from changeover.stores.delta import DeltaStore
+from changeover.stores.delta.store import DeltaStore
 
 SAMPLES = """
 UPDATE changeover.verdict SET detail = detail || '{"sample": [], "source_ranges": [], "target_ranges": []}'

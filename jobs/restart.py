@@ -16,18 +16,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from changeover import points
-from changeover.cohorts import EVERY
+from changeover import failpoints
 from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
-from changeover.jobs import cohorts, definition, wayback
-from changeover.jobs.assumptions import Moment
-from changeover.jobs.backfill import append_name
-from changeover.jobs.chunks import first_token
-from changeover.jobs.creation import create_target, install_gate
-from changeover.jobs.division import examined
-from changeover.jobs.entries import PENDING, Stream
-from changeover.jobs.ledger import Ledger
-from changeover.jobs.preflight import Preflight
+from changeover.jobs.apply.rounds import lease_of
+from changeover.jobs.guarantee import definition
+from changeover.jobs.guarantee.assumptions import Moment
+from changeover.jobs.install.targets import create_target, install_gate
+from changeover.jobs.ledger.chunks import first_token
+from changeover.jobs.ledger.epochs import NEW, OLD
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import PENDING, Stream
+from changeover.jobs.load.copier import append_name
+from changeover.jobs.preflight.division import examined
+from changeover.jobs.preflight.rules import Preflight
 from changeover.jobs.prepare import (
     Prepared,
     open_stream,
@@ -37,13 +38,14 @@ from changeover.jobs.prepare import (
     require_way_back,
     spool_of,
 )
-from changeover.jobs.replay import lease_of
-from changeover.jobs.spool import remove_spools
-from changeover.jobs.tenure import NEW, OLD
-from changeover.jobs.transform import Transform
+from changeover.jobs.reverse import setup as reverse_setup
+from changeover.jobs.spool.table import remove_spools
+from changeover.jobs.transform import tenancy
+from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
 from changeover.spec import Spec
-from changeover.stores import open_store
+from changeover.stores.base.interface import open_store
+from changeover.tenants import EVERY
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -70,7 +72,7 @@ def restart(spec: Spec, spark: SparkSession) -> Prepared:
         require_way_back(spec, spark, transforms)
         before = ledger.stream("status")
         epoch = _begin(ledger)
-        points.reach("epoch-begun", epoch)
+        failpoints.reach("epoch-begun", epoch)
         try:
             return _make(spec, ledger, found, transforms, before, epoch)
         except ChangeoverError:
@@ -92,8 +94,8 @@ def _require_allowed(spec: Spec, ledger: Ledger) -> None:
         raise UsageError(f"{spec.path} changed since prepare: put it back, or `changeover abort SPEC` and begin again")
     if ledger.milestones()[1] is not None:
         raise Refused("prepare --anew: the migration was finalized, so there is nothing to begin anew")
-    if (gone := cohorts.at(ledger.authorities(), NEW)) is not None:
-        whose = "" if gone == EVERY else f" over {cohorts.told(gone)}"
+    if (gone := tenancy.at(ledger.authorities(), NEW)) is not None:
+        whose = "" if gone == EVERY else f" over {tenancy.told(gone)}"
         raise Refused(
             f"prepare --anew: authority{whose} has moved to the new store, whose rows are the truth and would be emptied:"
             f" `changeover flags rollback SPEC` first"
@@ -102,11 +104,11 @@ def _require_allowed(spec: Spec, ledger: Ledger) -> None:
 
 def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, before: Stream, epoch: int) -> Prepared:
     """Remove what the old epoch had, and make what the new one has, in the order that is the promise."""
-    removed = wayback.remove(spec, ledger) + remove_from_source(spec)
+    removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
     remove_spools(spec.work)
     opened, pieces = open_stream(spec, found)
     stream = replace(opened, epoch=epoch)
-    points.reach("stream-opened", epoch)
+    failpoints.reach("stream-opened", epoch)
     types = {}
     for (source, target), planned in transforms.items():
         with open_store(spec, spec.targets[target], "prepare") as store:
@@ -117,9 +119,9 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
             chunks = ledger.chunks(source, target)
             names = [append_name(spec.name, before.image, source, target, row.chunk) for row in chunks]
             store.begin_anew(planned.target, stream.image, names)
-            points.reach("target-emptied", f"{planned.target} in {target}")
+            failpoints.reach("target-emptied", f"{planned.target} in {target}")
     spool_of(spec, epoch).create(stream.l0)
-    points.reach("before-record", epoch)
+    failpoints.reach("before-record", epoch)
     with ledger.connection.transaction():
         _record(ledger, stream)
         definition.record(ledger, OLD, pieces)

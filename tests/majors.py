@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from changeover.binaries import all_binaries, major_version
+from changeover.embedded.binaries import all_binaries, major_version
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".venv" / "postgresql"
@@ -33,11 +33,21 @@ VERSIONS = {
 
 TESTS = (
     "tests/hostile",
-    "tests/jobs/test_definition.py", "tests/jobs/test_capture.py", "tests/jobs/test_backlog.py", "tests/jobs/test_triggerlog.py",
-    "tests/jobs/test_ranges.py", "tests/jobs/test_partitions.py", "tests/jobs/test_generated.py", "tests/stores/test_copytext.py",
-    "tests/jobs/test_gate.py", "tests/stores/test_collection.py", "tests/stores/test_refusal.py", "tests/stores/test_sequences.py",
-    "tests/flags/test_fence.py", "tests/flags/test_fence_definition.py",
-)  # fmt: skip
+    "tests/unit/jobs/guarantee/test_definition.py",
+    "tests/unit/jobs/capture/test_service.py",
+    "tests/unit/jobs/capture/test_catchup.py",
+    "tests/unit/jobs/source/test_triggerlog.py",
+    "tests/unit/stores/base/test_ranges.py",
+    "tests/unit/jobs/source/test_partitions.py",
+    "tests/unit/jobs/source/test_generated.py",
+    "tests/unit/stores/postgres/test_copytext.py",
+    "tests/unit/stores/postgres/test_gate.py",
+    "tests/unit/stores/postgres/test_garbage.py",
+    "tests/unit/stores/postgres/test_refusal.py",
+    "tests/unit/stores/tables/test_sequences.py",
+    "tests/unit/flags/fence/test_fence.py",
+    "tests/unit/flags/fence/test_fence_definition.py",
+)
 """The matrix, then capture, copy, gate and fence."""
 
 DEBIAN_PACKAGE = "postgresql"

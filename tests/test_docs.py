@@ -14,10 +14,11 @@ from typing import Any
 import click
 import pytest
 
-from changeover import errors, jars
-from changeover.cli import main
+from changeover import errors
+from changeover.cli.main import main
 from changeover.demo import main as demo
-from changeover.flags.experiment import Experiment
+from changeover.flags.router.shadow import Experiment
+from changeover.spark import jars
 from changeover.spec import load
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ import pytest
 from nbclient import NotebookClient
 from pyspark.sql import SparkSession
 
-from changeover.jobs.masking import MASK, hashed
-from changeover.verifiers.diff import compare
-from changeover.verifiers.differences import ensure_table
-from changeover.verifiers.verdict import Range
+from changeover.jobs.transform.masking import MASK, hashed
+from changeover.verifiers.compare.diff import compare
+from changeover.verifiers.compare.differences import ensure_table
+from changeover.verifiers.compare.verdict import Range
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "diff_investigation.ipynb"
 

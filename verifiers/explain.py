@@ -25,23 +25,24 @@ from psycopg.rows import dict_row
 from pyarrow.dataset import dataset as dataset_of
 
 from changeover.errors import SpecError
-from changeover.jobs import masking, reverse
-from changeover.jobs.cohorts import new_column, old_column
-from changeover.jobs.derivation import derivations, origin
-from changeover.jobs.entries import Authority, ChunkRow
-from changeover.jobs.events import TRUNCATE
-from changeover.jobs.ledger import Ledger
-from changeover.jobs.preflight import SourceTable, source_table
+from changeover.jobs.ledger.epochs import EVERYTHING, NEW, OLD, Standing, Tenure, stamped, standing, tenures
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import Authority, ChunkRow
+from changeover.jobs.preflight.rules import SourceTable, source_table
 from changeover.jobs.prepare import spool_of
-from changeover.jobs.spool import Spool
-from changeover.jobs.tenure import EVERYTHING, NEW, OLD, Standing, Tenure, stamped, standing, tenures
+from changeover.jobs.reverse import path as reverse
+from changeover.jobs.spool.events import TRUNCATE
+from changeover.jobs.spool.table import Spool
+from changeover.jobs.transform import masking
+from changeover.jobs.transform.derivation import derivations, origin
+from changeover.jobs.transform.tenancy import new_column, old_column
 from changeover.names import joined, segment
 from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table, Target
-from changeover.stores import OWNER, VERSION_COLUMNS
-from changeover.stores.appends import MARKS, marks_among
-from changeover.stores.gate import GatedTable
+from changeover.stores.base.interface import OWNER, VERSION_COLUMNS
+from changeover.stores.delta.appends import MARKS, marks_among
+from changeover.stores.postgres.gate import GatedTable
 
 NONE = "none"
 

@@ -12,24 +12,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from changeover.errors import CouldNotCheck, RowRefused, StepOrder, TableStopped, TextRefused
-from changeover.jobs import assumptions, reverse, snapshot, windows
-from changeover.jobs.entries import CLOSED, Authority
-from changeover.jobs.ledger import Ledger
-from changeover.jobs.marker import emit_marker, mark
-from changeover.jobs.preflight import SourceTable, source_table
+from changeover.jobs.apply.rounds import LEASE_SECONDS, Replay, lease_of
+from changeover.jobs.guarantee import assumptions
+from changeover.jobs.ledger.epochs import shares
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import CLOSED, Authority
+from changeover.jobs.preflight.rules import SourceTable, source_table
 from changeover.jobs.prepare import Prepared
-from changeover.jobs.replay import LEASE_SECONDS, Replay, lease_of
-from changeover.jobs.tenure import shares
-from changeover.jobs.transform import Transform
-from changeover.jobs.triggerlog import Log
-from changeover.jobs.waiting import await_spool
+from changeover.jobs.reverse import path as reverse
+from changeover.jobs.source import snapshot, ticks
+from changeover.jobs.source.marker import emit_marker, mark
+from changeover.jobs.source.triggerlog import Log
+from changeover.jobs.spool.waiting import await_spool
+from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import TRIGGER, Spec
-from changeover.stores import Frozen, open_store
-from changeover.stores.postgres import exporting, file_watch, frozen_at, importing, position_of
-from changeover.stores.reader import ExportedSnapshot
-from changeover.verifiers.split import Split
+from changeover.stores.base.interface import Frozen, open_store
+from changeover.stores.base.reader import ExportedSnapshot
+from changeover.stores.postgres.store import exporting, file_watch, frozen_at, importing, position_of
+from changeover.verifiers.compare.split_authority import Split
 from changeover.verifiers.unchecked import Names, Unchecked
 
 if TYPE_CHECKING:
@@ -144,7 +146,7 @@ class _Holding:
     def _position(self) -> tuple[int, Connection, ExportedSnapshot]:
         """Return a position, the session that holds its snapshot, and that: it shows exactly what the change stream has below."""
         if self.spec.source.capture == TRIGGER:
-            window = self.held.enter_context(windows.aligned(self._dsn, self._application, Log(self.spec.name)))
+            window = self.held.enter_context(ticks.aligned(self._dsn, self._application, Log(self.spec.name)))
             return window.end, window.holder, window.snapshot
         made = snapshot.create_slot(self._dsn, self._application, f"{self.spec.slot}_verify", temporary=True)
         self.held.enter_context(made.session)

@@ -14,21 +14,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from changeover.errors import ChangeoverError, Interrupted, JavaMissing, RowRefused, ServerUnavailable, SpecError, UnsafePlan
-from changeover.jobs import events, inverse
-from changeover.jobs.changes import completed, last_of_each_key
-from changeover.jobs.division import examined
-from changeover.jobs.ledger import Ledger
-from changeover.jobs.preflight import Preflight, SourceTable
+from changeover.jobs.apply.batch import completed, last_of_each_key
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.preflight.division import examined
+from changeover.jobs.preflight.rules import Preflight, SourceTable
 from changeover.jobs.prepare import plan_transforms
-from changeover.jobs.transform import Transform
+from changeover.jobs.spool import events
+from changeover.jobs.transform import inverse
+from changeover.jobs.transform.transform import Transform
 from changeover.names import qualified
 from changeover.session import application_name
-from changeover.sparkerrors import as_ours
+from changeover.spark.failures import as_ours
 from changeover.spec import Spec, Table, Target
-from changeover.stores import open_store
-from changeover.stores.postgres import exporting
-from changeover.stores.reader import EVERYTHING, ReadTable, read_table
-from changeover.verifiers.diff import RANGE, classified, shared_fields
+from changeover.stores.base.interface import open_store
+from changeover.stores.base.reader import EVERYTHING, ReadTable, read_table
+from changeover.stores.postgres.store import exporting
+from changeover.verifiers.compare.diff import RANGE, classified, shared_fields
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

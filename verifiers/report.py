@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from changeover.position import format_lsn
-from changeover.verifiers.verdict import CLASSES, TYPE, Bound, Difference, RangeCount, Verdict
+from changeover.verifiers.compare.verdict import CLASSES, TYPE, Bound, Difference, RangeCount, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -19,20 +19,21 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ldclient.migrations.types import Stage
 
-from changeover import folders
 from changeover.errors import ChangeoverError, CouldNotFinish, LeaseHeld, UnsafePlan
-from changeover.fileerrors import working
-from changeover.flags import cutover, flagfile
-from changeover.jobs import backfill as backfilling
+from changeover.files import folders
+from changeover.files.trouble import working
+from changeover.flags import flagfile
+from changeover.flags.cutover import commands as cutover
 from changeover.jobs import prepare as preparing
-from changeover.jobs import replay as replaying
 from changeover.jobs import restart as restarting
-from changeover.jobs.ledger import Ledger
-from changeover.jobs.progress import progress
+from changeover.jobs.apply import rounds as replaying
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.progress import progress
+from changeover.jobs.load import copier as backfilling
 from changeover.spec import Spec
+from changeover.verifiers.compare.verdict import Verdict
 from changeover.verifiers.rehearsal import rehearsed
-from changeover.verifiers.verdict import Verdict
-from changeover.verifiers.verify import verify
+from changeover.verifiers.verification import verify
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -164,7 +165,7 @@ def start_capture(spec: Spec) -> int | None:
             return None
     with working(spec.work), _opened(spec) as out:
         child = subprocess.Popen(
-            [sys.executable, "-m", "changeover.jobs.capture", spec.path],
+            [sys.executable, "-m", "changeover.jobs.capture.service", spec.path],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=dict(os.environ),
         )  # fmt: skip
     threading.Thread(target=child.wait, daemon=True, name="capture-reaper").start()

@@ -209,7 +209,8 @@ def spark_session(
     from pyspark.logger import PySparkLogger
     from pyspark.sql import SparkSession
 
-    from changeover import folders, java, launch
+    from changeover.files import folders
+    from changeover.spark import java, launch
 
     java.require()
     options: dict[str, bool | float | int | str | None] = {

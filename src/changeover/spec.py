@@ -83,7 +83,7 @@ class Table:
     """One table: where it comes from, where it goes, and how a row changes on the way.
 
     `reverse` are the source's columns as Spark SQL expressions over the target's row, for the way back. `sensitive` are source
-    columns whose values are shown nowhere, nor what is computed from them (`changeover.jobs.masking`).
+    columns whose values are shown nowhere, nor what is computed from them (`changeover.jobs.transform.masking`).
     """
 
     source: str

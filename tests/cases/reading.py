@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from changeover.jobs.merge import Cell
+from changeover.jobs.apply.rule import Cell
 from changeover.position import Version, image_version
 
 HERE = Path(__file__).parent

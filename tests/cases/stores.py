@@ -17,18 +17,19 @@ import pyarrow as pa
 from psycopg import sql
 from pyspark.sql import SparkSession
 
-from changeover.jobs.changes import last_of_each_key
-from changeover.jobs.derivation import derivations
-from changeover.jobs.events import DELETE, SCHEMA, UPDATE
-from changeover.jobs.merge import Cell
-from changeover.jobs.transform import Transform
+from changeover.jobs.apply.batch import last_of_each_key
+from changeover.jobs.apply.rule import Cell
+from changeover.jobs.spool.events import DELETE, SCHEMA, UPDATE
+from changeover.jobs.transform.derivation import derivations
+from changeover.jobs.transform.transform import Transform
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
 from changeover.spec import Table
-from changeover.stores import Column, Counts, TargetTable, batches, gate
-from changeover.stores.appends import DELETED, VERSION, AppendTask
-from changeover.stores.delta import DeltaStore
-from changeover.stores.tasks import LoadTask
+from changeover.stores.base.interface import Column, Counts, TargetTable
+from changeover.stores.delta.appends import DELETED, VERSION, AppendTask
+from changeover.stores.delta.store import DeltaStore
+from changeover.stores.postgres import batches, gate
+from changeover.stores.postgres.tasks import LoadTask
 from tests.cases.playing import offers_of
 from tests.cases.reading import V0, VALUES, Cells, Event, Image, Key
 

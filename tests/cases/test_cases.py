@@ -13,15 +13,15 @@ import pytest
 from psycopg import sql
 from pyspark.sql import SparkSession
 
-from changeover.embedded import EmbeddedServer
-from changeover.jobs.offers import Change
+from changeover.embedded.server import EmbeddedServer
+from changeover.jobs.apply.offers import Change
 from changeover.session import Connection, connect
-from changeover.stores import gate
-from changeover.stores.delta import DeltaStore
+from changeover.stores.delta.store import DeltaStore
+from changeover.stores.postgres import gate
 from tests.cases.playing import READS, Copy, Rule, rows_of
 from tests.cases.reading import AXES, V0, Cells, CopyCase, MergeCase, copy_cases, documents, merge_cases
 from tests.cases.stores import DDL, TABLE, Gate, LakeCase, lake_at
-from tests.fix_postgres import fresh_database
+from tests.support.fix_postgres import fresh_database
 
 MERGES = {f"{axis}: {case.name}": case for axis in AXES for case in merge_cases(axis)}
 COPIES = {f"{reads}: {case.name}": (case, reads) for reads in READS for case in copy_cases()}
@@ -149,9 +149,17 @@ def test_delta_copies_to_the_end(lake: dict[str, Cells], name: str) -> None:
 
 
 BROKEN: dict[str, tuple[str, Any, int]] = {
-    "equal versions are taken": ("changeover.jobs.merge.applies", lambda offered, cell, floor: cell is None or offered >= cell, 3),
-    "whatever comes last is taken": ("changeover.jobs.merge.applies", lambda *_: True, 30),
-    "the LSN alone counts": ("changeover.jobs.merge.applies", lambda offered, cell, _: cell is None or offered.lsn > cell.lsn, 15),
+    "equal versions are taken": (
+        "changeover.jobs.apply.rule.applies",
+        lambda offered, cell, floor: cell is None or offered >= cell,
+        3,
+    ),
+    "whatever comes last is taken": ("changeover.jobs.apply.rule.applies", lambda *_: True, 30),
+    "the LSN alone counts": (
+        "changeover.jobs.apply.rule.applies",
+        lambda offered, cell, _: cell is None or offered.lsn > cell.lsn,
+        15,
+    ),
     "an image goes over a cell": ("tests.cases.playing.image_applies", lambda *_: True, 8),
     "a batch brings its last event": (
         "tests.cases.playing.last_of_each_key",

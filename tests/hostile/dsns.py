@@ -1,7 +1,7 @@
 """The matrix of DSNs as data: each way to say where a store is, who we are and by which proof.
 
 A form says it of a `Place`, in a file or in the environment too, where libpq looks for it. Sockets, which a server has to offer,
-are `tests/test_sockets.py`.
+are `tests/unit/spark/test_sockets.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 All rows of `MIDWAY` are played one after the other against one migration, whose role is no superuser in either store. It is done,
 the step ends with a sentence, it is undone, and the same step goes on as if nothing had been. A change of the stream's definition
-is a gap that nothing undoes: those rows are in `tests/jobs/test_definition.py` and `tests/flags/test_fence_definition.py`.
+is a gap that nothing undoes: those rows are in `tests/unit/jobs/guarantee/test_definition.py` and
+`tests/unit/flags/fence/test_fence_definition.py`.
 
 A column of the target that is given a narrower type ends no step: what is written is what the server makes of it, and verification
 has to tell. So each row of `NARROWED` has a table of its own in one migration.

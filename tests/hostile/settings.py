@@ -1,7 +1,7 @@
 """The matrix of single settings as data: by what a session shows that a setting is at its worst, and what it has to show.
 
 Those that no value shows (timeouts, what a commit waits for, a random part of an index) are looked at by name, as all are, in
-`tests/test_settings.py`.
+`tests/unit/test_settings.py`.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """Every cell that must be carried: all tables in one migration on each major, judged by the bytes of binary COPY on both sides.
 
-It runs as a role that is no superuser and has every pinned setting at its worst, another worst in the new store. What is beside it:
-that each pinned value holds in each kind of session, set for a role or a database, is `tests/test_settings.py`; capture by triggers
-under the same settings is `tests/scenarios/test_hostile_role.py`; all pairs of types under the server's own settings are
-`tests/scenarios/test_types.py`. The judge's sessions are an administrator's, for whom nothing is set.
+It runs as a role that is no superuser and has every pinned setting at its worst, another worst in the new store. What is beside
+it: that each pinned value holds in each kind of session, set for a role or a database, is `tests/unit/test_settings.py`; capture
+by triggers under the same settings is `tests/scenarios/test_hostile_role.py`; all pairs of types under the server's own settings
+are `tests/scenarios/test_types.py`. The judge's sessions are an administrator's, for whom nothing is set.
 """
 
 from __future__ import annotations
 
 from pyspark.sql import SparkSession
 
-from tests.fix_hostile import Field, columns_of, image, moved, statement
-from tests.fix_roles import Mover
 from tests.hostile.cells import CARRIED, Carried
+from tests.support.fix_hostile import Field, columns_of, image, moved, statement
+from tests.support.fix_roles import Mover
 
 
 def make(field: Field, role: Mover, cells: tuple[Carried, ...]) -> None:

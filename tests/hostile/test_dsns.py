@@ -1,6 +1,6 @@
 """Every form of a DSN, for a role with an odd password and databases with odd names, is checked, and some carry a table.
 
-That Java gets to the same server as psycopg by each form, over TLS too, is `tests/test_jdbc.py`.
+That Java gets to the same server as psycopg by each form, over TLS too, is `tests/unit/spark/test_jdbc.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from pyspark.sql import SparkSession
 
-from changeover.jobs.division import examined
-from tests.fix_hostile import Field, image, moved, statement
-from tests.fix_roles import Mover
+from changeover.jobs.preflight.division import examined
 from tests.hostile.dsns import DATABASE, FORMS, PASSWORD, Form, Place, write_files
+from tests.support.fix_hostile import Field, image, moved, statement
+from tests.support.fix_roles import Mover
 
 DDL = "CREATE TABLE {table} (id integer PRIMARY KEY, v text)"
 

@@ -9,12 +9,12 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from changeover.errors import ChangeoverError
-from changeover.verifiers.verdict import Verdict
-from changeover.verifiers.verify import verify
-from tests.fix_hostile import Field, image, moved, statement
-from tests.fix_migration import Migration
-from tests.fix_roles import Mover
+from changeover.verifiers.compare.verdict import Verdict
+from changeover.verifiers.verification import verify
 from tests.hostile.midway import MIDWAY, NARROWED, Midway, Narrowed, Step
+from tests.support.fix_hostile import Field, image, moved, statement
+from tests.support.fix_migration import Migration
+from tests.support.fix_roles import Mover
 
 TABLE, COLUMNS = "t", ("id", "n", "v")
 DDL = "CREATE TABLE {table} (id integer PRIMARY KEY, n numeric(12,4), v text)"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from changeover.jobs.division import examined
-from tests.fix_hostile import Field, moved, statement
+from changeover.jobs.preflight.division import examined
 from tests.hostile.cells import PLAIN, REFUSED
+from tests.support.fix_hostile import Field, moved, statement
 
 
 def test_every_refused_cell_is_one_sentence_of_check(field: Field) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from changeover.jobs.division import examined
-from changeover.jobs.preflight import Preflight
+from changeover.jobs.preflight.division import examined
+from changeover.jobs.preflight.rules import Preflight
 from changeover.session import Connection
-from tests.fix_hostile import Field, statement
-from tests.fix_roles import Mover, passing_mover
 from tests.hostile.midway import NEW
 from tests.hostile.rights import COPYING, TAKING_OVER, Right
+from tests.support.fix_hostile import Field, statement
+from tests.support.fix_roles import Mover, passing_mover
 
 DDL = "CREATE TABLE {table} (id integer PRIMARY KEY, n integer, v text)"
 FLAG = '[flag]\nkey = "f"\ntarget = "store"\n'

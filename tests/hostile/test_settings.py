@@ -9,11 +9,11 @@ import psycopg
 from psycopg import sql
 from pyspark.sql import SparkSession
 
-from changeover import jdbc
 from changeover.session import connect
-from tests.fix_hostile import Field
-from tests.fix_roles import Mover
+from changeover.spark import jdbc
 from tests.hostile.settings import SHOWN, Shown
+from tests.support.fix_hostile import Field
+from tests.support.fix_roles import Mover
 
 
 def shown(session: psycopg.Connection[Any], row: Shown) -> str:

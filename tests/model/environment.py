@@ -14,8 +14,8 @@ from decimal import Decimal
 from itertools import product
 from typing import NamedTuple, cast
 
-from changeover.jobs.definition import MEMBER, Piece
-from changeover.stores.statements import Move
+from changeover.jobs.guarantee.definition import MEMBER, Piece
+from changeover.stores.base.statements import Move
 from tests.model.rules import PLANNED_TYPE, RULES, Rules
 from tests.model.script import Script, told
 

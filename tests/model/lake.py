@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from changeover.jobs.chunks import Chunk
-from changeover.jobs.merge import Cell
-from changeover.jobs.offers import Image
+from changeover.jobs.apply.offers import Image
+from changeover.jobs.apply.rule import Cell
+from changeover.jobs.ledger.chunks import Chunk
 from changeover.position import Version
-from changeover.stores.statements import Part
+from changeover.stores.base.statements import Part
 from tests.model.rules import RULES, Rules
 from tests.model.script import Script
 

@@ -14,12 +14,12 @@ from datetime import datetime
 from functools import cache, cached_property
 from typing import Any, NamedTuple, cast
 
-from changeover.cohorts import EVERY
-from changeover.jobs.entries import Authority
-from changeover.jobs.merge import Cell
-from changeover.jobs.tenure import Section, Tenure, moving, tenures
+from changeover.jobs.apply.rule import Cell
+from changeover.jobs.ledger.epochs import Section, Tenure, moving, tenures
+from changeover.jobs.ledger.records import Authority
 from changeover.position import DUAL_WRITE_ORDINAL, Version, epoch_floor
-from changeover.stores.statements import Move
+from changeover.stores.base.statements import Move
+from changeover.tenants import EVERY
 from tests.model.rules import RULES, Rules
 
 OLD, NEW, LAKE = 0, 1, 2

@@ -12,13 +12,14 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from changeover.cohorts import EVERY
-from changeover.jobs import merge, offers, tenure
-from changeover.jobs.entries import Authority
-from changeover.jobs.offers import UNSENT, Change, Image, Key
-from changeover.jobs.tenure import FOR_EVER, NEW, OLD, Interval, Section
+from changeover.jobs.apply import offers, rule
+from changeover.jobs.apply.offers import UNSENT, Change, Image, Key
+from changeover.jobs.ledger import epochs
+from changeover.jobs.ledger.epochs import FOR_EVER, NEW, OLD, Interval, Section
+from changeover.jobs.ledger.records import Authority
 from changeover.position import Version, epoch_floor
-from changeover.stores.statements import BARRIER, CLOSE, COLLECT, HAND_OVER, TRUNCATE, Move, Part, Procedure
+from changeover.stores.base.statements import BARRIER, CLOSE, COLLECT, HAND_OVER, TRUNCATE, Move, Part, Procedure
+from changeover.tenants import EVERY
 from tests.model import carried
 from tests.model.carried import Held
 from tests.model.environment import cast_to
@@ -90,7 +91,7 @@ def _restamped(epoch: Callable[[Sequence[Authority], Section], int]) -> Callable
     """Return the product's sections with another epoch in each."""
 
     def sections(log: Sequence[Authority], **asked: Any) -> list[Section]:
-        found = tenure.sections(log, **asked)
+        found = epochs.sections(log, **asked)
         return [tuple(replace(one, epoch=epoch(log, section)) for one in section) for section in found]
 
     return sections
@@ -103,7 +104,7 @@ def _everything(log: Sequence[Authority], *, takes_over: bool, carried: Collecti
 
 def _of_nobody(log: Sequence[Authority], **asked: Any) -> list[Section]:
     """Offer all of a section to whom a part of it is offered."""
-    return [(replace(section[0], cohorts=EVERY),) for section in tenure.sections(log, **asked)]
+    return [(replace(section[0], cohorts=EVERY),) for section in epochs.sections(log, **asked)]
 
 
 POSITION_FIRST = (Move.POSITION, Move.FREEZE, *HAND_OVER[2:])
@@ -116,7 +117,7 @@ ONE_DELETE = (*TRUNCATE[:2], ((Part.LOCK_SHARED,), (Part.LIST, Part.DELETE)))
 DESIGN: dict[str, Mutant] = {
     "no tombstone": _mutant("offers: ghost", "offers: updates", tombstones=False),
     "no gate": _mutant("offers: ghost", "offers: updates", merged=lambda cell, offers, floor: [*offers][-1]),
-    "no floor": _mutant("offers: late below L0", merged=lambda cell, offers, floor: merge.merged(cell, offers, BELOW_ALL)),
+    "no floor": _mutant("offers: late below L0", merged=lambda cell, offers, floor: rule.merged(cell, offers, BELOW_ALL)),
     "stamp = current LSN": _mutant("offers: ghost", "offers: updates", stamp=lambda l0, now: Version(0, now, -1)),
     "gate in one statement": _mutant("statements: ghost", gate=ALL_AT_ONCE),
     "lock inside the statement": _mutant("statements: collection", "statements: truncate", gate=LOCK_INSIDE),
@@ -132,7 +133,7 @@ DESIGN: dict[str, Mutant] = {
     ),
     "collection without floor": _mutant("offers: collection", collection_floor=False),
     "collection before close": _mutant(
-        "offers: collection asked for early", collectable=lambda closed, applied, upto: merge.collectable(True, applied, upto)
+        "offers: collection asked for early", collectable=lambda closed, applied, upto: rule.collectable(True, applied, upto)
     ),
     "no fencing token": _mutant("statements: zombie", markable=lambda chunk, token: True),
     "key change as update of the new key only": _mutant("offers: key changes", apart=_new_key_only),
@@ -195,7 +196,7 @@ FOUND: dict[str, Mutant] = {
     ),
     "the lake is told nothing of the time at the new store": _mutant(
         "authority: there and back by direct writes",
-        sections=lambda log, *, takes_over, carried: tenure.sections(log, takes_over=True, carried=carried),
+        sections=lambda log, *, takes_over, carried: epochs.sections(log, takes_over=True, carried=carried),
     ),
     "the old store's log without a break": _mutant(
         "authority: there and back by direct writes",

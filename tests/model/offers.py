@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
 
-from changeover.jobs.chunks import Chunk
-from changeover.jobs.merge import Cell
-from changeover.jobs.offers import UNSENT, Change, Image, Key
+from changeover.jobs.apply.offers import UNSENT, Change, Image, Key
+from changeover.jobs.apply.rule import Cell
+from changeover.jobs.ledger.chunks import Chunk
 from changeover.position import Version
 from tests.model.carried import Held
 from tests.model.rules import RULES, Rules

@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from changeover.cohorts import Cohorts
-from changeover.jobs import changes, chunks, definition, merge, offers, snapshot, tenure
-from changeover.jobs.backfill import LedgerMark
-from changeover.jobs.chunks import Chunk
-from changeover.jobs.definition import Piece
-from changeover.jobs.entries import Authority
-from changeover.jobs.merge import Cell
-from changeover.jobs.offers import Change, Image, Key
-from changeover.jobs.tenure import Section
+from changeover.jobs.apply import batch as batching
+from changeover.jobs.apply import offers, rule
+from changeover.jobs.apply.offers import Change, Image, Key
+from changeover.jobs.apply.rule import Cell
+from changeover.jobs.guarantee import definition
+from changeover.jobs.guarantee.definition import Piece
+from changeover.jobs.ledger import chunks, epochs
+from changeover.jobs.ledger.chunks import Chunk
+from changeover.jobs.ledger.epochs import Section
+from changeover.jobs.ledger.records import Authority
+from changeover.jobs.load.copier import LedgerMark
+from changeover.jobs.source import snapshot
 from changeover.position import Version, epoch_floor, image_version
-from changeover.stores import statements
-from changeover.stores.appends import APPEND_VERSION, appended
-from changeover.stores.delta import DeltaStore
-from changeover.stores.ranges import ranges_between
-from changeover.stores.reader import KeyRange
-from changeover.stores.statements import Move, Procedure, Transaction
-from changeover.verifiers.planned import changed_types
+from changeover.stores.base import statements
+from changeover.stores.base.ranges import ranges_between
+from changeover.stores.base.reader import KeyRange
+from changeover.stores.base.statements import Move, Procedure, Transaction
+from changeover.stores.delta.appends import APPEND_VERSION, appended
+from changeover.stores.delta.store import DeltaStore
+from changeover.tenants import Cohorts
+from changeover.verifiers.compare.planned import changed_types
 from tests.model.carried import Held
 
 
@@ -36,8 +40,8 @@ def _batch(changes: Iterable[Change], held: Mapping[Key, Held], exact: bool, rea
 
 
 def _floors(changes: Sequence[Authority]) -> list[tuple[int, Cohorts]]:
-    """Return the epoch below which a store takes nothing any more, by cohorts, as `flags.sides` puts it."""
-    return [(held.epoch, whose) for held, whose in tenure.shares(changes).items()]
+    """Return the epoch below which a store takes nothing any more, by cohorts, as `flags.fence.endpoints` puts it."""
+    return [(held.epoch, whose) for held, whose in epochs.shares(changes).items()]
 
 
 def _definition_changed(recorded: Piece, now: Piece | None) -> bool:
@@ -58,13 +62,13 @@ def _compared(target_type: str, source: str | None, target: str | None) -> bool:
 class Rules:
     """Every rule that the model runs, by default the product's own."""
 
-    applies: Callable[[Version, Version | None, Version], bool] = merge.applies
-    image_applies: Callable[[Version | None, Version, Version], bool] = merge.image_applies
-    merged: Callable[[Cell | None, Iterable[Cell], Version], Cell | None] = merge.merged
-    truncated_floor: Callable[[Version], Version] = merge.truncated_floor
-    collectable: Callable[[bool, int, Version], bool] = merge.collectable
-    collected: Callable[[Version, Version], bool] = merge.collected
-    caught_up_floor: Callable[[int, int], Version] = merge.caught_up_floor
+    applies: Callable[[Version, Version | None, Version], bool] = rule.applies
+    image_applies: Callable[[Version | None, Version, Version], bool] = rule.image_applies
+    merged: Callable[[Cell | None, Iterable[Cell], Version], Cell | None] = rule.merged
+    truncated_floor: Callable[[Version], Version] = rule.truncated_floor
+    collectable: Callable[[bool, int, Version], bool] = rule.collectable
+    collected: Callable[[Version, Version], bool] = rule.collected
+    caught_up_floor: Callable[[int, int], Version] = rule.caught_up_floor
     claimed: Callable[[Sequence[Chunk]], tuple[int, tuple[Chunk, ...]]] = chunks.claimed
     markable: Callable[[Chunk, int], bool] = chunks.markable
     closable: Callable[[Sequence[Chunk], int, int | None, bool], bool] = chunks.closable
@@ -74,12 +78,12 @@ class Rules:
     apart: Callable[[Version, Key, Image | None, Key | None], tuple[Change, ...]] = offers.apart
     after_truncate: Callable[[Iterable[Change], Version | None], list[Change]] = offers.after_truncate
     batch: Callable[[Iterable[Change], Mapping[Key, Held], bool, Mapping[Key, Image]], list[Change]] = _batch
-    visible: Callable[[int, str], bool] = changes.visible
+    visible: Callable[[int, str], bool] = batching.visible
     contains: Callable[[str, str], bool] = snapshot.contains
     acknowledged: Callable[[int, int], int] = chunks.acknowledged
     stamp: Callable[[int, int], Version] = lambda l0, now: image_version(l0)
     lake_merges_while_loading: bool = DeltaStore.merges_while_loading
-    sections: Callable[..., list[Section]] = tenure.sections
+    sections: Callable[..., list[Section]] = epochs.sections
     floors: Callable[[Sequence[Authority]], list[tuple[int, Cohorts]]] = _floors
     epoch_floor: Callable[[int], Version] = epoch_floor
     ranges: Callable[[Sequence[tuple[str, ...]]], list[KeyRange]] = ranges_between

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from changeover.stores.statements import Move
+from changeover.stores.base.statements import Move
 from tests.model.rules import Rules
 from tests.model.server import Moment, Operation, Process, ServerWorld, Turn, Waits
 

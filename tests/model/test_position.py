@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from changeover.stores.statements import CATCH_UP, Part, Procedure, Transaction
+from changeover.stores.base.statements import CATCH_UP, Part, Procedure, Transaction
 from tests.model.kernel import explore
 from tests.model.rules import RULES
 from tests.model.table_worlds import LOADED, Table, caught_up, caught_up_twice, gone, put

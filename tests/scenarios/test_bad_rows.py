@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from changeover.errors import ChangeoverError, RowRefused
-from changeover.jobs import backfill, carrier
-from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows, rows
+from changeover.jobs.apply import applier
+from changeover.jobs.load import copier
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows, rows
 
 OLD = """
 CREATE TABLE t (id int, part text, ts text, qty int, note text, amount numeric(12,2), PRIMARY KEY (id, part));
@@ -101,7 +102,7 @@ def test_a_chunk_with_a_bad_row_alone_is_read_again_in_a_newer_snapshot(made: Mi
 
 
 def test_a_rule_that_fails_everywhere_ends_after_a_few_chunks(made: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backfill, "MOST_NAMED", 2)
+    monkeypatch.setattr(copier, "MOST_NAMED", 2)
     made.old.execute("UPDATE t SET qty = -qty")
     made.prepare()
     with pytest.raises(ChangeoverError) as raised:
@@ -116,7 +117,7 @@ def test_a_rule_that_fails_everywhere_ends_after_a_few_chunks(made: Migration, m
 def test_replay_goes_on_when_a_bad_row_was_corrected(made: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
     made.prepare()
     made.backfill()
-    monkeypatch.setattr(carrier, "BATCH_EVENTS", 1)  # a correction is in a later batch
+    monkeypatch.setattr(applier, "BATCH_EVENTS", 1)  # a correction is in a later batch
     for change in ("UPDATE t SET ts = 'secret' WHERE id = 5", "UPDATE t SET qty = -7 WHERE id = 6",
                    "UPDATE t SET note = 'fine' WHERE id > 50", "UPDATE days SET day = 'infinity' WHERE id = 8",
                    "INSERT INTO t VALUES (70, 'p', NULL, 1, 'new', 99999)", "INSERT INTO days VALUES (90, 'today')"):  # fmt: skip
@@ -128,7 +129,7 @@ def test_replay_goes_on_when_a_bad_row_was_corrected(made: Migration, monkeypatc
     made.old.execute("DELETE FROM t WHERE id = 6")
     refused(lambda: made.catch_up(STORE), "table public.t, key (70, p), column amount: ")
     made.old.execute("UPDATE t SET id = 71, amount = 2, note = 'moved' WHERE id = 70")
-    monkeypatch.setattr(carrier, "BATCH_EVENTS", 3)  # a lake's MERGE takes seconds
+    monkeypatch.setattr(applier, "BATCH_EVENTS", 3)  # a lake's MERGE takes seconds
     refused(lambda: made.catch_up(LAKE), "table public.days, key (8), column day: ")
     made.old.execute("UPDATE days SET day = 'today' WHERE id = 8")
     made.catch_up()

@@ -19,19 +19,19 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from changeover.jobs.ledger import Ledger
-from changeover.verifiers.verdict import Verdict
-from changeover.verifiers.verify import verify
-from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, NASTY_ROWS, ROWS, MakeMigration, Migration
-from tests.fix_writer import writing
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.verifiers.compare.verdict import Verdict
+from changeover.verifiers.verification import verify
+from tests.support.fix_migration import FOLLOWS, FOLLOWS_TABLE, NASTY_ROWS, ROWS, MakeMigration, Migration
+from tests.support.fix_writer import writing
 
-CAPTURE = [sys.executable, "-m", "changeover.cli", "capture"]
+CAPTURE = [sys.executable, "-m", "changeover.cli.main", "capture"]
 
 JOBS = """
 import os, sys, threading, traceback
 from changeover.errors import ChangeoverError
-from changeover.jobs import backfill as loading
-from changeover.jobs.replay import replay
+from changeover.jobs.load import copier as loading
+from changeover.jobs.apply.rounds import replay
 from changeover.session import spark_session
 from changeover.spec import load
 

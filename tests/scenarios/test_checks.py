@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from changeover.cli import main
-from tests.fix_migration import LAKE, STORE, MakeMigration, Migration
+from changeover.cli.main import main
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration
 
 ORDERS = """
 CREATE TABLE orders (id integer PRIMARY KEY, amount numeric(38,2) NOT NULL, paid_at timestamptz, noted_at timestamptz NOT NULL);

@@ -18,14 +18,15 @@ import pytest
 from click.testing import CliRunner, Result
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.cli import main
-from changeover.flags import cutover, flagfile
-from changeover.flags.gate import COMPARISONS
-from changeover.flags.router import Change, Limits, Router, returned
-from changeover.jobs.ledger import Ledger
-from changeover.verifiers.verify import verify
-from tests.fix_accounts import following
-from tests.fix_migration import STORE, MakeMigration, Migration
+from changeover.cli.main import main
+from changeover.flags import flagfile
+from changeover.flags.cutover import commands as cutover
+from changeover.flags.readiness import COMPARISONS
+from changeover.flags.router.router import Change, Limits, Router, returned
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.verifiers.verification import verify
+from tests.support.fix_accounts import following
+from tests.support.fix_migration import STORE, MakeMigration, Migration
 
 MEMBERS = "CREATE TABLE members (org text, number integer, count bigint NOT NULL DEFAULT 0, PRIMARY KEY (org, number))"
 FLAG = "members-store"

@@ -23,21 +23,21 @@ import pytest
 from ldclient.migrations.types import Origin, Stage
 from psycopg import sql
 
-from changeover import points
+from changeover import failpoints
 from changeover.errors import Refused
 from changeover.flags import flagfile
-from changeover.flags.fence import fence, settle
-from changeover.jobs import reverse
-from changeover.jobs.capture import emit_marker
-from changeover.jobs.ledger import Ledger
+from changeover.flags.fence.fence import fence, settle
+from changeover.jobs.capture.service import emit_marker
+from changeover.jobs.ledger.epochs import shares
+from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.prepare import spool_of
-from changeover.jobs.tenure import shares
+from changeover.jobs.reverse import path as reverse
 from changeover.session import connect
-from changeover.stores.gate import FENCED, ours
-from tests.fix_accounts import following
-from tests.fix_flags import wait_until
-from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
-from tests.fix_migration import rows as comparable
+from changeover.stores.postgres.gate import FENCED, ours
+from tests.support.fix_accounts import following
+from tests.support.fix_flags import wait_until
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
+from tests.support.fix_migration import rows as comparable
 
 FOLLOWS = """
 CREATE TABLE friends (from_user bigint, to_user bigint, note text, weight numeric(12,2) NOT NULL DEFAULT 0,
@@ -248,7 +248,8 @@ def test_cohorts_move_there_and_back_under_live_writers(friends: Migration) -> N
 KILLED = """
 import sys
 from ldclient.migrations.types import Origin
-from changeover.flags.fence import fence, settle
+from changeover.flags.fence.fence import fence
+from changeover.flags.fence.fence import settle
 from changeover.spec import load
 fence(load(sys.argv[1]), Origin(sys.argv[2]), cohorts=["1", "2"], max_pause=60)
 """
@@ -256,7 +257,7 @@ fence(load(sys.argv[1]), Origin(sys.argv[2]), cohorts=["1", "2"], max_pause=60)
 
 def killed_at(migration: Migration, to: Origin, point: str, file: Path) -> None:
     """Begin a fence of two cohorts in a process of its own, and kill -9 it at a point."""
-    environment = {**os.environ, points.VARIABLE: f"{point}:{file}"}
+    environment = {**os.environ, failpoints.VARIABLE: f"{point}:{file}"}
     child = subprocess.Popen([sys.executable, "-c", KILLED, migration.spec.path, to.value], env=environment)
     deadline = time.monotonic() + PATIENT
     while not file.exists():

@@ -24,11 +24,11 @@ from changeover.demo import patience, tour
 from changeover.demo.damage import KINDS, Damaged
 from changeover.demo.patience import Patience
 from changeover.demo.place import Place
-from changeover.embedded import EmbeddedServer
+from changeover.embedded.server import EmbeddedServer
 from changeover.errors import CouldNotFinish
-from changeover.jobs.leftovers import leftovers
-from changeover.verifiers.verdict import Difference
-from tests.fix_demo import ROWS, DemoRun, RunDemo
+from changeover.jobs.install.leftovers import leftovers
+from changeover.verifiers.compare.verdict import Difference
+from tests.support.fix_demo import ROWS, DemoRun, RunDemo
 
 STEPS = [step.name for step in tour.STEPS]
 
@@ -160,7 +160,7 @@ def temporary() -> Iterator[Path]:
 def interrupted(temporary: Path, when: Callable[[Path, list[str]], bool], *arguments: str) -> str:
     """Run the demo, send it both signals one after the other once it has come so far, and return the sentence that it ends with."""
     child = subprocess.Popen(
-        [sys.executable, "-u", "-m", "changeover.cli", "demo", "--rows", "600", *arguments],
+        [sys.executable, "-u", "-m", "changeover.cli.main", "demo", "--rows", "600", *arguments],
         env={**os.environ, "TMPDIR": str(temporary)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     out, err = child.stdout, child.stderr

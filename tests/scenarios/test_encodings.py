@@ -9,16 +9,16 @@ import pytest
 from psycopg import sql
 from pyspark.sql import SparkSession
 
-from changeover.embedded import EmbeddedServer
+from changeover.embedded.server import EmbeddedServer
 from changeover.errors import TableStopped, TextRefused
-from changeover.jobs.preflight import preflight
+from changeover.jobs.preflight.rules import preflight
 from changeover.session import connect
-from changeover.sparkerrors import from_spark
-from changeover.stores import Column
-from changeover.stores.postgres import exporting
-from changeover.stores.reader import EVERYTHING, ReadTable, read_table
-from tests.fix_migration import STORE, MakeMigration, Migration
-from tests.fix_postgres import drop_database
+from changeover.spark.failures import from_spark
+from changeover.stores.base.interface import Column
+from changeover.stores.base.reader import EVERYTHING, ReadTable, read_table
+from changeover.stores.postgres.store import exporting
+from tests.support.fix_migration import STORE, MakeMigration, Migration
+from tests.support.fix_postgres import drop_database
 
 TABLES = "".join(f'[[table]]\nsource = "public.{name}"\ntarget = "{name}"\nkey = ["id"]\n' for name in ("kept", "odd"))
 DDL = """

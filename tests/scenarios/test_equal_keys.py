@@ -8,8 +8,8 @@ from __future__ import annotations
 from psycopg import sql
 
 from changeover.verifiers.explain import explain
-from changeover.verifiers.verify import verify
-from tests.fix_migration import MakeMigration, Migration, Rows, rows
+from changeover.verifiers.verification import verify
+from tests.support.fix_migration import MakeMigration, Migration, Rows, rows
 
 KINDS = {
     "numbers": ("numeric", "1", "1.0", "1.00"),

@@ -19,7 +19,7 @@ from deltalake import DeltaTable, write_deltalake
 from psycopg import sql
 
 from changeover.errors import RowRefused
-from tests.fix_migration import LAKE, STORE, MakeMigration, Migration
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration
 
 TYPES = {
     "s": "text", "s2": "text", "n": "numeric", "m": "numeric(38,4)", "d": "double precision", "f": "real",

@@ -15,10 +15,11 @@ import pytest
 from changeover.errors import LockNotGranted
 from changeover.position import Version, image_version
 from changeover.session import connect
-from changeover.stores import VERSION_COLUMNS, Column, TargetTable, batches, gate
-from changeover.stores.delta import DeltaStore
-from changeover.stores.postgres import PostgresStore
-from tests.fix_migration import LAKE, STORE, Migration, load_after
+from changeover.stores.base.interface import VERSION_COLUMNS, Column, TargetTable
+from changeover.stores.delta.store import DeltaStore
+from changeover.stores.postgres import batches, gate
+from changeover.stores.postgres.store import PostgresStore
+from tests.support.fix_migration import LAKE, STORE, Migration, load_after
 
 DELETED, UPDATED, ADDED = 1, 2, 200
 """Users whose every row is deleted, or updated, or added between the read and the insert."""

@@ -10,7 +10,7 @@ from psycopg import sql
 
 from changeover.position import parse_lsn
 from changeover.session import Connection
-from tests.fix_migration import STORE, Migration
+from tests.support.fix_migration import STORE, Migration
 
 PAGE = Path(__file__).parents[2] / "ARCHITECTURE.md"
 

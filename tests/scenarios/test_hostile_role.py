@@ -6,10 +6,10 @@ import pytest
 from psycopg import sql
 
 from changeover.errors import CouldNotFinish
-from changeover.jobs.preflight import preflight
+from changeover.jobs.preflight.rules import preflight
 from changeover.session import Connection
-from tests.fix_migration import STORE, MakeMigration, Migration
-from tests.fix_roles import Mover
+from tests.support.fix_migration import STORE, MakeMigration, Migration
+from tests.support.fix_roles import Mover
 
 TABLE = '[[table]]\nsource = "public.odd"\ntarget = "odd"\nkey = ["id"]\n'
 DDL = """

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from changeover import points
-from changeover.cli import main
-from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, NASTY_ROWS, STORE, MakeMigration
+from changeover import failpoints
+from changeover.cli.main import main
+from tests.support.fix_migration import FOLLOWS, FOLLOWS_TABLE, NASTY_ROWS, STORE, MakeMigration
 
 START_SECONDS = 300.0
 END_SECONDS = 120.0
@@ -51,7 +51,7 @@ def slowly(frame):
 def command(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """Run a command in a session of its own; whatever is left of it when the test is over is killed."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "changeover.cli", *arguments], env={**os.environ, **environment}, start_new_session=True,
+        [sys.executable, "-m", "changeover.cli.main", *arguments], env={**os.environ, **environment}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     with child:
@@ -113,7 +113,7 @@ def test_ctrl_c_while_spark_works(make_migration: MakeMigration, tmp_path: Path,
     made.prepare()
     path = made.spec.path
 
-    with command("backfill", path, PYTHONPATH=paths, **{points.VARIABLE: f"chunk-read:{tmp_path / 'chunk'}"}) as child:
+    with command("backfill", path, PYTHONPATH=paths, **{failpoints.VARIABLE: f"chunk-read:{tmp_path / 'chunk'}"}) as child:
         until((tmp_path / "chunk").exists, START_SECONDS, child)
         interrupted(child, "backfill", whole_group=True)
     assert not any(row.loaded for row in made.chunks(STORE))

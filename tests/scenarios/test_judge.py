@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from deltalake import DeltaTable
 
-from tests.fix_demo import DemoRun
+from tests.support.fix_demo import DemoRun
 
 OLD = """
 SELECT from_user::text, 'follows', to_channel::text, notify::text, settings::text, note, weight::text, score::text, credit::text,

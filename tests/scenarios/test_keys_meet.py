@@ -10,8 +10,8 @@ import re
 import pytest
 
 from changeover.errors import RowRefused
-from changeover.verifiers.verify import verify
-from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, rows
+from changeover.verifiers.verification import verify
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration, rows
 
 SPEC = """
 [[table]]

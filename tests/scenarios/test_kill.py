@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from changeover import points
-from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, ROWS, STORE, MakeMigration, Migration
+from changeover import failpoints
+from tests.support.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, ROWS, STORE, MakeMigration, Migration
 
 CHILD = """
 import sys, threading
-from changeover.jobs import backfill as job
+from changeover.jobs.load import copier as job
 from changeover.session import spark_session
 from changeover.spec import load
 job.FEWEST_CHUNKS = int(sys.argv[1])
@@ -43,7 +43,7 @@ def stopped_at(point: str, file: Path, migrations: dict[str, Migration]) -> Iter
     """Run the backfills in a child up to a point that both have reached; kill the whole group when the block ends."""
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(CHUNKS), *(m.spec.path for m in migrations.values())],
-        env={**os.environ, points.VARIABLE: f"{point}:{file}"}, start_new_session=True, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, failpoints.VARIABLE: f"{point}:{file}"}, start_new_session=True, stderr=subprocess.PIPE, text=True,
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:

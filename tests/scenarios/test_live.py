@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.fix_migration import LAKE, STORE, Migration
-from tests.fix_writer import writing
+from tests.support.fix_migration import LAKE, STORE, Migration
+from tests.support.fix_writer import writing
 
 
 def test_equal_after_a_migration_beside_a_live_writer(migration: Migration, old_dsn: str) -> None:

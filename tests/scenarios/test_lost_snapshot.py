@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from changeover.errors import SnapshotLost, SourceChanged
-from changeover.jobs import snapshot
-from changeover.jobs.snapshot import contains
-from changeover.stores.delta import DeltaStore
-from changeover.stores.postgres import PostgresStore
-from tests.fix_migration import LAKE, STORE, Migration, load_one_by_one
+from changeover.jobs.source import snapshot
+from changeover.jobs.source.snapshot import contains
+from changeover.stores.delta.store import DeltaStore
+from changeover.stores.postgres.store import PostgresStore
+from tests.support.fix_migration import LAKE, STORE, Migration, load_one_by_one
 
 MEANWHILE = """
 DELETE FROM follows WHERE from_user % 7 = 0;

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from pyspark.sql import DataFrame
 
-from changeover.jobs.backfill import LedgerMark
-from changeover.jobs.ledger import Ledger
-from changeover.stores import Store, TargetTable
-from changeover.stores.delta import DeltaStore
-from changeover.stores.postgres import PostgresStore
-from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, rows
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.load.copier import LedgerMark
+from changeover.stores.base.interface import Store, TargetTable
+from changeover.stores.delta.store import DeltaStore
+from changeover.stores.postgres.store import PostgresStore
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration, rows
 
 TARGETS = (STORE, LAKE)
 KINDS = {STORE: PostgresStore, LAKE: DeltaStore}

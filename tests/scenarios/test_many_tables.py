@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from psycopg import sql
 
-from changeover.jobs.division import examined
-from changeover.verifiers.verify import verify
-from tests.fix_migration import STORE, MakeMigration
-from tests.fix_roles import Mover
+from changeover.jobs.preflight.division import examined
+from changeover.verifiers.verification import verify
+from tests.support.fix_migration import STORE, MakeMigration
+from tests.support.fix_roles import Mover
 
 TABLES = 24
 LIMIT = 18
@@ -21,7 +21,7 @@ NAMES = [f"t{number:02}" for number in range(TABLES)]
 def test_every_table_has_its_verdict_however_many_they_are(
     make_migration: MakeMigration, mover: Mover, old_dsn: str, new_dsn: str, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("changeover.jobs.backfill.FEWEST_CHUNKS", 1)
+    monkeypatch.setattr("changeover.jobs.load.copier.FEWEST_CHUNKS", 1)
     tables = "".join(f'[[table]]\nsource = "public.{name}"\ntarget = "{name}"\nkey = ["id"]\n' for name in NAMES)
     create = [f"CREATE TABLE {name} (id bigint PRIMARY KEY, said text); INSERT INTO {name} VALUES (1, 'a')" for name in NAMES]
     made = make_migration(tables, *create, targets=[STORE], kind=kind)

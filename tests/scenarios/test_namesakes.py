@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from changeover.flags.endpoint import Change, GateCall, PgEndpoint
+from changeover.flags.router.endpoint import Change, GateCall, PgEndpoint
 from changeover.jobs import prepare as preparing
 from changeover.position import Version
-from tests.fix_migration import STORE, MakeMigration, Migration
+from tests.support.fix_migration import STORE, MakeMigration, Migration
 
 TABLE = '[[table]]\nsource = "{schema}.kept"\ntarget = "{schema}.kept"\nkey = ["id"]\n'
 SOURCE = """

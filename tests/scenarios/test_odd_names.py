@@ -9,13 +9,13 @@ from typing import Any
 from deltalake import DeltaTable
 from psycopg import sql
 
-from changeover.jobs.division import examined
-from changeover.jobs.draft import toml
+from changeover.jobs.init import toml
+from changeover.jobs.preflight.division import examined
 from changeover.names import joined, segment
 from changeover.session import Connection
-from changeover.stores.appends import APART
+from changeover.stores.delta.appends import APART
 from changeover.verifiers.explain import explain
-from tests.fix_migration import LAKE, STORE, MakeMigration, Migration
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration
 
 OURS_ONCE = ["_key0", "_text0", "_now0", "_range", "_asked0", "_last", "_epoch", "_lsn", "_ordinal", "_version", "_deleted"]
 ALIASES = ["b", "t", "g", "s", "excluded", "gone", "kind", "range", "image", "key", "c0", "tile", "v", "op", "select", "now"]

@@ -6,8 +6,8 @@ import pytest
 
 from changeover import pipeline
 from changeover.errors import TableStopped
-from changeover.jobs.ledger import Ledger
-from tests.fix_migration import LAKE, STORE, MakeMigration, Migration, rows
+from changeover.jobs.ledger.ledger import Ledger
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration, rows
 
 ROWS = 3000
 

@@ -19,13 +19,13 @@ from ldclient.migrations.types import Stage
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from changeover.flags import cutover
-from changeover.flags.router import Router, returned
+from changeover.flags.cutover import commands as cutover
+from changeover.flags.router.router import Router, returned
 from changeover.session import connect
 from changeover.spec import Spec, load
-from tests import fix_accounts as accounts
-from tests.fix_flags import PATIENCE, wait_until
-from tests.fix_migration import STORE, MakeMigration, Migration
+from tests.support import fix_accounts as accounts
+from tests.support.fix_flags import PATIENCE, wait_until
+from tests.support.fix_migration import STORE, MakeMigration, Migration
 
 pytestmark = pytest.mark.usefixtures("patient_fences")
 patient_fences = accounts.patient_fences

@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from deltalake import DeltaTable
 
-from changeover.jobs.masking import MASK, hashed
+from changeover.jobs.transform.masking import MASK, hashed
 
 SPEC = """
 name = "private"
@@ -68,14 +68,14 @@ def captures(folder: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"changeover.jobs.capture" in words and str(folder / "spec.toml").encode() in words:
+        if b"changeover.jobs.capture.service" in words and str(folder / "spec.toml").encode() in words:
             found.append(int(path.parent.name))
     return found
 
 
 def changeover(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command from another folder, under a umask that lets everybody read."""
-    command = [sys.executable, "-m", "changeover.cli", arguments[0], str(folder / "spec.toml"), *arguments[1:]]
+    command = [sys.executable, "-m", "changeover.cli.main", arguments[0], str(folder / "spec.toml"), *arguments[1:]]
     return subprocess.run(
         command, cwd=folder / "elsewhere", umask=0o022, capture_output=True, text=True, check=False, timeout=900
     )  # fmt: skip

@@ -17,14 +17,15 @@ import pytest
 from click.testing import CliRunner, Result
 from ldclient.migrations.types import Stage
 
-from changeover.cli import main
+from changeover.cli.main import main
 from changeover.flags import flagfile
-from changeover.flags.endpoint import Row
-from changeover.flags.router import Change, Router, returned
-from changeover.verifiers import moment, recheck
-from tests.fix_accounts import wait_for_writes
-from tests.fix_flags import PATIENCE, PATIENT
-from tests.fix_migration import STORE, MakeMigration, Migration
+from changeover.flags.router.endpoint import Row
+from changeover.flags.router.router import Change, Router, returned
+from changeover.verifiers import moment
+from changeover.verifiers.compare import recheck
+from tests.support.fix_accounts import wait_for_writes
+from tests.support.fix_flags import PATIENCE, PATIENT
+from tests.support.fix_migration import STORE, MakeMigration, Migration
 
 ACCOUNTS = """
 CREATE TABLE accounts (id bytea, part integer, amount numeric NOT NULL, at timestamptz NOT NULL, PRIMARY KEY (id, part));

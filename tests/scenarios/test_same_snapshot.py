@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from psycopg import sql
 
-from changeover.stores import reader
-from changeover.stores.delta import DeltaStore
-from changeover.stores.postgres import PostgresStore
-from tests.fix_migration import LAKE, STORE, Migration, Rows, load_one_by_one
+from changeover.stores.base import reader
+from changeover.stores.delta.store import DeltaStore
+from changeover.stores.postgres.store import PostgresStore
+from tests.support.fix_migration import LAKE, STORE, Migration, Rows, load_one_by_one
 
 KINDS = {STORE: PostgresStore, LAKE: DeltaStore}
 

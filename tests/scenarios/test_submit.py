@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.fix_migration import Migration
+from tests.support.fix_migration import Migration
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,15 +8,15 @@ from pyspark.sql import DataFrame
 
 from changeover import settings
 from changeover.errors import CouldNotFinish, RowRefused
-from changeover.jobs.changes import last_of_each_key
-from changeover.jobs.ledger import Ledger
+from changeover.jobs.apply.batch import last_of_each_key
+from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.prepare import require_prepared
-from changeover.jobs.spool import Spool
-from changeover.jobs.transform import Transform
-from changeover.sparkerrors import from_spark
-from changeover.stores.pgtypes import passable
-from changeover.stores.reader import EVERYTHING, ExportedSnapshot, ReadTable, read_table
-from tests.fix_migration import LAKE, STORE, MakeMigration, Migration
+from changeover.jobs.spool.table import Spool
+from changeover.jobs.transform.transform import Transform
+from changeover.spark.failures import from_spark
+from changeover.stores.base.pgtypes import passable
+from changeover.stores.base.reader import EVERYTHING, ExportedSnapshot, ReadTable, read_table
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration
 
 TABLE = '[[table]]\nsource = "odd"\ntarget = "odd_too"\nkey = ["id"]\n'
 SECOND = 1000

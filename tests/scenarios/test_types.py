@@ -13,14 +13,14 @@ from psycopg import sql
 from rich.console import Console
 
 from changeover.session import Connection
-from changeover.stores.fits import holds
-from changeover.stores.pgtypes import source_type
+from changeover.stores.base.fits import holds
+from changeover.stores.base.pgtypes import source_type
+from changeover.verifiers.compare.verdict import MISMATCHED, Verdict
 from changeover.verifiers.report import print_terminal, to_html
-from changeover.verifiers.verdict import MISMATCHED, Verdict
-from changeover.verifiers.verify import verify
-from tests.fix_migration import STORE, MakeMigration, Migration
-from tests.stores.test_fits import TYPES
-from tests.stores.test_pgtypes import VALUES
+from changeover.verifiers.verification import verify
+from tests.support.fix_migration import STORE, MakeMigration, Migration
+from tests.unit.stores.base.test_fits import TYPES
+from tests.unit.stores.base.test_pgtypes import VALUES
 
 ALIKE = {
     "character", "character varying", "character varying(40)", "numeric(12,2)", "numeric(14,4)", "interval(3)",

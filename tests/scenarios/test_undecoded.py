@@ -11,18 +11,18 @@ from ldclient.migrations.types import Origin, Stage
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from changeover.flags.fence import fence
-from changeover.jobs import snapshot
-from changeover.jobs.ledger import Ledger
+from changeover.flags.fence.fence import fence
+from changeover.jobs.capture.rogue import rogue
+from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.prepare import finalize
-from changeover.jobs.rogue import rogue
+from changeover.jobs.source import snapshot
 from changeover.session import connect
-from changeover.verifiers.verify import verify
-from tests.fix_accounts import application, assert_nothing_lost, following, loaded, rows, turn, unmirrored, wait_for_writes
-from tests.fix_flags import wait_until
-from tests.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, STORE, MakeMigration
-from tests.fix_postgres import default_binaries, fresh_database, passing_server
-from tests.fix_writer import writing
+from changeover.verifiers.verification import verify
+from tests.support.fix_accounts import application, assert_nothing_lost, following, loaded, rows, turn, unmirrored, wait_for_writes
+from tests.support.fix_flags import wait_until
+from tests.support.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, STORE, MakeMigration
+from tests.support.fix_postgres import default_binaries, fresh_database, passing_server
+from tests.support.fix_writer import writing
 
 
 @pytest.fixture

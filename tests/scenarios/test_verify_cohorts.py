@@ -9,15 +9,15 @@ from ldclient.migrations.types import Origin, Stage
 
 from changeover.errors import CouldNotCheck
 from changeover.flags import flagfile
-from changeover.flags.fence import fence
-from changeover.jobs import reverse
-from changeover.jobs.ledger import Ledger
-from changeover.jobs.rogue import rogue
+from changeover.flags.fence.fence import fence
+from changeover.jobs.capture.rogue import rogue
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.reverse import path as reverse
 from changeover.jobs.status import status
-from changeover.verifiers.verify import verify
-from tests.fix_accounts import following
-from tests.fix_migration import LAKE, STORE, MakeMigration, Migration
+from changeover.verifiers.verification import verify
 from tests.scenarios.test_cohorts import FLAG, FOLLOWS, PATIENT, SPEC, settled, writing
+from tests.support.fix_accounts import following
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration
 
 UNREFUSED = "SET changeover.epoch = '99'"
 """What a session says that goes past the refusal, as a superuser might."""

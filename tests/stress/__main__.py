@@ -11,10 +11,10 @@ import time
 
 import click
 
-from tests.fix_postgres import default_binaries, fresh_database, passing_server
 from tests.stress.field import Field
 from tests.stress.mutants import MUTANTS
 from tests.stress.series import Series, mutated, series
+from tests.support.fix_postgres import default_binaries, fresh_database, passing_server
 
 
 @click.command()

@@ -15,10 +15,11 @@ from typing import Any
 
 import psycopg
 
-from changeover.jobs.entries import SCHEMA
+from changeover.jobs.ledger.records import SCHEMA
 from changeover.session import Connection, connect
-from changeover.stores import Column, TargetTable, gate
-from changeover.stores.postgres import PostgresStore
+from changeover.stores.base.interface import Column, TargetTable
+from changeover.stores.postgres import gate
+from changeover.stores.postgres.store import PostgresStore
 from tests.stress.source import V0
 
 NAME = "stressed"

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import sql
 
-from changeover.jobs import merge
+from changeover.jobs.apply import rule
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
-from changeover.stores import VERSION_COLUMNS, Counts, batches, collection, gate, postgres, statements
-from changeover.stores import truncate as truncating
-from changeover.stores.batches import BATCH, OF_CHANGES, OF_IMAGES
-from changeover.stores.gate import GatedTable, version_of
-from changeover.stores.statements import BARRIER, CLOSE, COLLECT, GATE, LOAD, Part
+from changeover.stores.base import statements
+from changeover.stores.base.interface import VERSION_COLUMNS, Counts
+from changeover.stores.base.statements import BARRIER, CLOSE, COLLECT, GATE, LOAD, Part
+from changeover.stores.postgres import batches, garbage, gate
+from changeover.stores.postgres import store as postgres
+from changeover.stores.postgres import truncate as truncating
+from changeover.stores.postgres.batches import BATCH, OF_CHANGES, OF_IMAGES
+from changeover.stores.postgres.gate import GatedTable, version_of
 from tests.stress.field import TOUCHED
 
 Cursor = psycopg.Cursor[Any]
@@ -209,11 +212,11 @@ RELIABLE: Mapping[str, Mutant] = {
         ((truncating, "raise_floor", _own_version), (truncating, "_delete_some", _delete_once))
     ),
     "TRUNCATE without floor": Mutant(((truncating, "raise_floor", _no_floor),)),
-    "collection without floor": Mutant(((collection, "COLLECT", _without(COLLECT, Part.RAISE_FLOOR)),)),
-    "collection before close": Mutant(((merge, "collectable", lambda closed, applied, upto: True),)),
-    "collection by time": Mutant(((merge, "collection_bound", lambda epoch, applied: Version(epoch, applied + 300, -1)),
-                                  (merge, "collectable", lambda closed, applied, upto: closed))),
-    "collection of every tombstone": Mutant(((collection, "purge", _tombstones_alone),)),
+    "collection without floor": Mutant(((garbage, "COLLECT", _without(COLLECT, Part.RAISE_FLOOR)),)),
+    "collection before close": Mutant(((rule, "collectable", lambda closed, applied, upto: True),)),
+    "collection by time": Mutant(((rule, "collection_bound", lambda epoch, applied: Version(epoch, applied + 300, -1)),
+                                  (rule, "collectable", lambda closed, applied, upto: closed))),
+    "collection of every tombstone": Mutant(((garbage, "purge", _tombstones_alone),)),
 }  # fmt: skip
 
 RARE: Mapping[str, Mutant] = {
@@ -227,8 +230,8 @@ RARE: Mapping[str, Mutant] = {
     "loader: lock inside the statement": Mutant(
         ((batches, "LOAD", LOAD_UNLOCKED), (OF_IMAGES, Part.INSERT, _insert_locked))
     ),
-    "collection without barrier": Mutant(((collection, "COLLECT", _without(COLLECT, Part.LOCK_EXCLUSIVE)),)),
-    "collection by a list of keys": Mutant(((collection.STEPS, Part.PURGE, _by_key),)),
+    "collection without barrier": Mutant(((garbage, "COLLECT", _without(COLLECT, Part.LOCK_EXCLUSIVE)),)),
+    "collection by a list of keys": Mutant(((garbage.STEPS, Part.PURGE, _by_key),)),
     "TRUNCATE without barrier": Mutant(((truncating, "barrier", _no_barrier),)),
     "TRUNCATE by one DELETE": Mutant(((truncating, "_delete_some", _one_delete),)),
 }  # fmt: skip

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from changeover.embedded import EmbeddedServer
-from tests.fix_postgres import fresh_database
+from changeover.embedded.server import EmbeddedServer
 from tests.stress.field import Field
 from tests.stress.mutants import RELIABLE
 from tests.stress.series import mutated, series
 from tests.stress.source import V0, Source
+from tests.support.fix_postgres import fresh_database
 
 TRIALS_OF_A_MUTANT = 200
 

@@ -21,10 +21,10 @@ from typing import TypeVar
 import psycopg
 
 from changeover.errors import DatabaseFailed, RowRefused
-from changeover.jobs import merge
+from changeover.jobs.apply import rule
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
-from changeover.stores import batches
+from changeover.stores.postgres import batches
 from tests.stress.field import GATED, NAME, SHARE, STATEMENT, TABLE, WRITERS, Field, hesitate
 from tests.stress.source import L0, Source, Write
 
@@ -212,8 +212,8 @@ class Trial:
 
     def _collect_once(self) -> None:
         applied = self._position()
-        upto = merge.collection_bound(0, applied)
-        if merge.collectable(self.closed.is_set(), applied, upto):
+        upto = rule.collection_bound(0, applied)
+        if rule.collectable(self.closed.is_set(), applied, upto):
             self.collected += self._once(lambda: self.place.collector.collect(TABLE, upto, 0)).rows
 
     def _once(self, work: Callable[[], T]) -> T:

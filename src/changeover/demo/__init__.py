@@ -13,9 +13,9 @@ from pathlib import Path
 
 import click
 
-from changeover.command import HELP, Command
+from changeover.cli.command import HELP, Command
 from changeover.demo.damage import KINDS
-from changeover.demo.table import LEAST_ROWS
+from changeover.demo.schema import LEAST_ROWS
 
 __all__ = ["main"]
 

@@ -23,11 +23,11 @@ from typing import Any
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from changeover.demo.table import KEY, RESERVED_USERS, SOURCE, TARGET, Shape
+from changeover.demo.schema import KEY, RESERVED_USERS, SOURCE, TARGET, Shape
 from changeover.errors import ChangeoverError
-from changeover.flags.alarm import reason_of
-from changeover.flags.endpoint import Cursor, Row
-from changeover.flags.router import Change, Experiment, Router, returned
+from changeover.flags.router.alarm import reason_of
+from changeover.flags.router.endpoint import Cursor, Row
+from changeover.flags.router.router import Change, Experiment, Router, returned
 from changeover.names import qualified
 from changeover.spec import load
 

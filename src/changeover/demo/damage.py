@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from changeover.session import Connection
-from changeover.verifiers.verdict import EXTRA, MISMATCHED, Difference
+from changeover.verifiers.compare.verdict import EXTRA, MISMATCHED, Difference
 
 Wait = Callable[[Callable[[], str | None]], None]
 """Waits until a function returns nothing that is waited for."""

@@ -15,17 +15,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from changeover import java
 from changeover.demo import place as places
 from changeover.demo import tour as tours
 from changeover.demo.follow import Follower
 from changeover.demo.outcome import Outcome
 from changeover.demo.processes import ApplicationProcess
-from changeover.demo.table import LEAST_ROWS, Shape
+from changeover.demo.schema import LEAST_ROWS, Shape
 from changeover.errors import Interrupted, UsageError
+from changeover.files.runlog import log_file
 from changeover.interrupt import STOPPING
-from changeover.record import log_file
 from changeover.session import spark_session
+from changeover.spark import java
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

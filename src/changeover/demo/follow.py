@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from changeover.jobs.replay import replay
+from changeover.jobs.apply.rounds import replay
 from changeover.spec import Spec
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from changeover.demo.tour import Figures, Tour
 from changeover.verifiers import report
-from changeover.verifiers.verdict import Verdict
+from changeover.verifiers.compare.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console

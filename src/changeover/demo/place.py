@@ -18,9 +18,9 @@ from urllib.parse import quote
 
 from psycopg.conninfo import conninfo_to_dict
 
-from changeover.binaries import find_binaries, wheel_binaries
-from changeover.demo import table
-from changeover.embedded import EmbeddedServer
+from changeover.demo import schema
+from changeover.embedded.binaries import find_binaries, wheel_binaries
+from changeover.embedded.server import EmbeddedServer
 from changeover.errors import UsageError
 from changeover.flags import flagfile
 from changeover.flags.stages import ORDER
@@ -83,7 +83,7 @@ class Place:
 
 
 @contextmanager
-def made(work: Path | None, shape: table.Shape, keep: bool, left: Left | None = None) -> Iterator[Place]:
+def made(work: Path | None, shape: schema.Shape, keep: bool, left: Left | None = None) -> Iterator[Place]:
     """Make the place and stop its server at the end, with `keep` neither that nor remove its data (driver).
 
     After Ctrl-C nothing of it stays, reports and logs neither, unless it is to be kept; `left` then says what does.
@@ -141,17 +141,17 @@ def _folder(work: Path | None) -> Path:
     return root
 
 
-def _furnished(place: Place, shape: table.Shape) -> Place:
+def _furnished(place: Place, shape: schema.Shape) -> Place:
     for folder in (place.lake, place.work):
         folder.mkdir(mode=0o700)
-    table.write_spec(place.spec_file, lake=place.lake, work=place.work, flags=place.flags)
-    flagfile.write_stage(place.flags, table.FLAG, ORDER[0])
+    schema.write_spec(place.spec_file, lake=place.lake, work=place.work, flags=place.flags)
+    flagfile.write_stage(place.flags, schema.FLAG, ORDER[0])
     parts = conninfo_to_dict(place.dsns["old"])
     _secret(place.root / "pgpass", f"{parts['host']}:{parts['port']}:*:{parts['user']}:{parts['password']}\n")
     lines = [f"export {name}={shlex.quote(place.dsns[database])}\n" for name, database in VARIABLES.items()]
     _secret(place.environment_file, "".join(lines))
     with connect(place.dsns["old"], "demo:old") as old:
-        table.create(old, shape)
+        schema.create(old, shape)
     return place
 
 

@@ -126,4 +126,4 @@ class ApplicationProcess:
 
 def capture(spec: Path, folder: Path) -> Child:
     """Start the service that spools the change stream."""
-    return Child.start("capture", "changeover.jobs.capture", [str(spec)], folder / "capture.log")
+    return Child.start("capture", "changeover.jobs.capture.service", [str(spec)], folder / "capture.log")

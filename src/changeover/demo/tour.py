@@ -21,20 +21,21 @@ from changeover.demo.follow import Follower
 from changeover.demo.patience import Patience, tasks_done
 from changeover.demo.place import Place
 from changeover.demo.processes import ApplicationProcess, Child, capture
-from changeover.demo.table import Shape
+from changeover.demo.schema import Shape
 from changeover.errors import CouldNotCheck, CouldNotFinish, GateClosed, UnsafePlan
-from changeover.flags import cutover
-from changeover.jobs import backfill, prepare
-from changeover.jobs.division import examined
-from changeover.jobs.ledger import Ledger
-from changeover.jobs.leftovers import leftovers
-from changeover.jobs.marker import emit_marker
-from changeover.jobs.progress import progress
+from changeover.flags.cutover import commands as cutover
+from changeover.jobs import prepare
+from changeover.jobs.install.leftovers import leftovers
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.progress import progress
+from changeover.jobs.load import copier
+from changeover.jobs.preflight.division import examined
+from changeover.jobs.source.marker import emit_marker
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import connect
 from changeover.spec import Spec
-from changeover.verifiers.verdict import Difference, Verdict
-from changeover.verifiers.verify import verify
+from changeover.verifiers.compare.verdict import Difference, Verdict
+from changeover.verifiers.verification import verify
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -138,7 +139,7 @@ def load_both(tour: Tour) -> str:
     """Load the snapshot into both targets while the application goes on writing."""
     started = time.monotonic()
     with progress(tour.spec, "backfill"):
-        loaded = {one.target: one for one in backfill.backfill(tour.spec, tour.spark)}
+        loaded = {one.target: one for one in copier.backfill(tour.spec, tour.spark)}
     figures = tour.figures
     figures.backfilled = loaded["store"].rows
     figures.rate = sum(one.rows for one in loaded.values()) / (time.monotonic() - started)

@@ -1,0 +1,273 @@
+"""Cutover: what `changeover flags` does: show, advance, roll back, and follow a wish turned elsewhere.
+
+The flag is the wish, the ledger's epoch the fact. A step that moves authority takes effect by its fence alone; the flag is turned
+first, so that every router already knows where to go, and turned back when the fence is called off. Every step, and every
+refusal, is in the audit log with the hash of its evidence.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ldclient.migrations.types import Origin, Stage
+
+from changeover.errors import ChangeoverError, GateClosed, LeaseHeld, Refused
+from changeover.flags import history, readiness
+from changeover.flags.cutover import moves as by_name
+from changeover.flags.cutover import switch
+from changeover.flags.cutover.discovery import Astray, Census
+from changeover.flags.cutover.moves import Apart, sentence, together
+from changeover.flags.cutover.switch import Advanced, everybody, flag_of, require_open, require_way_back, turn, wished
+from changeover.flags.fence.fence import MAX_PAUSE, fence, settle
+from changeover.flags.observed import Facts, facts
+from changeover.flags.rights import waits
+from changeover.flags.router.endpoint import Cohort
+from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previous_stage
+from changeover.interrupt import asked_to_stop
+from changeover.jobs.capture.rogue import Rogue, rogue
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import Authority, Heartbeat
+from changeover.jobs.reverse import path as reverse
+from changeover.jobs.source.marker import mark
+from changeover.session import application_name, connect
+from changeover.spec import Spec
+
+__all__ = ["Advanced", "Shown", "advance", "flag_of", "rollback", "show", "watch", "wished"]
+
+log = logging.getLogger(__name__)
+
+ACKNOWLEDGED_SECONDS = 5.0
+"""How long to wait until every router acts at a new stage; the gate of the next one asks for it in any case."""
+
+FIGURES = re.compile(r"[0-9A-F]*[0-9][0-9A-F,./:]*")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The page for the night: where the migration stands, what speaks against the next step, and what each step costs.
+
+    `stage` is the one at which routers act; `wish` is the flag's, which waits for a fence where the two differ. `loses` is how
+    many writes of rows the step down, to `back`, would leave behind. `apart` are the cohorts at the other store. `notes` say how it
+    was found out whether the application may write to the new store, and which open transactions a fence would wait for now.
+    """
+
+    stage: Stage
+    wish: Stage
+    authority: Authority
+    next: Stage | None
+    reasons: Sequence[str]
+    back: Stage | None
+    loses: int
+    heartbeats: Sequence[Heartbeat]
+    longest_pause: float
+    way_back: reverse.State | None
+    rogue: Sequence[Rogue]
+    apart: Apart | None = None
+    notes: Sequence[str] = ()
+
+    @property
+    def go(self) -> bool:
+        """Return whether the next step is open."""
+        return self.next is not None and not self.reasons
+
+
+def show(spec: Spec) -> Shown:
+    """Return where the migration stands and what the gate says of the next step (driver; starts no JVM)."""
+    flag_of(spec)
+    with Ledger.open(spec, "flags") as ledger:
+        ledger.stream("flags")
+        wish, known = wished(spec), facts(ledger.authorities())
+        stage = effective(wish, known.rest.store)
+        above = next_stage(stage)
+        evidence = readiness.collect(spec, ledger, stage, above) if above else None
+        reasons = readiness.objections(evidence) if evidence else []
+        if above and (apart := together(known, above)):
+            reasons = [apart, *reasons]
+        back = None if history.completed(history.turns(ledger)) else _below(spec, known)[1]
+        loses = switch.expected(ledger, known.epochs(Origin.NEW) if back and TABLE[back].writes is Origin.OLD else ())
+        return Shown(
+            stage, wish, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
+            reverse.state(spec, ledger), rogue(spec, ledger), by_name.apart(known),
+            notes=[*evidence.rights.told, *waits(spec)] if evidence and readiness.takes_over(stage, evidence.after) else [],
+        )  # fmt: skip
+
+
+def advance(
+    spec: Spec, *, to: Stage | None = None, override: str | None = None, cohorts: Collection[Cohort] | None = None
+) -> Advanced:
+    """Go one stage up if the gate's evidence holds, or if `override` says why not to ask (driver).
+
+    With `cohorts` these alone go from shadow to live, as many as 10,000 at once. Raises GateClosed with every reason, and
+    FenceCalledOff with the flag turned back.
+    """
+    flag_of(spec)
+    with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
+        ledger.stream("flags advance")
+        if cohorts is not None:
+            return by_name.advance(spec, ledger, cohorts, override)
+        known = facts(ledger.authorities())
+        before = everybody(spec, known)
+        after = to or next_stage(before)
+        if after is None:
+            raise Refused("flags advance: the migration is complete, there is no stage above")
+        if apart := together(known, after):
+            raise Refused(f"flags advance: {apart}")
+        evidence = readiness.collect(spec, ledger, before, after)
+        told = require_open(ledger, evidence, override, {})
+        done = turn(spec, ledger, before, after)
+        _record(spec, ledger, history.ADVANCED, before, after, told)
+        pause, notes = done.pause_seconds if done else None, tuple(evidence.rights.told)
+        return Advanced(before, after, _epoch(ledger), pause, notes=notes)
+
+
+def rollback(spec: Spec, *, cohorts: Collection[Cohort] | None = None) -> Advanced:
+    """Go one stage down; asks no gate (driver). Raises Refused at off and once complete was reached, and FenceCalledOff.
+
+    With `cohorts` these alone go from live to shadow. Without, while some are live and the others are not, it is those that go.
+    """
+    flag_of(spec)
+    with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
+        ledger.stream("flags rollback")
+        if cohorts is not None:
+            return by_name.rollback(spec, ledger, cohorts)
+        known = facts(ledger.authorities())
+        before, after = _below(spec, known)
+        require_way_back(ledger, before)
+        if after is None:
+            raise Refused(f"flags rollback: {before.value} is the first stage, there is none below")
+        epochs = known.epochs(Origin.NEW) if TABLE[after].writes is Origin.OLD else frozenset()
+        done = turn(spec, ledger, before, after)
+        lost = switch.lost(ledger, epochs, done) if done else 0
+        lacking = done.lacking if done else None
+        _record(spec, ledger, history.ROLLED_BACK, before, after, {"lost": lost, "lacking": lacking})
+        return Advanced(before, after, _epoch(ledger), done.pause_seconds if done else None, lost, lacking)
+
+
+def _below(spec: Spec, known: Facts) -> tuple[Stage, Stage | None]:
+    """Return from which stage a rollback of all rows leads to which: where cohorts are live alone, it is these that go back."""
+    stage = everybody(spec, known)
+    if known.rest.store is Origin.OLD and Origin.NEW in known.stores:
+        return Stage.LIVE, stage
+    return stage, previous_stage(stage)
+
+
+def _epoch(ledger: Ledger) -> int:
+    return facts(ledger.authorities()).epoch
+
+
+def _record(spec: Spec, ledger: Ledger, outcome: str, before: Stage, after: Stage, told: Mapping[str, Any]) -> None:
+    """Put a turn on record, with the position at which the mirror began if it did."""
+    begins = TABLE[after].mirrors and not TABLE[before].mirrors
+    history.record(ledger, outcome, before, after, _mirror_lsn(spec, ledger, after) if begins else None, told)
+
+
+def _mirror_lsn(spec: Spec, ledger: Ledger, stage: Stage) -> int:
+    """Return the old store's position once every router acts at a stage, and have the stream pass it though nobody writes."""
+    deadline = time.monotonic() + ACKNOWLEDGED_SECONDS
+    while (
+        any(b.stage != stage.value for b in ledger.heartbeats() if readiness.alive(b, ledger.now())) and time.monotonic() < deadline
+    ):
+        time.sleep(0.1)
+    with connect(spec.source.dsn.resolve(), application_name(spec.name, "flags")) as old:
+        return mark(old, f"mirrored from {stage.value}")
+
+
+def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:
+    """Follow a flag that is turned elsewhere: ask the gate, fence, write the epoch, until `stop`, Ctrl-C or SIGTERM (driver).
+
+    `say` gets a sentence for each turn, and for each reason against one; a closed gate is asked again. Where the spec names a
+    column of cohorts, those of which the flag asks something else than of everybody move by name, together. Returns whether a
+    signal ended it; a fence that is under way then is brought to its end. Raises what is wrong at the start: StepOrder, SpecError.
+    """
+    with Ledger.open(spec, "flags watch") as ledger:
+        ledger.stream("flags watch")
+    wished(spec)
+    census = Census(spec) if spec.flag is not None and spec.flag.context is not None else None
+    with suppress(LeaseHeld):  # a fence that is under way leaves things in order by itself
+        settle(spec)
+    said: str | None = None
+    with asked_to_stop(stop) as asked:
+        while not stop.is_set():
+            try:
+                told = _follow(spec, census)
+            except LeaseHeld:
+                told = said  # a command of ours turns the flag at this moment
+            except ChangeoverError as error:
+                told = str(error)
+                if isinstance(error, GateClosed) and _is_new(told, said):
+                    _record_refusal(spec, error)
+            if told is not None and _is_new(told, said):
+                log.info("%s", told)
+                say(told)
+            said = told
+            stop.wait(every)
+        return asked()
+
+
+def _is_new(told: str, said: str | None) -> bool:
+    """Return whether a sentence says more than the one before, its counts and positions left out: those move all the time."""
+    return said is None or FIGURES.sub("", told) != FIGURES.sub("", said)
+
+
+def _record_refusal(spec: Spec, closed: GateClosed) -> None:
+    with Ledger.open(spec, "flags watch") as ledger:
+        told = {"from": _on_record(ledger).value, "to": closed.stage, "reasons": closed.reasons, "override": None}
+        ledger.audit(history.STEP, "refused", told)
+
+
+def _follow(spec: Spec, census: Census | None = None) -> str | None:
+    """Make one look; return what was done, None where the wish is the fact already. Raises GateClosed and FenceCalledOff.
+
+    Who goes back to the old store goes first: nothing that keeps others from going up may keep these.
+    """
+    with Ledger.open(spec, "flags watch") as ledger:
+        wish, known = wished(spec), facts(ledger.authorities())
+        if _is_fact(ledger, wish, known) and _astray(census, known) == Astray():
+            return None
+        with ledger.lease("flags"):
+            wish, known = wished(spec), facts(ledger.authorities())
+            astray = _astray(census, known)
+            all_back = known.rest.store is Origin.NEW and TABLE[wish].writes is Origin.OLD
+            if astray.back and not all_back:
+                return by_name.follow(spec, ledger, astray.back, Origin.OLD)
+            if not _is_fact(ledger, wish, known):
+                return _follow_everybody(spec, ledger, wish, known)
+            return by_name.follow(spec, ledger, astray.up, Origin.NEW) if astray.up else None
+
+
+def _astray(census: Census | None, known: Facts) -> Astray:
+    return census.look(known) if census is not None else Astray()
+
+
+def _follow_everybody(spec: Spec, ledger: Ledger, wish: Stage, known: Facts) -> str:
+    """Follow the flag's turn for everybody."""
+    before, wanted = _on_record(ledger), TABLE[wish].writes
+    if known.rest.store is wanted:
+        if waits := together(known, wish):
+            raise Refused(waits)
+        _record(spec, ledger, history.FOLLOWED, before, wish, {})
+        return f"the flag was turned from {before.value} to {wish.value}"
+    if wanted is Origin.NEW:
+        readiness.require(readiness.collect(spec, ledger, effective(wish, Origin.OLD), wish))
+    else:
+        require_way_back(ledger, before)
+    done = fence(spec, wanted)
+    lost = switch.lost(ledger, known.epochs(Origin.NEW), done) if wanted is Origin.OLD else 0
+    _record(spec, ledger, history.FOLLOWED, before, wish, {"epoch": done.epoch, "pause": done.pause_seconds, "lost": lost})
+    return sentence(f"the flag was turned from {before.value} to {wish.value}", done, lost)
+
+
+def _on_record(ledger: Ledger) -> Stage:
+    found = history.turns(ledger)
+    return found[0].after if found else ORDER[0]
+
+
+def _is_fact(ledger: Ledger, wish: Stage, known: Facts) -> bool:
+    return _on_record(ledger) is wish and known.rest.store is TABLE[wish].writes

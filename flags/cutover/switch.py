@@ -1,0 +1,119 @@
+"""Turning: the flag's file is turned and authority moves with it, of all rows or of some cohorts, or neither happens.
+
+The flag is turned first, so that every router already knows where to go, and put back as it was when the fence is called off;
+the ledger's word counts where what broke off may have done so after authority had moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldclient.migrations.types import Origin, Stage
+
+from changeover.errors import GateClosed, Refused, SpecError
+from changeover.flags import flagfile, history, readiness
+from changeover.flags.fence.fence import Fenced, fence, settle
+from changeover.flags.observed import Facts, facts
+from changeover.flags.stages import TABLE, effective
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.reverse import path as reverse
+from changeover.spec import Flag, Spec
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """A step that was done, up or down, of all rows or of the cohorts that are named.
+
+    `pause_seconds` is how long the fence held writers up, None without a fence; `lost` how many writes of rows a step down left
+    behind in the new store, which never reached the old one, as far as routers know; `lacking` is why the old store got what their
+    mirrors brought alone, None where it got everything. `unknown` are the named cohorts of which neither store has a row. `notes`
+    say how it was found out whether the application may write to the store that took over.
+    """
+
+    before: Stage
+    after: Stage
+    epoch: int
+    pause_seconds: float | None
+    lost: int = 0
+    lacking: str | None = None
+    cohorts: tuple[str, ...] | None = None
+    unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def flag_of(spec: Spec) -> tuple[Flag, Path]:
+    """Return the spec's flag and its data file; raises SpecError where the spec has none."""
+    if spec.flag is None:
+        raise SpecError(spec.path, "flag", "is missing: name the flag's key, its target and its data file")
+    return spec.flag, Path(spec.flag.file) if spec.flag.file else spec.work / "flags.json"
+
+
+def wished(spec: Spec) -> Stage:
+    """Return the stage that the flag's data file asks for, of everybody."""
+    flag, file = flag_of(spec)
+    return flagfile.read_stage(file, flag.key)
+
+
+def everybody(spec: Spec, known: Facts) -> Stage:
+    """Return the stage at which routers act, but for cohorts that stand apart."""
+    return effective(wished(spec), known.rest.store)
+
+
+def turn(spec: Spec, ledger: Ledger, before: Stage, after: Stage, cohorts: Collection[str] | None = None) -> Fenced | None:
+    """Turn the flag, and move authority where the stage asks for it; the flag goes back if that fails."""
+    flag, file = flag_of(spec)
+    to = TABLE[after].writes
+    if TABLE[before].writes is to:
+        settle(spec)
+        _write(flag, file, after, cohorts, alone=to is Origin.OLD)
+        return None
+    former = flagfile.read_flag(file, flag.key)
+    try:
+        _write(flag, file, after, cohorts)
+        return fence(spec, to, cohorts=cohorts)
+    except BaseException:
+        known = facts(ledger.authorities())
+        has = {known.of(cohort).store for cohort in cohorts} if cohorts is not None else known.stores
+        if has != {to}:
+            flagfile.write_flag(file, flag.key, former)
+        raise
+
+
+def _write(flag: Flag, file: Path, stage: Stage, cohorts: Collection[str] | None, alone: bool = False) -> None:
+    """Turn the flag of cohorts, or of everybody; of all cohorts too then, unless it is turned `alone`."""
+    if cohorts is None:
+        flagfile.write_stage(file, flag.key, stage, None if alone else flag.context)
+    else:
+        assert flag.context is not None
+        flagfile.write_cohorts(file, flag.key, flag.context, cohorts, stage)
+
+
+def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | None, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what goes on record of a step's evidence; raises GateClosed, itself on record, unless there is an override."""
+    reasons = readiness.objections(evidence)
+    found = {**told, "evidence": evidence.digest, "reasons": reasons, "rights": evidence.rights.told, "override": override}
+    if reasons and not override:
+        ledger.audit(history.STEP, "refused", {"from": evidence.before.value, "to": evidence.after.value, **found})
+        raise GateClosed(evidence.after.value, tuple(reasons))
+    return found
+
+
+def require_way_back(ledger: Ledger, before: Stage) -> None:
+    """Refuse once complete was reached, wherever the flag points by now: since then the old store got no write."""
+    if before is Stage.COMPLETE or history.completed(history.turns(ledger)):
+        raise Refused("flags rollback: complete was reached, there is no way back: the old store lacks every write since")
+
+
+def expected(ledger: Ledger, epochs: Collection[int]) -> int:
+    """Return how many writes a step down would lose of those made under some epochs of the new store."""
+    if not epochs or reverse.whole(ledger) is None:
+        return 0
+    return readiness.lost(ledger.heartbeats(), epochs, ledger.now())
+
+
+def lost(ledger: Ledger, epochs: Collection[int], done: Fenced) -> int:
+    """Return how many writes a fence back has lost: none where the reverse path brought them all."""
+    return readiness.lost(ledger.heartbeats(), epochs, ledger.now()) if done.lacking is not None else 0

@@ -1,0 +1,128 @@
+"""The two sides of a fence: each store's session and tables, what it refuses, and where its log is.
+
+What a store refuses follows from the authority log: all rows over which it has no authority. Only where cohorts move one by one the
+store that takes over refuses from the first fence on what it has not got yet; while all rows move at once it has nothing to refuse
+before. Everything runs where `changeover flags` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ldclient.migrations.types import Origin
+
+from changeover.jobs.ledger.epochs import shares
+from changeover.jobs.ledger.records import Authority
+from changeover.jobs.preflight.rules import source_table
+from changeover.jobs.source import ticks
+from changeover.jobs.source.triggerlog import Log
+from changeover.jobs.transform import tenancy
+from changeover.names import joined
+from changeover.position import epoch_floor, parse_lsn
+from changeover.session import Connection, application_name, connect, server_name
+from changeover.spec import TRIGGER, Spec, Table
+from changeover.stores.postgres import gate, refusal, tenantfloor
+from changeover.stores.postgres.refusal import Refusal, Refused
+
+
+@dataclass(frozen=True)
+class SideTable:
+    """A table as one store has it: its key there, and the column that holds a row's cohort, where cohorts move one by one."""
+
+    schema: str
+    name: str
+    key: tuple[str, ...]
+    cohort: str | None
+
+    @property
+    def gated(self) -> gate.GatedTable:
+        """Return the table behind its gate."""
+        return gate.GatedTable(self.schema, self.name, self.key, ())
+
+
+@dataclass(frozen=True)
+class Side:
+    """One store at a fence."""
+
+    store: Origin
+    dsn: str
+    connection: Connection
+    tables: tuple[SideTable, ...]
+
+    def refused(self, changes: Sequence[Authority]) -> tuple[Refused, ...]:
+        """Return what this store has no authority over."""
+        return tuple(Refused(held.epoch, whose) for held, whose in shares(changes).items() if held.store != self.store.value)
+
+    def freeze(self, changes: Sequence[Authority], begun: Refused | None, deadline: float) -> str | None:
+        """Refuse what this store has no authority over, and what is begun up to the deadline; return a table that is not granted.
+
+        None says that no transaction is alive any more that could write such rows.
+        """
+        for table in self.tables:
+            what = Refusal(self.refused(changes) if table.cohort else (), begun, table.cohort)
+            if not refusal.install(self.connection, table.schema, table.name, what, deadline):
+                return joined(table.schema, table.name)
+        return None
+
+    def settle(self, changes: Sequence[Authority]) -> None:
+        """Refuse what this store has no authority over, for good, and nothing else; safe to repeat."""
+        for table in self.tables:
+            what = Refusal(self.refused(changes), None, table.cohort)
+            if what.standing or (table.cohort and changes):
+                refusal.replace(self.connection, table.schema, table.name, what)
+            else:
+                refusal.remove(self.connection, table.schema, table.name)
+
+    def raise_floors(self, changes: Sequence[Authority]) -> None:
+        """Take nothing through the gates any more of an epoch before a row's present one; safe to repeat."""
+        for table in self.tables:
+            if not changes or not gate.installed(self.connection, table.gated):
+                continue
+            if table.cohort is None:
+                gate.raise_floor(self.connection, table.gated, epoch_floor(changes[-1].epoch))
+            else:
+                tenantfloor.put(self.connection, table.gated, table.cohort, _floors(changes))
+
+    def install_floors(self, changes: Sequence[Authority]) -> None:
+        """Have the gates ask for the floors of cohorts, where they move one by one; it waits for gated statements."""
+        for table in self.tables:
+            if table.cohort is not None:
+                tenantfloor.install(self.connection, table.gated, table.cohort, _floors(changes), server_name(self.dsn))
+
+
+def _floors(changes: Sequence[Authority]) -> list[Refused]:
+    return [Refused(held.epoch, whose) for held, whose in shares(changes).items()]
+
+
+@contextmanager
+def sides(spec: Spec) -> Iterator[tuple[Side, Side]]:
+    """Open a session with either store: (old, new)."""
+    assert spec.flag is not None
+    old_dsn, new_dsn = spec.source.dsn.resolve(), spec.targets[spec.flag.target].dsn_value
+    name = application_name(spec.name, "fence")
+    with connect(old_dsn, name) as old, connect(new_dsn, name) as new:
+        yield (
+            Side(Origin.OLD, old_dsn, old, tuple(_old_table(spec, old, t) for t in spec.tables)),
+            Side(Origin.NEW, new_dsn, new, tuple(_new_table(spec, t) for t in spec.tables)),
+        )
+
+
+def _new_table(spec: Spec, table: Table) -> SideTable:
+    return SideTable(*table.target_name, table.key, tenancy.new_column(spec, table))
+
+
+def _old_table(spec: Spec, old: Connection, table: Table) -> SideTable:
+    seen = source_table(old, table)
+    return SideTable(*table.source_name, seen.identity if seen else (), tenancy.old_column(spec))
+
+
+def position(spec: Spec, side: Side) -> int:
+    """Return where a store's log is now: below it stands what is visible, at it or above what commits later."""
+    if spec.source.capture == TRIGGER and side.store is Origin.OLD:
+        with ticks.log_session(side.dsn, application_name(spec.name, "fence")) as session:
+            return ticks.cut(session, Log(spec.name))
+    row = side.connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+    assert row is not None
+    return parse_lsn(row[0])

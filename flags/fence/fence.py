@@ -1,0 +1,263 @@
+"""The fence: authority over all rows, or some cohorts', moves from one store to the other, enforced by the one that loses it.
+
+The order is the proof: (1) the losing store refuses whatever is not of the new epoch, and getting that trigger's lock has drained
+every older writing transaction; (2) only then its position F is read and a marker emitted; (3) the stream is still the one that was
+prepared; (4) the gaining store has everything below F; (5) the ledger says that authority has moved; (6) the gaining store's floor
+goes up to the new epoch, never before, or a fence that is called off would leave a floor that refuses what the losing store still
+writes. Until (5) the refusal ends by itself at a deadline, so a fence that dies gives the writers back; after a hand-over that took
+longer than `max_pause` it is called off.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+from ldclient.migrations.types import Origin
+from psycopg import sql
+
+from changeover import failpoints
+from changeover.errors import FenceCalledOff, Refused, TableStopped
+from changeover.flags.fence.drain import draw_near, hand_back, hand_over
+from changeover.flags.fence.endpoints import Side, sides
+from changeover.flags.fence.handover import Pause, Transfer, advance_sequences, pass_the_others
+from changeover.flags.rights import held_up_by
+from changeover.jobs.access import privileges
+from changeover.jobs.apply.rounds import LEASE_SECONDS, lease_of
+from changeover.jobs.ledger import epochs
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import Authority
+from changeover.jobs.preflight.division import indivisible
+from changeover.jobs.reverse import path as reverse
+from changeover.jobs.reverse import setup as reverse_setup
+from changeover.position import epoch_floor, format_lsn
+from changeover.spec import Spec
+from changeover.stores.base.statements import Move
+from changeover.stores.postgres import gate
+
+log = logging.getLogger(__name__)
+
+MAX_PAUSE = 10.0
+"""Seconds after which a fence is called off and writers go on where they were."""
+
+NEAR = 6.0
+"""How many times the pause's limit the gaining store may take to come near the losing one, before writers are held up at all."""
+
+PERMANENT_SECONDS = 1.0
+"""What must be left of the pause when the refusal is made permanent: the deadline may not pass in between."""
+
+MOST_COHORTS = 10_000
+"""How many cohorts a move may name: the losing store compares each row that is written with all of them."""
+
+
+@dataclass(frozen=True)
+class Fenced:
+    """A fence that was done: the new epoch, the store that has authority, and how long writers waited at most.
+
+    `lacking` is why, on the way back, the old store got no more than the mirror brought; None where it got everything.
+    """
+
+    epoch: int
+    store: str
+    from_lsn: int
+    pause_seconds: float
+    lacking: str | None = None
+
+
+def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, cohorts: Collection[str] | None = None) -> Fenced:
+    """Move authority to a store, over all rows that it has none over yet, or those of some cohorts (driver).
+
+    Capture and replay must be running. Raises FenceCalledOff, with writers back where they were, TableStopped, and SlotBlocked
+    before anything was held up; Refused for cohorts where they can't move one by one.
+    """
+    _require_nameable(spec, to, cohorts)
+    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), ExitStack() as held:
+        before = ledger.authorities()
+        whose = epochs.moving(before, to.value, cohorts)
+        if whose is not None:
+            _name_holders(spec, to)
+        if to is Origin.NEW and whose is not None:
+            for source, why in ledger.stopped().items():
+                raise TableStopped(source, why)
+        if to is Origin.NEW and whose is not None:
+            path = reverse_setup.open_path(
+                spec, ledger
+            )  # which waits for open transactions, so it comes before anybody else has to
+            if path is None and cohorts is not None:
+                raise Refused("no cohort moves alone without a way back: `changeover check` says what stands in it")
+        held.enter_context(_others_rest(spec, ledger))
+        old, new = held.enter_context(sides(spec))
+        if whose is None:
+            _finish(new if to is Origin.NEW else old, old, new, before)
+            present = next((one for one in reversed(before) if one.store == to.value), ledger.authority())
+            return Fenced(present.epoch, to.value, present.from_lsn, present.pause_seconds or 0.0)
+        names = frozenset(cohorts) if cohorts is not None else None
+        epoch = max((one.epoch for one in before), default=0) + 1
+        return _move(Transfer(spec, ledger, to, epoch, whose, names, before, old, new), max_pause)
+
+
+def _name_holders(spec: Spec, to: Origin) -> None:
+    """Say which long transactions everything that follows will wait for, so that somebody can end them."""
+    with sides(spec) as (old, new):
+        losing = old if to is Origin.NEW else new
+        tables = [(table.schema, table.name) for table in losing.tables]
+        for one in held_up_by(losing.connection, tables, new.connection if to is Origin.NEW else None):
+            log.warning("%s", one)
+
+
+def _require_nameable(spec: Spec, to: Origin, cohorts: Collection[str] | None) -> None:
+    if cohorts is None:
+        return
+    if spec.flag is None or spec.flag.context is None:
+        raise Refused("cohorts move one by one where the spec names `flag.context`, the column that holds them")
+    if not cohorts or not all(cohorts):
+        raise Refused("a cohort's name is empty: those without a name move with all rows")
+    if len(cohorts) > MOST_COHORTS:
+        raise Refused(f"{len(cohorts):,} cohorts are more than {MOST_COHORTS:,} at once: every write compares itself with them")
+    if to is Origin.NEW and (why := indivisible(spec)):
+        raise Refused(f"no cohort moves alone: {why[0]}")
+
+
+def _move(transfer: Transfer, max_pause: float) -> Fenced:
+    """Make the moves in their order."""
+    ledger, to = transfer.ledger, transfer.to
+    lacking = draw_near(transfer, NEAR * max_pause)
+    _prepare_gates(transfer, NEAR * max_pause)
+    with _turn(transfer) as turn:
+        pause = Pause(time.monotonic(), max_pause)
+        try:
+            places = (hand_over if to is Origin.NEW else hand_back)(transfer, pause, turn.close, lacking)
+            pass_the_others(transfer)
+            _make_final(transfer, pause)
+            failpoints.reach("fence-final")
+            made = Authority(transfer.epoch, to.value, places[0], datetime.min, pause.seconds, places[1], transfer.names)
+            _record(transfer, made, lacking)
+            pause.make(Move.RECORD)
+        except BaseException:
+            _call_off(transfer)
+            raise
+    _finish(transfer.gaining, transfer.old, transfer.new, ledger.authorities())
+    pause.make(Move.RAISE_FLOOR)
+    log.info(
+        "epoch %s: the %s store has authority over %s from %s, after %.3f s", transfer.epoch, to.value,
+        "all rows" if transfer.names is None else f"{len(transfer.names)} cohorts", format_lsn(places[0]), pause.seconds,
+    )  # fmt: skip
+    return Fenced(transfer.epoch, to.value, places[0], pause.seconds, lacking)
+
+
+def settle(spec: Spec) -> None:
+    """Do what a fence that was killed may have left: the store that has authority takes writes, behind its floor (driver)."""
+    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), sides(spec) as (old, new):
+        _finish(new if ledger.authority().store == Origin.NEW.value else old, old, new, ledger.authorities())
+
+
+def _finish(gaining: Side, old: Side, new: Side, changes: Sequence[Authority]) -> None:
+    """Raise the floors of what has authority on record, and let it write; safe to repeat."""
+    apart = any(table.cohort for table in gaining.tables)
+    for side in (gaining, *(one for one in (old, new) if apart and one is not gaining)):
+        side.raise_floors(changes)
+        side.settle(changes)
+
+
+def _call_off(transfer: Transfer) -> None:
+    """Give the writers back, unless the ledger holds the new epoch after all: its own word may have been lost on the way.
+
+    Where the ledger can't be asked the refusal stays as it is: two stores that take writes would be worse than none.
+    """
+    with Ledger.open(transfer.spec, "fence") as again:
+        if all(one.epoch < transfer.epoch for one in again.authorities()):
+            transfer.losing.settle(transfer.before)
+
+
+@contextmanager
+def _turn(transfer: Transfer) -> Iterator[ExitStack]:
+    """Hold replay's turn at the gaining store until it is closed.
+
+    The very next batch then begins with all that was written before the fence. A batch under way would make writers wait for it
+    and then for the next one.
+    """
+    assert transfer.spec.flag is not None
+    with ExitStack() as turn:
+        target = transfer.spec.flag.target if transfer.to is Origin.NEW else reverse.OLD_STORE
+        turn.enter_context(transfer.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+        yield turn
+
+
+def _make_final(transfer: Transfer, pause: Pause) -> None:
+    """Take the deadline off the losing store's refusal."""
+    if pause.deadline - time.monotonic() < PERMANENT_SECONDS:
+        raise FenceCalledOff(pause.seconds, "the last step, which the deadline left no time for")
+    after = Authority(transfer.epoch, transfer.to.value, 0, datetime.min, pause.seconds, 0, transfer.names)
+    transfer.losing.settle([*transfer.before, after])
+
+
+def _prepare_gates(transfer: Transfer, seconds: float) -> None:
+    """Before the pause: the losing store, mirrored to from now on, gets its gate; the gaining one statistics and sequences.
+
+    Where cohorts move one by one, the gaining store refuses from here on what it has not got.
+    """
+    losing, gaining = transfer.losing, transfer.gaining
+    for table in losing.tables:
+        gate.install_gate(losing.connection, table.schema, table.name, table.key, epoch_floor(0))
+        if table.cohort is None:
+            gate.raise_floor(losing.connection, table.gated, epoch_floor(transfer.epoch))
+    _allow(transfer)
+    for side in (losing, gaining):
+        side.install_floors(transfer.before)
+    apart = any(table.cohort for table in gaining.tables)
+    if apart and (waiting := gaining.freeze(transfer.before, None, time.monotonic() + seconds)):
+        raise FenceCalledOff(seconds, f"the lock on {waiting}, before anybody is held up")
+    for table in gaining.tables:
+        gaining.connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(table.schema, table.name)))
+    advance_sequences(gaining)
+
+
+def _allow(transfer: Transfer) -> None:
+    """Let the application's roles use the ledger and both gates: the losing store's is new, and mirrored to from now on."""
+    privileges.allow_ledger(transfer.spec, transfer.ledger.connection)
+    for side in (transfer.losing, transfer.gaining):
+        for table in side.tables:
+            privileges.allow_gate(transfer.spec, side.connection, table.gated)
+
+
+@contextmanager
+def _others_rest(spec: Spec, ledger: Ledger) -> Iterator[None]:
+    """Keep the batches of the other targets out of the pause: they would take the machine from the one that writers wait for."""
+    assert spec.flag is not None
+    with ExitStack() as held:
+        for target in sorted(set(spec.targets) - {spec.flag.target}):
+            held.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+        yield
+
+
+def _record(transfer: Transfer, made: Authority, lacking: str | None) -> None:
+    """Record, by one commit, that authority moves, and that the path back is of no use where it did not bring everything."""
+    ledger = transfer.ledger
+    with ledger.connection.transaction():
+        ledger.connection.execute(
+            "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, cohorts)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s)",
+            [ledger.migration, made.epoch, made.store, format_lsn(made.from_lsn), made.pause_seconds, format_lsn(made.new_lsn),
+             None if made.cohorts is None else sorted(made.cohorts)],
+        )  # fmt: skip
+        if lacking is not None:
+            reverse.break_off(ledger, f"authority went back without it: {lacking}")
+            _offer_again(transfer)
+
+
+def _offer_again(transfer: Transfer) -> None:
+    """Have a lake take the old store's stream again from where cohorts have left: it learns by the echo what they wrote meanwhile.
+
+    While the others stayed it went on past there. What it took already it refuses a second time.
+    """
+    assert transfer.spec.flag is not None
+    begun = max((number for number, one in enumerate(transfer.before) if one.anew), default=0)
+    left = [one.from_lsn for one in transfer.before[begun:] if one.store == Origin.NEW.value]
+    transfer.ledger.connection.execute(
+        "UPDATE changeover.load SET applied = least(applied, %s) WHERE migration = %s AND target <> %s",
+        [format_lsn(min(left)), transfer.spec.name, transfer.spec.flag.target],
+    )

@@ -1,0 +1,74 @@
+"""The turns of the flag on record: from which stage to which, when, and at which position the mirror began.
+
+Every turn by `flags advance` and `flags rollback`, and every turn made elsewhere that `flags watch` saw, is a row of the ledger's
+audit. What the gate asks of a stage it asks of the time since its turn; whether there is a way back is told by these rows and not
+by the flag, which anybody may turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from ldclient.migrations.types import Stage
+
+from changeover.flags.stages import TABLE
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.position import format_lsn, parse_lsn
+
+STEP, COHORTS = "flags", "cohorts"
+"""Under which step a turn for everybody is on record, and under which one for some cohorts."""
+
+ADVANCED, ROLLED_BACK, FOLLOWED = "advanced", "rolled back", "followed"
+TURNED = frozenset({ADVANCED, ROLLED_BACK, FOLLOWED})
+"""Outcomes that say that the flag was turned; the others say that it was not."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn; `mirror_lsn` is the old store's position once every process mirrored, where the turn began that."""
+
+    at: datetime
+    before: Stage
+    after: Stage
+    mirror_lsn: int | None
+
+
+def turns(ledger: Ledger) -> list[Turn]:
+    """Return the turns on record, newest first."""
+    found = [(at, detail) for at, _, outcome, detail in ledger.audits(STEP) if outcome in TURNED and "from" in detail]
+    return [Turn(at, Stage(d["from"]), Stage(d["to"]), parse_lsn(d["mirror_lsn"]) if d.get("mirror_lsn") else None)
+            for at, d in found]  # fmt: skip
+
+
+def record(ledger: Ledger, outcome: str, before: Stage, after: Stage, mirror_lsn: int | None, more: Mapping[str, Any]) -> None:
+    """Put a turn on record."""
+    told = {"from": before.value, "to": after.value, **more}
+    ledger.audit(STEP, outcome, told if mirror_lsn is None else {**told, "mirror_lsn": format_lsn(mirror_lsn)})
+
+
+def record_cohorts(ledger: Ledger, outcome: str, before: Stage, after: Stage, more: Mapping[str, Any]) -> None:
+    """Put a turn for some cohorts on record, which is none of the flag's stage: everybody else stays where they are."""
+    ledger.audit(COHORTS, outcome, {"from": before.value, "to": after.value, **more})
+
+
+def mirrored_since(found: Sequence[Turn], prepared: datetime | None = None, l0: int = 0) -> int | None:
+    """Return where the mirror began that runs now, None where that is not on record; `found` is newest first (pure).
+
+    A mirror that ran already when the tables were prepared, as it may when they are begun anew, runs since `l0` of their stream.
+    """
+    began = None
+    for turn in found:
+        if not TABLE[turn.after].mirrors:
+            break
+        began = turn
+    if began is not None and prepared is not None and began.at < prepared:
+        return l0
+    return began.mirror_lsn if began is not None else None
+
+
+def completed(found: Sequence[Turn]) -> bool:
+    """Return whether the last stage was ever reached: the old store lacks writes since, wherever the flag points now (pure)."""
+    return any(turn.after is Stage.COMPLETE for turn in found)

@@ -1,0 +1,117 @@
+"""The wish: which stage the flag asks for, with the last acknowledged one kept when there is no usable answer.
+
+A missing flag, a misspelt variation, a value of another type, a bad file or a service that can't be reached never moves
+a process: it stays where it was and says so, by a warning in the log and a counter. In particular it does not fall back
+to `off` after `complete`, which would be the dead store. A forked child starts the SDK anew before its first
+evaluation. Cohorts are asked for one by one where the spec names their column; what is kept of them is bounded.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Protocol
+
+from ldclient import Context, LDClient
+from ldclient.interfaces import DataSourceState, DataSourceStatus
+from ldclient.migrations.types import Stage
+
+from changeover.flags.router.alarm import Alarm
+from changeover.jobs.ledger.epochs import EVERYTHING
+
+EVERYONE = Context.builder("everyone").kind("changeover").build()
+"""One context for all rows that are not asked for by cohort, whatever a rule in the flag says of other contexts."""
+
+KEPT = 10_000
+"""Cohorts of which the last stage is kept, because it is not everybody's; beyond so many the longest kept are forgotten."""
+
+_STAGES = {stage.value: stage for stage in Stage}
+
+
+class StageSource(Protocol):
+    """What the router asks for the wish."""
+
+    alarm: Alarm
+
+    def stage(self, cohort: str = EVERYTHING) -> Stage | None:
+        """Return the stage wished for of a cohort, or of everybody; the last known one, or None when there never was one.
+
+        It runs on the caller's thread.
+        """
+        ...
+
+    def after_fork(self) -> None:
+        """Make the source usable in a forked child (first use in the child)."""
+        ...
+
+
+class FlagStage:
+    """The stage of one flag of an SDK client, migration flag or string flag alike; thread-safe.
+
+    A cohort is a context of a `kind` of its own, with the cohort as key: individual targets, rules and percentage rollouts for that
+    kind act on it. Without a usable answer it goes by the last one that it had, if that is among those that are `KEPT`, and else by
+    the last one for everybody. `complete`, from which there is no way back, is of everybody alone: a cohort waits at rampdown.
+    """
+
+    def __init__(self, client: LDClient, key: str, context: Context = EVERYONE, *, kind: str | None = None) -> None:
+        self.client = client
+        self.key = key
+        self.context = context
+        self.kind = kind
+        self._known: Stage | None = None
+        self._apart: dict[str, Stage] = {}
+        self._keeping = threading.Lock()
+        self._pid = os.getpid()
+        self._listen()
+
+    def stage(self, cohort: str = EVERYTHING) -> Stage | None:
+        """Evaluate the flag (about 10 microseconds).
+
+        `variation` with None as default, not `migration_variation`: the latter answers its default stage alike when the
+        flag says so and when there is no answer, and takes more than twice as long.
+        """
+        alone = cohort != EVERYTHING and self.kind is not None
+        value = self.client.variation(self.key, Context.create(cohort, self.kind) if alone else self.context, None)
+        stage = _STAGES.get(value) if isinstance(value, str) else None
+        if stage is None:
+            self.alarm.raise_for("no answer" if value is None else f"{value!r} is no stage")
+            return self._apart.get(cohort, self._known)
+        if not alone:
+            if stage is not self._known:
+                self._everybody(stage)
+            return stage
+        if stage is Stage.COMPLETE and self._known is not stage and self.stage() is not stage:
+            stage = Stage.RAMPDOWN
+        if stage is not self._apart.get(cohort, self._known):
+            self._keep(cohort, stage)
+        return stage
+
+    def _everybody(self, stage: Stage) -> None:
+        with self._keeping:
+            self._known = stage
+            self._apart = {cohort: kept for cohort, kept in self._apart.items() if kept is not stage}
+
+    def _keep(self, cohort: str, stage: Stage) -> None:
+        with self._keeping:
+            self._apart.pop(cohort, None)
+            if stage is not self._known:
+                self._apart[cohort] = stage
+                if len(self._apart) > KEPT:
+                    del self._apart[next(iter(self._apart))]
+
+    def after_fork(self) -> None:
+        """Restart the SDK's threads, which did not come along; without it the child keeps its first stage for ever."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._keeping = threading.Lock()
+            self.client.postfork()
+            self._listen()
+
+    def _listen(self) -> None:
+        """Hear of a bad file or a lost service, during which the SDK goes on answering from what it has."""
+        self.alarm = Alarm(f"flag {self.key} has no usable answer: the last acknowledged stage stays")
+        self.client.data_source_status_provider.add_listener(self._source_changed)
+
+    def _source_changed(self, status: DataSourceStatus) -> None:
+        if status.state is not DataSourceState.VALID:
+            self.alarm.raise_for(f"the flag's source is {status.state.value}")

@@ -1,0 +1,203 @@
+"""The fact: which store has authority, followed by a background thread, and what this process last acknowledged of it.
+
+`LedgerAuthority` asks the ledger every 50 ms on a connection of its own, at once when a write was refused, for its newest move, and
+reads those that came since only where that is another one: many cohorts may be named there. It records a heartbeat every 0.5 s and
+at once when the stage or the epoch has changed. A ledger that can't be reached keeps the last known facts: that is safe, because
+the store that lost authority refuses by itself. The caller's thread only reads an attribute.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+import psycopg
+from ldclient.migrations.types import Stage
+
+from changeover.errors import ServerUnavailable
+from changeover.flags.observed import Fact, Facts, facts
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.session import application_name, connect
+from changeover.settings import Kind
+
+log = logging.getLogger("changeover.flags")
+
+POLL_SECONDS = 0.05
+LOOK_AGAIN_SECONDS = 0.01
+BEAT_SECONDS = 0.5
+RECONNECT_SECONDS = 0.5
+FIRST_LOOK_SECONDS = 3.0
+SETTINGS = {"statement_timeout": "2s"}
+
+NEWEST = "SELECT epoch, at FROM changeover.authority WHERE migration = %s ORDER BY epoch DESC LIMIT 1"
+"""The newest move, by its time as well: a migration that was aborted and prepared again counts its epochs anew."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a process says of itself: the stage at which it acts, the newest epoch that it knows of, and its counters."""
+
+    stage: Stage
+    epoch: int
+    counters: Mapping[str, Any]
+
+
+class AuthoritySource(Protocol):
+    """Makes one follower per process; a forked child makes its own."""
+
+    def follow(self, process: str, beat: Callable[[], Beat | None]) -> Follower:
+        """Start following (first use in a process)."""
+        ...
+
+
+class Follower(Protocol):
+    """What the router asks for the facts, within one process."""
+
+    facts: Facts | None
+    last_stage: Stage | None
+
+    def wait(self, cohort: str, fact: Fact, seconds: float) -> None:
+        """Wait until a cohort's fact is another one, looking often, at most so long (caller's thread, after a refusal)."""
+        ...
+
+    def close(self) -> None:
+        """Record a last heartbeat and end the thread."""
+        ...
+
+
+@dataclass(frozen=True)
+class LedgerAuthority:
+    """The ledger of a migration as the source of authority."""
+
+    dsn: str
+    migration: str
+
+    def follow(self, process: str, beat: Callable[[], Beat | None]) -> LedgerFollower:
+        """Start the background thread; the first look is waited for, so that the first call already has the fact."""
+        return LedgerFollower(self, process, beat)
+
+
+class LedgerFollower:
+    """Follows the ledger in one process."""
+
+    def __init__(self, source: LedgerAuthority, process: str, beat: Callable[[], Beat | None]) -> None:
+        self.source = source
+        self.process = process
+        self.facts: Facts | None = None
+        self.last_stage: Stage | None = None
+        self.failures = 0
+        self._beat = beat
+        self._newest: tuple[int, datetime] | None = None
+        self._beaten: tuple[Stage, int] | None = None
+        self._beaten_at = float("-inf")
+        self._ledger: Ledger | None = None
+        self._changed = threading.Condition()
+        self._looks = 0
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="changeover-authority", daemon=True)
+        self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._looks or self.failures, FIRST_LOOK_SECONDS)
+
+    def wait(self, cohort: str, fact: Fact, seconds: float) -> None:
+        """Wait until the ledger says something else of a cohort, or the time is over."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            while not self._says_else(cohort, fact) and time.monotonic() < until:
+                self._wake.set()
+                self._changed.wait(LOOK_AGAIN_SECONDS)
+                # `wait` ends with the first look, which may come at once: the next one is not asked for before its
+                # time.
+                self._changed.wait_for(lambda: self._says_else(cohort, fact), LOOK_AGAIN_SECONDS)
+
+    def _says_else(self, cohort: str, fact: Fact) -> bool:
+        return self.facts is not None and self.facts.of(cohort) != fact
+
+    def close(self) -> None:
+        """Record the last counters, then end the thread and its connection."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        looked = self._look()
+        while not self._stop.is_set():
+            self._wake.wait(POLL_SECONDS if looked else RECONNECT_SECONDS)
+            self._wake.clear()
+            looked = self._look()
+        # The look that the stop fell into may have begun before the last counts were final.
+        if looked:
+            self._look()
+        if self._ledger is not None:
+            self._ledger.connection.close()
+
+    def _look(self) -> bool:
+        """Read authority and beat where due; False when the ledger can't be used now."""
+        try:
+            ledger = self._open()
+            known = self._known(ledger)
+            with self._changed:
+                self.facts = known
+                self._looks += 1
+                self._changed.notify_all()
+            self._beat_where_due(ledger)
+        except (psycopg.Error, ServerUnavailable) as error:
+            self._failed(error)
+            return False
+        return True
+
+    def _known(self, ledger: Ledger) -> Facts:
+        """Return the facts, with the moves that came since the last look; all are read where the last one is not there any more."""
+        row = ledger.connection.execute(NEWEST, [self.source.migration]).fetchone()
+        newest = (row[0], row[1]) if row is not None else None
+        if self.facts is not None and newest == self._newest:
+            return self.facts
+        later = ledger.authorities(self._newest[0]) if self._newest is not None else []
+        if later and self.facts is not None and (later[0].epoch, later[0].at) == self._newest:
+            known = facts(later[1:], self.facts)
+        else:
+            known = facts(ledger.authorities())
+        self._newest = newest
+        return known
+
+    def _open(self) -> Ledger:
+        if self._ledger is None:
+            name = application_name(self.source.migration, "router")
+            self._ledger = Ledger(
+                connect(self.source.dsn, name, settings=SETTINGS, kind=Kind.BESIDE), self.source.migration, self.source.dsn
+            )
+            if self.last_stage is None:
+                self.last_stage = _last_stage(self._ledger)
+        return self._ledger
+
+    def _beat_where_due(self, ledger: Ledger) -> None:
+        beat = self._beat()
+        if beat is None:
+            return
+        now = time.monotonic()
+        said = (beat.stage, beat.epoch)
+        if said != self._beaten or now - self._beaten_at >= BEAT_SECONDS or self._stop.is_set():
+            ledger.beat(self.process, beat.stage.value, beat.epoch, beat.counters)
+            self._beaten, self._beaten_at = said, now
+
+    def _failed(self, error: Exception) -> None:
+        if not self.failures or self._ledger is not None:
+            log.warning("the ledger can't be read (%s): the last known authority stays", type(error).__name__)
+        with self._changed:
+            self.failures += 1
+            self._changed.notify_all()
+        if self._ledger is not None:
+            self._ledger.connection.close()
+            self._ledger = None
+
+
+def _last_stage(ledger: Ledger) -> Stage | None:
+    """Return the stage that a process of this migration acknowledged last: a restart without a flag starts there."""
+    beats = sorted(ledger.heartbeats(), key=lambda beat: beat.at)
+    return Stage.from_str(beats[-1].stage) if beats else None

@@ -1,0 +1,193 @@
+"""The runtime: a router's threads, sessions and counts in one process, made on first use there.
+
+It holds what must not cross a fork, and turns the wish and the fact into the pin by which a call goes. A forked child
+makes its own and leaves the parent's alone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from ldclient.migrations.types import Origin, Stage
+
+from changeover.errors import ServerUnavailable
+from changeover.flags.observed import BEGINNING, Fact
+from changeover.flags.router.desired import StageSource
+from changeover.flags.router.endpoint import PgEndpoint, RowMapping, Sessions
+from changeover.flags.router.follower import AuthoritySource, Beat, Follower
+from changeover.flags.router.mirror import Mirror
+from changeover.flags.router.shadow import Comparisons, nothing
+from changeover.flags.stages import TABLE, StageRule, effective
+from changeover.jobs.ledger.epochs import EVERYTHING
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of what runs beside the callers, and of the pause that a fence may cost one of them. Times in seconds."""
+
+    max_pause: float = 10.0
+    mirror_queue: int = 1_000
+    mirror_deadline: float = 2.0
+    compare_queue: int = 1_000
+    compare_deadline: float = 2.0
+    close_wait: float = 5.0
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What one call, or one request, goes by: the wish, the fact, and the stage that the two give."""
+
+    wish: Stage
+    fact: Fact
+    stage: Stage
+    rule: StageRule
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a router was made of: the same in the process that made it and in its forked children."""
+
+    endpoints: Mapping[Origin, PgEndpoint]
+    mappings: Mapping[Origin, RowMapping]
+    stage: StageSource
+    authority: AuthoritySource | None
+    application: str
+    process: str | None
+    limits: Limits
+
+
+class Runtime:
+    """The threads, sessions and counts of a router in one process."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.pid = os.getpid()
+        self.parts = parts
+        self.pins: dict[tuple[Stage, Fact], Pin] = {}
+        self._lock = threading.Lock()
+        self._counts = {"retries": 0, "fence_waits": 0}
+        self._longest_wait = 0.0
+        self._mirrors: dict[Origin, Mirror] = {}
+        self._sessions = {origin: Sessions(endpoint, parts.application) for origin, endpoint in parts.endpoints.items()}
+        self._lenders: dict[Origin, Callable[[], AbstractContextManager[psycopg.Connection[Any]]]] = {
+            origin: endpoint.pool.connection if endpoint.pool is not None else self._sessions[origin].connection
+            for origin, endpoint in parts.endpoints.items()
+        }
+        self.comparisons = Comparisons(
+            parts.endpoints, parts.mappings[Origin.NEW], parts.application,
+            limit=parts.limits.compare_queue, deadline=parts.limits.compare_deadline, under_way=self.under_way,
+        )  # fmt: skip
+        self.follower: Follower | None = None
+        if parts.authority is not None:
+            # a name for each start of each process: what one counted before its end stays on record beside its successor's
+            process = f"{parts.process or socket.gethostname()}:{self.pid}.{secrets.token_hex(2)}"
+            self.follower = parts.authority.follow(process, self._beat)
+
+    def wish(self, cohort: str = EVERYTHING) -> Stage:
+        """Return the flag's stage; a process that never had an answer goes on from the migration's last heartbeat."""
+        wish = self.parts.stage.stage(cohort)
+        if wish is None:
+            last = self.follower.last_stage if self.follower is not None else None
+            wish = last or Stage.OFF
+        return wish
+
+    def decide(self, wish: Stage, cohort: str = EVERYTHING) -> Pin:
+        """Return what the wish for a cohort and its fact give; raises ServerUnavailable where only an unread ledger could tell."""
+        writes = TABLE[wish].writes
+        if self.follower is None:
+            fact = Fact(int(writes is Origin.NEW), writes)
+        elif (facts := self.follower.facts) is not None:
+            fact = facts.of(cohort)
+        elif writes is Origin.OLD:
+            fact = BEGINNING  # unread as yet: the old store refuses by itself what it may not take
+        else:
+            raise ServerUnavailable("the ledger", "so it isn't known whether the new store has authority yet")
+        key = (wish, fact)
+        if (pin := self.pins.get(key)) is None:
+            stage = effective(wish, fact.store)
+            pin = self.pins[key] = Pin(wish, fact, stage, TABLE[stage])
+        return pin
+
+    def apart(self, pin: Pin) -> bool:
+        """Return whether a pin is of a cohort at another store than all the others."""
+        facts = self.follower.facts if self.follower is not None else None
+        return facts is not None and pin.fact.store is not facts.rest.store
+
+    def session(self, origin: Origin) -> AbstractContextManager[psycopg.Connection[Any]]:
+        """Lend a session with a store."""
+        return self._lenders[origin]()
+
+    def mirror(self, origin: Origin) -> Mirror:
+        """Return the mirror to a store, started on first use."""
+        mirror = self._mirrors.get(origin)
+        if mirror is None:
+            with self._lock:
+                mirror = self._mirrors.get(origin)
+                if mirror is None:
+                    parts, limits = self.parts, self.parts.limits
+                    mirror = self._mirrors[origin] = Mirror(
+                        parts.endpoints[origin], parts.mappings[origin], parts.application,
+                        limit=limits.mirror_queue, deadline=limits.mirror_deadline,
+                    )  # fmt: skip
+        return mirror
+
+    def under_way(self, origin: Origin) -> Callable[[], bool]:
+        """Return what tells whether a store still lacks what this process has to bring it by now."""
+        mirror = self._mirrors.get(origin)
+        return nothing if mirror is None else mirror.under_way()
+
+    def count(self, name: str) -> None:
+        """Count one occurrence."""
+        with self._lock:
+            self._counts[name] += 1
+
+    def waited(self, seconds: float) -> None:
+        """Record how long a fence held up a writer."""
+        with self._lock:
+            self._counts["fence_waits"] += 1
+            self._longest_wait = max(self._longest_wait, seconds)
+
+    def counters(self) -> Mapping[str, Any]:
+        """Return all counts, ready for JSON."""
+        with self._lock:
+            counts: dict[str, Any] = {**self._counts, "longest_wait_seconds": round(self._longest_wait, 4)}
+            mirrors = dict(self._mirrors)
+        alarm = self.parts.stage.alarm
+        counts.update(alarms=alarm.count, last_alarm=alarm.last, comparisons=self.comparisons.counters())
+        counts.update({f"mirror_{origin.value}": mirror.counters() for origin, mirror in mirrors.items()})
+        return counts
+
+    def drain(self, seconds: float) -> bool:
+        """Wait for the mirrors and comparisons."""
+        until = time.monotonic() + seconds
+        queues: list[Mirror | Comparisons] = [*self._mirrors.values(), self.comparisons]
+        return all([queue.drain(max(0.0, until - time.monotonic())) for queue in queues])
+
+    def close(self) -> None:
+        """End all threads, the ledger's last, so that the last heartbeat has the final counts."""
+        for mirror in self._mirrors.values():
+            mirror.close(self.parts.limits.close_wait)
+        self.comparisons.close()
+        if self.follower is not None:
+            self.follower.close()
+        for sessions in self._sessions.values():
+            sessions.close()
+
+    def _beat(self) -> Beat | None:
+        """Return what the heartbeat says (the follower's thread); None while this process has no stage yet.
+
+        The stage is everybody's, by which the flag goes up and down; the epoch is that of the newest move, of whatever cohort.
+        """
+        if self.follower is None or (facts := self.follower.facts) is None:
+            return None
+        pin = self.decide(self.wish())
+        self.comparisons.begin(pin.stage)
+        return Beat(pin.stage, facts.epoch, self.counters())

@@ -1,0 +1,332 @@
+"""The experiment: a read asked of both stores and compared, in the words of GitHub's Scientist.
+
+The authority's answer has gone to the caller before the other store is asked. Mirrored writes and replay arrive a
+little later, so a difference is looked at again, *both* stores read anew, with growing waits, and each time this process's
+mirror has first dealt with what it had when the difference was seen. Only a difference that stays is a mismatch. An
+error on either side is an error, never a match. Under overload, or behind a mirror that stands still, comparisons are
+dropped and counted. All but `run_if` runs on one thread beside the callers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import random
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+from ldclient.migrations.types import Origin, Stage
+
+from changeover.flags.router.alarm import Alarm, reason_of
+from changeover.flags.router.endpoint import Cursor, PgEndpoint, Row
+from changeover.flags.stages import other
+from changeover.session import Connection
+
+log = logging.getLogger("changeover.flags")
+
+Read = Callable[[Cursor], Any]
+LAG_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
+"""Seconds before each further look at a difference; as many looks as there are waits."""
+KEPT_MISMATCHES = 100
+OUTCOMES = ("compared", "matched", "mismatched", "ignored")
+
+
+def nothing() -> bool:
+    """Say that nothing is under way: there is no mirror."""
+    return False
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one store answered: a value or an error, and how long that took."""
+
+    origin: Origin
+    value: Any
+    error: BaseException | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of one comparison; `control` is the authority. It matched, mismatched, was ignored, or failed.
+
+    `apart` says that it was of a cohort at another store than all the others, and so at another stage.
+    """
+
+    experiment: str
+    stage: Stage
+    control: Observation
+    candidate: Observation
+    matched: bool
+    ignored: bool
+    looks: int
+    apart: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Return whether a store had no answer: nothing was compared."""
+        return self.control.error is not None or self.candidate.error is not None
+
+    @property
+    def mismatched(self) -> bool:
+        """Return whether the two stores differ for good."""
+        return not (self.matched or self.ignored or self.failed)
+
+
+class Experiment:
+    """The hooks of one kind of read; override what differs. Old rows arrive mapped; `compare` gets old, new."""
+
+    name = "read"
+
+    def clean(self, value: Any) -> Any:
+        """Return what is to be compared of a store's answer."""
+        return value
+
+    def compare(self, old: Any, new: Any) -> bool:
+        """Return whether two cleaned answers are the same."""
+        return bool(old == new)
+
+    def ignore(self, old: Any, new: Any) -> bool:
+        """Return whether this difference is known and doesn't count."""
+        return False
+
+    def run_if(self) -> bool:
+        """Return whether this read is compared at all (caller's thread: be quick)."""
+        return True
+
+    def publish(self, result: Result) -> None:
+        """Take the end of one comparison."""
+
+    def raised(self, operation: str, error: Exception) -> None:
+        """Take a failure of one of the hooks above; raising here would hurt the caller in `run_if` alone."""
+        log.error("experiment %s: %s raised %s", self.name, operation, reason_of(error))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One read on its way: what the authority answered, and how to ask again."""
+
+    experiment: Experiment
+    stage: Stage
+    control: Observation
+    reads: Mapping[Origin, Read]
+    looks: int = 0
+    apart: bool = False
+    lags: Callable[[], bool] = nothing
+    """Whether the other store still lacks what it was to get when it was looked at last."""
+
+
+class HookRaised(Exception):
+    """A hook failed and `raised` was told; the comparison has no end to publish."""
+
+
+class Comparisons:
+    """Compares reads of one process; `offer` runs on the caller's thread and never waits."""
+
+    def __init__(
+        self, endpoints: Mapping[Origin, PgEndpoint], to_new: Callable[[Row], Row | None], application: str, *,
+        limit: int, deadline: float, waits: Sequence[float] = LAG_WAITS,
+        under_way: Callable[[Origin], Callable[[], bool]] = lambda _: nothing,
+    ) -> None:  # fmt: skip
+        self.endpoints = endpoints
+        self.to_new = to_new
+        self.application = application
+        self.limit = limit
+        self.deadline = deadline
+        self.waits = waits
+        self.under_way = under_way
+        self.mismatches: deque[Result] = deque(maxlen=KEPT_MISMATCHES)
+        self.drops = Alarm("comparisons of reads are dropped, the queue is full")
+        self.errors = Alarm("comparisons of reads have no answer")
+        self._counts: Counter[str] = Counter()
+        self._stage: Stage | None = None
+        self._at_stage: Counter[str] = Counter()
+        self._heap: list[tuple[float, int, Comparison]] = []
+        self._order = count()
+        self._changed = threading.Condition()
+        self._busy = False
+        self._closing = False
+        self._connections: dict[Origin, Connection] = {}
+        self._thread = threading.Thread(target=self._run, name="changeover-experiment", daemon=True)
+        self._thread.start()
+
+    def offer(self, comparison: Comparison) -> bool:
+        """Queue a comparison; False when there is no room, counted, or `run_if` says no."""
+        try:
+            if not comparison.experiment.run_if():
+                return False
+        except Exception as error:  # Scientist's rule: a hook's failure goes to the one method that may be overridden
+            comparison.experiment.raised("run_if", error)
+            return False
+        return self._push(time.monotonic(), comparison)
+
+    def begin(self, stage: Stage) -> None:
+        """Say at which stage the process acts now: coming to one, what is said of reads there counts from nothing again."""
+        with self._changed:
+            if stage is not self._stage:
+                self._stage = stage
+                self._at_stage.clear()
+
+    def counters(self) -> dict[str, Any]:
+        """Return the counts; `compared` is the sum of matched, mismatched and ignored.
+
+        `at_stage` has those of this stage, and those of cohorts that stand apart meanwhile.
+        """
+        with self._changed:
+            counts: dict[str, Any] = {name: self._counts[name] for name in OUTCOMES}
+            counts["at_stage"] = {
+                "stage": self._stage.value if self._stage else None, **{name: self._at_stage[name] for name in OUTCOMES},
+            }  # fmt: skip
+            depth = len(self._heap) + self._busy
+        return {
+            **counts,
+            "errors": self.errors.count,
+            "dropped": self.drops.count,
+            "depth": depth,
+            "last_error": self.errors.last,
+        }
+
+    def drain(self, seconds: float) -> bool:
+        """Wait until every comparison has ended; False when the time is over first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._heap and not self._busy, seconds)
+
+    def close(self) -> None:
+        """End the thread; open comparisons count as dropped."""
+        with self._changed:
+            self._closing = True
+            left = len(self._heap)
+            self._heap.clear()
+            self._changed.notify_all()
+        for _ in range(left):
+            self.drops.raise_for("closing")
+        self._thread.join(self.deadline + 1)
+
+    def _push(self, due: float, comparison: Comparison) -> bool:
+        with self._changed:
+            # A look that is to be repeated keeps the place that it had.
+            room = not self._closing and (comparison.looks > 0 or len(self._heap) < self.limit)
+            if room:
+                heapq.heappush(self._heap, (due, next(self._order), comparison))
+                self._changed.notify_all()
+        if not room:
+            self.drops.raise_for("closing" if self._closing else "queue full")
+        return room
+
+    # -- the worker's thread
+
+    def _run(self) -> None:
+        while (comparison := self._next()) is not None:
+            try:
+                self._look(comparison)
+            # A hook failed, or `raised` itself did: this comparison has no end, the next one may.
+            except Exception as error:
+                self.errors.raise_for(reason_of(error))
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+        for connection in self._connections.values():
+            connection.close()
+
+    def _next(self) -> Comparison | None:
+        with self._changed:
+            while not self._closing:
+                if not self._heap:
+                    self._changed.wait()
+                elif (early := self._heap[0][0] - time.monotonic()) > 0:
+                    self._changed.wait(early)
+                else:
+                    self._busy = True
+                    return heapq.heappop(self._heap)[2]
+            return None
+
+    def _look(self, comparison: Comparison) -> None:
+        """Read the other store, or both on a further look, and end the comparison or come back to it later."""
+        if comparison.lags():
+            self._push(time.monotonic() + self.waits[-1], comparison)
+            return
+        control = comparison.control
+        candidate_origin = other(control.origin)
+        if comparison.looks == 0:
+            candidate = self._observe(candidate_origin, comparison)
+        else:
+            origins = [control.origin, candidate_origin]
+            random.shuffle(origins)  # neither store shall always be the fresher one
+            seen = {origin: self._observe(origin, comparison) for origin in origins}
+            control, candidate = seen[control.origin], seen[candidate_origin]
+        result = self._judge(comparison, control, candidate)
+        if result.mismatched and comparison.looks < len(self.waits):
+            lags = self.under_way(candidate_origin)
+            again = replace(comparison, control=control, looks=comparison.looks + 1, lags=lags)
+            self._push(time.monotonic() + self.waits[comparison.looks], again)
+        else:
+            self._finish(comparison.experiment, result)
+
+    def _observe(self, origin: Origin, comparison: Comparison) -> Observation:
+        started = time.monotonic()
+        try:
+            connection = self._connection(origin)
+            with connection.transaction(), connection.cursor() as cursor:
+                value = comparison.reads[origin](cursor)
+        except Exception as error:  # the read is the application's code: whatever it raises is this store's answer
+            return Observation(origin, None, error, time.monotonic() - started)
+        return Observation(origin, value, None, time.monotonic() - started)
+
+    def _connection(self, origin: Origin) -> Connection:
+        """Return this thread's session: read-only, so that a shadow read can't write, and with a deadline."""
+        connection = self._connections.get(origin)
+        if connection is None or connection.closed:
+            settings = {"statement_timeout": f"{int(self.deadline * 1000)}ms", "idle_session_timeout": "0"}
+            connection = self.endpoints[origin].open(self.application, settings)
+            connection.read_only = True
+            self._connections[origin] = connection
+        return connection
+
+    def _judge(self, comparison: Comparison, control: Observation, candidate: Observation) -> Result:
+        experiment = comparison.experiment
+        matched = ignored = False
+        if control.error is None and candidate.error is None:
+            values = {seen.origin: self._hook(experiment, "clean", self._as_new(seen)) for seen in (control, candidate)}
+            both = (values[Origin.OLD], values[Origin.NEW])
+            matched = bool(self._hook(experiment, "compare", *both))
+            ignored = not matched and bool(self._hook(experiment, "ignore", *both))
+        looks = comparison.looks + 1
+        return Result(experiment.name, comparison.stage, control, candidate, matched, ignored, looks, comparison.apart)
+
+    def _as_new(self, seen: Observation) -> Any:
+        """Map the old store's rows; what isn't a row or a list of rows is left to the experiment's `clean`."""
+        if seen.origin is Origin.NEW:
+            return seen.value
+        if isinstance(seen.value, Mapping):
+            return self.to_new(seen.value)
+        if isinstance(seen.value, list) and all(isinstance(row, Mapping) for row in seen.value):
+            return [mapped for row in seen.value if (mapped := self.to_new(row)) is not None]
+        return seen.value
+
+    @staticmethod
+    def _hook(experiment: Experiment, name: str, *values: Any) -> Any:
+        try:
+            return getattr(experiment, name)(*values)
+        except Exception as error:  # Scientist's rule, as above
+            experiment.raised(name, error)
+            raise HookRaised(name) from error
+
+    def _finish(self, experiment: Experiment, result: Result) -> None:
+        failure = result.control.error or result.candidate.error
+        if failure is not None:
+            self.errors.raise_for(reason_of(failure))
+        else:
+            outcome = "matched" if result.matched else "ignored" if result.ignored else "mismatched"
+            with self._changed:
+                for name in ("compared", outcome):
+                    self._counts[name] += 1
+                    self._at_stage[name] += result.apart or result.stage is self._stage
+                if result.mismatched:
+                    self.mismatches.append(result)
+        self._hook(experiment, "publish", result)

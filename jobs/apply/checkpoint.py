@@ -1,0 +1,230 @@
+"""A journal: one store's spooled stream as replay carries it on, and where it writes down how far each load has come.
+
+There are two, the old store's and the new one's; whoever carries a batch asks its journal and knows no direction. A position that
+is written down says that every event below it was offered, in the log of that store. Lives on the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Protocol
+
+from changeover.errors import TableStopped
+from changeover.jobs.ledger.epochs import NEW, Section, sections
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import CLOSED, Authority
+from changeover.jobs.reverse import path as reverse
+from changeover.jobs.spool.table import Spool
+from changeover.jobs.transform import inverse, tenancy
+from changeover.jobs.transform.transform import Transform
+from changeover.spec import Spec
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+Transforms = Mapping[tuple[str, str], Transform]
+
+
+class Progress(Protocol):
+    """A load of one of the two streams, as far as carrying needs it."""
+
+    @property
+    def source(self) -> str:
+        """Return the source table's name in the spec."""
+        ...
+
+    @property
+    def target(self) -> str:
+        """Return the target's name."""
+        ...
+
+    @property
+    def applied(self) -> int:
+        """Return the position below which every event was offered."""
+        ...
+
+
+class Journal(Protocol):
+    """What carrying a batch asks of the stream that it is from."""
+
+    @property
+    def spool(self) -> Spool:
+        """Return where the stream is spooled."""
+        ...
+
+    @property
+    def dsn(self) -> str:
+        """Return where the values are read that an update did not send."""
+        ...
+
+    def stopped(self, load: Progress) -> str | None:
+        """Return why the table is stopped."""
+        ...
+
+    def stop(self, load: Progress, reason: str) -> None:
+        """Write down why the table is stopped."""
+        ...
+
+    def advance(self, load: Progress, until: int, events: int) -> None:
+        """Write down that every event below `until` was offered."""
+        ...
+
+    def closed(self, load: Progress) -> bool:
+        """Return whether the target's table is closed, and needs no version for each key that is written."""
+        ...
+
+    def cohort(self, load: Progress) -> str:
+        """Return the column of the stream's table that holds a row's cohort; asked where cohorts have moved apart."""
+        ...
+
+    def require_truncatable(self, load: Progress) -> None:
+        """Raise TableStopped where a TRUNCATE would take rows with it that are none of the stream's."""
+        ...
+
+
+@dataclass(frozen=True)
+class OldJournal:
+    """The old store's stream, of the epoch in which the tables were begun."""
+
+    spec: Spec
+    ledger: Ledger
+    spool: Spool
+    epoch: int
+
+    @property
+    def dsn(self) -> str:
+        """Return the old store's DSN."""
+        return self.spec.source.dsn.resolve()
+
+    def stopped(self, load: Progress) -> str | None:
+        """Return why the table is stopped, in all targets."""
+        return self.ledger.source_table(load.source)[2]
+
+    def stop(self, load: Progress, reason: str) -> None:
+        """Stop the table in all targets."""
+        self.ledger.stop_table(load.source, reason)
+
+    def advance(self, load: Progress, until: int, events: int) -> None:
+        """Write down the position in the old store's log."""
+        self.ledger.advance(load.source, load.target, until, events, self.epoch)
+
+    def closed(self, load: Progress) -> bool:
+        """Return whether all chunks are loaded and swept; while cohorts move apart no position is above all epochs."""
+        apart = self.spec.flag is not None and self.spec.flag.context is not None
+        return not apart and self.ledger.load(load.source, load.target).state == CLOSED
+
+    def cohort(self, load: Progress) -> str:
+        """Return the old table's column."""
+        column = tenancy.old_column(self.spec)
+        assert column is not None
+        return column
+
+    def require_truncatable(self, load: Progress) -> None:
+        """Every row of a target is the old table's."""
+
+
+@dataclass(frozen=True)
+class NewJournal:
+    """The new store's stream; a table that stands still in one target goes on in the others."""
+
+    spec: Spec
+    ledger: Ledger
+    spool: Spool
+
+    @property
+    def dsn(self) -> str:
+        """Return the new store's DSN."""
+        return reverse.new_dsn(self.spec)
+
+    def stopped(self, load: Progress) -> str | None:
+        """Nothing that stands in the way is for ever: it is tried again."""
+        return None
+
+    def stop(self, load: Progress, reason: str) -> None:
+        """Write down what stands in the way."""
+        reverse.stop(self.ledger, load.target, reason, load.source)
+
+    def advance(self, load: Progress, until: int, events: int) -> None:
+        """Write down the position in the new store's log."""
+        reverse.advance(self.ledger, load.source, load.target, until, events)
+
+    def closed(self, load: Progress) -> bool:
+        """A verification asks which keys were written since authority moved, so each has its version."""
+        return False
+
+    def cohort(self, load: Progress) -> str:
+        """Return the new table's column."""
+        column = tenancy.new_column(self.spec, self.spec.table(load.source))
+        assert column is not None
+        return column
+
+    def require_truncatable(self, load: Progress) -> None:
+        """The old table may have rows that `where` leaves out, which a TRUNCATE of the new one does not mean."""
+        if load.target == reverse.OLD_STORE and self.spec.table(load.source).where is not None:
+            reason = "a TRUNCATE of the new table, which would empty the old one of the rows too that `where` leaves out"
+            self.stop(load, reason)
+            raise TableStopped(load.source, reason)
+
+
+class Back:
+    """The new store's stream of one migration, planned once its path is there; `limit` bounds what is offered (driver)."""
+
+    def __init__(self, spec: Spec, spark: SparkSession, ledger: Ledger, transforms: Transforms) -> None:
+        self.spec, self.spark, self.ledger, self.forward = spec, spark, ledger, transforms
+        self.journal = NewJournal(spec, ledger, reverse.spool_of(spec))
+        self.limit: int | None = None
+        self._planned: tuple[reverse.Path, Transforms] | None = None
+        self._opened: datetime | None = None
+
+    def carried(self, changes: Sequence[Authority]) -> frozenset[int]:
+        """Return the epochs that the path on record carries."""
+        if self.spec.flag is None or all(change.store != NEW for change in changes):
+            return frozenset()
+        path = reverse.recorded(self.ledger)
+        if path is not None and path.opened != self._opened:  # its spool may be another one at the same place
+            self.journal.spool.reopen()
+            self._opened = path.opened
+        return reverse.carried(path, changes)
+
+    def plan(self) -> tuple[list[Section], int]:
+        """Return the parts of the new store's stream that are offered, and how far it reaches.
+
+        The reach is read in front of the authority log: a cohort whose move is not in the log has written nothing below it.
+        """
+        if all(change.store != NEW for change in self.ledger.authorities()):
+            return [], 0
+        reach, changes = self.reach(), self.ledger.authorities()
+        parts = [one for one in sections(changes, takes_over=False, carried=self.carried(changes)) if one[0].store == NEW]
+        return parts, reach
+
+    def reach(self) -> int:
+        """Return how far the stream is offered: to the end of its spool, or to the limit that was set."""
+        end = self.journal.spool.end()
+        return end if self.limit is None else min(end, self.limit)
+
+    def loads(self, target: str) -> list[reverse.ReverseLoad]:
+        """Return the loads into a target."""
+        return [load for load in reverse.loads(self.ledger) if load.target == target]
+
+    def transform(self, source: str, target: str) -> Transform:
+        """Return what a row of the new table goes through on its way into a target; raises SpecError or UnsafePlan."""
+        path = reverse.recorded(self.ledger)
+        assert path is not None
+        if self._planned is None or self._planned[0] != path:
+            self._planned = path, {}
+        planned = self._planned[1]
+        if (source, target) not in planned:
+            self._planned = path, {**planned, (source, target): self._plan(path, source, target)}
+        return self._planned[1][source, target]
+
+    def _plan(self, path: reverse.Path, source: str, target: str) -> Transform:
+        assert self.spec.flag is not None
+        table = self.spec.table(source)
+        new, forward = reverse.columns_of(path, table), self.forward[source, self.spec.flag.target]
+        key = [c.name for c in path.tables[table.target_relation] if c.key]
+        if target == reverse.OLD_STORE:
+            old = forward.source, [c.name for c in forward.identity]
+            return inverse.plan(self.spark, self.spec, table, old, new, key)
+        return inverse.same(self.spark, self.spec, table, new, key, self.forward[source, target].target.columns)

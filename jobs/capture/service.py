@@ -1,0 +1,204 @@
+"""Capture: the one long-lived service, which brings the source's changes into the spool in commit order.
+
+What is read, from a slot (`slot`) or from a log of triggers (`trigger`), is forgotten by the server only when the spool
+holds it durably, so a kill at any point loses nothing and repeats nothing. Each session first proves that this is still the
+prepared stream, with no gap before the spool's end; else it stops with the reason. A table that no longer looks as it was prepared
+gets an event that says so, at its place in the stream, while the others go on. Runs on one machine, without Spark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import psycopg
+from deltalake.exceptions import DeltaError
+
+from changeover.errors import ChangeoverError, CouldNotFinish, ServerUnavailable, SourceChanged, SpoolGap
+from changeover.files import folders
+from changeover.interrupt import asked_to_stop
+from changeover.jobs.capture.rogue import Watch
+from changeover.jobs.capture.slot import SlotRun
+from changeover.jobs.capture.trigger import LogRun
+from changeover.jobs.guarantee import assumptions
+from changeover.jobs.guarantee.assumptions import Asked, Moment
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import Stream
+from changeover.jobs.reverse import path as reverse
+from changeover.jobs.reverse import setup as reverse_setup
+from changeover.jobs.source.marker import emit_marker as emit_marker  # the service's own word for scripts
+from changeover.jobs.source.partitions import Roots
+from changeover.jobs.spool.table import Spool, spool_path
+from changeover.jobs.spool.writer import CaptureResult, Feed
+from changeover.session import Connection
+from changeover.spec import SLOT, Spec, load
+
+LEASE_SECONDS = 5.0
+STARTED, WAITING = "started", "waiting"
+"""What stands on record of a capture before it ends."""
+
+ROGUE_SECONDS = 5.0
+"""How often to look for writes to a store without authority."""
+
+NEW_STORE_SECONDS = 0.5
+"""How often to look whether the new store has a stream to follow by now."""
+
+log = logging.getLogger(__name__)
+
+
+def capture(
+    spec: Spec,
+    *,
+    until: Callable[[], bool] | None = None,
+    stop: threading.Event | None = None,
+    patience: float = 30.0,
+) -> CaptureResult:
+    """Bring changes into the spool until `until()`, `stop`, Ctrl-C or SIGTERM; what is whole then is durable (driver).
+
+    A broken connection is opened anew for up to `patience` seconds, and a work folder that takes nothing is tried again for as
+    long as it takes, at the start for `patience`. `until` is asked after each append and 5 times a second. Raises StepOrder
+    before prepare, LeaseHeld beside another run, SourceChanged or SpoolGap when this is not the prepared stream any more,
+    ServerUnavailable, DatabaseFailed, RowRefused, FolderFailed.
+    """
+    stop = stop or threading.Event()
+    started = time.monotonic()
+    with Ledger.open(spec, "capture") as ledger, ledger.lease("capture", wait_seconds=LEASE_SECONDS):
+        stream = ledger.stream("capture")
+        result = CaptureResult()
+        feed = feed_of(spec, ledger, stream)
+        follow = SlotRun if spec.source.capture == SLOT else LogRun
+        run = follow(spec, feed, stop, until or (lambda: False), patience, result)
+        with ledger.recorded("capture") as told, asked_to_stop(stop) as asked, new_store_beside(spec):
+            ledger.audit("capture", STARTED, {})  # it may run for weeks, and a kill leaves no other trace
+            run.patience.tell = partial(_tell_waiting, spec)
+            try:
+                run.run()
+            finally:
+                result.interrupted = asked()
+                result.seconds = time.monotonic() - started
+                told.update(result.recorded())
+    log.info("capture ended: %s", result)
+    return result
+
+
+def feed_of(spec: Spec, ledger: Ledger, stream: Stream) -> Feed:
+    """Return the old store's stream as capture follows it (driver)."""
+    tables = {table.source_relation: ledger.source_table(table.source)[1] for table in spec.tables}
+    roots = Roots(spec, ledger)
+
+    def ask(moment: Moment, old: Connection) -> list[str]:
+        try:
+            with Ledger.open(spec, "capture") as present:  # a ledger that was restarted has ended the session of the beginning
+                told = assumptions.stop(moment, Asked(spec, old, present))
+        except ServerUnavailable as error:
+            if moment is not Moment.WATCH:
+                raise
+            return [f"whether the stream is whole is asked again in a minute: {error}"]
+        return list(dict.fromkeys([*told, *roots.look(old)]))  # which puts new partitions on record
+
+    return Feed(spec.source.dsn.resolve(), stream, tables, Spool(spool_path(spec.work, stream.epoch)), roots, ask)
+
+
+def _tell_waiting(spec: Spec, why: str | None) -> None:
+    """Put on record for what capture waits, and that it goes on; where the ledger can't be reached either, the log has it."""
+    with suppress(ChangeoverError, psycopg.Error), Ledger.open(spec, "capture") as ledger:
+        ledger.audit("capture", STARTED if why is None else WAITING, {} if why is None else {"error": why})
+
+
+@contextmanager
+def new_store_beside(spec: Spec) -> Iterator[None]:
+    """Bring the new store's changes into a spool of their own while the block lasts, from when its stream is there.
+
+    Whatever goes wrong with it is in the log and tried again: the old store's stream goes on meanwhile.
+    """
+    if spec.flag is None:
+        yield
+        return
+    ended = threading.Event()
+    beside = [threading.Thread(target=work, args=(spec, ended), name=work.__name__) for work in (_follow_new_store, _tell_rogue)]
+    for thread in beside:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in beside:
+            thread.join()
+
+
+def _tell_rogue(spec: Spec, ended: threading.Event) -> None:
+    """Raise the alarm for writes to a store without authority, each state of affairs once."""
+    said: set[str] = set()
+    watch = Watch(spec)
+    while not ended.wait(ROGUE_SECONDS):
+        try:
+            with Ledger.open(spec, "capture") as ledger:
+                told = {str(one) for one in watch.look(ledger)}
+        except (ChangeoverError, psycopg.Error, DeltaError, OSError) as error:
+            told = {f"rogue writes can't be looked for: {str(error).splitlines()[0]}"}
+        for line in sorted(told - said):
+            log.warning("%s", line)
+        said = told
+
+
+def _follow_new_store(spec: Spec, ended: threading.Event) -> None:
+    said = ""
+    while not ended.is_set():
+        try:
+            capture_new(spec, ended)
+        except (ChangeoverError, psycopg.Error, DeltaError, OSError) as error:
+            told = str(error).splitlines()[0]
+            if told != said:
+                log.warning("the new store's stream: %s", told)
+            said = told
+        ended.wait(NEW_STORE_SECONDS)
+
+
+def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = lambda: False) -> CaptureResult | None:
+    """Bring the new store's changes into its spool until `stop` or `until()`; None where no stream of it is on record (driver)."""
+    with Ledger.open(spec, "capture") as ledger:
+        path = reverse.recorded(ledger)
+        if path is None or path.broken:
+            return None
+        with ledger.lease("capture-new"):
+            roots = reverse_setup.roots(spec, ledger, path)
+
+            def ask(moment: Moment, new: Connection) -> list[str]:
+                reverse_setup.require_definition(spec, ledger, new)
+                return roots.look(new)
+
+            feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec), roots, ask)
+            run = SlotRun(spec, feed, stop, until, 0.0, CaptureResult())
+            try:
+                run.run()
+            except (SourceChanged, SpoolGap) as gap:
+                reverse.break_at_gap(ledger, gap)
+                raise CouldNotFinish("its change stream has a gap, so the mirror alone keeps the old store up to date") from gap
+    return run.result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run capture from a command line and return its exit code."""
+    parser = argparse.ArgumentParser(prog="capture.py", description="Bring the source's changes into the spool.")
+    parser.add_argument("spec", metavar="SPEC", help="the migration's TOML file")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        spec = load(parser.parse_args(arguments).spec)
+        folders.keep_private(spec)
+        result = capture(spec)
+    except ChangeoverError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 130 if result.interrupted else 0
+
+
+if __name__ == "__main__":
+    from changeover.jobs.capture.service import main as entry  # the same module object as everybody else's
+
+    sys.exit(entry())

@@ -1,0 +1,249 @@
+"""Tenure: which store had authority over a row, from where to where in its own log, and what that makes of an event.
+
+The authority log has a row per cohort and move. It stamps every event with the epoch of its interval; what a store's log
+holds outside of its store's intervals is never offered to another store: there it is the echo of our own marked write, or a
+rogue write, which is kept and alarmed. Everything here is pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
+from typing import NamedTuple
+
+from changeover.jobs.ledger.records import Authority
+from changeover.position import Version
+from changeover.tenants import EVERY, Cohorts
+
+FOR_EVER = 2**63 - 1
+
+
+class Tenure(NamedTuple):
+    """A cohort's authority of one store: the epoch, and the commit LSNs since <= lsn < until in that store's own log."""
+
+    cohort: str
+    epoch: int
+    store: str
+    since: int
+    until: int = FOR_EVER
+
+
+class Standing(Enum):
+    """What an event of a store's log is."""
+
+    OFFERED = "offered"
+    ECHO = "echo"
+    """Our own write, made through the gate of a store without authority: its origin has offered it already."""
+    ROGUE = "rogue"
+    """Somebody's write to a store without authority: kept and alarmed, never offered, never dropped."""
+
+
+def epoch_of(log: Iterable[Tenure], cohort: str, store: str, lsn: int) -> int | None:
+    """Return the epoch under which a store had authority over a cohort at a place in its log, or None where it had none."""
+    return next((t.epoch for t in log if (t.cohort, t.store) == (cohort, store) and t.since <= lsn < t.until), None)
+
+
+def standing(log: Iterable[Tenure], cohort: str, store: str, lsn: int, marked: bool) -> Standing:
+    """Return what an event is, by its place and by whether its transaction carries the mark of our own writes."""
+    if marked:
+        return Standing.ECHO
+    return Standing.ROGUE if epoch_of(log, cohort, store, lsn) is None else Standing.OFFERED
+
+
+def stamped(log: Iterable[Tenure], cohort: str, store: str, version: Version) -> Version | None:
+    """Return an event's version with the epoch that the log gives it, or None where it is never offered."""
+    epoch = epoch_of(log, cohort, store, version.lsn)
+    return None if epoch is None else version._replace(epoch=epoch)
+
+
+def moved(log: Iterable[Tenure], cohort: str, to: str, epoch: int, fence: int, since: int) -> tuple[Tenure, ...]:
+    """Return the log after a cohort's authority has moved: it ends at `fence` in the losing log, begins at `since` in the other.
+
+    The epoch is a later one, and `position.epoch_floor` of it the cohort's floor in the gaining store.
+    """
+    entries = list(log)
+    last = max((t for t in entries if t.cohort == cohort), key=lambda t: t.epoch)
+    entries[entries.index(last)] = last._replace(until=fence)
+    return (*entries, Tenure(cohort, epoch, to, since))
+
+
+EVERYTHING = ""
+"""The one cohort while all rows move at once; else those that no move has named. No cohort of a spec is called so."""
+
+OLD, NEW = "old", "new"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A part of a store's stream that is offered: its events' epoch, and the commit LSNs since <= lsn < until in that store's log.
+
+    Of an `echo` our own marked writes are offered, and what came with them; else what others wrote, and nothing of ours. It is
+    the rows of some cohorts alone.
+    """
+
+    epoch: int
+    since: int
+    until: int
+    store: str = OLD
+    echo: bool = False
+    cohorts: Cohorts = EVERY
+
+
+Section = tuple[Interval, ...]
+"""Intervals of one store and the same positions, each of other cohorts."""
+
+
+def named(changes: Iterable[Authority]) -> frozenset[str]:
+    """Return the cohorts that have ever moved by name."""
+    return frozenset(name for change in changes for name in change.cohorts or ())
+
+
+def tenures(changes: Iterable[Authority], cohort: str = EVERYTHING) -> tuple[Tenure, ...]:
+    """Return a cohort's authority log of both stores, first to last, from the moves on record.
+
+    A move without names is one of all rows, of which those that are there already have nothing to do; from the old store to the
+    old store it may be a new epoch of the tables as well: nothing from before it counts.
+    """
+    log: tuple[Tenure, ...] = (Tenure(cohort, 0, OLD, 0),)
+    for change in changes:
+        if change.cohorts is not None and cohort not in change.cohorts:
+            continue
+        if change.anew:
+            log = (Tenure(cohort, change.epoch, OLD, 0),)
+        elif change.store != log[-1].store:
+            places = {OLD: change.from_lsn, NEW: change.new_lsn}
+            log = moved(log, cohort, change.store, change.epoch, places[log[-1].store], places[change.store])
+    return log
+
+
+def shares(changes: Sequence[Authority]) -> dict[Tenure, Cohorts]:
+    """Return who has authority now: each present tenure, its cohort left out, and the cohorts whose it is (pure)."""
+    names = named(changes)
+    found: dict[Tenure, set[str]] = {}
+    for cohort, alike in _alike(changes).items():
+        found.setdefault(tenures(changes, cohort)[-1]._replace(cohort=EVERYTHING), set()).update(alike)
+    return {tenure: _together(cohorts, names) for tenure, cohorts in found.items()}
+
+
+def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None) -> Cohorts | None:
+    """Return which rows a move concerns: of the cohorts named, or of all, those that are not there yet (pure)."""
+    there = [whose for held, whose in shares(changes).items() if held.store == to]
+    if names is not None:
+        left = frozenset(name for name in names if not any(name in whose for whose in there))
+        return Cohorts(left, others=False) if left else None
+    known = named(changes)
+    elsewhere = {name for name in (EVERYTHING, *known) if not any(name in whose for whose in there)}
+    return _together(elsewhere, known) if elsewhere else None
+
+
+def epochs_of(changes: Sequence[Authority], store: str) -> dict[int, int]:
+    """Return the epochs in which a store had authority over anything, and where in its log each began (pure)."""
+    return {t.epoch: t.since for cohort in _alike(changes) for t in tenures(changes, cohort) if t.store == store}
+
+
+def _alike(changes: Iterable[Authority]) -> dict[str, set[str]]:
+    """Return all cohorts by one of those with the same moves: many move together, and few moves there are."""
+    moves: dict[str, list[int]] = {EVERYTHING: []}
+    for change in changes:
+        for name in change.cohorts or ():
+            moves.setdefault(name, []).append(change.epoch)
+    alike: dict[tuple[int, ...], set[str]] = {}
+    for name, epochs in moves.items():
+        alike.setdefault(tuple(epochs), set()).add(name)
+    return {EVERYTHING if EVERYTHING in names else min(names): names for names in alike.values()}
+
+
+def _logs(changes: Sequence[Authority]) -> list[tuple[tuple[Tenure, ...], set[str]]]:
+    return [(tenures(changes, one), alike) for one, alike in _alike(changes).items()]
+
+
+def _together(cohorts: Collection[str], names: frozenset[str]) -> Cohorts:
+    """Return cohorts as one, of all that have a name."""
+    chosen = frozenset(cohorts) - {EVERYTHING}
+    return Cohorts(names - chosen) if EVERYTHING in cohorts else Cohorts(chosen, others=False)
+
+
+def histories(changes: Sequence[Authority]) -> list[tuple[tuple[Tenure, ...], Cohorts]]:
+    """Return each authority log that there is and the cohorts that share it (pure)."""
+    names = named(changes)
+    return [(log, _together(alike, names)) for log, alike in _logs(changes)]
+
+
+def absences(
+    changes: Sequence[Authority], store: str, since: int, *, counted: Collection[int] | None = None
+) -> list[tuple[int, int, Cohorts]]:
+    """Return where in a store's log, from `since` on, it had no authority, and over which cohorts, each place once (pure).
+
+    Only epochs that are `counted` give it any, where some are named.
+    """
+    names = named(changes)
+    gaps = [
+        (without([t for t in log if counted is None or t.epoch in counted], store, since), alike) for log, alike in _logs(changes)
+    ]
+    cuts = sorted({place for ranges, _ in gaps for gap in ranges for place in gap})
+    found = []
+    for start, end in pairwise(cuts):
+        who = {name for ranges, alike in gaps for first, last in ranges if first <= start and end <= last for name in alike}
+        found += [(start, end, _together(who, names))] if who else []
+    return found
+
+
+def without(log: Sequence[Tenure], store: str, since: int) -> list[tuple[int, int]]:
+    """Return where in a store's log, from `since` on, it had no authority: whatever is there and is not ours is a rogue write."""
+    gaps = []
+    for tenure in (t for t in log if t.store == store):
+        if tenure.since > since:
+            gaps.append((since, tenure.since))
+        since = max(since, tenure.until)
+    return [*gaps, (since, FOR_EVER)] if since < FOR_EVER else gaps
+
+
+def sections(changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset()) -> list[Section]:
+    """Return `offered_intervals` of all cohorts, cut where one of them begins or ends (pure).
+
+    In front the old store's, then the new one's, once cohorts have moved one by one: both streams go on then, of other rows each.
+    """
+    names = named(changes)
+    if not names:
+        return [(interval,) for interval in offered_intervals(changes, takes_over=takes_over, carried=carried)]
+    alike = _alike(changes)
+    alone = {one: offered_intervals(changes, takes_over=takes_over, carried=carried, cohort=one) for one in alike}
+    found = []
+    for store in (OLD, NEW):
+        of_store = [(cohort, one) for cohort, intervals in alone.items() for one in intervals if one.store == store]
+        cuts = sorted({place for _, one in of_store for place in (one.since, one.until)})
+        for since, until in pairwise(cuts):
+            kinds: dict[tuple[int, bool], set[str]] = {}
+            for cohort, one in of_store:
+                if one.since <= since and until <= one.until:
+                    kinds.setdefault((one.epoch, one.echo), set()).update(alike[cohort])
+            section = [Interval(epoch, since, until, store, echo, _together(who, names)) for (epoch, echo), who in kinds.items()]
+            found += [tuple(section)] if section else []
+    return found
+
+
+def offered_intervals(
+    changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset(), cohort: str = EVERYTHING
+) -> list[Interval]:
+    """Return the intervals of both stores' streams of which a target is offered a cohort, in the order of their epochs (pure).
+
+    `carried` are the epochs of the new store that its own stream carries. The target that takes over never gets them, it made them
+    itself. Any other target gets those that are carried; one that is not, it learns by the echo in the old store's stream once
+    authority is back, because then the old store is the truth again.
+    """
+    log = tenures(changes, cohort)
+    intervals = []
+    for before, tenure, after in zip([None, *log], log, [*log[1:], None], strict=False):
+        if tenure.store == OLD:
+            intervals.append(Interval(tenure.epoch, tenure.since, tenure.until))
+        elif takes_over:
+            continue
+        elif tenure.epoch in carried:
+            intervals.append(Interval(tenure.epoch, tenure.since, tenure.until, NEW))
+        elif after is not None:
+            assert before is not None  # the old store had authority first
+            # stamped as what follows it in the same log: a part of the epoch may have come from the other log, at other positions
+            intervals.append(Interval(after.epoch, before.until, after.since, echo=True))
+    return intervals

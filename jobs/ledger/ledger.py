@@ -1,0 +1,400 @@
+"""The ledger: what this migration knows for certain, in the schema `changeover` beside the tables that it guards.
+
+One row per chunk and target, written in the same transaction as the chunk's rows where the target is PostgreSQL and after an
+idempotent append where it is Delta. Positions, authority, verdicts, routers' heartbeats and the record of every run stand
+here too. All of it runs on the driver or in the application; tasks touch the ledger only through `mark_loaded`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import datetime
+from types import TracebackType
+from typing import Any, LiteralString, Self
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import class_row
+
+from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, StepOrder
+from changeover.jobs.ledger.chunks import first_token
+from changeover.jobs.ledger.lease import hold
+from changeover.jobs.ledger.records import FORMAT, SCHEMA, Authority, ChunkRow, Heartbeat, Load, SourceColumn, Stream, VerdictRow
+from changeover.position import format_lsn, parse_lsn
+from changeover.session import Connection, application_name, connect
+from changeover.spec import Spec
+
+LOOKS = frozenset({"status", "history", "explain"})
+"""Steps that change nothing, and have an answer while a new epoch is begun too."""
+
+
+class Ledger:
+    """A session with the ledger of one migration (driver or application); autocommit, one statement at a time."""
+
+    def __init__(self, connection: Connection, migration: str, dsn: str) -> None:
+        self.connection = connection
+        self.migration = migration
+        self.dsn = dsn
+
+    @classmethod
+    def open(cls, spec: Spec, step: str) -> Self:
+        """Connect for a step; raises ServerUnavailable, or SecretMissing."""
+        dsn = spec.ledger.resolve()
+        return cls(connect(dsn, application_name(spec.name, step)), spec.name, dsn)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.connection.close()
+
+    def create(self) -> None:
+        """Create the ledger's tables where they are missing."""
+        self.connection.execute(SCHEMA)
+
+    def exists(self) -> bool:
+        """Return whether this migration was prepared here."""
+        found = self.connection.execute("SELECT to_regclass('changeover.migration') IS NOT NULL").fetchone()
+        if found is None or not found[0]:
+            return False
+        rows = self.connection.execute("SELECT format FROM changeover.migration WHERE name = %s", [self.migration]).fetchall()
+        if rows and rows[0][0] != FORMAT:
+            raise SourceChanged("ledger format", str(FORMAT), str(rows[0][0]))
+        return bool(rows)
+
+    def now(self) -> datetime:
+        """Return the ledger's own time, by which heartbeats and verdicts are dated."""
+        row = self.connection.execute("SELECT clock_timestamp()").fetchone()
+        assert row is not None
+        found: datetime = row[0]
+        return found
+
+    # -- the migration and its stream
+
+    def record_migration(self, spec: Spec, stream: Stream) -> None:
+        """Record what prepare made; from here on the migration exists."""
+        self.connection.execute(
+            "INSERT INTO changeover.migration (name, format, spec_digest, spec, l0, system_id, timeline, slot, publication,"
+            " snapshot, visible) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            [spec.name, FORMAT, spec.digest, json.dumps(spec.document), format_lsn(stream.l0), stream.system_id,
+             stream.timeline, stream.slot, stream.publication, stream.snapshot, stream.visible],
+        )  # fmt: skip
+
+    def stream(self, step: str) -> Stream:
+        """Return the prepared stream; raises StepOrder when prepare did not run, or began anew and did not come to its end."""
+        if not self.exists():
+            raise StepOrder(step, "prepare")
+        row = self.connection.execute(
+            "SELECT begun, l0::text, system_id, timeline, slot, publication, snapshot, visible, epoch FROM changeover.migration"
+            " WHERE name = %s",
+            [self.migration],
+        ).fetchone()
+        assert row is not None
+        if row[0] is not None and step not in LOOKS:
+            raise StepOrder(step, "prepare")
+        return Stream(parse_lsn(row[1]), *row[2:])
+
+    def begun(self) -> int | None:
+        """Return the epoch that a `prepare --anew` has begun and not brought to its record, None where there is none."""
+        row = self.connection.execute("SELECT begun FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
+        return row[0] if row else None
+
+    def record_snapshot(self, names: str, visible: str) -> None:
+        """Record the snapshot in which pending chunks are read from now on."""
+        self.connection.execute(
+            "UPDATE changeover.migration SET snapshot = %s, visible = %s WHERE name = %s", [names, visible, self.migration]
+        )
+
+    def milestones(self) -> tuple[datetime, datetime | None]:
+        """Return when the migration was prepared, and when it was finalized, None while it is not."""
+        row = self.connection.execute(
+            "SELECT prepared, finalized FROM changeover.migration WHERE name = %s", [self.migration]
+        ).fetchone()
+        if row is None:
+            raise StepOrder("status", "prepare")
+        return row[0], row[1]
+
+    def spec_digest(self) -> str:
+        """Return the hash of the spec that was prepared."""
+        row = self.connection.execute("SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
+        return str(row[0]) if row else ""
+
+    def record_table(self, source: str, filenode: int, columns: Sequence[SourceColumn], partitioned: bool = False) -> None:
+        """Record a source table as it was before the slot was made."""
+        self.connection.execute(
+            "INSERT INTO changeover.source_table (migration, source, filenode, columns, partitioned) VALUES (%s, %s, %s, %s, %s)",
+            [self.migration, source, filenode, json.dumps([column.__dict__ for column in columns]), partitioned],
+        )
+
+    def source_table(self, source: str) -> tuple[int, tuple[SourceColumn, ...], str | None]:
+        """Return (filenode, columns, reason why it is stopped or None) of a prepared source table."""
+        row = self.connection.execute(
+            "SELECT filenode, columns, stopped FROM changeover.source_table WHERE migration = %s AND source = %s",
+            [self.migration, source],
+        ).fetchone()
+        if row is None:
+            raise StepOrder(f"table {source}", "prepare")
+        return row[0], tuple(SourceColumn(**column) for column in row[1]), row[2]
+
+    def record_file(self, source: str, filenode: int) -> None:
+        """Record the file that a table has since a TRUNCATE."""
+        self.connection.execute(
+            "UPDATE changeover.source_table SET filenode = %s WHERE migration = %s AND source = %s",
+            [filenode, self.migration, source],
+        )
+
+    def stop_table(self, source: str, reason: str) -> None:
+        """Record why a table is stopped; the first reason stays."""
+        self.connection.execute(
+            "UPDATE changeover.source_table SET stopped = coalesce(stopped, %s) WHERE migration = %s AND source = %s",
+            [reason, self.migration, source],
+        )
+
+    def stopped(self) -> dict[str, str]:
+        """Return why each source table is stopped that is."""
+        rows = self.connection.execute(
+            "SELECT source, stopped FROM changeover.source_table WHERE migration = %s AND stopped IS NOT NULL ORDER BY source",
+            [self.migration],
+        )
+        return dict(rows.fetchall())
+
+    # -- loads and chunks
+
+    def record_load(self, source: str, target: str, l0: int, created: bool) -> None:
+        """Record a table's load into a target as pending."""
+        self.connection.execute(
+            "INSERT INTO changeover.load (migration, source, target, state, applied, created)"
+            " VALUES (%s, %s, %s, 'pending', %s, %s)",
+            [self.migration, source, target, format_lsn(l0), created],
+        )
+
+    def record_types(self, source: str, target: str, types: Mapping[str, str]) -> None:
+        """Record the type that each column of a target is planned to have."""
+        self.connection.execute(
+            "UPDATE changeover.load SET types = %s WHERE migration = %s AND source = %s AND target = %s",
+            [json.dumps(types), self.migration, source, target],
+        )
+
+    def loads(self) -> list[Load]:
+        """Return all loads of the migration, by source and target."""
+        rows = self.connection.execute(
+            "SELECT source, target, state, applied::text, created, refused, swept, events, types FROM changeover.load"
+            " WHERE migration = %s ORDER BY source, target",
+            [self.migration],
+        ).fetchall()
+        return [Load(r[0], r[1], r[2], parse_lsn(r[3]), *r[4:]) for r in rows]
+
+    def load(self, source: str, target: str) -> Load:
+        """Return one load."""
+        for load in self.loads():
+            if (load.source, load.target) == (source, target):
+                return load
+        raise StepOrder(f"{source} to {target}", "prepare")
+
+    def set_state(self, source: str, target: str, state: str, epoch: int, swept: int = 0) -> None:
+        """Move a load of an epoch to a state, adding the rows that its sweep removed."""
+        self._of_epoch(epoch, "state = %s, swept = swept + %s", [state, swept], source, target)
+
+    def advance(self, source: str, target: str, applied: int, events: int, epoch: int) -> None:
+        """Record that every event of an epoch's stream below `applied` was offered; the position never goes back."""
+        change = "applied = greatest(applied, %s), events = events + %s"
+        self._of_epoch(epoch, change, [format_lsn(applied), events], source, target)
+
+    def _of_epoch(self, epoch: int, change: LiteralString, values: Sequence[Any], source: str, target: str) -> None:
+        """Change a load; raises CouldNotFinish for a run that is left from before `prepare --anew`."""
+        done = self.connection.execute(
+            sql.SQL("UPDATE changeover.load SET {}, changed = now() WHERE migration = %s AND source = %s AND target = %s"
+                    " AND EXISTS (SELECT FROM changeover.migration WHERE name = %s AND epoch = %s)").format(sql.SQL(change)),
+            [*values, self.migration, source, target, self.migration, epoch],
+        ).rowcount  # fmt: skip
+        if not done:
+            raise CouldNotFinish(f"{source} in {target} was begun anew since this run began (it is of epoch {epoch}): run again")
+
+    def record_chunks(
+        self, source: str, target: str, ranges: Sequence[tuple[tuple[str, ...] | None, tuple[str, ...] | None]], epoch: int = 0
+    ) -> None:
+        """Record the plan of a load once, in one transaction."""
+        with self.connection.transaction(), self.connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO changeover.chunk (migration, source, target, token, chunk, lower, upper)"
+                " VALUES (%s, %s, %s, %s, %s, %s, %s)",
+                [
+                    [self.migration, source, target, first_token(epoch), number,
+                     *(None if b is None else json.dumps(b) for b in bounds)]
+                    for number, bounds in enumerate(ranges)
+                ],
+            )  # fmt: skip
+
+    def chunks(self, source: str, target: str) -> list[ChunkRow]:
+        """Return the chunks of a load in key order."""
+        rows = self.connection.execute(
+            "SELECT chunk, lower, upper, loaded, rows FROM changeover.chunk"
+            " WHERE migration = %s AND source = %s AND target = %s ORDER BY chunk",
+            [self.migration, source, target],
+        ).fetchall()
+        return [ChunkRow(r[0], *(None if b is None else tuple(b) for b in r[1:3]), *r[3:]) for r in rows]  # type: ignore[arg-type]
+
+    def claim(self, source: str, target: str) -> int:
+        """Fence off every earlier attempt at the open chunks of a load (`chunks.claimed`); return this attempt's token."""
+        row = self.connection.execute(
+            "WITH next AS (SELECT coalesce(max(token), 0) + 1 AS token FROM changeover.chunk"
+            " WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s), claimed AS (UPDATE changeover.chunk"
+            " SET token = next.token FROM next WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s"
+            " AND loaded IS NULL) SELECT token FROM next",
+            {"m": self.migration, "s": source, "t": target},
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    # -- authority, heartbeats, verdicts, audit
+
+    def authority(self) -> Authority:
+        """Return who has authority now, over the rows that have no move of their own; before any fence it is the old store."""
+        found = [change for change in self.authorities() if change.cohorts is None]
+        return found[-1] if found else Authority(0, "old", 0, datetime.min, None)
+
+    def authorities(self, since: int = 0) -> list[Authority]:
+        """Return every change of authority from an epoch on, first to last."""
+        rows = self.connection.execute(
+            "SELECT epoch, store, from_lsn::text, at, pause_seconds, coalesce(new_lsn, '0/0')::text, cohorts"
+            " FROM changeover.authority WHERE migration = %s AND epoch >= %s ORDER BY epoch",
+            [self.migration, since],
+        ).fetchall()
+        return [
+            Authority(r[0], r[1], parse_lsn(r[2]), r[3], r[4], parse_lsn(r[5]), None if r[6] is None else frozenset(r[6]))
+            for r in rows
+        ]
+
+    def beat(self, process: str, stage: str, epoch: int, counters: Mapping[str, Any]) -> None:
+        """Record a router process's heartbeat (application)."""
+        self.connection.execute(
+            "INSERT INTO changeover.heartbeat VALUES (%s, %s, now(), %s, %s, %s) ON CONFLICT (migration, process) DO UPDATE"
+            " SET at = now(), stage = excluded.stage, epoch = excluded.epoch, counters = excluded.counters",
+            [self.migration, process, stage, epoch, json.dumps(counters)],
+        )
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """Return the last heartbeat of every router process."""
+        with self.connection.cursor(row_factory=class_row(Heartbeat)) as cursor:
+            return cursor.execute(
+                "SELECT process, at, stage, epoch, counters FROM changeover.heartbeat WHERE migration = %s ORDER BY process",
+                [self.migration],
+            ).fetchall()
+
+    def record_verdict(self, source: str, target: str, verdict: str, stage: str | None, detail: Mapping[str, Any]) -> int:
+        """Record a verdict; return its run number."""
+        row = self.connection.execute(
+            "INSERT INTO changeover.verdict (migration, source, target, verdict, stage, detail)"
+            " VALUES (%s, %s, %s, %s, %s, %s) RETURNING run",
+            [self.migration, source, target, verdict, stage, json.dumps(detail, default=str)],
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def verdicts(self) -> list[VerdictRow]:
+        """Return all verdicts on the tables as they were last prepared, newest first; those before say nothing of them."""
+        with self.connection.cursor(row_factory=class_row(VerdictRow)) as cursor:
+            return cursor.execute(
+                "SELECT run, at, source, target, verdict, stage, detail FROM changeover.verdict AS v WHERE migration = %s"
+                " AND at >= (SELECT prepared FROM changeover.migration WHERE name = v.migration) ORDER BY run DESC",
+                [self.migration],
+            ).fetchall()
+
+    def audit(self, step: str, outcome: str, detail: Mapping[str, Any]) -> None:
+        """Record what a run did; who and where come with it."""
+        whole = {**detail, "host": socket.gethostname(), "pid": os.getpid()}
+        self.connection.execute(
+            "INSERT INTO changeover.audit (migration, step, outcome, detail) VALUES (%s, %s, %s, %s)",
+            [self.migration, step, outcome, json.dumps(whole, default=str)],
+        )
+
+    def audits(self, step: str | None = None) -> list[tuple[datetime, str, str, Mapping[str, Any]]]:
+        """Return the record of runs, newest first."""
+        rows = self.connection.execute(
+            "SELECT at, step, outcome, detail FROM changeover.audit WHERE migration = %s AND (%s::text IS NULL OR step = %s)"
+            " ORDER BY entry DESC",
+            [self.migration, step, step],
+        ).fetchall()
+        return [(r[0], r[1], r[2], r[3]) for r in rows]
+
+    @contextmanager
+    def recorded(self, step: str) -> Iterator[dict[str, Any]]:
+        """Put a run on record when the block ends: `done`, or what the block puts under "outcome", or why it failed.
+
+        What the block puts into the dict goes with it. The record is made over a session of its own, because a run may outlive
+        this one; a run that failed raises its own error even where the ledger can't be reached any more.
+        """
+        told: dict[str, Any] = {}
+        try:
+            yield told
+        except BaseException as error:
+            why = str(error) if isinstance(error, ChangeoverError) else type(error).__name__
+            outcome = "failed" if isinstance(error, Exception) else "interrupted"
+            with suppress(ChangeoverError, psycopg.Error):
+                self._record_run(step, {**told, "outcome": outcome, "error": why})
+            raise
+        self._record_run(step, told)
+
+    def _record_run(self, step: str, told: Mapping[str, Any]) -> None:
+        with connect(self.dsn, application_name(self.migration, step)) as session:
+            ledger = Ledger(session, self.migration, self.dsn)
+            if ledger.exists():  # a step before prepare has no record to go to
+                detail = {name: value for name, value in told.items() if name != "outcome"}
+                ledger.audit(step, str(told.get("outcome", "done")), detail)
+
+    def stage(self) -> str | None:
+        """Return the flag's stage as it was last put on record, None before its first turn."""
+        row = self.connection.execute(
+            "SELECT detail->>'to' FROM changeover.audit WHERE migration = %s AND step = 'flags' AND outcome <> 'refused'"
+            " ORDER BY entry DESC LIMIT 1",
+            [self.migration],
+        ).fetchone()
+        return row[0] if row else None
+
+    def creating(self) -> dict[tuple[str, str], bool]:
+        """Return the loads that a prepare had begun to make, and whether the target table is its own."""
+        present = self.connection.execute("SELECT to_regclass('changeover.audit') IS NOT NULL").fetchone()
+        if present is None or not present[0]:
+            return {}
+        rows = self.connection.execute(
+            "SELECT detail->>'source', detail->>'target', (detail->>'created')::boolean FROM changeover.audit"
+            " WHERE migration = %s AND step = 'prepare' AND outcome = 'creating'",
+            [self.migration],
+        ).fetchall()
+        return {(row[0], row[1]): row[2] for row in rows}
+
+    def lease(self, step: str, wait_seconds: float = 0) -> AbstractContextManager[None]:
+        """Hold the lease of a step; raises LeaseHeld when another run has it (driver)."""
+        return hold(self.dsn, self.migration, step, wait_seconds)
+
+
+def mark_loaded(
+    cursor: psycopg.Cursor[Any], migration: str, source: str, target: str, chunk: int, token: int, counts: tuple[int, int],
+    seconds: float,
+) -> bool:  # fmt: skip
+    """Mark a chunk as loaded in the caller's transaction (task or driver); False when the attempt was fenced off.
+
+    `counts` is (rows offered, images refused because of a tombstone). A chunk that is already loaded, or that a later attempt
+    has claimed, is left alone (`chunks.markable`), and the caller must roll back.
+    """
+    with_chunk = [migration, source, target, chunk, token]
+    done = cursor.execute(
+        "UPDATE changeover.chunk SET loaded = clock_timestamp(), rows = %s, refused = %s, seconds = %s WHERE migration = %s"
+        " AND source = %s AND target = %s AND chunk = %s AND token = %s AND loaded IS NULL",
+        [*counts, seconds, *with_chunk],
+    ).rowcount
+    return done == 1
+
+
+def drop_ledger(connection: Connection, migration: str) -> None:
+    """Remove one migration from the ledger."""
+    for table in ("migration", "authority", "verdict", "heartbeat", "audit"):
+        column = "name" if table == "migration" else "migration"
+        connection.execute(
+            sql.SQL("DELETE FROM changeover.{} WHERE {} = %s").format(sql.Identifier(table), sql.Identifier(column)),
+            [migration],
+        )

@@ -1,0 +1,115 @@
+"""Division: whether a migration's rows can move cohort by cohort, and why not; it looks and changes nothing.
+
+Each rule is one that the proof of split authority needs: both stores tell a row's cohort from its key, in the same text; no unique
+index can set rows of two cohorts against each other, while both stores draw values from sequences of their own; sequences can be
+moved while others draw; and the way back is there, because a cohort that moves back leaves no moment at which the mirror alone has
+everything. `check` and `prepare` print every reason. Runs on the driver, without Spark.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from psycopg import sql
+
+from changeover.jobs.access import grants
+from changeover.jobs.guarantee import assumptions
+from changeover.jobs.guarantee.assumptions import Asked, Moment
+from changeover.jobs.preflight.obstacles import obstacles, target_as_source
+from changeover.jobs.preflight.rules import Preflight, SourceTable, preflight, source_table
+from changeover.jobs.reverse import path as reverse
+from changeover.jobs.transform.tenancy import new_column, old_column
+from changeover.names import qualified
+from changeover.session import Connection, application_name, connect
+from changeover.spec import Spec, Table
+
+FAMILIES = (re.compile(r"smallint|integer|bigint"), re.compile(r"text|character varying(\(\d+\))?"), re.compile("uuid"))
+"""Types of which PostgreSQL writes equal values as the same text, and which of them write each other's."""
+
+UNIQUE = """
+SELECT i.indexrelid::regclass::text FROM pg_index i
+WHERE i.indrelid IN (SELECT %(table)s::regclass UNION SELECT relid FROM pg_partition_tree(%(table)s::regclass))
+    AND (i.indisunique OR i.indisexclusion) AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = i.indrelid
+        AND a.attname = %(column)s AND a.attnum = ANY ((i.indkey::smallint[])[:i.indnkeyatts - 1]))
+ORDER BY 1
+"""
+"""Indexes by which a row can stand in the way of another cohort's."""
+
+
+def examined(spec: Spec, moment: Moment = Moment.CHECK) -> Preflight:
+    """Return what stands against the plan: rules of the preflight, broken assumptions, and why no cohort moves alone (driver)."""
+    found = preflight(spec)
+    with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
+        found.reasons = assumptions.sentences(moment, Asked(spec, old, plan=tuple(found.reasons)))
+    found.reasons += [why for why in indivisible(spec) if not any(reason.endswith(why) for reason in found.reasons)]
+    return found
+
+
+def indivisible(spec: Spec) -> list[str]:
+    """Return why cohorts can't move one by one, nothing where the spec asks for none (driver).
+
+    A fence asks again: an index may have been built since, as one is on a new table that was loaded without.
+    """
+    if spec.flag is None or spec.flag.context is None:
+        return []
+    application, dsn = application_name(spec.name, "check"), spec.targets[spec.flag.target].dsn_value
+    reasons: list[str] = []
+    with connect(spec.source.dsn.resolve(), application) as old, connect(dsn, application) as new:
+        for table in spec.tables:
+            if (seen := source_table(old, table)) is not None:
+                reasons += _indivisible(spec, table, seen, old, new)
+        why = obstacles(spec, old, new, reverse.slot_of(spec))
+    return reasons + [f"cohorts move one by one only where they can come back: {one}" for one in why]
+
+
+def _indivisible(spec: Spec, table: Table, seen: SourceTable, old: Connection, new: Connection) -> Iterator[str]:
+    """Yield why a table's rows can't move cohort by cohort."""
+    column = old_column(spec)
+    assert column is not None
+    if table.function is not None:
+        yield f"{seen.source} has a function, after which nobody can tell a row's cohort: leave flag.context out"
+        return
+    if column not in seen.identity:
+        key = ", ".join(seen.identity)
+        yield f"{column} (flag.context) is not in the key of {seen.source} ({key}), so a delete would not tell whose row it was"
+        return
+    there = new_column(spec, table)
+    if there is None:
+        yield f"no key column of {table.target} is {column} (flag.context) alone, so the new store can't tell whose row it is"
+        return
+    found = source_table(new, target_as_source(table))
+    yield from _unlike(seen, column, found, there)
+    for connection, one, name in ((old, seen, column), (new, found, there)):
+        if one is not None:
+            yield from _crossing(connection, one, name)
+
+
+def _unlike(seen: SourceTable, column: str, found: SourceTable | None, there: str) -> Iterator[str]:
+    """Yield why a cohort may read otherwise in the two stores; a new table that is not there yet is given the old type."""
+    own = next(c.type for c in seen.columns if c.name == column)
+    family = next((one for one in FAMILIES if one.fullmatch(own)), None)
+    if family is None:
+        yield f"{seen.source}.{column} (flag.context) is of the type {own}: a cohort is an integer, a text, a varchar or a uuid"
+        return
+    other = next((c.type for c in found.columns if c.name == there), None) if found is not None else own
+    if found is not None and (other is None or not family.fullmatch(other) or not _as_long(own, other)):
+        yield f"{found.source}.{there} is of the type {other} and {seen.source}.{column} of {own}: a cohort must read alike in both"
+
+
+def _as_long(own: str, other: str) -> bool:
+    """Return whether a text of one type is never cut in another: a varchar drops spaces beyond its length without a word."""
+    length, limit = (re.search(r"\((\d+)\)", one) for one in (own, other))
+    return limit is None or (length is not None and int(length[1]) <= int(limit[1]))
+
+
+def _crossing(connection: Connection, table: SourceTable, column: str) -> Iterator[str]:
+    """Yield what of one store's table would bring rows of two cohorts together."""
+    schema, name = qualified(table.source)
+    asked = {"table": sql.Identifier(schema, name).as_string(connection), "column": column}
+    for (index,) in connection.execute(UNIQUE, asked).fetchall():
+        yield (
+            f"the index {index} of {table.source} is unique without {column}: while cohorts are at two stores both may take one"
+            f" value, and one of the rows would never come across; add {column} to it"
+        )
+    yield from map(str, grants.of_sequences(connection, schema, name, owning=True))

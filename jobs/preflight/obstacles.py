@@ -1,0 +1,86 @@
+"""Obstacles: why the new store can't tell the old one what is written to it, in sentences that say what to do.
+
+It looks at both stores and touches nothing: whether every column of the old tables can be had back, and whether the new store's
+changes can be streamed without harm to the application's own statements. No reason means that a reverse path can be opened. Runs on
+the driver and starts no JVM.
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from changeover.jobs.access import connections, grants
+from changeover.jobs.guarantee.assumptions import hidden, server
+from changeover.jobs.preflight.rules import CAPTURE_RULES, TABLE_RULES, SourceTable, source_table
+from changeover.jobs.transform import inverse
+from changeover.names import qualified
+from changeover.session import Connection, application_name, connect
+from changeover.spec import SLOT, Spec, Table
+from changeover.stores.postgres import replica
+from changeover.stores.postgres.batches import WIDEST
+
+
+def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> list[str]:
+    """Return why no path back can be opened; a table that is not there yet is no reason, nor is a `slot` that is taken by it."""
+    there = has_slot(new, slot)
+    asked = {"slot": slot, "else": ""}
+    rows = new.execute(CAPTURE_RULES[SLOT], asked).fetchall()
+    reasons = server(new) + [row[0] for row in rows if not there or "slots" not in row[0]]
+    reasons += map(str, grants.of_server(new, SLOT))
+    for table in spec.tables:
+        seen = source_table(old, table)
+        if seen is None:
+            continue
+        found = source_table(new, target_as_source(table))
+        lack = inverse.missing(spec, table, seen.store_columns, found.store_columns if found else None)
+        reasons += [lack] if lack else []
+        if len(seen.columns) > WIDEST:
+            reasons.append(f"{seen.source} has {len(seen.columns):,} columns: {WIDEST:,} is the most that a batch back to it holds")
+        reasons += replica.acting(old, _quoted(old, seen))[0]
+        if found is not None:
+            reasons += _unfit(new, found)
+    reasons = [f"the new store: {reason}" if reason.startswith(("the ", "wal_level", "all ")) else reason for reason in reasons]
+    if spec.flag is not None:
+        dsn = spec.targets[spec.flag.target].dsn_value
+        reasons += connections.streaming(dsn, application_name(spec.name, "check"), "the new store")
+    return reasons
+
+
+def _quoted(connection: Connection, table: SourceTable) -> str:
+    return sql.Identifier(*qualified(table.source)).as_string(connection)
+
+
+def _unfit(new: Connection, found: SourceTable) -> list[str]:
+    row = new.execute("SELECT %s::regclass::oid", [_quoted(new, found)]).fetchone()
+    assert row is not None
+    lacks = grants.of_owners(new, row)
+    asked = {"oid": row[0], "name": found.source, "identity": ", ".join(sorted(found.identity)), "keys": list(found.identity)}
+    rows = new.execute(TABLE_RULES, asked).fetchall()
+    unseen = hidden(new, *qualified(found.source))
+    reasons = [*map(str, lacks), *(found for (found,) in rows), *([unseen] if unseen else [])]
+    return [reason for reason in reasons if "generated column" not in reason]  # it is computed anew, and no part of a transform
+
+
+def target_as_source(table: Table) -> Table:
+    """Return a table's target as a source of its own."""
+    return Table(table.target_relation, table.source, table.key)
+
+
+def has_slot(connection: Connection, slot: str) -> bool:
+    """Return whether a server has the slot."""
+    return connection.execute("SELECT FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone() is not None
+
+
+def notes(spec: Spec) -> list[str]:
+    """Return what `check` has to say of the way back: why there is none, and what acts on its rows (driver; looks only)."""
+    if spec.flag is None:
+        return []
+    application = application_name(spec.name, "check")
+    with (
+        connect(spec.source.dsn.resolve(), application) as old,
+        connect(spec.targets[spec.flag.target].dsn_value, application) as new,
+    ):
+        reasons = obstacles(spec, old, new)
+        seen = [found for table in spec.tables if (found := source_table(old, table)) is not None]
+        acting = [one for table in seen for one in replica.acting(old, _quoted(old, table))[1]]
+    return [*(f"{reason}; until then the router's mirror alone keeps the old store up to date" for reason in reasons), *acting]

@@ -1,0 +1,116 @@
+"""The commands `changeover flags …`: the migration flag shown and turned, gated by the evidence.
+
+Each calls one function of `changeover.flags.cutover.commands` with the same words, and starts no JVM.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import click
+
+from changeover.cli.command import DEBUG, JSON, LOG_FORMAT, SPEC, Sections, answer, opened, plain, running
+from changeover.errors import Interrupted
+from changeover.files.runlog import JSON as AS_JSON
+
+
+@click.group(cls=Sections, section="Hand over")
+def flags() -> None:
+    """Show and turn the migration flag.
+
+    Gated by the evidence.
+    """
+
+
+@flags.command(example="changeover flags show follows.toml")
+@SPEC
+@JSON
+def show(spec: str, as_json: bool) -> None:
+    """Go or no-go, with every reason."""
+    from changeover.flags.cutover.commands import show as act
+    from changeover.flags.cutover.moves import some
+
+    seen = act(opened(spec))
+    wish = f", the flag asks for {seen.wish.value}" if seen.wish is not seen.stage else ""
+    lines = [f"stage {seen.stage.value}{wish}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
+    if seen.apart is not None:
+        epochs = ", ".join(map(str, seen.apart.epochs))
+        lines.append(f"at the {seen.apart.store} store: {some(seen.apart.first, seen.apart.count)}, epoch {epochs}")
+    if seen.next is not None:
+        lines += [f"next: {seen.next.value}: {'go' if seen.go else 'no-go'}", *(f"  {reason}" for reason in seen.reasons)]
+    if seen.back is not None:
+        lines.append(f"back: {seen.back.value}: {_loses(seen.loses, 'would be lost')}")
+    if seen.way_back is not None:
+        lines.append(f"reverse path: {seen.way_back.line}")
+    lines += [f"note: {one}" for one in seen.notes]
+    lines += [f"rogue: {one}" for one in seen.rogue]
+    stages = {name: stage.value if (stage := getattr(seen, name)) else None for name in ("stage", "wish", "next", "back")}
+    answer({**plain(seen), **stages, "go": seen.go}, as_json, lambda: "\n".join(lines))
+
+
+def _loses(writes: int, verb: str) -> str:
+    return f"{writes:,} write{'s' * (writes > 1)} that never reached the old store {verb}" if writes else f"nothing {verb}"
+
+
+COHORTS = click.option(
+    "--cohort", "cohorts", multiple=True, help="Only this cohort, between shadow and live; may be given more than once."
+)
+
+
+@flags.command(example="changeover flags advance follows.toml")
+@SPEC
+@COHORTS
+@click.option("--override", metavar="WHY", help="Go without the gate's evidence; the reason is logged.")
+@JSON
+def advance(spec: str, cohorts: tuple[str, ...], override: str | None, as_json: bool) -> None:
+    """Go one stage up, if the evidence holds."""
+    from changeover.flags.cutover.commands import advance as act
+
+    _step(act(opened(spec), override=override, cohorts=cohorts or None), as_json)
+
+
+@flags.command(example="changeover flags rollback follows.toml")
+@SPEC
+@COHORTS
+@JSON
+def rollback(spec: str, cohorts: tuple[str, ...], as_json: bool) -> None:
+    """Go one stage down; asks no gate."""
+    from changeover.flags.cutover.commands import rollback as act
+
+    _step(act(opened(spec), cohorts=cohorts or None), as_json, back=True)
+
+
+def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
+    from changeover.flags.cutover.moves import some
+
+    told = {"from": done.before.value, "to": done.after.value, "epoch": done.epoch, "pause_seconds": done.pause_seconds}
+    told |= {"lost": done.lost, "lacking": done.lacking} if back else {}
+    told |= {"cohorts": list(done.cohorts), "unknown": list(done.unknown)} if done.cohorts is not None else {}
+    told |= {"notes": list(done.notes)} if done.notes else {}
+    notes = "".join(f"\n{note}" for note in done.notes)
+    pause = f", writers were held up {done.pause_seconds:.2f} s at most" if done.pause_seconds is not None else ""
+    lost = f"; {_loses(done.lost, 'lost')}" if back else ""
+    lost += (
+        f" as far as routers know: their mirrors alone brought the old store up to date ({done.lacking})" if done.lacking else ""
+    )
+    whose = f"{some(done.cohorts)}: " if done.cohorts is not None else ""
+    unknown = f"\nno row as yet, in either store, of {some(done.unknown)}" if done.unknown else ""
+    answer(told, as_json, lambda: f"{whose}{told['from']} → {told['to']} (epoch {told['epoch']}{pause}){lost}{unknown}{notes}")
+
+
+@flags.command(example="changeover flags watch follows.toml")
+@SPEC
+@LOG_FORMAT
+@DEBUG
+def watch(spec: str, log_format: str, debug: bool) -> None:
+    """Follow a flag that is turned elsewhere.
+
+    Asks the gate, fences, writes the epoch; until stopped.
+    """
+    from changeover.flags.cutover.commands import watch as act
+
+    with running(spec, "flags-watch", debug, log_format if log_format == AS_JSON else None) as loaded:
+        click.echo(f"watching the flag of {loaded.name}; Ctrl-C ends it")
+        if act(loaded, threading.Event(), say=click.echo):
+            raise Interrupted("flags watch")

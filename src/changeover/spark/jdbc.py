@@ -1,0 +1,164 @@
+"""Spark's JDBC sessions: the driver of Java is told what libpq made of a DSN, and is pinned as every other session of ours.
+
+libpq resolves service and password files, environment, several hosts and their roles; a session of its own tells what came of it,
+and Java gets that server, role and password. What Java has no word for is refused by name, never left out. Secrets are options
+that Spark redacts, and no part of the URL.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import quote
+
+from psycopg import sql
+
+from changeover import settings as pins
+from changeover.errors import UsageError
+from changeover.session import FROM_ENVIRONMENT, connect, options_of, server_name
+from changeover.spark import clientkey
+
+JAVA = "the driver of Java by which Spark reads"
+
+UNKNOWN = {
+    "sslcrl": "reads no revocation list", "sslcrldir": "reads no revocation list",
+    "require_auth": "can't be told which authentication to insist on",
+}  # fmt: skip
+"""What libpq takes and the driver of Java has no word for."""
+
+SAME = {"channel_binding": "channelBinding", "sslnegotiation": "sslNegotiation", "krbsrvname": "kerberosServerName"}
+"""libpq's names and those of the driver of Java, where the values are the same."""
+
+SOCKETS = "org.newsclub.net.unix.AFUNIXSocketFactory$FactoryArg"
+"""The factory of junixsocket (`changeover.spark.jars`): the driver of Java has TCP alone by itself."""
+
+FROM_JDBC = (*FROM_ENVIRONMENT, "extra_float_digits")
+"""What the driver sends of its own, above the options."""
+
+
+def options(dsn: str, application: str) -> dict[str, str]:
+    """Return Spark's JDBC options for a DSN of psycopg (driver).
+
+    Raises ServerUnavailable, and UsageError for what Java can't be told.
+    """
+    with closing(connect(dsn, application)) as session:
+        wire = session.pgconn
+        told = {one.keyword.decode(): one.val.decode() for one in wire.info if one.val}
+        told.update(
+            host=wire.host.decode(), hostaddr=wire.hostaddr.decode(), port=wire.port.decode(), password=wire.password.decode(),
+            user=wire.user.decode(), dbname=wire.db.decode(),
+        )  # fmt: skip
+    _require_known(dsn, told)
+    return {
+        "url": f"jdbc:postgresql://{_host(dsn, told)}:{told['port']}/{quote(told['dbname'], safe='')}",
+        "driver": "org.postgresql.Driver",
+        "ApplicationName": application,
+        "options": options_of(dsn, _pinned()),
+        "user": told["user"],
+        "tcpKeepAlive": "false" if told.get("keepalives") == "0" else "true",
+        **({"password": told["password"]} if told["password"] else {}),
+        **{SAME[name]: told[name] for name in SAME if name in told},
+        **({"gssEncMode": told["gssencmode"]} if told.get("gssencmode") in ("disable", "require") else {}),
+        **(_by_socket(told) if _socket(told) else _tls(told)),
+    }
+
+
+def _require_known(dsn: str, told: Mapping[str, str]) -> None:
+    for name, lack in UNKNOWN.items():
+        if name in told:
+            raise UsageError(f"{server_name(dsn)}: the DSN has {name}, and {JAVA} {lack}: leave it out")
+    if not _socket(told):
+        return
+    if told["host"].startswith("@"):
+        raise UsageError(
+            f"{server_name(dsn)}: the DSN names the abstract socket {told['host']}, and {JAVA} takes a folder's alone: write"
+            " host=/FOLDER or host=localhost"
+        )
+    if "requirepeer" in told:
+        raise UsageError(
+            f"{server_name(dsn)}: the DSN has requirepeer, and {JAVA} can't ask whose process a server is: leave it out"
+        )
+
+
+def _socket(told: Mapping[str, str]) -> bool:
+    """Return whether libpq reached the server by a socket of its machine; an address comes before one."""
+    return told["host"].startswith(("/", "@")) and not told["hostaddr"]
+
+
+def _by_socket(told: Mapping[str, str]) -> dict[str, str]:
+    """Return what the driver of Java is told about a socket, at which libpq uses no TLS either, whatever the DSN says."""
+    path = f"{told['host'].rstrip('/')}/.s.PGSQL.{told['port']}"
+    return {"sslmode": "disable", "socketFactory": SOCKETS, "socketFactoryArg": path}
+
+
+def _host(dsn: str, told: Mapping[str, str]) -> str:
+    """Return the host for the URL: the address, where one is given and the name is not what TLS proves."""
+    if _socket(told):
+        return "localhost"  # which the factory of sockets takes for its own
+    host, address = told["host"], told["hostaddr"]
+    if told.get("sslmode") != "verify-full":
+        host = address or host
+    elif address and address not in _addresses(host):
+        raise UsageError(
+            f"{server_name(dsn)}: the DSN has hostaddr={address}, which {host} does not resolve to here; {JAVA} connects by the"
+            " name that it verifies: let the name resolve to it"
+        )
+    return f"[{host}]" if ":" in host else host
+
+
+def _addresses(host: str) -> set[str]:
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    except OSError:
+        return set()
+
+
+def _tls(told: Mapping[str, str]) -> dict[str, str]:
+    """Return what the driver of Java is told about TLS, by which it is as strict as libpq was."""
+    mode, root = told.get("sslmode", "prefer"), told.get("sslrootcert", "")
+    if root == "system":
+        return {"sslmode": mode, "sslfactory": "org.postgresql.ssl.DefaultJavaSSLFactory"}
+    found = root or _default("root.crt")
+    if mode == "require" and found and Path(found).exists():
+        mode = "verify-ca"  # as libpq does where it has a root certificate
+    given = {"sslmode": mode, **({"sslrootcert": root} if root else {})}
+    certificate, key = told.get("sslcert") or _default("postgresql.crt"), told.get("sslkey") or _default("postgresql.key")
+    if told.get("sslcertmode") == "disable" or not Path(certificate).exists():
+        return given
+    password = {"sslpassword": told["sslpassword"]} if "sslpassword" in told else {}
+    return {**given, "sslcert": certificate, "sslkey": clientkey.as_der(key, told.get("sslpassword")), **password}
+
+
+def _default(name: str) -> str:
+    """Return where libpq looks for a file of TLS that the DSN does not name."""
+    return os.path.expanduser(f"~/.postgresql/{name}")
+
+
+def _pinned() -> dict[str, str]:
+    return {name: value for name, value in pins.pinned().items() if name != "client_encoding"}  # Java insists on its own UTF8
+
+
+def start(transaction: sql.Composable) -> sql.Composed:
+    """Return the statements with which a JDBC session begins: it pins what the driver sets, begins, and looks that all holds.
+
+    `transaction` makes the transaction what it is; it comes before anything that takes a snapshot.
+    """
+    first = _pinned()
+    late = sql.SQL(" ").join(
+        sql.SQL("IF current_setting('server_version_num')::int >= {} THEN SET {}; END IF;").format(
+            sql.Literal(one.since), pins.assignment(one.name, one.value)
+        )
+        for one in pins.PINNED
+        if one.since
+    )
+    return sql.SQL(
+        "{sets}; {transaction}; DO $pins$ DECLARE other record; BEGIN {late} FOR other IN {deviations} LOOP"
+        " RAISE EXCEPTION 'changeover: the session has % = % whatever we set', other.name, other.current_setting;"
+        " END LOOP; END $pins$"
+    ).format(
+        sets=pins.statements({name: first[name] for name in FROM_JDBC}), transaction=transaction, late=late,
+        deviations=pins.deviations(first),
+    )  # fmt: skip

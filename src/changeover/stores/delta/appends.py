@@ -1,0 +1,269 @@
+"""Appends to a Delta table from Spark's tasks: one Parquet file and one commit a chunk, once whatever happens.
+
+A task writes its chunk's file beside the table's others, where no reader can see it, and then commits it under the chunk's
+own application id (`txn`, Delta's transaction protocol, Transaction Identifiers). Delta's Python writer checks no application
+id by itself: the id is looked up in the version that the commit must follow directly, and again after each conflict. The
+ledger's mark comes last, so a chunk that is marked is in the table; a task that dies leaves at most a file that nobody reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake.exceptions import CommitFailedError
+from deltalake.transaction import AddAction
+
+from changeover import failpoints
+from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused
+from changeover.files.trouble import working
+from changeover.names import RESERVED, folded
+from changeover.position import Version
+from changeover.spark.failures import failure_of
+from changeover.stores.base.interface import Counts, Mark
+from changeover.stores.postgres.tasks import outcome
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+VERSION, DELETED = MARKS = ("_version", "_deleted")
+"""Our two columns of a lake's table: a struct<epoch:int,lsn:bigint,ordinal:bigint>, and whether the row is a tombstone.
+
+Spark compares structs field by field, which is the axis' order.
+"""
+
+APART = (f"{RESERVED}version", f"{RESERVED}deleted")
+"""Their names in a table which has a column of its own by one of the others."""
+
+
+def marks(own: Collection[str]) -> tuple[str, str]:
+    """Return what our columns are called beside a table's own, whose case Delta does not tell apart (pure)."""
+    return APART if set(map(folded, own)) & set(MARKS) else MARKS
+
+
+def marks_among(columns: Collection[str]) -> tuple[str, str] | None:
+    """Return what our columns are called among all of a table's, None where they are not there (pure)."""
+    return next((pair for pair in (APART, MARKS) if set(pair) <= set(columns)), None)
+
+
+ROW_GROUP = 100_000
+LONGEST_BOUND = 32
+"""Characters of a text that may stand in a file's statistics, as in Delta's own writers."""
+
+APPEND_VERSION = 1
+"""Every chunk has an application id of its own, the same for all attempts, and is appended under it once."""
+
+COMMIT_TRIES = 200
+"""Every other chunk may commit first; more lost races than this are not races."""
+
+
+@dataclass(frozen=True)
+class AppendTask:
+    """What a Spark task does with one chunk's rows (task; once per attempt)."""
+
+    path: str
+    key: tuple[str, ...]
+    required: tuple[str, ...]
+    chunks: tuple[int, ...]
+    image: Version
+    mark: Mark
+    marks: tuple[str, str] = MARKS
+    columns: tuple[str, ...] = ()
+    """What the rows' columns are called in the table, where they come by their places."""
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Write, commit, mark."""
+        from pyspark import TaskContext
+
+        context = TaskContext.get()
+        assert context is not None
+        try:
+            with working(self.path):
+                yield outcome(self.append(self.chunks[context.partitionId()], batches))
+        except ChangeoverError as error:
+            yield outcome(None, failure_of(error))
+
+    def append(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> Counts:
+        """Append one chunk once and mark it."""
+        started = time.monotonic()
+        place = f"{self.path} {chunk}"
+        added = self._write(chunk, batches)
+        failpoints.reach("chunk-read", place)
+        rows = commit_once(self.path, self.mark.identity(chunk), added)
+        failpoints.reach("target-committed", place)
+        counts = Counts(rows, rows)
+        self.mark.afterwards(chunk, counts, time.monotonic() - started)
+        failpoints.reach("between-chunks", place)
+        return counts
+
+    def _write(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> list[AddAction]:
+        """Write one file and bring it to stable storage; a chunk without rows has none."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(self.path) / f"part-{chunk:05d}-{uuid.uuid4()}.snappy.parquet"
+        writer: Any = None
+        bounds = Bounds(self.key)
+        for placed in row_groups(batches):
+            rows = placed.rename_columns(list(self.columns)) if self.columns else placed
+            require_values(self.path, self.required, rows)
+            bounds.add(rows)
+            version, deleted = self.marks
+            whole = rows.append_column(version, pa.repeat(_version(self.image), rows.num_rows)).append_column(
+                deleted, pa.repeat(pa.scalar(False), rows.num_rows)
+            )
+            writer = writer or pq.ParquetWriter(path, whole.schema, compression="snappy")
+            writer.write_table(whole)
+        if writer is None:
+            return []
+        writer.close()
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        size, now = path.stat().st_size, int(time.time() * 1000)
+        return [AddAction(path.name, size, {}, now, True, json.dumps(bounds.statistics()))]
+
+
+@dataclass(frozen=True)
+class TryTask:
+    """What a Spark task does with rows of which only is to be known whether the table takes them (task)."""
+
+    path: str
+    required: tuple[str, ...]
+    columns: tuple[str, ...]
+    """The names of the columns that arrive by their places."""
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Look at every row and write none."""
+        try:
+            for placed in row_groups(batches):
+                require_values(self.path, self.required, placed.rename_columns(list(self.columns)))
+        except ChangeoverError as error:
+            yield outcome(None, failure_of(error))
+
+
+def require_values(path: str, required: Sequence[str], rows: pa.Table) -> None:
+    """Raise RowRefused where a column that must have a value has none."""
+    for name in required:
+        if rows.column(name).null_count:
+            raise RowRefused(path, f"column {name}", f"column {name} must not be NULL")
+
+
+def _version(image: Version) -> pa.Scalar:
+    import pyarrow as pa
+
+    kind = pa.struct([("epoch", pa.int32()), ("lsn", pa.int64()), ("ordinal", pa.int64())])
+    return pa.scalar({"epoch": image.epoch, "lsn": image.lsn, "ordinal": image.ordinal}, kind)
+
+
+def row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Gather batches into tables of about one row group."""
+    import pyarrow as pa
+
+    gathered: list[pa.RecordBatch] = []
+    for batch in batches:
+        if batch.num_rows:
+            gathered.append(batch)
+        if sum(one.num_rows for one in gathered) >= ROW_GROUP:
+            yield pa.Table.from_batches(gathered)
+            gathered = []
+    if gathered:
+        yield pa.Table.from_batches(gathered)
+
+
+class Bounds:
+    """A file's statistics: its rows, and the least and greatest of each key column of whole numbers or short texts."""
+
+    def __init__(self, key: Sequence[str]) -> None:
+        self.rows = 0
+        self._seen: dict[str, list[Any]] = {name: [] for name in key}
+
+    def add(self, rows: pa.Table) -> None:
+        """Take in a row group."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        self.rows += rows.num_rows
+        for name, seen in self._seen.items():
+            column = rows.column(name)
+            if pa.types.is_integer(column.type) or pa.types.is_string(column.type):
+                seen += pc.min_max(column).as_py().values()
+
+    def statistics(self) -> dict[str, Any]:
+        """Return them as Delta's log has them; a bound that is left out only makes a reader look into the file."""
+        short = {
+            name: seen
+            for name, seen in self._seen.items()
+            if seen and not any(isinstance(value, str) and len(value) > LONGEST_BOUND for value in seen)
+        }
+        return {
+            "numRecords": self.rows,
+            "minValues": {name: min(seen) for name, seen in short.items()},
+            "maxValues": {name: max(seen) for name, seen in short.items()},
+            "nullCount": dict.fromkeys(short, 0),
+        }
+
+
+def appended(recorded: int | None, version: int = APPEND_VERSION) -> bool:
+    """Return whether an append was made before, given the version that the table records for its application id.
+
+    It is Delta's own rule: an id shared by chunks would lose those that commit out of order, one per attempt append twice.
+    """
+    return recorded is not None and recorded >= version
+
+
+def commit_once(path: str, identity: str, added: list[AddAction]) -> int:
+    """Commit files under an application id unless that was done before; return the rows that stand under it (task)."""
+    table = DeltaTable(path)
+    for _ in range(COMMIT_TRIES):
+        if appended(table.transaction_version(identity)):
+            return appended_rows(Path(path), identity)
+        try:
+            table.create_write_transaction(
+                list(added), mode="append", schema=table.schema(),
+                # no retry: the commit must follow the version in which the id was looked up
+                commit_properties=CommitProperties(max_commit_retries=0, app_transactions=[Transaction(identity, APPEND_VERSION)]),
+                post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
+            )  # fmt: skip
+        except CommitFailedError:
+            table.update_incremental()
+            continue
+        return sum(json.loads(action.stats)["numRecords"] for action in added)
+    raise CouldNotFinish(f"{path}: another writer committed before each of {COMMIT_TRIES} tries: end it and run again")
+
+
+def claim(path: str, identities: Sequence[str]) -> None:
+    """Take application ids by a commit without files, so that an append that is still to come under one of them is skipped."""
+    table = DeltaTable(path)
+    for _ in range(COMMIT_TRIES):
+        if all(appended(table.transaction_version(identity)) for identity in identities):
+            return
+        try:
+            table.create_write_transaction(
+                [], mode="append", schema=table.schema(),
+                commit_properties=CommitProperties(
+                    max_commit_retries=0, app_transactions=[Transaction(identity, APPEND_VERSION) for identity in identities]
+                ),
+            )  # fmt: skip
+            return
+        except CommitFailedError:
+            table.update_incremental()
+    raise CouldNotFinish(f"{path}: another writer committed before each of {COMMIT_TRIES} tries: end it and run again")
+
+
+def appended_rows(path: Path, identity: str) -> int:
+    """Return how many rows the append under an application id wrote; its commit is looked up, newest first.
+
+    The commit's actions are as the Delta transaction log protocol defines them (Transaction Identifiers, Add File).
+    """
+    for commit in sorted((path / "_delta_log").glob("*.json"), reverse=True):
+        actions = [json.loads(line) for line in commit.read_text(encoding="utf-8").splitlines()]
+        if any(action.get("txn", {}).get("appId") == identity for action in actions):
+            return sum(json.loads(action["add"]["stats"])["numRecords"] for action in actions if "add" in action)
+    raise CouldNotFinish(f"no commit of {path} bears the identity {identity}, though its append ended")

@@ -1,0 +1,73 @@
+"""The facts are what the tenures of each cohort say, whatever the order of the moves."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime
+
+import pytest
+from ldclient.migrations.types import Origin
+
+from changeover.flags.observed import Fact, Facts, facts
+from changeover.jobs.ledger.epochs import EVERYTHING, tenures
+from changeover.jobs.ledger.records import Authority
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+NAMES = tuple("ABCDE")
+
+
+def move(epoch: int, store: str, *cohorts: str, anew: bool = False) -> Authority:
+    """Return a move of all rows, or of some cohorts."""
+    return Authority(epoch, store, epoch * 10, NOW, None if anew else 0.1, epoch * 100, frozenset(cohorts) or None)
+
+
+def any_moves(chance: random.Random) -> list[Authority]:
+    """Return moves of any kind, a new epoch of the tables among them."""
+    found = []
+    for epoch in range(1, chance.randint(1, 8)):
+        anew = chance.random() < 0.1
+        cohorts = () if anew or chance.random() < 0.3 else chance.sample(NAMES, chance.randint(1, 3))
+        found.append(move(epoch, "old" if anew else chance.choice(["old", "new"]), *cohorts, anew=anew))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_they_agree_with_the_tenures(seed: int) -> None:
+    moves = any_moves(random.Random(seed))
+    known = facts(moves)
+    for cohort in (EVERYTHING, *NAMES, "F"):
+        last = tenures(moves, cohort)[-1]
+        assert known.of(cohort) == Fact(last.epoch, Origin(last.store)), moves
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_they_are_the_same_read_at_once_or_move_by_move(seed: int) -> None:
+    moves = any_moves(random.Random(seed))
+    known = Facts()
+    for one in moves:
+        known = facts([one], known)
+    assert known == facts(moves)
+
+
+def test_before_any_move_the_old_store_has_everything() -> None:
+    assert facts([]) == Facts()
+    assert facts([]).of("A") == Fact(0, Origin.OLD)
+    assert facts([]).stores == {Origin.OLD}
+
+
+def test_who_stands_apart_and_under_which_epochs() -> None:
+    known = facts([move(1, "new", "A", "B"), move(2, "new", "C"), move(3, "old", "B")])
+    assert known.apart == {"A": Fact(1, Origin.NEW), "C": Fact(2, Origin.NEW)}
+    assert known.stores == {Origin.OLD, Origin.NEW}
+    assert known.epochs(Origin.NEW) == {1, 2}
+    assert known.epochs(Origin.NEW, ["C", "D"]) == {2}
+    assert known.epochs(Origin.OLD) == {0, 3}
+    whole = facts([move(1, "new", "A"), move(2, "new")])
+    assert whole.stores == {Origin.NEW}
+    assert whole.apart == {}
+    assert whole.of("A") == Fact(1, Origin.NEW), "it was there already"
+
+
+def test_ten_thousand_names_and_many_moves_are_worked_out_at_once() -> None:
+    moves = [move(epoch, ("new", "old")[epoch % 2], *map(str, range(10_000))) for epoch in range(1, 51)]
+    assert facts(moves).of("9999") == Fact(50, Origin.NEW)

@@ -1,0 +1,162 @@
+"""The refusal of one table is its own, whatever other tables of the database are called, and of some cohorts it is theirs alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import LiteralString
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from changeover.position import Version
+from changeover.session import Connection, connect
+from changeover.stores.postgres import gate, refusal, tenantfloor
+from changeover.stores.postgres.gate import FENCED, NAME_BYTES, ours
+from changeover.tenants import Cohorts
+
+LONG = "n" * NAME_BYTES
+ACCENTS = "é" * (NAME_BYTES // 2)
+
+
+@pytest.fixture
+def namesakes(new_dsn: str) -> Iterator[Connection]:
+    with connect(new_dsn, "test") as connection:
+        for schema in ("one", "two"):
+            connection.execute(sql.SQL("CREATE SCHEMA {0}; CREATE TABLE {0}.kept (id integer)").format(sql.Identifier(schema)))
+            refusal.install(connection, schema, "kept", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 600)
+        yield connection
+
+
+def refused(connection: Connection, schema: str) -> bool:
+    """Return whether a write from outside of the gate is refused."""
+    return is_refused(connection, sql.SQL("INSERT INTO {}.kept VALUES (1)").format(sql.Identifier(schema)))
+
+
+def test_a_refusal_that_ends_leaves_the_namesakes(namesakes: Connection) -> None:
+    while not refusal.install(namesakes, "two", "kept", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 0.2):
+        pass  # the machine stood still for that long
+    while refused(namesakes, "two"):
+        time.sleep(0.02)
+    assert refused(namesakes, "one")
+
+
+def test_a_refusal_that_is_removed_leaves_the_namesakes(namesakes: Connection) -> None:
+    refusal.remove(namesakes, "two", "kept")
+    assert (refused(namesakes, "one"), refused(namesakes, "two")) == (True, False)
+    refusal.remove(namesakes, "one", "kept")
+    assert not refused(namesakes, "one")
+    assert namesakes.execute("SELECT FROM pg_proc WHERE pronamespace = to_regnamespace('changeover')").fetchall() == []
+
+
+@pytest.mark.parametrize("name", ["kept", LONG, ACCENTS])
+def test_our_names_are_whole_and_different(new_dsn: str, name: str) -> None:
+    with connect(new_dsn, "test") as connection:
+        made = [ours("touched", schema, name).as_string(connection) for schema in ("one", "two", "o" * NAME_BYTES)]
+        connection.execute("CREATE SCHEMA IF NOT EXISTS changeover")
+        for identifier in made:
+            connection.execute(f"CREATE TABLE {identifier} ()".encode())
+        found = connection.execute("SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('changeover')").fetchall()
+    assert {f'"changeover"."{row[0]}"' for row in found} == set(made), "PostgreSQL cut none"
+    assert len(set(made)) == 3
+
+
+@pytest.fixture
+def cohorts(new_dsn: str) -> Iterator[Connection]:
+    """Yield a session with a store that has lost authority over one cohort."""
+    with connect(new_dsn, "test") as connection:
+        connection.execute("CREATE TABLE kept (whose integer, id integer, PRIMARY KEY (whose, id))")
+        connection.execute("INSERT INTO kept VALUES (1, 1), (2, 1), (3, 1)")
+        assert refusal.install(connection, "public", "kept", losing(["1"]), time.monotonic() + 60)
+        yield connection
+
+
+def losing(names: list[str], standing: tuple[refusal.Refused, ...] = ()) -> refusal.Refusal:
+    """Return the refusal of some cohorts' rows, the third epoch's."""
+    return refusal.Refusal(standing, refusal.Refused(3, Cohorts(frozenset(names), others=False)), "whose")
+
+
+def is_refused(connection: Connection, statement: LiteralString | sql.Composed) -> bool:
+    try:
+        with connection.transaction():
+            connection.execute(statement)
+    except psycopg.Error as error:
+        if error.sqlstate != FENCED:
+            raise
+        return True
+    return False
+
+
+def test_rows_of_other_cohorts_are_written_as_ever(cohorts: Connection) -> None:
+    refused = ["INSERT INTO kept VALUES (1, 2)", "UPDATE kept SET id = 3 WHERE whose = 1", "DELETE FROM kept WHERE whose = 1",
+               "UPDATE kept SET whose = 1, id = 9 WHERE whose = 2", "UPDATE kept SET whose = 2, id = 9 WHERE whose = 1",
+               "TRUNCATE kept"]  # fmt: skip
+    taken = ["INSERT INTO kept VALUES (2, 2)", "UPDATE kept SET id = 3 WHERE whose = 3", "DELETE FROM kept WHERE whose = 2"]
+    assert [statement for statement in (*refused, *taken) if is_refused(cohorts, statement)] == refused
+
+
+def test_a_gate_of_the_cohorts_own_epoch_passes(cohorts: Connection) -> None:
+    for epoch, passes in (("2", False), ("3", True), ("4", True)):
+        with cohorts.transaction(force_rollback=True):
+            cohorts.execute("SELECT set_config('changeover.epoch', %s, true)", [epoch])
+            assert is_refused(cohorts, "DELETE FROM kept WHERE whose = 1") is not passes
+
+
+def test_all_but_some_are_refused(cohorts: Connection) -> None:
+    rest = refusal.Refusal((refusal.Refused(0, Cohorts(frozenset({"1"}))),), None, "whose")
+    assert refusal.install(cohorts, "public", "kept", rest, time.monotonic() + 60)
+    assert not is_refused(cohorts, "UPDATE kept SET id = 5 WHERE whose = 1")
+    assert is_refused(cohorts, "UPDATE kept SET id = 5 WHERE whose = 2")
+    assert is_refused(cohorts, "TRUNCATE kept")
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_a_transaction_of_before_meets_the_list_of_today(cohorts: Connection, new_dsn: str, level: str) -> None:
+    with connect(new_dsn, "stale", autocommit=False) as stale:
+        stale.execute(sql.SQL("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL {}").format(sql.SQL(level)))
+        stale.execute("UPDATE kept SET id = 2 WHERE whose = 2")  # the trigger has run in this session, with the list of then
+        stale.commit()
+        stale.execute("SELECT count(*) FROM kept")  # a snapshot of before the second cohort's move
+        before = (refusal.Refused(3, Cohorts(frozenset({"1"}), others=False)),)
+        assert refusal.install(cohorts, "public", "kept", losing(["2"], before), time.monotonic() + 60)
+        with pytest.raises(psycopg.Error) as caught:
+            stale.execute("UPDATE kept SET id = 4 WHERE whose = 2")
+        assert caught.value.sqlstate == FENCED
+        stale.rollback()
+        stale.execute("UPDATE kept SET id = 4 WHERE whose = 3")
+        stale.commit()
+
+
+def test_a_writer_of_any_cohort_is_waited_for_and_no_longer_than_allowed(cohorts: Connection, new_dsn: str) -> None:
+    with connect(new_dsn, "slow", autocommit=False) as slow:
+        slow.execute("UPDATE kept SET id = 7 WHERE whose = 2")
+        assert not refusal.install(cohorts, "public", "kept", losing(["2"]), time.monotonic() + 0.7)
+        assert not is_refused(cohorts, "UPDATE kept SET id = 8 WHERE whose = 3")
+        slow.commit()
+    assert refusal.install(cohorts, "public", "kept", losing(["2"]), time.monotonic() + 60)
+    assert is_refused(cohorts, "UPDATE kept SET id = 8 WHERE whose = 2")
+
+
+def test_a_cohorts_floor_leaves_the_others(cohorts: Connection) -> None:
+    refusal.remove(cohorts, "public", "kept")
+    gate.install_gate(cohorts, "public", "kept", ("whose", "id"), Version(0, 10, -1))
+    table = gate.GatedTable("public", "kept", ("whose", "id"), ("whose", "id"))
+    for _ in range(2):
+        floors = [refusal.Refused(3, Cohorts(frozenset({"1"}), others=False)), refusal.Refused(0, Cohorts(frozenset({"1"})))]
+        tenantfloor.install(cohorts, table, "whose", floors, "the server")
+
+    def taken(whose: int, epoch: int) -> bool:
+        row = cohorts.execute(
+            sql.SQL("SELECT {}(%s, '0/FF', 0, true, ROW(%s, 1)::kept)").format(table.function), [epoch, whose]
+        ).fetchone()
+        assert row is not None
+        return bool(row[0])
+
+    assert not taken(1, 2)
+    assert cohorts.execute("SELECT count(*) FROM kept WHERE whose = 1").fetchone() == (1,)
+    assert taken(2, 2)
+    assert taken(1, 3)
+    assert cohorts.execute("SELECT whose FROM kept").fetchall() == [(3,)]
+    gate.remove(cohorts, "public", "kept")
+    assert cohorts.execute("SELECT FROM pg_proc WHERE pronamespace = to_regnamespace('changeover')").fetchall() == []

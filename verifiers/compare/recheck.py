@@ -1,0 +1,274 @@
+"""Recheck: keys that differed while both stores were being written are judged again until they stand still.
+
+A target may be ahead of the aligned position, because a dual write reaches it before the stream does, or behind, because a mirror
+is under way. A key passes when the target holds an image that the source held at or after the comparison, as a look found it, or,
+however often it is written, as a commit left it that the stream tells of: the last one that replay had offered before the target
+was looked at, or one that was told since. A key that differs and stands still is a difference; one that never stands still leaves
+the question open, which is `CouldNotCheck`, not "equal". So do more keys than are judged again: none is left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from deltalake import DeltaTable, write_deltalake
+
+from changeover.errors import CouldNotCheck
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import Authority
+from changeover.jobs.transform.transform import CUT
+from changeover.names import nth, placed, reserved
+from changeover.verifiers.compare.values import notation_only, text
+from changeover.verifiers.compare.verdict import CANONICALISATION, MISMATCHED, Difference, RangeCount, Recheck, TableDiff
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+LIMIT = 10_000
+"""Keys that are judged again: their images are held in memory."""
+
+SETTLED_SECONDS = 3.0
+"""How long both sides of a key must stand still before it counts as different: longer than a mirror's or a batch's way."""
+
+PATIENCE_SECONDS = 30.0
+FEWEST_ROUNDS = 10
+"""Looks at a key before it is called ever-changing: on a slow machine a round takes seconds."""
+
+Key = tuple[str, ...]
+Image = tuple[tuple[str | None, ...], ...]
+"""What a side holds under a key, each row as the texts of its columns: no row, one, or more where a key is there twice."""
+
+Read = Callable[[Sequence[Key]], "DataFrame"]
+History = Callable[[Sequence[Key]], Iterable[tuple[Key, Image] | None]]
+"""Tells, in order, what commits left of some keys since it was asked last; None: nobody knows what a key was last."""
+
+
+@dataclass
+class Trail:
+    """What was seen of one key: the source's images at looks, what both sides held last and since when, and its last commit."""
+
+    source: list[Image] = field(default_factory=list)
+    last: tuple[Image, Image] | None = None
+    since: float = 0.0
+    commit: Image | None = None
+    """What the last commit left of which the stream told, None where that is not known."""
+
+    def hears(self, image: Image, types: Sequence[str]) -> bool:
+        """Take what a commit left that the stream told of; return whether the target held that at the last look."""
+        self.commit = image
+        return self.last is not None and alike(image, self.last[1], types)
+
+    def meets(self, old: Image, new: Image, types: Sequence[str], now: float) -> bool:
+        """Take what both sides hold now; return whether the target's image is one that the source has held."""
+        if old not in self.source:
+            self.source.append(old)
+        if self.last != (old, new):
+            self.last, self.since = (old, new), now
+        known = self.source if self.commit is None else [*self.source, self.commit]
+        return any(alike(seen, new, types) for seen in known)
+
+
+def dual_written(ledger: Ledger, changes: Sequence[Authority]) -> bool:
+    """Return whether any application has written to both stores: a router beyond off, or authority that moved."""
+    begun = ledger.stream("verify").epoch
+    return any(one.epoch > begun for one in changes) or any(beat.stage != "off" for beat in ledger.heartbeats())
+
+
+def last_stage(ledger: Ledger) -> str | None:
+    """Return the stage of the router that was heard last, None without any."""
+    beats = ledger.heartbeats()
+    return max(beats, key=lambda beat: beat.at).stage if beats else None
+
+
+def judge(
+    diff: TableDiff, differences: Path, run: str, *, pg_types: Mapping[str, str], source: Read, target: Read, history: History,
+    between: Callable[[], object],
+) -> tuple[TableDiff, Recheck]:  # fmt: skip
+    """Return the diff with the keys left out that were in flight (driver).
+
+    `source` and `target` read the present rows of some target keys, and `history` what the source's stream told of them;
+    `between` is called before each round, to let changes arrive; `pg_types` are those that the comparison went by. Raises
+    CouldNotCheck when more keys differ than are judged again, and when none is left but those that never stood still.
+    """
+    found = _rows(differences, run)
+    keys = sorted({_key(row, diff.key) for row in found if row["class"] != CANONICALISATION})
+    if len(keys) > LIMIT or diff.kept < diff.found:
+        problem = (
+            f"{max(len(keys), diff.differing_keys):,} keys differ while both stores are written, and no more than {LIMIT:,} are"
+            f" judged again: run verify in a quieter moment, or at the stage off; they are in {differences}"
+        )
+        raise CouldNotCheck(diff.table, problem)
+    passed, hot = _settle(keys, _Sides(diff, pg_types, source, target, history), between)
+    left = [row for row in found if _key(row, diff.key) not in passed]
+    if hot and not set(keys) - passed - hot:
+        problem = f"{len(hot):,} {'key' if len(hot) == 1 else 'keys'} kept changing while both stores were written"
+        raise CouldNotCheck(diff.table, f"{problem}: run verify again in a quieter moment")
+    if passed:
+        _replace_rows(differences, run, left)
+    return _without(diff, found, passed), Recheck(rechecked=len(keys), in_flight=len(passed), hot=len(hot))
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Both sides of the keys in question, and how their columns are compared."""
+
+    diff: TableDiff
+    pg_types: Mapping[str, str]
+    source: Read
+    target: Read
+    history: History
+
+    @property
+    def names(self) -> list[str]:
+        """Return the columns of an image, in its order."""
+        return sorted(self.pg_types)
+
+    @property
+    def types(self) -> list[str]:
+        """Return PostgreSQL's types of them."""
+        return [self.pg_types[name] for name in self.names]
+
+    def now(self, keys: Sequence[Key]) -> tuple[dict[Key, Image], dict[Key, Image]]:
+        """Return what each side holds now."""
+        frames, names = (self.source(keys), self.target(keys)), self.names
+        old, new = (images(frame, names, self.diff.key) for frame in frames)
+        types = [self.pg_types[name] for name in self.diff.key]
+        strangers = {key for key in (old.keys() | new.keys()) - set(keys) if not _another_notation(key, keys, types)}
+        if strangers:  # a key whose text is not what was asked for would be taken for one that is gone
+            raise CouldNotCheck(self.diff.table, f"the key {min(strangers)} came back for one that was asked for")
+        return old, new
+
+
+def _another_notation(key: Key, asked: Sequence[Key], types: Sequence[str]) -> bool:
+    """Return whether a key was asked for, but is written otherwise since: then what was asked for is gone."""
+    return any(all(map(notation_only, types, key, one)) for one in asked)
+
+
+def _settle(keys: Sequence[Key], sides: _Sides, between: Callable[[], object]) -> tuple[set[Key], set[Key]]:
+    """Return (keys that passed, keys that never stood still)."""
+    trails = {key: Trail() for key in keys}
+    passed: set[Key] = set()
+    started = time.monotonic()
+    rounds = 0
+    while trails:
+        rounds += 1
+        judged = _hear(trails, sides)  # before replay offers what it tells of
+        between()
+        asked = sorted(trails)
+        old, new = sides.now(asked)
+        now = time.monotonic()
+        judged |= {key for key in asked if trails[key].meets(old.get(key, ()), new.get(key, ()), sides.types, now)}
+        passed |= judged
+        for key in judged:
+            del trails[key]
+        if all(now - trail.since >= SETTLED_SECONDS for trail in trails.values()):
+            return passed, set()
+        if now - started > PATIENCE_SECONDS and rounds >= FEWEST_ROUNDS:
+            return passed, {key for key, trail in trails.items() if now - trail.since < SETTLED_SECONDS}
+        time.sleep(0.2)
+    return passed, set()
+
+
+def _hear(trails: Mapping[Key, Trail], sides: _Sides) -> set[Key]:
+    """Take what the stream told of keys; return those whose target held at the last look what a commit has left since."""
+    passed = set()
+    for told in sides.history(sorted(trails)):
+        if told is None:
+            for trail in trails.values():
+                trail.commit = None
+        elif told[0] in trails and trails[told[0]].hears(told[1], sides.types):
+            passed.add(told[0])
+    return passed
+
+
+def images(frame: DataFrame, names: Sequence[str], key: Sequence[str]) -> dict[Key, Image]:
+    """Return each key's rows as exact texts of the named columns, in their order."""
+    found: dict[Key, Image] = {}
+    for row in sorted(texts(frame, names, key).collect(), key=repr):
+        found[tuple(row["key"])] = (*found.get(tuple(row["key"]), ()), tuple(row["row"]))
+    return found
+
+
+def only(rows: DataFrame, names: Sequence[str], keys: Sequence[Key]) -> DataFrame:
+    """Return the rows of some target keys."""
+    from pyspark.sql import functions as F
+
+    types = dict(rows.dtypes)
+    own = [nth(number) for number in range(len(names))]
+    asked = [f"{name}_asked" for name in own]
+    wanted = rows.sparkSession.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in asked))
+    same = [text(F.col(here), types[name]) == F.col(one) for here, name, one in zip(own, names, asked, strict=True)]
+    return placed(rows, names).join(wanted, same, "left_semi").toDF(*rows.columns)
+
+
+def texts(frame: DataFrame, names: Sequence[str], key: Sequence[str], *more: str) -> DataFrame:
+    """Return each row's key and named columns as exact texts, and more columns as they are (driver)."""
+    from pyspark.sql import functions as F
+
+    types, columns = dict(frame.dtypes), frame.columns
+    keys, values = ([text(F.col(nth(columns.index(name))), types[name]) for name in chosen] for chosen in (key, names))
+    if CUT in types:
+        plain, cut = [name for name in columns if not reserved(name)], nth(columns.index(CUT))
+        there = frame.select(f"{CUT}.*").columns
+        values = [
+            F.coalesce(F.col(f"{cut}.{place}"), value) if (place := nth(plain.index(name))) in there else value
+            for name, value in zip(names, values, strict=True)
+        ]
+    own = [F.col(nth(columns.index(name))).alias(name) for name in more]
+    return placed(frame, columns).select(F.array(*keys).alias("key"), F.array(*values).alias("row"), *own)
+
+
+def alike(left: Image, right: Image, types: Sequence[str]) -> bool:
+    """Return whether two images are the same but for notation; a key that is there twice is like nothing."""
+    if len(left) != len(right) or len(left) > 1:
+        return False
+    return all(
+        notation_only(kind, one, other)
+        for rows in zip(left, right, strict=True)
+        for kind, one, other in zip(types, *rows, strict=True)
+    )
+
+
+def _rows(differences: Path, run: str) -> list[dict[str, Any]]:
+    return DeltaTable(str(differences)).to_pyarrow_table(filters=[("run", "=", run)]).to_pylist()  # type: ignore[no-any-return]
+
+
+def _key(row: dict[str, Any], names: Sequence[str]) -> Key:
+    values = dict(row["key"])
+    return tuple(str(values[name]) for name in names)
+
+
+def _replace_rows(differences: Path, run: str, rows: list[dict[str, Any]]) -> None:
+    """Keep of this run only the keys that still differ, so that the table says what the verdict says."""
+    table = DeltaTable(str(differences))
+    schema = pa.schema(table.schema().to_arrow())
+    table.delete("run = '{}'".format(run.replace("'", "''")))
+    if rows:
+        write_deltalake(table, pa.Table.from_pylist(rows, schema=schema), mode="append")
+
+
+def _without(diff: TableDiff, found: list[dict[str, Any]], passed: set[Key]) -> TableDiff:
+    """Return the diff as it is without the keys that passed, of the rows that were found."""
+    gone = [row for row in found if _key(row, diff.key) in passed]
+    classes = Counter(row["class"] for row in {_key(row, diff.key): row for row in gone}.values())
+    columns = Counter(name for row in gone if row["class"] == MISMATCHED for name in row["columns"] or ())
+    left = {name: count - columns[name] for name, count in diff.columns.items() if count > columns[name]}
+    nothing = diff.found == len(gone)
+
+    def stays(one: Difference) -> bool:
+        return tuple(str(one.key[name]) for name in diff.key) not in passed
+
+    def settled(ranges: tuple[RangeCount, ...]) -> tuple[RangeCount, ...]:
+        return tuple(replace(each, different=0) for each in ranges) if nothing else ranges
+
+    return replace(
+        diff, counts={kind: count - classes[kind] for kind, count in diff.counts.items()}, columns=left,
+        equal_rows=diff.equal_rows + len(passed), sample=tuple(filter(stays, diff.sample)), found=diff.found - len(gone),
+        kept=diff.kept - len(gone), source_ranges=settled(diff.source_ranges), target_ranges=settled(diff.target_ranges),
+    )  # fmt: skip

@@ -1,0 +1,222 @@
+"""Verify: both sides brought to one moment, every row compared, the verdict put on record.
+
+While the old store has authority the moment is exact: a temporary slot, or a window of the trigger log, gives an LSN X and its
+snapshot, replay offers every event below X and none at or above, then each target is frozen and replay goes on. Where the
+application writes to both stores, a target may be ahead of X, so differing keys are judged again (`recheck`). After authority has
+moved the old store is compared with the new one as both are, and the lake with the rows that no mirrored write has touched ahead
+of the stream; without a reverse path the lake stays at the fence, and is compared with the rows that no later write touched at all.
+While cohorts are at both stores it is both: first what was written to the new store comes back up to one position, then X is
+taken, of all other rows; differing keys are judged again with both directions moving. A table that can't be checked keeps no other
+from its verdict: its reason is raised when the others have theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from changeover.errors import CouldNotCheck, RowRefused, TextRefused
+from changeover.jobs.apply.rounds import LEASE_SECONDS, Replay, lease_of
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.load import badrow
+from changeover.jobs.prepare import require_prepared
+from changeover.jobs.reverse import path as reverse
+from changeover.jobs.transform import masking
+from changeover.jobs.transform.transform import Transform
+from changeover.session import application_name
+from changeover.spark.failures import from_spark
+from changeover.spec import Spec
+from changeover.stores.base.interface import Frozen, open_store
+from changeover.stores.base.reader import ReadTable
+from changeover.stores.postgres.store import freeze
+from changeover.verifiers.compare import checks, recheck, unchanged
+from changeover.verifiers.compare.coverage import SIDES, require_read
+from changeover.verifiers.compare.diff import RANGE, compare
+from changeover.verifiers.compare.keyhistory import History
+from changeover.verifiers.compare.planned import changed_types
+from changeover.verifiers.compare.split_authority import Split
+from changeover.verifiers.compare.verdict import Positions, Range, Recheck, TableDiff, TypeDifference, Verdict
+from changeover.verifiers.moment import Moment, held_still, look_closed
+from changeover.verifiers.unchecked import Unchecked
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+log = logging.getLogger(__name__)
+
+
+def verify(
+    spec: Spec, spark: SparkSession, *, targets: Sequence[str] | None = None, found: Callable[[Verdict], object] | None = None
+) -> list[Verdict]:
+    """Compare every row of every table with each target (all unless named) and record the verdicts (driver).
+
+    `found` is told each verdict when it is on record. Once all have theirs that can, raises CouldNotCheck where there is no answer,
+    StepOrder before the backfill is closed, TableStopped, RowRefused, or CouldNotFinish with all reasons where there are several.
+    """
+    with Ledger.open(spec, "verify") as ledger, ledger.lease("verify"), ledger.recorded("verify") as told:
+        prepared = require_prepared(spec, spark, ledger, "verify")
+        chosen = {names: t for names, t in prepared.transforms.items() if targets is None or names[1] in targets}
+        unchecked = Unchecked()
+        look_closed(ledger, chosen, unchecked)
+        verdicts: list[Verdict] = []
+        told["verdicts"] = recorded = []
+        if unchecked.left(chosen):
+            split = Split(ledger.authorities())
+            with held_still(spec, spark, ledger, prepared, chosen, split, unchecked) as moment:
+                for (source, target), transform in unchecked.left(chosen).items():
+                    with unchecked.at([(source, target)]):
+                        verdict = _Comparison(spec, spark, ledger, transform, source, target, split, moment).run()
+                        stage = recheck.last_stage(ledger)
+                        ledger.record_verdict(source, target, verdict.word, stage, verdict.document())
+                        log.info("%s in %s: %s at %s", source, target, verdict.word, verdict.positions)
+                        verdicts.append(verdict)
+                        recorded.append({"source": source, "target": target, "verdict": verdict.word, "rows": verdict.source_rows})
+                        if found is not None:
+                            found(verdict)
+        unchecked.require_none()
+        told["outcome"] = "equal" if all(verdict.equal for verdict in verdicts) else "different"
+        return verdicts
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One table against one target at one moment."""
+
+    spec: Spec
+    spark: SparkSession
+    ledger: Ledger
+    transform: Transform
+    source: str
+    target: str
+    split: Split
+    moment: Moment
+
+    def run(self) -> Verdict:
+        """Compare, judge in-flight keys again where both stores are written, and run the spec's own checks."""
+        started = time.monotonic()
+        run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{self.source}-{self.target}"
+        old, new = self.moment.sources[self.source], self.moment.targets[self.source, self.target]
+        frames = (self._ranged(old, self.transform), self._ranged(new, None))
+        follows_new = self.split.at_new and not self._takes_over()
+        if follows_new:
+            frames = unchanged.rows(self.spark, self.transform, old, frames, aligned=self.moment.aligned)
+        mask = masking.of_target(self.transform.table, self.transform.derivations)
+        differences = self.spec.work / "differences"
+        try:
+            diff = compare(
+                *frames, table=self.source, store=self.target, key=self.transform.target.key, pg_types=self.transform.pg_types,
+                ranges=_ranges(old), target_ranges=_ranges(new), differences=differences, run=run,
+                sensitive=mask.columns,
+            )  # fmt: skip
+        except (RowRefused, TextRefused) as refused:
+            sides = zip(SIDES, (old, new), strict=True)
+            found = (badrow.in_frozen(self.spark, self.transform, frozen, side) for side, frozen in sides)
+            raise next(filter(None, found), refused) from refused
+        self._require_whole(diff, old, new, every_row=not follows_new)
+        again = None
+        if diff.differing_keys and self._takes_over() and recheck.dual_written(self.ledger, self.split.changes):
+            diff, again = self._recheck(diff, differences, run)
+        return Verdict.of(
+            diff, run=run, positions=Positions(self.moment.source_lsn, new.position),
+            checked_at=datetime.now(UTC).isoformat(timespec="seconds"), seconds=time.monotonic() - started,
+            checks=[] if follows_new else checks.run(self.source, self.transform.table.checks, old, new), recheck=again,
+            mask=mask,
+            types=self._types(),
+        )  # fmt: skip
+
+    def _types(self) -> list[TypeDifference]:
+        """Return the columns that have another type than the one on record, when the target was opened or now."""
+        table = self.transform.target
+        with open_store(self.spec, self.spec.targets[self.target], "verify") as store:
+            seen = [table.columns, store.columns(table.schema, table.name) or ()]
+            now = [{column.name: store.type_of(column) for column in columns} for columns in seen]
+        _, recorded, _ = self.ledger.source_table(self.source)
+        planned = {column.name: column.type for column in recorded}
+        source = self.moment.tables.get(self.source)
+        own = [{column.name: column.type for column in source.columns}] if source is not None else []
+        return [
+            *changed_types("source", planned, own),
+            *changed_types("target", self.ledger.load(self.source, self.target).types, now),
+        ]
+
+    def _require_whole(self, diff: TableDiff, old: Frozen, new: Frozen, *, every_row: bool) -> None:
+        """Prove that nothing was read as empty which is not: each range to its end, and from the file that the state was of."""
+        filtered = self.transform.table.where is not None or self.transform.table.function is not None
+        left_out = (filtered or not every_row, not every_row)
+        sides = list(zip(SIDES, (old, new), left_out, strict=True))
+        if not diff.source_rows and not diff.target_rows:
+            with from_spark(self.source, f"a table without rows in {self.target}"):
+                for side, frozen, some in sides:
+                    require_read(frozen.frame(None), len(frozen.ranges), table=self.source, side=side, empty=not some)
+        for side, frozen, _ in sides:
+            self._require_same_file(side, frozen)
+
+    def _require_same_file(self, side: str, frozen: Frozen) -> None:
+        if not frozen.same_file():
+            problem = f"the {side} table was rewritten, truncated or repartitioned while it was read, which then reads as empty"
+            raise CouldNotCheck(self.source, f"{problem}: run `changeover verify` again")
+
+    def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, Recheck]:
+        """Judge differing keys by the stores' present rows, with replay keeping up while it is a stream that heals, either way."""
+        dsn, application = self.spec.source.dsn.resolve(), application_name(self.spec.name, "verify")
+        schema, name = self.transform.table.source_name
+        read = ReadTable(schema, name, self.transform.source, self.transform.identity, self.transform.partitioned)
+        moved = self.transform.source_key([c.name for c in self.transform.identity])
+        with ExitStack() as held:
+            ledger = held.enter_context(Ledger.open(self.spec, "verify"))
+            store = held.enter_context(open_store(self.spec, self.spec.targets[self.target], "verify"))
+            replay = Replay(self.spec, self.spark, ledger, require_prepared(self.spec, self.spark, ledger, "verify"))
+            present = ExitStack()
+            held.enter_context(present)
+
+            def watched(side: str, frozen: Frozen) -> Frozen:
+                present.callback(self._require_same_file, side, frozen)
+                return frozen
+
+            def source(keys: Sequence[recheck.Key]) -> DataFrame:
+                places = [diff.key.index(column) for column in moved] if moved else []
+                own = [tuple(key[place] for place in places) for key in keys] if moved else None
+                now = watched("source", present.enter_context(freeze(self.spark, dsn, application, [read], 1))(read))
+                rows = self.transform.uncast(now.frame(own))
+                return rows if moved else recheck.only(rows, diff.key, keys)
+
+            def target(keys: Sequence[recheck.Key]) -> DataFrame:
+                hold = present.enter_context(store.freeze(self.spark, [self.transform.target], 1))
+                now = watched("target", hold(self.transform.target))
+                return now.frame(list(keys))
+
+            def between() -> None:
+                present.close()
+                if self.split.at_old:
+                    replay.round(targets=[self.target])
+                if self.moment.aligned:
+                    with ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
+                        replay.bring_back()
+
+            with from_spark(self.source, f"keys of {self.target} that are judged again"):
+                return recheck.judge(
+                    diff, differences, run, pg_types=self.transform.pg_types, source=source, target=target, between=between,
+                    history=History(self.spark, self.transform, replay.spool, self.moment.source_lsn).told,
+                )  # fmt: skip
+
+    def _takes_over(self) -> bool:
+        """Return whether this target is the one that the application writes to."""
+        return self.spec.flag is not None and self.spec.flag.target == self.target
+
+    def _ranged(self, frozen: Frozen, transform: Transform | None) -> DataFrame:
+        from pyspark.sql import functions as F
+
+        frame = transform.kept(frozen.frame(None)) if transform else frozen.frame(None)
+        one = len(frozen.ranges) == 1
+        ranged = frame.withColumn(RANGE, F.lit(0) if one else F.spark_partition_id())
+        return transform.uncast(ranged, carry=[RANGE]) if transform else ranged
+
+
+def _ranges(frozen: Frozen) -> list[Range]:
+    return [Range(number, lower, upper) for number, (lower, upper) in enumerate(frozen.ranges)]
