@@ -13,7 +13,8 @@ from typing import NamedTuple
 from psycopg import sql
 
 from changeover.position import parse_lsn
-from changeover.session import connect, spark_session
+from changeover.session import connect
+from changeover.spark.launch import spark_session
 
 APPLICATION = "changeover:benchmark:party"
 SUBSCRIPTION = "benchmark_native"

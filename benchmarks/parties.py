@@ -17,8 +17,9 @@ from typing import IO, TYPE_CHECKING, Protocol
 from psycopg.conninfo import conninfo_to_dict
 
 from benchmarks.follows import Case
-from changeover.session import connect, spark_session
+from changeover.session import connect
 from changeover.spark import jdbc
+from changeover.spark.launch import spark_session
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -33,7 +33,8 @@ from changeover.jobs.spool.table import Spool, remove_spools, spool_path
 from changeover.jobs.transform import inverse, tenancy, transform
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import SLOT, Spec, Table, Target
-from changeover.stores.base.interface import TargetTable, open_store
+from changeover.stores import open_store
+from changeover.stores.base.interface import TargetTable
 from changeover.stores.base.reader import ExportedSnapshot
 from changeover.stores.postgres import gate, refusal
 from changeover.tenants import EVERY

@@ -44,7 +44,7 @@ from changeover.jobs.transform import tenancy
 from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
 from changeover.spec import Spec
-from changeover.stores.base.interface import open_store
+from changeover.stores import open_store
 from changeover.tenants import EVERY
 
 if TYPE_CHECKING:

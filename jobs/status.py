@@ -29,7 +29,8 @@ from changeover.jobs.transform import tenancy
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect, speaking_to
 from changeover.spec import TRIGGER, Spec
-from changeover.stores.base.interface import TargetTable, open_store
+from changeover.stores import open_store
+from changeover.stores.base.interface import TargetTable
 
 HEARD_SECONDS = 10.0
 """Age of a heartbeat up to which its router counts as alive."""

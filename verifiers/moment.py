@@ -28,7 +28,8 @@ from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect
 from changeover.spec import TRIGGER, Spec
-from changeover.stores.base.interface import Frozen, open_store
+from changeover.stores import open_store
+from changeover.stores.base.interface import Frozen
 from changeover.stores.base.reader import ExportedSnapshot
 from changeover.stores.postgres.store import exporting, file_watch, frozen_at, importing, position_of
 from changeover.verifiers.compare.split_authority import Split

@@ -26,7 +26,7 @@ from changeover.names import qualified
 from changeover.session import application_name
 from changeover.spark.failures import as_ours
 from changeover.spec import Spec, Table, Target
-from changeover.stores.base.interface import open_store
+from changeover.stores import open_store
 from changeover.stores.base.reader import EVERYTHING, ReadTable, read_table
 from changeover.stores.postgres.store import exporting
 from changeover.verifiers.compare.diff import RANGE, classified, shared_fields

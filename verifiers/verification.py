@@ -32,7 +32,8 @@ from changeover.jobs.transform.transform import Transform
 from changeover.session import application_name
 from changeover.spark.failures import from_spark
 from changeover.spec import Spec
-from changeover.stores.base.interface import Frozen, open_store
+from changeover.stores import open_store
+from changeover.stores.base.interface import Frozen
 from changeover.stores.base.reader import ReadTable
 from changeover.stores.postgres.store import freeze
 from changeover.verifiers.compare import checks, recheck, unchanged

@@ -19,7 +19,7 @@ from changeover.jobs.access.grants import RELATION, Lack
 from changeover.jobs.transform.derivation import derivations
 from changeover.session import Connection
 from changeover.spec import Spec, Table
-from changeover.stores.base.interface import Column
+from changeover.stores.base.pgtypes import Column
 from changeover.stores.postgres import gate
 from changeover.stores.tables import defaults, sequences
 

@@ -20,7 +20,7 @@ from changeover.jobs.prepare import Prepared
 from changeover.jobs.transform.transform import Transform
 from changeover.position import Version
 from changeover.spec import Spec
-from changeover.stores.base.interface import open_store
+from changeover.stores import open_store
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from changeover.jobs.prepare import Prepared, require_prepared, spool_of
 from changeover.jobs.reverse import path as reverse
 from changeover.position import format_lsn
 from changeover.spec import Spec
-from changeover.stores.base.interface import Counts, Store, open_store
+from changeover.stores import open_store
+from changeover.stores.base.interface import Counts, Store
 from changeover.stores.base.reader import ExportedSnapshot
 
 if TYPE_CHECKING:

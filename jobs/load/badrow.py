@@ -18,8 +18,8 @@ from changeover.jobs.transform.transform import Transform
 from changeover.names import nth, placed
 from changeover.session import Connection
 from changeover.spark.failures import OURS, from_spark
+from changeover.stores.base.interface import MEET
 from changeover.stores.base.reader import KeyRange, Reading, ReadTable, read_table, some_rows
-from changeover.stores.postgres.owners import MEET
 from changeover.stores.postgres.store import importing
 
 if TYPE_CHECKING:

@@ -42,8 +42,9 @@ from changeover.position import Version
 from changeover.session import application_name, connect, speaking_to
 from changeover.spark.failures import from_spark
 from changeover.spec import SLOT, Spec
+from changeover.stores import open_store
 from changeover.stores.base import ranges as planning
-from changeover.stores.base.interface import Counts, Store, open_store
+from changeover.stores.base.interface import Counts, Store
 from changeover.stores.base.reader import ExportedSnapshot, KeyRange, Reading, ReadTable, read_table
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from changeover.jobs.transform.derivation import derivations
 from changeover.session import Connection
 from changeover.spec import Table
-from changeover.stores.base.interface import Column
+from changeover.stores.base.pgtypes import Column
 from changeover.stores.tables import defaults
 from changeover.stores.tables.defaults import ALWAYS, Own
 

@@ -13,7 +13,8 @@ from changeover.jobs.transform.derivation import derivations
 from changeover.names import quoted
 from changeover.spec import IDENTIFIER, Table
 from changeover.stores.base.fits import loss
-from changeover.stores.base.interface import Column, Store
+from changeover.stores.base.interface import Store
+from changeover.stores.base.pgtypes import Column
 
 
 def narrower(store: Store, table: Table, source: Sequence[Column], existing: Sequence[Column]) -> list[str]:

@@ -24,14 +24,14 @@ from changeover.jobs.source.generated import generated_of, require_not_asked_for
 from changeover.jobs.source.partitions import partitions_of
 from changeover.jobs.transform import masking
 from changeover.jobs.transform.derivation import WORDS, derivations, owned
-from changeover.names import qualified, reserved
+from changeover.names import NAME_BYTES, qualified, reserved
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
-from changeover.stores.base.interface import Column, Store, open_store
-from changeover.stores.base.pgtypes import source_type
+from changeover.stores import open_store
+from changeover.stores.base.interface import Store
+from changeover.stores.base.pgtypes import Column, source_type
 from changeover.stores.base.ranges import estimated_rows
 from changeover.stores.base.reader import ReadTable
-from changeover.stores.postgres.gate import NAME_BYTES
 from changeover.stores.postgres.store import PostgresStore
 
 OLD = "the old store"

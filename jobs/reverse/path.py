@@ -26,7 +26,7 @@ from changeover.jobs.spool.table import Spool
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
 from changeover.spec import Spec, Table, Target
-from changeover.stores.base.interface import Column
+from changeover.stores.base.pgtypes import Column
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from changeover.names import folded, quoted
 from changeover.spec import IDENTIFIER, Table
-from changeover.stores.base.interface import Column
+from changeover.stores.base.pgtypes import Column
 
 WORDS = frozenset({"true", "false", "null"})
 """Expressions of one word that name no column."""

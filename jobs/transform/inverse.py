@@ -19,7 +19,7 @@ from changeover.jobs.transform.transform import Transform
 from changeover.names import quoted
 from changeover.spec import Spec, Table
 from changeover.stores.base.fits import holds, lake_holds, refuses
-from changeover.stores.base.interface import Column
+from changeover.stores.base.pgtypes import Column
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -14,7 +14,7 @@ from typing import Any
 
 from changeover.jobs.transform.derivation import Derivation, mentioned
 from changeover.spec import Table
-from changeover.stores.postgres.owners import HASHED
+from changeover.stores.base.interface import HASHED
 
 MASK = "***"
 DIGITS = 12

@@ -20,10 +20,9 @@ from changeover.errors import SpecError, UnsafePlan
 from changeover.jobs.transform.derivation import Derivation, derivations, mentioned, owned, resolved
 from changeover.names import RESERVED, held, hold, nth, quoted, reserved
 from changeover.spec import Spec, Table
-from changeover.stores.base.interface import DELETED, EPOCH, LEFT, LSN, ORDINAL, OWNER, VERSION_COLUMNS, Column, TargetTable
-from changeover.stores.base.pgtypes import decode, movable, passable, postgres_type, source_type
+from changeover.stores.base.interface import DELETED, EPOCH, HASHED, LEFT, LSN, MEET, ORDINAL, OWNER, VERSION_COLUMNS, TargetTable
+from changeover.stores.base.pgtypes import Column, decode, movable, passable, postgres_type, source_type
 from changeover.stores.base.pgtypes import moved as text_moved
-from changeover.stores.postgres.owners import HASHED, MEET
 
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn

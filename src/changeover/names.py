@@ -16,6 +16,9 @@ from changeover.errors import UsageError
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
+NAME_BYTES = 63
+"""PostgreSQL cuts a longer identifier (Lexical Structure, Identifiers and Key Words)."""
+
 RESERVED = "_changeover_"
 """What the names of ours begin with that can stand beside a user's columns; `check` refuses a user's, in whatever case."""
 

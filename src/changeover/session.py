@@ -7,14 +7,11 @@ refused. It bears `changeover:<migration>:<step>` as its application name. Nothi
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 from psycopg import pq, sql
@@ -23,9 +20,6 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from changeover import settings as pins
 from changeover.errors import ChangeoverError, DatabaseFailed, LockNotGranted, RowsHidden, ServerUnavailable, TextRefused
 from changeover.settings import Kind
-
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
 
 Row = tuple[Any, ...]
 Connection = psycopg.Connection[Row]
@@ -195,79 +189,3 @@ def role_of(dsn: str) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0].removeprefix("connection failed: ") if text else type(error).__name__
-
-
-def spark_session(
-    app_name: str, *, cores: int | None = None, memory: str = "2g", shuffle_partitions: int = 4, scratch: Path | None = None
-) -> SparkSession:
-    """Return a Spark session with Delta and the pinned settings (driver).
-
-    What Spark spills, which are rows, goes to the folder `scratch`, else to where Spark's own default is.
-    Under spark-submit the cluster's master and memory win; the SQL settings that correctness needs are set in any case.
-    """
-    from pyspark import SparkContext
-    from pyspark.logger import PySparkLogger
-    from pyspark.sql import SparkSession
-
-    from changeover.files import folders
-    from changeover.spark import java, launch
-
-    java.require()
-    options: dict[str, bool | float | int | str | None] = {
-        "spark.app.name": app_name,
-        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
-        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
-    }
-    if SparkContext._active_spark_context is None and not _submitted():
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # tasks need the packages of this interpreter
-        options |= {
-            "spark.master": f"local[{cores or '*'}]",
-            "spark.driver.memory": memory,
-            "spark.driver.host": "127.0.0.1",
-            "spark.driver.bindAddress": "127.0.0.1",
-            "spark.ui.enabled": "false",
-            "spark.ui.showConsoleProgress": "false",
-            "spark.sql.shuffle.partitions": str(shuffle_partitions),
-            "spark.databricks.delta.snapshotPartitions": "1",
-            "spark.scheduler.mode": "FAIR",
-            "spark.hadoop.fs.permissions.umask-mode": f"{folders.umask():03o}",  # Hadoop's own is not the process's
-            **({"spark.local.dir": str(scratch), "spark.sql.warehouse.dir": str(scratch / "warehouse")} if scratch else {}),
-        }
-        launch.start(options)
-    spark = SparkSession.builder.config(map=options).getOrCreate()
-    for name in QUERY_LOGGERS:
-        PySparkLogger.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger().addFilter(_not_of_the_bridge)
-    for name, value in SQL_SETTINGS.items():
-        spark.conf.set(name, value)
-    return spark
-
-
-QUERY_LOGGERS = ("SQLQueryContextLogger", "DataFrameQueryContextLogger")
-"""PySpark's own: they print an error that is raised anyway, with the JVM's traceback and the values of rows."""
-
-
-def _not_of_the_bridge(record: logging.LogRecord) -> bool:
-    """Leave out what py4j logs as the root: a call that broke off, by Ctrl-C as by an error, which it raises anyway."""
-    return f"{os.sep}py4j{os.sep}" not in record.pathname
-
-
-SQL_SETTINGS = {
-    "spark.sql.session.timeZone": "UTC",
-    "spark.sql.ansi.enabled": "true",  # a value that does not fit is an error, never a NULL
-    "spark.sql.execution.arrow.maxRecordsPerBatch": "20000",
-    "spark.sql.adaptive.enabled": "false",  # our frames know their partitions; re-planning costs more than it gains
-    "spark.databricks.delta.schema.autoMerge.enabled": "false",
-    # one physical form for all files of a lake, whoever writes them: readers take INT96 and shifted days for other moments
-    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    "spark.sql.parquet.writeLegacyFormat": "false",
-    "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
-    "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
-    "spark.sql.parquet.int96RebaseModeInWrite": "CORRECTED",
-    "spark.sql.parquet.int96RebaseModeInRead": "CORRECTED",
-}
-
-
-def _submitted() -> bool:
-    """Return whether spark-submit has already started the JVM, whose own configuration then counts."""
-    return "PYSPARK_GATEWAY_PORT" in os.environ or "SPARK_ENV_LOADED" in os.environ

@@ -25,7 +25,8 @@ from changeover.jobs.transform.transform import Transform
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
 from changeover.spec import Table
-from changeover.stores.base.interface import Column, Counts, TargetTable
+from changeover.stores.base.interface import Counts, TargetTable
+from changeover.stores.base.pgtypes import Column
 from changeover.stores.delta.appends import DELETED, VERSION, AppendTask
 from changeover.stores.delta.store import DeltaStore
 from changeover.stores.postgres import batches, gate

@@ -32,7 +32,7 @@ import os, sys, threading, traceback
 from changeover.errors import ChangeoverError
 from changeover.jobs.load import copier as loading
 from changeover.jobs.apply.rounds import replay
-from changeover.session import spark_session
+from changeover.spark.launch import spark_session
 from changeover.spec import load
 
 loading.ROWS_PER_CHUNK = int(sys.argv[2])

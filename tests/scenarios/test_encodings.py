@@ -14,7 +14,7 @@ from changeover.errors import TableStopped, TextRefused
 from changeover.jobs.preflight.rules import preflight
 from changeover.session import connect
 from changeover.spark.failures import from_spark
-from changeover.stores.base.interface import Column
+from changeover.stores.base.pgtypes import Column
 from changeover.stores.base.reader import EVERYTHING, ReadTable, read_table
 from changeover.stores.postgres.store import exporting
 from tests.support.fix_migration import STORE, MakeMigration, Migration

@@ -15,7 +15,8 @@ import pytest
 from changeover.errors import LockNotGranted
 from changeover.position import Version, image_version
 from changeover.session import connect
-from changeover.stores.base.interface import VERSION_COLUMNS, Column, TargetTable
+from changeover.stores.base.interface import VERSION_COLUMNS, TargetTable
+from changeover.stores.base.pgtypes import Column
 from changeover.stores.delta.store import DeltaStore
 from changeover.stores.postgres import batches, gate
 from changeover.stores.postgres.store import PostgresStore

@@ -25,7 +25,7 @@ from tests.support.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS
 CHILD = """
 import sys, threading
 from changeover.jobs.load import copier as job
-from changeover.session import spark_session
+from changeover.spark.launch import spark_session
 from changeover.spec import load
 job.FEWEST_CHUNKS = int(sys.argv[1])
 spark = spark_session("killed", cores=6, memory="1g", shuffle_partitions=1)

@@ -17,7 +17,8 @@ import psycopg
 
 from changeover.jobs.ledger.records import SCHEMA
 from changeover.session import Connection, connect
-from changeover.stores.base.interface import Column, TargetTable
+from changeover.stores.base.interface import TargetTable
+from changeover.stores.base.pgtypes import Column
 from changeover.stores.postgres import gate
 from changeover.stores.postgres.store import PostgresStore
 from tests.stress.source import V0

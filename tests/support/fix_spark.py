@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from pyspark.sql import SparkSession
 
-from changeover.session import spark_session
+from changeover.spark.launch import spark_session
 
 
 @pytest.fixture(scope="session")

@@ -188,7 +188,7 @@ def opened(path: str) -> Spec:
 
 def spark_for(spec: Spec, step: str | None = None, targets: Sequence[str] = ()) -> SparkSession:
     """Start Spark for a command; what a step needs first, and targets that are none, are said before Spark takes its seconds."""
-    from changeover.session import spark_session
+    from changeover.spark.launch import spark_session
 
     for target in targets:
         if target not in spec.targets:

@@ -75,7 +75,7 @@ def check(spec: str, as_json: bool) -> None:
     Looks at both sides, brings no row the whole way, and changes nothing. Exit code 1 means no.
     """
     from changeover.jobs.preflight import obstacles
-    from changeover.session import spark_session
+    from changeover.spark.launch import spark_session
     from changeover.verifiers.rehearsal import rehearsed
 
     loaded = opened(spec)

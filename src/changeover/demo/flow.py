@@ -24,8 +24,8 @@ from changeover.demo.schema import LEAST_ROWS, Shape
 from changeover.errors import Interrupted, UsageError
 from changeover.files.runlog import log_file
 from changeover.interrupt import STOPPING
-from changeover.session import spark_session
 from changeover.spark import java
+from changeover.spark.launch import spark_session
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -40,7 +40,9 @@ from changeover.position import parse_lsn
 from changeover.session import Connection, connect
 from changeover.spark import java
 from changeover.spec import Spec, load
-from changeover.stores.base.interface import Column, TargetTable, open_store
+from changeover.stores import open_store
+from changeover.stores.base.interface import TargetTable
+from changeover.stores.base.pgtypes import Column
 from tests.support.fix_postgres import default_binaries
 
 COLUMNS = """

@@ -8,8 +8,8 @@ that `freeze` gives a state that no later write changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,13 +18,18 @@ import psycopg
 
 from changeover.names import RESERVED, joined
 from changeover.position import Version
-from changeover.spec import Spec, Target
+from changeover.stores.base.pgtypes import Column
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
     from changeover.stores.base.reader import Reading
+
+HASHED = "sha256:"
+"""How the hash begins that stands for a value of a sensitive column."""
+
+MEET = "two source rows that are alive have this one target key"
 
 EPOCH, LSN, ORDINAL, DELETED = VERSION_COLUMNS = tuple(f"{RESERVED}{name}" for name in ("epoch", "lsn", "ordinal", "deleted"))
 """Columns that a frame, a batch and a touched row have beside the table's own: a version and whether the key is gone."""
@@ -34,16 +39,6 @@ OWNER, LEFT = "_changeover_owner", "_changeover_left"
 
 The source key that it comes from, as text; and of a change, the source keys whose rows were deleted by the same batch.
 """
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a target table: PostgreSQL's type by name, and Spark's, in which frames carry it."""
-
-    name: str
-    type: str
-    spark_type: str
-    not_null: bool = False
 
 
 @dataclass(frozen=True)
@@ -249,20 +244,3 @@ class Store(Protocol):
     def abort(self, table: TargetTable, created: bool) -> None:
         """Remove what prepare made, the table too where prepare created it (abort)."""
         ...
-
-
-def open_store(spec: Spec, target: Target, step: str) -> AbstractContextManager[Store]:
-    """Open a target store for a step (driver)."""
-    if target.kind == "postgres":
-        from changeover.stores.postgres.store import PostgresStore
-
-        return PostgresStore.open(target, spec.name, step)
-    from changeover.stores.delta.store import DeltaStore
-
-    return _unclosed(DeltaStore(target.name, target.folder, spec.name, spec.mode))
-
-
-@contextmanager
-def _unclosed(store: Store) -> Iterator[Store]:
-    """A store without a session needs no closing."""
-    yield store

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import Column as SparkColumn
 
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a target table: PostgreSQL's type by name, and Spark's, in which frames carry it."""
+
+    name: str
+    type: str
+    spark_type: str
+    not_null: bool = False
+
+
 NATIVE, TEXT, JSON, ARRAY = "native", "text", "json", "array"
 
 NATIVE_ELEMENTS = {"text", "character varying", "integer", "bigint"}

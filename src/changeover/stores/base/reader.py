@@ -15,8 +15,7 @@ from psycopg import sql
 from changeover.names import RESERVED, nth
 from changeover.session import Connection
 from changeover.spark import jdbc
-from changeover.stores.base.interface import Column
-from changeover.stores.base.pgtypes import ARRAY, JSON, NATIVE, NESTED, TEXT, decode, form_of
+from changeover.stores.base.pgtypes import ARRAY, JSON, NATIVE, NESTED, TEXT, Column, decode, form_of
 from changeover.stores.base.pgtypes import moved as as_moved
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from changeover.names import RESERVED, folded
 from changeover.position import Version
 from changeover.spark.failures import failure_of
 from changeover.stores.base.interface import Counts, Mark
-from changeover.stores.postgres.tasks import outcome
+from changeover.stores.base.taskresult import outcome
 
 if TYPE_CHECKING:
     import pyarrow as pa

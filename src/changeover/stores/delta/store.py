@@ -31,12 +31,24 @@ from changeover.position import Version, image_version
 from changeover.spark.failures import raise_failures
 from changeover.stores.base.fits import lake_holds
 from changeover.stores.base.interface import DELETED as GONE
-from changeover.stores.base.interface import EPOCH, LEFT, LSN, ORDINAL, OWNER, Collected, Column, Counts, Frozen, Mark, TargetTable
-from changeover.stores.base.pgtypes import postgres_type
+from changeover.stores.base.interface import (
+    EPOCH,
+    HASHED,
+    LEFT,
+    LSN,
+    MEET,
+    ORDINAL,
+    OWNER,
+    Collected,
+    Counts,
+    Frozen,
+    Mark,
+    TargetTable,
+)
+from changeover.stores.base.pgtypes import Column, postgres_type
 from changeover.stores.base.reader import EVERYTHING
+from changeover.stores.base.taskresult import OUTCOME
 from changeover.stores.delta.appends import DELETED, MARKS, VERSION, AppendTask, TryTask, claim, marks, marks_among
-from changeover.stores.postgres.owners import HASHED, MEET
-from changeover.stores.postgres.tasks import OUTCOME
 
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn

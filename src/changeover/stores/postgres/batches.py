@@ -15,6 +15,7 @@ from psycopg import sql
 
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.position import Version
+from changeover.stores.base import interface
 from changeover.stores.base.interface import LEFT, OWNER, VERSION_COLUMNS, Counts
 from changeover.stores.base.statements import CATCH_UP, GATE, LOAD, Part
 from changeover.stores.postgres import owners
@@ -182,7 +183,7 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     done = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
     touched, inserted = done[Part.REFUSE].offered, done[Part.INSERT].taken
     if offered - touched > inserted and (met := collisions(cursor, table)):
-        raise RowRefused(table.target, owners.meeting(cursor, table, BATCH) or f"target key {met[0]}", owners.MEET)
+        raise RowRefused(table.target, owners.meeting(cursor, table, BATCH) or f"target key {met[0]}", interface.MEET)
     owners.record_images(cursor, table, BATCH)
     return Counts(offered, inserted, done[Part.REFUSE].refused)
 

@@ -18,7 +18,7 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import CouldNotFinish, LockNotGranted
-from changeover.names import joined
+from changeover.names import NAME_BYTES, joined
 from changeover.position import Version, format_lsn, parse_lsn
 from changeover.session import Connection
 from changeover.stores.base.interface import EPOCH, LSN, ORDINAL, OWNER, VERSION_COLUMNS
@@ -42,9 +42,6 @@ CREATE TABLE IF NOT EXISTS changeover.gate (
     target text PRIMARY KEY, epoch integer NOT NULL, lsn pg_lsn NOT NULL, ordinal bigint NOT NULL, image_lsn pg_lsn NOT NULL,
     image_epoch integer NOT NULL DEFAULT 0);
 """
-
-NAME_BYTES = 63
-"""PostgreSQL cuts a longer identifier (Lexical Structure, Identifiers and Key Words)."""
 
 
 GATE_EPOCH = "SELECT set_config('changeover.epoch', epoch::text, true) FROM changeover.gate WHERE target = %s"

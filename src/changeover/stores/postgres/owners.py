@@ -14,13 +14,8 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import RowRefused
-from changeover.stores.base.interface import LEFT, OWNER
+from changeover.stores.base.interface import HASHED, LEFT, MEET, OWNER
 from changeover.stores.postgres.gate import GatedTable, version_of
-
-HASHED = "sha256:"
-"""How the hash begins that stands for a value of a sensitive column."""
-
-MEET = "two source rows that are alive have this one target key"
 
 SOLE = """
 SELECT o.{owner}, b.{owner} FROM {batch} AS b JOIN {owners} AS o ON {same_owner} JOIN {table} AS t ON {same_row}

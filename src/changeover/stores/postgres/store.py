@@ -16,21 +16,22 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import SnapshotLost
-from changeover.names import chosen, nth
+from changeover.names import NAME_BYTES, chosen, nth
 from changeover.position import Version
 from changeover.session import Connection, application_name, connect, server_name, settled, speaking_to
 from changeover.spark.failures import raise_failures
 from changeover.spec import Target
 from changeover.stores.base.fits import holds
-from changeover.stores.base.interface import LSN, VERSION_COLUMNS, Collected, Column, Counts, Frozen, Mark, TargetTable
-from changeover.stores.base.pgtypes import source_type
+from changeover.stores.base.interface import LSN, VERSION_COLUMNS, Collected, Counts, Frozen, Mark, TargetTable
+from changeover.stores.base.pgtypes import Column, source_type
 from changeover.stores.base.ranges import plan_ranges
 from changeover.stores.base.reader import ExportedSnapshot, Reading, ReadTable, read_table
 from changeover.stores.base.statements import CLOSE, Part
+from changeover.stores.base.taskresult import OUTCOME
 from changeover.stores.postgres import garbage, gate, refusal, replica
 from changeover.stores.postgres import truncate as truncating
 from changeover.stores.postgres.batches import BATCH, OWNED, WIDEST, change_columns, image_columns, prepare_batch
-from changeover.stores.postgres.tasks import OUTCOME, LoadTask, MergeTask, Untaken, copy_in, gated_session
+from changeover.stores.postgres.tasks import LoadTask, MergeTask, Untaken, copy_in, gated_session
 from changeover.stores.tables import objections as objecting
 
 if TYPE_CHECKING:
@@ -81,9 +82,9 @@ class PostgresStore:
     def misfits(self, table: str, names: Sequence[str], *, owned: bool = False) -> list[str]:
         """Return which names are too long for PostgreSQL, which would cut them, and whether there are too many columns."""
         found = [
-            f"target table {table} would have the column {name}, whose name is too long: {gate.NAME_BYTES} bytes at most"
+            f"target table {table} would have the column {name}, whose name is too long: {NAME_BYTES} bytes at most"
             for name in names
-            if len(name.encode()) > gate.NAME_BYTES
+            if len(name.encode()) > NAME_BYTES
         ]
         widest = WIDEST - len(OWNED) * owned
         if len(names) > widest:

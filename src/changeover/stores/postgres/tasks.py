@@ -23,14 +23,12 @@ from changeover.position import Version
 from changeover.session import connect, speaking_to
 from changeover.spark.failures import failure_of
 from changeover.stores.base.interface import Counts, Mark
+from changeover.stores.base.taskresult import outcome
 from changeover.stores.postgres import gate, replica
 from changeover.stores.postgres.batches import BATCH, apply_batch, change_columns, image_columns, load_batch, prepare_batch
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-OUTCOME = "offered bigint, taken bigint, failure binary"
-"""What a task yields: what it did, or the error that ended it."""
 
 
 ROWS_FAULT = ("22", "23", "44", "54000")
@@ -38,17 +36,6 @@ ROWS_FAULT = ("22", "23", "44", "54000")
 
 TRIES = 5
 """How often a transaction is tried that the server ends because of a deadlock."""
-
-
-def outcome(counts: Counts | None, failure: bytes | None = None) -> pa.RecordBatch:
-    """Return a task's one row."""
-    import pyarrow as pa
-
-    offered, taken = (counts.offered, counts.taken) if counts else (None, None)
-    return pa.RecordBatch.from_arrays(
-        [pa.array([offered], pa.int64()), pa.array([taken], pa.int64()), pa.array([failure], pa.binary())],
-        names=["offered", "taken", "failure"],
-    )
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import psycopg
 from psycopg import sql
 
+from changeover.names import NAME_BYTES
 from changeover.session import Connection
 from changeover.stores.base.interface import TargetTable
-from changeover.stores.postgres.gate import NAME_BYTES
 
 ALWAYS = "a"
 """The catalogue's word for GENERATED ALWAYS AS IDENTITY; BY DEFAULT is another one."""

@@ -239,7 +239,7 @@ def wait_for(condition: Any, what: str, seconds: float = 120.0) -> None:
 CHILD = """
 import sys
 from changeover.jobs.apply.rounds import replay
-from changeover.session import spark_session
+from changeover.spark.launch import spark_session
 from changeover.spec import load
 replay(load(sys.argv[1]), spark_session("killed", cores=1, memory="1g", shuffle_partitions=1), follow=True)
 """

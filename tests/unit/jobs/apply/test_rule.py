@@ -16,7 +16,8 @@ from changeover.jobs.transform.derivation import derivations
 from changeover.jobs.transform.transform import Transform
 from changeover.position import Version
 from changeover.spec import Table
-from changeover.stores.base.interface import DELETED, EPOCH, LSN, ORDINAL, Column, TargetTable
+from changeover.stores.base.interface import DELETED, EPOCH, LSN, ORDINAL, TargetTable
+from changeover.stores.base.pgtypes import Column
 
 COLUMNS = (Column("id", "text", "string", True), Column("note", "text", "string"))
 KEPT = Table("public.kept", "public.kept", ("id",))

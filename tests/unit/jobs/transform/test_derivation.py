@@ -7,7 +7,7 @@ import pytest
 from changeover.jobs.transform.derivation import Derivation, derivations, mentioned, origin, reference, resolved
 from changeover.names import held, nth
 from changeover.spec import Table
-from changeover.stores.base.interface import Column
+from changeover.stores.base.pgtypes import Column
 
 SOURCE = [Column(name, "uuid", "string") for name in ("id", "Größe", "a b", "a.b", "tick`ed", "Mixed", "mixed", "plain", "true")]
 

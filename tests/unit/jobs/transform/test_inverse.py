@@ -10,8 +10,7 @@ import pytest
 from changeover.errors import SpecError
 from changeover.jobs.transform import inverse
 from changeover.spec import Spec, Table, load
-from changeover.stores.base.interface import Column
-from changeover.stores.base.pgtypes import source_type
+from changeover.stores.base.pgtypes import Column, source_type
 
 TEXT = """
 name = "t"

@@ -16,8 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 from changeover.errors import RowRefused
 from changeover.session import connect
 from changeover.spark.failures import from_spark
-from changeover.stores.base.interface import Column
-from changeover.stores.base.pgtypes import EXACT, decode, postgres_type, source_type
+from changeover.stores.base.pgtypes import EXACT, Column, decode, postgres_type, source_type
 from changeover.stores.base.reader import EVERYTHING, ExportedSnapshot, ReadTable, read_table
 from tests.support.fix_migration import MakeMigration
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from changeover.session import connect
-from changeover.stores.base.interface import Column
+from changeover.stores.base.pgtypes import Column
 from changeover.stores.base.reader import KeyRange, ReadTable, some_rows
 
 KEY = (Column("id", "integer", "int"), Column("part", "text", "string"))

@@ -19,8 +19,8 @@ from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 
 from changeover.position import image_version
-from changeover.stores.base.interface import DELETED, EPOCH, LSN, ORDINAL, Column, TargetTable
-from changeover.stores.base.pgtypes import EXACT
+from changeover.stores.base.interface import DELETED, EPOCH, LSN, ORDINAL, TargetTable
+from changeover.stores.base.pgtypes import EXACT, Column
 from changeover.stores.delta.appends import AppendTask
 from changeover.stores.delta.store import DeltaStore, live_rows
 from tests.unit.stores.delta.test_store import Marks

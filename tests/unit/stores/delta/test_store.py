@@ -15,7 +15,8 @@ from pyspark.sql import DataFrame, SparkSession
 from changeover.errors import RowRefused
 from changeover.jobs.apply.rule import Cell, merged
 from changeover.position import Version, image_version
-from changeover.stores.base.interface import VERSION_COLUMNS, Column, Counts, TargetTable
+from changeover.stores.base.interface import VERSION_COLUMNS, Counts, TargetTable
+from changeover.stores.base.pgtypes import Column
 from changeover.stores.delta.appends import DELETED, VERSION, AppendTask
 from changeover.stores.delta.store import DeltaStore, live_rows
 

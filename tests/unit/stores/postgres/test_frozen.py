@@ -8,7 +8,7 @@ import pytest
 
 from changeover.errors import ChangeoverError
 from changeover.session import connect
-from changeover.stores.base.interface import Column
+from changeover.stores.base.pgtypes import Column
 from changeover.stores.base.reader import ReadTable
 from changeover.stores.postgres.store import freeze
 

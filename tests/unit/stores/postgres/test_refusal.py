@@ -10,10 +10,11 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from changeover.names import NAME_BYTES
 from changeover.position import Version
 from changeover.session import Connection, connect
 from changeover.stores.postgres import gate, refusal, tenantfloor
-from changeover.stores.postgres.gate import FENCED, NAME_BYTES, ours
+from changeover.stores.postgres.gate import FENCED, ours
 from changeover.tenants import Cohorts
 
 LONG = "n" * NAME_BYTES

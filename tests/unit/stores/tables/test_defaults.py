@@ -10,7 +10,8 @@ from psycopg import sql
 
 from changeover.embedded.server import EmbeddedServer
 from changeover.session import Connection, connect
-from changeover.stores.base.interface import Column, TargetTable
+from changeover.stores.base.interface import TargetTable
+from changeover.stores.base.pgtypes import Column
 from changeover.stores.tables import defaults, sequences
 from tests.support.fix_postgres import fresh_database
 

@@ -13,7 +13,8 @@ from changeover.jobs.spool.table import Spool
 from changeover.jobs.transform.derivation import derivations
 from changeover.jobs.transform.transform import Transform
 from changeover.spec import Table
-from changeover.stores.base.interface import Column, TargetTable
+from changeover.stores.base.interface import TargetTable
+from changeover.stores.base.pgtypes import Column
 from changeover.verifiers.compare import keyhistory
 from changeover.verifiers.compare.keyhistory import History, Told
 

@@ -1,0 +1,28 @@
+"""The result of a task: the one row in which a Spark task of any store says what it did.
+
+An error of ours is yielded as data, because Spark would wrap what a task raises.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from changeover.stores.base.interface import Counts
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+OUTCOME = "offered bigint, taken bigint, failure binary"
+"""What a task yields: what it did, or the error that ended it."""
+
+
+def outcome(counts: Counts | None, failure: bytes | None = None) -> pa.RecordBatch:
+    """Return a task's one row."""
+    import pyarrow as pa
+
+    offered, taken = (counts.offered, counts.taken) if counts else (None, None)
+    return pa.RecordBatch.from_arrays(
+        [pa.array([offered], pa.int64()), pa.array([taken], pa.int64()), pa.array([failure], pa.binary())],
+        names=["offered", "taken", "failure"],
+    )
