@@ -112,7 +112,7 @@ class Replay:
 def serve_capture(path: str, pipe: Pipe) -> None:
     """Capture up to each position that is sent (the service's process)."""
     from changeover.jobs.capture.service import capture
-    from changeover.jobs.prepare import spool_of
+    from changeover.jobs.spool.table import spool_of
     from changeover.spec import load
 
     spec = load(path)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from changeover.jobs.access import holders, privileges
 from changeover.jobs.access.grants import Lack
 from changeover.jobs.access.trial import Tried, trial
-from changeover.jobs.preflight.rules import SourceTable, source_table
+from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.transform.derivation import derivations
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table

@@ -11,7 +11,7 @@ import re
 
 from changeover.errors import Refused
 from changeover.jobs.ledger.records import SourceColumn
-from changeover.jobs.preflight.rules import source_table
+from changeover.jobs.source.catalog import source_table
 from changeover.names import joined, part, qualified
 from changeover.secret import secret
 from changeover.session import application_name, connect

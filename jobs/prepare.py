@@ -16,26 +16,28 @@ from typing import TYPE_CHECKING
 import psycopg
 from psycopg import sql
 
+from changeover import tenants
 from changeover.errors import ChangeoverError, LockNotGranted, Refused, TargetNotEmpty, UnsafePlan, UsageError
 from changeover.files import folders
 from changeover.jobs.access import privileges
 from changeover.jobs.guarantee import assumptions, definition
 from changeover.jobs.guarantee.assumptions import Asked, Moment
 from changeover.jobs.install.targets import create_target, install_gate
+from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.epochs import NEW, OLD
 from changeover.jobs.ledger.ledger import Ledger, drop_ledger
 from changeover.jobs.ledger.records import CLOSED, LEDGER_TABLES, Stream
 from changeover.jobs.preflight.division import examined
-from changeover.jobs.preflight.rules import Preflight, SourceTable, source_table, store_columns
+from changeover.jobs.preflight.rules import Preflight
 from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.source import partitions, snapshot, ticks, triggerlog
-from changeover.jobs.spool.table import Spool, remove_spools, spool_path
-from changeover.jobs.transform import inverse, tenancy, transform
+from changeover.jobs.source.catalog import SourceTable, source_table, store_columns
+from changeover.jobs.spool.table import remove_spools, spool_of
+from changeover.jobs.transform import inverse, transform
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import SLOT, Spec, Table, Target
 from changeover.stores import open_store
 from changeover.stores.base.interface import TargetTable
-from changeover.stores.base.reader import ExportedSnapshot
 from changeover.stores.postgres import gate, refusal
 from changeover.tenants import EVERY
 
@@ -57,11 +59,6 @@ class Prepared:
 
 Opened = tuple[Stream, tuple[definition.Piece, ...]]
 """A stream, and what defined it before it began."""
-
-
-def spool_of(spec: Spec, epoch: int = 0) -> Spool:
-    """Return the migration's spool of the epoch in which its tables were begun (`Stream.epoch`)."""
-    return Spool(spool_path(spec.work, epoch))
 
 
 def prepare(spec: Spec, spark: SparkSession) -> Prepared:
@@ -236,11 +233,6 @@ def _open_log(spec: Spec, keys: Sequence[Sequence[str]]) -> Opened:
     return Stream(first.end, system_id, timeline, spec.slot, str(log), names, kept[0].visible), pieces
 
 
-def exported(stream: Stream) -> tuple[ExportedSnapshot, ...]:
-    """Return the kept snapshots by name; all of them see the same."""
-    return tuple(ExportedSnapshot(name, stream.visible) for name in stream.snapshot.split())
-
-
 def _publish(old: Connection, spec: Spec) -> None:
     """Create the publication with all its tables; its lock is asked for briefly and again, so that writers go first."""
     tables = sql.SQL(", ").join(sql.Identifier(*table.source_name) for table in spec.tables)
@@ -307,8 +299,8 @@ def abort(spec: Spec) -> list[str]:
     """
     with Ledger.open(spec, "abort") as ledger:
         prepared = ledger.exists()
-        if prepared and (gone := tenancy.at(ledger.authorities(), NEW)) is not None:
-            whose = "" if gone == EVERY else f" over {tenancy.told(gone)}"
+        if prepared and (gone := epochs.at(ledger.authorities(), NEW)) is not None:
+            whose = "" if gone == EVERY else f" over {tenants.told(gone)}"
             raise Refused(f"abort: authority{whose} has moved to the new store: `changeover flags rollback` first")
         if prepared:
             removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
@@ -362,9 +354,9 @@ def finalize(spec: Spec) -> list[str]:
         open_loads = [f"{load.source} in {load.target}" for load in ledger.loads() if load.state != CLOSED]
         if open_loads:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
-        left = tenancy.at(ledger.authorities(), OLD) if spec.flag is not None else None
+        left = epochs.at(ledger.authorities(), OLD) if spec.flag is not None else None
         if left is not None:
-            whose = "" if left == EVERY else f" over {tenancy.told(left)}"
+            whose = "" if left == EVERY else f" over {tenants.told(left)}"
             raise Refused(f"finalize: the old store still has authority{whose}: `changeover flags advance` up to complete first")
         removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
         for table in spec.tables:

@@ -16,31 +16,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from changeover import failpoints
+from changeover import failpoints, tenants
 from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
-from changeover.jobs.apply.rounds import lease_of
 from changeover.jobs.guarantee import definition
 from changeover.jobs.guarantee.assumptions import Moment
 from changeover.jobs.install.targets import create_target, install_gate
-from changeover.jobs.ledger.chunks import first_token
+from changeover.jobs.ledger import epochs
+from changeover.jobs.ledger.chunks import append_name, first_token
 from changeover.jobs.ledger.epochs import NEW, OLD
+from changeover.jobs.ledger.lease import lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import PENDING, Stream
-from changeover.jobs.load.copier import append_name
 from changeover.jobs.preflight.division import examined
 from changeover.jobs.preflight.rules import Preflight
-from changeover.jobs.prepare import (
-    Prepared,
-    open_stream,
-    plan_transforms,
-    record_tables,
-    remove_from_source,
-    require_way_back,
-    spool_of,
-)
+from changeover.jobs.prepare import Prepared, open_stream, plan_transforms, record_tables, remove_from_source, require_way_back
 from changeover.jobs.reverse import setup as reverse_setup
-from changeover.jobs.spool.table import remove_spools
-from changeover.jobs.transform import tenancy
+from changeover.jobs.spool.table import remove_spools, spool_of
 from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
 from changeover.spec import Spec
@@ -94,8 +85,8 @@ def _require_allowed(spec: Spec, ledger: Ledger) -> None:
         raise UsageError(f"{spec.path} changed since prepare: put it back, or `changeover abort SPEC` and begin again")
     if ledger.milestones()[1] is not None:
         raise Refused("prepare --anew: the migration was finalized, so there is nothing to begin anew")
-    if (gone := tenancy.at(ledger.authorities(), NEW)) is not None:
-        whose = "" if gone == EVERY else f" over {tenancy.told(gone)}"
+    if (gone := epochs.at(ledger.authorities(), NEW)) is not None:
+        whose = "" if gone == EVERY else f" over {tenants.told(gone)}"
         raise Refused(
             f"prepare --anew: authority{whose} has moved to the new store, whose rows are the truth and would be emptied:"
             f" `changeover flags rollback SPEC` first"

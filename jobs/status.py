@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from changeover import tenants
 from changeover.errors import FolderFailed, StepOrder
 from changeover.jobs.capture.rogue import Rogue, rogue
 from changeover.jobs.capture.service import WAITING
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
-from changeover.jobs.ledger import lease
+from changeover.jobs.ledger import epochs, lease
 from changeover.jobs.ledger.epochs import NEW, OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED, Load, Stream
-from changeover.jobs.prepare import spool_of
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source import triggerlog
 from changeover.jobs.source.replication import slot_alarm, slot_state
-from changeover.jobs.transform import tenancy
+from changeover.jobs.spool.table import spool_of
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect, speaking_to
 from changeover.spec import TRIGGER, Spec
@@ -75,7 +75,7 @@ class Status:
         yield f"  flag      {self.stage or 'never turned'}; the {self.store} store has authority (epoch {self.epoch})"
         if self.cohorts:
             count, other = len(self.cohorts), NEW if self.store == OLD else OLD
-            yield f"    the {other} store has it over {count:,} cohort{'s' * (count > 1)}: {tenancy.listed(self.cohorts)}"
+            yield f"    the {other} store has it over {count:,} cohort{'s' * (count > 1)}: {tenants.listed(self.cohorts)}"
         yield f"    routers: {routers}"
         if self.way_back is not None:
             yield f"  way back  {self.way_back.line}"
@@ -139,14 +139,14 @@ def status(spec: Spec) -> Status:
         stream = _stream(spec, known, _why_not(ledger), alive)
         authority, changes = ledger.authority(), ledger.authorities()
         touched = _touched(spec)
-        rests = finalized or tenancy.at(changes, OLD) is None
+        rests = finalized or epochs.at(changes, OLD) is None
         loads = _loads(ledger, None if rests else stream["source_lsn"], touched)
         verdicts = _newest_verdicts(ledger)
         now = ledger.now()
         heard = [beat.stage for beat in ledger.heartbeats() if (now - beat.at).total_seconds() <= HEARD_SECONDS]
         return Status(
             spec.name, _steps(ledger, loads, verdicts, stream, (prepared, finalized)), loads, stream, ledger.stage(),
-            dict(Counter(heard)), authority.store, authority.epoch, tenancy.apart(changes), verdicts,
+            dict(Counter(heard)), authority.store, authority.epoch, epochs.apart(changes), verdicts,
             None if finalized else reverse.state(spec, ledger), [] if finalized else rogue(spec, ledger), broken(spec, ledger),
         )  # fmt: skip
 

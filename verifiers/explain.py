@@ -28,11 +28,10 @@ from changeover.errors import SpecError
 from changeover.jobs.ledger.epochs import EVERYTHING, NEW, OLD, Standing, Tenure, stamped, standing, tenures
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority, ChunkRow
-from changeover.jobs.preflight.rules import SourceTable, source_table
-from changeover.jobs.prepare import spool_of
 from changeover.jobs.reverse import path as reverse
+from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.spool.events import TRUNCATE
-from changeover.jobs.spool.table import Spool
+from changeover.jobs.spool.table import Spool, spool_of
 from changeover.jobs.transform import masking
 from changeover.jobs.transform.derivation import derivations, origin
 from changeover.jobs.transform.tenancy import new_column, old_column

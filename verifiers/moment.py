@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from changeover.errors import CouldNotCheck, RowRefused, StepOrder, TableStopped, TextRefused
-from changeover.jobs.apply.rounds import LEASE_SECONDS, Replay, lease_of
+from changeover.jobs.apply.rounds import Replay
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.ledger.epochs import shares
+from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED, Authority
-from changeover.jobs.preflight.rules import SourceTable, source_table
 from changeover.jobs.prepare import Prepared
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source import snapshot, ticks
+from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.source.marker import emit_marker, mark
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.spool.waiting import await_spool

@@ -17,8 +17,9 @@ from changeover.errors import ChangeoverError, Interrupted, JavaMissing, RowRefu
 from changeover.jobs.apply.batch import completed, last_of_each_key
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.preflight.division import examined
-from changeover.jobs.preflight.rules import Preflight, SourceTable
+from changeover.jobs.preflight.rules import Preflight
 from changeover.jobs.prepare import plan_transforms
+from changeover.jobs.source.catalog import SourceTable
 from changeover.jobs.spool import events
 from changeover.jobs.transform import inverse
 from changeover.jobs.transform.transform import Transform

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from changeover.errors import CouldNotCheck, RowRefused, TextRefused
-from changeover.jobs.apply.rounds import LEASE_SECONDS, Replay, lease_of
+from changeover.jobs.apply.rounds import Replay
+from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.load import badrow
 from changeover.jobs.prepare import require_prepared

@@ -21,8 +21,8 @@ from changeover.flags.observed import Facts, facts
 from changeover.flags.router.endpoint import Cohort, as_text
 from changeover.flags.stages import TABLE
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.transform.tenancy import TOLD
 from changeover.spec import Spec
+from changeover.tenants import TOLD
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from changeover.flags.readiness import mirrors
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.prepare import spool_of
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.source.marker import emit_marker
+from changeover.jobs.spool.table import spool_of
 from changeover.position import format_lsn
 from changeover.spec import Spec
 from changeover.stores.base.statements import Move

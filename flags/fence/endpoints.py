@@ -15,8 +15,8 @@ from ldclient.migrations.types import Origin
 
 from changeover.jobs.ledger.epochs import shares
 from changeover.jobs.ledger.records import Authority
-from changeover.jobs.preflight.rules import source_table
 from changeover.jobs.source import ticks
+from changeover.jobs.source.catalog import source_table
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.transform import tenancy
 from changeover.names import joined

@@ -27,8 +27,8 @@ from changeover.flags.fence.endpoints import Side, sides
 from changeover.flags.fence.handover import Pause, Transfer, advance_sequences, pass_the_others
 from changeover.flags.rights import held_up_by
 from changeover.jobs.access import privileges
-from changeover.jobs.apply.rounds import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger import epochs
+from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority
 from changeover.jobs.preflight.division import indivisible

@@ -23,10 +23,12 @@ from changeover.jobs.apply.checkpoint import Back, OldJournal
 from changeover.jobs.apply.retention import Collecting
 from changeover.jobs.ledger.chunks import mergeable
 from changeover.jobs.ledger.epochs import NEW, Section, named, sections
+from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED
-from changeover.jobs.prepare import Prepared, require_prepared, spool_of
+from changeover.jobs.prepare import Prepared, require_prepared
 from changeover.jobs.reverse import path as reverse
+from changeover.jobs.spool.table import spool_of
 from changeover.position import format_lsn
 from changeover.spec import Spec
 from changeover.stores import open_store
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STEP = "replay"
-LEASE_SECONDS = 120.0
-"""How long a batch may wait for its turn: longer than any other batch or alignment takes."""
 
 IDLE_SECONDS = 0.1
 
@@ -178,11 +178,6 @@ class Replay:
         transform = self.back.transform(source, target)
         load, counts = self.returning.catch_up(load, section, reach, transform, store)
         return load.applied >= section[0].until, counts
-
-
-def lease_of(target: str) -> str:
-    """Return the name of the lease under which batches of one target take turns."""
-    return f"{STEP}-{target}"
 
 
 def total(rounds: Sequence[Replayed]) -> Replayed:

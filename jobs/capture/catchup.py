@@ -23,7 +23,8 @@ from changeover.errors import LeaseHeld, ServerUnavailable
 from changeover.jobs.decode.columns import Wire
 from changeover.jobs.decode.pgoutput import MalformedMessage
 from changeover.jobs.ledger.records import Stream
-from changeover.jobs.source.replication import BACKLOG, CopyStream, decoding
+from changeover.jobs.source.replication import BACKLOG
+from changeover.jobs.source.stream import CopyStream, decoding
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect, server_name
 

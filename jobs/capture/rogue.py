@@ -20,10 +20,9 @@ from changeover.errors import StepOrder
 from changeover.jobs.ledger.epochs import NEW, OLD, absences
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority, VerdictRow
-from changeover.jobs.prepare import spool_of
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.spool.events import SCHEMA, TRUNCATE
-from changeover.jobs.spool.table import Spool
+from changeover.jobs.spool.table import Spool, spool_of
 from changeover.jobs.transform.tenancy import new_column, old_column
 from changeover.position import format_lsn, parse_lsn
 from changeover.spec import Spec, Table

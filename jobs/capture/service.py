@@ -20,22 +20,18 @@ from functools import partial
 import psycopg
 from deltalake.exceptions import DeltaError
 
-from changeover.errors import ChangeoverError, CouldNotFinish, ServerUnavailable, SourceChanged, SpoolGap
+from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, SpoolGap
 from changeover.files import folders
 from changeover.interrupt import asked_to_stop
+from changeover.jobs.capture.feed import Feed, feed_of
 from changeover.jobs.capture.rogue import Watch
 from changeover.jobs.capture.slot import SlotRun
 from changeover.jobs.capture.trigger import LogRun
-from changeover.jobs.guarantee import assumptions
-from changeover.jobs.guarantee.assumptions import Asked, Moment
+from changeover.jobs.guarantee.assumptions import Moment
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import Stream
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
-from changeover.jobs.source.marker import emit_marker as emit_marker  # the service's own word for scripts
-from changeover.jobs.source.partitions import Roots
-from changeover.jobs.spool.table import Spool, spool_path
-from changeover.jobs.spool.writer import CaptureResult, Feed
+from changeover.jobs.spool.writer import CaptureResult
 from changeover.session import Connection
 from changeover.spec import SLOT, Spec, load
 
@@ -85,24 +81,6 @@ def capture(
                 told.update(result.recorded())
     log.info("capture ended: %s", result)
     return result
-
-
-def feed_of(spec: Spec, ledger: Ledger, stream: Stream) -> Feed:
-    """Return the old store's stream as capture follows it (driver)."""
-    tables = {table.source_relation: ledger.source_table(table.source)[1] for table in spec.tables}
-    roots = Roots(spec, ledger)
-
-    def ask(moment: Moment, old: Connection) -> list[str]:
-        try:
-            with Ledger.open(spec, "capture") as present:  # a ledger that was restarted has ended the session of the beginning
-                told = assumptions.stop(moment, Asked(spec, old, present))
-        except ServerUnavailable as error:
-            if moment is not Moment.WATCH:
-                raise
-            return [f"whether the stream is whole is asked again in a minute: {error}"]
-        return list(dict.fromkeys([*told, *roots.look(old)]))  # which puts new partitions on record
-
-    return Feed(spec.source.dsn.resolve(), stream, tables, Spool(spool_path(spec.work, stream.epoch)), roots, ask)
 
 
 def _tell_waiting(spec: Spec, why: str | None) -> None:

@@ -20,25 +20,18 @@ from changeover import failpoints
 from changeover.errors import DatabaseFailed, FolderFailed, LeaseHeld, ServerUnavailable
 from changeover.jobs.capture import catchup
 from changeover.jobs.capture.catchup import Backlog
+from changeover.jobs.capture.feed import Feed
 from changeover.jobs.decode import pgoutput
 from changeover.jobs.decode.columns import Wire
 from changeover.jobs.decode.transactions import Assembler
 from changeover.jobs.guarantee.assumptions import Moment
 from changeover.jobs.ledger.chunks import acknowledged
-from changeover.jobs.preflight.charsets import has_no_encoding
-from changeover.jobs.source.replication import (
-    FEEDBACK_SECONDS,
-    Replication,
-    answer_interval,
-    check_slot,
-    column_numbers,
-    generated_columns,
-    slot_alarm,
-)
+from changeover.jobs.source.replication import check_slot, column_numbers, generated_columns, slot_alarm
+from changeover.jobs.source.stream import FEEDBACK_SECONDS, Replication, answer_interval
 from changeover.jobs.spool import writer
-from changeover.jobs.spool.writer import CaptureResult, Feed, Intake, Patience
+from changeover.jobs.spool.writer import CaptureResult, Intake, Patience
 from changeover.position import format_lsn
-from changeover.session import Connection, application_name, connect, server_name, speaking_to
+from changeover.session import Connection, application_name, connect, has_no_encoding, server_name, speaking_to
 from changeover.spec import Spec
 
 TAKE_BYTES = 1 << 20

@@ -20,6 +20,7 @@ from psycopg import pq
 from psycopg.adapt import Transformer
 
 from changeover.errors import FolderFailed, RowRefused, ServerUnavailable, SourceChanged
+from changeover.jobs.capture.feed import Feed
 from changeover.jobs.decode import pgoutput
 from changeover.jobs.decode.relations import Shape, not_utf8
 from changeover.jobs.decode.transactions import ADDED_ANEW, added_anew, additions, difference
@@ -30,7 +31,7 @@ from changeover.jobs.source.ticks import Row, Seen, Window
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.spool import writer
 from changeover.jobs.spool.events import ADDED, RELATION, Event, Image
-from changeover.jobs.spool.writer import CaptureResult, Feed, Intake, Patience
+from changeover.jobs.spool.writer import CaptureResult, Intake, Patience
 from changeover.names import joined, qualified
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, speaking_to

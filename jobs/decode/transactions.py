@@ -23,8 +23,7 @@ from changeover.jobs.decode import pgoutput
 from changeover.jobs.decode.columns import Mask, Places, Wire
 from changeover.jobs.decode.relations import Shape, Stamps
 from changeover.jobs.ledger.records import SourceColumn
-from changeover.jobs.source.marker import MARKER_PREFIX
-from changeover.jobs.spool.events import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
+from changeover.jobs.spool.events import ADDED, MARKER, MARKER_PREFIX, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
 from changeover.names import joined
 from changeover.stores.postgres.gate import OURS
 

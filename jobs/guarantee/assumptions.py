@@ -15,13 +15,13 @@ from enum import Enum
 from changeover.errors import ChangeoverError, CouldNotCheck, CouldNotFinish, SourceChanged, StepOrder, TableStopped
 from changeover.jobs.guarantee import definition
 from changeover.jobs.guarantee.rewrites import require_same_file
+from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.epochs import OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.source import partitions, snapshot, ticks
 from changeover.jobs.source.replication import slot_change
 from changeover.jobs.source.triggerlog import Log, exists
 from changeover.jobs.spool.table import Spool, spool_path
-from changeover.jobs.transform import tenancy
 from changeover.session import Connection, application_name, connect, speaking_to
 from changeover.spec import SLOT, Spec, Table
 
@@ -264,7 +264,7 @@ def _followed(ledger: Ledger | None) -> bool:
     """Return whether the old store's stream still matters: until the new store has all authority, or all is taken away."""
     if ledger is None or not ledger.exists() or ledger.milestones()[1] is not None:
         return False
-    return tenancy.at(ledger.authorities(), OLD) is not None
+    return epochs.at(ledger.authorities(), OLD) is not None
 
 
 def stop(moment: Moment, asked: Asked) -> list[str]:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from changeover.errors import TableStopped
 from changeover.jobs.ledger.chunks import same_file
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.preflight.rules import SourceTable, source_table
+from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.source.marker import mark
 from changeover.jobs.source.partitions import record, recorded, require_same_partitions
 from changeover.jobs.spool.events import TRUNCATE

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from changeover.position import Version
+
 
 class Chunk(NamedTuple):
     """A chunk's state: the token of the latest attempt, 0 before the first, and whether its rows are in."""
@@ -62,3 +64,8 @@ def mergeable(merges_while_loading: bool, closed: bool) -> bool:
 def acknowledged(durable: int, received: int) -> int:
     """Return the position that the slot may forget: what is durably in the spool, however much more was received."""
     return durable
+
+
+def append_name(migration: str, image: Version, source: str, target: str, chunk: int) -> str:
+    """Return the name under which a chunk is appended once; a table that outlives an abort remembers the names that it took."""
+    return f"changeover/{migration}/{image}/{source}/{target}/{chunk}"

@@ -247,3 +247,22 @@ def offered_intervals(
             # stamped as what follows it in the same log: a part of the epoch may have come from the other log, at other positions
             intervals.append(Interval(after.epoch, before.until, after.since, echo=True))
     return intervals
+
+
+def at(changes: Sequence[Authority], store: str) -> Cohorts | None:
+    """Return whose rows a store has authority over now, None where it has none."""
+    here = [whose for held, whose in shares(changes).items() if held.store == store]
+    if not here:
+        return None
+    names = named(changes)
+    others = any(EVERYTHING in whose for whose in here)
+    mine = frozenset(name for name in names if any(name in whose for whose in here))
+    return Cohorts(names - mine if others else mine, others)
+
+
+def apart(changes: Sequence[Authority]) -> list[str]:
+    """Return the cohorts that are not where those without a move of their own are."""
+    shared = shares(changes)
+    rest = next(held.store for held, whose in shared.items() if EVERYTHING in whose)
+    elsewhere = [whose for held, whose in shared.items() if held.store != rest]
+    return sorted(name for whose in elsewhere for name in whose.names)

@@ -14,6 +14,9 @@ import psycopg
 from changeover.errors import LeaseHeld
 from changeover.session import Connection, application_name, connect
 
+LEASE_SECONDS = 120.0
+"""How long a batch may wait for its turn: longer than any other batch or alignment takes."""
+
 
 @contextmanager
 def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0) -> Iterator[None]:
@@ -60,3 +63,8 @@ def _holder(session: Connection, application: str) -> str:
         [application],
     ).fetchone()
     return f"server process {row[0]}, since {row[1]:%H:%M:%S}" if row else "unknown"
+
+
+def lease_of(target: str) -> str:
+    """Return the name of the lease under which batches of one target take turns."""
+    return f"replay-{target}"

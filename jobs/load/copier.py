@@ -30,13 +30,16 @@ from changeover.errors import (
 )
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
+from changeover.jobs.ledger.chunks import append_name
 from changeover.jobs.ledger.ledger import Ledger, mark_loaded
 from changeover.jobs.ledger.records import CLOSED, LOADED, PENDING, Stream
 from changeover.jobs.load import badrow
-from changeover.jobs.preflight.rules import source_table, store_columns
-from changeover.jobs.prepare import exported, require_prepared, spool_of
+from changeover.jobs.prepare import require_prepared
 from changeover.jobs.source import snapshot, ticks
+from changeover.jobs.source.catalog import source_table, store_columns
 from changeover.jobs.source.replication import require_stream
+from changeover.jobs.source.snapshot import exported
+from changeover.jobs.spool.table import spool_of
 from changeover.jobs.transform.transform import Transform
 from changeover.position import Version
 from changeover.session import application_name, connect, speaking_to
@@ -107,11 +110,6 @@ class LedgerMark:
     def identity(self, chunk: int) -> str:
         """Return the chunk's name for idempotent appends: the same for every attempt, another for every chunk and prepare."""
         return append_name(self.migration, self.image, self.source, self.target, chunk)
-
-
-def append_name(migration: str, image: Version, source: str, target: str, chunk: int) -> str:
-    """Return the name under which a chunk is appended once; a table that outlives an abort remembers the names that it took."""
-    return f"changeover/{migration}/{image}/{source}/{target}/{chunk}"
 
 
 def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = None) -> list[Loaded]:

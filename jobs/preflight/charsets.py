@@ -12,26 +12,15 @@ from psycopg import sql
 
 from changeover.errors import CouldNotFinish
 from changeover.jobs.transform.masking import Mask
-from changeover.session import Connection, connect, speaking_to
+from changeover.session import NO_ENCODING, Connection, connect, has_no_encoding, speaking_to
 from changeover.stores.base.reader import ReadTable
 
-NONE = "SQL_ASCII"
-HOLDS_ALL = frozenset({"UTF8", NONE})
+HOLDS_ALL = frozenset({"UTF8", NO_ENCODING})
 TEXTUAL = ("text", "character", "json", "xml", "citext")
 """What the names of types begin with whose values may hold any byte."""
 
 NAMED = 3
 """How many rows are named of those that are no text."""
-
-
-def encoding_of(connection: Connection) -> str:
-    """Return a server's encoding."""
-    return connection.info.parameter_status("server_encoding") or "unknown"
-
-
-def has_no_encoding(connection: Connection) -> bool:
-    """Return whether a server takes any bytes as text."""
-    return encoding_of(connection) == NONE
 
 
 def target_reasons(old: str, new: str, target: str) -> list[str]:
@@ -69,7 +58,7 @@ def _unreadable(dsn: str, application: str, read: ReadTable, mask: Mask) -> list
     names = [*key, *(c.name for c in read.columns if c.type.startswith(TEXTUAL) and c.name not in key)]
     query = sql.SQL("COPY (SELECT {} FROM {}) TO STDOUT").format(sql.SQL(", ").join(map(sql.Identifier, names)), read.rows)
     with (
-        connect(dsn, application, settings={"client_encoding": NONE}) as session,
+        connect(dsn, application, settings={"client_encoding": NO_ENCODING}) as session,
         speaking_to(dsn, f"reading the texts of {read.name}"),
         session.cursor() as cursor,
         cursor.copy(query) as lines,

@@ -17,8 +17,9 @@ from changeover.jobs.access import grants
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
 from changeover.jobs.preflight.obstacles import obstacles, target_as_source
-from changeover.jobs.preflight.rules import Preflight, SourceTable, preflight, source_table
-from changeover.jobs.reverse import path as reverse
+from changeover.jobs.preflight.rules import Preflight, preflight
+from changeover.jobs.source import replication
+from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.transform.tenancy import new_column, old_column
 from changeover.names import qualified
 from changeover.session import Connection, application_name, connect
@@ -59,7 +60,7 @@ def indivisible(spec: Spec) -> list[str]:
         for table in spec.tables:
             if (seen := source_table(old, table)) is not None:
                 reasons += _indivisible(spec, table, seen, old, new)
-        why = obstacles(spec, old, new, reverse.slot_of(spec))
+        why = obstacles(spec, old, new, replication.slot_of(spec))
     return reasons + [f"cohorts move one by one only where they can come back: {one}" for one in why]
 
 

@@ -11,7 +11,8 @@ from psycopg import sql
 
 from changeover.jobs.access import connections, grants
 from changeover.jobs.guarantee.assumptions import hidden, server
-from changeover.jobs.preflight.rules import CAPTURE_RULES, TABLE_RULES, SourceTable, source_table
+from changeover.jobs.preflight.rules import CAPTURE_RULES, TABLE_RULES
+from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.transform import inverse
 from changeover.names import qualified
 from changeover.session import Connection, application_name, connect

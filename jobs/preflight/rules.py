@@ -8,20 +8,20 @@ DELETE fail once a publication holds it), and of what this version carries.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from psycopg import sql
 
+from changeover import session
 from changeover.errors import RowsHidden, SpecError
 from changeover.jobs.access import connections, grants, holders, privileges
 from changeover.jobs.access.grants import Lack
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import Partition, SourceColumn
 from changeover.jobs.preflight import charsets, keys, likeness
 from changeover.jobs.preflight.narrowing import narrower
-from changeover.jobs.source.generated import generated_of, require_not_asked_for
-from changeover.jobs.source.partitions import partitions_of
+from changeover.jobs.source.catalog import SourceTable, source_table
+from changeover.jobs.source.generated import require_not_asked_for
 from changeover.jobs.transform import masking
 from changeover.jobs.transform.derivation import WORDS, derivations, owned
 from changeover.names import NAME_BYTES, qualified, reserved
@@ -29,43 +29,10 @@ from changeover.session import Connection, application_name, connect, server_nam
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
 from changeover.stores import open_store
 from changeover.stores.base.interface import Store
-from changeover.stores.base.pgtypes import Column, source_type
-from changeover.stores.base.ranges import estimated_rows
-from changeover.stores.base.reader import ReadTable
+from changeover.stores.base.pgtypes import source_type
 from changeover.stores.postgres.store import PostgresStore
 
 OLD = "the old store"
-
-
-@dataclass(frozen=True)
-class SourceTable:
-    """A source table as the catalogue has it: identity columns in index order, the file, and the columns."""
-
-    source: str
-    filenode: int
-    identity: tuple[str, ...]
-    columns: tuple[SourceColumn, ...]
-    rows: int
-    partitions: tuple[Partition, ...] | None = None
-    """None for an ordinary table."""
-    generated: Mapping[str, str] = field(default_factory=dict)
-    """Generated columns with their expressions in PostgreSQL; they are not among `columns`."""
-
-    @property
-    def store_columns(self) -> tuple[Column, ...]:
-        """Return the columns as frames carry them."""
-        return store_columns(self.columns)
-
-    @property
-    def read(self) -> ReadTable:
-        """Return the table as readers take it."""
-        return ReadTable(*qualified(self.source), self.store_columns, self.key, partitioned=self.partitions is not None)
-
-    @property
-    def key(self) -> tuple[Column, ...]:
-        """Return the identity's columns in the index's order; a generated one, which is refused, is none of the table's."""
-        by_name = {column.name: column for column in self.store_columns}
-        return tuple(by_name[name] for name in self.identity if name in by_name)
 
 
 @dataclass
@@ -89,11 +56,6 @@ class Preflight:
             if statement not in self.grants:
                 self.grants.append(statement)
                 self.reasons.append(f"{where}: {one}" if where else str(one))
-
-
-def store_columns(columns: Sequence[SourceColumn]) -> tuple[Column, ...]:
-    """Return catalogue columns as frames carry them; an unproven type has an empty Spark type."""
-    return tuple(Column(c.name, c.type, carried.spark if (carried := source_type(c.type)) else "", c.not_null) for c in columns)
 
 
 CAPTURE_RULES = {
@@ -149,22 +111,6 @@ UNION ALL SELECT format('%%s.%%s is a generated column in the key, and the chang
 FROM pg_attribute a WHERE a.attrelid = %(oid)s AND a.attgenerated <> '' AND a.attname::text = ANY (%(keys)s::text[])
 """
 
-IDENTITY = """
-SELECT a.attname FROM pg_class c JOIN pg_index i ON i.indrelid = c.oid
-    AND CASE WHEN c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END
-CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k(attnum, place)
-JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
-WHERE c.oid = %s AND k.place <= i.indnkeyatts ORDER BY k.place
-"""
-
-COLUMNS = """
-SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid::bigint, t.typcategory = 'A', a.attnotnull AND NOT EXISTS (
-        SELECT FROM pg_constraint c WHERE c.conrelid = a.attrelid AND c.contype = 'n' AND a.attnum = ANY (c.conkey)
-            AND NOT c.convalidated), a.atttypmod, a.attnum
-FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum
-"""
-
 
 def preflight(spec: Spec) -> Preflight:
     """Look at both sides and return everything that stands against the plan (driver; starts no JVM, changes nothing).
@@ -190,7 +136,7 @@ def preflight(spec: Spec) -> Preflight:
                 found.reasons += _not_mirrored(old, found.tables.get(table.source))
         connections.look_at_settings(old, OLD, found.reasons, found.notes)
         connections.look_at_limits(old, application, OLD, found.notes)
-        encoding = charsets.encoding_of(old)
+        encoding = session.encoding_of(old)
         for table in spec.tables:
             if (seen := found.tables.get(table.source)) is not None:
                 found.reasons += charsets.unreadable(old, dsn, application, seen.read, masking.of_source(table, seen.identity))
@@ -204,7 +150,7 @@ def preflight(spec: Spec) -> Preflight:
                 found.reasons += connections.reasons(target.dsn_value, application, f"target {target.name}")
                 connections.look_at_settings(store.connection, f"target {target.name}", found.reasons, found.notes)
                 connections.look_at_limits(store.connection, application, f"target {target.name}", found.notes)
-                there = charsets.encoding_of(store.connection)
+                there = session.encoding_of(store.connection)
                 found.reasons += charsets.target_reasons(encoding, there, target.name)
                 found.notes += charsets.notes(encoding, there, target.name) if spec.flag is not None else []
             for table in spec.tables:
@@ -312,26 +258,6 @@ def _is_prepared(spec: Spec, found: Preflight) -> bool:
         if all(target.dsn is None for target in spec.targets.values()):
             found.lack(grants.of_server(ledger.connection), "the ledger")
         return grants.usable(ledger.connection, "changeover") and ledger.exists()
-
-
-def source_table(connection: Connection, table: Table) -> SourceTable | None:
-    """Return a source table from the catalogue, or None when there is none by that name, or none that the role may look up."""
-    schema, name = table.source_name
-    if not grants.usable(connection, schema):
-        return None
-    row = connection.execute(
-        "SELECT c.oid, pg_relation_filenode(c.oid) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE n.nspname = %s AND c.relname = %s",
-        [schema, name],
-    ).fetchone()
-    if row is None:
-        return None
-    identity = tuple(r[0] for r in connection.execute(IDENTITY, [row[0]]).fetchall())
-    columns = tuple(
-        SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, *r[4:]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
-    )
-    parts, rows = partitions_of(connection, schema, name), estimated_rows(connection, schema, name)
-    return SourceTable(table.source_relation, row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))
 
 
 def _source_table(connection: Connection, table: Table, capture: str, found: Preflight) -> None:

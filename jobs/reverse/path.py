@@ -20,8 +20,8 @@ from changeover.jobs.ledger.epochs import NEW, epochs_of, shares
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority, Partition, SourceColumn, Stream
 from changeover.jobs.preflight.obstacles import obstacles
-from changeover.jobs.preflight.rules import store_columns
-from changeover.jobs.source.replication import slot_alarm, slot_state
+from changeover.jobs.source.catalog import store_columns
+from changeover.jobs.source.replication import slot_alarm, slot_of, slot_state
 from changeover.jobs.spool.table import Spool
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
@@ -59,11 +59,6 @@ class ReverseLoad:
     applied: int
     events: int
     stopped: str | None
-
-
-def slot_of(spec: Spec) -> str:
-    """Return the name of the new store's slot and publication; no migration's name begins as its own part does."""
-    return f"changeover__new_{spec.name}"
 
 
 def spool_of(spec: Spec) -> Spool:

@@ -19,22 +19,11 @@ from changeover.jobs.ledger.epochs import NEW
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Partition, Stream
 from changeover.jobs.preflight.obstacles import obstacles, target_as_source
-from changeover.jobs.preflight.rules import SourceTable, source_table
-from changeover.jobs.reverse.path import (
-    Path,
-    break_at_gap,
-    break_off,
-    loads,
-    new_dsn,
-    recorded,
-    slot_of,
-    spool_of,
-    targets_of,
-    whole,
-)
+from changeover.jobs.reverse.path import Path, break_at_gap, break_off, loads, new_dsn, recorded, spool_of, targets_of, whole
 from changeover.jobs.source import snapshot
+from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.source.partitions import NewRoots
-from changeover.jobs.source.replication import require_stream
+from changeover.jobs.source.replication import require_stream, slot_of
 from changeover.names import qualified
 from changeover.position import format_lsn
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, speaking_to

@@ -8,10 +8,9 @@ commit, whatever `synchronous_commit` says; it needs no standby. So a position i
 from __future__ import annotations
 
 from changeover.jobs.source import triggerlog
+from changeover.jobs.spool.events import MARKER_PREFIX
 from changeover.position import parse_lsn
 from changeover.session import Connection
-
-MARKER_PREFIX = "changeover"
 
 
 def emit_marker(connection: Connection, note: str) -> None:

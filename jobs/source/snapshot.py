@@ -23,6 +23,7 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import CouldNotFinish, DatabaseFailed, LockNotGranted, SlotBlocked, SnapshotLost
+from changeover.jobs.ledger.records import Stream
 from changeover.position import parse_lsn
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import Spec
@@ -216,6 +217,11 @@ def main() -> None:
 
     spec = load(sys.argv[1])
     keep(spec.source.dsn.resolve(), application_name(spec.name, "keeper"), sys.argv[2])
+
+
+def exported(stream: Stream) -> tuple[ExportedSnapshot, ...]:
+    """Return the kept snapshots by name; all of them see the same."""
+    return tuple(ExportedSnapshot(name, stream.visible) for name in stream.snapshot.split())
 
 
 if __name__ == "__main__":

@@ -31,11 +31,10 @@ from psycopg.rows import args_row
 from changeover.errors import SourceChanged, SpoolGap
 from changeover.jobs.decode import pgoutput
 from changeover.jobs.ledger.records import Stream
-from changeover.jobs.preflight.charsets import has_no_encoding
 from changeover.jobs.source.snapshot import contains
 from changeover.jobs.source.triggerlog import TRIGGERS, Log, exists
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, connect, speaking_to
+from changeover.session import Connection, connect, has_no_encoding, speaking_to
 from changeover.stores.base.reader import ExportedSnapshot
 from changeover.stores.postgres.store import exporting
 

@@ -19,6 +19,9 @@ A row's change or a TRUNCATE has a note only where its transaction bears the mar
 RELATION says that a table is not as it was prepared, ADDED that it only has more columns, which nothing of the spec needs.
 """
 
+
+MARKER_PREFIX = "changeover"
+
 NO_TEXT = "held bytes that are no UTF-8"
 """What a RELATION says in the place of a row that no spool and no target can hold."""
 

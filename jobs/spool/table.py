@@ -44,6 +44,7 @@ from changeover.jobs.spool.events import (
     kept,
     last_place,
 )
+from changeover.spec import Spec
 
 FORMAT = "2"
 """Version of the spool's columns; another version found is refused, never guessed at."""
@@ -417,3 +418,8 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def spool_of(spec: Spec, epoch: int = 0) -> Spool:
+    """Return the migration's spool of the epoch in which its tables were begun (`Stream.epoch`)."""
+    return Spool(spool_path(spec.work, epoch))

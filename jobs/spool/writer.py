@@ -11,20 +11,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from changeover.errors import ChangeoverError, FolderFailed, StepOrder
-from changeover.jobs.decode.transactions import Partitions, Unpartitioned
-from changeover.jobs.guarantee.assumptions import Moment
-from changeover.jobs.ledger.records import SourceColumn, Stream
 from changeover.jobs.spool.events import SCHEMA, Event
 from changeover.jobs.spool.table import Spool
 from changeover.position import format_lsn
-from changeover.session import Connection
 
 log = logging.getLogger(__name__)
 
@@ -113,21 +109,6 @@ class CaptureResult:
         """Return what goes on record."""
         told = {"events": self.events, "transactions": self.transactions, "end": format_lsn(self.end_lsn)}
         return {**told, "seconds": round(self.seconds, 1), **({"outcome": "interrupted"} if self.interrupted else {})}
-
-
-@dataclass(frozen=True)
-class Feed:
-    """A store's stream: where it is read, what must still be true of it, its tables' columns and partitions, and where it goes.
-
-    `ask` asks whether what the stream rests on still holds; it returns which tables were stopped, and raises what stops all.
-    """
-
-    dsn: str
-    stream: Stream
-    tables: Mapping[str, Sequence[SourceColumn]]
-    spool: Spool
-    roots: Partitions = field(default_factory=Unpartitioned)
-    ask: Callable[[Moment, Connection], Sequence[str]] = lambda moment, connection: ()
 
 
 class Intake:

@@ -27,6 +27,10 @@ Connection = psycopg.Connection[Row]
 LOCK_TIMEOUT = "2s"
 """How long a statement of ours on a user's table may wait for a lock before it makes way and tries again."""
 
+
+NO_ENCODING = "SQL_ASCII"
+"""The encoding of a server that keeps whatever bytes it is given."""
+
 CONNECT_TIMEOUT = 10
 
 
@@ -189,3 +193,13 @@ def role_of(dsn: str) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0].removeprefix("connection failed: ") if text else type(error).__name__
+
+
+def encoding_of(connection: Connection) -> str:
+    """Return a server's encoding."""
+    return connection.info.parameter_status("server_encoding") or "unknown"
+
+
+def has_no_encoding(connection: Connection) -> bool:
+    """Return whether a server takes any bytes as text."""
+    return encoding_of(connection) == NO_ENCODING

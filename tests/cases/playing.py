@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
-from changeover.jobs.apply.offers import apart, last_of_each_key
-from changeover.jobs.apply.rule import Cell, image_applies, merged
+from changeover.jobs.apply.rule import Cell, apart, image_applies, last_of_each_key, merged
 from changeover.position import Version
 from tests.cases.reading import L0, V0, Cells, CopyCase, Event, Image, Key, image
 

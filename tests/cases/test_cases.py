@@ -14,7 +14,7 @@ from psycopg import sql
 from pyspark.sql import SparkSession
 
 from changeover.embedded.server import EmbeddedServer
-from changeover.jobs.apply.offers import Change
+from changeover.jobs.apply.rule import Change
 from changeover.session import Connection, connect
 from changeover.stores.delta.store import DeltaStore
 from changeover.stores.postgres import gate

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from changeover.jobs.apply.offers import UNSENT, Change, Image, Key, filled
+from changeover.jobs.apply.rule import UNSENT, Change, Image, Key, filled
 from changeover.position import Version
 
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from changeover.jobs.apply.offers import Image
-from changeover.jobs.apply.rule import Cell
+from changeover.jobs.apply.rule import Cell, Image
 from changeover.jobs.ledger.chunks import Chunk
 from changeover.position import Version
 from changeover.stores.base.statements import Part

@@ -12,8 +12,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from changeover.jobs.apply import offers, rule
-from changeover.jobs.apply.offers import UNSENT, Change, Image, Key
+from changeover.jobs.apply import rule
+from changeover.jobs.apply.rule import UNSENT, Change, Image, Key
 from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.epochs import FOR_EVER, NEW, OLD, Interval, Section
 from changeover.jobs.ledger.records import Authority
@@ -49,17 +49,17 @@ def _no_floor(procedure: Procedure) -> Procedure:
 
 
 def _new_key_only(version: Version, key: Key, image: Image | None, old_key: Key | None = None) -> tuple[Change, ...]:
-    return offers.apart(version, key, image)
+    return rule.apart(version, key, image)
 
 
 def _one_ordinal(version: Version, key: Key, image: Image | None, old_key: Key | None = None) -> tuple[Change, ...]:
-    return tuple(change._replace(version=version) for change in offers.apart(version, key, image, old_key))
+    return tuple(change._replace(version=version) for change in rule.apart(version, key, image, old_key))
 
 
 def _unsent_is_null(found: Iterable[Change], *_: object) -> list[Change]:
     """Take what was not sent for NULL."""
-    nulls = (change._replace(image=change.image and offers.filled(change.image, (None, None))) for change in found)
-    return offers.last_of_each_key(nulls)
+    nulls = (change._replace(image=change.image and rule.filled(change.image, (None, None))) for change in found)
+    return rule.last_of_each_key(nulls)
 
 
 def _whole_row(found: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:
@@ -73,7 +73,7 @@ def _whole_row(found: Iterable[Change], held: Mapping[Key, Held], exact: bool, r
 
 def _last_event(found: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:
     """Keep the last event of each key and complete it from the cell: what the events before it said is lost."""
-    last = offers.last_of_each_key(found)
+    last = rule.last_of_each_key(found)
     return [carried.completed(change, carried.origin_of(change), held, exact, read.get(change.key)) for change in last]
 
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
 
-from changeover.jobs.apply.offers import UNSENT, Change, Image, Key
-from changeover.jobs.apply.rule import Cell
+from changeover.jobs.apply.rule import UNSENT, Cell, Change, Image, Key
 from changeover.jobs.ledger.chunks import Chunk
 from changeover.position import Version
 from tests.model.carried import Held

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple, cast
 
-from changeover.jobs.apply.offers import Change, Image, Key
-from changeover.jobs.apply.rule import Cell
+from changeover.jobs.apply.rule import Cell, Change, Image, Key
 from tests.model.carried import Held
 from tests.model.rules import RULES, Rules
 from tests.model.script import Script

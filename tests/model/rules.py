@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from changeover.jobs.apply import batch as batching
-from changeover.jobs.apply import offers, rule
-from changeover.jobs.apply.offers import Change, Image, Key
-from changeover.jobs.apply.rule import Cell
+from changeover.jobs.apply import rule
+from changeover.jobs.apply.rule import Cell, Change, Image, Key
 from changeover.jobs.guarantee import definition
 from changeover.jobs.guarantee.definition import Piece
 from changeover.jobs.ledger import chunks, epochs
@@ -36,7 +35,7 @@ def _application(chunk: int, token: int) -> tuple[str, int]:
 
 def _batch(changes: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:
     """Return what a batch offers, as replay makes it; what the target holds is not asked."""
-    return offers.last_of_each_key(offers.completed(changes, read))
+    return rule.last_of_each_key(rule.completed(changes, read))
 
 
 def _floors(changes: Sequence[Authority]) -> list[tuple[int, Cohorts]]:
@@ -75,8 +74,8 @@ class Rules:
     mergeable: Callable[[bool, bool], bool] = chunks.mergeable
     appended: Callable[[int | None, int], bool] = appended
     application: Callable[[int, int], tuple[str, int]] = _application
-    apart: Callable[[Version, Key, Image | None, Key | None], tuple[Change, ...]] = offers.apart
-    after_truncate: Callable[[Iterable[Change], Version | None], list[Change]] = offers.after_truncate
+    apart: Callable[[Version, Key, Image | None, Key | None], tuple[Change, ...]] = rule.apart
+    after_truncate: Callable[[Iterable[Change], Version | None], list[Change]] = rule.after_truncate
     batch: Callable[[Iterable[Change], Mapping[Key, Held], bool, Mapping[Key, Image]], list[Change]] = _batch
     visible: Callable[[int, str], bool] = batching.visible
     contains: Callable[[str, str], bool] = snapshot.contains

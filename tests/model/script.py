@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from changeover.jobs.apply.offers import UNSENT, Image
+from changeover.jobs.apply.rule import UNSENT, Image
 from changeover.position import DUAL_WRITE_ORDINAL, Version, image_version
 
 Rows = Mapping[str, Image]

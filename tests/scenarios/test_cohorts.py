@@ -27,11 +27,11 @@ from changeover import failpoints
 from changeover.errors import Refused
 from changeover.flags import flagfile
 from changeover.flags.fence.fence import fence, settle
-from changeover.jobs.capture.service import emit_marker
 from changeover.jobs.ledger.epochs import shares
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.prepare import spool_of
 from changeover.jobs.reverse import path as reverse
+from changeover.jobs.source.marker import emit_marker
+from changeover.jobs.spool.table import spool_of
 from changeover.session import connect
 from changeover.stores.postgres.gate import FENCED, ours
 from tests.support.fix_accounts import following

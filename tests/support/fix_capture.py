@@ -21,13 +21,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from changeover.jobs.capture.service import capture, emit_marker
+from changeover.jobs.capture.service import capture
 from changeover.jobs.guarantee import assumptions, definition
 from changeover.jobs.ledger.epochs import OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import SourceColumn, Stream
-from changeover.jobs.preflight.rules import source_table
 from changeover.jobs.source import partitions
+from changeover.jobs.source.catalog import source_table
+from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.spool.table import Spool
 from changeover.jobs.spool.writer import CaptureResult
 from changeover.position import parse_lsn

@@ -23,12 +23,13 @@ from pyspark.sql import DataFrame, SparkSession
 from changeover.demo.schema import DDL
 from changeover.jobs import prepare as preparing
 from changeover.jobs.apply.rounds import Replayed, replay
-from changeover.jobs.capture.service import capture, emit_marker
+from changeover.jobs.capture.service import capture
 from changeover.jobs.install.leftovers import leftovers
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import ChunkRow
 from changeover.jobs.load.copier import Loaded, backfill
-from changeover.jobs.spool.table import Spool
+from changeover.jobs.source.marker import emit_marker
+from changeover.jobs.spool.table import Spool, spool_of
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
 from changeover.stores.base.interface import Mark, Store, TargetTable
@@ -113,7 +114,7 @@ class Migration:
     def spool(self) -> Spool:
         """Open the spool of the present epoch."""
         with Ledger.open(self.spec, "test") as ledger:
-            return preparing.spool_of(self.spec, ledger.stream("test").epoch)
+            return spool_of(self.spec, ledger.stream("test").epoch)
 
     def capture(self) -> None:
         """Bring everything that the source has committed into the spool."""

@@ -15,11 +15,10 @@ import pytest
 from changeover.jobs.ledger.epochs import OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED, Stream
-from changeover.jobs.prepare import spool_of
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source import snapshot
 from changeover.jobs.spool.events import Event
-from changeover.jobs.spool.table import Spool
+from changeover.jobs.spool.table import Spool, spool_of
 from changeover.position import format_lsn, image_version
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from changeover import tenants
 from changeover.errors import CouldNotCheck
+from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.epochs import NEW, OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority
 from changeover.jobs.reverse import path as reverse
-from changeover.jobs.transform import tenancy
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Split:
     @property
     def at_old(self) -> bool:
         """Return whether the old store has authority over any row."""
-        return tenancy.at(self.changes, OLD) is not None
+        return epochs.at(self.changes, OLD) is not None
 
     @property
     def at_new(self) -> bool:
         """Return whether the new store has authority over any row."""
-        return tenancy.at(self.changes, NEW) is not None
+        return epochs.at(self.changes, NEW) is not None
 
     def require_unmoved(self, ledger: Ledger, source: str) -> None:
         """Raise CouldNotCheck where authority has moved since it was looked up; it can't while the leases are held."""
@@ -40,7 +41,7 @@ class Split:
 
     def require_way_back(self, ledger: Ledger, source: str) -> None:
         """Raise CouldNotCheck where the old store does not get what is written to the new one, while it gets some itself."""
-        gone = tenancy.at(self.changes, NEW)
+        gone = epochs.at(self.changes, NEW)
         if gone is not None and (lacking := reverse.whole(ledger)) is not None:
-            problem = f"{tenancy.told(gone)}: the new store has authority, and the old one, held against it, does not follow"
+            problem = f"{tenants.told(gone)}: the new store has authority, and the old one, held against it, does not follow"
             raise CouldNotCheck(source, f"{problem}: {lacking}")

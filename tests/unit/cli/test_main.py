@@ -34,7 +34,7 @@ from changeover.jobs.install.leftovers import leftovers
 from changeover.jobs.ledger.epochs import OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Stream
-from changeover.jobs.preflight.rules import source_table
+from changeover.jobs.source.catalog import source_table
 from changeover.jobs.spool.table import Spool
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect

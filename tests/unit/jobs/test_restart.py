@@ -29,9 +29,9 @@ from changeover.errors import (
     UsageError,
 )
 from changeover.jobs.capture.service import capture
+from changeover.jobs.ledger.chunks import append_name
 from changeover.jobs.ledger.ledger import Ledger, mark_loaded
 from changeover.jobs.ledger.records import CLOSED, PENDING, Stream
-from changeover.jobs.load.copier import append_name
 from changeover.jobs.spool.table import spool_path
 from changeover.jobs.status import status
 from changeover.position import Version, format_lsn

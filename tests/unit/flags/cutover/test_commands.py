@@ -23,11 +23,11 @@ from changeover.flags.cutover import commands as cutover
 from changeover.flags.fence.fence import fence
 from changeover.flags.readiness import COMPARISONS
 from changeover.flags.router.router import Router, returned
-from changeover.jobs.capture.service import emit_marker
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority
-from changeover.jobs.prepare import spool_of
 from changeover.jobs.reverse import setup as reverse_setup
+from changeover.jobs.source.marker import emit_marker
+from changeover.jobs.spool.table import spool_of
 from changeover.verifiers.verification import verify
 from tests.support.fix_accounts import MAX_PAUSE, add, application, following, loaded, routed, rows, turn
 from tests.support.fix_flags import PATIENCE

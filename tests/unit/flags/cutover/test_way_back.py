@@ -25,11 +25,11 @@ from changeover.errors import CouldNotCheck, GateClosed
 from changeover.flags import flagfile
 from changeover.flags.cutover import commands as cutover
 from changeover.flags.fence.fence import fence
-from changeover.jobs.capture.service import emit_marker
 from changeover.jobs.install.leftovers import leftovers
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.prepare import spool_of
 from changeover.jobs.reverse import path as reverse
+from changeover.jobs.source.marker import emit_marker
+from changeover.jobs.spool.table import spool_of
 from changeover.jobs.status import status
 from changeover.position import parse_lsn
 from changeover.session import connect

@@ -8,7 +8,7 @@ from typing import cast
 from pyspark.sql import SparkSession
 
 from changeover.jobs.apply.batch import last_of_each_key as last_in_arrow
-from changeover.jobs.apply.offers import UNSENT, Change, Image, Key, after_truncate, apart, completed, last_of_each_key
+from changeover.jobs.apply.rule import UNSENT, Change, Image, Key, after_truncate, apart, completed, last_of_each_key
 from changeover.jobs.spool.events import Event as SpoolEvent
 from changeover.jobs.spool.events import Image as SpoolImage
 from changeover.jobs.spool.events import arrow_table

@@ -16,12 +16,14 @@ import pytest
 
 from changeover import failpoints
 from changeover.jobs.capture import catchup
-from changeover.jobs.capture.service import capture, emit_marker
+from changeover.jobs.capture.feed import Feed
+from changeover.jobs.capture.service import capture
 from changeover.jobs.capture.slot import SlotRun
+from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.source.replication import BACKLOG
 from changeover.jobs.spool import writer as spool_writer
 from changeover.jobs.spool.table import Spool
-from changeover.jobs.spool.writer import CaptureResult, Feed
+from changeover.jobs.spool.writer import CaptureResult
 from changeover.jobs.status import status
 from changeover.position import parse_lsn
 from changeover.session import Connection, application_name, connect

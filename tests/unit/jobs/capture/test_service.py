@@ -24,7 +24,8 @@ from changeover.embedded.server import EmbeddedServer
 from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged, SpoolGap, StepOrder
 from changeover.jobs.capture import service as capture_module
 from changeover.jobs.capture import slot
-from changeover.jobs.capture.service import capture, emit_marker, main
+from changeover.jobs.capture.service import capture, main
+from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.source.replication import slot_alarm
 from changeover.jobs.spool import writer as spool_writer
 from changeover.jobs.spool.writer import CaptureResult

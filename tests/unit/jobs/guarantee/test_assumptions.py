@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from changeover.embedded.server import EmbeddedServer
 from changeover.errors import ChangeoverError
-from changeover.jobs.capture.service import feed_of
+from changeover.jobs.capture.feed import feed_of
 from changeover.jobs.capture.slot import SlotRun
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import RULES, Asked, Moment

@@ -12,11 +12,12 @@ import pytest
 from psycopg import sql
 
 from changeover.errors import SourceChanged
-from changeover.jobs.capture.service import capture, emit_marker
+from changeover.jobs.capture.service import capture
 from changeover.jobs.guarantee import definition
 from changeover.jobs.guarantee.assumptions import Asked, Moment, sentences, stop
 from changeover.jobs.ledger.epochs import OLD
-from changeover.jobs.source import replication
+from changeover.jobs.source import stream
+from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.spool import writer
 from tests.support.fix_capture import Prepared
 
@@ -121,7 +122,7 @@ def test_a_row_filter_is_told_without_its_values(prepared: Prepared) -> None:
 @pytest.mark.parametrize("altered", ["dropped", "left and back", "fewer operations and back"])
 def test_a_capture_that_runs_sees_it_at_its_watch(prepared: Prepared, altered: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "WATCH_SECONDS", 0.2)
-    monkeypatch.setattr(replication, "FEEDBACK_SECONDS", 0.2)  # a quiet stream is looked at as often as it is answered
+    monkeypatch.setattr(stream, "FEEDBACK_SECONDS", 0.2)  # a quiet stream is looked at as often as it is answered
     failed: list[BaseException] = []
 
     def run() -> None:

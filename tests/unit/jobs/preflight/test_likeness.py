@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from changeover.jobs.preflight import likeness
-from changeover.jobs.preflight.rules import source_table
+from changeover.jobs.source.catalog import source_table
 from changeover.session import connect
 from changeover.spec import Table
 

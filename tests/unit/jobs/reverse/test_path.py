@@ -24,15 +24,15 @@ from changeover.flags.cutover import commands as cutover
 from changeover.flags.fence import drain, fence
 from changeover.jobs import restart
 from changeover.jobs.capture.rogue import rogue
-from changeover.jobs.capture.service import capture_new, emit_marker
+from changeover.jobs.capture.service import capture_new
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Stream
 from changeover.jobs.preflight import obstacles
-from changeover.jobs.prepare import spool_of
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
-from changeover.jobs.source import snapshot
-from changeover.jobs.spool.table import remove_spools
+from changeover.jobs.source import replication, snapshot
+from changeover.jobs.source.marker import emit_marker
+from changeover.jobs.spool.table import remove_spools, spool_of
 from changeover.jobs.status import status
 from changeover.position import epoch_floor, format_lsn, image_version
 from changeover.session import Connection, connect
@@ -352,7 +352,7 @@ def hand_over(stores: Stores, epoch: int, store: str) -> int:
 
 
 def lose_slot(stores: Stores) -> None:
-    assert snapshot.drop_slot(stores.new, reverse.slot_of(stores.spec))
+    assert snapshot.drop_slot(stores.new, replication.slot_of(stores.spec))
 
 
 LOST = "the new store's change stream has a gap (replication slot), and the next fence begins another one"

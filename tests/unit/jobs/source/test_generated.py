@@ -10,7 +10,8 @@ import pytest
 
 from changeover.embedded.server import EmbeddedServer
 from changeover.errors import SpecError
-from changeover.jobs.preflight.rules import preflight, source_table
+from changeover.jobs.preflight.rules import preflight
+from changeover.jobs.source.catalog import source_table
 from changeover.position import Version, image_version
 from changeover.session import connect
 from changeover.spec import Spec, load

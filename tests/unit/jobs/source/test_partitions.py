@@ -16,13 +16,15 @@ from psycopg import sql
 
 from changeover.errors import TableStopped
 from changeover.jobs.capture import slot as capture_slot
-from changeover.jobs.capture.service import capture, emit_marker
+from changeover.jobs.capture.service import capture
 from changeover.jobs.guarantee import assumptions, definition
 from changeover.jobs.guarantee.rewrites import require_same_file
 from changeover.jobs.ledger.epochs import OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Partition, Stream
-from changeover.jobs.preflight.rules import preflight, source_table
+from changeover.jobs.preflight.rules import preflight
+from changeover.jobs.source.catalog import source_table
+from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.source.partitions import difference, look, partitions_of, record, recorded
 from changeover.jobs.spool import writer
 from changeover.jobs.spool.events import RELATION, TRUNCATE

@@ -27,14 +27,16 @@ from changeover.embedded.server import EmbeddedServer
 from changeover.errors import SourceChanged, SpoolGap
 from changeover.flags.router.endpoint import position
 from changeover.jobs.capture import trigger
-from changeover.jobs.capture.service import capture, emit_marker
+from changeover.jobs.capture.service import capture
 from changeover.jobs.guarantee import assumptions, definition
 from changeover.jobs.install.leftovers import leftovers
 from changeover.jobs.ledger.epochs import OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Stream
-from changeover.jobs.preflight.rules import preflight, source_table
+from changeover.jobs.preflight.rules import preflight
 from changeover.jobs.source import ticks, triggerlog
+from changeover.jobs.source.catalog import source_table
+from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.spool import writer
 from changeover.jobs.spool.table import Spool

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from changeover import tenants
 from changeover.errors import Refused
 from changeover.jobs.apply.checkpoint import Back
 from changeover.jobs.apply.retention import epoch_to_come
+from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.epochs import (
     FOR_EVER,
     NEW,
@@ -33,7 +35,6 @@ from changeover.jobs.restart import _require_allowed
 from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.spool.events import INSERT
 from changeover.jobs.status import status
-from changeover.jobs.transform import tenancy
 from changeover.position import Version
 from changeover.tenants import EVERY, Cohorts
 from changeover.verifiers.explain import explain
@@ -53,21 +54,21 @@ LOG = moves((NEW, 100, 5000, "7 9"), (OLD, 200, 6000, "7"), (NEW, 300, 7000, "")
 
 
 def test_who_is_where() -> None:
-    assert [tenancy.at(LOG[:made], OLD) for made in range(5)] == [
+    assert [epochs.at(LOG[:made], OLD) for made in range(5)] == [
         EVERY, Cohorts(frozenset({"7", "9"})), Cohorts(frozenset({"9"})), None, Cohorts(frozenset({"9"}), others=False),
     ]  # fmt: skip
-    assert [tenancy.at(LOG[:made], NEW) for made in range(5)] == [
+    assert [epochs.at(LOG[:made], NEW) for made in range(5)] == [
         None, Cohorts(frozenset({"7", "9"}), others=False), Cohorts(frozenset({"9"}), others=False), EVERY,
         Cohorts(frozenset({"9"})),
     ]  # fmt: skip
-    assert [tenancy.apart(LOG[:made]) for made in range(5)] == [[], ["7", "9"], ["9"], [], ["9"]]
+    assert [epochs.apart(LOG[:made]) for made in range(5)] == [[], ["7", "9"], ["9"], [], ["9"]]
 
 
 def test_how_cohorts_are_told() -> None:
     many = frozenset(str(name) for name in range(1, 10))
-    assert tenancy.told(EVERY) == "all rows"
-    assert tenancy.told(Cohorts(frozenset({"7"}))) == "all rows but those of the cohort 7"
-    assert tenancy.told(Cohorts(many, others=False)) == "9 cohorts (1, 2, 3, 4, 5, …)"
+    assert tenants.told(EVERY) == "all rows"
+    assert tenants.told(Cohorts(frozenset({"7"}))) == "all rows but those of the cohort 7"
+    assert tenants.told(Cohorts(many, others=False)) == "9 cohorts (1, 2, 3, 4, 5, …)"
 
 
 def test_each_place_of_a_log_is_somebodys_absence_or_nobodys() -> None:
@@ -152,7 +153,7 @@ def test_each_event_has_one_answer_whoever_is_asked(made: list[tuple[str, str]],
     for cohort in ("7", "9", "5"):
         log = tenures(changes, cohort)
         assert [held for held, whose in shares(changes).items() if cohort in whose] == [log[-1]._replace(cohort="")]
-        assert (cohort in (tenancy.at(changes, OLD) or Cohorts(frozenset(), others=False))) == (log[-1].store == OLD)
+        assert (cohort in (epochs.at(changes, OLD) or Cohorts(frozenset(), others=False))) == (log[-1].store == OLD)
         for applied in range(0, 800, 50):
             coming = [t.epoch for t in log if t.store == OLD and t.until > applied]
             assert epoch_to_come(changes, applied) <= min(coming, default=len(made)), "the floor would refuse what is to come"

@@ -1,0 +1,129 @@
+"""The stream: a session with a store's walsender, by which a slot is read.
+
+Nothing here waits without bound, and a server that has gone silent counts as gone. What is not taken stays with the server.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from datetime import UTC, datetime
+
+import psycopg
+from psycopg import pq, sql
+
+from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged
+from changeover.jobs.decode import pgoutput
+from changeover.jobs.ledger.records import Stream
+from changeover.position import format_lsn
+from changeover.session import Connection, has_no_encoding, server_name
+
+FEEDBACK_SECONDS = 10.0
+SILENCE_SECONDS = 60.0
+
+
+def decoding(publication: str) -> dict[str, str]:
+    """Return the options by which a slot is decoded, the same whichever way it is read."""
+    return {"proto_version": "1", "publication_names": f'"{publication}"', "messages": "true"}
+
+
+class CopyStream:
+    """A session that sends data by the COPY protocol; every wait in it is bounded, and what is not taken stays with the server."""
+
+    def __init__(self, connection: Connection, dsn: str) -> None:
+        self.connection = connection
+        self.dsn = dsn
+        self.heard = time.monotonic()
+        self.over = False
+        self._poll = select.poll()
+        self._poll.register(connection.pgconn.socket, select.POLLIN)
+
+    def frames(self, wait_seconds: float, most: int, *, gather_seconds: float) -> list[bytes]:
+        """Return the frames that are there, up to about `most` bytes, after waiting up to `wait_seconds` when there is none.
+
+        From the first one on it lets more of them gather, for that long: a few cost as much to read as some hundreds.
+        """
+        found: list[bytes] = []
+        take, size, until = self.connection.pgconn.get_copy_data, 0, 0.0
+        while size < most and not self.over:
+            length, data = take(1)
+            if length > 0:
+                until = until or time.monotonic() + gather_seconds
+                found.append(bytes(data))
+                size += length
+            elif length < 0:
+                self.over = True
+            elif not self.more(max(0.0, until - time.monotonic()) if found else wait_seconds):
+                break
+        if self.over and not found:  # what came before the end is taken first
+            self.ended()
+        return found
+
+    def more(self, wait_seconds: float) -> bool:
+        """Read what the socket has; return whether it had anything."""
+        if not self._poll.poll(wait_seconds * 1000):
+            return False
+        self.connection.pgconn.consume_input()
+        self.heard = time.monotonic()
+        return True
+
+    def ended(self) -> None:
+        """Look how the data ended; raises psycopg.Error, or ServerUnavailable where it has no end."""
+        result = self.connection.pgconn.get_result()
+        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(result)
+        raise ServerUnavailable(server_name(self.dsn), "the server ended the stream")
+
+
+class Replication(CopyStream):
+    """A session with the slot's walsender."""
+
+    received = 0
+    """Up to where the server has sent."""
+
+    def identify(self, stream: Stream) -> None:
+        """Raise SourceChanged unless the server has the prepared system identifier and timeline."""
+        found = self.connection.execute("IDENTIFY_SYSTEM").fetchone()
+        assert found is not None
+        pairs = (("system identifier", stream.system_id, found[0]), ("timeline", stream.timeline, found[1]))
+        for what, prepared, now in pairs:
+            if str(prepared) != str(now):
+                raise SourceChanged(what, str(prepared), str(now))
+
+    def start(self, stream: Stream, at: int) -> None:
+        """Begin to stream what committed at `at` or later; raises LeaseHeld while another session has the slot.
+
+        A server without an encoding sends its bytes as they are, so that one row which is no text does not end the stream.
+        """
+        if has_no_encoding(self.connection):
+            self.connection.pgconn.exec_(b"SET client_encoding TO 'SQL_ASCII'")
+        options = [sql.SQL(name) + sql.SQL(" ") + sql.Literal(value) for name, value in decoding(stream.publication).items()]
+        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})").format(
+            sql.Identifier(stream.slot), sql.SQL(format_lsn(at)), sql.SQL(", ").join(options)
+        )
+        result = self.connection.pgconn.exec_(command.as_bytes(self.connection))
+        if result.status != pq.ExecStatus.COPY_BOTH:
+            error = psycopg.errors.error_from_result(result)
+            if isinstance(error, psycopg.errors.ObjectInUse):
+                raise LeaseHeld("capture", str(error).strip()) from error
+            raise error
+
+    def answer(self, durable: int, *, ping: bool = False) -> None:
+        """Tell the server what is durable; with `ping` it answers at once, which shows that it is alive. Raises as `ended`."""
+        if self.over:
+            self.ended()
+        wire = self.connection.pgconn
+        wire.put_copy_data(pgoutput.feedback(self.received, durable, datetime.now(UTC), ping=ping))
+        wire.flush()
+
+    def check_alive(self) -> None:
+        """Raise ServerUnavailable when nothing has come for SILENCE_SECONDS, although we ask for answers."""
+        if time.monotonic() - self.heard > SILENCE_SECONDS:
+            raise ServerUnavailable(server_name(self.dsn), f"nothing heard for {SILENCE_SECONDS:g} s")
+
+
+def answer_interval(connection: Connection) -> float:
+    """Return how often to answer, in seconds, so that the server's wal_sender_timeout never strikes."""
+    row = connection.execute("SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'").fetchone()
+    assert row is not None
+    return min(FEEDBACK_SECONDS, row[0] / 1000 / 3) if row[0] else FEEDBACK_SECONDS
