@@ -15,8 +15,8 @@ import click
 import pytest
 
 from changeover import errors
+from changeover.cli.demo import main as demo
 from changeover.cli.main import main
-from changeover.demo import main as demo
 from changeover.flags.router.shadow import Experiment
 from changeover.spark import jars
 from changeover.spec import load

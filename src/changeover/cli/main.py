@@ -380,7 +380,7 @@ def demo(arguments: tuple[str, ...]) -> None:
 
     From an embedded PostgreSQL to another database and a local Delta table.
     """
-    from changeover.demo import main as act
+    from changeover.cli.demo import main as act
 
     act(args=list(arguments), prog_name="changeover demo")
 

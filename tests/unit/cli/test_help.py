@@ -14,7 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from changeover import demo
+from changeover.cli import demo as demo_command
 from changeover.cli.command import SUMMARY, Command
 from changeover.cli.main import main
 
@@ -34,7 +34,7 @@ EVERY = dict(every_command())
 def test_every_command_has_a_summary_that_is_not_cut_and_an_example_that_is_taken(words: tuple[str, ...]) -> None:
     command = EVERY[words]
     assert not command.get_short_help_str(SUMMARY).endswith("...")
-    command = demo.main if words == ("demo",) else command
+    command = demo_command.main if words == ("demo",) else command
     assert isinstance(command, Command)
     assert command.example.split()[: len(words) + 1] == ["changeover", *words]
     told = CliRunner().invoke(main, [*words, "-h"])
