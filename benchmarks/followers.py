@@ -100,7 +100,7 @@ class Replay:
 
     def tear_down(self, job: Backlog) -> None:
         """End both services and abort the migration."""
-        from changeover.jobs.prepare import abort
+        from changeover.jobs.finalize import abort
 
         self.pipe.send(None)
         self.service.join()

@@ -84,7 +84,7 @@ class Ours:
 
     def tear_down(self, job: Job) -> None:
         """Abort the migration."""
-        from changeover.jobs.prepare import abort
+        from changeover.jobs.finalize import abort
 
         abort(self.spec)
 

@@ -20,6 +20,8 @@ from changeover import failpoints, tenants
 from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
 from changeover.jobs.guarantee import definition
 from changeover.jobs.guarantee.assumptions import Moment
+from changeover.jobs.install.opening import open_stream, record_tables
+from changeover.jobs.install.removal import remove_from_source
 from changeover.jobs.install.targets import create_target, install_gate
 from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.chunks import append_name, first_token
@@ -27,9 +29,9 @@ from changeover.jobs.ledger.epochs import NEW, OLD
 from changeover.jobs.ledger.lease import lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import PENDING, Stream
+from changeover.jobs.load.prepared import Prepared, plan_transforms, require_way_back
 from changeover.jobs.preflight.division import examined
 from changeover.jobs.preflight.rules import Preflight
-from changeover.jobs.prepare import Prepared, open_stream, plan_transforms, record_tables, remove_from_source, require_way_back
 from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.spool.table import remove_spools, spool_of
 from changeover.jobs.transform.transform import Transform

@@ -18,7 +18,7 @@ from changeover.jobs.ledger.epochs import shares
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED, Authority
-from changeover.jobs.prepare import Prepared
+from changeover.jobs.load.prepared import Prepared
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source import snapshot, ticks
 from changeover.jobs.source.catalog import SourceTable, source_table

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from changeover.errors import ChangeoverError, Interrupted, JavaMissing, RowRefused, ServerUnavailable, SpecError, UnsafePlan
 from changeover.jobs.apply.batch import completed, last_of_each_key
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.load.prepared import plan_transforms
 from changeover.jobs.preflight.division import examined
 from changeover.jobs.preflight.rules import Preflight
-from changeover.jobs.prepare import plan_transforms
 from changeover.jobs.source.catalog import SourceTable
 from changeover.jobs.spool import events
 from changeover.jobs.transform import inverse

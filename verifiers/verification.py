@@ -26,7 +26,7 @@ from changeover.jobs.apply.rounds import Replay
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.load import badrow
-from changeover.jobs.prepare import require_prepared
+from changeover.jobs.load.prepared import require_prepared
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.transform import masking
 from changeover.jobs.transform.transform import Transform

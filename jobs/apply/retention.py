@@ -16,7 +16,7 @@ from changeover.jobs.apply.rule import collectable, collection_bound
 from changeover.jobs.ledger.epochs import OLD, histories
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED, Authority
-from changeover.jobs.prepare import Prepared
+from changeover.jobs.load.prepared import Prepared
 from changeover.jobs.transform.transform import Transform
 from changeover.position import Version
 from changeover.spec import Spec

@@ -26,7 +26,7 @@ from changeover.jobs.ledger.epochs import NEW, Section, named, sections
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED
-from changeover.jobs.prepare import Prepared, require_prepared
+from changeover.jobs.load.prepared import Prepared, require_prepared
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.spool.table import spool_of
 from changeover.position import format_lsn

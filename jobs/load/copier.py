@@ -34,7 +34,7 @@ from changeover.jobs.ledger.chunks import append_name
 from changeover.jobs.ledger.ledger import Ledger, mark_loaded
 from changeover.jobs.ledger.records import CLOSED, LOADED, PENDING, Stream
 from changeover.jobs.load import badrow
-from changeover.jobs.prepare import require_prepared
+from changeover.jobs.load.prepared import require_prepared
 from changeover.jobs.source import snapshot, ticks
 from changeover.jobs.source.catalog import source_table, store_columns
 from changeover.jobs.source.replication import require_stream

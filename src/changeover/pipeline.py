@@ -30,6 +30,7 @@ from changeover.jobs.apply import rounds as replaying
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.progress import progress
 from changeover.jobs.load import copier as backfilling
+from changeover.jobs.load import prepared
 from changeover.spec import Spec
 from changeover.verifiers.compare.verdict import Verdict
 from changeover.verifiers.rehearsal import rehearsed
@@ -77,7 +78,7 @@ def _prepared(spec: Spec) -> bool:
         return ledger.exists()
 
 
-def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False, rehearse: bool = True) -> preparing.Prepared:
+def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False, rehearse: bool = True) -> prepared.Prepared:
     """Prepare, and have the flag's data file ask for the lowest stage where there is no such file yet (driver).
 
     With `anew` a prepared migration begins a new epoch: its target tables are emptied, and every chunk is pending again. One that

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from changeover.flags.router.endpoint import Change, GateCall, PgEndpoint
-from changeover.jobs import prepare as preparing
+from changeover.jobs import finalize
 from changeover.position import Version
 from tests.support.fix_migration import STORE, MakeMigration, Migration
 
@@ -51,7 +51,7 @@ def test_the_end_of_one_leaves_the_others_tombstones(namesakes: Namesakes) -> No
     one, two = namesakes
     two.old.execute("DELETE FROM two.kept WHERE id = 7; INSERT INTO two.kept VALUES (21, 'new')")
     two.catch_up()
-    preparing.abort(one.spec)
+    finalize.abort(one.spec)
     two.backfill()
     two.catch_up()
     assert kept(two) == kept(two, old=True)

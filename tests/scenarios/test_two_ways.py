@@ -10,7 +10,7 @@ from changeover import settings
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.jobs.apply.batch import last_of_each_key
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.prepare import require_prepared
+from changeover.jobs.load.prepared import require_prepared
 from changeover.jobs.spool.table import Spool
 from changeover.jobs.transform.transform import Transform
 from changeover.spark.failures import from_spark

@@ -13,8 +13,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from changeover.flags.fence.fence import fence
 from changeover.jobs.capture.rogue import rogue
+from changeover.jobs.finalize import finalize
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.prepare import finalize
 from changeover.jobs.source import snapshot
 from changeover.session import connect
 from changeover.verifiers.verification import verify

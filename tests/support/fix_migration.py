@@ -21,6 +21,7 @@ from psycopg import sql
 from pyspark.sql import DataFrame, SparkSession
 
 from changeover.demo.schema import DDL
+from changeover.jobs import finalize
 from changeover.jobs import prepare as preparing
 from changeover.jobs.apply.rounds import Replayed, replay
 from changeover.jobs.capture.service import capture
@@ -138,7 +139,7 @@ class Migration:
 
     def abort(self) -> list[str]:
         """Undo prepare."""
-        return preparing.abort(self.spec)
+        return finalize.abort(self.spec)
 
     def leftovers(self) -> list[str]:
         """Return what is left of ours in the old store."""

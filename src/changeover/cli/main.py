@@ -326,8 +326,8 @@ def finalize(spec: str, as_json: bool) -> None:
 
     Never a table of yours.
     """
+    from changeover.jobs.finalize import finalize as act
     from changeover.jobs.install.leftovers import leftovers
-    from changeover.jobs.prepare import finalize as act
     from changeover.jobs.purge import kept
 
     loaded = opened(spec)
@@ -357,8 +357,8 @@ def abort(spec: str, as_json: bool) -> None:
 
     The old store is as before.
     """
+    from changeover.jobs.finalize import abort as act
     from changeover.jobs.install.leftovers import leftovers
-    from changeover.jobs.prepare import abort as act
     from changeover.jobs.purge import kept
 
     loaded = opened(spec)

@@ -24,6 +24,7 @@ from changeover.demo.processes import ApplicationProcess, Child, capture
 from changeover.demo.schema import Shape
 from changeover.errors import CouldNotCheck, CouldNotFinish, GateClosed, UnsafePlan
 from changeover.flags.cutover import commands as cutover
+from changeover.jobs import finalize as finalizing
 from changeover.jobs import prepare
 from changeover.jobs.install.leftovers import leftovers
 from changeover.jobs.ledger.ledger import Ledger
@@ -223,7 +224,7 @@ def finalize(tour: Tour) -> str:
     assert tour.capture is not None
     tour.capture.end()
     tour.capture = None
-    removed = prepare.finalize(tour.spec)
+    removed = finalizing.finalize(tour.spec)
     writes = tour.application.status()["writes"]
     tour.application.wait_for("writes after finalize", lambda seen: seen["writes"] > writes)
     tour.application.end()

@@ -15,7 +15,7 @@ import pytest
 from changeover.embedded.server import EmbeddedServer
 from changeover.errors import ChangeoverError, Refused, SlotBlocked, SpecError, StepOrder, UnsafePlan, UsageError
 from changeover.jobs import prepare as preparing
-from changeover.jobs.install import leftovers
+from changeover.jobs.install import leftovers, opening
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.preflight.rules import preflight
 from changeover.jobs.source import snapshot
@@ -297,7 +297,8 @@ def test_a_prepare_killed_halfway_is_made_good_by_the_next(
 ) -> None:
     migration = make_migration(FOLLOWS_TABLE, FOLLOWS)
     old, new = state(migration.old), state(migration.new)
-    whole = getattr(preparing, place)
+    room = opening if place == "_publish" else preparing
+    whole = getattr(room, place)
 
     def killed(*arguments: object) -> None:
         if after:
@@ -305,7 +306,7 @@ def test_a_prepare_killed_halfway_is_made_good_by_the_next(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(preparing, place, killed)
+        patched.setattr(room, place, killed)
         with pytest.raises(Killed):
             migration.prepare()
     if (place, after) != ("_record", True):

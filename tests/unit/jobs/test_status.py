@@ -15,8 +15,8 @@ from ldclient.migrations.types import Stage
 from changeover.cli.main import main
 from changeover.errors import CouldNotCheck, StepOrder
 from changeover.flags.cutover import commands as cutover
+from changeover.jobs.finalize import finalize
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.prepare import finalize
 from changeover.position import format_lsn, parse_lsn
 from changeover.verifiers import verification as verifying
 from changeover.verifiers.verification import verify

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from changeover.cli.main import main
+from changeover.jobs.finalize import finalize
 from changeover.jobs.ledger.epochs import tenures
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority
-from changeover.jobs.prepare import finalize
 from changeover.position import format_lsn
 from changeover.verifiers.explain import _place
 from tests.support.fix_accounts import loaded

@@ -11,9 +11,9 @@ import pytest
 
 from changeover.jobs.apply import retention
 from changeover.jobs.apply.retention import epoch_to_come
+from changeover.jobs.finalize import finalize
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import LEDGER_TABLES, Authority
-from changeover.jobs.prepare import finalize
 from changeover.jobs.status import status
 from changeover.session import Connection
 from changeover.verifiers.explain import explain

@@ -20,8 +20,8 @@ from changeover.jobs.capture.slot import SlotRun
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import RULES, Asked, Moment
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.load.prepared import require_prepared
 from changeover.jobs.preflight.division import examined
-from changeover.jobs.prepare import require_prepared
 from changeover.jobs.spool.writer import CaptureResult
 from changeover.session import Connection, connect
 from tests.support.fix_capture import Prepared, by_hand

@@ -14,6 +14,7 @@ from changeover import tenants
 from changeover.errors import Refused
 from changeover.jobs.apply.checkpoint import Back
 from changeover.jobs.apply.retention import epoch_to_come
+from changeover.jobs.finalize import abort, finalize
 from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.epochs import (
     FOR_EVER,
@@ -30,7 +31,6 @@ from changeover.jobs.ledger.epochs import (
     tenures,
 )
 from changeover.jobs.ledger.records import Authority
-from changeover.jobs.prepare import abort, finalize
 from changeover.jobs.restart import _require_allowed
 from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.spool.events import INSERT

@@ -1,0 +1,70 @@
+"""Finalize and abort: the two ends of a migration.
+
+`finalize` keeps the new store's tables and the ledger's record, and takes everything else away. `abort` leaves the old store as it
+was. Each is refused while a store has authority that would lose rows by it.
+"""
+
+from __future__ import annotations
+
+from changeover import tenants
+from changeover.errors import Refused
+from changeover.jobs.install.removal import abort_targets, drop_empty_schema, remove_from_source, remove_unfinished
+from changeover.jobs.ledger import epochs
+from changeover.jobs.ledger.epochs import NEW, OLD
+from changeover.jobs.ledger.ledger import Ledger, drop_ledger
+from changeover.jobs.ledger.records import CLOSED
+from changeover.jobs.reverse import setup as reverse_setup
+from changeover.jobs.spool.table import remove_spools
+from changeover.spec import Spec
+from changeover.stores import open_store
+from changeover.stores.base.interface import TargetTable
+from changeover.tenants import EVERY
+
+
+def abort(spec: Spec) -> list[str]:
+    """Undo all that prepare made; the old store is as it was. Returns what was removed (driver; starts no JVM).
+
+    Refused while the new store has authority over any row, because the old store lacks what is written there.
+    """
+    with Ledger.open(spec, "abort") as ledger:
+        prepared = ledger.exists()
+        if prepared and (gone := epochs.at(ledger.authorities(), NEW)) is not None:
+            whose = "" if gone == EVERY else f" over {tenants.told(gone)}"
+            raise Refused(f"abort: authority{whose} has moved to the new store: `changeover flags rollback` first")
+        if prepared:
+            removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
+            removed += abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
+            drop_ledger(ledger.connection, spec.name)
+            drop_empty_schema(ledger.connection)
+        else:
+            removed = remove_unfinished(spec, ledger)
+    if remove_spools(spec.work):
+        removed.append("spool")
+    return removed
+
+
+def finalize(spec: Spec) -> list[str]:
+    """End the migration: drop what is ours in the old store, the gates, tombstones and the spool; the ledger stays as record.
+
+    Raises Refused while a load is open or, with a flag, while the old store has authority over any row (driver; starts no JVM).
+    """
+    with Ledger.open(spec, "finalize") as ledger:
+        ledger.stream("finalize")
+        open_loads = [f"{load.source} in {load.target}" for load in ledger.loads() if load.state != CLOSED]
+        if open_loads:
+            raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
+        left = epochs.at(ledger.authorities(), OLD) if spec.flag is not None else None
+        if left is not None:
+            whose = "" if left == EVERY else f" over {tenants.told(left)}"
+            raise Refused(f"finalize: the old store still has authority{whose}: `changeover flags advance` up to complete first")
+        removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
+        for table in spec.tables:
+            for target in spec.targets.values():
+                with open_store(spec, target, "finalize") as store:
+                    # a table that its owner dropped has left our own beside it
+                    columns = store.columns(*table.target_name) or ()
+                    store.finalize(TargetTable(*table.target_name, columns, table.key))
+        ledger.connection.execute("UPDATE changeover.migration SET finalized = now() WHERE name = %s", [spec.name])
+        ledger.audit("finalize", "done", {"removed": removed})
+    remove_spools(spec.work)
+    return removed

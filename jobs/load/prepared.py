@@ -1,0 +1,89 @@
+"""What prepare recorded, as every later step takes it up: the stream, and the transform of each load.
+
+A step runs only on the spec that was prepared. Transforms are planned anew from the tables on record, so all steps have the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from changeover.errors import UnsafePlan, UsageError
+from changeover.jobs.guarantee import assumptions
+from changeover.jobs.guarantee.assumptions import Asked, Moment
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import Stream
+from changeover.jobs.source.catalog import SourceTable, source_table, store_columns
+from changeover.jobs.transform import inverse, transform
+from changeover.session import application_name, connect
+from changeover.spec import Spec
+from changeover.stores import open_store
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What prepare made: the stream, and the transform of each load."""
+
+    stream: Stream
+    transforms: Mapping[tuple[str, str], transform.Transform]
+
+
+def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str) -> Prepared:
+    """Return what prepare recorded; raises StepOrder before it, UsageError when the spec changed since (driver)."""
+    stream = ledger.stream(step)
+    if ledger.spec_digest() != spec.digest:
+        raise UsageError(
+            f"{spec.path} changed since prepare (it was {ledger.spec_digest()}, it is {spec.digest}): put it back, or"
+            f" `changeover abort` and begin again"
+        )
+    tables = {}
+    with connect(spec.source.dsn.resolve(), application_name(spec.name, step)) as old:
+        for stopped in assumptions.stop(Moment.RUN, Asked(spec, old, ledger)):
+            log.warning("%s", stopped)
+        for table in spec.tables:
+            seen = source_table(old, table)
+            filenode, columns, _ = ledger.source_table(table.source)
+            identity = seen.identity if seen else tuple(c.name for c in columns if c.key)
+            rows, parts = (seen.rows, seen.partitions) if seen else (0, None)
+            tables[table.source] = SourceTable(table.source, filenode, identity, columns, rows, parts)
+    return Prepared(stream, plan_transforms(spec, spark, tables))
+
+
+def plan_transforms(
+    spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]
+) -> dict[tuple[str, str], transform.Transform]:
+    """Plan the transform of every table into every target."""
+    planned = {}
+    for target in spec.targets.values():
+        with open_store(spec, target, "plan") as store:
+            for table in spec.tables:
+                seen = tables[table.source]
+                existing = store.columns(*table.target_name)
+                plan = transform.plan(spark, spec, table, store_columns(seen.columns), seen.identity, existing)
+                planned[table.source, target.name] = replace(plan, partitioned=seen.partitions is not None)
+    return planned
+
+
+def require_way_back(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[str, str], transform.Transform]) -> None:
+    """Analyse the expressions by which rows will come back; that some are missing is said, and no error: the mirror is left.
+
+    Raises SpecError or UnsafePlan for an expression that can't be.
+    """
+    for table in spec.tables if spec.flag is not None else ():
+        assert spec.flag is not None
+        planned = transforms[table.source, spec.flag.target]
+        for lake in (transforms[table.source, name] for name in spec.targets if name != spec.flag.target):
+            if reasons := inverse.cut(table, planned.target.columns, lake.target.columns):
+                raise UnsafePlan(tuple(reasons))
+        if lack := inverse.missing(spec, table, planned.source, planned.target.columns):
+            log.warning("%s; until then the router's mirror alone keeps the old store up to date", lack)
+        else:
+            old = planned.source, [c.name for c in planned.identity]
+            inverse.plan(spark, spec, table, old, planned.target.columns, table.key)
