@@ -1,6 +1,6 @@
 """The commands `changeover flags …`: the migration flag shown and turned, gated by the evidence.
 
-Each calls one function of `changeover.flags.cutover.commands` with the same words, and starts no JVM.
+Each calls one function of `changeover.api` with the same words, and starts no JVM.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from changeover import api
 from changeover.cli.command import DEBUG, JSON, LOG_FORMAT, SPEC, Sections, answer, opened, plain, running
 from changeover.errors import Interrupted
 from changeover.files.runlog import JSON as AS_JSON
@@ -28,10 +29,9 @@ def flags() -> None:
 @JSON
 def show(spec: str, as_json: bool) -> None:
     """Go or no-go, with every reason."""
-    from changeover.flags.cutover.commands import show as act
     from changeover.flags.cutover.moves import some
 
-    seen = act(opened(spec))
+    seen = api.show(opened(spec))
     wish = f", the flag asks for {seen.wish.value}" if seen.wish is not seen.stage else ""
     lines = [f"stage {seen.stage.value}{wish}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
     if seen.apart is not None:
@@ -65,9 +65,7 @@ COHORTS = click.option(
 @JSON
 def advance(spec: str, cohorts: tuple[str, ...], override: str | None, as_json: bool) -> None:
     """Go one stage up, if the evidence holds."""
-    from changeover.flags.cutover.commands import advance as act
-
-    _step(act(opened(spec), override=override, cohorts=cohorts or None), as_json)
+    _step(api.advance(opened(spec), override=override, cohorts=cohorts or None), as_json)
 
 
 @flags.command(example="changeover flags rollback follows.toml")
@@ -76,9 +74,7 @@ def advance(spec: str, cohorts: tuple[str, ...], override: str | None, as_json: 
 @JSON
 def rollback(spec: str, cohorts: tuple[str, ...], as_json: bool) -> None:
     """Go one stage down; asks no gate."""
-    from changeover.flags.cutover.commands import rollback as act
-
-    _step(act(opened(spec), cohorts=cohorts or None), as_json, back=True)
+    _step(api.rollback(opened(spec), cohorts=cohorts or None), as_json, back=True)
 
 
 def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
@@ -108,9 +104,7 @@ def watch(spec: str, log_format: str, debug: bool) -> None:
 
     Asks the gate, fences, writes the epoch; until stopped.
     """
-    from changeover.flags.cutover.commands import watch as act
-
     with running(spec, "flags-watch", debug, log_format if log_format == AS_JSON else None) as loaded:
         click.echo(f"watching the flag of {loaded.name}; Ctrl-C ends it")
-        if act(loaded, threading.Event(), say=click.echo):
+        if api.watch(loaded, threading.Event(), say=click.echo):
             raise Interrupted("flags watch")

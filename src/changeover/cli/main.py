@@ -1,4 +1,4 @@
-"""The command line: every command calls one function of the library with the same words, and prints what it returns.
+"""The command line: every command calls one function of `changeover.api` with the same words, and prints what it returns.
 
 Exit codes: 0 done or equal, 1 the answer is no, 2 usage or spec error, 3 could not finish and a retry is safe, 130 interrupted.
 An error is one sentence on standard error; `--json` prints one object on standard output and nothing else there. Commands that
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from changeover import __version__
+from changeover import __version__, api
 from changeover.cli.command import (
     DEBUG,
     HELP,
@@ -33,7 +33,6 @@ from changeover.cli.command import (
 from changeover.cli.flags import flags
 from changeover.errors import ChangeoverError, UsageError
 from changeover.jobs.health import LAG_BYTES
-from changeover.jobs.ledger.ledger import Ledger
 
 if TYPE_CHECKING:
     from changeover.verifiers.compare.verdict import Verdict
@@ -54,11 +53,9 @@ def init(dsn: str, table: str, output: str) -> None:
 
     DSN is env:NAME, the environment variable that holds it.
     """
-    from changeover.jobs.init import draft
-
     if output != "-" and Path(output).exists():
         raise UsageError(f"init: {output} is there already: name another file, or remove it first")
-    text = draft(dsn, table)
+    text = api.init(dsn, table)
     try:
         with click.open_file(output, "w", encoding="utf-8") as file:
             file.write(text)
@@ -74,13 +71,9 @@ def check(spec: str, as_json: bool) -> None:
 
     Looks at both sides, brings no row the whole way, and changes nothing. Exit code 1 means no.
     """
-    from changeover.jobs.preflight import obstacles
-    from changeover.spark.launch import spark_session
-    from changeover.verifiers.rehearsal import rehearsed
-
     loaded = opened(spec)
-    found = rehearsed(loaded, lambda: spark_session(f"changeover:{loaded.name}"))  # no row, so no scratch folder is made
-    notes = [*found.notes, *obstacles.notes(loaded)]
+    found = api.check(loaded, lambda: api.spark_session(f"changeover:{loaded.name}"))  # no row, so no scratch folder is made
+    notes = [*found.notes, *api.notes(loaded)]
     told = {"refused": found.reasons, "grant": found.grants, "note": notes}
     lines = [f"{kind}: {line}" for kind, said in told.items() for line in said]
     answer({"safe": not found.reasons, "reasons": found.reasons, "grants": found.grants, "notes": notes}, as_json,
@@ -96,10 +89,8 @@ def plan(spec: str, as_json: bool) -> None:
 
     They are those that `run` walks, with the locks that each takes in the old store.
     """
-    from changeover.pipeline import STEPS
-
     opened(spec)
-    steps = [{"step": step.name, "does": step.does, "locks": step.locks} for step in STEPS]
+    steps = [{"step": step.name, "does": step.does, "locks": step.locks} for step in api.plan()]
     answer(
         {"steps": steps},
         as_json,
@@ -116,10 +107,8 @@ def run(spec: str, as_json: bool, debug: bool) -> None:
 
     Run it again after whatever stopped it.
     """
-    from changeover import pipeline
-
     with running(spec, "run", debug) as loaded:
-        walk = pipeline.run(loaded, lambda: spark_for(loaded), say=lambda line: click.echo(line, err=True))
+        walk = api.run(loaded, lambda: spark_for(loaded), say=lambda line: click.echo(line, err=True))
     different = any(not verdict.equal for verdict in walk.verdicts)
     answer({"seconds": walk.seconds, "verdicts": [v.document() for v in walk.verdicts]}, as_json,
            lambda: terminal_text(walk.verdicts))  # fmt: skip
@@ -135,9 +124,8 @@ def prove(spec: str, as_json: bool) -> None:
     In a scratch schema, with tombstones and without; nothing of yours is touched.
     """
     from changeover.verifiers.races import as_table
-    from changeover.verifiers.races import prove as act
 
-    outcomes = act(opened(spec))
+    outcomes = api.prove(opened(spec))
     lost = [one.race for one in outcomes if one.with_tombstones]
     answer({"equal": not lost, "races": outcomes}, as_json, lambda: as_table(outcomes))
     sys.exit(1 if lost else 0)
@@ -153,11 +141,10 @@ def prepare(spec: str, anew: bool, as_json: bool, debug: bool) -> None:
 
     Publication, slot, kept snapshot, ledger, target tables and gates.
     """
-    from changeover.pipeline import prepare as act
     from changeover.position import format_lsn
 
     with running(spec, "prepare", debug) as loaded:
-        made = act(loaded, spark_for(loaded), anew=anew)
+        made = api.prepare(loaded, spark_for(loaded), anew=anew)
     stream = made.stream
     told = {"l0": format_lsn(stream.l0), "slot": stream.slot, "snapshot": stream.snapshot, "epoch": stream.epoch}
     answer(told, as_json, lambda: f"prepared: slot {told['slot']} at {told['l0']}, epoch {told['epoch']}")
@@ -173,11 +160,10 @@ def capture(spec: str, log_format: str, as_json: bool, debug: bool) -> None:
 
     The one long-lived service.
     """
-    from changeover.jobs.capture.service import capture as act
     from changeover.position import format_lsn
 
     with running(spec, "capture", debug, log_format) as loaded:
-        result = act(loaded)
+        result = api.capture(loaded)
     answer(result, as_json, lambda: (
         f"captured: {result.events:,} changes of {result.transactions:,} transactions, durable up to {format_lsn(result.end_lsn)}"
         f"{'; interrupted: nothing is lost, the same command goes on from here' if result.interrupted else ''}"))  # fmt: skip
@@ -192,10 +178,9 @@ def capture(spec: str, log_format: str, as_json: bool, debug: bool) -> None:
 def backfill(spec: str, targets: tuple[str, ...], as_json: bool, debug: bool) -> None:
     """Load all pending chunks, close the tables."""
     from changeover.jobs.ledger.progress import progress
-    from changeover.jobs.load.copier import backfill as act
 
     with running(spec, "backfill", debug) as loaded, progress(loaded, loaded.name):
-        done = act(loaded, spark_for(loaded, "backfill", targets), targets or None)
+        done = api.backfill(loaded, spark_for(loaded, "backfill", targets), targets or None)
     answer({"loads": done}, as_json, lambda: "\n".join(
         f"{one.source} into {one.target}: {one.rows:,} rows in {one.chunks} chunks, {one.refused} refused by a tombstone,"
         f" {one.swept} swept" for one in done))  # fmt: skip
@@ -210,12 +195,11 @@ def backfill(spec: str, targets: tuple[str, ...], as_json: bool, debug: bool) ->
 @DEBUG
 def replay(spec: str, targets: tuple[str, ...], follow: bool, log_format: str, as_json: bool, debug: bool) -> None:
     """Offer what was spooled until caught up."""
-    from changeover.jobs.apply.rounds import replay as act
     from changeover.position import format_lsn
 
     with running(spec, "replay", debug, log_format if follow else None) as loaded:
         spark = spark_for(loaded, "replay", targets)
-        done = act(loaded, spark, follow=follow, targets=targets or None)
+        done = api.replay(loaded, spark, follow=follow, targets=targets or None)
     answer(done, as_json, lambda: f"replayed: {done.events:,} events, applied up to {format_lsn(done.applied)}")
 
 
@@ -230,16 +214,13 @@ def verify(spec: str, targets: tuple[str, ...], report: str | None, as_json: boo
 
     Exit code 1 means that rows differ, 3 that a table could not be checked.
     """
-    from changeover.verifiers.report import write_html
-    from changeover.verifiers.verification import verify as act
-
     verdicts: list[Verdict] = []
     unchecked: list[str] = []
     try:
         with running(spec, "verify", debug) as loaded:
-            act(loaded, spark_for(loaded, "verify", targets), targets=targets or None, found=verdicts.append)
+            api.verify(loaded, spark_for(loaded, "verify", targets), targets=targets or None, found=verdicts.append)
             if report:
-                write_html(Path(report), verdicts)
+                api.write_report(Path(report), verdicts)
     except ChangeoverError as error:
         unchecked = [str(error)]
         raise
@@ -263,9 +244,7 @@ def explain(spec: str, key: tuple[str, ...], table: str | None, as_json: bool) -
 
     KEY is the target's: chunk, cell, spooled events, images, stage.
     """
-    from changeover.verifiers.explain import explain as act
-
-    told = act(opened(spec), key, table=table)
+    told = api.explain(opened(spec), key, table=table)
     answer(told, as_json, lambda: "\n".join(told.lines()))
 
 
@@ -280,11 +259,8 @@ def status(spec: str, check: bool, max_behind: int, as_json: bool) -> None:
 
     Chunks, positions, lag, authority, verdicts.
     """
-    from changeover.jobs.health import problems
-    from changeover.jobs.status import status as act
-
-    told = act(opened(spec))
-    found = problems(told, max_behind)
+    told = api.status(opened(spec))
+    found = api.problems(told, max_behind)
     lines = [f"attention {one}" for one in found] or ["healthy"] if check else list(told.lines())
     answer({**plain(told), "healthy": not found, "problems": found}, as_json, lambda: "\n".join(lines))
     sys.exit(1 if check and found else 0)
@@ -295,10 +271,8 @@ def status(spec: str, check: bool, max_behind: int, as_json: bool) -> None:
 @JSON
 def history(spec: str, as_json: bool) -> None:
     """Print all runs, newest first."""
-    loaded = opened(spec)
-    with Ledger.open(loaded, "history") as ledger:
-        ledger.stream("history")
-        rows = [{"at": at, "step": step, "outcome": outcome, **detail} for at, step, outcome, detail in ledger.audits()]
+    runs = api.history(opened(spec))
+    rows = [{"at": at, "step": step, "outcome": outcome, **detail} for at, step, outcome, detail in runs]
     answer({"runs": rows}, as_json, lambda: "\n".join(
         f"{r['at']:%Y-%m-%d %H:%M:%S}  {r['step']:<9} {r['outcome']}{details(r)}" for r in rows))  # fmt: skip
 
@@ -326,13 +300,9 @@ def finalize(spec: str, as_json: bool) -> None:
 
     Never a table of yours.
     """
-    from changeover.jobs.finalize import finalize as act
-    from changeover.jobs.install.leftovers import leftovers
-    from changeover.jobs.purge import kept
-
     loaded = opened(spec)
-    removed, left = act(loaded), leftovers(loaded)
-    _removed(removed, left, list(kept(loaded).lines()), as_json)
+    removed, left = api.finalize(loaded), api.leftovers(loaded)
+    _removed(removed, left, list(api.kept(loaded).lines()), as_json)
 
 
 @main.command(section="End", example="changeover purge follows.toml")
@@ -343,9 +313,7 @@ def purge(spec: str, as_json: bool) -> None:
 
     Differences, samples, scratch, old files of a lake.
     """
-    from changeover.jobs.purge import purge as act
-
-    removed = list(act(opened(spec)).lines())
+    removed = list(api.purge(opened(spec)).lines())
     answer({"removed": removed}, as_json, lambda: "\n".join(f"removed: {one}" for one in removed) or "no row is kept")
 
 
@@ -357,13 +325,9 @@ def abort(spec: str, as_json: bool) -> None:
 
     The old store is as before.
     """
-    from changeover.jobs.finalize import abort as act
-    from changeover.jobs.install.leftovers import leftovers
-    from changeover.jobs.purge import kept
-
     loaded = opened(spec)
-    removed, left = act(loaded), leftovers(loaded)
-    _removed(removed, left, list(kept(loaded).lines()), as_json)
+    removed, left = api.abort(loaded), api.leftovers(loaded)
+    _removed(removed, left, list(api.kept(loaded).lines()), as_json)
 
 
 def _removed(removed: list[str], left: list[str], rows: list[str], as_json: bool) -> None:
