@@ -1,4 +1,4 @@
-"""The facts: which store has authority over which rows, worked out of the moves on record.
+"""Observed authority: which store has authority over which rows, worked out of the moves on record.
 
 Each cohort has a fact of its own once it has moved by name, and all others share one. What is worked out here in one pass over the
 moves is what `epochs.tenures` says of each cohort; nothing else decides where a write goes. Everything is pure.

@@ -1,4 +1,4 @@
-"""The gate: the evidence without which a stage is not left upwards. No data and inconclusive are not success.
+"""Readiness: the evidence without which a stage is not left upwards. No data and inconclusive are not success.
 
 Each rule is one function of what the ledger and the old store say; it returns a sentence for what does not hold. The same list is
 what `flags show` prints, so that a person sees beforehand what `flags advance` will ask.

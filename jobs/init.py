@@ -1,4 +1,4 @@
-"""The draft: a spec for a live table, as `init` writes it, ready to be edited.
+"""Init: a spec for a live table, ready to be edited.
 
 Names and key are the catalogue's, each column stands there as a comment that says what holds without it, and there is no secret in
 it. Runs on the driver, changes nothing.

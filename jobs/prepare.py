@@ -1,4 +1,4 @@
-"""Prepare, abort and finalize: everything that this product makes in the two stores, and its removal.
+"""Prepare: everything that this product makes in the two stores, in an order that a kill can't spoil.
 
 The order in `prepare` is the promise: tables and their files are recorded first, then the publication is committed, then the
 slot and its snapshot are made by one command, then the gates get their floor. The ledger's record comes last, in one

@@ -7,6 +7,7 @@ depends on it, whenever that happens.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -163,6 +164,16 @@ def test_no_two_modules_have_one_name() -> None:
 def test_a_folder_is_taken_in_at_a_glance() -> None:
     folders = Counter(path.parent.relative_to(PACKAGE) for path in MODULES.values() if path.name != "__init__.py")
     assert {str(folder): count for folder, count in folders.items() if count > MOST_MODULES} == {}
+
+
+@pytest.mark.parametrize("package", ["changeover", *PACKAGES])
+def test_a_package_says_in_a_page_what_is_in_it(package: str) -> None:
+    folder = MODULES[package].parent
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    told = [name for row in re.findall(r"^\| (`.+?) \|", page, re.M) for name in re.findall(r"`(\w+)`", row)]
+    there = [path.stem for path in folder.iterdir() if (path / "__init__.py").exists() or path.suffix == ".py"]
+    assert sorted(told) == sorted(name for name in there if name != "__init__")
+    assert len(page.splitlines()) <= MOST_LINES
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

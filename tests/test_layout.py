@@ -52,3 +52,9 @@ def test_the_package_is_a_relative_link_to_its_folder(name: str) -> None:
     assert link.is_symlink()
     assert link.readlink() == Path("../..", name)
     assert (link / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/unit").rglob("test_*.py")), ids=named)
+def test_a_unit_test_stands_where_its_package_stands(path: Path) -> None:
+    package = ROOT / "src/changeover" / path.parent.relative_to(ROOT / "tests/unit")
+    assert (package / "__init__.py").is_file()

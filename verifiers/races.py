@@ -1,4 +1,4 @@
-"""Prove: the races replayed on the user's own two servers, in a scratch schema, with tombstones and without.
+"""The races: replayed on the user's own two servers, in a scratch schema, with tombstones and without.
 
 The gate and the loader are the product's own statements, the versions are real positions in the old server's log, and the judge is
 a comparison of both tables, row by row. What differs without tombstones is what a plain copy would have lost or brought back. The

@@ -1,4 +1,4 @@
-"""Verify: both sides brought to one moment, every row compared, the verdict put on record.
+"""Verification: both sides brought to one moment, every row compared, the verdict put on record.
 
 While the old store has authority the moment is exact: a temporary slot, or a window of the trigger log, gives an LSN X and its
 snapshot, replay offers every event below X and none at or above, then each target is frozen and replay goes on. Where the

@@ -1,4 +1,4 @@
-"""Cutover: what `changeover flags` does: show, advance, roll back, and follow a wish turned elsewhere.
+"""The commands: what `changeover flags` does: show, advance, roll back, and follow a wish turned elsewhere.
 
 The flag is the wish, the ledger's epoch the fact. A step that moves authority takes effect by its fence alone; the flag is turned
 first, so that every router already knows where to go, and turned back when the fence is called off. Every step, and every

@@ -1,4 +1,4 @@
-"""The census: which cohorts there are, how PostgreSQL writes their names, and of which the flag asks something else than the fact.
+"""Discovery: which cohorts there are, how PostgreSQL writes their names, and of which the flag asks something else than the fact.
 
 Cohorts are counted by the old store, which has all of them from the beginning to the end, by a loose scan of an index that begins
 with their column: a step per cohort, not per row. A count takes no more than a twentieth of the time, so with many cohorts it is

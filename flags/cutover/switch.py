@@ -1,4 +1,4 @@
-"""Turning: the flag's file is turned and authority moves with it, of all rows or of some cohorts, or neither happens.
+"""The switch: the flag's file is turned and authority moves with it, of all rows or of some cohorts, or neither happens.
 
 The flag is turned first, so that every router already knows where to go, and put back as it was when the fence is called off;
 the ledger's word counts where what broke off may have done so after authority had moved.

@@ -1,4 +1,4 @@
-"""Arrival: what a fence waits for, so that the gaining store has everything which the losing one was ever written.
+"""The drain: what a fence waits for, so that the gaining store has everything which the losing one was ever written.
 
 Before the pause it draws near, while writers go on; in the pause the losing store refuses, and its position then is what must have
 arrived: by its stream, or on the way back, where that is not whole, by the routers' mirrors. Everything runs where `changeover

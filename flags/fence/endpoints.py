@@ -1,4 +1,4 @@
-"""The two sides of a fence: each store's session and tables, what it refuses, and where its log is.
+"""The two endpoints of a fence: each store's session and tables, what it refuses, and where its log is.
 
 What a store refuses follows from the authority log: all rows over which it has no authority. Only where cohorts move one by one the
 store that takes over refuses from the first fence on what it has not got yet; while all rows move at once it has nothing to refuse

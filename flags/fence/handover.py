@@ -1,4 +1,4 @@
-"""A transfer: what one fence moves between two stores, how long writers have waited for it, and the sequences that go along.
+"""A hand-over: what one fence moves between two stores, how long writers have waited for it, and the sequences that go along.
 
 The pause has a limit, and makes the moves in the one order that is proved (`statements.HAND_OVER`). A gaining store's sequences go
 past both stores' values before anybody writes to it. Everything runs where `changeover flags` runs.

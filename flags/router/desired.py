@@ -1,4 +1,4 @@
-"""The wish: which stage the flag asks for, with the last acknowledged one kept when there is no usable answer.
+"""The desired stage: which one the flag asks for, with the last acknowledged one kept when there is no usable answer.
 
 A missing flag, a misspelt variation, a value of another type, a bad file or a service that can't be reached never moves
 a process: it stays where it was and says so, by a warning in the log and a counter. In particular it does not fall back

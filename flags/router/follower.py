@@ -1,4 +1,4 @@
-"""The fact: which store has authority, followed by a background thread, and what this process last acknowledged of it.
+"""The follower: which store has authority, followed by a background thread, and what this process last acknowledged of it.
 
 `LedgerAuthority` asks the ledger every 50 ms on a connection of its own, at once when a write was refused, for its newest move, and
 reads those that came since only where that is another one: many cohorts may be named there. It records a heartbeat every 0.5 s and

@@ -1,4 +1,4 @@
-"""The experiment: a read asked of both stores and compared, in the words of GitHub's Scientist.
+"""Shadow reads: a read asked of both stores and compared, in the words of GitHub's Scientist.
 
 The authority's answer has gone to the caller before the other store is asked. Mirrored writes and replay arrive a
 little later, so a difference is looked at again, *both* stores read anew, with growing waits, and each time this process's

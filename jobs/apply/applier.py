@@ -1,4 +1,4 @@
-"""The carrier: one stream's next batches collapsed, made ready and offered to one target, and how far they reached written down.
+"""The applier: one stream's next batches collapsed, made ready and offered to one target, and how far they reached written down.
 
 A batch is bounded in events and bytes, splits no transaction, and is one change a key. Its position is written down after it is
 committed, so a killed replay offers some changes again, which the gate refuses. A row that can't be carried over ends it, unless a

@@ -1,4 +1,4 @@
-"""Changes: spooled events made ready for the transform, the last one of each key and with whole rows.
+"""A batch: spooled events made ready for the transform, the last one of each key and with whole rows.
 
 Of a key's events in a batch the last one says all, since the key of the target follows from the source's. An update that gave its
 row another key is two changes, the old key's delete and a put of the new one. A large value that an update

@@ -1,4 +1,4 @@
-"""Collection beside replay: touched rows that no write can need any more are deleted, by position and never by time.
+"""Retention: touched rows that no write can need any more are deleted beside replay, by position and never by time.
 
 Once a table is closed and every event below a position was offered, nothing older than the position has anything to say, so the
 floor may go up to there and stand for all versions below it (`rule.collectable`), in the earliest epoch that any cohort still

@@ -1,4 +1,4 @@
-"""Replay: the spooled changes offered to each target through its gate, in batches, until caught up or for as long as asked.
+"""Rounds of replay: spooled changes offered to each target through its gate, in batches, until caught up or for as long as asked.
 
 A round offers a target all between the position that each load has reached and the end of the spool (or a given position), batch
 by batch (`applier`). Rounds and verifications of one target take turns by a lease. An event that this version does not carry stops

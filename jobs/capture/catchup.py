@@ -1,4 +1,4 @@
-"""The backlog: what a slot keeps far behind the server's end, read in bounded turns, faster than it is streamed.
+"""Catching up: what a slot keeps far behind the server's end, read in bounded turns, faster than it is streamed.
 
 The stream sends each message by itself; here `pg_logical_slot_peek_binary_changes` decodes a stretch of the log, and COPY sends its
 rows together. A turn ends at a position that is below the server's end when the turn begins, and brings every transaction that

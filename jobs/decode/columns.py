@@ -1,4 +1,4 @@
-"""Rows: the row changes of many messages read at once, column by column over all of them, without a Python object for a value.
+"""Columns: the row changes of many messages read at once, a column at a time, without a Python object for a value.
 
 Each read checks what it reads: a value of an unknown kind, another number of columns, and a row that ends anywhere but where its
 message ends raise MalformedMessage. Positions only ever go forward, so a row whose end is right has every value inside its

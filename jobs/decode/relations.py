@@ -1,4 +1,4 @@
-"""Shapes: how one table's rows on the wire become the spool's events, for all changes of a message's layout at once.
+"""Relations: how one table's rows on the wire become the spool's events, for all changes of a message's layout at once.
 
 A shape holds as long as the stream describes the table as it does. Values stay PostgreSQL's text, but for those of array columns,
 which become JSON arrays of element texts, each distinct one made once. A value that was not sent is left out of its row and named

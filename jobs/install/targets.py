@@ -1,4 +1,4 @@
-"""Creation: a target table as prepare makes it, with its gate, and with the rights by which the application uses both.
+"""Target tables: each as prepare makes it, with its gate, and with the rights by which the application uses both.
 
 In PostgreSQL the columns that are moved or carried do by themselves what they did before. Table, defaults and rights come in one
 transaction, so a prepare that was killed leaves none of them alone. Runs on the driver.

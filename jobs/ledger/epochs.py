@@ -1,4 +1,4 @@
-"""Tenure: which store had authority over a row, from where to where in its own log, and what that makes of an event.
+"""Epochs: which store had authority over a row, from where to where in its own log, and what that makes of an event.
 
 The authority log has a row per cohort and move. It stamps every event with the epoch of its interval; what a store's log
 holds outside of its store's intervals is never offered to another store: there it is the echo of our own marked write, or a

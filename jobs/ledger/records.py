@@ -1,4 +1,4 @@
-"""The ledger's tables and the entries in them, as frozen rows: what a migration can know for certain.
+"""The ledger's tables and the records in them, as frozen rows: what a migration can know for certain.
 
 An entry is what a query of the ledger answers, with LSNs as integers and keys in PostgreSQL's text form. It holds no session, so it
 pickles and may be read anywhere. The statements that write and read entries are in `ledger`.

@@ -1,4 +1,4 @@
-"""The backfill: pending chunks read in the kept snapshot, transformed, and loaded into each target.
+"""The copier: pending chunks read in the kept snapshot, transformed, and loaded into each target.
 
 A Spark job that may die at any point and be run again: chunks that are marked in the ledger are not repeated, and one that was
 written but not marked is not written twice. A row that can't be carried over is named by key and column; its chunk stays pending,

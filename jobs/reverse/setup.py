@@ -1,4 +1,4 @@
-"""The path of the way back, opened in front of a fence, proved to be whole, and taken away.
+"""The setup of the reverse path: opened in front of a fence, proved to be whole, and taken away.
 
 Publication first and then the slot, so that it holds whatever commits under the new authority. One whose stream has a gap, or whose
 server is another one, is opened anew. Everything here runs on the driver and starts no JVM.

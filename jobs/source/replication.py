@@ -1,8 +1,7 @@
-"""Replication: a session with the slot's walsender, and the proof that it is still the prepared stream.
+"""Replication: the proof that a slot is still the prepared stream, and what it keeps on the server.
 
 The proof is made anew at every connection: the same system and timeline, and the slot there, whole, and not ahead of what is
-durable here; what the publication is, `definition` tells. Nothing here waits without bound, and a server that has gone silent
-counts as gone.
+durable here; what the publication is, `definition` tells.
 """
 
 from __future__ import annotations

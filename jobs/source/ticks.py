@@ -1,8 +1,8 @@
-"""Windows: in which order a trigger log is read, so that each commit comes once and every position has one meaning.
+"""Ticks: in which order a trigger log is read, window by window, so that each commit comes once and every position has one meaning.
 
-A window is the log's rows of the transactions that one snapshot shows and the window before it does not: each commit is in exactly
-one, however late it comes (`sequence > last` would lose those that commit out of order). Positions are LSNs, so whoever asks the
-spool for one is answered as from a slot.
+A window is the log's rows of the transactions that one snapshot shows and the window before it does not: each commit is in
+exactly one, however late it comes (`sequence > last` would lose those that commit out of order). A window's end is what PgQ calls
+a tick, whose way to read a log it is. Positions are LSNs, so whoever asks the spool for one is answered as from a slot.
 
 Window n is recorded, under a lock and flushed, with its snapshot S(n) and its end E(n), one byte below P(n), the insert LSN read
 before S(n) was taken; its events stand at the end of the window before, E(n-1), in the order of the log's sequence. Hence, for an

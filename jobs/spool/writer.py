@@ -1,4 +1,4 @@
-"""Intake: what a run of capture takes in, batch by batch made durable in the spool, and how far that is whole.
+"""The writer: what a run of capture takes in, batch by batch made durable in the spool, and how far that is whole.
 
 `durable` is a position up to which the spool holds everything, so it is what may be acknowledged; `whole` is where the next append
 will bring it. A transaction that outgrows a batch goes in by parts, beyond which the spool's end does not move until all of it is

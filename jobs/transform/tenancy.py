@@ -1,4 +1,4 @@
-"""Cohorts: which column of a table says whose row it is, in the old store and in the new one.
+"""Tenancy: which column of a table says whose row it is, in the old store and in the new one.
 
 A cohort is a row's value in the column that `flag.context` names, as text. It is part of the row's key in both stores, so that a
 delete bears it too, and a row that changes it is another row. Whose rows are where follows from the authority log. Everything here

@@ -1,4 +1,4 @@
-"""Sessions with PostgreSQL and Spark: the one place where they are made and pinned.
+"""Sessions with PostgreSQL: the one place where they are made and pinned.
 
 Every PostgreSQL session of ours, the walsender's and Spark's JDBC ones too, has the values of `settings.PINNED`, so that nothing of
 what it reads, writes or waits for depends on a server's, a role's or the environment's settings; one that does not hold them is

@@ -1,4 +1,4 @@
-"""Cohorts: groups of a table's rows whose write authority moves together, told by name (pure).
+"""Tenants: cohorts of a table's rows whose write authority moves together, told by name (pure).
 
 Some of them are those that are named, or all but those: every row is of either, one of a cohort that nobody has seen yet too.
 """

@@ -1,6 +1,7 @@
-"""History: what commits of the old store left of some keys, as its stream tells it, in images of the target (driver, and in tasks).
+"""Histories of keys: what commits of the old store left of some, as its stream tells it, in images of the target.
 
 A key that is written all the time never stands still at a look, however fast the looks are; the stream has every image that it had.
+Runs on the driver, and in tasks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The record of a run: a log file of its own for every run, and for services the same lines on standard error.
+"""The log of a run: a file of its own for every run, and for services the same lines on standard error.
 
 Only changeover's own loggers go there, at debug level on request; secrets never do, because no message is made of a DSN. A log that
 can't be written ends no run.

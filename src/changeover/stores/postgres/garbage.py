@@ -1,4 +1,4 @@
-"""Collection of touched rows in a PostgreSQL target, by position only: the floor goes up first, and then answers for their keys.
+"""Garbage collection of touched rows in a PostgreSQL target, by position: the floor goes up first, and answers for their keys.
 
 A touched row up to a version may go once no writer can still judge by a floor below that version. So the new floor is committed,
 then every gated statement that began under the old one has ended (the barrier), and only then rows are deleted, a few of the

@@ -1,4 +1,4 @@
-"""What Spark's tasks do with a PostgreSQL target, and the one row in which any store's task says what it did.
+"""Tasks: what a task of Spark's does with a PostgreSQL target.
 
 A task copies its lines into a temporary table and puts them through the gate in one transaction, again after a deadlock. A chunk's
 rows and its mark in the ledger commit together, so a task that dies, is repeated, or was overtaken leaves nothing behind. An error
