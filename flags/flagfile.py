@@ -3,7 +3,7 @@
 A replacement is atomic and durable: a reader sees the file before or after, never between, and a write that returned
 survives a crash. Each one raises the flag's version and has a modification time above its predecessor's, because the
 SDK notices a change by that time alone. Two processes that write at once wait for each other. Nothing else in the file
-changes. Cohorts are turned as LaunchDarkly's own console does it, by individual targets of their kind of context.
+changes. Tenants are turned as LaunchDarkly's own console does it, by individual targets of their kind of context.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MTIME_STEP_NS = 1_000_000
 def read_stage(path: str | Path, key: str) -> Stage:
     """Return the stage that a flag asks of everyone; raises SpecError, naming what in the file is wrong.
 
-    Of a percentage rollout over cohorts that is the first of its variations, as for any context of another kind.
+    Of a percentage rollout over tenants that is the first of its variations, as for any context of another kind.
     """
     flag = read_flag(path, key)
     index = _asked(flag.get("fallthrough", {})) if flag.get("on") else flag.get("offVariation")
@@ -63,7 +63,7 @@ def read_flag(path: str | Path, key: str) -> dict[str, Any]:
 def write_stage(path: str | Path, key: str, stage: Stage, kind: str | None = None) -> int:
     """Make a flag ask for a stage, creating flag and file where missing; return the flag's new version.
 
-    With a `kind` of context no cohort is asked for anything else from now on. Raises SpecError when the file is there and isn't a
+    With a `kind` of context no tenant is asked for anything else from now on. Raises SpecError when the file is there and isn't a
     flag file: what can't be read is never overwritten.
     """
     target = Path(path)
@@ -81,8 +81,8 @@ def write_stage(path: str | Path, key: str, stage: Stage, kind: str | None = Non
     return int(flag["version"])
 
 
-def write_cohorts(path: str | Path, key: str, kind: str, cohorts: Collection[str], stage: Stage) -> int:
-    """Make a flag ask for a stage of some cohorts, contexts of a `kind`; return the flag's new version.
+def write_tenants(path: str | Path, key: str, kind: str, tenants: Collection[str], stage: Stage) -> int:
+    """Make a flag ask for a stage of some tenants, contexts of a `kind`; return the flag's new version.
 
     They are individual targets then, or none where everybody is asked for that stage anyway. Raises SpecError for a flag that is
     switched off, which would ask the same of all of them, or lacks the stage.
@@ -99,7 +99,7 @@ def write_cohorts(path: str | Path, key: str, kind: str, cohorts: Collection[str
         index = variations.index(stage.value)
         everybodys = flag.get("fallthrough") == {"variation": index} and not flag.get("rules")
         flag["version"] = int(flag.get("version", 0)) + 1
-        _aim(flag, kind, frozenset(cohorts), None if everybodys else index)
+        _aim(flag, kind, frozenset(tenants), None if everybodys else index)
         _put(target, document, folder)
     return int(flag["version"])
 
@@ -121,8 +121,8 @@ def _asked(fallthrough: dict[str, Any]) -> Any:
     return fallthrough.get("variation", weighted[0].get("variation"))
 
 
-def _aim(flag: dict[str, Any], kind: str, cohorts: frozenset[str] | None, variation: int | None) -> None:
-    """Take cohorts (all: None) off a flag's individual targets, and make them those of a variation, unless that is None.
+def _aim(flag: dict[str, Any], kind: str, tenants: frozenset[str] | None, variation: int | None) -> None:
+    """Take tenants (all: None) off a flag's individual targets, and make them those of a variation, unless that is None.
 
     The SDK keeps those of the kind "user" in a list of their own, which it reads by itself only while the other list is empty.
     """
@@ -130,13 +130,13 @@ def _aim(flag: dict[str, Any], kind: str, cohorts: frozenset[str] | None, variat
     every: list[dict[str, Any]] = flag.setdefault("targets" if plain else "contextTargets", [])
     ours = [target for target in every if plain or target.get("contextKind") == kind]
     for target in ours:
-        target["values"] = [one for one in target.get("values", []) if cohorts is not None and one not in cohorts]
+        target["values"] = [one for one in target.get("values", []) if tenants is not None and one not in tenants]
     if variation is not None:
         found = next((target for target in ours if target.get("variation") == variation), None)
         if found is None:
             found = {**({} if plain else {"contextKind": kind}), "values": [], "variation": variation}
             every.append(found)
-        found["values"] += sorted(cohorts or ())
+        found["values"] += sorted(tenants or ())
     every[:] = [target for target in every if target["values"] or not any(target is one for one in ours)]
     contexts: list[dict[str, Any]] = flag.setdefault("contextTargets", [])
     known = {one.get("variation") for one in contexts if one.get("contextKind") == Context.DEFAULT_KIND}

@@ -18,8 +18,8 @@ from changeover.flags.stages import TABLE
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.position import format_lsn, parse_lsn
 
-STEP, COHORTS = "flags", "cohorts"
-"""Under which step a turn for everybody is on record, and under which one for some cohorts."""
+STEP, TENANTS = "flags", "tenants"
+"""Under which step a turn for everybody is on record, and under which one for some tenants."""
 
 ADVANCED, ROLLED_BACK, FOLLOWED = "advanced", "rolled back", "followed"
 TURNED = frozenset({ADVANCED, ROLLED_BACK, FOLLOWED})
@@ -49,9 +49,9 @@ def record(ledger: Ledger, outcome: str, before: Stage, after: Stage, mirror_lsn
     ledger.audit(STEP, outcome, told if mirror_lsn is None else {**told, "mirror_lsn": format_lsn(mirror_lsn)})
 
 
-def record_cohorts(ledger: Ledger, outcome: str, before: Stage, after: Stage, more: Mapping[str, Any]) -> None:
-    """Put a turn for some cohorts on record, which is none of the flag's stage: everybody else stays where they are."""
-    ledger.audit(COHORTS, outcome, {"from": before.value, "to": after.value, **more})
+def record_tenants(ledger: Ledger, outcome: str, before: Stage, after: Stage, more: Mapping[str, Any]) -> None:
+    """Put a turn for some tenants on record, which is none of the flag's stage: everybody else stays where they are."""
+    ledger.audit(TENANTS, outcome, {"from": before.value, "to": after.value, **more})
 
 
 def mirrored_since(found: Sequence[Turn], prepared: datetime | None = None, l0: int = 0) -> int | None:

@@ -1,7 +1,7 @@
 """Observed authority: which store has authority over which rows, worked out of the moves on record.
 
-Each cohort has a fact of its own once it has moved by name, and all others share one. What is worked out here in one pass over the
-moves is what `epochs.tenures` says of each cohort; nothing else decides where a write goes. Everything is pure.
+Each tenant has a fact of its own once it has moved by name, and all others share one. What is worked out here in one pass over the
+moves is what `epochs.tenures` says of each tenant; nothing else decides where a write goes. Everything is pure.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ BEGINNING = Fact(0, Origin.OLD)
 
 @dataclass(frozen=True)
 class Facts:
-    """Who has authority over what: `named` are the cohorts that are not as all the others; `epoch` is that of the newest move."""
+    """Who has authority over what: `named` are the tenants that are not as all the others; `epoch` is that of the newest move."""
 
     epoch: int = 0
     rest: Fact = BEGINNING
     named: Mapping[str, Fact] = field(default_factory=dict)
 
-    def of(self, cohort: str) -> Fact:
-        """Return the fact of a cohort's rows, or of all that have not moved by name."""
-        return self.named.get(cohort, self.rest)
+    def of(self, tenant: str) -> Fact:
+        """Return the fact of a tenant's rows, or of all that have not moved by name."""
+        return self.named.get(tenant, self.rest)
 
-    def epochs(self, store: Origin, cohorts: Collection[str] | None = None) -> frozenset[int]:
-        """Return the epochs under which a store has authority now over some cohorts, or over anything."""
-        held = [self.rest, *self.named.values()] if cohorts is None else map(self.of, cohorts)
+    def epochs(self, store: Origin, tenants: Collection[str] | None = None) -> frozenset[int]:
+        """Return the epochs under which a store has authority now over some tenants, or over anything."""
+        held = [self.rest, *self.named.values()] if tenants is None else map(self.of, tenants)
         return frozenset(fact.epoch for fact in held if fact.store is store)
 
     @property
     def stores(self) -> frozenset[Origin]:
-        """Return the stores that have authority over anything: two while cohorts stand apart."""
+        """Return the stores that have authority over anything: two while tenants stand apart."""
         return frozenset(fact.store for fact in (self.rest, *self.named.values()))
 
     @property
     def apart(self) -> dict[str, Fact]:
-        """Return the cohorts that are at another store than all the others."""
+        """Return the tenants that are at another store than all the others."""
         return {name: fact for name, fact in self.named.items() if fact.store is not self.rest.store}
 
 
@@ -64,9 +64,9 @@ def facts(moves: Iterable[Authority], before: Facts | None = None) -> Facts:
     epoch, rest, named = start.epoch, start.rest, dict(start.named)
     for move in moves:
         epoch = move.epoch
-        if move.cohorts is None:
+        if move.tenants is None:
             rest = rest.after(move)
             named = {name: after for name, fact in named.items() if (after := fact.after(move)) != rest}
         else:
-            named.update({name: named.get(name, rest).after(move) for name in move.cohorts if name != EVERYTHING})
+            named.update({name: named.get(name, rest).after(move) for name in move.tenants if name != EVERYTHING})
     return Facts(epoch, rest, named)

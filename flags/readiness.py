@@ -43,7 +43,7 @@ COMPARISONS = 100
 class Evidence:
     """What is known at one moment, read once so that all rules speak of the same.
 
-    `everybodys` is the stage at which processes act, where the step from `before` to `after` is of some cohorts alone.
+    `everybodys` is the stage at which processes act, where the step from `before` to `after` is of some tenants alone.
     """
 
     now: datetime
@@ -80,7 +80,7 @@ class Evidence:
 
 
 def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys: Stage | None = None) -> Evidence:
-    """Read the evidence for a step between two stages, of everybody or of some cohorts (driver; starts no JVM)."""
+    """Read the evidence for a step between two stages, of everybody or of some tenants (driver; starts no JVM)."""
     assert spec.flag is not None
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "gate")) as old:
         here, slot, _ = slot_state(old, spec.name, spec.slot)
@@ -193,7 +193,7 @@ def _replay_past_dualwrite(e: Evidence) -> list[str]:
 
 
 def _comparisons_clean(e: Evidence) -> list[str]:
-    """Reads compared at this stage, by all processes since its turn, of cohorts that stand apart too: enough, and no mismatch."""
+    """Reads compared at this stage, by all processes since its turn, of tenants that stand apart too: enough, and no mismatch."""
     if not TABLE[e.acting].compares:
         return []
     since = [beat for beat in e.heartbeats if e.stage_since is None or beat.at >= e.stage_since]
@@ -220,7 +220,7 @@ def _mirror_whole(e: Evidence) -> list[str]:
 def lost(heartbeats: Sequence[Heartbeat], epochs: Collection[int], now: datetime) -> int:
     """Return how many writes of rows under some epochs of the new store never reached the old one (pure).
 
-    That is what a rollback over the fence loses. What a dead process had queued when it was last heard counts too. Cohorts that
+    That is what a rollback over the fence loses. What a dead process had queued when it was last heard counts too. Tenants that
     moved together share an epoch: of one of them alone these are no fewer than its own.
     """
     return sum(

@@ -6,7 +6,6 @@ was. Each is refused while a store has authority that would lose rows by it.
 
 from __future__ import annotations
 
-from changeover import tenants
 from changeover.errors import Refused
 from changeover.jobs.install.removal import abort_targets, drop_empty_schema, remove_from_source, remove_unfinished
 from changeover.jobs.ledger import epochs
@@ -18,7 +17,7 @@ from changeover.jobs.spool.table import remove_spools
 from changeover.spec import Spec
 from changeover.stores import open_store
 from changeover.stores.base.interface import TargetTable
-from changeover.tenants import EVERY
+from changeover.tenants import EVERY, describe
 
 
 def abort(spec: Spec) -> list[str]:
@@ -29,7 +28,7 @@ def abort(spec: Spec) -> list[str]:
     with Ledger.open(spec, "abort") as ledger:
         prepared = ledger.exists()
         if prepared and (gone := epochs.at(ledger.authorities(), NEW)) is not None:
-            whose = "" if gone == EVERY else f" over {tenants.told(gone)}"
+            whose = "" if gone == EVERY else f" over {describe(gone)}"
             raise Refused(f"abort: authority{whose} has moved to the new store: `changeover flags rollback` first")
         if prepared:
             removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
@@ -55,7 +54,7 @@ def finalize(spec: Spec) -> list[str]:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
         left = epochs.at(ledger.authorities(), OLD) if spec.flag is not None else None
         if left is not None:
-            whose = "" if left == EVERY else f" over {tenants.told(left)}"
+            whose = "" if left == EVERY else f" over {describe(left)}"
             raise Refused(f"finalize: the old store still has authority{whose}: `changeover flags advance` up to complete first")
         removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
         for table in spec.tables:

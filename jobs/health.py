@@ -26,7 +26,7 @@ def problems(status: Status, behind: int = LAG_BYTES) -> list[str]:
     prepared = status.state("prepare")
     if prepared != "done":
         reasons.append(prepared)
-    if status.store == OLD or status.cohorts:
+    if status.store == OLD or status.tenants:
         reasons = [*_capture(status, behind), *_replay(status, behind), *reasons]
     return [*reasons, *_way_back(status, behind)]
 
@@ -54,7 +54,7 @@ def _replay(status: Status, behind: int) -> list[str]:
 def _way_back(status: Status, behind: int) -> list[str]:
     """While the new store has authority over anything: what is written there comes back, if there is a path at all."""
     way = status.way_back
-    if way is None or (status.store == OLD and not status.cohorts) or way.lacking == COMPLETED:
+    if way is None or (status.store == OLD and not status.tenants) or way.lacking == COMPLETED:
         return []
     if way.lacking is not None:
         return [f"what is written to the new store does not come back to the old one: {way.lacking}"]

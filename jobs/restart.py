@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from changeover import failpoints, tenants
+from changeover import failpoints
 from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
 from changeover.jobs.guarantee import definition
 from changeover.jobs.guarantee.assumptions import Moment
@@ -38,7 +38,7 @@ from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
 from changeover.spec import Spec
 from changeover.stores import open_store
-from changeover.tenants import EVERY
+from changeover.tenants import EVERY, describe
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -88,7 +88,7 @@ def _require_allowed(spec: Spec, ledger: Ledger) -> None:
     if ledger.milestones()[1] is not None:
         raise Refused("prepare --anew: the migration was finalized, so there is nothing to begin anew")
     if (gone := epochs.at(ledger.authorities(), NEW)) is not None:
-        whose = "" if gone == EVERY else f" over {tenants.told(gone)}"
+        whose = "" if gone == EVERY else f" over {describe(gone)}"
         raise Refused(
             f"prepare --anew: authority{whose} has moved to the new store, whose rows are the truth and would be emptied:"
             f" `changeover flags rollback SPEC` first"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from changeover import tenants
 from changeover.errors import FolderFailed, StepOrder
 from changeover.jobs.capture.rogue import Rogue, rogue
 from changeover.jobs.capture.service import WAITING
@@ -31,6 +30,7 @@ from changeover.session import application_name, connect, speaking_to
 from changeover.spec import TRIGGER, Spec
 from changeover.stores import open_store
 from changeover.stores.base.interface import TargetTable
+from changeover.tenants import listed
 
 HEARD_SECONDS = 10.0
 """Age of a heartbeat up to which its router counts as alive."""
@@ -41,7 +41,7 @@ class Status:
     """The steps with their state, each load with its chunks and position, the stream, the stage, and the newest verdicts.
 
     Bytes are of the old store's write-ahead log: `behind_bytes` of a load is what lies between it and the old store's end, None
-    once the new store has all authority, because replay then rests. While cohorts are at both stores, `way_back` has the other
+    once the new store has all authority, because replay then rests. While tenants are at both stores, `way_back` has the other
     direction's.
     """
 
@@ -53,7 +53,7 @@ class Status:
     routers: dict[str, int]
     store: str
     epoch: int
-    cohorts: list[str]
+    tenants: list[str]
     """Those whose authority is at the other store."""
     verdicts: list[dict[str, Any]]
     way_back: reverse.State | None
@@ -73,9 +73,9 @@ class Status:
             yield from (f"    {line}" for line in self._details(step["step"]))
         routers = ", ".join(f"{count} at {stage}" for stage, count in self.routers.items()) or "none was heard lately"
         yield f"  flag      {self.stage or 'never turned'}; the {self.store} store has authority (epoch {self.epoch})"
-        if self.cohorts:
-            count, other = len(self.cohorts), NEW if self.store == OLD else OLD
-            yield f"    the {other} store has it over {count:,} cohort{'s' * (count > 1)}: {tenants.listed(self.cohorts)}"
+        if self.tenants:
+            count, other = len(self.tenants), NEW if self.store == OLD else OLD
+            yield f"    the {other} store has it over {count:,} tenant{'s' * (count > 1)}: {listed(self.tenants)}"
         yield f"    routers: {routers}"
         if self.way_back is not None:
             yield f"  way back  {self.way_back.line}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cohorts, triggers
+from benchmarks import tenants, triggers
 
 ROOT = Path(__file__).parents[1]
 PEERS = {"identity": {"psql_pipe", "spark_jdbc"}, "transformed": {"spark_jdbc"}, "delta": {"spark_jdbc"}}
@@ -73,9 +73,9 @@ def test_the_cost_of_triggers_is_told_for_both_tables(old_dsn: str, monkeypatch:
     assert all(0 < figures["p50"] <= figures["p99"] for figures in found.values())
 
 
-def test_the_cost_of_cohorts_is_told_for_each_way_to_refuse_them(old_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cohorts, "ROUNDS", 1)
-    monkeypatch.setattr(cohorts, "WRITES", 5)
-    found = cohorts.measure(old_dsn)
-    assert found.keys() == {f"{name} {writers}" for name in ("plain", "share", *cohorts.REFUSED) for writers in (1, 4)}
+def test_the_cost_of_tenants_is_told_for_each_way_to_refuse_them(old_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenants, "ROUNDS", 1)
+    monkeypatch.setattr(tenants, "WRITES", 5)
+    found = tenants.measure(old_dsn)
+    assert found.keys() == {f"{name} {writers}" for name in ("plain", "share", *tenants.REFUSED) for writers in (1, 4)}
     assert all(0 < figures["p50"] <= figures["p99"] for figures in found.values())

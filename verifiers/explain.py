@@ -1,7 +1,7 @@
 """Explain: the story of one row by its target key, from what is on record; starts no JVM.
 
 It tells the chunk that the key belongs to, the row's image in each target, its cell (version or tombstone), the spooled events
-of its key in both stores, its differences, the stage, its cohort and who has authority over it: enough to see why a row is as it
+of its key in both stores, its differences, the stage, its tenant and who has authority over it: enough to see why a row is as it
 is. What is gone for good, as versions and events are after `finalize`, is said to be gone. Keys are compared by type, so an index
 serves.
 """
@@ -84,7 +84,7 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
         own = _source_key(spec, old, found, seen, given) if seen is not None else None
         if own is not None:  # as the server writes it
             given |= {name: own[column] for name, column in _moved(found).items() if column in own}
-        log = tenures(changes, cohort_of(spec, found, given))
+        log = tenures(changes, tenant_of(spec, found, given))
         if seen is not None and own is not None:
             story.parts["source row"] = _row(spec, old, found.source_name, own) or NONE
             story.parts["chunk"] = _chunks(ledger, old, found, seen, own)
@@ -97,7 +97,7 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
             story.parts.update(told(spec, found, target, given, finalized))
         story.parts["differences"] = _differences(spec, found, given)
         story.parts["stage"] = ledger.stage() or "never turned"
-        story.parts.update(_authority(changes, cohort_of(spec, found, given)))
+        story.parts.update(_authority(changes, tenant_of(spec, found, given)))
         if finalized:
             story.parts["finalized"] = f"{finalized:%Y-%m-%d %H:%M:%S}"
     return _masked(story, found, seen)
@@ -126,16 +126,16 @@ def _masked(story: Story, table: Table, seen: SourceTable | None) -> Story:
     return Story(story.table, tuple(key), parts)
 
 
-def cohort_of(spec: Spec, table: Table, key: Key) -> str:
-    """Return the cohort of the row with a target key, by which its authority goes; without cohorts all rows are one."""
+def tenant_of(spec: Spec, table: Table, key: Key) -> str:
+    """Return the tenant of the row with a target key, by which its authority goes; without tenants all rows are one."""
     column = new_column(spec, table) if old_column(spec) is not None else None
     return key[column] if column is not None else EVERYTHING
 
 
-def _authority(changes: Sequence[Authority], cohort: str) -> dict[str, str]:
+def _authority(changes: Sequence[Authority], tenant: str) -> dict[str, str]:
     """Return whose the row is, where that is a question, and which store has authority over it."""
-    present = tenures(changes, cohort)[-1]
-    whose = {"cohort": cohort} if cohort != EVERYTHING else {}
+    present = tenures(changes, tenant)[-1]
+    whose = {"tenant": tenant} if tenant != EVERYTHING else {}
     return {**whose, "authority": f"{present.store} store, epoch {present.epoch}"}
 
 
@@ -290,9 +290,9 @@ def _events(spool: Spool, name: tuple[str, str], own: Key, store: str, log: Sequ
 
 def _place(log: Sequence[Tenure], store: str, event: Mapping[str, Any]) -> dict[str, str]:
     """Return the version under which an event of a store's log is offered, or where it stands there and why it is not."""
-    cohort = log[-1].cohort
-    version = stamped(log, cohort, store, Version(0, event["lsn"], event["ordinal"]))
-    found = standing(log, cohort, store, event["lsn"], event["note"] is not None)
+    tenant = log[-1].tenant
+    version = stamped(log, tenant, store, Version(0, event["lsn"], event["ordinal"]))
+    found = standing(log, tenant, store, event["lsn"], event["note"] is not None)
     if found is Standing.OFFERED:
         return {"version": str(version)}
     return {"at": f"{format_lsn(event['lsn'])}:{event['ordinal']}", "standing": STANDINGS[found]}

@@ -50,7 +50,7 @@ PARTS = 8
 class Moment:
     """The moment of one verification: the states of the old store's tables, at a position of its log, and of the targets'.
 
-    `aligned` says that the new store has authority, of some cohorts at least, and that the old store and the lake have what it had
+    `aligned` says that the new store has authority, of some tenants at least, and that the old store and the lake have what it had
     told up to one position.
     """
 

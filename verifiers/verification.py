@@ -5,7 +5,7 @@ snapshot, replay offers every event below X and none at or above, then each targ
 application writes to both stores, a target may be ahead of X, so differing keys are judged again (`recheck`). After authority has
 moved the old store is compared with the new one as both are, and the lake with the rows that no mirrored write has touched ahead
 of the stream; without a reverse path the lake stays at the fence, and is compared with the rows that no later write touched at all.
-While cohorts are at both stores it is both: first what was written to the new store comes back up to one position, then X is
+While tenants are at both stores it is both: first what was written to the new store comes back up to one position, then X is
 taken, of all other rows; differing keys are judged again with both directions moving. A table that can't be checked keeps no other
 from its verdict: its reason is raised when the others have theirs.
 """

@@ -28,7 +28,7 @@ from changeover.flags.cutover.switch import Advanced, everybody, flag_of, requir
 from changeover.flags.fence.fence import MAX_PAUSE, fence, settle
 from changeover.flags.observed import Facts, facts
 from changeover.flags.rights import waits
-from changeover.flags.router.endpoint import Cohort
+from changeover.flags.router.endpoint import Tenant
 from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previous_stage
 from changeover.interrupt import asked_to_stop
 from changeover.jobs.capture.rogue import Rogue, rogue
@@ -54,7 +54,7 @@ class Shown:
     """The page for the night: where the migration stands, what speaks against the next step, and what each step costs.
 
     `stage` is the one at which routers act; `wish` is the flag's, which waits for a fence where the two differ. `loses` is how
-    many writes of rows the step down, to `back`, would leave behind. `apart` are the cohorts at the other store. `notes` say how it
+    many writes of rows the step down, to `back`, would leave behind. `apart` are the tenants at the other store. `notes` say how it
     was found out whether the application may write to the new store, and which open transactions a fence would wait for now.
     """
 
@@ -100,18 +100,18 @@ def show(spec: Spec) -> Shown:
 
 
 def advance(
-    spec: Spec, *, to: Stage | None = None, override: str | None = None, cohorts: Collection[Cohort] | None = None
+    spec: Spec, *, to: Stage | None = None, override: str | None = None, tenants: Collection[Tenant] | None = None
 ) -> Advanced:
     """Go one stage up if the gate's evidence holds, or if `override` says why not to ask (driver).
 
-    With `cohorts` these alone go from shadow to live, as many as 10,000 at once. Raises GateClosed with every reason, and
+    With `tenants` these alone go from shadow to live, as many as 10,000 at once. Raises GateClosed with every reason, and
     FenceCalledOff with the flag turned back.
     """
     flag_of(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
         ledger.stream("flags advance")
-        if cohorts is not None:
-            return by_name.advance(spec, ledger, cohorts, override)
+        if tenants is not None:
+            return by_name.advance(spec, ledger, tenants, override)
         known = facts(ledger.authorities())
         before = everybody(spec, known)
         after = to or next_stage(before)
@@ -127,16 +127,16 @@ def advance(
         return Advanced(before, after, _epoch(ledger), pause, notes=notes)
 
 
-def rollback(spec: Spec, *, cohorts: Collection[Cohort] | None = None) -> Advanced:
+def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanced:
     """Go one stage down; asks no gate (driver). Raises Refused at off and once complete was reached, and FenceCalledOff.
 
-    With `cohorts` these alone go from live to shadow. Without, while some are live and the others are not, it is those that go.
+    With `tenants` these alone go from live to shadow. Without, while some are live and the others are not, it is those that go.
     """
     flag_of(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
         ledger.stream("flags rollback")
-        if cohorts is not None:
-            return by_name.rollback(spec, ledger, cohorts)
+        if tenants is not None:
+            return by_name.rollback(spec, ledger, tenants)
         known = facts(ledger.authorities())
         before, after = _below(spec, known)
         require_way_back(ledger, before)
@@ -151,7 +151,7 @@ def rollback(spec: Spec, *, cohorts: Collection[Cohort] | None = None) -> Advanc
 
 
 def _below(spec: Spec, known: Facts) -> tuple[Stage, Stage | None]:
-    """Return from which stage a rollback of all rows leads to which: where cohorts are live alone, it is these that go back."""
+    """Return from which stage a rollback of all rows leads to which: where tenants are live alone, it is these that go back."""
     stage = everybody(spec, known)
     if known.rest.store is Origin.OLD and Origin.NEW in known.stores:
         return Stage.LIVE, stage
@@ -183,7 +183,7 @@ def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callabl
     """Follow a flag that is turned elsewhere: ask the gate, fence, write the epoch, until `stop`, Ctrl-C or SIGTERM (driver).
 
     `say` gets a sentence for each turn, and for each reason against one; a closed gate is asked again. Where the spec names a
-    column of cohorts, those of which the flag asks something else than of everybody move by name, together. Returns whether a
+    column of tenants, those of which the flag asks something else than of everybody move by name, together. Returns whether a
     signal ended it; a fence that is under way then is brought to its end. Raises what is wrong at the start: StepOrder, SpecError.
     """
     with Ledger.open(spec, "flags watch") as ledger:

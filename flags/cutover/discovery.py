@@ -1,7 +1,7 @@
-"""Discovery: which cohorts there are, how PostgreSQL writes their names, and of which the flag asks something else than the fact.
+"""Discovery: which tenants there are, how PostgreSQL writes their names, and of which the flag asks something else than the fact.
 
-Cohorts are counted by the old store, which has all of them from the beginning to the end, by a loose scan of an index that begins
-with their column: a step per cohort, not per row. A count takes no more than a twentieth of the time, so with many cohorts it is
+Tenants are counted by the old store, which has all of them from the beginning to the end, by a loose scan of an index that begins
+with their column: a step per tenant, not per row. A count takes no more than a twentieth of the time, so with many tenants it is
 made less often: of 10,000 every few seconds, of 100,000 every few minutes. The flag itself is asked again as soon as its file or
 the ledger has changed, by the SDK's own rules, percentage rollouts among them. An answer that is no stage moves nobody.
 """
@@ -23,7 +23,7 @@ from psycopg import sql
 from changeover.errors import UsageError
 from changeover.flags import flagfile
 from changeover.flags.cutover.switch import flag_of
-from changeover.flags.fence.fence import MOST_COHORTS
+from changeover.flags.fence.fence import MOST_TENANTS
 from changeover.flags.observed import Facts
 from changeover.flags.stages import TABLE
 from changeover.jobs.transform.tenancy import new_column, old_column
@@ -33,13 +33,13 @@ from changeover.spec import Spec
 log = logging.getLogger(__name__)
 
 MOST = 100_000
-"""Cohorts that are followed one by one; of more, those that come later in the order of their column go with all the others."""
+"""Tenants that are followed one by one; of more, those that come later in the order of their column go with all the others."""
 
 SHARE = 20.0
 """How many times as long as a count took, with what was asked of the flag then, it is not repeated."""
 
 LOOK_SECONDS = 2.0
-"""How long a look for a cohort's first row may take: it is a kindness and no more."""
+"""How long a look for a tenant's first row may take: it is a kindness and no more."""
 
 TYPE = """
 SELECT format_type(atttypid, NULL) FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s AND NOT attisdropped
@@ -52,11 +52,11 @@ SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JO
 """
 
 LOOSE = """
-WITH RECURSIVE cohort(v) AS (
+WITH RECURSIVE tenant(v) AS (
     (SELECT {column} FROM {table} ORDER BY {column} LIMIT 1)
-    UNION ALL SELECT (SELECT {column} FROM {table} WHERE {column} > cohort.v ORDER BY {column} LIMIT 1) FROM cohort
-    WHERE cohort.v IS NOT NULL)
-SELECT v::text FROM cohort WHERE v IS NOT NULL LIMIT {most}
+    UNION ALL SELECT (SELECT {column} FROM {table} WHERE {column} > tenant.v ORDER BY {column} LIMIT 1) FROM tenant
+    WHERE tenant.v IS NOT NULL)
+SELECT v::text FROM tenant WHERE v IS NOT NULL LIMIT {most}
 """
 
 WHOLE = "SELECT DISTINCT {column}::text FROM {table} LIMIT {most}"
@@ -71,14 +71,14 @@ BITS = {"smallint": 16, "integer": 32, "bigint": 64}
 
 @dataclass(frozen=True)
 class Astray:
-    """Cohorts of which the flag asks a stage of the other store: to go back to the old one, and to go up to the new one."""
+    """Tenants of which the flag asks a stage of the other store: to go back to the old one, and to go up to the new one."""
 
     back: tuple[str, ...] = ()
     up: tuple[str, ...] = ()
 
 
 class Census:
-    """The cohorts of one migration and what its flag file asks of each, looked at again and again (driver)."""
+    """The tenants of one migration and what its flag file asks of each, looked at again and again (driver)."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -90,7 +90,7 @@ class Census:
         self._astray = Astray()
 
     def look(self, known: Facts) -> Astray:
-        """Return who is astray, at most `MOST_COHORTS` each way; the others are, at the next look."""
+        """Return who is astray, at most `MOST_TENANTS` each way; the others are, at the next look."""
         started = time.monotonic()
         counts = started >= self._due
         if counts:
@@ -110,7 +110,7 @@ class Census:
             for table in self.spec.tables:
                 found.update(present(old, *table.source_name, self.flag.context or "", MOST + 1))
         if len(found) > MOST:
-            log.warning("there are more than %s cohorts: those beyond are moved by all rows' flag, or by name, alone", f"{MOST:,}")
+            log.warning("there are more than %s tenants: those beyond are moved by all rows' flag, or by name, alone", f"{MOST:,}")
         names = frozenset(sorted(found)[:MOST])
         if names != self._names:
             self._names, self._counts = names, self._counts + 1
@@ -123,11 +123,11 @@ class Census:
                 stage = Stage.from_str(value) if isinstance(value, str) else None
                 if stage is not None and TABLE[stage].writes is not known.of(name).store:
                     astray[TABLE[stage].writes].append(name)
-        return Astray(tuple(astray[Origin.OLD][:MOST_COHORTS]), tuple(astray[Origin.NEW][:MOST_COHORTS]))
+        return Astray(tuple(astray[Origin.OLD][:MOST_TENANTS]), tuple(astray[Origin.NEW][:MOST_TENANTS]))
 
 
 def present(connection: Connection, schema: str, name: str, column: str, most: int) -> list[str]:
-    """Return the cohorts that have rows in a table, no more than so many."""
+    """Return the tenants that have rows in a table, no more than so many."""
     table = sql.Identifier(schema, name)
     row = connection.execute(LEADS_AN_INDEX, [table.as_string(connection), column]).fetchone()
     statement = LOOSE if row is not None and row[0] else WHOLE
@@ -138,7 +138,7 @@ def present(connection: Connection, schema: str, name: str, column: str, most: i
 
 
 def spelled(spec: Spec, names: Collection[str]) -> list[str]:
-    """Return cohorts as PostgreSQL prints them, each once; raises UsageError for one that the column's type can't hold."""
+    """Return tenants as PostgreSQL prints them, each once; raises UsageError for one that the column's type can't hold."""
     column = old_column(spec) or ""
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "flags")) as old:
         kind = _type(old, spec, column)
@@ -147,7 +147,7 @@ def spelled(spec: Spec, names: Collection[str]) -> list[str]:
 
 
 def unknown(spec: Spec, names: Collection[str]) -> tuple[str, ...]:
-    """Return the cohorts of which no table in either store has a row; none where that takes too long to tell."""
+    """Return the tenants of which no table in either store has a row; none where that takes too long to tell."""
     column = old_column(spec) or ""
     assert spec.flag is not None
     left = set(names)
@@ -163,7 +163,7 @@ def unknown(spec: Spec, names: Collection[str]) -> tuple[str, ...]:
                     if left and holder is not None:
                         left -= _present(side, place, holder, kind, values)
         except psycopg.errors.QueryCanceled:
-            log.info("whether the cohorts have rows takes more than %s s to tell", LOOK_SECONDS)
+            log.info("whether the tenants have rows takes more than %s s to tell", LOOK_SECONDS)
             return ()
     return tuple(sorted(left))
 
@@ -186,7 +186,7 @@ def _type(old: Connection, spec: Spec, column: str) -> str:
 
 
 def _typed(kind: str, column: str, name: str) -> int | UUID | str:
-    """Return a cohort as a value of its column's type (pure)."""
+    """Return a tenant as a value of its column's type (pure)."""
     try:
         if kind not in BITS:
             return UUID(name) if kind == "uuid" else name
@@ -195,4 +195,4 @@ def _typed(kind: str, column: str, name: str) -> int | UUID | str:
             return number
         raise ValueError(number)
     except ValueError:
-        raise UsageError(f"cohort {name} is no {kind}, which {column} is: give the value as a row has it") from None
+        raise UsageError(f"tenant {name} is no {kind}, which {column} is: give the value as a row has it") from None

@@ -1,6 +1,6 @@
-"""Cohorts moved by name: from shadow to live and back, by the same gate and fence as all rows, while the others stay.
+"""Tenants moved by name: from shadow to live and back, by the same gate and fence as all rows, while the others stay.
 
-rampdown and complete are of all rows, so they wait until no cohort is at the old store. A name is brought to the form in which
+rampdown and complete are of all rows, so they wait until no tenant is at the old store. A name is brought to the form in which
 PostgreSQL prints it; one that the column's type can't hold is refused, one that no row has yet may move, and is told.
 """
 
@@ -16,18 +16,18 @@ from changeover.flags import history, readiness
 from changeover.flags.cutover import switch
 from changeover.flags.cutover.discovery import spelled, unknown
 from changeover.flags.cutover.switch import Advanced, everybody, require_open, require_way_back
-from changeover.flags.fence.fence import MOST_COHORTS, Fenced, fence
+from changeover.flags.fence.fence import MOST_TENANTS, Fenced, fence
 from changeover.flags.observed import Facts, facts
-from changeover.flags.router.endpoint import Cohort, as_text
+from changeover.flags.router.endpoint import Tenant, as_text
 from changeover.flags.stages import TABLE
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.spec import Spec
-from changeover.tenants import TOLD
+from changeover.tenants import NAMED
 
 
 @dataclass(frozen=True)
 class Apart:
-    """Cohorts at another store than all the others: how many, the first few by name, and their epochs there."""
+    """Tenants at another store than all the others: how many, the first few by name, and their epochs there."""
 
     store: str
     count: int
@@ -36,19 +36,19 @@ class Apart:
 
 
 def apart(known: Facts) -> Apart | None:
-    """Return the cohorts that stand apart, None where there are none (pure)."""
+    """Return the tenants that stand apart, None where there are none (pure)."""
     found = known.apart
     if not found:
         return None
     store = next(iter(found.values())).store.value
-    return Apart(store, len(found), tuple(sorted(found)[:TOLD]), tuple(sorted({fact.epoch for fact in found.values()})))
+    return Apart(store, len(found), tuple(sorted(found)[:NAMED]), tuple(sorted({fact.epoch for fact in found.values()})))
 
 
 def some(names: Sequence[str], count: int | None = None) -> str:
-    """Return the first of some cohorts and how many they are, as a part of a sentence (pure)."""
+    """Return the first of some tenants and how many they are, as a part of a sentence (pure)."""
     whole = len(names) if count is None else count
-    first = ", ".join(sorted(names)[:TOLD])
-    return f"{whole:,} cohort{'s' * (whole != 1)} ({first}{', …' * (whole > TOLD)})"
+    first = ", ".join(sorted(names)[:NAMED])
+    return f"{whole:,} tenant{'s' * (whole != 1)} ({first}{', …' * (whole > NAMED)})"
 
 
 def together(known: Facts, after: Stage) -> str | None:
@@ -56,36 +56,36 @@ def together(known: Facts, after: Stage) -> str | None:
     if known.rest.store is Origin.OLD or TABLE[after].writes is Origin.OLD or Origin.OLD not in known.stores:
         return None
     left = some(list(known.apart))
-    return f"{after.value} is of all rows, and {left} are at the old store: `changeover flags advance --cohort` comes first"
+    return f"{after.value} is of all rows, and {left} are at the old store: `changeover flags advance --tenant` comes first"
 
 
-def advance(spec: Spec, ledger: Ledger, names: Collection[Cohort], override: str | None) -> Advanced:
-    """Take cohorts from shadow to live, if the gate's evidence holds as for all rows; the caller has the flag's lease."""
+def advance(spec: Spec, ledger: Ledger, names: Collection[Tenant], override: str | None) -> Advanced:
+    """Take tenants from shadow to live, if the gate's evidence holds as for all rows; the caller has the flag's lease."""
     chosen = named(spec, names)
     known = facts(ledger.authorities())
     everybodys = _between(spec, known)
     going = [name for name in chosen if known.of(name).store is Origin.OLD]
     if not going:
-        raise Refused(f"flags advance: {some(chosen)} live already: rampdown and complete are of all rows, without --cohort")
+        raise Refused(f"flags advance: {some(chosen)} live already: rampdown and complete are of all rows, without --tenant")
     evidence = readiness.collect(spec, ledger, Stage.SHADOW, Stage.LIVE, everybodys)
-    told = require_open(ledger, evidence, override, {"cohorts": chosen[:TOLD], "count": len(chosen)})
+    told = require_open(ledger, evidence, override, {"tenants": chosen[:NAMED], "count": len(chosen)})
     missing = unknown(spec, chosen)
     done = switch.turn(spec, ledger, Stage.SHADOW, Stage.LIVE, chosen)
     assert done is not None
-    history.record_cohorts(ledger, history.ADVANCED, Stage.SHADOW, Stage.LIVE, {**told, "epoch": done.epoch})
+    history.record_tenants(ledger, history.ADVANCED, Stage.SHADOW, Stage.LIVE, {**told, "epoch": done.epoch})
     return Advanced(
-        Stage.SHADOW, Stage.LIVE, done.epoch, done.pause_seconds, cohorts=tuple(going), unknown=missing,
+        Stage.SHADOW, Stage.LIVE, done.epoch, done.pause_seconds, tenants=tuple(going), unknown=missing,
         notes=tuple(evidence.rights.told),
     )  # fmt: skip
 
 
-def rollback(spec: Spec, ledger: Ledger, names: Collection[Cohort]) -> Advanced:
-    """Take cohorts from live back to shadow; asks no gate. The caller has the flag's lease."""
+def rollback(spec: Spec, ledger: Ledger, names: Collection[Tenant]) -> Advanced:
+    """Take tenants from live back to shadow; asks no gate. The caller has the flag's lease."""
     chosen = named(spec, names)
     require_way_back(ledger, Stage.LIVE)
     known = facts(ledger.authorities())
     if known.rest.store is Origin.NEW:
-        _between(spec, known)  # below live nothing keeps a cohort from going back
+        _between(spec, known)  # below live nothing keeps a tenant from going back
     going = [name for name in chosen if known.of(name).store is Origin.NEW]
     if not going:
         raise Refused(f"flags rollback: {some(chosen)} at the old store already: below shadow all rows go together")
@@ -94,13 +94,13 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[Cohort]) -> Advanced:
     done = switch.turn(spec, ledger, Stage.LIVE, Stage.SHADOW, chosen)
     assert done is not None
     lost = switch.lost(ledger, epochs, done)
-    told = {"cohorts": chosen[:TOLD], "count": len(chosen), "epoch": done.epoch, "lost": lost, "lacking": done.lacking}
-    history.record_cohorts(ledger, history.ROLLED_BACK, Stage.LIVE, Stage.SHADOW, told)
+    told = {"tenants": chosen[:NAMED], "count": len(chosen), "epoch": done.epoch, "lost": lost, "lacking": done.lacking}
+    history.record_tenants(ledger, history.ROLLED_BACK, Stage.LIVE, Stage.SHADOW, told)
     return Advanced(Stage.LIVE, Stage.SHADOW, done.epoch, done.pause_seconds, lost, done.lacking, tuple(going), missing)
 
 
 def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
-    """Move cohorts whose flag was turned elsewhere; return the sentence. Raises GateClosed and FenceCalledOff."""
+    """Move tenants whose flag was turned elsewhere; return the sentence. Raises GateClosed and FenceCalledOff."""
     known = facts(ledger.authorities())
     before, after = (Stage.SHADOW, Stage.LIVE) if to is Origin.NEW else (Stage.LIVE, Stage.SHADOW)
     if to is Origin.NEW:
@@ -108,10 +108,10 @@ def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
         readiness.require(readiness.collect(spec, ledger, before, after, everybodys))
     else:
         require_way_back(ledger, before)
-    done = fence(spec, to, cohorts=names)
+    done = fence(spec, to, tenants=names)
     lost = switch.lost(ledger, known.epochs(Origin.NEW, names), done) if to is Origin.OLD else 0
-    told = {"cohorts": list(names[:TOLD]), "count": len(names), "epoch": done.epoch, "pause": done.pause_seconds, "lost": lost}
-    history.record_cohorts(ledger, history.FOLLOWED, before, after, told)
+    told = {"tenants": list(names[:NAMED]), "count": len(names), "epoch": done.epoch, "pause": done.pause_seconds, "lost": lost}
+    history.record_tenants(ledger, history.FOLLOWED, before, after, told)
     return sentence(f"the flag was turned to {after.value} for {some(names)}", done, lost)
 
 
@@ -124,23 +124,23 @@ def sentence(turned: str, done: Fenced, lost: int) -> str:
     )
 
 
-def named(spec: Spec, names: Collection[Cohort]) -> list[str]:
-    """Return cohorts as PostgreSQL prints them, each once; raises what is wrong with them."""
+def named(spec: Spec, names: Collection[Tenant]) -> list[str]:
+    """Return tenants as PostgreSQL prints them, each once; raises what is wrong with them."""
     if spec.flag is None or spec.flag.context is None:
-        raise SpecError(spec.path, "flag.context", "is missing: name the column that holds a row's cohort, or move all at once")
+        raise SpecError(spec.path, "flag.context", "is missing: name the column that holds a row's tenant, or move all at once")
     if isinstance(names, str):
-        raise UsageError(f"the cohorts are one text, {names!r}: give a list of them")
+        raise UsageError(f"the tenants are one text, {names!r}: give a list of them")
     texts = [as_text(name) for name in names]
     if not texts or not all(texts):
-        raise UsageError("a cohort's name is empty: name one, or leave --cohort out and all rows move")
-    if len(names) > MOST_COHORTS:
-        raise UsageError(f"{len(names):,} cohorts are more than {MOST_COHORTS:,} at once: name fewer, or move all rows")
+        raise UsageError("a tenant's name is empty: name one, or leave --tenant out and all rows move")
+    if len(names) > MOST_TENANTS:
+        raise UsageError(f"{len(names):,} tenants are more than {MOST_TENANTS:,} at once: name fewer, or move all rows")
     return spelled(spec, [text for text in texts if text is not None])
 
 
 def _between(spec: Spec, known: Facts) -> Stage:
-    """Return everybody's stage; raises Refused where no cohort may move by name."""
+    """Return everybody's stage; raises Refused where no tenant may move by name."""
     found = everybody(spec, known)
     if found not in (Stage.SHADOW, Stage.LIVE):
-        raise Refused(f"cohorts move by name between shadow and live, and everybody is at {found.value}: all rows go there first")
+        raise Refused(f"tenants move by name between shadow and live, and everybody is at {found.value}: all rows go there first")
     return found

@@ -1,4 +1,4 @@
-"""The switch: the flag's file is turned and authority moves with it, of all rows or of some cohorts, or neither happens.
+"""The switch: the flag's file is turned and authority moves with it, of all rows or of some tenants, or neither happens.
 
 The flag is turned first, so that every router already knows where to go, and put back as it was when the fence is called off;
 the ledger's word counts where what broke off may have done so after authority had moved.
@@ -25,11 +25,11 @@ from changeover.spec import Flag, Spec
 
 @dataclass(frozen=True)
 class Advanced:
-    """A step that was done, up or down, of all rows or of the cohorts that are named.
+    """A step that was done, up or down, of all rows or of the tenants that are named.
 
     `pause_seconds` is how long the fence held writers up, None without a fence; `lost` how many writes of rows a step down left
     behind in the new store, which never reached the old one, as far as routers know; `lacking` is why the old store got what their
-    mirrors brought alone, None where it got everything. `unknown` are the named cohorts of which neither store has a row. `notes`
+    mirrors brought alone, None where it got everything. `unknown` are the named tenants of which neither store has a row. `notes`
     say how it was found out whether the application may write to the store that took over.
     """
 
@@ -39,7 +39,7 @@ class Advanced:
     pause_seconds: float | None
     lost: int = 0
     lacking: str | None = None
-    cohorts: tuple[str, ...] | None = None
+    tenants: tuple[str, ...] | None = None
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -58,37 +58,37 @@ def wished(spec: Spec) -> Stage:
 
 
 def everybody(spec: Spec, known: Facts) -> Stage:
-    """Return the stage at which routers act, but for cohorts that stand apart."""
+    """Return the stage at which routers act, but for tenants that stand apart."""
     return effective(wished(spec), known.rest.store)
 
 
-def turn(spec: Spec, ledger: Ledger, before: Stage, after: Stage, cohorts: Collection[str] | None = None) -> Fenced | None:
+def turn(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants: Collection[str] | None = None) -> Fenced | None:
     """Turn the flag, and move authority where the stage asks for it; the flag goes back if that fails."""
     flag, file = flag_of(spec)
     to = TABLE[after].writes
     if TABLE[before].writes is to:
         settle(spec)
-        _write(flag, file, after, cohorts, alone=to is Origin.OLD)
+        _write(flag, file, after, tenants, alone=to is Origin.OLD)
         return None
     former = flagfile.read_flag(file, flag.key)
     try:
-        _write(flag, file, after, cohorts)
-        return fence(spec, to, cohorts=cohorts)
+        _write(flag, file, after, tenants)
+        return fence(spec, to, tenants=tenants)
     except BaseException:
         known = facts(ledger.authorities())
-        has = {known.of(cohort).store for cohort in cohorts} if cohorts is not None else known.stores
+        has = {known.of(tenant).store for tenant in tenants} if tenants is not None else known.stores
         if has != {to}:
             flagfile.write_flag(file, flag.key, former)
         raise
 
 
-def _write(flag: Flag, file: Path, stage: Stage, cohorts: Collection[str] | None, alone: bool = False) -> None:
-    """Turn the flag of cohorts, or of everybody; of all cohorts too then, unless it is turned `alone`."""
-    if cohorts is None:
+def _write(flag: Flag, file: Path, stage: Stage, tenants: Collection[str] | None, alone: bool = False) -> None:
+    """Turn the flag of tenants, or of everybody; of all tenants too then, unless it is turned `alone`."""
+    if tenants is None:
         flagfile.write_stage(file, flag.key, stage, None if alone else flag.context)
     else:
         assert flag.context is not None
-        flagfile.write_cohorts(file, flag.key, flag.context, cohorts, stage)
+        flagfile.write_tenants(file, flag.key, flag.context, tenants, stage)
 
 
 def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | None, told: Mapping[str, Any]) -> dict[str, Any]:

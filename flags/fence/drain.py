@@ -134,7 +134,7 @@ def _behind(spec: Spec, ledger: Ledger, position: int) -> str | None:
 def unmirrored(ledger: Ledger, since: object, epochs: Collection[int]) -> str | None:
     """On the way back the routers' mirrors must have nothing more of what goes back, as each says after the refusal.
 
-    What they still have of other cohorts, which go on, is of other epochs.
+    What they still have of other tenants, which go on, is of other epochs.
     """
     row = ledger.connection.execute("SELECT now() - interval '10 seconds'").fetchone()
     assert row is not None

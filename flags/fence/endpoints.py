@@ -1,6 +1,6 @@
 """The two endpoints of a fence: each store's session and tables, what it refuses, and where its log is.
 
-What a store refuses follows from the authority log: all rows over which it has no authority. Only where cohorts move one by one the
+What a store refuses follows from the authority log: all rows over which it has no authority. Only where tenants move one by one the
 store that takes over refuses from the first fence on what it has not got yet; while all rows move at once it has nothing to refuse
 before. Everything runs where `changeover flags` runs.
 """
@@ -29,12 +29,12 @@ from changeover.stores.postgres.refusal import Refusal, Refused
 
 @dataclass(frozen=True)
 class SideTable:
-    """A table as one store has it: its key there, and the column that holds a row's cohort, where cohorts move one by one."""
+    """A table as one store has it: its key there, and the column that holds a row's tenant, where tenants move one by one."""
 
     schema: str
     name: str
     key: tuple[str, ...]
-    cohort: str | None
+    tenant: str | None
 
     @property
     def gated(self) -> gate.GatedTable:
@@ -61,7 +61,7 @@ class Side:
         None says that no transaction is alive any more that could write such rows.
         """
         for table in self.tables:
-            what = Refusal(self.refused(changes) if table.cohort else (), begun, table.cohort)
+            what = Refusal(self.refused(changes) if table.tenant else (), begun, table.tenant)
             if not refusal.install(self.connection, table.schema, table.name, what, deadline):
                 return joined(table.schema, table.name)
         return None
@@ -69,8 +69,8 @@ class Side:
     def settle(self, changes: Sequence[Authority]) -> None:
         """Refuse what this store has no authority over, for good, and nothing else; safe to repeat."""
         for table in self.tables:
-            what = Refusal(self.refused(changes), None, table.cohort)
-            if what.standing or (table.cohort and changes):
+            what = Refusal(self.refused(changes), None, table.tenant)
+            if what.standing or (table.tenant and changes):
                 refusal.replace(self.connection, table.schema, table.name, what)
             else:
                 refusal.remove(self.connection, table.schema, table.name)
@@ -80,16 +80,16 @@ class Side:
         for table in self.tables:
             if not changes or not gate.installed(self.connection, table.gated):
                 continue
-            if table.cohort is None:
+            if table.tenant is None:
                 gate.raise_floor(self.connection, table.gated, epoch_floor(changes[-1].epoch))
             else:
-                tenantfloor.put(self.connection, table.gated, table.cohort, _floors(changes))
+                tenantfloor.put(self.connection, table.gated, table.tenant, _floors(changes))
 
     def install_floors(self, changes: Sequence[Authority]) -> None:
-        """Have the gates ask for the floors of cohorts, where they move one by one; it waits for gated statements."""
+        """Have the gates ask for the floors of tenants, where they move one by one; it waits for gated statements."""
         for table in self.tables:
-            if table.cohort is not None:
-                tenantfloor.install(self.connection, table.gated, table.cohort, _floors(changes), server_name(self.dsn))
+            if table.tenant is not None:
+                tenantfloor.install(self.connection, table.gated, table.tenant, _floors(changes), server_name(self.dsn))
 
 
 def _floors(changes: Sequence[Authority]) -> list[Refused]:

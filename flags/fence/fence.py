@@ -1,4 +1,4 @@
-"""The fence: authority over all rows, or some cohorts', moves from one store to the other, enforced by the one that loses it.
+"""The fence: authority over all rows, or some tenants', moves from one store to the other, enforced by the one that loses it.
 
 The order is the proof: (1) the losing store refuses whatever is not of the new epoch, and getting that trigger's lock has drained
 every older writing transaction; (2) only then its position F is read and a marker emitted; (3) the stream is still the one that was
@@ -50,8 +50,8 @@ NEAR = 6.0
 PERMANENT_SECONDS = 1.0
 """What must be left of the pause when the refusal is made permanent: the deadline may not pass in between."""
 
-MOST_COHORTS = 10_000
-"""How many cohorts a move may name: the losing store compares each row that is written with all of them."""
+MOST_TENANTS = 10_000
+"""How many tenants a move may name: the losing store compares each row that is written with all of them."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ class Fenced:
     lacking: str | None = None
 
 
-def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, cohorts: Collection[str] | None = None) -> Fenced:
-    """Move authority to a store, over all rows that it has none over yet, or those of some cohorts (driver).
+def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, tenants: Collection[str] | None = None) -> Fenced:
+    """Move authority to a store, over all rows that it has none over yet, or those of some tenants (driver).
 
     Capture and replay must be running. Raises FenceCalledOff, with writers back where they were, TableStopped, and SlotBlocked
-    before anything was held up; Refused for cohorts where they can't move one by one.
+    before anything was held up; Refused for tenants where they can't move one by one.
     """
-    _require_nameable(spec, to, cohorts)
+    _require_nameable(spec, to, tenants)
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), ExitStack() as held:
         before = ledger.authorities()
-        whose = epochs.moving(before, to.value, cohorts)
+        whose = epochs.moving(before, to.value, tenants)
         if whose is not None:
             _name_holders(spec, to)
         if to is Origin.NEW and whose is not None:
@@ -87,15 +87,15 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, cohorts: Coll
             path = reverse_setup.open_path(
                 spec, ledger
             )  # which waits for open transactions, so it comes before anybody else has to
-            if path is None and cohorts is not None:
-                raise Refused("no cohort moves alone without a way back: `changeover check` says what stands in it")
+            if path is None and tenants is not None:
+                raise Refused("no tenant moves alone without a way back: `changeover check` says what stands in it")
         held.enter_context(_others_rest(spec, ledger))
         old, new = held.enter_context(sides(spec))
         if whose is None:
             _finish(new if to is Origin.NEW else old, old, new, before)
             present = next((one for one in reversed(before) if one.store == to.value), ledger.authority())
             return Fenced(present.epoch, to.value, present.from_lsn, present.pause_seconds or 0.0)
-        names = frozenset(cohorts) if cohorts is not None else None
+        names = frozenset(tenants) if tenants is not None else None
         epoch = max((one.epoch for one in before), default=0) + 1
         return _move(Transfer(spec, ledger, to, epoch, whose, names, before, old, new), max_pause)
 
@@ -109,17 +109,17 @@ def _name_holders(spec: Spec, to: Origin) -> None:
             log.warning("%s", one)
 
 
-def _require_nameable(spec: Spec, to: Origin, cohorts: Collection[str] | None) -> None:
-    if cohorts is None:
+def _require_nameable(spec: Spec, to: Origin, tenants: Collection[str] | None) -> None:
+    if tenants is None:
         return
     if spec.flag is None or spec.flag.context is None:
-        raise Refused("cohorts move one by one where the spec names `flag.context`, the column that holds them")
-    if not cohorts or not all(cohorts):
-        raise Refused("a cohort's name is empty: those without a name move with all rows")
-    if len(cohorts) > MOST_COHORTS:
-        raise Refused(f"{len(cohorts):,} cohorts are more than {MOST_COHORTS:,} at once: every write compares itself with them")
+        raise Refused("tenants move one by one where the spec names `flag.context`, the column that holds them")
+    if not tenants or not all(tenants):
+        raise Refused("a tenant's name is empty: those without a name move with all rows")
+    if len(tenants) > MOST_TENANTS:
+        raise Refused(f"{len(tenants):,} tenants are more than {MOST_TENANTS:,} at once: every write compares itself with them")
     if to is Origin.NEW and (why := indivisible(spec)):
-        raise Refused(f"no cohort moves alone: {why[0]}")
+        raise Refused(f"no tenant moves alone: {why[0]}")
 
 
 def _move(transfer: Transfer, max_pause: float) -> Fenced:
@@ -144,7 +144,7 @@ def _move(transfer: Transfer, max_pause: float) -> Fenced:
     pause.make(Move.RAISE_FLOOR)
     log.info(
         "epoch %s: the %s store has authority over %s from %s, after %.3f s", transfer.epoch, to.value,
-        "all rows" if transfer.names is None else f"{len(transfer.names)} cohorts", format_lsn(places[0]), pause.seconds,
+        "all rows" if transfer.names is None else f"{len(transfer.names)} tenants", format_lsn(places[0]), pause.seconds,
     )  # fmt: skip
     return Fenced(transfer.epoch, to.value, places[0], pause.seconds, lacking)
 
@@ -157,7 +157,7 @@ def settle(spec: Spec) -> None:
 
 def _finish(gaining: Side, old: Side, new: Side, changes: Sequence[Authority]) -> None:
     """Raise the floors of what has authority on record, and let it write; safe to repeat."""
-    apart = any(table.cohort for table in gaining.tables)
+    apart = any(table.tenant for table in gaining.tables)
     for side in (gaining, *(one for one in (old, new) if apart and one is not gaining)):
         side.raise_floors(changes)
         side.settle(changes)
@@ -198,17 +198,17 @@ def _make_final(transfer: Transfer, pause: Pause) -> None:
 def _prepare_gates(transfer: Transfer, seconds: float) -> None:
     """Before the pause: the losing store, mirrored to from now on, gets its gate; the gaining one statistics and sequences.
 
-    Where cohorts move one by one, the gaining store refuses from here on what it has not got.
+    Where tenants move one by one, the gaining store refuses from here on what it has not got.
     """
     losing, gaining = transfer.losing, transfer.gaining
     for table in losing.tables:
         gate.install_gate(losing.connection, table.schema, table.name, table.key, epoch_floor(0))
-        if table.cohort is None:
+        if table.tenant is None:
             gate.raise_floor(losing.connection, table.gated, epoch_floor(transfer.epoch))
     _allow(transfer)
     for side in (losing, gaining):
         side.install_floors(transfer.before)
-    apart = any(table.cohort for table in gaining.tables)
+    apart = any(table.tenant for table in gaining.tables)
     if apart and (waiting := gaining.freeze(transfer.before, None, time.monotonic() + seconds)):
         raise FenceCalledOff(seconds, f"the lock on {waiting}, before anybody is held up")
     for table in gaining.tables:
@@ -239,10 +239,10 @@ def _record(transfer: Transfer, made: Authority, lacking: str | None) -> None:
     ledger = transfer.ledger
     with ledger.connection.transaction():
         ledger.connection.execute(
-            "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, cohorts)"
+            "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, tenants)"
             " VALUES (%s, %s, %s, %s, %s, %s, %s)",
             [ledger.migration, made.epoch, made.store, format_lsn(made.from_lsn), made.pause_seconds, format_lsn(made.new_lsn),
-             None if made.cohorts is None else sorted(made.cohorts)],
+             None if made.tenants is None else sorted(made.tenants)],
         )  # fmt: skip
         if lacking is not None:
             reverse.break_off(ledger, f"authority went back without it: {lacking}")
@@ -250,7 +250,7 @@ def _record(transfer: Transfer, made: Authority, lacking: str | None) -> None:
 
 
 def _offer_again(transfer: Transfer) -> None:
-    """Have a lake take the old store's stream again from where cohorts have left: it learns by the echo what they wrote meanwhile.
+    """Have a lake take the old store's stream again from where tenants have left: it learns by the echo what they wrote meanwhile.
 
     While the others stayed it went on past there. What it took already it refuses a second time.
     """

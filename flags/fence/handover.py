@@ -21,21 +21,21 @@ from changeover.jobs.transform.derivation import origin
 from changeover.spec import Spec, Table
 from changeover.stores.base.statements import HAND_OVER, Move
 from changeover.stores.tables import sequences
-from changeover.tenants import Cohorts
+from changeover.tenants import Tenants
 
 
 @dataclass(frozen=True)
 class Transfer:
     """What one fence moves: which rows, to which store, under which epoch; `before` is the authority log without it.
 
-    `names` are the cohorts as they are put on record, None for all rows.
+    `names` are the tenants as they are put on record, None for all rows.
     """
 
     spec: Spec
     ledger: Ledger
     to: Origin
     epoch: int
-    whose: Cohorts
+    whose: Tenants
     names: frozenset[str] | None
     before: Sequence[Authority]
     old: Side
@@ -96,7 +96,7 @@ def advance_sequences(gaining: Side) -> None:
 def pass_the_others(transfer: Transfer) -> None:
     """In the pause, when nothing is drawn any more: past what the losing store drew, used or not, and past the last rows.
 
-    Where cohorts move one by one the others go on drawing; then no row of theirs has a key of these.
+    Where tenants move one by one the others go on drawing; then no row of theirs has a key of these.
     """
     gaining, losing = transfer.gaining, transfer.losing
     for table, got, lost in zip(transfer.spec.tables, gaining.tables, losing.tables, strict=True):

@@ -3,7 +3,7 @@
 A missing flag, a misspelt variation, a value of another type, a bad file or a service that can't be reached never moves
 a process: it stays where it was and says so, by a warning in the log and a counter. In particular it does not fall back
 to `off` after `complete`, which would be the dead store. A forked child starts the SDK anew before its first
-evaluation. Cohorts are asked for one by one where the spec names their column; what is kept of them is bounded.
+evaluation. Tenants are asked for one by one where the spec names their column; what is kept of them is bounded.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from changeover.flags.router.alarm import Alarm
 from changeover.jobs.ledger.epochs import EVERYTHING
 
 EVERYONE = Context.builder("everyone").kind("changeover").build()
-"""One context for all rows that are not asked for by cohort, whatever a rule in the flag says of other contexts."""
+"""One context for all rows that are not asked for by tenant, whatever a rule in the flag says of other contexts."""
 
 KEPT = 10_000
-"""Cohorts of which the last stage is kept, because it is not everybody's; beyond so many the longest kept are forgotten."""
+"""Tenants of which the last stage is kept, because it is not everybody's; beyond so many the longest kept are forgotten."""
 
 _STAGES = {stage.value: stage for stage in Stage}
 
@@ -33,8 +33,8 @@ class StageSource(Protocol):
 
     alarm: Alarm
 
-    def stage(self, cohort: str = EVERYTHING) -> Stage | None:
-        """Return the stage wished for of a cohort, or of everybody; the last known one, or None when there never was one.
+    def stage(self, tenant: str = EVERYTHING) -> Stage | None:
+        """Return the stage wished for of a tenant, or of everybody; the last known one, or None when there never was one.
 
         It runs on the caller's thread.
         """
@@ -48,9 +48,9 @@ class StageSource(Protocol):
 class FlagStage:
     """The stage of one flag of an SDK client, migration flag or string flag alike; thread-safe.
 
-    A cohort is a context of a `kind` of its own, with the cohort as key: individual targets, rules and percentage rollouts for that
+    A tenant is a context of a `kind` of its own, with the tenant as key: individual targets, rules and percentage rollouts for that
     kind act on it. Without a usable answer it goes by the last one that it had, if that is among those that are `KEPT`, and else by
-    the last one for everybody. `complete`, from which there is no way back, is of everybody alone: a cohort waits at rampdown.
+    the last one for everybody. `complete`, from which there is no way back, is of everybody alone: a tenant waits at rampdown.
     """
 
     def __init__(self, client: LDClient, key: str, context: Context = EVERYONE, *, kind: str | None = None) -> None:
@@ -64,38 +64,38 @@ class FlagStage:
         self._pid = os.getpid()
         self._listen()
 
-    def stage(self, cohort: str = EVERYTHING) -> Stage | None:
+    def stage(self, tenant: str = EVERYTHING) -> Stage | None:
         """Evaluate the flag (about 10 microseconds).
 
         `variation` with None as default, not `migration_variation`: the latter answers its default stage alike when the
         flag says so and when there is no answer, and takes more than twice as long.
         """
-        alone = cohort != EVERYTHING and self.kind is not None
-        value = self.client.variation(self.key, Context.create(cohort, self.kind) if alone else self.context, None)
+        alone = tenant != EVERYTHING and self.kind is not None
+        value = self.client.variation(self.key, Context.create(tenant, self.kind) if alone else self.context, None)
         stage = _STAGES.get(value) if isinstance(value, str) else None
         if stage is None:
             self.alarm.raise_for("no answer" if value is None else f"{value!r} is no stage")
-            return self._apart.get(cohort, self._known)
+            return self._apart.get(tenant, self._known)
         if not alone:
             if stage is not self._known:
                 self._everybody(stage)
             return stage
         if stage is Stage.COMPLETE and self._known is not stage and self.stage() is not stage:
             stage = Stage.RAMPDOWN
-        if stage is not self._apart.get(cohort, self._known):
-            self._keep(cohort, stage)
+        if stage is not self._apart.get(tenant, self._known):
+            self._keep(tenant, stage)
         return stage
 
     def _everybody(self, stage: Stage) -> None:
         with self._keeping:
             self._known = stage
-            self._apart = {cohort: kept for cohort, kept in self._apart.items() if kept is not stage}
+            self._apart = {tenant: kept for tenant, kept in self._apart.items() if kept is not stage}
 
-    def _keep(self, cohort: str, stage: Stage) -> None:
+    def _keep(self, tenant: str, stage: Stage) -> None:
         with self._keeping:
-            self._apart.pop(cohort, None)
+            self._apart.pop(tenant, None)
             if stage is not self._known:
-                self._apart[cohort] = stage
+                self._apart[tenant] = stage
                 if len(self._apart) > KEPT:
                     del self._apart[next(iter(self._apart))]
 

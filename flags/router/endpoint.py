@@ -63,12 +63,12 @@ def returned(cursor: Cursor, *, deleted: bool = False) -> list[Change]:
     return [Change(row if isinstance(row, dict) else dict(zip(names, row, strict=True)), deleted) for row in cursor.fetchall()]
 
 
-Cohort = str | int | UUID
+Tenant = str | int | UUID
 """The value of a row in the column that `flag.context` names."""
 
 
 def as_text(value: Any) -> str | None:
-    """Return a cohort as PostgreSQL prints it, None for a value that is of no type of a cohort (pure)."""
+    """Return a tenant as PostgreSQL prints it, None for a value that is of no type of a tenant (pure)."""
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, (int, UUID)) and not isinstance(value, bool) else None
@@ -88,7 +88,7 @@ class PgEndpoint:
 
     With `pool` the callers' statements run on the application's pool; mirrored writes and comparisons keep to sessions
     by the DSN, so that they never take a session from a caller. `key` is the gate's key, by default the one with which
-    it was installed. `cohort` is the key column that holds a row's cohort, where authority moves by cohorts.
+    it was installed. `tenant` is the key column that holds a row's tenant, where authority moves by tenants.
     """
 
     dsn: str = field(repr=False)
@@ -96,7 +96,7 @@ class PgEndpoint:
     key: tuple[str, ...] = ()
     pool: Pool | None = None
     log: Log | None = None
-    cohort: str | None = None
+    tenant: str | None = None
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """The follower: which store has authority, followed by a background thread, and what this process last acknowledged of it.
 
 `LedgerAuthority` asks the ledger every 50 ms on a connection of its own, at once when a write was refused, for its newest move, and
-reads those that came since only where that is another one: many cohorts may be named there. It records a heartbeat every 0.5 s and
+reads those that came since only where that is another one: many tenants may be named there. It records a heartbeat every 0.5 s and
 at once when the stage or the epoch has changed. A ledger that can't be reached keeps the last known facts: that is safe, because
 the store that lost authority refuses by itself. The caller's thread only reads an attribute.
 """
@@ -61,8 +61,8 @@ class Follower(Protocol):
     facts: Facts | None
     last_stage: Stage | None
 
-    def wait(self, cohort: str, fact: Fact, seconds: float) -> None:
-        """Wait until a cohort's fact is another one, looking often, at most so long (caller's thread, after a refusal)."""
+    def wait(self, tenant: str, fact: Fact, seconds: float) -> None:
+        """Wait until a tenant's fact is another one, looking often, at most so long (caller's thread, after a refusal)."""
         ...
 
     def close(self) -> None:
@@ -105,19 +105,19 @@ class LedgerFollower:
         with self._changed:
             self._changed.wait_for(lambda: self._looks or self.failures, FIRST_LOOK_SECONDS)
 
-    def wait(self, cohort: str, fact: Fact, seconds: float) -> None:
-        """Wait until the ledger says something else of a cohort, or the time is over."""
+    def wait(self, tenant: str, fact: Fact, seconds: float) -> None:
+        """Wait until the ledger says something else of a tenant, or the time is over."""
         until = time.monotonic() + seconds
         with self._changed:
-            while not self._says_else(cohort, fact) and time.monotonic() < until:
+            while not self._says_else(tenant, fact) and time.monotonic() < until:
                 self._wake.set()
                 self._changed.wait(LOOK_AGAIN_SECONDS)
                 # `wait` ends with the first look, which may come at once: the next one is not asked for before its
                 # time.
-                self._changed.wait_for(lambda: self._says_else(cohort, fact), LOOK_AGAIN_SECONDS)
+                self._changed.wait_for(lambda: self._says_else(tenant, fact), LOOK_AGAIN_SECONDS)
 
-    def _says_else(self, cohort: str, fact: Fact) -> bool:
-        return self.facts is not None and self.facts.of(cohort) != fact
+    def _says_else(self, tenant: str, fact: Fact) -> bool:
+        return self.facts is not None and self.facts.of(tenant) != fact
 
     def close(self) -> None:
         """Record the last counters, then end the thread and its connection."""

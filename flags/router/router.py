@@ -8,8 +8,8 @@
 The authority's transaction runs on the caller's thread and its outcome is the caller's outcome; the mirror, comparisons
 and the ledger are on threads of their own, so that no other store can slow or fail a caller. The flag is the wish, the
 ledger's epoch the fact. A write that a fence refuses waits, no longer than `max_pause`, and runs anew where authority
-then is. Where the spec names a column of cohorts (`flag.context`), each call says whose row it is by `cohort=`, and goes by that
-cohort's stage and authority. Threads and sessions are made on first use in each process, a forked child's too. Nothing is read
+then is. Where the spec names a column of tenants (`flag.context`), each call says whose row it is by `tenant=`, and goes by that
+tenant's stage and authority. Threads and sessions are made on first use in each process, a forked child's too. Nothing is read
 from the environment or opened at import.
 """
 
@@ -36,11 +36,11 @@ from changeover.flags.router.desired import FlagStage, StageSource
 from changeover.flags.router.endpoint import (
     EXACT_FLOATS,
     Change,
-    Cohort,
     Cursor,
     PgEndpoint,
     Row,
     RowMapping,
+    Tenant,
     as_text,
     position,
     returned,
@@ -94,8 +94,8 @@ class Router:
             {Origin.OLD: old, Origin.NEW: new}, {Origin.OLD: to_old, Origin.NEW: to_new}, stage, authority,
             application_name(name, "router"), process, limits or Limits(),
         )  # fmt: skip
-        if (old.cohort is None) is not (new.cohort is None):
-            raise TypeError("a router of cohorts needs their column in both stores: PgEndpoint(..., cohort=...)")
+        if (old.tenant is None) is not (new.tenant is None):
+            raise TypeError("a router of tenants needs their column in both stores: PgEndpoint(..., tenant=...)")
         self._owned_client: LDClient | None = None
         self._pinned: ContextVar[dict[str, Pin] | None] = ContextVar("changeover_pins", default=None)
         self._runtime: Runtime | None = None
@@ -124,8 +124,8 @@ class Router:
         log_of = Log(spec.name) if spec.source.capture == TRIGGER else None
         used = client if client is not None else flagfile.client(str(spec.flag.file))
         router = cls(
-            old=PgEndpoint(spec.source.dsn.resolve(), found.source, log=log_of, cohort=kind),
-            new=PgEndpoint(spec.targets[spec.flag.target].dsn_value, found.target, found.key, cohort=there),
+            old=PgEndpoint(spec.source.dsn.resolve(), found.source, log=log_of, tenant=kind),
+            new=PgEndpoint(spec.targets[spec.flag.target].dsn_value, found.target, found.key, tenant=there),
             to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind),
             authority=LedgerAuthority(spec.ledger.resolve(), spec.name), name=spec.name, process=process, limits=limits,
         )  # fmt: skip
@@ -135,7 +135,7 @@ class Router:
     # -- the caller's thread
 
     def write(
-        self, *, old: Callable[[Cursor], Sequence[Change]], new: Callable[[Cursor], Sequence[Change]], cohort: Cohort | None = None
+        self, *, old: Callable[[Cursor], Sequence[Change]], new: Callable[[Cursor], Sequence[Change]], tenant: Tenant | None = None
     ) -> Written:
         """Run one of two functions in a transaction on the store that has authority, and mirror what it returns.
 
@@ -145,11 +145,11 @@ class Router:
         rolls back and goes to the caller; so does a COMMIT of unknown outcome, after which nothing is mirrored: the
         change stream tells.
 
-        `cohort` is the rows' own, all of one: a returned row of another one rolls back and raises Refused, because it would be
-        written under another's authority. A key change from one cohort to another is a delete and an insert, each a write of its
-        own cohort.
+        `tenant` is the rows' own, all of one: a returned row of another one rolls back and raises Refused, because it would be
+        written under another's authority. A key change from one tenant to another is a delete and an insert, each a write of its
+        own tenant.
         """
-        whose = self._cohort(cohort)
+        whose = self._tenant(tenant)
         runtime = self._running()
         functions = {Origin.OLD: old, Origin.NEW: new}
         pin = self._pin(runtime, whose)
@@ -175,15 +175,15 @@ class Router:
 
     def read(
         self, *, old: Callable[[Cursor], Value], new: Callable[[Cursor], Value], experiment: Experiment | None = None,
-        cohort: Cohort | None = None,
+        tenant: Tenant | None = None,
     ) -> Value:  # fmt: skip
         """Return what the store that has authority answers; at shadow and live the other one is asked beside it.
 
         A function gets a cursor and only reads. For comparison it returns a row as a mapping, a list of them, or
         anything else that the experiment's `clean` and `compare` understand; the old store's rows are mapped by
-        `to_new`. `cohort` is that of the rows asked for; a read over several cohorts is one read of each.
+        `to_new`. `tenant` is that of the rows asked for; a read over several tenants is one read of each.
         """
-        whose = self._cohort(cohort)
+        whose = self._tenant(tenant)
         runtime = self._running()
         pin = self._pin(runtime, whose)
         origin = pin.rule.reads
@@ -197,12 +197,12 @@ class Router:
         return value
 
     @contextmanager
-    def pinned(self, cohort: Cohort | None = None) -> Iterator[Stage]:
+    def pinned(self, tenant: Tenant | None = None) -> Iterator[Stage]:
         """Keep one stage for all calls of a request (thread or task); only a fence's refusal moves it on.
 
-        Each cohort has a stage of its own, kept from its first call on; the one given, or everybody's, is kept at once.
+        Each tenant has a stage of its own, kept from its first call on; the one given, or everybody's, is kept at once.
         """
-        whose = EVERYTHING if cohort is None else self._cohort(cohort)
+        whose = EVERYTHING if tenant is None else self._tenant(tenant)
         token = self._pinned.set(dict(self._pinned.get() or {}))
         try:
             yield self._pin(self._running(), whose).stage
@@ -211,12 +211,12 @@ class Router:
 
     @property
     def stage(self) -> Stage:
-        """Return the stage at which this process acts now, but for cohorts that stand apart."""
+        """Return the stage at which this process acts now, but for tenants that stand apart."""
         return self._pin(self._running(), EVERYTHING).stage
 
-    def stage_of(self, cohort: Cohort) -> Stage:
-        """Return the stage at which this process acts now for a cohort."""
-        return self._pin(self._running(), self._cohort(cohort)).stage
+    def stage_of(self, tenant: Tenant) -> Stage:
+        """Return the stage at which this process acts now for a tenant."""
+        return self._pin(self._running(), self._tenant(tenant)).stage
 
     def counters(self) -> dict[str, Any]:
         """Return the counts of this process, as its heartbeat has them; values of rows are never in it."""
@@ -263,27 +263,27 @@ class Router:
                 self._runtime = Runtime(self._parts)
             return self._runtime
 
-    def _cohort(self, given: Cohort | None) -> str:
-        """Return the cohort of a call as text, `EVERYTHING` where all rows move at once."""
-        column = self._parts.endpoints[Origin.OLD].cohort
+    def _tenant(self, given: Tenant | None) -> str:
+        """Return the tenant of a call as text, `EVERYTHING` where all rows move at once."""
+        column = self._parts.endpoints[Origin.OLD].tenant
         if column is None:
             if given is not None:
-                raise TypeError("cohort= is given, but all rows move at once: name their column as flag.context, or leave it out")
+                raise TypeError("tenant= is given, but all rows move at once: name their column as flag.context, or leave it out")
             return EVERYTHING
         found = as_text(given)
         if found is None:
-            raise TypeError(f"cohort= is {type(given).__name__}: give the row's own {column}, a str, an int or a UUID")
+            raise TypeError(f"tenant= is {type(given).__name__}: give the row's own {column}, a str, an int or a UUID")
         return found
 
-    def _pin(self, runtime: Runtime, cohort: str) -> Pin:
+    def _pin(self, runtime: Runtime, tenant: str) -> Pin:
         pinned = self._pinned.get()
         if pinned is None:
-            return runtime.decide(runtime.wish(cohort), cohort)
-        if (pin := pinned.get(cohort)) is None:
-            pin = pinned[cohort] = runtime.decide(runtime.wish(cohort), cohort)
+            return runtime.decide(runtime.wish(tenant), tenant)
+        if (pin := pinned.get(tenant)) is None:
+            pin = pinned[tenant] = runtime.decide(runtime.wish(tenant), tenant)
         return pin
 
-    def _attempt(self, runtime: Runtime, pin: Pin, function: Callable[[Cursor], Sequence[Change]], cohort: str) -> Written:
+    def _attempt(self, runtime: Runtime, pin: Pin, function: Callable[[Cursor], Sequence[Change]], tenant: str) -> Written:
         origin, lsn = pin.rule.writes, None
         endpoint = self._parts.endpoints[origin]
         with runtime.session(origin) as connection, transaction(connection) as cursor:
@@ -292,8 +292,8 @@ class Router:
             changes = function(cursor)
             if not isinstance(changes, (list, tuple)) or not all(isinstance(change, Change) for change in changes):
                 raise TypeError("a write's function returns a list of Change: `returned(cursor)` after RETURNING *")
-            if endpoint.cohort is not None:
-                _require_cohort(changes, endpoint.cohort, cohort)
+            if endpoint.tenant is not None:
+                _require_tenant(changes, endpoint.tenant, tenant)
             if pin.rule.mirrors and changes:
                 lsn = position(cursor, endpoint.log)
         # From here on the COMMIT is acknowledged; any exception above means that it is not, and nothing is mirrored.
@@ -302,32 +302,32 @@ class Router:
         version = Version(pin.fact.epoch, lsn, DUAL_WRITE_ORDINAL)
         return Written(origin, pin.stage, changes, version, runtime.mirror(other(origin)).offer(version, changes))
 
-    def _after_fence(self, runtime: Runtime, cohort: str, pin: Pin, since: float, error: psycopg.Error) -> Pin:
+    def _after_fence(self, runtime: Runtime, tenant: str, pin: Pin, since: float, error: psycopg.Error) -> Pin:
         """Wait for the ledger's next word and return what holds then; the same store, if the fence was called off."""
         if time.monotonic() - since >= self._parts.limits.max_pause:
             runtime.waited(time.monotonic() - since)
             endpoint = self._parts.endpoints[pin.rule.writes].name
             raise LockNotGranted(endpoint, "write authority", "a fence that did not end") from error
         if runtime.follower is not None:
-            runtime.follower.wait(cohort, pin.fact, FENCE_POLL_SECONDS)
+            runtime.follower.wait(tenant, pin.fact, FENCE_POLL_SECONDS)
         else:
             time.sleep(FENCE_POLL_SECONDS)
         pinned = self._pinned.get()
-        found = runtime.decide(runtime.wish(cohort) if pinned is None else pin.wish, cohort)
+        found = runtime.decide(runtime.wish(tenant) if pinned is None else pin.wish, tenant)
         if pinned is not None:
-            pinned[cohort] = found
+            pinned[tenant] = found
         return found
 
 
-def _require_cohort(changes: Sequence[Change], column: str, cohort: str) -> None:
-    """Refuse rows of another cohort than the write's, before they are committed; no value of a row is told."""
+def _require_tenant(changes: Sequence[Change], column: str, tenant: str) -> None:
+    """Refuse rows of another tenant than the write's, before they are committed; no value of a row is told."""
     for change in changes:
         if column not in change.row:
-            raise TypeError(f"a write's function returned a row without {column}, its cohort: return whole rows by RETURNING *")
-        if as_text(change.row[column]) != cohort:
+            raise TypeError(f"a write's function returned a row without {column}, its tenant: return whole rows by RETURNING *")
+        if as_text(change.row[column]) != tenant:
             raise Refused(
-                f"a write returned a row whose {column} is not the cohort that it was called for, and was rolled back: write the"
-                " rows of each cohort by a call of their own, a key change from one to another as a delete and an insert"
+                f"a write returned a row whose {column} is not the tenant that it was called for, and was rolled back: write the"
+                " rows of each tenant by a call of their own, a key change from one to another as a delete and an insert"
             )
 
 

@@ -91,21 +91,21 @@ class Runtime:
             process = f"{parts.process or socket.gethostname()}:{self.pid}.{secrets.token_hex(2)}"
             self.follower = parts.authority.follow(process, self._beat)
 
-    def wish(self, cohort: str = EVERYTHING) -> Stage:
+    def wish(self, tenant: str = EVERYTHING) -> Stage:
         """Return the flag's stage; a process that never had an answer goes on from the migration's last heartbeat."""
-        wish = self.parts.stage.stage(cohort)
+        wish = self.parts.stage.stage(tenant)
         if wish is None:
             last = self.follower.last_stage if self.follower is not None else None
             wish = last or Stage.OFF
         return wish
 
-    def decide(self, wish: Stage, cohort: str = EVERYTHING) -> Pin:
-        """Return what the wish for a cohort and its fact give; raises ServerUnavailable where only an unread ledger could tell."""
+    def decide(self, wish: Stage, tenant: str = EVERYTHING) -> Pin:
+        """Return what the wish for a tenant and its fact give; raises ServerUnavailable where only an unread ledger could tell."""
         writes = TABLE[wish].writes
         if self.follower is None:
             fact = Fact(int(writes is Origin.NEW), writes)
         elif (facts := self.follower.facts) is not None:
-            fact = facts.of(cohort)
+            fact = facts.of(tenant)
         elif writes is Origin.OLD:
             fact = BEGINNING  # unread as yet: the old store refuses by itself what it may not take
         else:
@@ -117,7 +117,7 @@ class Runtime:
         return pin
 
     def apart(self, pin: Pin) -> bool:
-        """Return whether a pin is of a cohort at another store than all the others."""
+        """Return whether a pin is of a tenant at another store than all the others."""
         facts = self.follower.facts if self.follower is not None else None
         return facts is not None and pin.fact.store is not facts.rest.store
 
@@ -184,7 +184,7 @@ class Runtime:
     def _beat(self) -> Beat | None:
         """Return what the heartbeat says (the follower's thread); None while this process has no stage yet.
 
-        The stage is everybody's, by which the flag goes up and down; the epoch is that of the newest move, of whatever cohort.
+        The stage is everybody's, by which the flag goes up and down; the epoch is that of the newest move, of whatever tenant.
         """
         if self.follower is None or (facts := self.follower.facts) is None:
             return None

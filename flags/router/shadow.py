@@ -55,7 +55,7 @@ class Observation:
 class Result:
     """The end of one comparison; `control` is the authority. It matched, mismatched, was ignored, or failed.
 
-    `apart` says that it was of a cohort at another store than all the others, and so at another stage.
+    `apart` says that it was of a tenant at another store than all the others, and so at another stage.
     """
 
     experiment: str
@@ -175,7 +175,7 @@ class Comparisons:
     def counters(self) -> dict[str, Any]:
         """Return the counts; `compared` is the sum of matched, mismatched and ignored.
 
-        `at_stage` has those of this stage, and those of cohorts that stand apart meanwhile.
+        `at_stage` has those of this stage, and those of tenants that stand apart meanwhile.
         """
         with self._changed:
             counts: dict[str, Any] = {name: self._counts[name] for name in OUTCOMES}

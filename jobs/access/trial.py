@@ -63,7 +63,7 @@ UNION ALL SELECT format('the rule %%s', rulename) FROM pg_rewrite WHERE ev_class
 BECOMES = {True: "SELECT pg_has_role(%s, 'SET')", False: "SELECT pg_has_role(%s, 'MEMBER')"}
 LIMITS = "SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '10s'; SET LOCAL row_security = on"
 PASSED = "SELECT set_config('changeover.epoch', '2147483647', true)"
-"""Lets the row past a refusal that stands already while cohorts move one by one."""
+"""Lets the row past a refusal that stands already while tenants move one by one."""
 
 MET = (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction,
        psycopg.errors.GeneratedAlways, psycopg.errors.ObjectNotInPrerequisiteState)  # fmt: skip

@@ -31,7 +31,7 @@ from changeover.spark.failures import from_spark
 from changeover.spec import Spec
 from changeover.stores.base.interface import DELETED, Counts, Store
 from changeover.stores.base.reader import ExportedSnapshot
-from changeover.tenants import EVERY, Cohorts
+from changeover.tenants import EVERY, Tenants
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -143,9 +143,9 @@ class Carrier:
         return last
 
     def _truncate(self, load: Any, at: tuple[int, int], section: Section, transform: Transform, store: Store) -> None:
-        """Offer a TRUNCATE, which is of all rows; both stores refuse one once cohorts have moved apart."""
-        if section[0].cohorts != EVERY:
-            reason = f"a TRUNCATE (at {format_lsn(at[0])}), though cohorts have moved apart: nobody has authority over all rows"
+        """Offer a TRUNCATE, which is of all rows; both stores refuse one once tenants have moved apart."""
+        if section[0].tenants != EVERY:
+            reason = f"a TRUNCATE (at {format_lsn(at[0])}), though tenants have moved apart: nobody has authority over all rows"
             self.journal.stop(load, reason)
             raise TableStopped(load.source, reason)
         self.journal.require_truncatable(load)
@@ -202,8 +202,8 @@ class Carrier:
         """Offer the last change of each key that is an interval's."""
         last = last_of_each_key(events, identity_of(transform), [c.name for c in transform.source])
         last = without(last, identity_of(transform), passed)
-        if interval.cohorts != EVERY:
-            last = of_cohorts(last, self.journal.cohort(load), interval.cohorts)
+        if interval.tenants != EVERY:
+            last = of_tenants(last, self.journal.tenant(load), interval.tenants)
         if not len(last):
             return 0
         try:
@@ -279,10 +279,10 @@ def offered(events: pa.Table, *, echo: bool) -> pa.Table:
     return kept(events, pc.or_(pc.is_null(events["note"]), pc.is_in(events["op"], pa.array([RELATION, ADDED]))))
 
 
-def of_cohorts(changes: pa.Table, column: str, cohorts: Cohorts) -> pa.Table:
-    """Return the changes of some cohorts' rows, one a key; `column` is the key column that holds them (pure)."""
-    inside = pc.is_in(changes[column], pa.array(sorted(cohorts.names), pa.string()))
-    return changes.filter(pc.invert(inside) if cohorts.others else inside)
+def of_tenants(changes: pa.Table, column: str, tenants: Tenants) -> pa.Table:
+    """Return the changes of some tenants' rows, one a key; `column` is the key column that holds them (pure)."""
+    inside = pc.is_in(changes[column], pa.array(sorted(tenants.names), pa.string()))
+    return changes.filter(pc.invert(inside) if tenants.others else inside)
 
 
 def first_stop(outline: pa.Table, identity: Sequence[str]) -> tuple[int, str] | None:

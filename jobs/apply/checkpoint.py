@@ -75,8 +75,8 @@ class Journal(Protocol):
         """Return whether the target's table is closed, and needs no version for each key that is written."""
         ...
 
-    def cohort(self, load: Progress) -> str:
-        """Return the column of the stream's table that holds a row's cohort; asked where cohorts have moved apart."""
+    def tenant(self, load: Progress) -> str:
+        """Return the column of the stream's table that holds a row's tenant; asked where tenants have moved apart."""
         ...
 
     def require_truncatable(self, load: Progress) -> None:
@@ -111,11 +111,11 @@ class OldJournal:
         self.ledger.advance(load.source, load.target, until, events, self.epoch)
 
     def closed(self, load: Progress) -> bool:
-        """Return whether all chunks are loaded and swept; while cohorts move apart no position is above all epochs."""
+        """Return whether all chunks are loaded and swept; while tenants move apart no position is above all epochs."""
         apart = self.spec.flag is not None and self.spec.flag.context is not None
         return not apart and self.ledger.load(load.source, load.target).state == CLOSED
 
-    def cohort(self, load: Progress) -> str:
+    def tenant(self, load: Progress) -> str:
         """Return the old table's column."""
         column = tenancy.old_column(self.spec)
         assert column is not None
@@ -154,7 +154,7 @@ class NewJournal:
         """A verification asks which keys were written since authority moved, so each has its version."""
         return False
 
-    def cohort(self, load: Progress) -> str:
+    def tenant(self, load: Progress) -> str:
         """Return the new table's column."""
         column = tenancy.new_column(self.spec, self.spec.table(load.source))
         assert column is not None
@@ -191,7 +191,7 @@ class Back:
     def plan(self) -> tuple[list[Section], int]:
         """Return the parts of the new store's stream that are offered, and how far it reaches.
 
-        The reach is read in front of the authority log: a cohort whose move is not in the log has written nothing below it.
+        The reach is read in front of the authority log: a tenant whose move is not in the log has written nothing below it.
         """
         if all(change.store != NEW for change in self.ledger.authorities()):
             return [], 0

@@ -1,7 +1,7 @@
 """Retention: touched rows that no write can need any more are deleted beside replay, by position and never by time.
 
 Once a table is closed and every event below a position was offered, nothing older than the position has anything to say, so the
-floor may go up to there and stand for all versions below it (`rule.collectable`), in the earliest epoch that any cohort still
+floor may go up to there and stand for all versions below it (`rule.collectable`), in the earliest epoch that any tenant still
 writes under. Replay looks after so many events whether enough rows have gathered, deletes some of them in a turn of the target's
 lease, and offers changes before the next turn. What a killed run leaves is right, and is deleted by the next. Runs on the driver.
 """
@@ -88,7 +88,7 @@ class Collecting:
 def epoch_to_come(changes: Sequence[Authority], applied: int) -> int:
     """Return the epoch that no event of the old store's stream from a position on can be below (pure).
 
-    The table's floor is one for all cohorts: raised to a later epoch, it would refuse what those still write whose epoch is an
+    The table's floor is one for all tenants: raised to a later epoch, it would refuse what those still write whose epoch is an
     earlier one. So it stays at the least of them, and touched rows of later epochs stay until all have come so far.
     """
     here = [t for log, _ in histories(changes) for t in log if t.store == OLD]

@@ -111,7 +111,7 @@ class Replay:
     def _offer_table(self, source: str, target: str, parts: Sequence[Section], end: int, *, apart: bool) -> list[Replayed]:
         """Offer what is left of a table to a target; nothing is said of one that may not be merged yet.
 
-        Epochs are offered one after the other, unless cohorts have moved `apart`: then both streams go on, of other rows each.
+        Epochs are offered one after the other, unless tenants have moved `apart`: then both streams go on, of other rows each.
         """
         load = self.ledger.load(source, target)
         if load.applied >= end and all(section[0].store != NEW for section in parts):
@@ -124,7 +124,7 @@ class Replay:
             events = taken = 0
             for section in parts:
                 if section[0].store == NEW:
-                    # the target's lease, which a fence has, keeps cohorts from moving meanwhile
+                    # the target's lease, which a fence has, keeps tenants from moving meanwhile
                     there, offered = self._bring_back(section, source, target, store, self.back.reach())
                 else:
                     load, offered = self.carrier.catch_up(load, section, end, transform, store)

@@ -2,7 +2,7 @@
 
 Each transaction of ours bears a mark, so whatever else stands in a store's stream outside of its tenures is rogue. It is kept in
 the spool, never offered to another store and never dropped; it is told until a verdict, at a later moment, finds both stores
-equal. While cohorts are at both stores each change is held against its own cohort's tenures. The old store is watched from
+equal. While tenants are at both stores each change is held against its own tenant's tenures. The old store is watched from
 `prepare` on, the new one from where its reverse path was opened. Runs on the driver, without Spark.
 """
 
@@ -26,7 +26,7 @@ from changeover.jobs.spool.table import Spool, spool_of
 from changeover.jobs.transform.tenancy import new_column, old_column
 from changeover.position import format_lsn, parse_lsn
 from changeover.spec import Spec, Table
-from changeover.tenants import EVERY, Cohorts
+from changeover.tenants import EVERY, Tenants
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ PLACES = pa.schema([SCHEMA.field("lsn"), SCHEMA.field("committed_at")])
 """What is remembered of a rogue change."""
 
 
-Gaps = Callable[[int], list[tuple[int, int, Cohorts]]]
-"""Where a store had no authority from a position on, and over which cohorts."""
+Gaps = Callable[[int], list[tuple[int, int, Tenants]]]
+"""Where a store had no authority from a position on, and over which tenants."""
 
 
 @dataclass
@@ -108,8 +108,8 @@ class Watch:
         self.seen[store, table.source, since] = max(start, end), pa.concat_tables(parts)
         return self.seen[store, table.source, since][1]
 
-    def _of(self, spool: Spool, store: str, table: Table, place: tuple[int, int], whose: Cohorts) -> Iterator[pa.Table]:
-        """Yield what somebody wrote there to rows of these cohorts; whose a row is, is only read where it is the question."""
+    def _of(self, spool: Spool, store: str, table: Table, place: tuple[int, int], whose: Tenants) -> Iterator[pa.Table]:
+        """Yield what somebody wrote there to rows of these tenants; whose a row is, is only read where it is the question."""
         if whose == EVERY:
             found = spool.unmarked(*place)
             yield found.filter(pc.equal(found["relation"], _relation(store, table))).select(PLACES.names)
@@ -117,7 +117,7 @@ class Watch:
         column = old_column(self.spec) if store == OLD else new_column(self.spec, table)
         assert column is not None
         for part in spool.unmarked_rows(*place, _relation(store, table)):
-            yield part.filter(of_cohorts(part, column, whose)).select(PLACES.names)
+            yield part.filter(of_tenants(part, column, whose)).select(PLACES.names)
 
 
 def rogue(spec: Spec, ledger: Ledger) -> list[Rogue]:
@@ -125,14 +125,14 @@ def rogue(spec: Spec, ledger: Ledger) -> list[Rogue]:
     return Watch(spec).look(ledger)
 
 
-def of_cohorts(events: pa.Table, column: str, whose: Cohorts) -> pa.ChunkedArray:
-    """Return which events are of some cohorts' rows: by the new row, by the old key, or as a TRUNCATE, which is of all (pure)."""
+def of_tenants(events: pa.Table, column: str, whose: Tenants) -> pa.ChunkedArray:
+    """Return which events are of some tenants' rows: by the new row, by the old key, or as a TRUNCATE, which is of all (pure)."""
     mask = pc.equal(events["op"], TRUNCATE)
     names = pa.array(sorted(whose.names), pa.string())
     for image in ("row", "key"):
-        cohort = pc.map_lookup(events[image], column, "first")
-        inside = pc.is_in(cohort, names)
-        mine = pc.and_(pc.is_valid(cohort), pc.invert(inside) if whose.others else inside)
+        tenant = pc.map_lookup(events[image], column, "first")
+        inside = pc.is_in(tenant, names)
+        mine = pc.and_(pc.is_valid(tenant), pc.invert(inside) if whose.others else inside)
         mask = pc.or_(mask, mine)
     return mask
 

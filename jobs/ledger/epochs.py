@@ -1,6 +1,6 @@
 """Epochs: which store had authority over a row, from where to where in its own log, and what that makes of an event.
 
-The authority log has a row per cohort and move. It stamps every event with the epoch of its interval; what a store's log
+The authority log has a row per tenant and move. It stamps every event with the epoch of its interval; what a store's log
 holds outside of its store's intervals is never offered to another store: there it is the echo of our own marked write, or a
 rogue write, which is kept and alarmed. Everything here is pure.
 """
@@ -15,15 +15,15 @@ from typing import NamedTuple
 
 from changeover.jobs.ledger.records import Authority
 from changeover.position import Version
-from changeover.tenants import EVERY, Cohorts
+from changeover.tenants import EVERY, Tenants
 
 FOR_EVER = 2**63 - 1
 
 
 class Tenure(NamedTuple):
-    """A cohort's authority of one store: the epoch, and the commit LSNs since <= lsn < until in that store's own log."""
+    """A tenant's authority of one store: the epoch, and the commit LSNs since <= lsn < until in that store's own log."""
 
-    cohort: str
+    tenant: str
     epoch: int
     store: str
     since: int
@@ -40,37 +40,37 @@ class Standing(Enum):
     """Somebody's write to a store without authority: kept and alarmed, never offered, never dropped."""
 
 
-def epoch_of(log: Iterable[Tenure], cohort: str, store: str, lsn: int) -> int | None:
-    """Return the epoch under which a store had authority over a cohort at a place in its log, or None where it had none."""
-    return next((t.epoch for t in log if (t.cohort, t.store) == (cohort, store) and t.since <= lsn < t.until), None)
+def epoch_of(log: Iterable[Tenure], tenant: str, store: str, lsn: int) -> int | None:
+    """Return the epoch under which a store had authority over a tenant at a place in its log, or None where it had none."""
+    return next((t.epoch for t in log if (t.tenant, t.store) == (tenant, store) and t.since <= lsn < t.until), None)
 
 
-def standing(log: Iterable[Tenure], cohort: str, store: str, lsn: int, marked: bool) -> Standing:
+def standing(log: Iterable[Tenure], tenant: str, store: str, lsn: int, marked: bool) -> Standing:
     """Return what an event is, by its place and by whether its transaction carries the mark of our own writes."""
     if marked:
         return Standing.ECHO
-    return Standing.ROGUE if epoch_of(log, cohort, store, lsn) is None else Standing.OFFERED
+    return Standing.ROGUE if epoch_of(log, tenant, store, lsn) is None else Standing.OFFERED
 
 
-def stamped(log: Iterable[Tenure], cohort: str, store: str, version: Version) -> Version | None:
+def stamped(log: Iterable[Tenure], tenant: str, store: str, version: Version) -> Version | None:
     """Return an event's version with the epoch that the log gives it, or None where it is never offered."""
-    epoch = epoch_of(log, cohort, store, version.lsn)
+    epoch = epoch_of(log, tenant, store, version.lsn)
     return None if epoch is None else version._replace(epoch=epoch)
 
 
-def moved(log: Iterable[Tenure], cohort: str, to: str, epoch: int, fence: int, since: int) -> tuple[Tenure, ...]:
-    """Return the log after a cohort's authority has moved: it ends at `fence` in the losing log, begins at `since` in the other.
+def moved(log: Iterable[Tenure], tenant: str, to: str, epoch: int, fence: int, since: int) -> tuple[Tenure, ...]:
+    """Return the log after a tenant's authority has moved: it ends at `fence` in the losing log, begins at `since` in the other.
 
-    The epoch is a later one, and `position.epoch_floor` of it the cohort's floor in the gaining store.
+    The epoch is a later one, and `position.epoch_floor` of it the tenant's floor in the gaining store.
     """
     entries = list(log)
-    last = max((t for t in entries if t.cohort == cohort), key=lambda t: t.epoch)
+    last = max((t for t in entries if t.tenant == tenant), key=lambda t: t.epoch)
     entries[entries.index(last)] = last._replace(until=fence)
-    return (*entries, Tenure(cohort, epoch, to, since))
+    return (*entries, Tenure(tenant, epoch, to, since))
 
 
 EVERYTHING = ""
-"""The one cohort while all rows move at once; else those that no move has named. No cohort of a spec is called so."""
+"""The one tenant while all rows move at once; else those that no move has named. No tenant of a spec is called so."""
 
 OLD, NEW = "old", "new"
 
@@ -80,7 +80,7 @@ class Interval:
     """A part of a store's stream that is offered: its events' epoch, and the commit LSNs since <= lsn < until in that store's log.
 
     Of an `echo` our own marked writes are offered, and what came with them; else what others wrote, and nothing of ours. It is
-    the rows of some cohorts alone.
+    the rows of some tenants alone.
     """
 
     epoch: int
@@ -88,51 +88,51 @@ class Interval:
     until: int
     store: str = OLD
     echo: bool = False
-    cohorts: Cohorts = EVERY
+    tenants: Tenants = EVERY
 
 
 Section = tuple[Interval, ...]
-"""Intervals of one store and the same positions, each of other cohorts."""
+"""Intervals of one store and the same positions, each of other tenants."""
 
 
 def named(changes: Iterable[Authority]) -> frozenset[str]:
-    """Return the cohorts that have ever moved by name."""
-    return frozenset(name for change in changes for name in change.cohorts or ())
+    """Return the tenants that have ever moved by name."""
+    return frozenset(name for change in changes for name in change.tenants or ())
 
 
-def tenures(changes: Iterable[Authority], cohort: str = EVERYTHING) -> tuple[Tenure, ...]:
-    """Return a cohort's authority log of both stores, first to last, from the moves on record.
+def tenures(changes: Iterable[Authority], tenant: str = EVERYTHING) -> tuple[Tenure, ...]:
+    """Return a tenant's authority log of both stores, first to last, from the moves on record.
 
     A move without names is one of all rows, of which those that are there already have nothing to do; from the old store to the
     old store it may be a new epoch of the tables as well: nothing from before it counts.
     """
-    log: tuple[Tenure, ...] = (Tenure(cohort, 0, OLD, 0),)
+    log: tuple[Tenure, ...] = (Tenure(tenant, 0, OLD, 0),)
     for change in changes:
-        if change.cohorts is not None and cohort not in change.cohorts:
+        if change.tenants is not None and tenant not in change.tenants:
             continue
         if change.anew:
-            log = (Tenure(cohort, change.epoch, OLD, 0),)
+            log = (Tenure(tenant, change.epoch, OLD, 0),)
         elif change.store != log[-1].store:
             places = {OLD: change.from_lsn, NEW: change.new_lsn}
-            log = moved(log, cohort, change.store, change.epoch, places[log[-1].store], places[change.store])
+            log = moved(log, tenant, change.store, change.epoch, places[log[-1].store], places[change.store])
     return log
 
 
-def shares(changes: Sequence[Authority]) -> dict[Tenure, Cohorts]:
-    """Return who has authority now: each present tenure, its cohort left out, and the cohorts whose it is (pure)."""
+def shares(changes: Sequence[Authority]) -> dict[Tenure, Tenants]:
+    """Return who has authority now: each present tenure, its tenant left out, and the tenants whose it is (pure)."""
     names = named(changes)
     found: dict[Tenure, set[str]] = {}
-    for cohort, alike in _alike(changes).items():
-        found.setdefault(tenures(changes, cohort)[-1]._replace(cohort=EVERYTHING), set()).update(alike)
-    return {tenure: _together(cohorts, names) for tenure, cohorts in found.items()}
+    for tenant, alike in _alike(changes).items():
+        found.setdefault(tenures(changes, tenant)[-1]._replace(tenant=EVERYTHING), set()).update(alike)
+    return {tenure: _together(tenants, names) for tenure, tenants in found.items()}
 
 
-def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None) -> Cohorts | None:
-    """Return which rows a move concerns: of the cohorts named, or of all, those that are not there yet (pure)."""
+def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None) -> Tenants | None:
+    """Return which rows a move concerns: of the tenants named, or of all, those that are not there yet (pure)."""
     there = [whose for held, whose in shares(changes).items() if held.store == to]
     if names is not None:
         left = frozenset(name for name in names if not any(name in whose for whose in there))
-        return Cohorts(left, others=False) if left else None
+        return Tenants(left, others=False) if left else None
     known = named(changes)
     elsewhere = {name for name in (EVERYTHING, *known) if not any(name in whose for whose in there)}
     return _together(elsewhere, known) if elsewhere else None
@@ -140,14 +140,14 @@ def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None)
 
 def epochs_of(changes: Sequence[Authority], store: str) -> dict[int, int]:
     """Return the epochs in which a store had authority over anything, and where in its log each began (pure)."""
-    return {t.epoch: t.since for cohort in _alike(changes) for t in tenures(changes, cohort) if t.store == store}
+    return {t.epoch: t.since for tenant in _alike(changes) for t in tenures(changes, tenant) if t.store == store}
 
 
 def _alike(changes: Iterable[Authority]) -> dict[str, set[str]]:
-    """Return all cohorts by one of those with the same moves: many move together, and few moves there are."""
+    """Return all tenants by one of those with the same moves: many move together, and few moves there are."""
     moves: dict[str, list[int]] = {EVERYTHING: []}
     for change in changes:
-        for name in change.cohorts or ():
+        for name in change.tenants or ():
             moves.setdefault(name, []).append(change.epoch)
     alike: dict[tuple[int, ...], set[str]] = {}
     for name, epochs in moves.items():
@@ -159,22 +159,22 @@ def _logs(changes: Sequence[Authority]) -> list[tuple[tuple[Tenure, ...], set[st
     return [(tenures(changes, one), alike) for one, alike in _alike(changes).items()]
 
 
-def _together(cohorts: Collection[str], names: frozenset[str]) -> Cohorts:
-    """Return cohorts as one, of all that have a name."""
-    chosen = frozenset(cohorts) - {EVERYTHING}
-    return Cohorts(names - chosen) if EVERYTHING in cohorts else Cohorts(chosen, others=False)
+def _together(tenants: Collection[str], names: frozenset[str]) -> Tenants:
+    """Return tenants as one, of all that have a name."""
+    chosen = frozenset(tenants) - {EVERYTHING}
+    return Tenants(names - chosen) if EVERYTHING in tenants else Tenants(chosen, others=False)
 
 
-def histories(changes: Sequence[Authority]) -> list[tuple[tuple[Tenure, ...], Cohorts]]:
-    """Return each authority log that there is and the cohorts that share it (pure)."""
+def histories(changes: Sequence[Authority]) -> list[tuple[tuple[Tenure, ...], Tenants]]:
+    """Return each authority log that there is and the tenants that share it (pure)."""
     names = named(changes)
     return [(log, _together(alike, names)) for log, alike in _logs(changes)]
 
 
 def absences(
     changes: Sequence[Authority], store: str, since: int, *, counted: Collection[int] | None = None
-) -> list[tuple[int, int, Cohorts]]:
-    """Return where in a store's log, from `since` on, it had no authority, and over which cohorts, each place once (pure).
+) -> list[tuple[int, int, Tenants]]:
+    """Return where in a store's log, from `since` on, it had no authority, and over which tenants, each place once (pure).
 
     Only epochs that are `counted` give it any, where some are named.
     """
@@ -201,39 +201,39 @@ def without(log: Sequence[Tenure], store: str, since: int) -> list[tuple[int, in
 
 
 def sections(changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset()) -> list[Section]:
-    """Return `offered_intervals` of all cohorts, cut where one of them begins or ends (pure).
+    """Return `offered_intervals` of all tenants, cut where one of them begins or ends (pure).
 
-    In front the old store's, then the new one's, once cohorts have moved one by one: both streams go on then, of other rows each.
+    In front the old store's, then the new one's, once tenants have moved one by one: both streams go on then, of other rows each.
     """
     names = named(changes)
     if not names:
         return [(interval,) for interval in offered_intervals(changes, takes_over=takes_over, carried=carried)]
     alike = _alike(changes)
-    alone = {one: offered_intervals(changes, takes_over=takes_over, carried=carried, cohort=one) for one in alike}
+    alone = {one: offered_intervals(changes, takes_over=takes_over, carried=carried, tenant=one) for one in alike}
     found = []
     for store in (OLD, NEW):
-        of_store = [(cohort, one) for cohort, intervals in alone.items() for one in intervals if one.store == store]
+        of_store = [(tenant, one) for tenant, intervals in alone.items() for one in intervals if one.store == store]
         cuts = sorted({place for _, one in of_store for place in (one.since, one.until)})
         for since, until in pairwise(cuts):
             kinds: dict[tuple[int, bool], set[str]] = {}
-            for cohort, one in of_store:
+            for tenant, one in of_store:
                 if one.since <= since and until <= one.until:
-                    kinds.setdefault((one.epoch, one.echo), set()).update(alike[cohort])
+                    kinds.setdefault((one.epoch, one.echo), set()).update(alike[tenant])
             section = [Interval(epoch, since, until, store, echo, _together(who, names)) for (epoch, echo), who in kinds.items()]
             found += [tuple(section)] if section else []
     return found
 
 
 def offered_intervals(
-    changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset(), cohort: str = EVERYTHING
+    changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset(), tenant: str = EVERYTHING
 ) -> list[Interval]:
-    """Return the intervals of both stores' streams of which a target is offered a cohort, in the order of their epochs (pure).
+    """Return the intervals of both stores' streams of which a target is offered a tenant, in the order of their epochs (pure).
 
     `carried` are the epochs of the new store that its own stream carries. The target that takes over never gets them, it made them
     itself. Any other target gets those that are carried; one that is not, it learns by the echo in the old store's stream once
     authority is back, because then the old store is the truth again.
     """
-    log = tenures(changes, cohort)
+    log = tenures(changes, tenant)
     intervals = []
     for before, tenure, after in zip([None, *log], log, [*log[1:], None], strict=False):
         if tenure.store == OLD:
@@ -249,7 +249,7 @@ def offered_intervals(
     return intervals
 
 
-def at(changes: Sequence[Authority], store: str) -> Cohorts | None:
+def at(changes: Sequence[Authority], store: str) -> Tenants | None:
     """Return whose rows a store has authority over now, None where it has none."""
     here = [whose for held, whose in shares(changes).items() if held.store == store]
     if not here:
@@ -257,11 +257,11 @@ def at(changes: Sequence[Authority], store: str) -> Cohorts | None:
     names = named(changes)
     others = any(EVERYTHING in whose for whose in here)
     mine = frozenset(name for name in names if any(name in whose for whose in here))
-    return Cohorts(names - mine if others else mine, others)
+    return Tenants(names - mine if others else mine, others)
 
 
 def apart(changes: Sequence[Authority]) -> list[str]:
-    """Return the cohorts that are not where those without a move of their own are."""
+    """Return the tenants that are not where those without a move of their own are."""
     shared = shares(changes)
     rest = next(held.store for held, whose in shared.items() if EVERYTHING in whose)
     elsewhere = [whose for held, whose in shared.items() if held.store != rest]

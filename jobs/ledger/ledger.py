@@ -254,13 +254,13 @@ class Ledger:
 
     def authority(self) -> Authority:
         """Return who has authority now, over the rows that have no move of their own; before any fence it is the old store."""
-        found = [change for change in self.authorities() if change.cohorts is None]
+        found = [change for change in self.authorities() if change.tenants is None]
         return found[-1] if found else Authority(0, "old", 0, datetime.min, None)
 
     def authorities(self, since: int = 0) -> list[Authority]:
         """Return every change of authority from an epoch on, first to last."""
         rows = self.connection.execute(
-            "SELECT epoch, store, from_lsn::text, at, pause_seconds, coalesce(new_lsn, '0/0')::text, cohorts"
+            "SELECT epoch, store, from_lsn::text, at, pause_seconds, coalesce(new_lsn, '0/0')::text, tenants"
             " FROM changeover.authority WHERE migration = %s AND epoch >= %s ORDER BY epoch",
             [self.migration, since],
         ).fetchall()

@@ -45,7 +45,7 @@ CREATE TABLE IF NOT EXISTS changeover.chunk (
 CREATE TABLE IF NOT EXISTS changeover.authority (
     migration text NOT NULL, epoch integer NOT NULL, store text NOT NULL CHECK (store IN ('old', 'new')),
     from_lsn pg_lsn NOT NULL, at timestamptz NOT NULL DEFAULT now(), pause_seconds double precision, new_lsn pg_lsn,
-    cohorts text[], PRIMARY KEY (migration, epoch));
+    tenants text[], PRIMARY KEY (migration, epoch));
 CREATE TABLE IF NOT EXISTS changeover.verdict (
     migration text NOT NULL, run bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(), source text NOT NULL,
     target text NOT NULL, verdict text NOT NULL, stage text, detail jsonb NOT NULL, PRIMARY KEY (migration, run));
@@ -164,7 +164,7 @@ class Authority:
     """Which store has authority, since which epoch; `from_lsn`, `new_lsn` are where the stores' logs were then.
 
     In the old store's log `from_lsn` parts what was written under one authority from what came under the next, and in the new
-    store's log `new_lsn` does. It is over all rows, unless cohorts are named.
+    store's log `new_lsn` does. It is over all rows, unless tenants are named.
     """
 
     epoch: int
@@ -173,7 +173,7 @@ class Authority:
     at: datetime
     pause_seconds: float | None
     new_lsn: int = 0
-    cohorts: frozenset[str] | None = None
+    tenants: frozenset[str] | None = None
 
     @property
     def anew(self) -> bool:

@@ -1,8 +1,8 @@
-"""Division: whether a migration's rows can move cohort by cohort, and why not; it looks and changes nothing.
+"""Division: whether a migration's rows can move tenant by tenant, and why not; it looks and changes nothing.
 
-Each rule is one that the proof of split authority needs: both stores tell a row's cohort from its key, in the same text; no unique
-index can set rows of two cohorts against each other, while both stores draw values from sequences of their own; sequences can be
-moved while others draw; and the way back is there, because a cohort that moves back leaves no moment at which the mirror alone has
+Each rule is one that the proof of split authority needs: both stores tell a row's tenant from its key, in the same text; no unique
+index can set rows of two tenants against each other, while both stores draw values from sequences of their own; sequences can be
+moved while others draw; and the way back is there, because a tenant that moves back leaves no moment at which the mirror alone has
 everything. `check` and `prepare` print every reason. Runs on the driver, without Spark.
 """
 
@@ -35,11 +35,11 @@ WHERE i.indrelid IN (SELECT %(table)s::regclass UNION SELECT relid FROM pg_parti
         AND a.attname = %(column)s AND a.attnum = ANY ((i.indkey::smallint[])[:i.indnkeyatts - 1]))
 ORDER BY 1
 """
-"""Indexes by which a row can stand in the way of another cohort's."""
+"""Indexes by which a row can stand in the way of another tenant's."""
 
 
 def examined(spec: Spec, moment: Moment = Moment.CHECK) -> Preflight:
-    """Return what stands against the plan: rules of the preflight, broken assumptions, and why no cohort moves alone (driver)."""
+    """Return what stands against the plan: rules of the preflight, broken assumptions, and why no tenant moves alone (driver)."""
     found = preflight(spec)
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
         found.reasons = assumptions.sentences(moment, Asked(spec, old, plan=tuple(found.reasons)))
@@ -48,7 +48,7 @@ def examined(spec: Spec, moment: Moment = Moment.CHECK) -> Preflight:
 
 
 def indivisible(spec: Spec) -> list[str]:
-    """Return why cohorts can't move one by one, nothing where the spec asks for none (driver).
+    """Return why tenants can't move one by one, nothing where the spec asks for none (driver).
 
     A fence asks again: an index may have been built since, as one is on a new table that was loaded without.
     """
@@ -61,15 +61,15 @@ def indivisible(spec: Spec) -> list[str]:
             if (seen := source_table(old, table)) is not None:
                 reasons += _indivisible(spec, table, seen, old, new)
         why = obstacles(spec, old, new, replication.slot_of(spec))
-    return reasons + [f"cohorts move one by one only where they can come back: {one}" for one in why]
+    return reasons + [f"tenants move one by one only where they can come back: {one}" for one in why]
 
 
 def _indivisible(spec: Spec, table: Table, seen: SourceTable, old: Connection, new: Connection) -> Iterator[str]:
-    """Yield why a table's rows can't move cohort by cohort."""
+    """Yield why a table's rows can't move tenant by tenant."""
     column = old_column(spec)
     assert column is not None
     if table.function is not None:
-        yield f"{seen.source} has a function, after which nobody can tell a row's cohort: leave flag.context out"
+        yield f"{seen.source} has a function, after which nobody can tell a row's tenant: leave flag.context out"
         return
     if column not in seen.identity:
         key = ", ".join(seen.identity)
@@ -87,15 +87,15 @@ def _indivisible(spec: Spec, table: Table, seen: SourceTable, old: Connection, n
 
 
 def _unlike(seen: SourceTable, column: str, found: SourceTable | None, there: str) -> Iterator[str]:
-    """Yield why a cohort may read otherwise in the two stores; a new table that is not there yet is given the old type."""
+    """Yield why a tenant may read otherwise in the two stores; a new table that is not there yet is given the old type."""
     own = next(c.type for c in seen.columns if c.name == column)
     family = next((one for one in FAMILIES if one.fullmatch(own)), None)
     if family is None:
-        yield f"{seen.source}.{column} (flag.context) is of the type {own}: a cohort is an integer, a text, a varchar or a uuid"
+        yield f"{seen.source}.{column} (flag.context) is of the type {own}: a tenant is an integer, a text, a varchar or a uuid"
         return
     other = next((c.type for c in found.columns if c.name == there), None) if found is not None else own
     if found is not None and (other is None or not family.fullmatch(other) or not _as_long(own, other)):
-        yield f"{found.source}.{there} is of the type {other} and {seen.source}.{column} of {own}: a cohort must read alike in both"
+        yield f"{found.source}.{there} is of the type {other} and {seen.source}.{column} of {own}: a tenant must read alike in both"
 
 
 def _as_long(own: str, other: str) -> bool:
@@ -105,12 +105,12 @@ def _as_long(own: str, other: str) -> bool:
 
 
 def _crossing(connection: Connection, table: SourceTable, column: str) -> Iterator[str]:
-    """Yield what of one store's table would bring rows of two cohorts together."""
+    """Yield what of one store's table would bring rows of two tenants together."""
     schema, name = qualified(table.source)
     asked = {"table": sql.Identifier(schema, name).as_string(connection), "column": column}
     for (index,) in connection.execute(UNIQUE, asked).fetchall():
         yield (
-            f"the index {index} of {table.source} is unique without {column}: while cohorts are at two stores both may take one"
+            f"the index {index} of {table.source} is unique without {column}: while tenants are at two stores both may take one"
             f" value, and one of the rows would never come across; add {column} to it"
         )
     yield from map(str, grants.of_sequences(connection, schema, name, owning=True))

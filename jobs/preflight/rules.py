@@ -223,7 +223,7 @@ def _beside_the_source(spec: Spec, store: PostgresStore, table: Table, found: Pr
 
 
 def _drawing(spec: Spec, connection: Connection, schema: str, name: str) -> list[Lack]:
-    """Authority takes a table's sequences along; where cohorts move one by one they are locked, which asks for their owner."""
+    """Authority takes a table's sequences along; where tenants move one by one they are locked, which asks for their owner."""
     if spec.flag is None:
         return []
     return grants.of_sequences(connection, schema, name, owning=spec.flag.context is not None)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from changeover.flags.cutover.commands import Shown
     from changeover.flags.cutover.switch import Advanced
-    from changeover.flags.router.endpoint import Cohort
+    from changeover.flags.router.endpoint import Tenant
     from changeover.jobs.apply.rounds import Replayed
     from changeover.jobs.load.copier import Loaded
     from changeover.jobs.load.prepared import Prepared
@@ -382,7 +382,7 @@ def show(spec: Spec) -> Shown:
 
 
 def advance(
-    spec: Spec, *, to: Stage | None = None, override: str | None = None, cohorts: Collection[Cohort] | None = None
+    spec: Spec, *, to: Stage | None = None, override: str | None = None, tenants: Collection[Tenant] | None = None
 ) -> Advanced:
     """Go one stage up, if the gate's evidence holds.
 
@@ -390,7 +390,7 @@ def advance(
         spec: The spec.
         to: The stage that is meant, where it has to be that one.
         override: Why to go without the evidence; it is logged.
-        cohorts: Only the rows of these, from shadow to live.
+        tenants: Only the rows of these, from shadow to live.
 
     Raises:
         GateClosed: The evidence does not hold; the error has every reason.
@@ -398,15 +398,15 @@ def advance(
     """
     from changeover.flags.cutover.commands import advance as act
 
-    return act(spec, to=to, override=override, cohorts=cohorts)
+    return act(spec, to=to, override=override, tenants=tenants)
 
 
-def rollback(spec: Spec, *, cohorts: Collection[Cohort] | None = None) -> Advanced:
+def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanced:
     """Go one stage down; no gate is asked.
 
     Args:
         spec: The spec.
-        cohorts: Only the rows of these, from live to shadow.
+        tenants: Only the rows of these, from live to shadow.
 
     Raises:
         Refused: The stage is off, or complete was reached.
@@ -414,7 +414,7 @@ def rollback(spec: Spec, *, cohorts: Collection[Cohort] | None = None) -> Advanc
     """
     from changeover.flags.cutover.commands import rollback as act
 
-    return act(spec, cohorts=cohorts)
+    return act(spec, tenants=tenants)
 
 
 def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:

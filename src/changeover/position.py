@@ -33,7 +33,7 @@ def image_version(l0: int, epoch: int = 0) -> Version:
 
 
 def epoch_floor(epoch: int) -> Version:
-    """Return the floor of a cohort from the switch to `epoch` on: below all of its versions, above all earlier ones."""
+    """Return the floor of a tenant from the switch to `epoch` on: below all of its versions, above all earlier ones."""
     return Version(epoch, ZERO_LSN, 0)
 
 

@@ -28,7 +28,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 ENCODED = re.compile("%[0-9A-Fa-f]{2}")
 
 KIND = re.compile(r"[-A-Za-z0-9._]+")
-"""A column of cohorts is a kind of the flag's contexts, whose letters the SDK restricts."""
+"""A column of tenants is a kind of the flag's contexts, whose letters the SDK restricts."""
 
 MODE = re.compile(r"0?7[0-7]{2}")
 """Rights on the work folder, in octal as chmod has them; its owner has them all."""
@@ -122,7 +122,7 @@ class Table:
 class Flag:
     """The migration flag: its key, the target that takes over, and the data file of the SDK's file source.
 
-    `context` is the source column whose value is a row's cohort, the flag's context; without it all rows move at once.
+    `context` is the source column whose value is a row's tenant, the flag's context; without it all rows move at once.
     """
 
     key: str

@@ -1,9 +1,9 @@
-"""The world of moving authority: two stores and a lake, there and back, all rows or cohort by cohort, with replay both ways.
+"""The world of moving authority: two stores and a lake, there and back, all rows or tenant by tenant, with replay both ways.
 
-The application writes where its cohort's authority is. Each store has a log on an axis of its own, which holds the application's
+The application writes where its tenant's authority is. Each store has a log on an axis of its own, which holds the application's
 writes and, marked, what came through its gate. Replay carries either log to the other store and to the lake, in order, by the
 sections that the product makes of the moves on record. Direct writes to the other store come at any time or never. A move is the
-product's hand-over, step by step, of all rows or of the cohorts that it names, and has an epoch of the one count that there is.
+product's hand-over, step by step, of all rows or of the tenants that it names, and has an epoch of the one count that there is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROUTES = ((OLD, NEW), (NEW, OLD), (OLD, LAKE), (NEW, LAKE))
 
 
 Names = tuple[str, ...] | None
-"""The cohorts that a move names, None for all rows."""
+"""The tenants that a move names, None for all rows."""
 
 
 class Entry(NamedTuple):
@@ -67,7 +67,7 @@ class MoveState(NamedTuple):
     floors: tuple[tuple[Version, ...], ...]
     changes: tuple[Made, ...]
     authority: tuple[int | None, ...]
-    """Per cohort the store that lets the application write; None while nobody does."""
+    """Per tenant the store that lets the application write; None while nobody does."""
     written: tuple[int, ...]
     direct: tuple[tuple[int, str, Cell], ...]
     """Direct writes under way: target store, key, offer."""
@@ -81,7 +81,7 @@ class MoveState(NamedTuple):
 
 @dataclass(frozen=True)
 class Moving:
-    """A world of moves; `writes` are the application's writes per cohort, each of the cohort's one key."""
+    """A world of moves; `writes` are the application's writes per tenant, each of the tenant's one key."""
 
     name: str
     writes: tuple[tuple[str | None, ...], ...]
@@ -96,7 +96,7 @@ class Moving:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Return each cohort's key, which is its name as well."""
+        """Return each tenant's key, which is its name as well."""
         return tuple("abc"[: len(self.writes)])
 
     def start(self) -> MoveState:
@@ -120,13 +120,13 @@ class Moving:
         yield from self._move(state)
 
     def _application(self, state: MoveState) -> Iterator[tuple[str, MoveState]]:
-        for cohort, key in enumerate(self.keys):
-            store, done = state.authority[cohort], state.written[cohort]
-            if store is None or done == len(self.writes[cohort]):
+        for tenant, key in enumerate(self.keys):
+            store, done = state.authority[tenant], state.written[tenant]
+            if store is None or done == len(self.writes[tenant]):
                 continue
-            image = self.writes[cohort][done]
-            after = self._write(state, store, cohort, Entry(key, image, False), None)
-            after = after._replace(written=_with(state.written, cohort, done + 1))
+            image = self.writes[tenant][done]
+            after = self._write(state, store, tenant, Entry(key, image, False), None)
+            after = after._replace(written=_with(state.written, tenant, done + 1))
             if self.direct:
                 epoch = _tenure(state.changes, key).epoch
                 version = Version(epoch, self._lsn(store, len(state.logs[store])) - 1, DUAL_WRITE_ORDINAL)
@@ -140,10 +140,10 @@ class Moving:
     def _lsn(self, store: int, position: int) -> int:
         return AXIS[store] + 10 * position
 
-    def _write(self, state: MoveState, store: int, cohort: int, entry: Entry, touched: Version | None) -> MoveState:
+    def _write(self, state: MoveState, store: int, tenant: int, entry: Entry, touched: Version | None) -> MoveState:
         """Write a row and its log entry; a write that is not gated leaves the touched row alone."""
-        old = state.places[store][cohort]
-        places = _with(state.places, store, _with(state.places[store], cohort, Place(entry.image, touched or old.touched)))
+        old = state.places[store][tenant]
+        places = _with(state.places, store, _with(state.places[store], tenant, Place(entry.image, touched or old.touched)))
         logs = _with(state.logs, store, (*state.logs[store], entry)) if store != LAKE else state.logs
         return state._replace(places=places, logs=logs)
 
@@ -159,7 +159,7 @@ class Moving:
             return
         after = state._replace(routes=_with(state.routes, number, position + 1))
         told = f"replay from {STORES[source]} to {STORES[target]}: {entry.key} = {entry.image}"
-        here = [one for section in sections for one in section if one.since <= lsn < one.until and entry.key in one.cohorts]
+        here = [one for section in sections for one in section if one.since <= lsn < one.until and entry.key in one.tenants]
         mine = [one for one in here if one.echo or not entry.marked]
         if not mine:
             yield f"{told} is not offered", after
@@ -167,12 +167,12 @@ class Moving:
             yield told, self._offer(after, target, entry.key, Cell(Version(one.epoch, lsn, 0), entry.image))
 
     def _offer(self, state: MoveState, target: int, key: str, offer: Cell) -> MoveState:
-        cohort = self.keys.index(key)
-        touched = state.places[target][cohort].touched
-        if not self.rules.applies(offer.version, touched, state.floors[target][cohort]):
+        tenant = self.keys.index(key)
+        touched = state.places[target][tenant].touched
+        if not self.rules.applies(offer.version, touched, state.floors[target][tenant]):
             return state
         entry = Entry(key, cast("str | None", offer.image), True)
-        return self._write(state, target, cohort, entry, offer.version)
+        return self._write(state, target, tenant, entry, offer.version)
 
     # -- the fences, one at a time
 
@@ -223,7 +223,7 @@ class Moving:
         return STORES.index(_tenure(changes, key).store)
 
     def _raise_floors(self, state: MoveState, gaining: int, changes: tuple[Made, ...]) -> MoveState:
-        """Raise the floors: of all rows in the gaining store, or where cohorts move apart in both, each cohort's."""
+        """Raise the floors: of all rows in the gaining store, or where tenants move apart in both, each tenant's."""
         apart = any(names is not None for _, names in self.moves)
         floors = self.rules.floors(_recorded(changes)) if apart else [(len(changes), EVERY)]
         for store in (OLD, NEW) if apart else (gaining,):
@@ -238,16 +238,16 @@ class Moving:
 
     def wrong(self, state: MoveState) -> str | None:
         """Judge a state: the store with authority has the application's last write; at rest every store has it."""
-        for cohort, key in enumerate(self.keys):
-            wanted = self.writes[cohort][state.written[cohort] - 1] if state.written[cohort] else None
-            store = state.authority[cohort]
-            if store is not None and state.places[store][cohort].row != wanted:
+        for tenant, key in enumerate(self.keys):
+            wanted = self.writes[tenant][state.written[tenant] - 1] if state.written[tenant] else None
+            store = state.authority[tenant]
+            if store is not None and state.places[store][tenant].row != wanted:
                 return (
-                    f"I9: {key} is {state.places[store][cohort].row} at {STORES[store]}, which has authority, and was last {wanted}"
+                    f"I9: {key} is {state.places[store][tenant].row} at {STORES[store]}, which has authority, and was last {wanted}"
                 )
             if self._rests(state):
                 for name, places in zip(STORES, state.places, strict=True):
-                    found = places[cohort].row
+                    found = places[tenant].row
                     if found != wanted and not (found == "rogue" and name == "old"):
                         return f"I1: {key} is {found} at {name} and was last written {wanted}"
         return None
@@ -279,7 +279,7 @@ def _recorded(changes: tuple[Made, ...]) -> tuple[Authority, ...]:
 
 @cache
 def _tenure(changes: tuple[Made, ...], key: str) -> Tenure:
-    """Return a cohort's present tenure."""
+    """Return a tenant's present tenure."""
     return tenures(_recorded(changes), key)[-1]
 
 

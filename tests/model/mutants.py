@@ -104,7 +104,7 @@ def _everything(log: Sequence[Authority], *, takes_over: bool, carried: Collecti
 
 def _of_nobody(log: Sequence[Authority], **asked: Any) -> list[Section]:
     """Offer all of a section to whom a part of it is offered."""
-    return [(replace(section[0], cohorts=EVERY),) for section in epochs.sections(log, **asked)]
+    return [(replace(section[0], tenants=EVERY),) for section in epochs.sections(log, **asked)]
 
 
 POSITION_FIRST = (Move.POSITION, Move.FREEZE, *HAND_OVER[2:])
@@ -140,9 +140,9 @@ DESIGN: dict[str, Mutant] = {
     "delete and put with one ordinal": _mutant("offers: orders, one target key", apart=_one_ordinal),
     "TRUNCATE ignored": _mutant("offers: TRUNCATE", truncates=False),
     "fence read before freeze": _mutant(
-        "statements: fence of a cohort", "statements: fence of all rows", "authority: there", hand_over=POSITION_FIRST
+        "statements: fence of a tenant", "statements: fence of all rows", "authority: there", hand_over=POSITION_FIRST
     ),
-    "plain read in the fence trigger": _mutant("statements: fence of a cohort", authority_read="plain"),
+    "plain read in the fence trigger": _mutant("statements: fence of a tenant", authority_read="plain"),
     "values beyond min/max dropped": _mutant("offers: beyond the sampled bounds", ranges=_between_bounds),
     "TOAST as NULL": _mutant("offers: unsent", batch=_unsent_is_null),
     "whole-row point read": _mutant("offers: unsent", batch=_whole_row, visible=lambda xid, snapshot: True),
@@ -203,13 +203,13 @@ FOUND: dict[str, Mutant] = {
         sections=lambda log, *, takes_over, carried: [(Interval(0, 0, FOR_EVER),)],
     ),
     "echo offered": _mutant("authority: there", sections=_everything),
-    "cohorts ignored in the offering": _mutant("authority: one cohort there and back", sections=_of_nobody),
-    "a floor for all cohorts at once": _mutant(
-        "authority: one cohort of two", "authority: a second cohort while the first is away",
+    "tenants ignored in the offering": _mutant("authority: one tenant there and back", sections=_of_nobody),
+    "a floor for all tenants at once": _mutant(
+        "authority: one tenant of two", "authority: a second tenant while the first is away",
         floors=lambda log: [(log[-1].epoch, EVERY)],
     ),
-    "the epoch of another cohort": _mutant(
-        "authority: one cohort there and back", sections=_restamped(lambda log, section: min(one.epoch for one in section))
+    "the epoch of another tenant": _mutant(
+        "authority: one tenant there and back", sections=_restamped(lambda log, section: min(one.epoch for one in section))
     ),
     "position as the gate, table open": _mutant("statements: catch-up while loading", catches_up_while_loading=True),
     "apply rate below the write rate": _mutant("rates: catching up", spare_rate=-1),

@@ -23,7 +23,7 @@ from changeover.stores.base.reader import KeyRange
 from changeover.stores.base.statements import Move, Procedure, Transaction
 from changeover.stores.delta.appends import APPEND_VERSION, appended
 from changeover.stores.delta.store import DeltaStore
-from changeover.tenants import Cohorts
+from changeover.tenants import Tenants
 from changeover.verifiers.compare.planned import changed_types
 from tests.model.carried import Held
 
@@ -38,8 +38,8 @@ def _batch(changes: Iterable[Change], held: Mapping[Key, Held], exact: bool, rea
     return rule.last_of_each_key(rule.completed(changes, read))
 
 
-def _floors(changes: Sequence[Authority]) -> list[tuple[int, Cohorts]]:
-    """Return the epoch below which a store takes nothing any more, by cohorts, as `flags.fence.endpoints` puts it."""
+def _floors(changes: Sequence[Authority]) -> list[tuple[int, Tenants]]:
+    """Return the epoch below which a store takes nothing any more, by tenants, as `flags.fence.endpoints` puts it."""
     return [(held.epoch, whose) for held, whose in epochs.shares(changes).items()]
 
 
@@ -83,7 +83,7 @@ class Rules:
     stamp: Callable[[int, int], Version] = lambda l0, now: image_version(l0)
     lake_merges_while_loading: bool = DeltaStore.merges_while_loading
     sections: Callable[..., list[Section]] = epochs.sections
-    floors: Callable[[Sequence[Authority]], list[tuple[int, Cohorts]]] = _floors
+    floors: Callable[[Sequence[Authority]], list[tuple[int, Tenants]]] = _floors
     epoch_floor: Callable[[int], Version] = epoch_floor
     ranges: Callable[[Sequence[tuple[str, ...]]], list[KeyRange]] = ranges_between
     keeps_order: bool = False

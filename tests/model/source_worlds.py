@@ -1,6 +1,6 @@
 """Worlds at statement level on the source's side: the fence against writers, and the trigger log against concurrent writers.
 
-A fence creates a refusing trigger, or replaces the list of cohorts in its function, under a lock that waits for the writers before
+A fence creates a refusing trigger, or replaces the list of tenants in its function, under a lock that waits for the writers before
 it. The trigger log's worlds write one key from two transactions, and the log, read in the order of its versions, must end at the
 row that the table has.
 """
@@ -19,14 +19,14 @@ AUTHORITY, LOG, APPLIED, FENCE = range(4)
 """Places: the store that has authority; who committed, in order; how much of that replay has offered; the fence's position."""
 
 
-def cohort_fence(rules: Rules) -> ServerWorld:
-    """Writers of one cohort, one of them with an old snapshot, while the list in the refusing trigger's function is replaced."""
+def tenant_fence(rules: Rules) -> ServerWorld:
+    """Writers of one tenant, one of them with an old snapshot, while the list in the refusing trigger's function is replaced."""
     writers = [
         Process("writer", (*_asks(rules, first=False), *_writes("writer"))),
         Process("writer with an old snapshot", (*_asks(rules, first=True), *_writes("old"))),
         Process("third writer", (*_asks(rules, first=False), *_writes("third"))),
     ]
-    return _fence_world("fence of a cohort", rules, writers)
+    return _fence_world("fence of a tenant", rules, writers)
 
 
 def whole_fence(rules: Rules) -> ServerWorld:
@@ -36,7 +36,7 @@ def whole_fence(rules: Rules) -> ServerWorld:
 
 
 def _asks(rules: Rules, *, first: bool) -> Iterator[Operation]:
-    """The refusing trigger asks whether the row's cohort is in its list, in a statement that has locked its table.
+    """The refusing trigger asks whether the row's tenant is in its list, in a statement that has locked its table.
 
     In the catalogue there is one list, today's; from a table a statement reads that of its snapshot, which in a transaction that
     has one already is taken before the lock.
@@ -56,7 +56,7 @@ def _asks(rules: Rules, *, first: bool) -> Iterator[Operation]:
     if first:
         yield Operation("begins, with a snapshot", see)
         yield Operation("computes for a while", lambda turn: None)
-    yield Operation(f"locks the table and looks for its cohort ({rules.authority_read})", ask)
+    yield Operation(f"locks the table and looks for its tenant ({rules.authority_read})", ask)
 
 
 def _meets_trigger() -> Iterator[Operation]:
@@ -197,5 +197,5 @@ def _logged(rules: Rules, write: LoggedWrite, entry: int) -> Process:
     return Process(write.name, (*((draws, places) if before else (places, draws)), Operation("commits", lambda t: t.commit())))
 
 
-SOURCES: Mapping[str, Callable[[Rules], ServerWorld]] = {make.__name__: make for make in (cohort_fence, whole_fence, trigger_log)}
+SOURCES: Mapping[str, Callable[[Rules], ServerWorld]] = {make.__name__: make for make in (tenant_fence, whole_fence, trigger_log)}
 """Every world of the source's side, by name."""

@@ -98,17 +98,17 @@ ORDERS = (
 )  # fmt: skip
 
 A, B = ("a",), ("b",)
-"""The two cohorts by name; one that no move names is among the others."""
+"""The two tenants by name; one that no move names is among the others."""
 
 MOVES = (
     Moving("there", (("1", None, "3"),), moves=((NEW, None),)),
     Moving("there and back", (("1", "2", None),)),
-    Moving("one cohort of two", (("1", "2"), ("1", "2")), moves=((NEW, A),), direct=False),
-    Moving("one cohort of two, written to both stores", (("1",), ("1",)), moves=((NEW, A),)),
-    Moving("one cohort there and back", (("1", "2"), ("1",)), moves=((NEW, A), (OLD, A)), direct=False),
-    Moving("a second cohort while the first is away", (("1", "2"), ("1",)), moves=((NEW, A), (NEW, B), (OLD, A)), direct=False),
+    Moving("one tenant of two", (("1", "2"), ("1", "2")), moves=((NEW, A),), direct=False),
+    Moving("one tenant of two, written to both stores", (("1",), ("1",)), moves=((NEW, A),)),
+    Moving("one tenant there and back", (("1", "2"), ("1",)), moves=((NEW, A), (OLD, A)), direct=False),
+    Moving("a second tenant while the first is away", (("1", "2"), ("1",)), moves=((NEW, A), (NEW, B), (OLD, A)), direct=False),
     Moving("the rest, and one comes back", (("1", "2"), ("1",)), moves=((NEW, A), (NEW, None), (OLD, B)), direct=False),
-    Moving("cohorts called off", (("1", "2"), ("1",)), moves=((NEW, A), (OLD, A)), direct=False, calls_off=1),
+    Moving("tenants called off", (("1", "2"), ("1",)), moves=((NEW, A), (OLD, A)), direct=False, calls_off=1),
     Moving("there and back by direct writes", (("1", "2", None, "4"),), reverse=False),
     Moving("called off", (("1", "2", "3"),), moves=((NEW, None),), calls_off=1),
     Moving("called off there or back", (("1", "2"),), reverse=False, calls_off=1),

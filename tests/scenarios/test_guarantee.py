@@ -66,11 +66,11 @@ def test_the_questions_have_the_answers_that_the_guarantee_needs(migration: Migr
     assert not told(migration.new, WHOLE)
 
 
-def test_the_question_of_authority_is_answered_by_the_last_move_of_a_cohort(migration: Migration) -> None:
+def test_the_question_of_authority_is_answered_by_the_last_move_of_a_tenant(migration: Migration) -> None:
     migration.prepare()
     question = sql.SQL(questions()[AUTHORITY].replace("'follows'", "{}")).format(sql.Literal(migration.spec.name))
     answers = []
-    for epoch, store, cohorts in (
+    for epoch, store, tenants in (
         (0, None, None),
         (1, "new", ["42", "7"]),
         (2, "old", ["7"]),
@@ -79,8 +79,8 @@ def test_the_question_of_authority_is_answered_by_the_last_move_of_a_cohort(migr
     ):
         if store is not None:
             migration.new.execute(
-                "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, cohorts)"
-                " VALUES (%s, %s, %s, '0/1', 0.1, '0/1', %s)", [migration.spec.name, epoch, store, cohorts],
+                "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, tenants)"
+                " VALUES (%s, %s, %s, '0/1', 0.1, '0/1', %s)", [migration.spec.name, epoch, store, tenants],
             )  # fmt: skip
         answers.append(migration.new.execute(question).fetchone())
     assert answers == [("old",), ("new",), ("new",), ("new",), ("old",)]

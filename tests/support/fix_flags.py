@@ -36,7 +36,7 @@ from changeover.position import Version, epoch_floor, image_version
 from changeover.session import Connection, application_name, connect
 from changeover.stores.postgres import refusal
 from changeover.stores.postgres.gate import install_gate
-from changeover.tenants import Cohorts
+from changeover.tenants import Tenants
 from tests.support.fix_postgres import fresh_database
 
 FLAG = "follows-store"
@@ -58,8 +58,8 @@ NEW_TABLE = """
 CREATE TABLE public.associations (subject bigint, object bigint, attributes jsonb NOT NULL, tags text[],
     seen timestamptz NOT NULL, PRIMARY KEY (subject, object))
 """
-COHORT = {Origin.OLD: "from_user", Origin.NEW: "subject"}
-"""The column of each store in which a row's cohort stands."""
+TENANT = {Origin.OLD: "from_user", Origin.NEW: "subject"}
+"""The column of each store in which a row's tenant stands."""
 
 REFUSE = """
 CREATE SCHEMA IF NOT EXISTS changeover;
@@ -146,12 +146,12 @@ class Stores:
     new_dsn: str
     ledger: Ledger
 
-    def endpoint(self, origin: Origin, cohorts: bool = False) -> PgEndpoint:
-        """Return a store as the router reaches it, its cohorts told apart or not."""
-        column = COHORT[origin] if cohorts else None
+    def endpoint(self, origin: Origin, tenants: bool = False) -> PgEndpoint:
+        """Return a store as the router reaches it, its tenants told apart or not."""
+        column = TENANT[origin] if tenants else None
         if origin is Origin.OLD:
-            return PgEndpoint(self.old_dsn, "public.follows", ("from_user", "to_channel"), cohort=column)
-        return PgEndpoint(self.new_dsn, "public.associations", cohort=column)
+            return PgEndpoint(self.old_dsn, "public.follows", ("from_user", "to_channel"), tenant=column)
+        return PgEndpoint(self.new_dsn, "public.associations", tenant=column)
 
     def refuse(self, origin: Origin) -> None:
         """Make a store refuse what doesn't come through its gate."""
@@ -177,17 +177,17 @@ class Stores:
         }[origin]
         install_gate(self._admin(origin), schema, name, key, floor)
 
-    def move(self, epoch: int, store: str, *cohorts: str) -> None:
-        """Write the ledger's next epoch, of all rows or of some cohorts."""
+    def move(self, epoch: int, store: str, *tenants: str) -> None:
+        """Write the ledger's next epoch, of all rows or of some tenants."""
         self.ledger.connection.execute(
             "INSERT INTO changeover.authority VALUES (%s, %s, %s, '0/0', now(), 0, NULL, %s)",
-            [MIGRATION, epoch, store, list(cohorts) or None],
+            [MIGRATION, epoch, store, list(tenants) or None],
         )
 
-    def refuse_cohorts(self, origin: Origin, epoch: int, cohorts: Cohorts) -> None:
-        """Make a store refuse what is of some cohorts and doesn't come through its gate, as the product does."""
+    def refuse_tenants(self, origin: Origin, epoch: int, tenants: Tenants) -> None:
+        """Make a store refuse what is of some tenants and doesn't come through its gate, as the product does."""
         table = {Origin.OLD: "follows", Origin.NEW: "associations"}[origin]
-        held = refusal.Refusal((refusal.Refused(epoch, cohorts),), column=COHORT[origin])
+        held = refusal.Refusal((refusal.Refused(epoch, tenants),), column=TENANT[origin])
         assert refusal.install(self._admin(origin), "public", table, held, time.monotonic() + 5)
 
     def fence_to_new(self) -> None:
@@ -295,10 +295,10 @@ def make_router(stores: Stores, flag_client: LDClient) -> Iterator[MakeRouter]:
     """Make routers over the two stores, the flag file and the ledger; all of them are closed."""
     made: list[Router] = []
 
-    def make(*, ledger: bool = True, limits: Limits | None = None, process: str | None = None, cohorts: bool = False) -> Router:
+    def make(*, ledger: bool = True, limits: Limits | None = None, process: str | None = None, tenants: bool = False) -> Router:
         router = Router(
-            old=stores.endpoint(Origin.OLD, cohorts), new=stores.endpoint(Origin.NEW, cohorts), to_new=to_new, to_old=to_old,
-            stage=FlagStage(flag_client, FLAG, kind=COHORT[Origin.OLD] if cohorts else None),
+            old=stores.endpoint(Origin.OLD, tenants), new=stores.endpoint(Origin.NEW, tenants), to_new=to_new, to_old=to_old,
+            stage=FlagStage(flag_client, FLAG, kind=TENANT[Origin.OLD] if tenants else None),
             authority=LedgerAuthority(stores.new_dsn, MIGRATION) if ledger else None,
             name=MIGRATION, process=process, limits=limits or PATIENT,
         )  # fmt: skip

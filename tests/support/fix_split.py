@@ -1,4 +1,4 @@
-"""A migration whose cohorts are at two stores, as prepare and fences leave it, made by plain SQL and without Spark.
+"""A migration whose tenants are at two stores, as prepare and fences leave it, made by plain SQL and without Spark.
 
 Both stores, the ledger, the path back and both spools are real; what the streams held is appended to the spools as capture does.
 """
@@ -56,13 +56,13 @@ class Split:
     new: Connection
     ledger: Ledger
 
-    def move(self, store: str, from_lsn: int, new_lsn: int, *cohorts: str) -> None:
-        """Record a move of authority, of all rows unless cohorts are named."""
+    def move(self, store: str, from_lsn: int, new_lsn: int, *tenants: str) -> None:
+        """Record a move of authority, of all rows unless tenants are named."""
         epoch = 1 + max((one.epoch for one in self.ledger.authorities()), default=0)
         self.ledger.connection.execute(
-            "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, cohorts)"
+            "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, tenants)"
             " VALUES (%s, %s, %s, %s, 0.1, %s, %s)",
-            [self.spec.name, epoch, store, format_lsn(from_lsn), format_lsn(new_lsn), list(cohorts) or None],
+            [self.spec.name, epoch, store, format_lsn(from_lsn), format_lsn(new_lsn), list(tenants) or None],
         )
 
     def spool(self, store: str) -> Spool:

@@ -198,13 +198,13 @@ def test_what_this_version_does_not_carry_is_said(tmp_path: Path, old: str, new:
 
 
 @pytest.mark.parametrize("column", ["", "kind", "multi", "from user", "größe"])
-def test_a_column_of_cohorts_is_a_kind_of_context(tmp_path: Path, column: str) -> None:
+def test_a_column_of_tenants_is_a_kind_of_context(tmp_path: Path, column: str) -> None:
     error = refused(tmp_path, WHOLE.replace("[flag]", f'[flag]\ncontext = "{column}"', 1))
     assert error.where == "flag.context"
     assert "LaunchDarkly has no kind of context by that name" in error.problem
 
 
-def test_a_column_of_cohorts_is_read(tmp_path: Path) -> None:
+def test_a_column_of_tenants_is_read(tmp_path: Path) -> None:
     path = tmp_path / "whole.toml"
     path.write_text(WHOLE.replace("[flag]", '[flag]\ncontext = "from_user"', 1))
     flag = load(path).flag
@@ -221,7 +221,7 @@ def test_a_password_in_the_file_is_refused_and_not_repeated(tmp_path: Path) -> N
     assert "sesame" not in str(bad)
 
 
-def test_a_cohort_is_named_by_a_column(tmp_path: Path) -> None:
+def test_a_tenant_is_named_by_a_column(tmp_path: Path) -> None:
     named = loaded(tmp_path, WHOLE.replace("[flag]", '[flag]\ncontext = "from_user"'))
     assert named.flag is not None
     assert named.flag.context == "from_user"

@@ -1,6 +1,6 @@
 """Split authority, as a verification sees it: which stores have some, and what must hold for a comparison to mean anything.
 
-While cohorts are at both stores each store is the truth of its own, and what it writes must reach the other one: where it does not,
+While tenants are at both stores each store is the truth of its own, and what it writes must reach the other one: where it does not,
 the question can't be answered, which is no "equal". Runs on the driver.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from changeover import tenants
 from changeover.errors import CouldNotCheck
 from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.epochs import NEW, OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority
 from changeover.jobs.reverse import path as reverse
+from changeover.tenants import describe
 
 
 @dataclass(frozen=True)
@@ -43,5 +43,5 @@ class Split:
         """Raise CouldNotCheck where the old store does not get what is written to the new one, while it gets some itself."""
         gone = epochs.at(self.changes, NEW)
         if gone is not None and (lacking := reverse.whole(ledger)) is not None:
-            problem = f"{tenants.told(gone)}: the new store has authority, and the old one, held against it, does not follow"
+            problem = f"{describe(gone)}: the new store has authority, and the old one, held against it, does not follow"
             raise CouldNotCheck(source, f"{problem}: {lacking}")

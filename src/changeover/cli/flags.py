@@ -53,28 +53,28 @@ def _loses(writes: int, verb: str) -> str:
     return f"{writes:,} write{'s' * (writes > 1)} that never reached the old store {verb}" if writes else f"nothing {verb}"
 
 
-COHORTS = click.option(
-    "--cohort", "cohorts", multiple=True, help="Only this cohort, between shadow and live; may be given more than once."
+TENANTS = click.option(
+    "--tenant", "tenants", multiple=True, help="Only this tenant, between shadow and live; may be given more than once."
 )
 
 
 @flags.command(example="changeover flags advance follows.toml")
 @SPEC
-@COHORTS
+@TENANTS
 @click.option("--override", metavar="WHY", help="Go without the gate's evidence; the reason is logged.")
 @JSON
-def advance(spec: str, cohorts: tuple[str, ...], override: str | None, as_json: bool) -> None:
+def advance(spec: str, tenants: tuple[str, ...], override: str | None, as_json: bool) -> None:
     """Go one stage up, if the evidence holds."""
-    _step(api.advance(opened(spec), override=override, cohorts=cohorts or None), as_json)
+    _step(api.advance(opened(spec), override=override, tenants=tenants or None), as_json)
 
 
 @flags.command(example="changeover flags rollback follows.toml")
 @SPEC
-@COHORTS
+@TENANTS
 @JSON
-def rollback(spec: str, cohorts: tuple[str, ...], as_json: bool) -> None:
+def rollback(spec: str, tenants: tuple[str, ...], as_json: bool) -> None:
     """Go one stage down; asks no gate."""
-    _step(api.rollback(opened(spec), cohorts=cohorts or None), as_json, back=True)
+    _step(api.rollback(opened(spec), tenants=tenants or None), as_json, back=True)
 
 
 def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
@@ -82,7 +82,7 @@ def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
 
     told = {"from": done.before.value, "to": done.after.value, "epoch": done.epoch, "pause_seconds": done.pause_seconds}
     told |= {"lost": done.lost, "lacking": done.lacking} if back else {}
-    told |= {"cohorts": list(done.cohorts), "unknown": list(done.unknown)} if done.cohorts is not None else {}
+    told |= {"tenants": list(done.tenants), "unknown": list(done.unknown)} if done.tenants is not None else {}
     told |= {"notes": list(done.notes)} if done.notes else {}
     notes = "".join(f"\n{note}" for note in done.notes)
     pause = f", writers were held up {done.pause_seconds:.2f} s at most" if done.pause_seconds is not None else ""
@@ -90,7 +90,7 @@ def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
     lost += (
         f" as far as routers know: their mirrors alone brought the old store up to date ({done.lacking})" if done.lacking else ""
     )
-    whose = f"{some(done.cohorts)}: " if done.cohorts is not None else ""
+    whose = f"{some(done.tenants)}: " if done.tenants is not None else ""
     unknown = f"\nno row as yet, in either store, of {some(done.unknown)}" if done.unknown else ""
     answer(told, as_json, lambda: f"{whose}{told['from']} → {told['to']} (epoch {told['epoch']}{pause}){lost}{unknown}{notes}")
 

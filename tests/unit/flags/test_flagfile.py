@@ -64,24 +64,24 @@ KIND = "from_user"
 def asked(flag_file: Path) -> Callable[..., list[object]]:
     """Return what the real SDK, over its file data source, answers contexts of a kind, and first everybody."""
 
-    def ask(*cohorts: str, kind: str = KIND) -> list[object]:
+    def ask(*tenants: str, kind: str = KIND) -> list[object]:
         with flagfile.client(flag_file) as client:
-            contexts = [EVERYONE, *(Context.create(cohort, kind) for cohort in cohorts)]
+            contexts = [EVERYONE, *(Context.create(tenant, kind) for tenant in tenants)]
             return [client.variation(FLAG, context, None) for context in contexts]
 
     return ask
 
 
 @pytest.mark.parametrize("kind", [KIND, "user"])
-def test_cohorts_are_turned_and_taken_away_again(flag_file: Path, asked: Callable[..., list[object]], kind: str) -> None:
+def test_tenants_are_turned_and_taken_away_again(flag_file: Path, asked: Callable[..., list[object]], kind: str) -> None:
     flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
     before = flagfile.read_flag(flag_file, FLAG)
-    flagfile.write_cohorts(flag_file, FLAG, kind, ["7", "Zoë ☂"], Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, kind, ["7", "Zoë ☂"], Stage.LIVE)
     assert asked("7", "Zoë ☂", "8", kind=kind) == ["shadow", "live", "live", "shadow"]
-    flagfile.write_cohorts(flag_file, FLAG, kind, ["8"], Stage.LIVE)
-    flagfile.write_cohorts(flag_file, FLAG, kind, ["7"], Stage.SHADOW)
+    flagfile.write_tenants(flag_file, FLAG, kind, ["8"], Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, kind, ["7"], Stage.SHADOW)
     assert asked("7", "Zoë ☂", "8", kind=kind) == ["shadow", "shadow", "live", "live"]
-    flagfile.write_cohorts(flag_file, FLAG, kind, ["8", "Zoë ☂"], Stage.SHADOW)
+    flagfile.write_tenants(flag_file, FLAG, kind, ["8", "Zoë ☂"], Stage.SHADOW)
     left = flagfile.read_flag(flag_file, FLAG)
     assert {**left, "version": 0, "targets": [], "contextTargets": []} == {
         **before, "version": 0, "targets": [], "contextTargets": [],
@@ -90,9 +90,9 @@ def test_cohorts_are_turned_and_taken_away_again(flag_file: Path, asked: Callabl
     assert not left.get("targets")
 
 
-def test_a_cohort_turned_away_from_everybody_goes_back_with_all(flag_file: Path, asked: Callable[..., list[object]]) -> None:
+def test_a_tenant_turned_away_from_everybody_goes_back_with_all(flag_file: Path, asked: Callable[..., list[object]]) -> None:
     flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.SHADOW)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.SHADOW)
     assert asked("7", "8") == ["live", "shadow", "live"]
     flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
     assert asked("7", "8") == ["live", "shadow", "live"], "without a kind the targets stay"
@@ -111,7 +111,7 @@ def test_targets_of_others_and_rules_stay_and_go_on_to_act(flag_file: Path, aske
         ],
     )  # fmt: skip
     flag_file.write_text(json.dumps(document))
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["8"], Stage.SHADOW)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["8"], Stage.SHADOW)
     assert asked("8", "9") == ["shadow", "shadow", "live"], "a target for what everybody is asked for, because of the rule"
     assert asked("ann", kind="user") == ["shadow", "dualwrite"]
     assert asked("x", kind="org") == ["shadow", "off"]
@@ -125,7 +125,7 @@ def test_old_style_targets_of_users_go_on_to_act_beside_ours(flag_file: Path, as
     document["flags"][FLAG]["targets"] = [{"values": ["ann"], "variation": 1}]
     flag_file.write_text(json.dumps(document))
     assert asked("ann", kind="user") == ["shadow", "dualwrite"]
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
     assert asked("ann", kind="user") == ["shadow", "dualwrite"]
     assert asked("7") == ["shadow", "live"]
 
@@ -138,10 +138,10 @@ def test_a_percentage_rollout_asks_of_everybody_its_first_variation(flag_file: P
     document["flags"][FLAG]["fallthrough"] = {"rollout": {"contextKind": KIND, "variations": weights}}
     flag_file.write_text(json.dumps(document))
     assert flagfile.read_stage(flag_file, FLAG) is Stage.SHADOW
-    everybody, *cohorts = asked(*map(str, range(1_000)))
+    everybody, *tenants = asked(*map(str, range(1_000)))
     assert everybody == "shadow"
-    assert 200 < cohorts.count("live") < 300
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["0", "1", "2", "3"], Stage.SHADOW)
+    assert 200 < tenants.count("live") < 300
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["0", "1", "2", "3"], Stage.SHADOW)
     assert asked("0", "1", "2", "3") == ["shadow"] * 5
     version = flagfile.write_flag(flag_file, FLAG, former)
     assert flagfile.read_flag(flag_file, FLAG) == {**former, "version": version}
@@ -152,11 +152,11 @@ def test_a_flag_that_is_off_or_lacks_the_stage_is_one_sentence(flag_file: Path) 
     document["flags"][FLAG]["on"] = False
     flag_file.write_text(json.dumps(document))
     with pytest.raises(SpecError, match="is switched off"):
-        flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+        flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
     document["flags"][FLAG].update(on=True, variations=["off", "shadow"])
     flag_file.write_text(json.dumps(document))
     with pytest.raises(SpecError, match="has no variation live"):
-        flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+        flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
     assert json.loads(flag_file.read_text()) == document
 
 

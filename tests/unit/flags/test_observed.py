@@ -1,4 +1,4 @@
-"""The facts are what the tenures of each cohort say, whatever the order of the moves."""
+"""The facts are what the tenures of each tenant say, whatever the order of the moves."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 NAMES = tuple("ABCDE")
 
 
-def move(epoch: int, store: str, *cohorts: str, anew: bool = False) -> Authority:
-    """Return a move of all rows, or of some cohorts."""
-    return Authority(epoch, store, epoch * 10, NOW, None if anew else 0.1, epoch * 100, frozenset(cohorts) or None)
+def move(epoch: int, store: str, *tenants: str, anew: bool = False) -> Authority:
+    """Return a move of all rows, or of some tenants."""
+    return Authority(epoch, store, epoch * 10, NOW, None if anew else 0.1, epoch * 100, frozenset(tenants) or None)
 
 
 def any_moves(chance: random.Random) -> list[Authority]:
@@ -26,8 +26,8 @@ def any_moves(chance: random.Random) -> list[Authority]:
     found = []
     for epoch in range(1, chance.randint(1, 8)):
         anew = chance.random() < 0.1
-        cohorts = () if anew or chance.random() < 0.3 else chance.sample(NAMES, chance.randint(1, 3))
-        found.append(move(epoch, "old" if anew else chance.choice(["old", "new"]), *cohorts, anew=anew))
+        tenants = () if anew or chance.random() < 0.3 else chance.sample(NAMES, chance.randint(1, 3))
+        found.append(move(epoch, "old" if anew else chance.choice(["old", "new"]), *tenants, anew=anew))
     return found
 
 
@@ -35,9 +35,9 @@ def any_moves(chance: random.Random) -> list[Authority]:
 def test_they_agree_with_the_tenures(seed: int) -> None:
     moves = any_moves(random.Random(seed))
     known = facts(moves)
-    for cohort in (EVERYTHING, *NAMES, "F"):
-        last = tenures(moves, cohort)[-1]
-        assert known.of(cohort) == Fact(last.epoch, Origin(last.store)), moves
+    for tenant in (EVERYTHING, *NAMES, "F"):
+        last = tenures(moves, tenant)[-1]
+        assert known.of(tenant) == Fact(last.epoch, Origin(last.store)), moves
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -75,7 +75,7 @@ def test_what_is_lost_is_of_some_epochs_and_of_the_dead() -> None:
     assert lost({3}, beat(Stage.LIVE, epoch=3, mirror_old=counts)) == 2, "the living still deliver what is queued"
     assert lost({3}, beat(Stage.LIVE, LONG_AGO, 3, mirror_old=counts)) == 6
     assert lost({3}, beat(Stage.LIVE, LONG_AGO, 3, mirror_old={"lost": {}, "queued": {"1": 5}})) == 0, "of an epoch that is over"
-    assert lost({1, 3}, beat(Stage.LIVE, LONG_AGO, 3, mirror_old=counts)) == 14, "of cohorts that went one after the other"
+    assert lost({1, 3}, beat(Stage.LIVE, LONG_AGO, 3, mirror_old=counts)) == 14, "of tenants that went one after the other"
     assert lost({3}, beat(Stage.LIVE, epoch=3, mirror_new=counts)) == 0, "on the way to the new store"
     assert lost((), beat(Stage.SHADOW, epoch=4, mirror_old=counts)) == 0
     third = Facts(3, Fact(3, Origin.NEW))
@@ -89,7 +89,7 @@ WHOLE = Facts(1, Fact(1, Origin.NEW))
 
 
 @pytest.mark.parametrize(("facts", "lag", "back"), [(Facts(), True, False), (SPLIT, True, True), (WHOLE, False, True)])
-def test_while_cohorts_stand_apart_both_directions_are_asked(facts: Facts, lag: bool, back: bool) -> None:
+def test_while_tenants_stand_apart_both_directions_are_asked(facts: Facts, lag: bool, back: bool) -> None:
     way = State("0/1", None, "missing", None, LAG_BYTES + 1, None, ())
     loads = [Load("public.t", "store", "closed", 0, False, 0, 0, 0)]
     found = evidence(
@@ -108,7 +108,7 @@ def test_the_way_back_waits_for_the_mirror_of_what_goes_back_alone(stores: Store
     assert unmirrored(stores.ledger, stores.ledger.now(), {1}) == "process web-1 to say that its mirror is empty"
 
 
-def test_a_step_of_some_cohorts_asks_of_the_processes_everybodys_stage() -> None:
+def test_a_step_of_some_tenants_asks_of_the_processes_everybodys_stage() -> None:
     again = evidence(Stage.SHADOW, Stage.LIVE, reads(Stage.LIVE, COMPARISONS), facts=WHOLE, everybodys=Stage.LIVE)
     assert readiness._processes_present(again) == readiness._comparisons_clean(again) == []
     late = replace(again, heartbeats=[reads(Stage.SHADOW, COMPARISONS)])

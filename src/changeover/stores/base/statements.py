@@ -85,7 +85,7 @@ class Move(Enum):
     """A step by which authority over some rows moves from one store to the other."""
 
     FREEZE = "takes authority from the old store"
-    """Commit that the losing store refuses: a trigger with the cohorts in its function, or all rows; its lock is the drain."""
+    """Commit that the losing store refuses: a trigger with the tenants in its function, or all rows; its lock is the drain."""
     POSITION = "reads the position"
     """Read the losing store's position and emit a marker there: no later write of the old authority can be above it."""
     COMPARE = "compares what the stream is with its record"
@@ -102,7 +102,7 @@ stream that is compared before it may lose one afterwards, and a floor that was 
 silently refuses whatever the old authority goes on to write."""
 
 AUTHORITY_READ = "catalogue"
-"""Where the refusing trigger has its list of cohorts from: its own function; a plain read of a table sees that of its snapshot."""
+"""Where the refusing trigger has its list of tenants from: its own function; a plain read of a table sees that of its snapshot."""
 
 TRIGGER_LOG_TIMING = "AFTER"
 """When a trigger log draws a row's version: a BEFORE trigger draws it before the insert waits for an earlier row of its key."""

@@ -1,7 +1,7 @@
 """The refusal: how a store turns writes away over whose rows it has no authority.
 
 An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present epoch: of all rows, or of some
-cohorts. Creating it, or replacing it with another list, takes SHARE ROW EXCLUSIVE, so once that is granted every older writing
+tenants. Creating it, or replacing it with another list, takes SHARE ROW EXCLUSIVE, so once that is granted every older writing
 transaction has ended: the lock is the drain as well. It is asked for with a short lock_timeout and again, so that writers never
 queue long behind it. The list stands in the trigger's function, which every session looks up anew in the catalogue: a transaction
 with an old snapshot meets the list of today, where from a table it would read that of its snapshot.
@@ -19,7 +19,7 @@ from psycopg import sql
 
 from changeover.session import Connection
 from changeover.stores.postgres.gate import FENCED, body_of, ours
-from changeover.tenants import EVERY, Cohorts
+from changeover.tenants import EVERY, Tenants
 
 LOCK_TIMEOUT = "300ms"
 
@@ -35,12 +35,12 @@ class Refused:
     """Rows whose writes a store refuses, but for those that come through its gate in this epoch or a later one."""
 
     epoch: int
-    cohorts: Cohorts = EVERY
+    tenants: Tenants = EVERY
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a store refuses: `standing` for good, `begun` up to a deadline; `column` holds the cohort where there are some."""
+    """What a store refuses: `standing` for good, `begun` up to a deadline; `column` holds the tenant where there are some."""
 
     standing: tuple[Refused, ...] = ()
     begun: Refused | None = None
@@ -110,7 +110,7 @@ def _server_time(connection: Connection, seconds: float) -> str:
 def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Composed:
     """The trigger's body: what comes through the gate of the present epoch passes, and what is begun once `ends` has come.
 
-    A row that changes its cohort is a write to both. A TRUNCATE is one to all, so no store takes it where cohorts are told apart.
+    A row that changes its tenant is a write to both. A TRUNCATE is one to all, so no store takes it where tenants are told apart.
     The writer's search_path counts for nothing: every name says its schema, operators too.
     """
     epochs = [one.epoch for one in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
@@ -146,25 +146,25 @@ def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
     arms += [(refusal.begun, begun)] if refusal.begun else []
     return sql.SQL("CASE {} ELSE -1 END").format(
         sql.SQL(" ").join(
-            sql.SQL("WHEN {} AND {} THEN {}").format(belongs(row, refusal.column, one.cohorts), when, sql.Literal(one.epoch))
+            sql.SQL("WHEN {} AND {} THEN {}").format(belongs(row, refusal.column, one.tenants), when, sql.Literal(one.epoch))
             for one, when in (*arms, (Refused(-1), sql.SQL("false")))
         )
     )
 
 
-def belongs(row: str, column: str | None, cohorts: Cohorts) -> sql.Composable:
-    """Return the condition that a trigger's row is one of some cohorts, by the column that holds them.
+def belongs(row: str, column: str | None, tenants: Tenants) -> sql.Composable:
+    """Return the condition that a trigger's row is one of some tenants, by the column that holds them.
 
     The names are the keys of one JSON constant, which a session reads once and then searches by halves: of an array it would make a
     table in each transaction anew.
     """
-    if column is None or cohorts == EVERY:
+    if column is None or tenants == EVERY:
         return sql.SQL("true")
-    names = sql.Literal(json.dumps(dict.fromkeys(sorted(cohorts.names))))
+    names = sql.Literal(json.dumps(dict.fromkeys(sorted(tenants.names))))
     inside = sql.SQL("{}::pg_catalog.jsonb OPERATOR(pg_catalog.?) {}::pg_catalog.text").format(
         names, sql.Identifier(row.lower(), column)
     )
-    return sql.SQL("NOT ({})").format(inside) if cohorts.others else inside
+    return sql.SQL("NOT ({})").format(inside) if tenants.others else inside
 
 
 def remove(connection: Connection, schema: str, name: str) -> list[str]:

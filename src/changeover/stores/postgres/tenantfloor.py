@@ -1,7 +1,7 @@
-"""A cohort's floor: the epoch below which a gated table takes nothing for its rows any more.
+"""A tenant's floor: the epoch below which a gated table takes nothing for its rows any more.
 
-The table's own floor is one for all rows, so it can't rise while some of them go on under an earlier epoch. Each cohort has a
-floor therefore: a trigger on our own table of touched rows leaves out what is of an epoch before the cohort's present one, and what
+The table's own floor is one for all rows, so it can't rise while some of them go on under an earlier epoch. Each tenant has a
+floor therefore: a trigger on our own table of touched rows leaves out what is of an epoch before the tenant's present one, and what
 was not touched is not written. The trigger is made in front of a fence's pause, because it waits for gated statements; a floor that
 rises is another function, which waits for nobody.
 """
@@ -24,7 +24,7 @@ TRIES = 100
 
 
 def put(connection: Connection, table: GatedTable, column: str, floors: Sequence[Refused]) -> None:
-    """Take nothing any more of an epoch before that of its cohort; `column` is the key column that holds the cohort."""
+    """Take nothing any more of an epoch before that of its tenant; `column` is the key column that holds the tenant."""
     connection.execute(_function(ours("floor", table.schema, table.name), column, floors))
 
 
@@ -47,7 +47,7 @@ def install(connection: Connection, table: GatedTable, column: str, floors: Sequ
 
 
 def _function(function: sql.Identifier, column: str, floors: Sequence[Refused]) -> sql.Composed:
-    arms = [sql.SQL("WHEN {} THEN {}").format(belongs("NEW", column, one.cohorts), sql.Literal(one.epoch)) for one in floors]
+    arms = [sql.SQL("WHEN {} THEN {}").format(belongs("NEW", column, one.tenants), sql.Literal(one.epoch)) for one in floors]
     body = sql.SQL("BEGIN IF NEW.{} OPERATOR(pg_catalog.<) (CASE {} ELSE 0 END) THEN RETURN NULL; END IF; RETURN NEW; END").format(
         sql.Identifier(EPOCH), sql.SQL(" ").join(arms)
     )

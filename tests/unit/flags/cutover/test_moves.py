@@ -1,4 +1,4 @@
-"""Cohorts by name without a fence: which there are, how they are written, who is astray, and what is refused before anything."""
+"""Tenants by name without a fence: which there are, how they are written, who is astray, and what is refused before anything."""
 
 from __future__ import annotations
 
@@ -87,23 +87,23 @@ def counted(spec: Spec) -> Callable[[Facts], Astray]:
 
 
 def rollout(flag_file: Path, live: int) -> None:
-    """Turn the flag to live for some thousandths of a percent of the cohorts, as LaunchDarkly's console does."""
+    """Turn the flag to live for some thousandths of a percent of the tenants, as LaunchDarkly's console does."""
     document = json.loads(flag_file.read_text())
     weights = [{"variation": 2, "weight": 100_000 - live}, {"variation": 3, "weight": live}]
     document["flags"][FLAG]["fallthrough"] = {"rollout": {"contextKind": KIND, "variations": weights}}
     flag_file.write_text(json.dumps(document))
 
 
-def test_the_flag_is_asked_of_every_cohort_that_has_rows(
+def test_the_flag_is_asked_of_every_tenant_that_has_rows(
     stores: Stores, counted: Callable[[Facts], Astray], flag_file: Path
 ) -> None:
     assert counted(Facts()) == Astray()
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7", "9"], Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7", "9"], Stage.LIVE)
     assert counted(Facts()) == Astray(), "nobody has a row"
     follows(stores, 7, 8)
     assert counted(Facts()) == Astray(up=("7",))
     assert counted(SPLIT) == Astray()
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.SHADOW)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.SHADOW)
     assert counted(SPLIT) == Astray(back=("7",))
     stores.old.execute("DELETE FROM public.follows")
     assert counted(SPLIT) == Astray(back=("7",)), "it is on record"
@@ -111,7 +111,7 @@ def test_the_flag_is_asked_of_every_cohort_that_has_rows(
     assert counted(Facts(1, Fact(1, Origin.NEW))) == Astray()
 
 
-def test_a_percentage_rollout_is_followed_by_cohort(stores: Stores, counted: Callable[[Facts], Astray], flag_file: Path) -> None:
+def test_a_percentage_rollout_is_followed_by_tenant(stores: Stores, counted: Callable[[Facts], Astray], flag_file: Path) -> None:
     follows(stores, *range(200))
     rollout(flag_file, 25_000)
     quarter = counted(Facts()).up
@@ -156,7 +156,7 @@ def test_a_count_is_repeated_less_often_the_longer_it_takes_and_the_flag_is_aske
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_the_cohorts_of_a_table_are_counted_with_an_index_and_without(stores: Stores, indexed: bool) -> None:
+def test_the_tenants_of_a_table_are_counted_with_an_index_and_without(stores: Stores, indexed: bool) -> None:
     key = "(org, n)" if indexed else "(n, org)"
     stores.old.execute(f"CREATE TABLE public.members (org text, n integer, PRIMARY KEY {key})")
     stores.old.execute(
@@ -168,7 +168,7 @@ def test_the_cohorts_of_a_table_are_counted_with_an_index_and_without(stores: St
     assert row == (indexed,)
 
 
-def test_many_rows_of_few_cohorts_are_not_read(stores: Stores) -> None:
+def test_many_rows_of_few_tenants_are_not_read(stores: Stores) -> None:
     stores.old.execute("INSERT INTO public.follows SELECT u, c FROM generate_series(1, 5) u, generate_series(1, 20000) c")
     stores.old.execute("VACUUM ANALYZE public.follows")
     with stores.old.transaction():
@@ -191,7 +191,7 @@ def _read(stores: Stores) -> int:
 def test_a_name_is_brought_to_the_form_that_postgresql_prints(stores: Stores, spec: Spec) -> None:
     assert discovery.spelled(spec, ["007", "7", "-3"]) == ["7", "-3"]
     for name in ("ann", "7_0", "1.5", "9" * 20):
-        with pytest.raises(UsageError, match=f"cohort {name} is no bigint, which from_user is"):
+        with pytest.raises(UsageError, match=f"tenant {name} is no bigint, which from_user is"):
             discovery.spelled(spec, [name])
     stores.old.execute("ALTER TABLE public.follows ALTER from_user TYPE uuid USING NULL::uuid")
     assert discovery.spelled(spec, ["A0EEBC999C0B4EF8BB6D6BB9BD380A11"]) == ["a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"]
@@ -199,7 +199,7 @@ def test_a_name_is_brought_to_the_form_that_postgresql_prints(stores: Stores, sp
     assert discovery.spelled(spec, [" 007"]) == [" 007"]
 
 
-def test_cohorts_without_a_row_in_either_store_are_told(stores: Stores, spec: Spec) -> None:
+def test_tenants_without_a_row_in_either_store_are_told(stores: Stores, spec: Spec) -> None:
     follows(stores, 7)
     stores.new.execute("INSERT INTO public.associations VALUES (8, 1, '{}', NULL, now())")
     assert discovery.unknown(spec, ["7", "8", "9"]) == ("9",)
@@ -213,9 +213,9 @@ def test_cohorts_without_a_row_in_either_store_are_told(stores: Stores, spec: Sp
 
 
 BAD = [
-    (["--cohort", ""], 2, "a cohort's name is empty: name one, or leave --cohort out and all rows move"),
-    (["--cohort", "ann"], 2, "cohort ann is no bigint, which from_user is: give the value as a row has it"),
-    ([part for name in range(10_001) for part in ("--cohort", str(name))], 2, "10,001 cohorts are more than 10,000 at once"),
+    (["--tenant", ""], 2, "a tenant's name is empty: name one, or leave --tenant out and all rows move"),
+    (["--tenant", "ann"], 2, "tenant ann is no bigint, which from_user is: give the value as a row has it"),
+    ([part for name in range(10_001) for part in ("--tenant", str(name))], 2, "10,001 tenants are more than 10,000 at once"),
 ]
 
 
@@ -231,86 +231,86 @@ def test_bad_names_are_one_sentence(spec: Spec, command: str, options: list[str]
 
 
 @pytest.mark.parametrize("command", ["advance", "rollback"])
-def test_without_a_column_no_cohort_is_named(spec: Spec, command: str) -> None:
+def test_without_a_column_no_tenant_is_named(spec: Spec, command: str) -> None:
     path = Path(spec.path)
     path.write_text(path.read_text().replace(f'context = "{KIND}"', ""))
-    refused = run(command, load(path), "--cohort", "7")
+    refused = run(command, load(path), "--tenant", "7")
     assert (refused.exit_code, "flag.context: is missing: name the column" in refused.stderr) == (2, True)
 
 
-def test_cohorts_move_between_shadow_and_live_alone(stores: Stores, spec: Spec) -> None:
+def test_tenants_move_between_shadow_and_live_alone(stores: Stores, spec: Spec) -> None:
     file = spec.work / "flags.json"
     for stage in (Stage.OFF, Stage.DUALWRITE):
         flagfile.write_stage(file, FLAG, stage)
-        refused = run("advance", spec, "--cohort", "7", "--override", "test")
+        refused = run("advance", spec, "--tenant", "7", "--override", "test")
         assert (refused.exit_code, f"and everybody is at {stage.value}" in refused.stderr) == (1, True)
     flagfile.write_stage(file, FLAG, Stage.SHADOW)
-    refused = run("rollback", spec, "--cohort", "7")
+    refused = run("rollback", spec, "--tenant", "7")
     assert (refused.exit_code, refused.stderr) == (
-        1, "changeover: flags rollback: 1 cohort (7) at the old store already: below shadow all rows go together\n",
+        1, "changeover: flags rollback: 1 tenant (7) at the old store already: below shadow all rows go together\n",
     )  # fmt: skip
     stores.move(1, "new", "7")
-    refused = run("advance", spec, "--cohort", "7", "--override", "test")
-    assert (refused.exit_code, "1 cohort (7) live already: rampdown and complete are of all rows" in refused.stderr) == (1, True)
+    refused = run("advance", spec, "--tenant", "7", "--override", "test")
+    assert (refused.exit_code, "1 tenant (7) live already: rampdown and complete are of all rows" in refused.stderr) == (1, True)
 
 
-def test_at_rampdown_no_cohort_goes_back_alone_and_below_shadow_it_may(stores: Stores, spec: Spec) -> None:
+def test_at_rampdown_no_tenant_goes_back_alone_and_below_shadow_it_may(stores: Stores, spec: Spec) -> None:
     file = spec.work / "flags.json"
     stores.move(1, "new", "7")
     flagfile.write_stage(file, FLAG, Stage.DUALWRITE)
-    refused = run("rollback", spec, "--cohort", "8")
+    refused = run("rollback", spec, "--tenant", "8")
     assert (refused.exit_code, "at the old store already" in refused.stderr) == (1, True), "it is asked where it is, no more"
     stores.move(2, "new")
     flagfile.write_stage(file, FLAG, Stage.RAMPDOWN)
-    refused = run("rollback", spec, "--cohort", "7")
+    refused = run("rollback", spec, "--tenant", "7")
     assert (refused.exit_code, "and everybody is at rampdown" in refused.stderr) == (1, True)
 
 
 def test_the_gate_is_asked_and_its_no_is_on_record(stores: Stores, spec: Spec) -> None:
-    refused = run("advance", spec, "--cohort", "7")
+    refused = run("advance", spec, "--tenant", "7")
     assert refused.exit_code == 1
     assert "the gate to live stays closed" in refused.stderr
     assert flagfile.read_flag(spec.work / "flags.json", FLAG).get("contextTargets", []) == []
     _, step, outcome, told = stores.ledger.audits()[0]
-    assert (step, outcome, told["cohorts"], told["count"]) == (history.STEP, "refused", ["7"], 1)
+    assert (step, outcome, told["tenants"], told["count"]) == (history.STEP, "refused", ["7"], 1)
 
 
 def test_a_fence_that_does_not_come_about_puts_the_flag_back_as_it_was(spec: Spec, flag_file: Path) -> None:
     rollout(flag_file, 0)
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["9"], Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["9"], Stage.LIVE)
     former = flagfile.read_flag(flag_file, FLAG)
-    refused = run("advance", spec, "--cohort", "7", "--override", "test")
+    refused = run("advance", spec, "--tenant", "7", "--override", "test")
     assert (
         refused.exit_code,
-        "no cohort moves alone: cohorts move one by one only where they can come back" in refused.stderr,
+        "no tenant moves alone: tenants move one by one only where they can come back" in refused.stderr,
     ) == (1, True), refused.stderr
     found = flagfile.read_flag(flag_file, FLAG)
     assert found == {**former, "version": former["version"] + 2}
 
 
-def test_rampdown_waits_until_no_cohort_is_at_the_old_store(stores: Stores, spec: Spec) -> None:
+def test_rampdown_waits_until_no_tenant_is_at_the_old_store(stores: Stores, spec: Spec) -> None:
     file = spec.work / "flags.json"
     stores.move(1, "new")
     stores.move(2, "old", "7", "8")
     flagfile.write_stage(file, FLAG, Stage.LIVE)
-    flagfile.write_cohorts(file, FLAG, KIND, ["7", "8"], Stage.SHADOW)
+    flagfile.write_tenants(file, FLAG, KIND, ["7", "8"], Stage.SHADOW)
     refused = run("advance", spec, "--override", "test")
-    sentence = "rampdown is of all rows, and 2 cohorts (7, 8) are at the old store: `changeover flags advance --cohort` comes first"
+    sentence = "rampdown is of all rows, and 2 tenants (7, 8) are at the old store: `changeover flags advance --tenant` comes first"
     assert (refused.exit_code, refused.stderr) == (1, f"changeover: flags advance: {sentence}\n")
     shown = run("show", spec)
     assert sentence in shown.stdout
-    assert "at the old store: 2 cohorts (7, 8), epoch 2" in shown.stdout
+    assert "at the old store: 2 tenants (7, 8), epoch 2" in shown.stdout
     flagfile.write_stage(file, FLAG, Stage.RAMPDOWN)
     with pytest.raises(Refused, match="rampdown is of all rows"):
         cutover._follow(spec)
 
 
-def test_the_page_names_the_cohorts_that_stand_apart(stores: Stores, spec: Spec) -> None:
+def test_the_page_names_the_tenants_that_stand_apart(stores: Stores, spec: Spec) -> None:
     stores.move(1, "new", *map(str, range(10, 1_010)))
     stores.move(2, "new", "7")
     shown = run("show", spec)
     assert (
-        "stage shadow, authority old (epoch 0)\nat the new store: 1,001 cohorts (10, 100, 1000, 1001, 1002, …), epoch 1, 2\n"
+        "stage shadow, authority old (epoch 0)\nat the new store: 1,001 tenants (10, 100, 1000, 1001, 1002, …), epoch 1, 2\n"
         in (shown.stdout)
     )
     assert "next: live: no-go" in shown.stdout
@@ -322,9 +322,9 @@ def test_the_page_names_the_cohorts_that_stand_apart(stores: Stores, spec: Spec)
     assert (told["stage"], told["back"]) == ("shadow", "shadow")
 
 
-def test_what_is_told_of_some_cohorts() -> None:
-    assert some(["9"]) == "1 cohort (9)"
-    assert some(list("hgfedcba")) == "8 cohorts (a, b, c, d, e, …)"
+def test_what_is_told_of_some_tenants() -> None:
+    assert some(["9"]) == "1 tenant (9)"
+    assert some(list("hgfedcba")) == "8 tenants (a, b, c, d, e, …)"
     assert apart(Facts()) is None
     assert apart(SPLIT) == Apart("new", 1, ("7",), (1,))
     for stage in Stage:
@@ -335,4 +335,4 @@ def test_what_is_told_of_some_cohorts() -> None:
 def test_in_python_it_is_the_same(spec: Spec, told: Any) -> None:
     names, said = told
     with pytest.raises((Refused, UsageError), match=said):
-        cutover.rollback(spec, cohorts=names)
+        cutover.rollback(spec, tenants=names)

@@ -1,4 +1,4 @@
-"""Names that mean something in our functions: the gate of one row, the refusal and a cohort's floor take a table by any name."""
+"""Names that mean something in our functions: the gate of one row, the refusal and a tenant's floor take a table by any name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from changeover.position import Version, image_version
 from changeover.session import Connection, connect
 from changeover.stores.postgres import gate, refusal, tenantfloor
 from changeover.stores.postgres.refusal import Refusal, Refused
-from changeover.tenants import Cohorts
+from changeover.tenants import Tenants
 
 PLACE = ("a.b%s", 'odd %d "t" $body$')
-COHORT = "a$body$b%s"
-NAMES = (COHORT, "won", "p_epoch", "b", "t", "g", "excluded", "_epoch", "since", "{0}", "%")
+TENANT = "a$body$b%s"
+NAMES = (TENANT, "won", "p_epoch", "b", "t", "g", "excluded", "_epoch", "since", "{0}", "%")
 
 
 def rows(connection: Connection) -> list[tuple[object, ...]]:
@@ -35,8 +35,8 @@ def test_a_table_of_any_name_is_gated_refused_and_floored(new_dsn: str) -> None:
         gate.install_gate(new, *PLACE, NAMES[:2], image_version(1))
         call = GateCall.of(new, PgEndpoint(new_dsn, joined(*PLACE)))
 
-        def offer(value: str, version: Version, cohort: str = "x") -> bool:
-            row = {name: value for name in NAMES} | {COHORT: cohort, "won": "k"}
+        def offer(value: str, version: Version, tenant: str = "x") -> bool:
+            row = {name: value for name in NAMES} | {TENANT: tenant, "won": "k"}
             found = new.execute(call.statement, call.parameters(version, Change(row, False))).fetchone()
             return found is not None and bool(found[0])
 
@@ -44,15 +44,15 @@ def test_a_table_of_any_name_is_gated_refused_and_floored(new_dsn: str) -> None:
         assert offer("second", Version(0, 10, 0))
         assert not offer("older", Version(0, 9, 5))
         assert rows(new) == [("x", "k", *["second"] * 9)]
-        assert present(new, *PLACE, COHORT, 5) == ["x"]
+        assert present(new, *PLACE, TENANT, 5) == ["x"]
         table = gate.gated(new, *PLACE, NAMES[:2])
-        x = Refused(2, Cohorts(frozenset({"x"}), others=False))
-        tenantfloor.install(new, table, COHORT, [x], "test")
-        assert not offer("below the cohort's floor", Version(1, 20, 0))
-        assert offer("another's", Version(1, 20, 0), cohort="y")
-        assert refusal.install(new, *PLACE, Refusal(standing=(x,), column=COHORT), time.monotonic() + 30)
+        x = Refused(2, Tenants(frozenset({"x"}), others=False))
+        tenantfloor.install(new, table, TENANT, [x], "test")
+        assert not offer("below the tenant's floor", Version(1, 20, 0))
+        assert offer("another's", Version(1, 20, 0), tenant="y")
+        assert refusal.install(new, *PLACE, Refusal(standing=(x,), column=TENANT), time.monotonic() + 30)
         with pytest.raises(psycopg.Error) as refused:
-            new.execute(sql.SQL("DELETE FROM {} WHERE {} = 'x'").format(sql.Identifier(*PLACE), sql.Identifier(COHORT)))
+            new.execute(sql.SQL("DELETE FROM {} WHERE {} = 'x'").format(sql.Identifier(*PLACE), sql.Identifier(TENANT)))
         assert refused.value.sqlstate == gate.FENCED
         assert refusal.remove(new, *PLACE)
         assert gate.remove(new, *PLACE) == [f"gate of {joined(*PLACE)}"]

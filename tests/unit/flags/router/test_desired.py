@@ -106,21 +106,21 @@ def test_a_forked_child_follows_the_flag(
 KIND = "from_user"
 
 
-def test_a_cohort_is_a_context_of_its_own_kind(flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]) -> None:
+def test_a_tenant_is_a_context_of_its_own_kind(flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]) -> None:
     wish = FlagStage(flag_client, FLAG, kind=KIND)
     flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
     eventually(lambda: wish.stage("7") is Stage.LIVE)
     assert (wish.stage(), wish.stage("8")) == (Stage.SHADOW, Stage.SHADOW)
     assert FlagStage(flag_client, FLAG).stage("7") is Stage.SHADOW, "without a kind all rows are one context"
 
 
-def test_a_cohort_without_an_answer_keeps_its_own_last_stage(
+def test_a_tenant_without_an_answer_keeps_its_own_last_stage(
     flag_file: Path, flag_client: LDClient, eventually: Callable[..., None]
 ) -> None:
     wish = FlagStage(flag_client, FLAG, kind=KIND)
     flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7", "8"], Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7", "8"], Stage.LIVE)
     eventually(lambda: wish.stage("7") is Stage.LIVE)
     assert wish.stage() is Stage.SHADOW
     document = json.loads(flag_file.read_text())
@@ -131,7 +131,7 @@ def test_a_cohort_without_an_answer_keeps_its_own_last_stage(
     assert wish.stage("8") is Stage.SHADOW, "never asked for before: as everybody"
 
 
-def test_what_is_kept_of_cohorts_is_bounded_and_only_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_of_tenants_is_bounded_and_only_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wishing, "KEPT", 3)
     data = TestData.data_source()
     flag = data.flag(FLAG).variations(*[s.value for s in Stage])
@@ -139,21 +139,21 @@ def test_what_is_kept_of_cohorts_is_bounded_and_only_what_differs(monkeypatch: p
         wish = FlagStage(client, FLAG, kind=KIND)
         data.update(flag.fallthrough_variation(2).variation_for_key(KIND, "7", 3))
         assert wish.stage() is Stage.SHADOW
-        for cohort in map(str, range(20)):
-            wish.stage(cohort)
+        for tenant in map(str, range(20)):
+            wish.stage(tenant)
         assert wish._apart == {"7": Stage.LIVE}
-        for cohort in map(str, range(20)):
-            flag = flag.variation_for_key(KIND, cohort, 3)
+        for tenant in map(str, range(20)):
+            flag = flag.variation_for_key(KIND, tenant, 3)
         data.update(flag)
-        for cohort in map(str, range(20)):
-            assert wish.stage(cohort) is Stage.LIVE
+        for tenant in map(str, range(20)):
+            assert wish.stage(tenant) is Stage.LIVE
         assert wish._apart == dict.fromkeys(["17", "18", "19"], Stage.LIVE)
         data.update(flag.fallthrough_variation(3))
         assert wish.stage() is Stage.LIVE
         assert wish._apart == {}, "now it is everybody's"
 
 
-def test_no_cohort_is_at_complete_before_everybody() -> None:
+def test_no_tenant_is_at_complete_before_everybody() -> None:
     data = TestData.data_source()
     flag = data.flag(FLAG).variations(*[s.value for s in Stage])
     with LDClient(Config("key", update_processor_class=data, send_events=False)) as client:

@@ -124,7 +124,7 @@ def test_the_last_acknowledged_stage_survives_a_restart(stores: Stores, process:
     follower.close()
 
 
-def test_a_cohorts_move_is_followed_and_waiting_is_for_its_own(
+def test_a_tenants_move_is_followed_and_waiting_is_for_its_own(
     stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]
 ) -> None:
     stores.move(1, "new", "7", "9")

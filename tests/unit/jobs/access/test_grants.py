@@ -41,7 +41,7 @@ key = ["id"]
 path = "work"
 """
 FLAG = '[flag]\nkey = "f"\ntarget = "store"\n'
-COHORTS = FLAG + 'context = "id"\n'
+TENANTS = FLAG + 'context = "id"\n'
 TABLE = 'CREATE TABLE "Shop".{} (id serial PRIMARY KEY, note text)'
 
 
@@ -98,7 +98,7 @@ def shop(any_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyP
 CASES = [
     ("slot", FLAG, "", "goods"),
     ("slot", "", "", "goods"),
-    ("slot", COHORTS, "NOINHERIT", "goods"),
+    ("slot", TENANTS, "NOINHERIT", "goods"),
     ("trigger", FLAG, "NOINHERIT", ""),
     ("trigger", "", "", ""),
 ]

@@ -141,12 +141,12 @@ def test_the_epoch_is_that_of_the_old_stores_stream() -> None:
     assert epoch_to_come([], 500) == 0
 
 
-def test_no_cohort_still_writes_below_the_epoch_of_the_floor() -> None:
+def test_no_tenant_still_writes_below_the_epoch_of_the_floor() -> None:
     def moved(epoch: int, store: str, at: int, *names: str) -> Authority:
-        return Authority(epoch, store, at, datetime.now(UTC), 0.1, cohorts=frozenset(names) if names else None)
+        return Authority(epoch, store, at, datetime.now(UTC), 0.1, tenants=frozenset(names) if names else None)
 
     log = [moved(1, "new", 500, "7"), moved(2, "old", 900, "7"), moved(3, "new", 1000), moved(4, "old", 1200, "7")]
-    assert epoch_to_come(log[:2], 950) == 0, "the others still write under the first epoch, whatever cohort 7 does"
+    assert epoch_to_come(log[:2], 950) == 0, "the others still write under the first epoch, whatever tenant 7 does"
     assert epoch_to_come(log[:3], 950) == 0, "and did so up to their own fence"
     assert epoch_to_come(log[:3], 1100) == 2, "nobody writes there any more: what was touched may go"
     assert epoch_to_come(log, 1150) == 2

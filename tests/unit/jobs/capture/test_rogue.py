@@ -1,4 +1,4 @@
-"""Rogue writes while cohorts are at two stores: each change by its own cohort's tenure, and nothing is read twice."""
+"""Rogue writes while tenants are at two stores: each change by its own tenant's tenure, and nothing is read twice."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from changeover.position import format_lsn
 from tests.support.fix_split import Split
 
 
-def of_old(cohort: str) -> dict[str, str]:
-    return {"who": cohort, "whom": "1"}
+def of_old(tenant: str) -> dict[str, str]:
+    return {"who": tenant, "whom": "1"}
 
 
-def of_new(cohort: str) -> dict[str, str]:
-    return {"a": cohort, "b": "1"}
+def of_new(tenant: str) -> dict[str, str]:
+    return {"a": tenant, "b": "1"}
 
 
 @pytest.fixture
 def apart(split: Split) -> tuple[Split, int]:
-    """Return a migration whose cohorts 7 and 9 are at the new store, and where that was in its log."""
+    """Return a migration whose tenants 7 and 9 are at the new store, and where that was in its log."""
     path = reverse_setup.open_path(split.spec, split.ledger)
     assert path is not None
     there = path.stream.l0 + 100
@@ -38,7 +38,7 @@ def told(split: Split) -> dict[str, tuple[int, int]]:
     return {one.store: (one.changes, one.transactions) for one in rogue(split.spec, split.ledger)}
 
 
-def test_each_change_is_held_against_its_own_cohort(apart: tuple[Split, int]) -> None:
+def test_each_change_is_held_against_its_own_tenant(apart: tuple[Split, int]) -> None:
     split, there = apart
     split.write(OLD, 900, "I", of_old("7"))
     split.write(OLD, 1010, "I", of_old("5"))
@@ -58,7 +58,7 @@ def test_each_change_is_held_against_its_own_cohort(apart: tuple[Split, int]) ->
     assert told(split) == {OLD: (4, 4), NEW: (2, 2)}, "a TRUNCATE takes everybody's rows"
 
 
-def test_where_a_cohort_has_moved_again_its_writes_are_seen_anew(apart: tuple[Split, int]) -> None:
+def test_where_a_tenant_has_moved_again_its_writes_are_seen_anew(apart: tuple[Split, int]) -> None:
     split, there = apart
     watch = Watch(split.spec)
     split.write(OLD, 1010, "I", of_old("7"))

@@ -1,4 +1,4 @@
-"""Division: what stands against moving cohorts one by one, each reason from real tables; and that nothing else does."""
+"""Division: what stands against moving tenants one by one, each reason from real tables; and that nothing else does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_dsn: str, new_dsn
         yield ask
 
 
-def test_a_cohort_that_stands_in_both_keys_is_no_reason(asked: Asked) -> None:
+def test_a_tenant_that_stands_in_both_keys_is_no_reason(asked: Asked) -> None:
     spec = asked()
     assert new_column(spec, spec.tables[0]) == "entity_a"
     assert examined(spec).reasons == []
@@ -63,11 +63,11 @@ REASONS = [
     (
         {"table": TABLE + COLUMNS + '[table.transform]\nfunction = "math:sqrt"\n[table.reverse]\nfrom_user = "entity_a"\n'
          'to_channel = "to_channel"\nnote = "note"\n'},
-        "public.follows has a function, after which nobody can tell a row's cohort",
+        "public.follows has a function, after which nobody can tell a row's tenant",
     ),
     (
         {"old_ddl": OLD.replace("from_user bigint", "from_user date"), "new_ddl": NEW.replace("entity_a bigint", "entity_a date")},
-        "public.follows.from_user .* is of the type date: a cohort is an integer, a text, a varchar or a uuid",
+        "public.follows.from_user .* is of the type date: a tenant is an integer, a text, a varchar or a uuid",
     ),
     (
         {"new_ddl": NEW.replace("entity_a bigint", "entity_a varchar(30)"),
@@ -77,7 +77,7 @@ REASONS = [
     (
         {"old_ddl": OLD.replace("from_user bigint", "from_user text"),
          "new_ddl": NEW.replace("entity_a bigint", "entity_a varchar(30)")},
-        r"is of the type character varying\(30\) and .* of text: a cohort must read alike in both",
+        r"is of the type character varying\(30\) and .* of text: a tenant must read alike in both",
     ),
     ({"old_ddl": OLD + "; CREATE UNIQUE INDEX once ON follows (to_channel)"}, "the index once of public.follows is unique without"),
     (
@@ -90,11 +90,11 @@ REASONS = [
     ),
     (
         {"new_ddl": NEW.replace(", PRIMARY KEY (entity_a, to_channel)", "")},
-        "cohorts move one by one only where they can come back: public.associations has no primary key and no replica identity",
+        "tenants move one by one only where they can come back: public.associations has no primary key and no replica identity",
     ),
     (
         {"table": TABLE + COLUMNS + 'note = "upper(note)"\n'},
-        "cohorts move one by one only where they can come back: .* no way back from associations: nothing gives its column note",
+        "tenants move one by one only where they can come back: .* no way back from associations: nothing gives its column note",
     ),
 ]  # fmt: skip
 
@@ -135,5 +135,5 @@ def test_a_fence_asks_again(asked: Asked, new_dsn: str) -> None:
     assert examined(spec).reasons == []
     with connect(new_dsn, "test") as new:
         new.execute("CREATE UNIQUE INDEX later ON associations (note)")
-    with pytest.raises(Refused, match=r"no cohort moves alone: the index later of public.associations is unique without entity_a"):
-        fence(spec, Origin.NEW, cohorts=["7"])
+    with pytest.raises(Refused, match=r"no tenant moves alone: the index later of public.associations is unique without entity_a"):
+        fence(spec, Origin.NEW, tenants=["7"])

@@ -1,4 +1,4 @@
-"""The refusal of one table is its own, whatever other tables of the database are called, and of some cohorts it is theirs alone."""
+"""The refusal of one table is its own, whatever other tables of the database are called, and of some tenants it is theirs alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from changeover.position import Version
 from changeover.session import Connection, connect
 from changeover.stores.postgres import gate, refusal, tenantfloor
 from changeover.stores.postgres.gate import FENCED, ours
-from changeover.tenants import Cohorts
+from changeover.tenants import Tenants
 
 LONG = "n" * NAME_BYTES
 ACCENTS = "é" * (NAME_BYTES // 2)
@@ -64,8 +64,8 @@ def test_our_names_are_whole_and_different(new_dsn: str, name: str) -> None:
 
 
 @pytest.fixture
-def cohorts(new_dsn: str) -> Iterator[Connection]:
-    """Yield a session with a store that has lost authority over one cohort."""
+def tenants(new_dsn: str) -> Iterator[Connection]:
+    """Yield a session with a store that has lost authority over one tenant."""
     with connect(new_dsn, "test") as connection:
         connection.execute("CREATE TABLE kept (whose integer, id integer, PRIMARY KEY (whose, id))")
         connection.execute("INSERT INTO kept VALUES (1, 1), (2, 1), (3, 1)")
@@ -74,8 +74,8 @@ def cohorts(new_dsn: str) -> Iterator[Connection]:
 
 
 def losing(names: list[str], standing: tuple[refusal.Refused, ...] = ()) -> refusal.Refusal:
-    """Return the refusal of some cohorts' rows, the third epoch's."""
-    return refusal.Refusal(standing, refusal.Refused(3, Cohorts(frozenset(names), others=False)), "whose")
+    """Return the refusal of some tenants' rows, the third epoch's."""
+    return refusal.Refusal(standing, refusal.Refused(3, Tenants(frozenset(names), others=False)), "whose")
 
 
 def is_refused(connection: Connection, statement: LiteralString | sql.Composed) -> bool:
@@ -89,38 +89,38 @@ def is_refused(connection: Connection, statement: LiteralString | sql.Composed) 
     return False
 
 
-def test_rows_of_other_cohorts_are_written_as_ever(cohorts: Connection) -> None:
+def test_rows_of_other_tenants_are_written_as_ever(tenants: Connection) -> None:
     refused = ["INSERT INTO kept VALUES (1, 2)", "UPDATE kept SET id = 3 WHERE whose = 1", "DELETE FROM kept WHERE whose = 1",
                "UPDATE kept SET whose = 1, id = 9 WHERE whose = 2", "UPDATE kept SET whose = 2, id = 9 WHERE whose = 1",
                "TRUNCATE kept"]  # fmt: skip
     taken = ["INSERT INTO kept VALUES (2, 2)", "UPDATE kept SET id = 3 WHERE whose = 3", "DELETE FROM kept WHERE whose = 2"]
-    assert [statement for statement in (*refused, *taken) if is_refused(cohorts, statement)] == refused
+    assert [statement for statement in (*refused, *taken) if is_refused(tenants, statement)] == refused
 
 
-def test_a_gate_of_the_cohorts_own_epoch_passes(cohorts: Connection) -> None:
+def test_a_gate_of_the_tenants_own_epoch_passes(tenants: Connection) -> None:
     for epoch, passes in (("2", False), ("3", True), ("4", True)):
-        with cohorts.transaction(force_rollback=True):
-            cohorts.execute("SELECT set_config('changeover.epoch', %s, true)", [epoch])
-            assert is_refused(cohorts, "DELETE FROM kept WHERE whose = 1") is not passes
+        with tenants.transaction(force_rollback=True):
+            tenants.execute("SELECT set_config('changeover.epoch', %s, true)", [epoch])
+            assert is_refused(tenants, "DELETE FROM kept WHERE whose = 1") is not passes
 
 
-def test_all_but_some_are_refused(cohorts: Connection) -> None:
-    rest = refusal.Refusal((refusal.Refused(0, Cohorts(frozenset({"1"}))),), None, "whose")
-    assert refusal.install(cohorts, "public", "kept", rest, time.monotonic() + 60)
-    assert not is_refused(cohorts, "UPDATE kept SET id = 5 WHERE whose = 1")
-    assert is_refused(cohorts, "UPDATE kept SET id = 5 WHERE whose = 2")
-    assert is_refused(cohorts, "TRUNCATE kept")
+def test_all_but_some_are_refused(tenants: Connection) -> None:
+    rest = refusal.Refusal((refusal.Refused(0, Tenants(frozenset({"1"}))),), None, "whose")
+    assert refusal.install(tenants, "public", "kept", rest, time.monotonic() + 60)
+    assert not is_refused(tenants, "UPDATE kept SET id = 5 WHERE whose = 1")
+    assert is_refused(tenants, "UPDATE kept SET id = 5 WHERE whose = 2")
+    assert is_refused(tenants, "TRUNCATE kept")
 
 
 @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
-def test_a_transaction_of_before_meets_the_list_of_today(cohorts: Connection, new_dsn: str, level: str) -> None:
+def test_a_transaction_of_before_meets_the_list_of_today(tenants: Connection, new_dsn: str, level: str) -> None:
     with connect(new_dsn, "stale", autocommit=False) as stale:
         stale.execute(sql.SQL("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL {}").format(sql.SQL(level)))
         stale.execute("UPDATE kept SET id = 2 WHERE whose = 2")  # the trigger has run in this session, with the list of then
         stale.commit()
-        stale.execute("SELECT count(*) FROM kept")  # a snapshot of before the second cohort's move
-        before = (refusal.Refused(3, Cohorts(frozenset({"1"}), others=False)),)
-        assert refusal.install(cohorts, "public", "kept", losing(["2"], before), time.monotonic() + 60)
+        stale.execute("SELECT count(*) FROM kept")  # a snapshot of before the second tenant's move
+        before = (refusal.Refused(3, Tenants(frozenset({"1"}), others=False)),)
+        assert refusal.install(tenants, "public", "kept", losing(["2"], before), time.monotonic() + 60)
         with pytest.raises(psycopg.Error) as caught:
             stale.execute("UPDATE kept SET id = 4 WHERE whose = 2")
         assert caught.value.sqlstate == FENCED
@@ -129,35 +129,35 @@ def test_a_transaction_of_before_meets_the_list_of_today(cohorts: Connection, ne
         stale.commit()
 
 
-def test_a_writer_of_any_cohort_is_waited_for_and_no_longer_than_allowed(cohorts: Connection, new_dsn: str) -> None:
+def test_a_writer_of_any_tenant_is_waited_for_and_no_longer_than_allowed(tenants: Connection, new_dsn: str) -> None:
     with connect(new_dsn, "slow", autocommit=False) as slow:
         slow.execute("UPDATE kept SET id = 7 WHERE whose = 2")
-        assert not refusal.install(cohorts, "public", "kept", losing(["2"]), time.monotonic() + 0.7)
-        assert not is_refused(cohorts, "UPDATE kept SET id = 8 WHERE whose = 3")
+        assert not refusal.install(tenants, "public", "kept", losing(["2"]), time.monotonic() + 0.7)
+        assert not is_refused(tenants, "UPDATE kept SET id = 8 WHERE whose = 3")
         slow.commit()
-    assert refusal.install(cohorts, "public", "kept", losing(["2"]), time.monotonic() + 60)
-    assert is_refused(cohorts, "UPDATE kept SET id = 8 WHERE whose = 2")
+    assert refusal.install(tenants, "public", "kept", losing(["2"]), time.monotonic() + 60)
+    assert is_refused(tenants, "UPDATE kept SET id = 8 WHERE whose = 2")
 
 
-def test_a_cohorts_floor_leaves_the_others(cohorts: Connection) -> None:
-    refusal.remove(cohorts, "public", "kept")
-    gate.install_gate(cohorts, "public", "kept", ("whose", "id"), Version(0, 10, -1))
+def test_a_tenants_floor_leaves_the_others(tenants: Connection) -> None:
+    refusal.remove(tenants, "public", "kept")
+    gate.install_gate(tenants, "public", "kept", ("whose", "id"), Version(0, 10, -1))
     table = gate.GatedTable("public", "kept", ("whose", "id"), ("whose", "id"))
     for _ in range(2):
-        floors = [refusal.Refused(3, Cohorts(frozenset({"1"}), others=False)), refusal.Refused(0, Cohorts(frozenset({"1"})))]
-        tenantfloor.install(cohorts, table, "whose", floors, "the server")
+        floors = [refusal.Refused(3, Tenants(frozenset({"1"}), others=False)), refusal.Refused(0, Tenants(frozenset({"1"})))]
+        tenantfloor.install(tenants, table, "whose", floors, "the server")
 
     def taken(whose: int, epoch: int) -> bool:
-        row = cohorts.execute(
+        row = tenants.execute(
             sql.SQL("SELECT {}(%s, '0/FF', 0, true, ROW(%s, 1)::kept)").format(table.function), [epoch, whose]
         ).fetchone()
         assert row is not None
         return bool(row[0])
 
     assert not taken(1, 2)
-    assert cohorts.execute("SELECT count(*) FROM kept WHERE whose = 1").fetchone() == (1,)
+    assert tenants.execute("SELECT count(*) FROM kept WHERE whose = 1").fetchone() == (1,)
     assert taken(2, 2)
     assert taken(1, 3)
-    assert cohorts.execute("SELECT whose FROM kept").fetchall() == [(3,)]
-    gate.remove(cohorts, "public", "kept")
-    assert cohorts.execute("SELECT FROM pg_proc WHERE pronamespace = to_regnamespace('changeover')").fetchall() == []
+    assert tenants.execute("SELECT whose FROM kept").fetchall() == [(3,)]
+    gate.remove(tenants, "public", "kept")
+    assert tenants.execute("SELECT FROM pg_proc WHERE pronamespace = to_regnamespace('changeover')").fetchall() == []

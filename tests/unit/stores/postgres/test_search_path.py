@@ -13,7 +13,7 @@ from changeover.position import Version
 from changeover.session import Connection, connect
 from changeover.stores.postgres import gate, refusal, tenantfloor
 from changeover.stores.postgres.gate import FENCED
-from changeover.tenants import Cohorts
+from changeover.tenants import Tenants
 
 HOSTILE = """
 CREATE SCHEMA evil;
@@ -91,14 +91,14 @@ def test_the_gate_decides_as_it_did(hostile: Connection, any_dsn: str) -> None:
         offer(hostile, 600, "seen too early")
 
 
-@pytest.mark.parametrize("cohorts", [False, True])
-def test_a_refusal_refuses_what_it_did(hostile: Connection, any_dsn: str, cohorts: bool) -> None:
-    whom = Cohorts(frozenset(["a"]), others=False)
-    one = refusal.Refused(3, whom) if cohorts else refusal.Refused(3)
+@pytest.mark.parametrize("tenants", [False, True])
+def test_a_refusal_refuses_what_it_did(hostile: Connection, any_dsn: str, tenants: bool) -> None:
+    whom = Tenants(frozenset(["a"]), others=False)
+    one = refusal.Refused(3, whom) if tenants else refusal.Refused(3)
     with connect(any_dsn, "test") as admin:
         gate.install_gate(admin, "public", "kept", ["whose", "id"], INSIDE)
         for refused in (refusal.Refusal((), one, "whose"), refusal.Refusal((one,), None, "whose")):
-            what = refused if cohorts else refusal.Refusal(refused.standing, refused.begun)
+            what = refused if tenants else refusal.Refusal(refused.standing, refused.begun)
             assert refusal.install(admin, "public", "kept", what, monotonic() + 600)
             with pytest.raises(psycopg.Error, match=r"no authority over public\.kept since epoch 3") as caught:
                 hostile.execute("INSERT INTO public.kept VALUES ('a', 1, 'mine')")
@@ -108,15 +108,15 @@ def test_a_refusal_refuses_what_it_did(hostile: Connection, any_dsn: str, cohort
     with pytest.raises(psycopg.Error, match="no authority"):
         offer(hostile, 300, "of an older epoch", epoch=2)
     assert offer(hostile, 400, "of this epoch", epoch=3)
-    if cohorts:
+    if tenants:
         hostile.execute("INSERT INTO public.kept VALUES ('b', 1, 'whose it is')")
-    assert kept(hostile) == [("a", "of this epoch"), *([("b", "whose it is")] if cohorts else [])]
+    assert kept(hostile) == [("a", "of this epoch"), *([("b", "whose it is")] if tenants else [])]
 
 
-def test_a_cohort_s_floor_leaves_out_what_it_did(hostile: Connection, any_dsn: str) -> None:
+def test_a_tenant_s_floor_leaves_out_what_it_did(hostile: Connection, any_dsn: str) -> None:
     with connect(any_dsn, "test") as admin:
         gate.install_gate(admin, "public", "kept", ["whose", "id"], INSIDE)
         table = gate.gated(admin, "public", "kept", ["whose", "id"])
-        floors = [refusal.Refused(2, Cohorts(frozenset(["a"]), others=False))]
+        floors = [refusal.Refused(2, Tenants(frozenset(["a"]), others=False))]
         tenantfloor.install(admin, table, "whose", floors, "test")
     assert [offer(hostile, 300, "v", whose, epoch) for whose, epoch in (("a", 1), ("b", 1), ("a", 2))] == [False, True, True]

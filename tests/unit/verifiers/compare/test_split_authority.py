@@ -1,4 +1,4 @@
-"""Split authority before a comparison: where there is no answer it is said, with the cohorts' names and the reason."""
+"""Split authority before a comparison: where there is no answer it is said, with the tenants' names and the reason."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_without_a_way_back_there_is_no_answer(split: Stores) -> None:
     split.move(NEW, 100, path.stream.l0 + 8, "7")
     seen(split).require_way_back(split.ledger, "follows")
     reverse.stop(split.ledger, reverse.OLD_STORE, "the old store refused a row")
-    with pytest.raises(CouldNotCheck, match=r"the cohort 7: the new store has authority, .* does not follow: .* refused a row"):
+    with pytest.raises(CouldNotCheck, match=r"the tenant 7: the new store has authority, .* does not follow: .* refused a row"):
         seen(split).require_way_back(split.ledger, "follows")
     reverse.break_off(split.ledger, "its slot is gone")
-    with pytest.raises(CouldNotCheck, match=r"the cohort 7: .*: its slot is gone"):
+    with pytest.raises(CouldNotCheck, match=r"the tenant 7: .*: its slot is gone"):
         seen(split).require_way_back(split.ledger, "follows")

@@ -1,4 +1,4 @@
-"""The README's lines for an application of cohorts run as they stand, on its own example."""
+"""The README's lines for an application of tenants run as they stand, on its own example."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[4]
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 SET_UP = next(text for text in BLOCKS if "Router.connect" in text)
-CALLS = next(text for text in BLOCKS if "cohort=user" in text)
+CALLS = next(text for text in BLOCKS if "tenant=user" in text)
 
 TABLES = {
     Origin.OLD: "CREATE TABLE public.follows (from_user bigint, to_channel bigint, PRIMARY KEY (from_user, to_channel))",
@@ -46,10 +46,10 @@ def application(stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OLD_DSN", stores.old_dsn)
     monkeypatch.setenv("NEW_DSN", stores.new_dsn)
     monkeypatch.chdir(tmp_path)
-    Path("follows.toml").write_text((ROOT / "examples/cohorts.toml").read_text(encoding="utf-8"))
+    Path("follows.toml").write_text((ROOT / "examples/tenants.toml").read_text(encoding="utf-8"))
     Path("work").mkdir()
     flagfile.write_stage("work/flags.json", "follows-store", Stage.SHADOW)
-    flagfile.write_cohorts("work/flags.json", "follows-store", "from_user", ["7"], Stage.LIVE)
+    flagfile.write_tenants("work/flags.json", "follows-store", "from_user", ["7"], Stage.LIVE)
     for session, origin, key in (
         (stores.old, Origin.OLD, ("from_user", "to_channel")), (stores.new, Origin.NEW, ("entity_a", "kind", "entity_b")),
     ):  # fmt: skip

@@ -1,8 +1,8 @@
-"""What moving cohorts one by one costs a writer whose own cohort has not moved: the product's refusal beside a row read FOR SHARE.
+"""What moving tenants one by one costs a writer whose own tenant has not moved: the product's refusal beside a row read FOR SHARE.
 
-Run it as `python -m benchmarks.cohorts`; the last line is one JSON object, in milliseconds. Writers of one cohort, each with a
+Run it as `python -m benchmarks.tenants`; the last line is one JSON object, in milliseconds. Writers of one tenant, each with a
 session of its own, update rows by key in single-row transactions that are not flushed, so that what is measured is not the disk.
-`share` is the other way to do it: a row of authority for each cohort, which every writing transaction locks FOR SHARE.
+`share` is the other way to do it: a row of authority for each tenant, which every writing transaction locks FOR SHARE.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from psycopg import sql
 from changeover.embedded.server import EmbeddedServer
 from changeover.session import Connection, connect
 from changeover.stores.postgres import refusal
-from changeover.tenants import Cohorts
+from changeover.tenants import Tenants
 
 ROUNDS, WRITES, WRITERS = 7, 300, 4
 REFUSED = {"one": 1, "thousand": 1_000, "most": 10_000}
 SHARE = """
-CREATE TABLE share_authority (cohort text PRIMARY KEY, here boolean NOT NULL);
+CREATE TABLE share_authority (tenant text PRIMARY KEY, here boolean NOT NULL);
 INSERT INTO share_authority SELECT i::text, i > 1 FROM generate_series(1, 10000) i;
 CREATE FUNCTION share_check() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN
-    PERFORM FROM share_authority WHERE cohort = NEW.whose::text AND here FOR SHARE;
+    PERFORM FROM share_authority WHERE tenant = NEW.whose::text AND here FOR SHARE;
     IF NOT FOUND THEN RAISE EXCEPTION 'no authority'; END IF;
     RETURN NEW; END $body$;
 CREATE TRIGGER share BEFORE INSERT OR UPDATE ON share FOR EACH ROW EXECUTE FUNCTION share_check();
@@ -50,7 +50,7 @@ def measure(dsn: str) -> dict[str, dict[str, float]]:
             _make(session, name)
         session.execute(SHARE)
         for name, count in REFUSED.items():
-            moved = Cohorts(frozenset(str(10**6 + one) for one in range(count)), others=False)
+            moved = Tenants(frozenset(str(10**6 + one) for one in range(count)), others=False)
             what = refusal.Refusal((refusal.Refused(1, moved),), None, "whose")
             assert refusal.install(session, "public", name, what, time.monotonic() + 10)
     times: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Cohorts advanced and rolled back one by one by the flag's commands, beside `flags watch` and an application with a router.
+"""Tenants advanced and rolled back one by one by the flag's commands, beside `flags watch` and an application with a router.
 
 Each write adds one to a row's count, so what was acknowledged can be held against what the stores have: a lost write is missing,
 one that was made twice is one too many.
@@ -66,7 +66,7 @@ def adding(table: str, org: str, number: int) -> Any:
 
 
 def add(router: Router, org: str, number: int = 1) -> Any:
-    return router.write(old=adding("members", org, number), new=adding("people", org, number), cohort=org)
+    return router.write(old=adding("members", org, number), new=adding("people", org, number), tenant=org)
 
 
 def finding(table: str, org: str, number: int) -> Any:
@@ -90,7 +90,7 @@ def application(migration: Migration) -> Iterator[tuple[Router, Counter[tuple[st
                     for org in ORGS:
                         add(router, org, number)
                         done[org, number] += 1
-                        router.read(old=finding("members", org, number), new=finding("people", org, number), cohort=org)
+                        router.read(old=finding("members", org, number), new=finding("people", org, number), tenant=org)
                         stop.wait(0.003)
         except BaseException as error:
             failed.append(error)
@@ -130,7 +130,7 @@ def held(migration: Migration) -> tuple[dict[tuple[str, int], int], dict[tuple[s
 
 def moves(migration: Migration) -> list[tuple[str, frozenset[str] | None]]:
     with Ledger.open(migration.spec, "test") as ledger:
-        return [(one.store, one.cohorts) for one in ledger.authorities()]
+        return [(one.store, one.tenants) for one in ledger.authorities()]
 
 
 def wait_for(condition: Any, what: str, said: object = "", seconds: float = 120.0) -> None:
@@ -153,40 +153,40 @@ def watched(migration: Migration) -> Iterator[list[str]]:
         thread.join()
 
 
-def test_cohorts_go_there_and_back_one_by_one_and_no_acknowledged_write_is_lost_or_doubled(members: Migration) -> None:
+def test_tenants_go_there_and_back_one_by_one_and_no_acknowledged_write_is_lost_or_doubled(members: Migration) -> None:
     with following(members):
         with application(members) as (router, done), watched(members) as said:
             wait_for(lambda: any("turned from off to shadow" in line for line in said), "the stage on record", said)
             wait_for(lambda: router.counters()["comparisons"]["at_stage"]["compared"] >= COMPARISONS, "compared reads")
             assert [verdict.word for verdict in verify(members.spec, members.spark)] == ["equal"]
-            told = flags("advance", members, "--cohort", "ann", "--cohort", "Zoë ☂", "--cohort", "nobody", "--json")
+            told = flags("advance", members, "--tenant", "ann", "--tenant", "Zoë ☂", "--tenant", "nobody", "--json")
             assert told.exit_code == 0, told.stderr
             first = json.loads(told.stdout)
-            assert (first["cohorts"], first["unknown"], first["epoch"]) == (["ann", "Zoë ☂", "nobody"], ["nobody"], 1)
-            wait_for(lambda: router.stage_of("ann") is Stage.LIVE, "the first cohort at live")
+            assert (first["tenants"], first["unknown"], first["epoch"]) == (["ann", "Zoë ☂", "nobody"], ["nobody"], 1)
+            wait_for(lambda: router.stage_of("ann") is Stage.LIVE, "the first tenant at live")
             places = {org: (w.origin, w.version.epoch) for org in ORGS for w in [add(router, org)]}
             ours = Counter({(org, 1): 1 for org in ORGS})
             new, old = (Origin.NEW, 1), (Origin.OLD, 0)
             assert places == {"ann": new, "bob": old, "Zoë ☂": new, "dan": old}
-            assert "at the new store: 3 cohorts (Zoë ☂, ann, nobody), epoch 1" in flags("show", members).stdout
+            assert "at the new store: 3 tenants (Zoë ☂, ann, nobody), epoch 1" in flags("show", members).stdout
 
-            flagfile.write_cohorts(members.spec.work / "flags.json", FLAG, "org", ["bob"], Stage.LIVE)
-            wait_for(lambda: router.stage_of("bob") is Stage.LIVE, "a cohort that was turned elsewhere", said)
-            wait_for(lambda: any("turned to live for 1 cohort (bob)" in line for line in said), "what watch says", said)
+            flagfile.write_tenants(members.spec.work / "flags.json", FLAG, "org", ["bob"], Stage.LIVE)
+            wait_for(lambda: router.stage_of("bob") is Stage.LIVE, "a tenant that was turned elsewhere", said)
+            wait_for(lambda: any("turned to live for 1 tenant (bob)" in line for line in said), "what watch says", said)
             assert router.stage_of("dan") is Stage.SHADOW
 
-            back = flags("rollback", members, "--cohort", "ann")
+            back = flags("rollback", members, "--tenant", "ann")
             assert back.exit_code == 0, back.stderr
-            assert back.stdout.startswith("1 cohort (ann): live → shadow (epoch 3, writers were held up")
+            assert back.stdout.startswith("1 tenant (ann): live → shadow (epoch 3, writers were held up")
             assert back.stdout.endswith("; nothing lost\n")
             wait_for(lambda: router.stage_of("ann") is Stage.SHADOW, "it at shadow")
             assert flags("advance", members, "--override", "test").exit_code == 0
             wait_for(lambda: {router.stage_of(org) for org in ORGS} == {Stage.LIVE}, "all at live")
 
-            assert flags("rollback", members, "--cohort", "dan").exit_code == 0
+            assert flags("rollback", members, "--tenant", "dan").exit_code == 0
             refused = flags("advance", members, "--override", "test")
-            assert (refused.exit_code, "and 1 cohort (dan) are at the old store" in refused.stderr) == (1, True)
-            assert flags("advance", members, "--cohort", "dan", "--override", "test").exit_code == 0
+            assert (refused.exit_code, "and 1 tenant (dan) are at the old store" in refused.stderr) == (1, True)
+            assert flags("advance", members, "--tenant", "dan", "--override", "test").exit_code == 0
             assert flags("advance", members, "--override", "test").stdout.startswith("live → rampdown")
             wait_for(lambda: {router.stage_of(org) for org in ORGS} == {Stage.RAMPDOWN}, "all at rampdown")
         acknowledged = dict(done + ours)

@@ -1,4 +1,4 @@
-"""The router by cohorts: each row goes by its own cohort's authority and stage, and never by another's."""
+"""The router by tenants: each row goes by its own tenant's authority and stage, and never by another's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from changeover.flags.router.desired import FlagStage
 from changeover.flags.router.endpoint import PgEndpoint, as_text
 from changeover.flags.router.router import Router, returned
 from changeover.position import epoch_floor
-from changeover.tenants import Cohorts
+from changeover.tenants import Tenants
 from tests.support.fix_flags import PATIENCE, Follow, MakeRouter, Stores
 
 FLAG, KIND = "follows-store", "from_user"
@@ -32,31 +32,31 @@ SetStage = Callable[[Router, Stage], None]
 MakeFollow = Callable[..., Follow]
 
 
-def put(router: Router, follow: Follow, cohort: Any = None) -> Any:
-    return router.write(old=follow.put_old, new=follow.put_new, cohort=follow.user if cohort is None else cohort)
+def put(router: Router, follow: Follow, tenant: Any = None) -> Any:
+    return router.write(old=follow.put_old, new=follow.put_new, tenant=follow.user if tenant is None else tenant)
 
 
 def find(router: Router, follow: Follow) -> Any:
-    return router.read(old=follow.find_old, new=follow.find_new, cohort=follow.user)
+    return router.read(old=follow.find_old, new=follow.find_new, tenant=follow.user)
 
 
 @pytest.fixture
 def router(make_router: MakeRouter, set_stage: SetStage) -> Router:
-    made = make_router(cohorts=True)
+    made = make_router(tenants=True)
     set_stage(made, Stage.SHADOW)
     return made
 
 
 def move_7(stores: Stores, flag_file: Path, router: Router, eventually: Callable[..., None]) -> None:
-    """Move one cohort to the new store, as the product does, and turn the flag for it."""
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
-    stores.refuse_cohorts(Origin.OLD, 1, Cohorts(frozenset({"7"}), others=False))
+    """Move one tenant to the new store, as the product does, and turn the flag for it."""
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    stores.refuse_tenants(Origin.OLD, 1, Tenants(frozenset({"7"}), others=False))
     stores.gate(Origin.OLD, epoch_floor(0))
     stores.move(1, "new", "7")
     eventually(lambda: router.stage_of(7) is Stage.LIVE)
 
 
-def test_each_row_goes_where_its_cohort_has_authority(
+def test_each_row_goes_where_its_tenant_has_authority(
     stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow, eventually: Callable[..., None]
 ) -> None:
     before = put(router, make_follow(7))
@@ -74,7 +74,7 @@ def test_each_row_goes_where_its_cohort_has_authority(
     assert router.mismatches == []
 
 
-def test_what_reads_of_a_cohort_that_stands_apart_say_counts_at_everybodys_stage(
+def test_what_reads_of_a_tenant_that_stands_apart_say_counts_at_everybodys_stage(
     stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow, eventually: Callable[..., None]
 ) -> None:
     move_7(stores, flag_file, router, eventually)
@@ -100,26 +100,26 @@ def test_heartbeats_have_everybodys_stage_the_newest_epoch_and_no_name(
     assert "765432" not in json.dumps(stores.ledger.heartbeats()[0].counters)
 
 
-def test_the_wish_for_a_cohort_waits_for_its_fact(
+def test_the_wish_for_a_tenant_waits_for_its_fact(
     stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow, eventually: Callable[..., None]
 ) -> None:
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
     time.sleep(0.3)
     assert router.stage_of(7) is Stage.SHADOW
     assert put(router, make_follow(7)).origin is Origin.OLD
     stores.move(1, "new", "7")
     eventually(lambda: router.stage_of("7") is Stage.LIVE)
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.SHADOW)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.SHADOW)
     time.sleep(0.3)
     assert router.stage_of(7) is Stage.LIVE, "the new store has authority still"
 
 
-def test_a_refused_cohort_waits_and_the_others_write_on(
+def test_a_refused_tenant_waits_and_the_others_write_on(
     stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow
 ) -> None:
     put(router, make_follow(8))
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
-    stores.refuse_cohorts(Origin.OLD, 1, Cohorts(frozenset({"7"}), others=False))
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    stores.refuse_tenants(Origin.OLD, 1, Tenants(frozenset({"7"}), others=False))
     timer = threading.Timer(0.4, stores.move, (1, "new", "7"))
     timer.start()
     assert put(router, make_follow(8)).origin is Origin.OLD
@@ -131,42 +131,42 @@ def test_a_refused_cohort_waits_and_the_others_write_on(
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_a_row_of_another_cohort_is_refused_before_the_commit(
+def test_a_row_of_another_tenant_is_refused_before_the_commit(
     stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow, eventually: Callable[..., None], live: bool
 ) -> None:
     if live:
         move_7(stores, flag_file, router, eventually)
-    with pytest.raises(Refused, match="is not the cohort that it was called for, and was rolled back"):
-        put(router, make_follow(8), cohort=7)
+    with pytest.raises(Refused, match="is not the tenant that it was called for, and was rolled back"):
+        put(router, make_follow(8), tenant=7)
 
     def both(cursor: Any) -> Any:
         follows = (make_follow(7), make_follow(8))
         return [one for follow in follows for one in (follow.put_new if live else follow.put_old)(cursor)]
 
     with pytest.raises(Refused, match="a key change from one to another as a delete and an insert"):
-        router.write(old=both, new=both, cohort=7)
+        router.write(old=both, new=both, tenant=7)
     assert router.drain(PATIENCE)
     assert stores.rows(Origin.OLD) == stores.rows(Origin.NEW) == []
 
 
-def test_a_row_without_its_cohort_is_refused(router: Router, stores: Stores) -> None:
+def test_a_row_without_its_tenant_is_refused(router: Router, stores: Stores) -> None:
     def write(cursor: Any) -> Any:
         return returned(cursor.execute("INSERT INTO public.follows (from_user, to_channel) VALUES (7, 1) RETURNING to_channel"))
 
-    with pytest.raises(TypeError, match="a row without from_user, its cohort"):
-        router.write(old=write, new=write, cohort=7)
+    with pytest.raises(TypeError, match="a row without from_user, its tenant"):
+        router.write(old=write, new=write, tenant=7)
     assert stores.rows(Origin.OLD) == []
 
 
-def test_a_request_pins_each_cohort_on_its_first_use(
+def test_a_request_pins_each_tenant_on_its_first_use(
     stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow, flag_client: LDClient, eventually: Callable[..., None]
 ) -> None:
     move_7(stores, flag_file, router, eventually)
-    with router.pinned() as everybody, router.pinned(cohort=7) as seventh:
+    with router.pinned() as everybody, router.pinned(tenant=7) as seventh:
         assert (everybody, seventh) == (Stage.SHADOW, Stage.LIVE)
         assert put(router, make_follow(8)).stage is Stage.SHADOW
         flagfile.write_stage(flag_file, FLAG, Stage.DUALWRITE)
-        flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.RAMPDOWN)
+        flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.RAMPDOWN)
         eventually(lambda: FlagStage(flag_client, FLAG, kind=KIND).stage("9") is Stage.DUALWRITE)
         eventually(lambda: FlagStage(flag_client, FLAG, kind=KIND).stage("7") is Stage.RAMPDOWN)
         assert put(router, make_follow(7)).stage is Stage.LIVE
@@ -176,21 +176,21 @@ def test_a_request_pins_each_cohort_on_its_first_use(
     assert put(router, make_follow(8)).stage is Stage.DUALWRITE
 
 
-def test_a_fence_moves_one_cohort_of_a_pinned_request_on(
+def test_a_fence_moves_one_tenant_of_a_pinned_request_on(
     stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow
 ) -> None:
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
     with router.pinned():
         put(router, make_follow(7))
         put(router, make_follow(8))
-        stores.refuse_cohorts(Origin.OLD, 1, Cohorts(frozenset({"7"}), others=False))
+        stores.refuse_tenants(Origin.OLD, 1, Tenants(frozenset({"7"}), others=False))
         stores.move(1, "new", "7")
         assert put(router, make_follow(7)).origin is Origin.NEW
         assert put(router, make_follow(8)).origin is Origin.OLD
         assert router.stage_of(7) is Stage.LIVE
 
 
-def test_what_is_lost_and_queued_is_by_the_cohorts_epoch(
+def test_what_is_lost_and_queued_is_by_the_tenants_epoch(
     stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow, eventually: Callable[..., None]
 ) -> None:
     move_7(stores, flag_file, router, eventually)
@@ -207,24 +207,24 @@ def test_what_is_lost_and_queued_is_by_the_cohorts_epoch(
         stores.old.execute("ROLLBACK")
 
 
-def test_a_cohort_is_asked_for_where_there_are_cohorts_and_only_there(
+def test_a_tenant_is_asked_for_where_there_are_tenants_and_only_there(
     make_router: MakeRouter, router: Router, make_follow: MakeFollow
 ) -> None:
     follow = make_follow(7)
-    with pytest.raises(TypeError, match="cohort= is NoneType: give the row's own from_user"):
+    with pytest.raises(TypeError, match="tenant= is NoneType: give the row's own from_user"):
         router.write(old=follow.put_old, new=follow.put_new)
-    with pytest.raises(TypeError, match="cohort= is NoneType"):
+    with pytest.raises(TypeError, match="tenant= is NoneType"):
         router.read(old=follow.find_old, new=follow.find_new)
-    with pytest.raises(TypeError, match="cohort= is bool"):
-        router.write(old=follow.put_old, new=follow.put_new, cohort=True)
+    with pytest.raises(TypeError, match="tenant= is bool"):
+        router.write(old=follow.put_old, new=follow.put_new, tenant=True)
     whole = make_router()
     with pytest.raises(TypeError, match="all rows move at once"):
         put(whole, follow)
-    with pytest.raises(TypeError, match="all rows move at once"), whole.pinned(cohort=7):
+    with pytest.raises(TypeError, match="all rows move at once"), whole.pinned(tenant=7):
         pass
 
 
-def test_a_cohort_is_the_text_that_postgresql_prints(stores: Stores) -> None:
+def test_a_tenant_is_the_text_that_postgresql_prints(stores: Stores) -> None:
     identity = UUID("A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11")
     for value, kind in ((7, "bigint"), (-3, "smallint"), ("Zoë ", "text"), (identity, "uuid")):
         typed = sql.SQL("SELECT ({0})::{1}::text, ({0})::{1}").format(sql.Literal(value), sql.SQL(kind))
@@ -234,10 +234,10 @@ def test_a_cohort_is_the_text_that_postgresql_prints(stores: Stores) -> None:
     assert as_text(1.5) is as_text(None) is as_text(False) is None
 
 
-def test_a_router_of_cohorts_needs_both_columns(stores: Stores, flag_client: LDClient) -> None:
+def test_a_router_of_tenants_needs_both_columns(stores: Stores, flag_client: LDClient) -> None:
     with pytest.raises(TypeError, match="their column in both stores"):
         Router(
-            old=stores.endpoint(Origin.OLD, cohorts=True), new=PgEndpoint(stores.new_dsn, "public.associations"), to_new=dict,
+            old=stores.endpoint(Origin.OLD, tenants=True), new=PgEndpoint(stores.new_dsn, "public.associations"), to_new=dict,
             to_old=dict, stage=FlagStage(flag_client, FLAG),
         )  # fmt: skip
 
@@ -264,7 +264,7 @@ target = "new"
 """
 
 
-def test_a_router_of_cohorts_comes_from_a_spec(
+def test_a_router_of_tenants_comes_from_a_spec(
     stores: Stores, flag_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_follow: MakeFollow,
     mappings: tuple[Any, Any], eventually: Callable[..., None],
 ) -> None:  # fmt: skip
@@ -277,7 +277,7 @@ def test_a_router_of_cohorts_comes_from_a_spec(
         Router.connect(spec.load(path), "follows", to_new=to_new, to_old=to_old)
     path.write_text(f'{SPEC}file = "{flag_file}"\ncontext = "{KIND}"\n')
     flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
-    flagfile.write_cohorts(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
     stores.move(1, "new", "7")
     with Router.connect(spec.load(path), "follows", to_new=to_new, to_old=to_old) as router:
         assert put(router, make_follow(7)).origin is Origin.NEW
@@ -285,17 +285,17 @@ def test_a_router_of_cohorts_comes_from_a_spec(
         assert router._running().follower.facts.of("7") == Fact(1, Origin.NEW)  # type: ignore[union-attr]
 
 
-def test_what_a_cohort_costs_the_caller_is_a_part_of_what_the_router_may(
+def test_what_a_tenant_costs_the_caller_is_a_part_of_what_the_router_may(
     stores: Stores, router: Router, flag_file: Path, eventually: Callable[..., None]
 ) -> None:
-    """Measure the decision alone, with 10,000 cohorts on record and in the flag; the bound is wide, for a busy machine."""
+    """Measure the decision alone, with 10,000 tenants on record and in the flag; the bound is wide, for a busy machine."""
     names = [str(name) for name in range(10_000)]
-    flagfile.write_cohorts(flag_file, FLAG, KIND, names, Stage.LIVE)
+    flagfile.write_tenants(flag_file, FLAG, KIND, names, Stage.LIVE)
     stores.move(1, "new", *names)
     eventually(lambda: router.stage_of(9_999) is Stage.LIVE)
     runtime, times = router._running(), []
     for number in range(5_000):
         started = time.perf_counter()
-        router._pin(runtime, router._cohort(number * 2))
+        router._pin(runtime, router._tenant(number * 2))
         times.append(time.perf_counter() - started)
     assert statistics.median(times) < 200e-6

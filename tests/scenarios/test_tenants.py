@@ -1,4 +1,4 @@
-"""Cohorts that move one by one under live writers: each row is written where its own cohort's authority is, and nothing is lost.
+"""Tenants that move one by one under live writers: each row is written where its own tenant's authority is, and nothing is lost.
 
 The application here writes by plain SQL and has no mirror, so whatever arrives elsewhere was brought by one of the two streams. It
 knows what it has written, and the stores are held against that.
@@ -56,7 +56,7 @@ key = "{FLAG}"
 target = "store"
 context = "from_user"
 """
-COHORTS = range(1, 7)
+TENANTS = range(1, 7)
 PATIENT = 120.0
 """Seconds that a fence may take here: the pause itself is measured elsewhere."""
 
@@ -84,7 +84,7 @@ def friends_without_lake(make_migration: MakeMigration) -> Migration:
 
 
 class Writer(threading.Thread):
-    """Writes rows of all cohorts, each where it was last let in, and remembers what was committed."""
+    """Writes rows of all tenants, each where it was last let in, and remembers what was committed."""
 
     def __init__(self, migration: Migration, number: int) -> None:
         super().__init__(name=f"writer {number}")
@@ -93,7 +93,7 @@ class Writer(threading.Thread):
         self.dsns = {"old": migration.spec.source.dsn.resolve(), "new": migration.spec.targets[flag.target].dsn_value}
         self.random = random.Random(number)
         self.channels = range(100 * number, 100 * number + 40)
-        self.places = dict.fromkeys(COHORTS, "old")
+        self.places = dict.fromkeys(TENANTS, "old")
         self.rows: dict[tuple[int, int], Row] = {}
         self.done = threading.Event()
         self.failed: BaseException | None = None
@@ -108,7 +108,7 @@ class Writer(threading.Thread):
             self.failed = error
 
     def _write(self, stores: dict[str, Any]) -> None:
-        whose, channel = self.random.choice(COHORTS), self.random.choice(self.channels)
+        whose, channel = self.random.choice(TENANTS), self.random.choice(self.channels)
         gone = self.random.random() < 0.3
         row: Row = (
             whose,
@@ -197,21 +197,21 @@ def of_writers(migration: Migration) -> set[tuple[Any, ...]]:
 
 def authorities(migration: Migration) -> list[tuple[int, str, frozenset[str] | None]]:
     with Ledger.open(migration.spec, "test") as ledger:
-        return [(one.epoch, one.store, one.cohorts) for one in ledger.authorities()]
+        return [(one.epoch, one.store, one.tenants) for one in ledger.authorities()]
 
 
-def test_cohorts_move_there_and_back_under_live_writers(friends: Migration) -> None:
+def test_tenants_move_there_and_back_under_live_writers(friends: Migration) -> None:
     with following(friends):
         with writing(friends) as writers:
             time.sleep(0.5)
-            first = fence(friends.spec, Origin.NEW, cohorts=["1", "2"], max_pause=PATIENT)
+            first = fence(friends.spec, Origin.NEW, tenants=["1", "2"], max_pause=PATIENT)
             time.sleep(0.5)
-            fence(friends.spec, Origin.NEW, cohorts=["3", "1"], max_pause=PATIENT)
+            fence(friends.spec, Origin.NEW, tenants=["3", "1"], max_pause=PATIENT)
             time.sleep(0.5)
-            back = fence(friends.spec, Origin.OLD, cohorts=["1"], max_pause=PATIENT)
+            back = fence(friends.spec, Origin.OLD, tenants=["1"], max_pause=PATIENT)
             time.sleep(0.5)
-            assert fence(friends.spec, Origin.NEW, cohorts=["2"]).epoch == 2, "there already: nothing moves"
-            wait_until(lambda: all(w.places == {**dict.fromkeys(COHORTS, "old"), 2: "new", 3: "new"} for w in writers), PATIENT)
+            assert fence(friends.spec, Origin.NEW, tenants=["2"]).epoch == 2, "there already: nothing moves"
+            wait_until(lambda: all(w.places == {**dict.fromkeys(TENANTS, "old"), 2: "new", 3: "new"} for w in writers), PATIENT)
         assert (first.epoch, back.epoch, back.lacking) == (1, 3, None)
         settled(friends)
         held = everywhere(friends)
@@ -251,12 +251,12 @@ from ldclient.migrations.types import Origin
 from changeover.flags.fence.fence import fence
 from changeover.flags.fence.fence import settle
 from changeover.spec import load
-fence(load(sys.argv[1]), Origin(sys.argv[2]), cohorts=["1", "2"], max_pause=60)
+fence(load(sys.argv[1]), Origin(sys.argv[2]), tenants=["1", "2"], max_pause=60)
 """
 
 
 def killed_at(migration: Migration, to: Origin, point: str, file: Path) -> None:
-    """Begin a fence of two cohorts in a process of its own, and kill -9 it at a point."""
+    """Begin a fence of two tenants in a process of its own, and kill -9 it at a point."""
     environment = {**os.environ, failpoints.VARIABLE: f"{point}:{file}"}
     child = subprocess.Popen([sys.executable, "-c", KILLED, migration.spec.path, to.value], env=environment)
     deadline = time.monotonic() + PATIENT
@@ -269,7 +269,7 @@ def killed_at(migration: Migration, to: Origin, point: str, file: Path) -> None:
 
 
 def takes(migration: Migration, whose: int) -> list[str]:
-    """Return the stores that take a write to a cohort's rows."""
+    """Return the stores that take a write to a tenant's rows."""
     found = []
     for store, connection, table, column in (
         ("old", migration.old, "friends", "from_user"),
@@ -286,7 +286,7 @@ def takes(migration: Migration, whose: int) -> list[str]:
     return found
 
 
-def test_a_fence_of_cohorts_that_is_killed_between_two_moves_is_settled(friends_without_lake: Migration, tmp_path: Path) -> None:
+def test_a_fence_of_tenants_that_is_killed_between_two_moves_is_settled(friends_without_lake: Migration, tmp_path: Path) -> None:
     friends, at = friends_without_lake, "old"
     with following(friends):
         with writing(friends) as writers:
@@ -305,9 +305,9 @@ def test_a_fence_of_cohorts_that_is_killed_between_two_moves_is_settled(friends_
         assert of_writers(friends) == written(writers)
 
 
-def test_a_lake_learns_of_a_cohort_that_came_back_by_the_mirror_alone(friends: Migration) -> None:
+def test_a_lake_learns_of_a_tenant_that_came_back_by_the_mirror_alone(friends: Migration) -> None:
     with following(friends):
-        epoch = fence(friends.spec, Origin.NEW, cohorts=["1"], max_pause=PATIENT).epoch
+        epoch = fence(friends.spec, Origin.NEW, tenants=["1"], max_pause=PATIENT).epoch
         with Ledger.open(friends.spec, "test") as ledger:
             reverse.break_off(ledger, "its slot is gone")
         friends.new.execute("UPDATE links SET note = 'by the mirror' WHERE member = 1 AND to_user = 5")
@@ -322,7 +322,7 @@ def test_a_lake_learns_of_a_cohort_that_came_back_by_the_mirror_alone(friends: M
                 assert time.monotonic() < deadline
                 emit_marker(friends.old, "on")
                 time.sleep(0.2)
-        back = fence(friends.spec, Origin.OLD, cohorts=["1"], max_pause=PATIENT)
+        back = fence(friends.spec, Origin.OLD, tenants=["1"], max_pause=PATIENT)
         assert back.lacking is not None
         friends.old.execute("UPDATE friends SET note = 'at home' WHERE from_user = 1 AND to_user = 6")
         settled(friends)
@@ -334,7 +334,7 @@ def test_a_lake_learns_of_a_cohort_that_came_back_by_the_mirror_alone(friends: M
 def test_what_can_not_move_alone_is_said(make_migration: MakeMigration) -> None:
     friends = make_migration(SPEC, FOLLOWS, targets=(STORE,))
     friends.prepare()
-    for names, told in (([], "empty"), ([""], "empty"), ([str(n) for n in range(10_001)], "10,001 cohorts are more than 10,000")):
+    for names, told in (([], "empty"), ([""], "empty"), ([str(n) for n in range(10_001)], "10,001 tenants are more than 10,000")):
         with pytest.raises(Refused, match=told):
-            fence(friends.spec, Origin.NEW, cohorts=names)
+            fence(friends.spec, Origin.NEW, tenants=names)
     assert authorities(friends) == []

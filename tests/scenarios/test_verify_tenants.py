@@ -1,4 +1,4 @@
-"""Verification while cohorts are at both stores: under live writers, with writes past the refusal, and without a way back."""
+"""Verification while tenants are at both stores: under live writers, with writes past the refusal, and without a way back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.status import status
 from changeover.verifiers.verification import verify
-from tests.scenarios.test_cohorts import FLAG, FOLLOWS, PATIENT, SPEC, settled, writing
+from tests.scenarios.test_tenants import FLAG, FOLLOWS, PATIENT, SPEC, settled, writing
 from tests.support.fix_accounts import following
 from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration
 
@@ -37,15 +37,15 @@ def verdicts(migration: Migration) -> dict[str, tuple[str, int]]:
     return {one.target: (one.word, one.differing_keys) for one in verify(migration.spec, migration.spark)}
 
 
-def test_both_stores_are_compared_while_each_has_cohorts_of_its_own(apart: Migration) -> None:
+def test_both_stores_are_compared_while_each_has_tenants_of_its_own(apart: Migration) -> None:
     with following(apart):
         with writing(apart):
             time.sleep(0.3)
-            fence(apart.spec, Origin.NEW, cohorts=["1", "2"], max_pause=PATIENT)
+            fence(apart.spec, Origin.NEW, tenants=["1", "2"], max_pause=PATIENT)
             time.sleep(0.5)
             assert verdicts(apart) == {STORE: ("equal", 0), LAKE: ("equal", 0)}
         settled(apart)
-        assert status(apart.spec).cohorts == ["1", "2"]
+        assert status(apart.spec).tenants == ["1", "2"]
 
         apart.new.execute(f"{UNREFUSED}; UPDATE links SET note = 'rogue' WHERE member = 5 AND to_user = 3; RESET changeover.epoch")
         assert verdicts(apart) == {STORE: ("different", 1), LAKE: ("equal", 0)}
@@ -67,8 +67,8 @@ def test_both_stores_are_compared_while_each_has_cohorts_of_its_own(apart: Migra
         apart.new.execute("UPDATE links SET note = 'at the new store alone' WHERE to_user = 9")
         assert verdicts(apart) == {STORE: ("equal", 0), LAKE: ("equal", 0)}
 
-        fence(apart.spec, Origin.OLD, cohorts=["3"], max_pause=PATIENT)
+        fence(apart.spec, Origin.OLD, tenants=["3"], max_pause=PATIENT)
         with Ledger.open(apart.spec, "test") as ledger:
             reverse.break_off(ledger, "its slot is gone")
-        with pytest.raises(CouldNotCheck, match=r"all rows but those of the cohort 3: the new store has .* slot is gone"):
+        with pytest.raises(CouldNotCheck, match=r"all rows but those of the tenant 3: the new store has .* slot is gone"):
             verdicts(apart)
