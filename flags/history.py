@@ -1,7 +1,7 @@
 """History: the turns of the flag on record, from which stage to which, when, and at which position the mirror began.
 
 Every turn by `flags advance` and `flags rollback`, and every turn made elsewhere that `flags watch` saw, is a row of the ledger's
-audit. What the gate asks of a stage it asks of the time since its turn; whether there is a way back is told by these rows and not
+audit. What the gate asks of a stage it asks of the time since its turn; whether there is reverse replication is told by these rows and not
 by the flag, which anybody may turn.
 """
 

@@ -59,7 +59,7 @@ class Evidence:
     capture_active: bool
     sources: tuple[str, ...]
     target: str
-    way_back: State | None = None
+    reverse_path: State | None = None
     rogue: tuple[Rogue, ...] = ()
     everybodys: Stage | None = None
     stopped: Mapping[str, str] = field(default_factory=dict)
@@ -92,7 +92,7 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
         heartbeats=ledger.heartbeats(), facts=facts(ledger.authorities()), stage_since=found[0].at if found else None,
         mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(here), capture_active=slot == "active" or log_read,
-        sources=tuple(t.source for t in spec.tables), target=spec.flag.target, way_back=state(spec, ledger),
+        sources=tuple(t.source for t in spec.tables), target=spec.flag.target, reverse_path=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
         rights=rights(spec) if takes_over(before, after) else Rights(),
         stopped={**altered, **(ledger.stopped() if ledger.exists() else {})},
@@ -211,7 +211,7 @@ def _comparisons_clean(e: Evidence) -> list[str]:
 
 def _mirror_whole(e: Evidence) -> list[str]:
     """Before the old store stops receiving: nothing that was written since authority moved was lost on its way there."""
-    if e.after is not Stage.COMPLETE or (e.way_back is not None and e.way_back.lacking is None):
+    if e.after is not Stage.COMPLETE or (e.reverse_path is not None and e.reverse_path.lacking is None):
         return []
     gone = lost(e.heartbeats, e.facts.epochs(Origin.NEW), e.now)
     return [f"{gone} mirrored writes to the old store failed, were dropped, or died with their process"] if gone else []
@@ -232,9 +232,9 @@ def lost(heartbeats: Sequence[Heartbeat], epochs: Collection[int], now: datetime
     )
 
 
-def _way_back_open(e: Evidence) -> list[str]:
+def _reverse_open(e: Evidence) -> list[str]:
     """While the new store has authority over anything: what is written to it reaches the old one, if there is a path at all."""
-    way = e.way_back
+    way = e.reverse_path
     if Origin.NEW not in e.facts.stores or way is None or way.watched_from is None:
         return []
     if way.lacking is not None:
@@ -257,7 +257,7 @@ def _application_may_write(e: Evidence) -> list[str]:
 
 RULES: tuple[Callable[[Evidence], list[str]], ...] = (
     _nothing_stopped, _loads_closed, _verdict_fresh, _processes_present, _lag_small, _replay_past_dualwrite,
-    _comparisons_clean, _mirror_whole, _way_back_open, _nothing_rogue, _application_may_write,
+    _comparisons_clean, _mirror_whole, _reverse_open, _nothing_rogue, _application_may_write,
 )  # fmt: skip
 
 

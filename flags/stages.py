@@ -80,7 +80,7 @@ def next_stage(stage: Stage) -> Stage | None:
 
 
 def previous_stage(stage: Stage) -> Stage | None:
-    """Return the stage that a rollback leads to; None at off, and at complete, from which there is no way back."""
+    """Return the stage that a rollback leads to; None at off, and at complete, which is final."""
     return ORDER[ORDER.index(stage) - 1] if TABLE[stage].reversible else None
 
 

@@ -28,7 +28,7 @@ def problems(status: Status, behind: int = LAG_BYTES) -> list[str]:
         reasons.append(prepared)
     if status.store == OLD or status.tenants:
         reasons = [*_capture(status, behind), *_replay(status, behind), *reasons]
-    return [*reasons, *_way_back(status, behind)]
+    return [*reasons, *_reverse_path(status, behind)]
 
 
 def _capture(status: Status, behind: int) -> list[str]:
@@ -51,9 +51,9 @@ def _replay(status: Status, behind: int) -> list[str]:
     ]
 
 
-def _way_back(status: Status, behind: int) -> list[str]:
+def _reverse_path(status: Status, behind: int) -> list[str]:
     """While the new store has authority over anything: what is written there comes back, if there is a path at all."""
-    way = status.way_back
+    way = status.reverse_path
     if way is None or (status.store == OLD and not status.tenants) or way.lacking == COMPLETED:
         return []
     if way.lacking is not None:

@@ -22,7 +22,7 @@ from changeover.jobs.install.targets import create_target, install_gate
 from changeover.jobs.ledger.epochs import OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Stream
-from changeover.jobs.load.prepared import Prepared, plan_transforms, require_prepared, require_way_back
+from changeover.jobs.load.prepared import Prepared, plan_transforms, require_prepared, require_reverse
 from changeover.jobs.preflight.division import examined
 from changeover.jobs.preflight.rules import Preflight
 from changeover.jobs.spool.table import spool_of
@@ -49,7 +49,7 @@ def prepare(spec: Spec, spark: SparkSession) -> Prepared:
             raise UnsafePlan(tuple(found.reasons))
         remove_unfinished(spec, ledger)  # what a killed prepare left
         transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
-        require_way_back(spec, spark, transforms)
+        require_reverse(spec, spark, transforms)
         try:
             return _make(spec, ledger, found, transforms)
         except ChangeoverError:
@@ -116,4 +116,4 @@ def _record(
     ledger.audit("prepare", "done", {"l0": stream.l0, "slot": stream.slot, "spec": spec.digest})
 
 
-# -- the way back, and the end
+# -- reverse replication, and the end

@@ -29,7 +29,7 @@ from changeover.jobs.ledger.epochs import NEW, OLD
 from changeover.jobs.ledger.lease import lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import PENDING, Stream
-from changeover.jobs.load.prepared import Prepared, plan_transforms, require_way_back
+from changeover.jobs.load.prepared import Prepared, plan_transforms, require_reverse
 from changeover.jobs.preflight.division import examined
 from changeover.jobs.preflight.rules import Preflight
 from changeover.jobs.reverse import setup as reverse_setup
@@ -62,7 +62,7 @@ def restart(spec: Spec, spark: SparkSession) -> Prepared:
         if found.reasons:
             raise UnsafePlan(tuple(found.reasons))
         transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
-        require_way_back(spec, spark, transforms)
+        require_reverse(spec, spark, transforms)
         before = ledger.stream("status")
         epoch = _begin(ledger)
         failpoints.reach("epoch-begun", epoch)

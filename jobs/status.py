@@ -41,7 +41,7 @@ class Status:
     """The steps with their state, each load with its chunks and position, the stream, the stage, and the newest verdicts.
 
     Bytes are of the old store's write-ahead log: `behind_bytes` of a load is what lies between it and the old store's end, None
-    once the new store has all authority, because replay then rests. While tenants are at both stores, `way_back` has the other
+    once the new store has all authority, because replay then rests. While tenants are at both stores, `reverse_path` has the other
     direction's.
     """
 
@@ -56,7 +56,7 @@ class Status:
     tenants: list[str]
     """Those whose authority is at the other store."""
     verdicts: list[dict[str, Any]]
-    way_back: reverse.State | None
+    reverse_path: reverse.State | None
     rogue: list[Rogue]
     broken: list[str]
     """What the stream rests on and does not hold any more (`assumptions`)."""
@@ -77,9 +77,9 @@ class Status:
             count, other = len(self.tenants), NEW if self.store == OLD else OLD
             yield f"    the {other} store has it over {count:,} tenant{'s' * (count > 1)}: {listed(self.tenants)}"
         yield f"    routers: {routers}"
-        if self.way_back is not None:
-            yield f"  way back  {self.way_back.line}"
-            yield from (f"    {line}" for line in _reverse_lines(self.way_back))
+        if self.reverse_path is not None:
+            yield f"  reverse   {self.reverse_path.line}"
+            yield from (f"    {line}" for line in _reverse_lines(self.reverse_path))
         yield from (f"  rogue     {one}" for one in self.rogue)
         yield from (f"  broken    {one}" for one in self.broken)
 

@@ -98,7 +98,7 @@ class _Holding:
             split.require_unmoved(self.ledger, self._first)
             limit = None
             if split.at_new:
-                split.require_way_back(self.ledger, self._first)
+                split.require_reverse(self.ledger, self._first)
                 limit = self._bring_back_to_now(lakes)
             lsn, holder, exported = self._position()
             emit_marker(self.old, "verify")

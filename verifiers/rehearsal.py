@@ -127,7 +127,7 @@ def _compare(transform: Transform, here: DataFrame, there: DataFrame) -> None:
 
 
 def _return(spec: Spec, spark: SparkSession, table: Table, transform: Transform, target: Target) -> None:
-    """Have Spark analyse the way back of the target that takes over, where there is one."""
+    """Have Spark analyse reverse replication of the target that takes over, where there is one."""
     columns = transform.target.columns
     if spec.flag is None or spec.flag.target != target.name or inverse.missing(spec, table, transform.source, columns):
         return

@@ -24,7 +24,7 @@ from changeover.flags.cutover import moves as by_name
 from changeover.flags.cutover import switch
 from changeover.flags.cutover.discovery import Astray, Census
 from changeover.flags.cutover.moves import Apart, sentence, together
-from changeover.flags.cutover.switch import Advanced, everybody, flag_of, require_open, require_way_back, turn, wished
+from changeover.flags.cutover.switch import Advanced, everybody, flag_of, require_open, require_reverse, turn, wished
 from changeover.flags.fence.fence import MAX_PAUSE, fence, settle
 from changeover.flags.observed import Facts, facts
 from changeover.flags.rights import waits
@@ -67,7 +67,7 @@ class Shown:
     loses: int
     heartbeats: Sequence[Heartbeat]
     longest_pause: float
-    way_back: reverse.State | None
+    reverse_path: reverse.State | None
     rogue: Sequence[Rogue]
     apart: Apart | None = None
     notes: Sequence[str] = ()
@@ -139,7 +139,7 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
             return by_name.rollback(spec, ledger, tenants)
         known = facts(ledger.authorities())
         before, after = _below(spec, known)
-        require_way_back(ledger, before)
+        require_reverse(ledger, before)
         if after is None:
             raise Refused(f"flags rollback: {before.value} is the first stage, there is none below")
         epochs = known.epochs(Origin.NEW) if TABLE[after].writes is Origin.OLD else frozenset()
@@ -257,7 +257,7 @@ def _follow_everybody(spec: Spec, ledger: Ledger, wish: Stage, known: Facts) -> 
     if wanted is Origin.NEW:
         readiness.require(readiness.collect(spec, ledger, effective(wish, Origin.OLD), wish))
     else:
-        require_way_back(ledger, before)
+        require_reverse(ledger, before)
     done = fence(spec, wanted)
     lost = switch.lost(ledger, known.epochs(Origin.NEW), done) if wanted is Origin.OLD else 0
     _record(spec, ledger, history.FOLLOWED, before, wish, {"epoch": done.epoch, "pause": done.pause_seconds, "lost": lost})

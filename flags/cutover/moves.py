@@ -15,7 +15,7 @@ from changeover.errors import Refused, SpecError, UsageError
 from changeover.flags import history, readiness
 from changeover.flags.cutover import switch
 from changeover.flags.cutover.discovery import spelled, unknown
-from changeover.flags.cutover.switch import Advanced, everybody, require_open, require_way_back
+from changeover.flags.cutover.switch import Advanced, everybody, require_open, require_reverse
 from changeover.flags.fence.fence import MOST_TENANTS, Fenced, fence
 from changeover.flags.observed import Facts, facts
 from changeover.flags.router.endpoint import Tenant, as_text
@@ -82,7 +82,7 @@ def advance(spec: Spec, ledger: Ledger, names: Collection[Tenant], override: str
 def rollback(spec: Spec, ledger: Ledger, names: Collection[Tenant]) -> Advanced:
     """Take tenants from live back to shadow; asks no gate. The caller has the flag's lease."""
     chosen = named(spec, names)
-    require_way_back(ledger, Stage.LIVE)
+    require_reverse(ledger, Stage.LIVE)
     known = facts(ledger.authorities())
     if known.rest.store is Origin.NEW:
         _between(spec, known)  # below live nothing keeps a tenant from going back
@@ -107,7 +107,7 @@ def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
         everybodys = _between(spec, known)
         readiness.require(readiness.collect(spec, ledger, before, after, everybodys))
     else:
-        require_way_back(ledger, before)
+        require_reverse(ledger, before)
     done = fence(spec, to, tenants=names)
     lost = switch.lost(ledger, known.epochs(Origin.NEW, names), done) if to is Origin.OLD else 0
     told = {"tenants": list(names[:NAMED]), "count": len(names), "epoch": done.epoch, "pause": done.pause_seconds, "lost": lost}

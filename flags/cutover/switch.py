@@ -101,10 +101,10 @@ def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | N
     return found
 
 
-def require_way_back(ledger: Ledger, before: Stage) -> None:
+def require_reverse(ledger: Ledger, before: Stage) -> None:
     """Refuse once complete was reached, wherever the flag points by now: since then the old store got no write."""
     if before is Stage.COMPLETE or history.completed(history.turns(ledger)):
-        raise Refused("flags rollback: complete was reached, there is no way back: the old store lacks every write since")
+        raise Refused("flags rollback: complete was reached and is final: the old store lacks every write since")
 
 
 def expected(ledger: Ledger, epochs: Collection[int]) -> int:

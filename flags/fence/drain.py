@@ -1,7 +1,7 @@
 """The drain: what a fence waits for, so that the gaining store has everything which the losing one was ever written.
 
 Before the pause it draws near, while writers go on; in the pause the losing store refuses, and its position then is what must have
-arrived: by its stream, or on the way back, where that is not whole, by the routers' mirrors. Everything runs where `changeover
+arrived: by its stream, or on a rollback, where that is not whole, by the routers' mirrors. Everything runs where `changeover
 flags` runs.
 """
 
@@ -132,7 +132,7 @@ def _behind(spec: Spec, ledger: Ledger, position: int) -> str | None:
 
 
 def unmirrored(ledger: Ledger, since: object, epochs: Collection[int]) -> str | None:
-    """On the way back the routers' mirrors must have nothing more of what goes back, as each says after the refusal.
+    """On a rollback the routers' mirrors must have nothing more of what goes back, as each says after the refusal.
 
     What they still have of other tenants, which go on, is of other epochs.
     """

@@ -58,7 +58,7 @@ MOST_TENANTS = 10_000
 class Fenced:
     """A fence that was done: the new epoch, the store that has authority, and how long writers waited at most.
 
-    `lacking` is why, on the way back, the old store got no more than the mirror brought; None where it got everything.
+    `lacking` is why, on a rollback, the old store got no more than the mirror brought; None where it got everything.
     """
 
     epoch: int
@@ -88,7 +88,7 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, tenants: Coll
                 spec, ledger
             )  # which waits for open transactions, so it comes before anybody else has to
             if path is None and tenants is not None:
-                raise Refused("no tenant moves alone without a way back: `changeover check` says what stands in it")
+                raise Refused("no tenant moves alone without reverse replication: `changeover check` says what stands in it")
         held.enter_context(_others_rest(spec, ledger))
         old, new = held.enter_context(sides(spec))
         if whose is None:

@@ -50,7 +50,7 @@ class FlagStage:
 
     A tenant is a context of a `kind` of its own, with the tenant as key: individual targets, rules and percentage rollouts for that
     kind act on it. Without a usable answer it goes by the last one that it had, if that is among those that are `KEPT`, and else by
-    the last one for everybody. `complete`, from which there is no way back, is of everybody alone: a tenant waits at rampdown.
+    the last one for everybody. `complete`, which is final, is of everybody alone: a tenant waits at rampdown.
     """
 
     def __init__(self, client: LDClient, key: str, context: Context = EVERYONE, *, kind: str | None = None) -> None:

@@ -69,7 +69,7 @@ class BadChange(Exception):
         self.refused, self.key, self.place = refused, key, place
 
 
-class Carrier:
+class Applier:
     """Carries batches of one store's stream into a target (driver)."""
 
     def __init__(self, spec: Spec, spark: SparkSession, journal: Journal, snapshot: ExportedSnapshot | None) -> None:

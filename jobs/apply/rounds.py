@@ -18,7 +18,7 @@ import psycopg
 from ldclient.migrations.types import Stage
 
 from changeover.errors import ChangeoverError, RowRefused, TableStopped, TextRefused
-from changeover.jobs.apply.applier import Carrier
+from changeover.jobs.apply.applier import Applier
 from changeover.jobs.apply.checkpoint import Back, OldJournal
 from changeover.jobs.apply.retention import Collecting
 from changeover.jobs.ledger.chunks import mergeable
@@ -72,9 +72,9 @@ class Replay:
         self.ledger = ledger
         self.prepared = prepared
         self.spool = spool_of(spec, prepared.stream.epoch)
-        self.carrier = Carrier(spec, spark, OldJournal(spec, ledger, self.spool, prepared.stream.epoch), snapshot)
+        self.applier = Applier(spec, spark, OldJournal(spec, ledger, self.spool, prepared.stream.epoch), snapshot)
         self.back = Back(spec, spark, ledger, prepared.transforms)
-        self.returning = Carrier(spec, spark, self.back.journal, None)
+        self.returning = Applier(spec, spark, self.back.journal, None)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Offer everything spooled below `until` to each target, in one turn of that target's lease."""
@@ -127,7 +127,7 @@ class Replay:
                     # the target's lease, which a fence has, keeps tenants from moving meanwhile
                     there, offered = self._bring_back(section, source, target, store, self.back.reach())
                 else:
-                    load, offered = self.carrier.catch_up(load, section, end, transform, store)
+                    load, offered = self.applier.catch_up(load, section, end, transform, store)
                     there = load.applied >= section[0].until
                 events, taken = events + offered.offered, taken + offered.taken
                 if not there and not apart:

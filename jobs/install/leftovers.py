@@ -1,4 +1,4 @@
-"""Leftovers: what of a migration is in the old store, and of its way back in the new one.
+"""Leftovers: what of a migration is in the old store, and of its reverse replication in the new one.
 
 It goes by the names that this migration gives, in this database's own catalogue, and not by any record, so it also finds what a
 killed run left. What another migration has, or another database of the server, is none of it, however alike the names are. What

@@ -71,7 +71,7 @@ def plan_transforms(
     return planned
 
 
-def require_way_back(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[str, str], transform.Transform]) -> None:
+def require_reverse(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[str, str], transform.Transform]) -> None:
     """Analyse the expressions by which rows will come back; that some are missing is said, and no error: the mirror is left.
 
     Raises SpecError or UnsafePlan for an expression that can't be.

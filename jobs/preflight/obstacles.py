@@ -73,7 +73,7 @@ def has_slot(connection: Connection, slot: str) -> bool:
 
 
 def notes(spec: Spec) -> list[str]:
-    """Return what `check` has to say of the way back: why there is none, and what acts on its rows (driver; looks only)."""
+    """Return what `check` has to say of reverse replication: why there is none, and what acts on its rows (driver; looks only)."""
     if spec.flag is None:
         return []
     application = application_name(spec.name, "check")

@@ -31,7 +31,7 @@ from changeover.stores.base.pgtypes import Column
 log = logging.getLogger(__name__)
 
 OLD_STORE = "old store"
-"""The old store as a target of the way back; no target of a spec can bear a name with a space."""
+"""The old store as a target of reverse replication; no target of a spec can bear a name with a space."""
 
 COMPLETED = "the last stage was reached, from which the old store gets nothing any more"
 

@@ -186,7 +186,7 @@ class Roots(_Known):
 class NewRoots(_Known):
     """Of which table of the new store a partition in its stream is a part; `record` is told of those that were born.
 
-    One that came or went without an event is a gap in the stream: the way back has it no better than the old store.
+    One that came or went without an event is a gap in the stream: reverse replication has it no better than the old store.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The inverse: one table's transform the other way round, from the row of the store that took over to the old store's row.
 
 A column that was only given another name goes back under its old one, where the values can't have changed on the way; every other
-column of the old table is stated in the spec (`[table.reverse]`), or there is no way back and `missing` says for which column. The
+column of the old table is stated in the spec (`[table.reverse]`), or there is no reverse replication and `missing` says for which column. The
 result is an ordinary transform, built and analysed like the one it undoes, so that replay knows no direction. Plans are made on
 the driver.
 """
@@ -59,7 +59,7 @@ def expressions(table: Table, old: Sequence[Column], new: Sequence[Column] | Non
 
 
 def missing(spec: Spec, table: Table, old: Sequence[Column], new: Sequence[Column] | None) -> str | None:
-    """Return why a table has no way back, in a sentence that says what to write, or None (pure).
+    """Return why a table has no reverse replication, in a sentence that says what to write, or None (pure).
 
     Raises SpecError for a column that the old table does not have.
     """
@@ -74,7 +74,7 @@ def missing(spec: Spec, table: Table, old: Sequence[Column], new: Sequence[Colum
     if not lacking:
         return None
     return (
-        f"{table.source} has no way back from {table.target}: nothing gives its column{'s' * (len(lacking) > 1)}"
+        f"{table.source} has no reverse replication from {table.target}: nothing gives its column{'s' * (len(lacking) > 1)}"
         f" {', '.join(lacking)} (state {'each' if len(lacking) > 1 else 'it'} in [table.reverse] as an expression over the row of"
         f" {table.target})"
     )

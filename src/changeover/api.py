@@ -136,7 +136,7 @@ def check(spec: Spec, spark: Callable[[], SparkSession]) -> Preflight:
 
 
 def notes(spec: Spec) -> list[str]:
-    """Return what a person should know of the way back of each table, each a sentence."""
+    """Return what a person should know of reverse replication of each table, each a sentence."""
     from changeover.jobs.preflight import obstacles
 
     return obstacles.notes(spec)
@@ -466,7 +466,7 @@ def abort(spec: Spec) -> list[str]:
 
 
 def leftovers(spec: Spec) -> list[str]:
-    """Return everything of the migration that is still in the old store, and what is left of its way back."""
+    """Return everything of the migration that is still in the old store, and what is left of its reverse replication."""
     from changeover.jobs.install.leftovers import leftovers as act
 
     return act(spec)

@@ -1,4 +1,4 @@
-"""Verification while tenants are at both stores: under live writers, with writes past the refusal, and without a way back."""
+"""Verification while tenants are at both stores: under live writers, with writes past the refusal, and without reverse replication."""
 
 from __future__ import annotations
 

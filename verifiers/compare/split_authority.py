@@ -39,7 +39,7 @@ class Split:
         if ledger.authorities() != self.changes:
             raise CouldNotCheck(source, "authority moved while the verification began: run it again")
 
-    def require_way_back(self, ledger: Ledger, source: str) -> None:
+    def require_reverse(self, ledger: Ledger, source: str) -> None:
         """Raise CouldNotCheck where the old store does not get what is written to the new one, while it gets some itself."""
         gone = epochs.at(self.changes, NEW)
         if gone is not None and (lacking := reverse.whole(ledger)) is not None:

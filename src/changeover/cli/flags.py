@@ -41,8 +41,8 @@ def show(spec: str, as_json: bool) -> None:
         lines += [f"next: {seen.next.value}: {'go' if seen.go else 'no-go'}", *(f"  {reason}" for reason in seen.reasons)]
     if seen.back is not None:
         lines.append(f"back: {seen.back.value}: {_loses(seen.loses, 'would be lost')}")
-    if seen.way_back is not None:
-        lines.append(f"reverse path: {seen.way_back.line}")
+    if seen.reverse_path is not None:
+        lines.append(f"reverse path: {seen.reverse_path.line}")
     lines += [f"note: {one}" for one in seen.notes]
     lines += [f"rogue: {one}" for one in seen.rogue]
     stages = {name: stage.value if (stage := getattr(seen, name)) else None for name in ("stage", "wish", "next", "back")}

@@ -93,14 +93,14 @@ def test_while_tenants_stand_apart_both_directions_are_asked(facts: Facts, lag: 
     way = State("0/1", None, "missing", None, LAG_BYTES + 1, None, ())
     loads = [Load("public.t", "store", "closed", 0, False, 0, 0, 0)]
     found = evidence(
-        Stage.SHADOW, Stage.LIVE, facts=facts, loads=loads, source_lsn=LAG_BYTES + 1, capture_active=False, way_back=way
+        Stage.SHADOW, Stage.LIVE, facts=facts, loads=loads, source_lsn=LAG_BYTES + 1, capture_active=False, reverse_path=way
     )
-    said = " ".join(readiness._lag_small(found)), " ".join(readiness._way_back_open(found))
+    said = " ".join(readiness._lag_small(found)), " ".join(readiness._reverse_open(found))
     assert ("capture is not running" in said[0], "bytes of WAL behind (at 0/0)" in said[0]) == (lag, lag)
     assert ("stream is not captured" in said[1], "behind the new one" in said[1]) == (back, back)
 
 
-def test_the_way_back_waits_for_the_mirror_of_what_goes_back_alone(stores: Stores) -> None:
+def test_reverse_replication_waits_for_the_mirror_of_what_goes_back_alone(stores: Stores) -> None:
     before = stores.ledger.now()
     stores.ledger.beat("web-1", "shadow", 2, {"mirror_old": {"depth": 3, "queued": {"2": 3}}})
     assert unmirrored(stores.ledger, before, {2}) == "the mirror of process web-1"

@@ -174,7 +174,7 @@ def test_a_server_without_logical_decoding(tmp_path: Path, monkeypatch: pytest.M
         server.remove()
 
 
-# -- what is made, and the way back
+# -- what is made, and reverse replication
 
 
 @pytest.fixture

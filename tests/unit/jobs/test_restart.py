@@ -1,4 +1,4 @@
-"""A migration begun anew: a lost slot and a source that failed over stop it by a sentence, and one command is the way back."""
+"""A migration begun anew: a lost slot and a source that failed over stop it by a sentence, and one command is the way out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.support.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS
 from tests.support.fix_postgres import SETTINGS
 from tests.support.fix_writer import writing
 
-WAY_BACK = "a gap; `changeover prepare --anew SPEC` empties the target tables, and every chunk is copied again"
+WAY_OUT = "a gap; `changeover prepare --anew SPEC` empties the target tables, and every chunk is copied again"
 
 IN_THE_GAP = """
 DELETE FROM follows WHERE from_user % 7 = 0;
@@ -92,9 +92,9 @@ def test_a_slot_that_is_lost_under_live_writes(migration: Migration) -> None:
     with writing(migration.old.info.dsn + f" password={migration.old.info.password}", seed=3):
         lose_slot(migration)
         migration.old.execute(IN_THE_GAP)
-        with pytest.raises(SourceChanged, match=f"the source's replication slot is missing, but .* was prepared: .*{WAY_BACK}"):
+        with pytest.raises(SourceChanged, match=f"the source's replication slot is missing, but .* was prepared: .*{WAY_OUT}"):
             capture(migration.spec, patience=0)
-        with pytest.raises(SourceChanged, match=WAY_BACK):
+        with pytest.raises(SourceChanged, match=WAY_OUT):
             capture(migration.spec, patience=0)  # and it stays so
         after = anew(migration)
         assert migration.new.execute("SELECT count(*) FROM associations").fetchone() == (0,)
@@ -176,7 +176,7 @@ def test_a_source_that_failed_over_to_an_older_state(
             migration.old.close()
             migration = replace(migration, old=old)
             old.execute(IN_THE_GAP)
-            with pytest.raises(SourceChanged, match=f"the source's timeline is 2, but 1 was prepared: .*{WAY_BACK}"):
+            with pytest.raises(SourceChanged, match=f"the source's timeline is 2, but 1 was prepared: .*{WAY_OUT}"):
                 capture(migration.spec, patience=0)
             stream = anew(migration)
             assert stream.l0 < seen, "the positions of the new primary are below those that were seen"
@@ -278,7 +278,7 @@ def test_it_is_refused_where_it_would_lose_rows(make_migration: MakeMigration) -
     migration.abort()
 
 
-WITH_A_WAY_BACK = """
+WITH_REVERSE = """
 [[table]]
 source = "public.accounts"
 target = "ledgers"
@@ -293,13 +293,13 @@ target = "store"
 """
 
 
-def test_the_way_back_is_looked_at_again(make_migration: MakeMigration, caplog: pytest.LogCaptureFixture) -> None:
-    migration = make_migration(WITH_A_WAY_BACK, ACCOUNTS, targets=[STORE])
+def test_reverse_replication_is_looked_at_again(make_migration: MakeMigration, caplog: pytest.LogCaptureFixture) -> None:
+    migration = make_migration(WITH_REVERSE, ACCOUNTS, targets=[STORE])
     migration.prepare()
-    assert "way back" not in caplog.text
+    assert "reverse replication" not in caplog.text
     migration.new.execute("ALTER TABLE ledgers ALTER balance TYPE text")
     assert anew(migration).epoch == 1
-    assert "public.accounts has no way back from ledgers: nothing gives its column balance" in caplog.text
+    assert "public.accounts has no reverse replication from ledgers: nothing gives its column balance" in caplog.text
     migration.new.execute("ALTER TABLE ledgers ALTER balance TYPE numeric(12,2) USING NULL, ALTER shout TYPE integer[] USING NULL")
     migration.new.execute("INSERT INTO ledgers (id, balance) VALUES (1, 1)")
     with pytest.raises(SpecError, match=r"columns.note: 'lower\(shout\)' is not a valid expression"):

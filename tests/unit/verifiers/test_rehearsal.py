@@ -105,7 +105,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("rest", "told"), WRONG, ids=["an expression", "in another case", "the way back"])
+@pytest.mark.parametrize(("rest", "told"), WRONG, ids=["an expression", "in another case", "reverse replication"])
 def test_what_is_wrong_in_the_spec_is_told_as_such(folder: Path, spark: SparkSession, rest: str, told: str) -> None:
     with pytest.raises(SpecError) as caught:
         reasons(folder, spark, TABLE + COLUMNS + rest)

@@ -181,11 +181,11 @@ def test_a_rollback_over_the_fence_prints_what_it_lost_and_writers_go_on(moved: 
     assert [row[0] for row in lost] == [1000]
 
 
-def test_there_is_no_way_back_from_complete_wherever_the_flag_points(moved: Migration) -> None:
+def test_complete_is_final_wherever_the_flag_points(moved: Migration) -> None:
     with following(moved):
         for stage in (Stage.LIVE, Stage.RAMPDOWN, Stage.COMPLETE):
             assert cutover.advance(moved.spec, override="test").after is stage
-    sentence = "changeover: flags rollback: complete was reached, there is no way back: the old store lacks every write since\n"
+    sentence = "changeover: flags rollback: complete was reached and is final: the old store lacks every write since\n"
     refused = run("rollback", moved)
     assert (refused.exit_code, refused.stderr) == (1, sentence)
     turn(moved, Stage.RAMPDOWN)
@@ -262,7 +262,7 @@ def test_without_a_reverse_path_the_lake_learns_by_the_echo_what_was_written_whi
             turn(made, Stage.SHADOW)
             back = fence(made.spec, Origin.OLD)
             wait_for(lambda: router.stage is Stage.SHADOW, "shadow")
-            add(router, 2, "after the way back")
+            add(router, 2, "after the rollback")
         settle(made)
     assert back.epoch == 2
     echo = events_of_epoch_1(made)

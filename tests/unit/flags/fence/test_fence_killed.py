@@ -1,4 +1,4 @@
-"""The way back killed between each two of its moves: authority is what the ledger says, its store takes writes, nothing is lost."""
+"""The rollback killed between each two of its moves: authority is what the ledger says, its store takes writes, nothing is lost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WRITE = {"old": b"UPDATE accounts SET note = %s WHERE id = 1", "new": b"UPDATE l
 
 
 def killed_at(migration: Migration, point: str, file: Path) -> None:
-    """Begin the way back in a process of its own, and kill -9 it at a point."""
+    """Begin the rollback in a process of its own, and kill -9 it at a point."""
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, migration.spec.path, str(MAX_PAUSE)],
         env={**os.environ, failpoints.VARIABLE: f"{point}:{file}"},
@@ -84,7 +84,7 @@ def assert_one_takes_writes(migration: Migration, store: str, note: str) -> None
         assert refused.value.sqlstate == FENCED
 
 
-def test_a_way_back_that_is_killed_between_any_two_moves_is_settled(moved: Migration, tmp_path: Path) -> None:
+def test_a_rollback_that_is_killed_between_any_two_moves_is_settled(moved: Migration, tmp_path: Path) -> None:
     with following(moved):
         with unmirrored(moved) as taken:
             for number, point in enumerate(BEFORE + AFTER):
@@ -98,7 +98,7 @@ def test_a_way_back_that_is_killed_between_any_two_moves_is_settled(moved: Migra
         assert_nothing_lost(moved, taken)
 
 
-def test_the_same_command_again_brings_a_killed_way_back_to_its_end(moved: Migration, tmp_path: Path) -> None:
+def test_the_same_command_again_brings_a_killed_rollback_to_its_end(moved: Migration, tmp_path: Path) -> None:
     with following(moved):
         with unmirrored(moved) as taken:
             for number, point in enumerate(("fence-await", "fence-final", "fence-record")):

@@ -302,7 +302,7 @@ def test_a_fence_without_end_is_an_error_after_max_pause(
     assert stores.rows(Origin.OLD) == []
 
 
-def test_the_way_back_is_the_same(
+def test_reverse_replication_is_the_same(
     stores: Stores,
     make_router: MakeRouter,
     set_stage: SetStage,

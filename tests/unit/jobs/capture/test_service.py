@@ -352,7 +352,7 @@ def test_the_alarm_comes_before_the_slot_is_lost(
         time.sleep(0.05)
 
 
-def test_a_slot_that_is_lost_under_a_capture_that_hangs_stops_it_with_the_way_back(prepared: Prepared) -> None:
+def test_a_slot_that_is_lost_under_a_capture_that_hangs_stops_it_with_reverse_replication(prepared: Prepared) -> None:
     process = child(prepared.spec)
     emit_marker(prepared.old, "running")
     wait_for(process, prepared.seen("running"))

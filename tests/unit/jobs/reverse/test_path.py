@@ -76,7 +76,7 @@ class Stores:
     path: Path
 
     def state(self, reverse_section: str) -> None:
-        """State the way back in the spec."""
+        """State reverse replication in the spec."""
         self.path.write_text(SPEC.format(name=self.spec.name, work=self.spec.work, reverse=reverse_section))
         self.spec = load(self.path)
 
@@ -115,17 +115,17 @@ def stores(old_dsn: str, any_dsn: str, tmp_path: Path, monkeypatch: pytest.Monke
 GIVEN = '[table.reverse]\nname = "lower(upper)"'
 
 
-def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Stores) -> None:
+def test_without_reverse_replication_the_mirror_is_left_and_everybody_is_told(stores: Stores) -> None:
     [note] = obstacles.notes(stores.spec)
     assert note == (
-        "follows has no way back from links: nothing gives its column name (state it in [table.reverse] as an expression over the"
+        "follows has no reverse replication from links: nothing gives its column name (state it in [table.reverse] as an expression over the"
         " row of links); until then the router's mirror alone keeps the old store up to date"
     )
     assert reverse_setup.open_path(stores.spec, stores.ledger) is None
     assert stores.slots() == []
     state = reverse.state(stores.spec, stores.ledger)
     assert state is not None
-    assert state.line.startswith("the mirror alone keeps the old store up to date: follows has no way back")
+    assert state.line.startswith("the mirror alone keeps the old store up to date: follows has no reverse replication")
     stores.state(GIVEN)
     assert obstacles.notes(stores.spec) == []
 
@@ -142,7 +142,7 @@ def test_without_a_way_back_the_mirror_is_left_and_everybody_is_told(stores: Sto
         ),
     ],
 )
-def test_a_table_whose_changes_can_not_be_told_has_no_way_back(stores: Stores, change: str, reason: str) -> None:
+def test_a_table_whose_changes_can_not_be_told_has_no_reverse_replication(stores: Stores, change: str, reason: str) -> None:
     stores.state(GIVEN)
     stores.new.execute('DROP FUNCTION IF EXISTS changeover."gate_public.links"')
     stores.new.execute(change.encode())
@@ -318,7 +318,9 @@ def test_a_partition_that_comes_or_goes_without_an_event_breaks_the_path_off(par
     assert done.lacking.startswith(f"the new store's change stream has a gap (partitions of public.links: {reason}")
 
 
-def test_a_partition_that_goes_at_the_last_moment_calls_the_way_back_off(parted: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partition_that_goes_at_the_last_moment_calls_reverse_replication_off(
+    parted: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(told(parted)) == 1
     reverse.advance(parted.ledger, "follows", reverse.OLD_STORE, 2**60, 1)  # as far as anybody can see, everything came back
     near = drain.draw_near
@@ -377,7 +379,7 @@ def test_a_lost_slot_breaks_the_path_off_and_everybody_is_told(stores: Stores) -
         capture_new(stores.spec, threading.Event())
     assert reverse.whole(stores.ledger) == LOST
     assert capture_new(stores.spec, threading.Event()) is None, "there is nothing to follow any more"
-    assert f"  way back  the mirror alone keeps the old store up to date: {LOST}" in list(status(stores.spec).lines())
+    assert f"  reverse   the mirror alone keeps the old store up to date: {LOST}" in list(status(stores.spec).lines())
     done = CliRunner().invoke(main, ["flags", "rollback", stores.spec.path])
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("live → shadow (epoch 2, writers were held up ")

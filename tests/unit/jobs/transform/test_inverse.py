@@ -73,7 +73,7 @@ def test_a_moved_column_goes_back_and_the_rest_is_stated(spec: Spec) -> None:
 
 def test_what_is_neither_moved_nor_stated_is_named(spec: Spec) -> None:
     assert inverse.missing(spec, table(spec, reverse={}), OLD, NEW) == (
-        "follows has no way back from associations: nothing gives its columns joined, obsolete (state each in [table.reverse] as an"
+        "follows has no reverse replication from associations: nothing gives its columns joined, obsolete (state each in [table.reverse] as an"
         " expression over the row of associations)"
     )
     lacking = inverse.missing(spec, table(spec, function="a:b"), OLD, NEW)
@@ -130,7 +130,7 @@ def test_a_column_that_is_not_there_is_a_mistake(spec: Spec) -> None:
         inverse.missing(spec, table(spec, reverse={"joint": "a"}), OLD, NEW)
 
 
-def test_the_way_back_may_be_told_after_prepare(spec: Spec, tmp_path: Path) -> None:
+def test_reverse_replication_may_be_told_after_prepare(spec: Spec, tmp_path: Path) -> None:
     other = tmp_path / "other.toml"
     other.write_text(TEXT.replace('obsolete = "NULL"', "obsolete = \"'x'\""))
     assert load(other).digest == spec.digest

@@ -130,8 +130,8 @@ def test_status_tells_the_tenants_and_both_lags(split: Split) -> None:
     assert (told.store, told.tenants) == (OLD, ["7", "9"])
     assert "    the new store has it over 2 tenants: 7, 9" in list(told.lines())
     assert told.loads[0]["behind_bytes"] > 0, "the others' writes go on to the new store"
-    assert told.way_back is not None
-    assert told.way_back.lacking is not None, "and the tenants' come back"
+    assert told.reverse_path is not None
+    assert told.reverse_path.lacking is not None, "and the tenants' come back"
     split.move(NEW, 200, 6000)
     told = status(split.spec)
     assert (told.store, told.tenants, told.loads[0]["behind_bytes"]) == (NEW, [], None)

@@ -34,15 +34,15 @@ def test_a_move_meanwhile_is_no_answer(split: Stores) -> None:
         before.require_unmoved(split.ledger, "follows")
 
 
-def test_without_a_way_back_there_is_no_answer(split: Stores) -> None:
-    seen(split).require_way_back(split.ledger, "follows")
+def test_without_reverse_replication_there_is_no_answer(split: Stores) -> None:
+    seen(split).require_reverse(split.ledger, "follows")
     path = reverse_setup.open_path(split.spec, split.ledger)
     assert path is not None
     split.move(NEW, 100, path.stream.l0 + 8, "7")
-    seen(split).require_way_back(split.ledger, "follows")
+    seen(split).require_reverse(split.ledger, "follows")
     reverse.stop(split.ledger, reverse.OLD_STORE, "the old store refused a row")
     with pytest.raises(CouldNotCheck, match=r"the tenant 7: the new store has authority, .* does not follow: .* refused a row"):
-        seen(split).require_way_back(split.ledger, "follows")
+        seen(split).require_reverse(split.ledger, "follows")
     reverse.break_off(split.ledger, "its slot is gone")
     with pytest.raises(CouldNotCheck, match=r"the tenant 7: .*: its slot is gone"):
-        seen(split).require_way_back(split.ledger, "follows")
+        seen(split).require_reverse(split.ledger, "follows")

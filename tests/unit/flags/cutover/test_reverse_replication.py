@@ -1,4 +1,4 @@
-"""The way back: what is written to the new store after the hand-over comes to the old one and to the lake, without an echo.
+"""Reverse replication: what is written to the new store after the hand-over comes to the old one and to the lake, without an echo.
 
 The application here writes by plain SQL to the store that has authority: it has no mirror at all, so whatever arrives elsewhere
 was brought by the stream.
@@ -262,7 +262,7 @@ def stopped_after_a_batch(migration: Migration, file: Path) -> Iterator[None]:
 
 def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with following(people):
-        before = shown(people).way_back
+        before = shown(people).reverse_path
         assert before is not None
         assert before.line == "opened by the fence"
         fence(people.spec, Origin.NEW)
@@ -324,7 +324,7 @@ def test_a_truncate_comes_back_and_with_where_it_is_told(people: Migration) -> N
         turn(people, Stage.LIVE)
         people.new.execute("TRUNCATE people")
         people.new.execute("INSERT INTO people (person, name, active) VALUES (1, 'since', true)")
-        wait_for(lambda: "TRUNCATE" in (((way := shown(people).way_back) and way.lacking) or ""), "what stands in the way")
+        wait_for(lambda: "TRUNCATE" in (((way := shown(people).reverse_path) and way.lacking) or ""), "what stands in the way")
         assert any("a TRUNCATE of the new table" in reason for reason in shown(people).reasons)
         assert robots(people) == [(9001, "r2"), (9002, "c3")]
         with pytest.raises(CouldNotCheck, match="the lake follows the new store"):
