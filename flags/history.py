@@ -1,8 +1,8 @@
 """History: the turns of the flag on record, from which stage to which, when, and at which position the mirror began.
 
-Every turn by `flags advance` and `flags rollback`, and every turn made elsewhere that `flags watch` saw, is a row of the ledger's
-audit. What the gate asks of a stage it asks of the time since its turn; whether there is reverse replication is told by these rows and not
-by the flag, which anybody may turn.
+Every turn by `flags advance` and `flags rollback`, and every turn made elsewhere that `flags watch` saw, is a row of the
+ledger's audit. What is asked of a stage is asked of the time since its switch; whether there is reverse replication is told by
+these rows and not by the flag, which anybody may turn.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ STEP, TENANTS = "flags", "tenants"
 """Under which step a turn for everybody is on record, and under which one for some tenants."""
 
 ADVANCED, ROLLED_BACK, FOLLOWED = "advanced", "rolled back", "followed"
-TURNED = frozenset({ADVANCED, ROLLED_BACK, FOLLOWED})
+SWITCHED = frozenset({ADVANCED, ROLLED_BACK, FOLLOWED})
 """Outcomes that say that the flag was turned; the others say that it was not."""
 
 
 @dataclass(frozen=True)
-class Turn:
+class Switch:
     """One turn; `mirror_lsn` is the old store's position once every process mirrored, where the turn began that."""
 
     at: datetime
@@ -36,10 +36,10 @@ class Turn:
     mirror_lsn: int | None
 
 
-def turns(ledger: Ledger) -> list[Turn]:
+def switches(ledger: Ledger) -> list[Switch]:
     """Return the turns on record, newest first."""
-    found = [(at, detail) for at, _, outcome, detail in ledger.audits(STEP) if outcome in TURNED and "from" in detail]
-    return [Turn(at, Stage(d["from"]), Stage(d["to"]), parse_lsn(d["mirror_lsn"]) if d.get("mirror_lsn") else None)
+    found = [(at, detail) for at, _, outcome, detail in ledger.audits(STEP) if outcome in SWITCHED and "from" in detail]
+    return [Switch(at, Stage(d["from"]), Stage(d["to"]), parse_lsn(d["mirror_lsn"]) if d.get("mirror_lsn") else None)
             for at, d in found]  # fmt: skip
 
 
@@ -54,21 +54,22 @@ def record_tenants(ledger: Ledger, outcome: str, before: Stage, after: Stage, mo
     ledger.audit(TENANTS, outcome, {"from": before.value, "to": after.value, **more})
 
 
-def mirrored_since(found: Sequence[Turn], prepared: datetime | None = None, l0: int = 0) -> int | None:
+def mirrored_since(found: Sequence[Switch], prepared: datetime | None = None, l0: int = 0) -> int | None:
     """Return where the mirror began that runs now, None where that is not on record; `found` is newest first (pure).
 
-    A mirror that ran already when the tables were prepared, as it may when they are begun anew, runs since `l0` of their stream.
+    A mirror that ran already when the tables were prepared, as it may when they are begun anew, runs since `l0` of their
+    stream.
     """
     began = None
-    for turn in found:
-        if not TABLE[turn.after].mirrors:
+    for switch in found:
+        if not TABLE[switch.after].mirrors:
             break
-        began = turn
+        began = switch
     if began is not None and prepared is not None and began.at < prepared:
         return l0
     return began.mirror_lsn if began is not None else None
 
 
-def completed(found: Sequence[Turn]) -> bool:
+def completed(found: Sequence[Switch]) -> bool:
     """Return whether the last stage was ever reached: the old store lacks writes since, wherever the flag points now (pure)."""
-    return any(turn.after is Stage.COMPLETE for turn in found)
+    return any(switch.after is Stage.COMPLETE for switch in found)

@@ -15,9 +15,9 @@ from typing import Any
 
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.errors import GateClosed
-from changeover.flags.history import mirrored_since, turns
-from changeover.flags.observed import Facts, facts
+from changeover.errors import NotReady
+from changeover.flags.history import mirrored_since, switches
+from changeover.flags.observed import Observations, observations
 from changeover.flags.rights import Rights, rights
 from changeover.flags.stages import ORDER, TABLE, needs_fence
 from changeover.jobs.capture.rogue import Rogue, rogue
@@ -52,7 +52,7 @@ class Evidence:
     verdicts: Sequence[VerdictRow]
     loads: Sequence[Load]
     heartbeats: Sequence[Heartbeat]
-    facts: Facts
+    observations: Observations
     stage_since: datetime | None
     mirrored_since: int | None
     source_lsn: int
@@ -82,15 +82,15 @@ class Evidence:
 def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys: Stage | None = None) -> Evidence:
     """Read the evidence for a step between two stages, of everybody or of some tenants (driver; starts no JVM)."""
     assert spec.flag is not None
-    with connect(spec.source.dsn.resolve(), application_name(spec.name, "gate")) as old:
+    with connect(spec.source.dsn.resolve(), application_name(spec.name, "readiness")) as old:
         here, slot, _ = slot_state(old, spec.name, spec.slot)
         log_read = spec.source.capture == TRIGGER and capturing(old, spec.name)
         altered = assumptions.altered(Asked(spec, old, ledger))
-    found = turns(ledger)
-    prepared = (ledger.milestones()[0], ledger.stream("gate").l0) if ledger.exists() else ()
+    found = switches(ledger)
+    prepared = (ledger.milestones()[0], ledger.stream("readiness").l0) if ledger.exists() else ()
     return Evidence(
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
-        heartbeats=ledger.heartbeats(), facts=facts(ledger.authorities()), stage_since=found[0].at if found else None,
+        heartbeats=ledger.heartbeats(), observations=observations(ledger.authorities()), stage_since=found[0].at if found else None,
         mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(here), capture_active=slot == "active" or log_read,
         sources=tuple(t.source for t in spec.tables), target=spec.flag.target, reverse_path=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
@@ -101,7 +101,7 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
 
 def _nothing_stopped(e: Evidence) -> list[str]:
     """While the old store has authority over anything, no table stands still before the end of its stream."""
-    if Origin.OLD not in e.facts.stores:
+    if Origin.OLD not in e.observations.stores:
         return []
     return [f"{source} goes no further: {why}: `changeover prepare --anew SPEC`" for source, why in sorted(e.stopped.items())]
 
@@ -168,7 +168,7 @@ def alive(beat: Heartbeat, now: datetime) -> bool:
 
 def _lag_small(e: Evidence) -> list[str]:
     """Replay and capture keep up; not asked any more once the new store has authority over everything."""
-    if Origin.OLD not in e.facts.stores:
+    if Origin.OLD not in e.observations.stores:
         return []
     reasons = [] if e.capture_active else ["capture is not running: start `changeover capture`"]
     for load in e.loads:
@@ -213,7 +213,7 @@ def _mirror_whole(e: Evidence) -> list[str]:
     """Before the old store stops receiving: nothing that was written since authority moved was lost on its way there."""
     if e.after is not Stage.COMPLETE or (e.reverse_path is not None and e.reverse_path.lacking is None):
         return []
-    gone = lost(e.heartbeats, e.facts.epochs(Origin.NEW), e.now)
+    gone = lost(e.heartbeats, e.observations.epochs(Origin.NEW), e.now)
     return [f"{gone} mirrored writes to the old store failed, were dropped, or died with their process"] if gone else []
 
 
@@ -235,7 +235,7 @@ def lost(heartbeats: Sequence[Heartbeat], epochs: Collection[int], now: datetime
 def _reverse_open(e: Evidence) -> list[str]:
     """While the new store has authority over anything: what is written to it reaches the old one, if there is a path at all."""
     way = e.reverse_path
-    if Origin.NEW not in e.facts.stores or way is None or way.watched_from is None:
+    if Origin.NEW not in e.observations.stores or way is None or way.watched_from is None:
         return []
     if way.lacking is not None:
         return [f"what is written to the new store does not come back to the old one: {way.lacking}"]
@@ -272,4 +272,4 @@ def require(evidence: Evidence) -> None:
     """Raise GateClosed with every reason against the step."""
     reasons = objections(evidence)
     if reasons:
-        raise GateClosed(evidence.after.value, tuple(reasons))
+        raise NotReady(evidence.after.value, tuple(reasons))

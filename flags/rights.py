@@ -48,7 +48,7 @@ def rights(spec: Spec) -> Rights:
     if not spec.roles:
         return Rights(told=[UNNAMED])
     assert spec.flag is not None
-    found, name = Rights(), application_name(spec.name, "gate")
+    found, name = Rights(), application_name(spec.name, "readiness")
     with ExitStack() as stack:
         old = stack.enter_context(connect(spec.source.dsn.resolve(), name))
         new = stack.enter_context(connect(spec.targets[spec.flag.target].dsn_value, name))
@@ -113,6 +113,6 @@ def held_up_by(losing: Connection, tables: list[tuple[str, str]], new: Connectio
 def waits(spec: Spec) -> list[str]:
     """Return the long transactions that the fence to the new store would wait for now (driver)."""
     assert spec.flag is not None
-    name = application_name(spec.name, "gate")
+    name = application_name(spec.name, "readiness")
     with connect(spec.source.dsn.resolve(), name) as old, connect(spec.targets[spec.flag.target].dsn_value, name) as new:
         return held_up_by(old, [table.source_name for table in spec.tables], new)

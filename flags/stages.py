@@ -1,8 +1,8 @@
 """The stages of a migration: LaunchDarkly's six, in one table that says what each means for a read and for a write.
 
-The keys are the SDK's own `Stage`, the stores its own `Origin`; there is no second vocabulary and no other place in
-which a stage is asked for by name. The flag is the wish and the ledger's authority the fact: `effective` lets a wish
-act only as far as the store that it needs has authority. Everything here is pure and runs in the application and in the
+The keys are the SDK's own `Stage`, the stores its own `Origin`; there is no second vocabulary and no other place in which a
+stage is asked for by name. The flag holds the desired stage, the ledger the observed authority: `effective` lets a desired
+stage act only as far as the store that it needs has authority. Everything here is pure and runs in the application and in the
 command line.
 """
 
@@ -97,14 +97,14 @@ def other(origin: Origin) -> Origin:
     return Origin.NEW if origin is Origin.OLD else Origin.OLD
 
 
-def effective(wish: Stage, authority: Origin) -> Stage:
-    """Return the stage at which a process acts: the wish, or the stage nearest to it whose writes go to `authority`."""
-    return _EFFECTIVE[wish, authority]
+def effective(desired: Stage, authority: Origin) -> Stage:
+    """Return the stage at which a process acts: the desired one, or the stage nearest to it whose writes go to `authority`."""
+    return _EFFECTIVE[desired, authority]
 
 
-def _nearest(wish: Stage, authority: Origin) -> Stage:
+def _nearest(desired: Stage, authority: Origin) -> Stage:
     fitting = [stage for stage in ORDER if TABLE[stage].writes is authority]
-    return min(fitting, key=lambda stage: abs(ORDER.index(stage) - ORDER.index(wish)))
+    return min(fitting, key=lambda stage: abs(ORDER.index(stage) - ORDER.index(desired)))
 
 
-_EFFECTIVE = {(wish, authority): _nearest(wish, authority) for wish in ORDER for authority in Origin}
+_EFFECTIVE = {(desired, authority): _nearest(desired, authority) for desired in ORDER for authority in Origin}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from changeover.jobs.status import Status
 
 LAG_BYTES = 16 << 20
-"""How many bytes of WAL capture and replay may be behind, unless it is said otherwise; the gate asks for the same."""
+"""How many bytes of WAL capture and replay may be behind, unless it is said otherwise; readiness asks for the same."""
 
 
 def problems(status: Status, behind: int = LAG_BYTES) -> list[str]:

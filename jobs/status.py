@@ -118,7 +118,7 @@ def _load_line(load: Mapping[str, Any]) -> str:
 
 def _replay_line(load: Mapping[str, Any]) -> str:
     behind = "at rest" if load["behind_bytes"] is None else f"{load['behind_bytes']:,} bytes behind"
-    kept = f", about {load['touched']:,} touched rows" if load["touched"] else ""
+    kept = f", about {load['row_versions']:,} row versions" if load["row_versions"] else ""
     return f"{load['source']} in {load['target']}: {load['events']:,} events, up to {load['applied']}, {behind}{kept}"
 
 
@@ -138,9 +138,9 @@ def status(spec: Spec) -> Status:
         alive = lease.is_held(ledger.connection, spec.name, "capture")
         stream = _stream(spec, known, _why_not(ledger), alive)
         authority, changes = ledger.authority(), ledger.authorities()
-        touched = _touched(spec)
+        row_versions = _row_versions(spec)
         rests = finalized or epochs.at(changes, OLD) is None
-        loads = _loads(ledger, None if rests else stream["source_lsn"], touched)
+        loads = _loads(ledger, None if rests else stream["source_lsn"], row_versions)
         verdicts = _newest_verdicts(ledger)
         now = ledger.now()
         heard = [beat.stage for beat in ledger.heartbeats() if (now - beat.at).total_seconds() <= HEARD_SECONDS]
@@ -197,21 +197,21 @@ def _stream(spec: Spec, known: Stream, why: str | None, alive: bool) -> dict[str
     }  # fmt: skip
 
 
-def _touched(spec: Spec) -> dict[tuple[str, str], int]:
+def _row_versions(spec: Spec) -> dict[tuple[str, str], int]:
     """Return about how many versions each target keeps beside each table; what is not collected yet, or can't be."""
     found = {}
     for target in spec.targets.values():
         with open_store(spec, target, "status") as store:
             for table in spec.tables:
-                found[table.source, target.name] = store.touched(TargetTable(*table.target_name, (), table.key))
+                found[table.source, target.name] = store.row_versions(TargetTable(*table.target_name, (), table.key))
     return found
 
 
-def _loads(ledger: Ledger, source_lsn: str | None, touched: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
+def _loads(ledger: Ledger, source_lsn: str | None, row_versions: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
     return [
         {**load.__dict__, **_chunks(ledger, load), "applied": format_lsn(load.applied),
          "behind_bytes": None if source_lsn is None else max(0, parse_lsn(source_lsn) - load.applied),
-         "stopped": ledger.source_table(load.source)[2], "touched": touched.get((load.source, load.target), 0)}
+         "stopped": ledger.source_table(load.source)[2], "row_versions": row_versions.get((load.source, load.target), 0)}
         for load in ledger.loads()
     ]  # fmt: skip
 

@@ -25,7 +25,7 @@ from psycopg.rows import dict_row
 from pyarrow.dataset import dataset as dataset_of
 
 from changeover.errors import SpecError
-from changeover.jobs.ledger.epochs import EVERYTHING, NEW, OLD, Standing, Tenure, stamped, standing, tenures
+from changeover.jobs.ledger.epochs import EVERYTHING, NEW, OLD, AuthorityEpoch, Standing, authority_epochs, stamped, standing
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority, ChunkRow
 from changeover.jobs.reverse import path as reverse
@@ -84,7 +84,7 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
         own = _source_key(spec, old, found, seen, given) if seen is not None else None
         if own is not None:  # as the server writes it
             given |= {name: own[column] for name, column in _moved(found).items() if column in own}
-        log = tenures(changes, tenant_of(spec, found, given))
+        log = authority_epochs(changes, tenant_of(spec, found, given))
         if seen is not None and own is not None:
             story.parts["source row"] = _row(spec, old, found.source_name, own) or NONE
             story.parts["chunk"] = _chunks(ledger, old, found, seen, own)
@@ -134,7 +134,7 @@ def tenant_of(spec: Spec, table: Table, key: Key) -> str:
 
 def _authority(changes: Sequence[Authority], tenant: str) -> dict[str, str]:
     """Return whose the row is, where that is a question, and which store has authority over it."""
-    present = tenures(changes, tenant)[-1]
+    present = authority_epochs(changes, tenant)[-1]
     whose = {"tenant": tenant} if tenant != EVERYTHING else {}
     return {**whose, "authority": f"{present.store} store, epoch {present.epoch}"}
 
@@ -257,7 +257,7 @@ def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: Chunk
 
 
 def _new_events(
-    spec: Spec, table: Table, given: Key, path: reverse.Path, changes: Sequence[Authority], log: Sequence[Tenure]
+    spec: Spec, table: Table, given: Key, path: reverse.Path, changes: Sequence[Authority], log: Sequence[AuthorityEpoch]
 ) -> list[dict[str, Any]]:
     """Return the events of the key in the new store's stream, as far as the path on record has brought them."""
     types = {column.name: column.type for column in path.tables[table.target_relation] if column.key}
@@ -266,11 +266,11 @@ def _new_events(
     with connect(reverse.new_dsn(spec), application_name(spec.name, "explain")) as new:
         own = _as_written(spec, new, given, types)
     here = reverse.begun_since(path, changes)
-    carried = [tenure for tenure in log if tenure.store == OLD or tenure.epoch in here]
+    carried = [period for period in log if period.store == OLD or period.epoch in here]
     return _events(reverse.spool_of(spec), table.target_name, own, NEW, carried)
 
 
-def _events(spool: Spool, name: tuple[str, str], own: Key, store: str, log: Sequence[Tenure]) -> list[dict[str, Any]]:
+def _events(spool: Spool, name: tuple[str, str], own: Key, store: str, log: Sequence[AuthorityEpoch]) -> list[dict[str, Any]]:
     """Return the spooled events of a key in a store's stream, in their order, and what each is; it is read a part at a time.
 
     `log` is the row's own. What a store was written while it had no authority is at its place in the log, and no version.
@@ -288,7 +288,7 @@ def _events(spool: Spool, name: tuple[str, str], own: Key, store: str, log: Sequ
     ]
 
 
-def _place(log: Sequence[Tenure], store: str, event: Mapping[str, Any]) -> dict[str, str]:
+def _place(log: Sequence[AuthorityEpoch], store: str, event: Mapping[str, Any]) -> dict[str, str]:
     """Return the version under which an event of a store's log is offered, or where it stands there and why it is not."""
     tenant = log[-1].tenant
     version = stamped(log, tenant, store, Version(0, event["lsn"], event["ordinal"]))
@@ -363,14 +363,14 @@ def _in_postgres(spec: Spec, table: Table, target: Target, key: Key, finalized: 
     gated = GatedTable(*table.target_name, table.key, ())
     with connect(target.dsn_value, application_name(spec.name, "explain")) as new:
         row = _row(spec, new, table.target_name, key)
-        present = new.execute("SELECT to_regclass(%s) IS NOT NULL", [gated.touched.as_string(new)]).fetchone()
+        present = new.execute("SELECT to_regclass(%s) IS NOT NULL", [gated.row_versions.as_string(new)]).fetchone()
         same = _same(new, table.target_name, key)
         cell = floor = None
         if present and present[0] and same is not None:
             floor = new.execute(FLOOR, [gated.target]).fetchone()
             cell = new.execute(
                 sql.SQL("SELECT {}, {}::text, {}, {} FROM {} WHERE {}").format(
-                    *map(sql.Identifier, VERSION_COLUMNS), gated.touched, same
+                    *map(sql.Identifier, VERSION_COLUMNS), gated.row_versions, same
                 )
             ).fetchone()
     state = _gone(finalized) or (f"no live write touched it above {_version(floor)}" if floor else "no live write touched it")

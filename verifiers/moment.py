@@ -92,9 +92,9 @@ class _Holding:
         """Take a position X, offer every event below it, and hold the targets before any above it is."""
         watches = self._watches()
         every, lakes = self._targets(split)
-        with ExitStack() as turn:
+        with ExitStack() as leases:
             for target in [*([reverse.OLD_STORE] if split.at_new else []), *every]:
-                turn.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+                leases.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
             split.require_unmoved(self.ledger, self._first)
             limit = None
             if split.at_new:
@@ -111,11 +111,11 @@ class _Holding:
     def as_it_is(self, split: Split) -> Moment:
         """Hold both as they are, once the old store and the lakes have what the new one wrote, where they get it."""
         _, lakes = self._targets(split)
-        with ExitStack() as turn:
+        with ExitStack() as leases:
             aligned = _comes_back(self.ledger, lakes, self._first, split.changes)
             if aligned:
                 for target in (reverse.OLD_STORE, *lakes):
-                    turn.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+                    leases.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
                 self._bring_back_to_now(lakes)
             targets = self._freeze_targets()
             watches = self._watches()

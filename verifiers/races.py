@@ -110,7 +110,7 @@ class Scratch:
 
     def _forget(self) -> None:
         if not self.tombstones:
-            self.new.execute(sql.SQL("DELETE FROM {} WHERE _changeover_deleted").format(self.gated.touched))
+            self.new.execute(sql.SQL("DELETE FROM {} WHERE _changeover_deleted").format(self.gated.row_versions))
 
 
 def rows_of(connection: Connection, table: sql.Identifier) -> list[Row]:

@@ -1,8 +1,8 @@
-"""The commands: what `changeover flags` does: show, advance, roll back, and follow a wish turned elsewhere.
+"""The commands: what `changeover flags` does: show, advance, roll back, and follow a flag that is switched elsewhere.
 
-The flag is the wish, the ledger's epoch the fact. A step that moves authority takes effect by its fence alone; the flag is turned
-first, so that every router already knows where to go, and turned back when the fence is called off. Every step, and every
-refusal, is in the audit log with the hash of its evidence.
+The flag holds the desired stage, the ledger's epoch the observed one. A step that moves authority takes effect by its fence
+alone; the flag is turned first, so that every router already knows where to go, and turned back when the fence is called off.
+Every step, and every refusal, is in the audit log with the hash of its evidence.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.errors import ChangeoverError, GateClosed, LeaseHeld, Refused
+from changeover.errors import ChangeoverError, LeaseHeld, NotReady, Refused
 from changeover.flags import history, readiness
 from changeover.flags.cutover import moves as by_name
 from changeover.flags.cutover import switch
 from changeover.flags.cutover.discovery import Astray, Census
 from changeover.flags.cutover.moves import Apart, sentence, together
-from changeover.flags.cutover.switch import Advanced, everybody, flag_of, require_open, require_reverse, turn, wished
+from changeover.flags.cutover.switch import Advanced, desired_stage, everybody, flag_of, require_open, require_reverse
 from changeover.flags.fence.fence import MAX_PAUSE, fence, settle
-from changeover.flags.observed import Facts, facts
+from changeover.flags.observed import Observations, observations
 from changeover.flags.rights import waits
 from changeover.flags.router.endpoint import Tenant
 from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previous_stage
@@ -39,12 +39,12 @@ from changeover.jobs.source.marker import mark
 from changeover.session import application_name, connect
 from changeover.spec import Spec
 
-__all__ = ["Advanced", "Shown", "advance", "flag_of", "rollback", "show", "watch", "wished"]
+__all__ = ["Advanced", "Shown", "advance", "desired_stage", "flag_of", "rollback", "show", "watch"]
 
 log = logging.getLogger(__name__)
 
 ACKNOWLEDGED_SECONDS = 5.0
-"""How long to wait until every router acts at a new stage; the gate of the next one asks for it in any case."""
+"""How long to wait until every router acts at a new stage; the readiness of the next one asks for it in any case."""
 
 FIGURES = re.compile(r"[0-9A-F]*[0-9][0-9A-F,./:]*")
 
@@ -53,13 +53,14 @@ FIGURES = re.compile(r"[0-9A-F]*[0-9][0-9A-F,./:]*")
 class Shown:
     """The page for the night: where the migration stands, what speaks against the next step, and what each step costs.
 
-    `stage` is the one at which routers act; `wish` is the flag's, which waits for a fence where the two differ. `loses` is how
-    many writes of rows the step down, to `back`, would leave behind. `apart` are the tenants at the other store. `notes` say how it
-    was found out whether the application may write to the new store, and which open transactions a fence would wait for now.
+    `stage` is the one at which routers act; `desired` is the flag's, which waits for a fence where the two differ. `loses` is
+    how many writes of rows the step down, to `back`, would leave behind. `apart` are the tenants at the other store. `notes`
+    say how it was found out whether the application may write to the new store, and which open transactions a fence would wait
+    for now.
     """
 
     stage: Stage
-    wish: Stage
+    desired: Stage
     authority: Authority
     next: Stage | None
     reasons: Sequence[str]
@@ -79,21 +80,21 @@ class Shown:
 
 
 def show(spec: Spec) -> Shown:
-    """Return where the migration stands and what the gate says of the next step (driver; starts no JVM)."""
+    """Return where the migration stands and what is missing for the next step (driver; starts no JVM)."""
     flag_of(spec)
     with Ledger.open(spec, "flags") as ledger:
         ledger.stream("flags")
-        wish, known = wished(spec), facts(ledger.authorities())
-        stage = effective(wish, known.rest.store)
+        desired, known = desired_stage(spec), observations(ledger.authorities())
+        stage = effective(desired, known.rest.store)
         above = next_stage(stage)
         evidence = readiness.collect(spec, ledger, stage, above) if above else None
         reasons = readiness.objections(evidence) if evidence else []
         if above and (apart := together(known, above)):
             reasons = [apart, *reasons]
-        back = None if history.completed(history.turns(ledger)) else _below(spec, known)[1]
+        back = None if history.completed(history.switches(ledger)) else _below(spec, known)[1]
         loses = switch.expected(ledger, known.epochs(Origin.NEW) if back and TABLE[back].writes is Origin.OLD else ())
         return Shown(
-            stage, wish, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
+            stage, desired, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
             reverse.state(spec, ledger), rogue(spec, ledger), by_name.apart(known),
             notes=[*evidence.rights.told, *waits(spec)] if evidence and readiness.takes_over(stage, evidence.after) else [],
         )  # fmt: skip
@@ -102,9 +103,9 @@ def show(spec: Spec) -> Shown:
 def advance(
     spec: Spec, *, to: Stage | None = None, override: str | None = None, tenants: Collection[Tenant] | None = None
 ) -> Advanced:
-    """Go one stage up if the gate's evidence holds, or if `override` says why not to ask (driver).
+    """Go one stage up if the evidence says that it is ready, or if `override` says why not to ask (driver).
 
-    With `tenants` these alone go from shadow to live, as many as 10,000 at once. Raises GateClosed with every reason, and
+    With `tenants` these alone go from shadow to live, as many as 10,000 at once. Raises NotReady with every reason, and
     FenceCalledOff with the flag turned back.
     """
     flag_of(spec)
@@ -112,7 +113,7 @@ def advance(
         ledger.stream("flags advance")
         if tenants is not None:
             return by_name.advance(spec, ledger, tenants, override)
-        known = facts(ledger.authorities())
+        known = observations(ledger.authorities())
         before = everybody(spec, known)
         after = to or next_stage(before)
         if after is None:
@@ -121,14 +122,14 @@ def advance(
             raise Refused(f"flags advance: {apart}")
         evidence = readiness.collect(spec, ledger, before, after)
         told = require_open(ledger, evidence, override, {})
-        done = turn(spec, ledger, before, after)
+        done = switch.switch_flag(spec, ledger, before, after)
         _record(spec, ledger, history.ADVANCED, before, after, told)
         pause, notes = done.pause_seconds if done else None, tuple(evidence.rights.told)
         return Advanced(before, after, _epoch(ledger), pause, notes=notes)
 
 
 def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanced:
-    """Go one stage down; asks no gate (driver). Raises Refused at off and once complete was reached, and FenceCalledOff.
+    """Go one stage down; asks for no evidence (driver). Raises Refused at off and once complete was reached, and FenceCalledOff.
 
     With `tenants` these alone go from live to shadow. Without, while some are live and the others are not, it is those that go.
     """
@@ -137,20 +138,20 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
         ledger.stream("flags rollback")
         if tenants is not None:
             return by_name.rollback(spec, ledger, tenants)
-        known = facts(ledger.authorities())
+        known = observations(ledger.authorities())
         before, after = _below(spec, known)
         require_reverse(ledger, before)
         if after is None:
             raise Refused(f"flags rollback: {before.value} is the first stage, there is none below")
         epochs = known.epochs(Origin.NEW) if TABLE[after].writes is Origin.OLD else frozenset()
-        done = turn(spec, ledger, before, after)
+        done = switch.switch_flag(spec, ledger, before, after)
         lost = switch.lost(ledger, epochs, done) if done else 0
         lacking = done.lacking if done else None
         _record(spec, ledger, history.ROLLED_BACK, before, after, {"lost": lost, "lacking": lacking})
         return Advanced(before, after, _epoch(ledger), done.pause_seconds if done else None, lost, lacking)
 
 
-def _below(spec: Spec, known: Facts) -> tuple[Stage, Stage | None]:
+def _below(spec: Spec, known: Observations) -> tuple[Stage, Stage | None]:
     """Return from which stage a rollback of all rows leads to which: where tenants are live alone, it is these that go back."""
     stage = everybody(spec, known)
     if known.rest.store is Origin.OLD and Origin.NEW in known.stores:
@@ -159,7 +160,7 @@ def _below(spec: Spec, known: Facts) -> tuple[Stage, Stage | None]:
 
 
 def _epoch(ledger: Ledger) -> int:
-    return facts(ledger.authorities()).epoch
+    return observations(ledger.authorities()).epoch
 
 
 def _record(spec: Spec, ledger: Ledger, outcome: str, before: Stage, after: Stage, told: Mapping[str, Any]) -> None:
@@ -180,15 +181,16 @@ def _mirror_lsn(spec: Spec, ledger: Ledger, stage: Stage) -> int:
 
 
 def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:
-    """Follow a flag that is turned elsewhere: ask the gate, fence, write the epoch, until `stop`, Ctrl-C or SIGTERM (driver).
+    """Follow a flag that is turned elsewhere: ask for readiness, fence, write the epoch, until `stop`, Ctrl-C or SIGTERM (driver).
 
-    `say` gets a sentence for each turn, and for each reason against one; a closed gate is asked again. Where the spec names a
-    column of tenants, those of which the flag asks something else than of everybody move by name, together. Returns whether a
-    signal ended it; a fence that is under way then is brought to its end. Raises what is wrong at the start: StepOrder, SpecError.
+    `say` gets a sentence for each turn, and for each reason against one; what is not ready is asked again. Where the spec names
+    a column of tenants, those of which the flag asks something else than of everybody move by name, together. Returns whether a
+    signal ended it; a fence that is under way then is brought to its end. Raises what is wrong at the start: StepOrder,
+    SpecError.
     """
     with Ledger.open(spec, "flags watch") as ledger:
         ledger.stream("flags watch")
-    wished(spec)
+    desired_stage(spec)
     census = Census(spec) if spec.flag is not None and spec.flag.context is not None else None
     with suppress(LeaseHeld):  # a fence that is under way leaves things in order by itself
         settle(spec)
@@ -201,7 +203,7 @@ def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callabl
                 told = said  # a command of ours turns the flag at this moment
             except ChangeoverError as error:
                 told = str(error)
-                if isinstance(error, GateClosed) and _is_new(told, said):
+                if isinstance(error, NotReady) and _is_new(told, said):
                     _record_refusal(spec, error)
             if told is not None and _is_new(told, said):
                 log.info("%s", told)
@@ -216,58 +218,58 @@ def _is_new(told: str, said: str | None) -> bool:
     return said is None or FIGURES.sub("", told) != FIGURES.sub("", said)
 
 
-def _record_refusal(spec: Spec, closed: GateClosed) -> None:
+def _record_refusal(spec: Spec, closed: NotReady) -> None:
     with Ledger.open(spec, "flags watch") as ledger:
         told = {"from": _on_record(ledger).value, "to": closed.stage, "reasons": closed.reasons, "override": None}
         ledger.audit(history.STEP, "refused", told)
 
 
 def _follow(spec: Spec, census: Census | None = None) -> str | None:
-    """Make one look; return what was done, None where the wish is the fact already. Raises GateClosed and FenceCalledOff.
+    """Make one look; return what was done, None where the desired stage is the observed one. Raises NotReady and FenceCalledOff.
 
     Who goes back to the old store goes first: nothing that keeps others from going up may keep these.
     """
     with Ledger.open(spec, "flags watch") as ledger:
-        wish, known = wished(spec), facts(ledger.authorities())
-        if _is_fact(ledger, wish, known) and _astray(census, known) == Astray():
+        desired, known = desired_stage(spec), observations(ledger.authorities())
+        if _is_observed(ledger, desired, known) and _astray(census, known) == Astray():
             return None
         with ledger.lease("flags"):
-            wish, known = wished(spec), facts(ledger.authorities())
+            desired, known = desired_stage(spec), observations(ledger.authorities())
             astray = _astray(census, known)
-            all_back = known.rest.store is Origin.NEW and TABLE[wish].writes is Origin.OLD
+            all_back = known.rest.store is Origin.NEW and TABLE[desired].writes is Origin.OLD
             if astray.back and not all_back:
                 return by_name.follow(spec, ledger, astray.back, Origin.OLD)
-            if not _is_fact(ledger, wish, known):
-                return _follow_everybody(spec, ledger, wish, known)
+            if not _is_observed(ledger, desired, known):
+                return _follow_everybody(spec, ledger, desired, known)
             return by_name.follow(spec, ledger, astray.up, Origin.NEW) if astray.up else None
 
 
-def _astray(census: Census | None, known: Facts) -> Astray:
+def _astray(census: Census | None, known: Observations) -> Astray:
     return census.look(known) if census is not None else Astray()
 
 
-def _follow_everybody(spec: Spec, ledger: Ledger, wish: Stage, known: Facts) -> str:
+def _follow_everybody(spec: Spec, ledger: Ledger, desired: Stage, known: Observations) -> str:
     """Follow the flag's turn for everybody."""
-    before, wanted = _on_record(ledger), TABLE[wish].writes
+    before, wanted = _on_record(ledger), TABLE[desired].writes
     if known.rest.store is wanted:
-        if waits := together(known, wish):
+        if waits := together(known, desired):
             raise Refused(waits)
-        _record(spec, ledger, history.FOLLOWED, before, wish, {})
-        return f"the flag was turned from {before.value} to {wish.value}"
+        _record(spec, ledger, history.FOLLOWED, before, desired, {})
+        return f"the flag was turned from {before.value} to {desired.value}"
     if wanted is Origin.NEW:
-        readiness.require(readiness.collect(spec, ledger, effective(wish, Origin.OLD), wish))
+        readiness.require(readiness.collect(spec, ledger, effective(desired, Origin.OLD), desired))
     else:
         require_reverse(ledger, before)
     done = fence(spec, wanted)
     lost = switch.lost(ledger, known.epochs(Origin.NEW), done) if wanted is Origin.OLD else 0
-    _record(spec, ledger, history.FOLLOWED, before, wish, {"epoch": done.epoch, "pause": done.pause_seconds, "lost": lost})
-    return sentence(f"the flag was turned from {before.value} to {wish.value}", done, lost)
+    _record(spec, ledger, history.FOLLOWED, before, desired, {"epoch": done.epoch, "pause": done.pause_seconds, "lost": lost})
+    return sentence(f"the flag was turned from {before.value} to {desired.value}", done, lost)
 
 
 def _on_record(ledger: Ledger) -> Stage:
-    found = history.turns(ledger)
+    found = history.switches(ledger)
     return found[0].after if found else ORDER[0]
 
 
-def _is_fact(ledger: Ledger, wish: Stage, known: Facts) -> bool:
-    return _on_record(ledger) is wish and known.rest.store is TABLE[wish].writes
+def _is_observed(ledger: Ledger, desired: Stage, known: Observations) -> bool:
+    return _on_record(ledger) is desired and known.rest.store is TABLE[desired].writes

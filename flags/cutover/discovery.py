@@ -1,9 +1,10 @@
-"""Discovery: which tenants there are, how PostgreSQL writes their names, and of which the flag asks something else than the fact.
+"""Discovery: which tenants there are, how PostgreSQL writes their names, and whose desired stage is not the observed one.
 
-Tenants are counted by the old store, which has all of them from the beginning to the end, by a loose scan of an index that begins
-with their column: a step per tenant, not per row. A count takes no more than a twentieth of the time, so with many tenants it is
-made less often: of 10,000 every few seconds, of 100,000 every few minutes. The flag itself is asked again as soon as its file or
-the ledger has changed, by the SDK's own rules, percentage rollouts among them. An answer that is no stage moves nobody.
+Tenants are counted by the old store, which has all of them from the beginning to the end, by a loose scan of an index that
+begins with their column: a step per tenant, not per row. A count takes no more than a twentieth of the time, so with many
+tenants it is made less often: of 10,000 every few seconds, of 100,000 every few minutes. The flag itself is asked again as soon
+as its file or the ledger has changed, by the SDK's own rules, percentage rollouts among them. An answer that is no stage moves
+nobody.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from changeover.errors import UsageError
 from changeover.flags import flagfile
 from changeover.flags.cutover.switch import flag_of
 from changeover.flags.fence.fence import MOST_TENANTS
-from changeover.flags.observed import Facts
+from changeover.flags.observed import Observations
 from changeover.flags.stages import TABLE
 from changeover.jobs.transform.tenancy import new_column, old_column
 from changeover.session import Connection, application_name, connect, escaped
@@ -89,7 +90,7 @@ class Census:
         self._seen: tuple[Any, ...] | None = None
         self._astray = Astray()
 
-    def look(self, known: Facts) -> Astray:
+    def look(self, known: Observations) -> Astray:
         """Return who is astray, at most `MOST_TENANTS` each way; the others are, at the next look."""
         started = time.monotonic()
         counts = started >= self._due
@@ -115,7 +116,7 @@ class Census:
         if names != self._names:
             self._names, self._counts = names, self._counts + 1
 
-    def _evaluated(self, known: Facts) -> Astray:
+    def _evaluated(self, known: Observations) -> Astray:
         astray: dict[Origin, list[str]] = {Origin.OLD: [], Origin.NEW: []}
         with flagfile.loaded(self.file) as client:
             for name in sorted(self._names | known.named.keys()):

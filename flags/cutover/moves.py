@@ -1,4 +1,4 @@
-"""Tenants moved by name: from shadow to live and back, by the same gate and fence as all rows, while the others stay.
+"""Tenants moved by name: from shadow to live and back, by the same readiness and fence as all rows, while the others stay.
 
 rampdown and complete are of all rows, so they wait until no tenant is at the old store. A name is brought to the form in which
 PostgreSQL prints it; one that the column's type can't hold is refused, one that no row has yet may move, and is told.
@@ -17,7 +17,7 @@ from changeover.flags.cutover import switch
 from changeover.flags.cutover.discovery import spelled, unknown
 from changeover.flags.cutover.switch import Advanced, everybody, require_open, require_reverse
 from changeover.flags.fence.fence import MOST_TENANTS, Fenced, fence
-from changeover.flags.observed import Facts, facts
+from changeover.flags.observed import Observations, observations
 from changeover.flags.router.endpoint import Tenant, as_text
 from changeover.flags.stages import TABLE
 from changeover.jobs.ledger.ledger import Ledger
@@ -35,13 +35,15 @@ class Apart:
     epochs: tuple[int, ...]
 
 
-def apart(known: Facts) -> Apart | None:
+def apart(known: Observations) -> Apart | None:
     """Return the tenants that stand apart, None where there are none (pure)."""
     found = known.apart
     if not found:
         return None
     store = next(iter(found.values())).store.value
-    return Apart(store, len(found), tuple(sorted(found)[:NAMED]), tuple(sorted({fact.epoch for fact in found.values()})))
+    return Apart(
+        store, len(found), tuple(sorted(found)[:NAMED]), tuple(sorted({observation.epoch for observation in found.values()}))
+    )
 
 
 def some(names: Sequence[str], count: int | None = None) -> str:
@@ -51,7 +53,7 @@ def some(names: Sequence[str], count: int | None = None) -> str:
     return f"{whole:,} tenant{'s' * (whole != 1)} ({first}{', …' * (whole > NAMED)})"
 
 
-def together(known: Facts, after: Stage) -> str | None:
+def together(known: Observations, after: Stage) -> str | None:
     """Return why a stage of all rows has to wait, None where it has not (pure)."""
     if known.rest.store is Origin.OLD or TABLE[after].writes is Origin.OLD or Origin.OLD not in known.stores:
         return None
@@ -60,9 +62,9 @@ def together(known: Facts, after: Stage) -> str | None:
 
 
 def advance(spec: Spec, ledger: Ledger, names: Collection[Tenant], override: str | None) -> Advanced:
-    """Take tenants from shadow to live, if the gate's evidence holds as for all rows; the caller has the flag's lease."""
+    """Take tenants from shadow to live, if the evidence says that it is ready as for all rows; the caller has the flag's lease."""
     chosen = named(spec, names)
-    known = facts(ledger.authorities())
+    known = observations(ledger.authorities())
     everybodys = _between(spec, known)
     going = [name for name in chosen if known.of(name).store is Origin.OLD]
     if not going:
@@ -70,7 +72,7 @@ def advance(spec: Spec, ledger: Ledger, names: Collection[Tenant], override: str
     evidence = readiness.collect(spec, ledger, Stage.SHADOW, Stage.LIVE, everybodys)
     told = require_open(ledger, evidence, override, {"tenants": chosen[:NAMED], "count": len(chosen)})
     missing = unknown(spec, chosen)
-    done = switch.turn(spec, ledger, Stage.SHADOW, Stage.LIVE, chosen)
+    done = switch.switch_flag(spec, ledger, Stage.SHADOW, Stage.LIVE, chosen)
     assert done is not None
     history.record_tenants(ledger, history.ADVANCED, Stage.SHADOW, Stage.LIVE, {**told, "epoch": done.epoch})
     return Advanced(
@@ -80,10 +82,10 @@ def advance(spec: Spec, ledger: Ledger, names: Collection[Tenant], override: str
 
 
 def rollback(spec: Spec, ledger: Ledger, names: Collection[Tenant]) -> Advanced:
-    """Take tenants from live back to shadow; asks no gate. The caller has the flag's lease."""
+    """Take tenants from live back to shadow; asks for no evidence. The caller has the flag's lease."""
     chosen = named(spec, names)
     require_reverse(ledger, Stage.LIVE)
-    known = facts(ledger.authorities())
+    known = observations(ledger.authorities())
     if known.rest.store is Origin.NEW:
         _between(spec, known)  # below live nothing keeps a tenant from going back
     going = [name for name in chosen if known.of(name).store is Origin.NEW]
@@ -91,7 +93,7 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[Tenant]) -> Advanced:
         raise Refused(f"flags rollback: {some(chosen)} at the old store already: below shadow all rows go together")
     epochs = known.epochs(Origin.NEW, going)
     missing = unknown(spec, chosen)
-    done = switch.turn(spec, ledger, Stage.LIVE, Stage.SHADOW, chosen)
+    done = switch.switch_flag(spec, ledger, Stage.LIVE, Stage.SHADOW, chosen)
     assert done is not None
     lost = switch.lost(ledger, epochs, done)
     told = {"tenants": chosen[:NAMED], "count": len(chosen), "epoch": done.epoch, "lost": lost, "lacking": done.lacking}
@@ -100,8 +102,8 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[Tenant]) -> Advanced:
 
 
 def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
-    """Move tenants whose flag was turned elsewhere; return the sentence. Raises GateClosed and FenceCalledOff."""
-    known = facts(ledger.authorities())
+    """Move tenants whose flag was turned elsewhere; return the sentence. Raises NotReady and FenceCalledOff."""
+    known = observations(ledger.authorities())
     before, after = (Stage.SHADOW, Stage.LIVE) if to is Origin.NEW else (Stage.LIVE, Stage.SHADOW)
     if to is Origin.NEW:
         everybodys = _between(spec, known)
@@ -138,7 +140,7 @@ def named(spec: Spec, names: Collection[Tenant]) -> list[str]:
     return spelled(spec, [text for text in texts if text is not None])
 
 
-def _between(spec: Spec, known: Facts) -> Stage:
+def _between(spec: Spec, known: Observations) -> Stage:
     """Return everybody's stage; raises Refused where no tenant may move by name."""
     found = everybody(spec, known)
     if found not in (Stage.SHADOW, Stage.LIVE):

@@ -13,10 +13,10 @@ from typing import Any
 
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.errors import GateClosed, Refused, SpecError
+from changeover.errors import NotReady, Refused, SpecError
 from changeover.flags import flagfile, history, readiness
 from changeover.flags.fence.fence import Fenced, fence, settle
-from changeover.flags.observed import Facts, facts
+from changeover.flags.observed import Observations, observations
 from changeover.flags.stages import TABLE, effective
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.reverse import path as reverse
@@ -51,18 +51,18 @@ def flag_of(spec: Spec) -> tuple[Flag, Path]:
     return spec.flag, Path(spec.flag.file) if spec.flag.file else spec.work / "flags.json"
 
 
-def wished(spec: Spec) -> Stage:
+def desired_stage(spec: Spec) -> Stage:
     """Return the stage that the flag's data file asks for, of everybody."""
     flag, file = flag_of(spec)
     return flagfile.read_stage(file, flag.key)
 
 
-def everybody(spec: Spec, known: Facts) -> Stage:
+def everybody(spec: Spec, known: Observations) -> Stage:
     """Return the stage at which routers act, but for tenants that stand apart."""
-    return effective(wished(spec), known.rest.store)
+    return effective(desired_stage(spec), known.rest.store)
 
 
-def turn(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants: Collection[str] | None = None) -> Fenced | None:
+def switch_flag(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants: Collection[str] | None = None) -> Fenced | None:
     """Turn the flag, and move authority where the stage asks for it; the flag goes back if that fails."""
     flag, file = flag_of(spec)
     to = TABLE[after].writes
@@ -75,7 +75,7 @@ def turn(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants: Colle
         _write(flag, file, after, tenants)
         return fence(spec, to, tenants=tenants)
     except BaseException:
-        known = facts(ledger.authorities())
+        known = observations(ledger.authorities())
         has = {known.of(tenant).store for tenant in tenants} if tenants is not None else known.stores
         if has != {to}:
             flagfile.write_flag(file, flag.key, former)
@@ -97,13 +97,13 @@ def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | N
     found = {**told, "evidence": evidence.digest, "reasons": reasons, "rights": evidence.rights.told, "override": override}
     if reasons and not override:
         ledger.audit(history.STEP, "refused", {"from": evidence.before.value, "to": evidence.after.value, **found})
-        raise GateClosed(evidence.after.value, tuple(reasons))
+        raise NotReady(evidence.after.value, tuple(reasons))
     return found
 
 
 def require_reverse(ledger: Ledger, before: Stage) -> None:
     """Refuse once complete was reached, wherever the flag points by now: since then the old store got no write."""
-    if before is Stage.COMPLETE or history.completed(history.turns(ledger)):
+    if before is Stage.COMPLETE or history.completed(history.switches(ledger)):
         raise Refused("flags rollback: complete was reached and is final: the old store lacks every write since")
 
 

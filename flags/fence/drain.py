@@ -15,8 +15,8 @@ from ldclient.migrations.types import Origin
 
 from changeover.errors import FenceCalledOff, TableStopped
 from changeover.flags.fence.endpoints import position
-from changeover.flags.fence.handover import Pause, Transfer
-from changeover.flags.observed import facts
+from changeover.flags.fence.handover import Handover, Pause
+from changeover.flags.observed import observations
 from changeover.flags.readiness import mirrors
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
@@ -36,31 +36,31 @@ LOOK_SECONDS = 1.0
 """How often to ask meanwhile whether the stream is still whole."""
 
 
-def hand_over(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
+def hand_over(handover: Handover, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
     """Have the old store refuse, drain, and wait until the new one has everything; return where both stores' logs were then.
 
     `go_on` lets replay have its turn.
     """
-    spec, ledger = transfer.spec, transfer.ledger
-    place = _frozen(transfer, pause)
+    spec, ledger = handover.spec, handover.ledger
+    place = _frozen(handover, pause)
     spool = spool_of(spec, ledger.stream("fence").epoch)
     pause.wait(lambda: None if spool.end() >= place else "capture to spool the last writes")
-    assumptions.require(Moment.FENCE, Asked(spec, transfer.old.connection, ledger))
+    assumptions.require(Moment.FENCE, Asked(spec, handover.old.connection, ledger))
     pause.make(Move.COMPARE)
     go_on()
     pause.wait(lambda: _behind(spec, ledger, place))
     pause.make(Move.AWAIT)
-    return place, position(spec, transfer.new)
+    return place, position(spec, handover.new)
 
 
-def hand_back(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
+def hand_back(handover: Handover, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
     """Have the new store refuse, drain, and wait until the old one has everything; return where both stores' logs were then.
 
     Where there is no whole reverse path, that is what the routers' mirrors have brought, as each says after the refusal.
     """
-    spec, ledger = transfer.spec, transfer.ledger
-    place = _frozen(transfer, pause)
-    if lacking is None and (gap := reverse_setup.gap_in(spec, ledger, transfer.new.connection)):
+    spec, ledger = handover.spec, handover.ledger
+    place = _frozen(handover, pause)
+    if lacking is None and (gap := reverse_setup.gap_in(spec, ledger, handover.new.connection)):
         raise FenceCalledOff(pause.seconds, f"a whole stream: {gap}")
     pause.make(Move.COMPARE)
     if lacking is None:
@@ -70,28 +70,28 @@ def hand_back(transfer: Transfer, pause: Pause, go_on: Callable[[], None], lacki
         pause.wait(lambda: _not_back(ledger, place, pause))
     else:
         log.warning("back by the mirror alone, which loses what it dropped: %s", lacking)
-        now, epochs = ledger.now(), facts(transfer.before).epochs(Origin.NEW, transfer.names)
+        now, epochs = ledger.now(), observations(handover.before).epochs(Origin.NEW, handover.names)
         pause.wait(lambda: unmirrored(ledger, now, epochs))
     pause.make(Move.AWAIT)
-    return position(spec, transfer.old), place
+    return position(spec, handover.old), place
 
 
-def draw_near(transfer: Transfer, seconds: float) -> str | None:
+def draw_near(handover: Handover, seconds: float) -> str | None:
     """Wait, before the pause, until the gaining store has what the losing one holds now; return why it will not have it all.
 
     Writers go on meanwhile, and the first batch of a replay that has just begun is no part of their pause. Raises FenceCalledOff
     where replay does not come near, and what a watch of capture raises where it can't: the stream is not whole any more.
     """
-    spec, ledger, back = transfer.spec, transfer.ledger, transfer.to is Origin.OLD
+    spec, ledger, back = handover.spec, handover.ledger, handover.to is Origin.OLD
     if back and (lacking := reverse_setup.lacking(spec, ledger)):
         return lacking
-    place, deadline = position(spec, transfer.losing), time.monotonic() + seconds
-    emit_marker(transfer.losing.connection, "fence ahead")
+    place, deadline = position(spec, handover.losing), time.monotonic() + seconds
+    emit_marker(handover.losing.connection, "fence ahead")
     look_at = time.monotonic() + LOOK_SECONDS
     while waiting := _not_back(ledger, place) if back else _behind(spec, ledger, place):
         if time.monotonic() > look_at:
             if not back:  # capture may have ended over it
-                assumptions.require(Moment.WATCH, Asked(spec, transfer.old.connection, ledger))
+                assumptions.require(Moment.WATCH, Asked(spec, handover.old.connection, ledger))
             elif lacking := reverse_setup.lacking(spec, ledger):
                 return lacking
             look_at = time.monotonic() + LOOK_SECONDS
@@ -101,14 +101,14 @@ def draw_near(transfer: Transfer, seconds: float) -> str | None:
     return None
 
 
-def _frozen(transfer: Transfer, pause: Pause) -> int:
+def _frozen(handover: Handover, pause: Pause) -> int:
     """Have a store refuse and drain; return its position then, behind which a marker hurries its stream on."""
-    losing = transfer.losing
-    if waiting := losing.freeze(transfer.before, refusal.Refused(transfer.epoch, transfer.whose), pause.deadline):
+    losing = handover.losing
+    if waiting := losing.freeze(handover.before, refusal.Refused(handover.epoch, handover.whose), pause.deadline):
         raise FenceCalledOff(pause.seconds, f"the lock on {waiting}")
     pause.make(Move.FREEZE)
-    place = position(transfer.spec, losing)
-    emit_marker(losing.connection, f"fence {transfer.epoch}")
+    place = position(handover.spec, losing)
+    emit_marker(losing.connection, f"fence {handover.epoch}")
     pause.make(Move.POSITION)
     return place
 

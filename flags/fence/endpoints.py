@@ -28,7 +28,7 @@ from changeover.stores.postgres.refusal import Refusal, Refused
 
 
 @dataclass(frozen=True)
-class SideTable:
+class FencedTable:
     """A table as one store has it: its key there, and the column that holds a row's tenant, where tenants move one by one."""
 
     schema: str
@@ -43,13 +43,13 @@ class SideTable:
 
 
 @dataclass(frozen=True)
-class Side:
+class FencedStore:
     """One store at a fence."""
 
     store: Origin
     dsn: str
     connection: Connection
-    tables: tuple[SideTable, ...]
+    tables: tuple[FencedTable, ...]
 
     def refused(self, changes: Sequence[Authority]) -> tuple[Refused, ...]:
         """Return what this store has no authority over."""
@@ -97,28 +97,28 @@ def _floors(changes: Sequence[Authority]) -> list[Refused]:
 
 
 @contextmanager
-def sides(spec: Spec) -> Iterator[tuple[Side, Side]]:
+def fenced_stores(spec: Spec) -> Iterator[tuple[FencedStore, FencedStore]]:
     """Open a session with either store: (old, new)."""
     assert spec.flag is not None
     old_dsn, new_dsn = spec.source.dsn.resolve(), spec.targets[spec.flag.target].dsn_value
     name = application_name(spec.name, "fence")
     with connect(old_dsn, name) as old, connect(new_dsn, name) as new:
         yield (
-            Side(Origin.OLD, old_dsn, old, tuple(_old_table(spec, old, t) for t in spec.tables)),
-            Side(Origin.NEW, new_dsn, new, tuple(_new_table(spec, t) for t in spec.tables)),
+            FencedStore(Origin.OLD, old_dsn, old, tuple(_old_table(spec, old, t) for t in spec.tables)),
+            FencedStore(Origin.NEW, new_dsn, new, tuple(_new_table(spec, t) for t in spec.tables)),
         )
 
 
-def _new_table(spec: Spec, table: Table) -> SideTable:
-    return SideTable(*table.target_name, table.key, tenancy.new_column(spec, table))
+def _new_table(spec: Spec, table: Table) -> FencedTable:
+    return FencedTable(*table.target_name, table.key, tenancy.new_column(spec, table))
 
 
-def _old_table(spec: Spec, old: Connection, table: Table) -> SideTable:
+def _old_table(spec: Spec, old: Connection, table: Table) -> FencedTable:
     seen = source_table(old, table)
-    return SideTable(*table.source_name, seen.identity if seen else (), tenancy.old_column(spec))
+    return FencedTable(*table.source_name, seen.identity if seen else (), tenancy.old_column(spec))
 
 
-def position(spec: Spec, side: Side) -> int:
+def position(spec: Spec, side: FencedStore) -> int:
     """Return where a store's log is now: below it stands what is visible, at it or above what commits later."""
     if spec.source.capture == TRIGGER and side.store is Origin.OLD:
         with ticks.log_session(side.dsn, application_name(spec.name, "fence")) as session:

@@ -23,8 +23,8 @@ from psycopg import sql
 from changeover import failpoints
 from changeover.errors import FenceCalledOff, Refused, TableStopped
 from changeover.flags.fence.drain import draw_near, hand_back, hand_over
-from changeover.flags.fence.endpoints import Side, sides
-from changeover.flags.fence.handover import Pause, Transfer, advance_sequences, pass_the_others
+from changeover.flags.fence.endpoints import FencedStore, fenced_stores
+from changeover.flags.fence.handover import Handover, Pause, advance_sequences, pass_the_others
 from changeover.flags.rights import held_up_by
 from changeover.jobs.access import privileges
 from changeover.jobs.ledger import epochs
@@ -90,19 +90,19 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, tenants: Coll
             if path is None and tenants is not None:
                 raise Refused("no tenant moves alone without reverse replication: `changeover check` says what stands in it")
         held.enter_context(_others_rest(spec, ledger))
-        old, new = held.enter_context(sides(spec))
+        old, new = held.enter_context(fenced_stores(spec))
         if whose is None:
             _finish(new if to is Origin.NEW else old, old, new, before)
             present = next((one for one in reversed(before) if one.store == to.value), ledger.authority())
             return Fenced(present.epoch, to.value, present.from_lsn, present.pause_seconds or 0.0)
         names = frozenset(tenants) if tenants is not None else None
         epoch = max((one.epoch for one in before), default=0) + 1
-        return _move(Transfer(spec, ledger, to, epoch, whose, names, before, old, new), max_pause)
+        return _move(Handover(spec, ledger, to, epoch, whose, names, before, old, new), max_pause)
 
 
 def _name_holders(spec: Spec, to: Origin) -> None:
     """Say which long transactions everything that follows will wait for, so that somebody can end them."""
-    with sides(spec) as (old, new):
+    with fenced_stores(spec) as (old, new):
         losing = old if to is Origin.NEW else new
         tables = [(table.schema, table.name) for table in losing.tables]
         for one in held_up_by(losing.connection, tables, new.connection if to is Origin.NEW else None):
@@ -122,40 +122,40 @@ def _require_nameable(spec: Spec, to: Origin, tenants: Collection[str] | None) -
         raise Refused(f"no tenant moves alone: {why[0]}")
 
 
-def _move(transfer: Transfer, max_pause: float) -> Fenced:
+def _move(handover: Handover, max_pause: float) -> Fenced:
     """Make the moves in their order."""
-    ledger, to = transfer.ledger, transfer.to
-    lacking = draw_near(transfer, NEAR * max_pause)
-    _prepare_gates(transfer, NEAR * max_pause)
-    with _turn(transfer) as turn:
+    ledger, to = handover.ledger, handover.to
+    lacking = draw_near(handover, NEAR * max_pause)
+    _prepare_gates(handover, NEAR * max_pause)
+    with _turn(handover) as switch:
         pause = Pause(time.monotonic(), max_pause)
         try:
-            places = (hand_over if to is Origin.NEW else hand_back)(transfer, pause, turn.close, lacking)
-            pass_the_others(transfer)
-            _make_final(transfer, pause)
+            places = (hand_over if to is Origin.NEW else hand_back)(handover, pause, switch.close, lacking)
+            pass_the_others(handover)
+            _make_final(handover, pause)
             failpoints.reach("fence-final")
-            made = Authority(transfer.epoch, to.value, places[0], datetime.min, pause.seconds, places[1], transfer.names)
-            _record(transfer, made, lacking)
+            made = Authority(handover.epoch, to.value, places[0], datetime.min, pause.seconds, places[1], handover.names)
+            _record(handover, made, lacking)
             pause.make(Move.RECORD)
         except BaseException:
-            _call_off(transfer)
+            _call_off(handover)
             raise
-    _finish(transfer.gaining, transfer.old, transfer.new, ledger.authorities())
+    _finish(handover.gaining, handover.old, handover.new, ledger.authorities())
     pause.make(Move.RAISE_FLOOR)
     log.info(
-        "epoch %s: the %s store has authority over %s from %s, after %.3f s", transfer.epoch, to.value,
-        "all rows" if transfer.names is None else f"{len(transfer.names)} tenants", format_lsn(places[0]), pause.seconds,
+        "epoch %s: the %s store has authority over %s from %s, after %.3f s", handover.epoch, to.value,
+        "all rows" if handover.names is None else f"{len(handover.names)} tenants", format_lsn(places[0]), pause.seconds,
     )  # fmt: skip
-    return Fenced(transfer.epoch, to.value, places[0], pause.seconds, lacking)
+    return Fenced(handover.epoch, to.value, places[0], pause.seconds, lacking)
 
 
 def settle(spec: Spec) -> None:
     """Do what a fence that was killed may have left: the store that has authority takes writes, behind its floor (driver)."""
-    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), sides(spec) as (old, new):
+    with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), fenced_stores(spec) as (old, new):
         _finish(new if ledger.authority().store == Origin.NEW.value else old, old, new, ledger.authorities())
 
 
-def _finish(gaining: Side, old: Side, new: Side, changes: Sequence[Authority]) -> None:
+def _finish(gaining: FencedStore, old: FencedStore, new: FencedStore, changes: Sequence[Authority]) -> None:
     """Raise the floors of what has authority on record, and let it write; safe to repeat."""
     apart = any(table.tenant for table in gaining.tables)
     for side in (gaining, *(one for one in (old, new) if apart and one is not gaining)):
@@ -163,65 +163,65 @@ def _finish(gaining: Side, old: Side, new: Side, changes: Sequence[Authority]) -
         side.settle(changes)
 
 
-def _call_off(transfer: Transfer) -> None:
+def _call_off(handover: Handover) -> None:
     """Give the writers back, unless the ledger holds the new epoch after all: its own word may have been lost on the way.
 
     Where the ledger can't be asked the refusal stays as it is: two stores that take writes would be worse than none.
     """
-    with Ledger.open(transfer.spec, "fence") as again:
-        if all(one.epoch < transfer.epoch for one in again.authorities()):
-            transfer.losing.settle(transfer.before)
+    with Ledger.open(handover.spec, "fence") as again:
+        if all(one.epoch < handover.epoch for one in again.authorities()):
+            handover.losing.settle(handover.before)
 
 
 @contextmanager
-def _turn(transfer: Transfer) -> Iterator[ExitStack]:
+def _turn(handover: Handover) -> Iterator[ExitStack]:
     """Hold replay's turn at the gaining store until it is closed.
 
     The very next batch then begins with all that was written before the fence. A batch under way would make writers wait for it
     and then for the next one.
     """
-    assert transfer.spec.flag is not None
-    with ExitStack() as turn:
-        target = transfer.spec.flag.target if transfer.to is Origin.NEW else reverse.OLD_STORE
-        turn.enter_context(transfer.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
-        yield turn
+    assert handover.spec.flag is not None
+    with ExitStack() as switch:
+        target = handover.spec.flag.target if handover.to is Origin.NEW else reverse.OLD_STORE
+        switch.enter_context(handover.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+        yield switch
 
 
-def _make_final(transfer: Transfer, pause: Pause) -> None:
+def _make_final(handover: Handover, pause: Pause) -> None:
     """Take the deadline off the losing store's refusal."""
     if pause.deadline - time.monotonic() < PERMANENT_SECONDS:
         raise FenceCalledOff(pause.seconds, "the last step, which the deadline left no time for")
-    after = Authority(transfer.epoch, transfer.to.value, 0, datetime.min, pause.seconds, 0, transfer.names)
-    transfer.losing.settle([*transfer.before, after])
+    after = Authority(handover.epoch, handover.to.value, 0, datetime.min, pause.seconds, 0, handover.names)
+    handover.losing.settle([*handover.before, after])
 
 
-def _prepare_gates(transfer: Transfer, seconds: float) -> None:
+def _prepare_gates(handover: Handover, seconds: float) -> None:
     """Before the pause: the losing store, mirrored to from now on, gets its gate; the gaining one statistics and sequences.
 
     Where tenants move one by one, the gaining store refuses from here on what it has not got.
     """
-    losing, gaining = transfer.losing, transfer.gaining
+    losing, gaining = handover.losing, handover.gaining
     for table in losing.tables:
         gate.install_gate(losing.connection, table.schema, table.name, table.key, epoch_floor(0))
         if table.tenant is None:
-            gate.raise_floor(losing.connection, table.gated, epoch_floor(transfer.epoch))
-    _allow(transfer)
+            gate.raise_floor(losing.connection, table.gated, epoch_floor(handover.epoch))
+    _allow(handover)
     for side in (losing, gaining):
-        side.install_floors(transfer.before)
+        side.install_floors(handover.before)
     apart = any(table.tenant for table in gaining.tables)
-    if apart and (waiting := gaining.freeze(transfer.before, None, time.monotonic() + seconds)):
+    if apart and (waiting := gaining.freeze(handover.before, None, time.monotonic() + seconds)):
         raise FenceCalledOff(seconds, f"the lock on {waiting}, before anybody is held up")
     for table in gaining.tables:
         gaining.connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(table.schema, table.name)))
     advance_sequences(gaining)
 
 
-def _allow(transfer: Transfer) -> None:
+def _allow(handover: Handover) -> None:
     """Let the application's roles use the ledger and both gates: the losing store's is new, and mirrored to from now on."""
-    privileges.allow_ledger(transfer.spec, transfer.ledger.connection)
-    for side in (transfer.losing, transfer.gaining):
+    privileges.allow_ledger(handover.spec, handover.ledger.connection)
+    for side in (handover.losing, handover.gaining):
         for table in side.tables:
-            privileges.allow_gate(transfer.spec, side.connection, table.gated)
+            privileges.allow_gate(handover.spec, side.connection, table.gated)
 
 
 @contextmanager
@@ -234,9 +234,9 @@ def _others_rest(spec: Spec, ledger: Ledger) -> Iterator[None]:
         yield
 
 
-def _record(transfer: Transfer, made: Authority, lacking: str | None) -> None:
+def _record(handover: Handover, made: Authority, lacking: str | None) -> None:
     """Record, by one commit, that authority moves, and that the path back is of no use where it did not bring everything."""
-    ledger = transfer.ledger
+    ledger = handover.ledger
     with ledger.connection.transaction():
         ledger.connection.execute(
             "INSERT INTO changeover.authority (migration, epoch, store, from_lsn, pause_seconds, new_lsn, tenants)"
@@ -246,18 +246,18 @@ def _record(transfer: Transfer, made: Authority, lacking: str | None) -> None:
         )  # fmt: skip
         if lacking is not None:
             reverse.break_off(ledger, f"authority went back without it: {lacking}")
-            _offer_again(transfer)
+            _offer_again(handover)
 
 
-def _offer_again(transfer: Transfer) -> None:
+def _offer_again(handover: Handover) -> None:
     """Have a lake take the old store's stream again from where tenants have left: it learns by the echo what they wrote meanwhile.
 
     While the others stayed it went on past there. What it took already it refuses a second time.
     """
-    assert transfer.spec.flag is not None
-    begun = max((number for number, one in enumerate(transfer.before) if one.anew), default=0)
-    left = [one.from_lsn for one in transfer.before[begun:] if one.store == Origin.NEW.value]
-    transfer.ledger.connection.execute(
+    assert handover.spec.flag is not None
+    begun = max((number for number, one in enumerate(handover.before) if one.anew), default=0)
+    left = [one.from_lsn for one in handover.before[begun:] if one.store == Origin.NEW.value]
+    handover.ledger.connection.execute(
         "UPDATE changeover.load SET applied = least(applied, %s) WHERE migration = %s AND target <> %s",
-        [format_lsn(min(left)), transfer.spec.name, transfer.spec.flag.target],
+        [format_lsn(min(left)), handover.spec.name, handover.spec.flag.target],
     )

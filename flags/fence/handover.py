@@ -14,7 +14,7 @@ from ldclient.migrations.types import Origin
 
 from changeover import failpoints
 from changeover.errors import CouldNotFinish, FenceCalledOff
-from changeover.flags.fence.endpoints import Side
+from changeover.flags.fence.endpoints import FencedStore
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority
 from changeover.jobs.transform.derivation import origin
@@ -25,7 +25,7 @@ from changeover.tenants import Tenants
 
 
 @dataclass(frozen=True)
-class Transfer:
+class Handover:
     """What one fence moves: which rows, to which store, under which epoch; `before` is the authority log without it.
 
     `names` are the tenants as they are put on record, None for all rows.
@@ -38,16 +38,16 @@ class Transfer:
     whose: Tenants
     names: frozenset[str] | None
     before: Sequence[Authority]
-    old: Side
-    new: Side
+    old: FencedStore
+    new: FencedStore
 
     @property
-    def losing(self) -> Side:
+    def losing(self) -> FencedStore:
         """Return the side that loses authority."""
         return self.old if self.to is Origin.NEW else self.new
 
     @property
-    def gaining(self) -> Side:
+    def gaining(self) -> FencedStore:
         """Return the side that gains it."""
         return self.new if self.to is Origin.NEW else self.old
 
@@ -85,7 +85,7 @@ class Pause:
             time.sleep(0.02)
 
 
-def advance_sequences(gaining: Side) -> None:
+def advance_sequences(gaining: FencedStore) -> None:
     """Before the pause, for this may read whole tables: past every row that has arrived, and past those under way."""
     for table in gaining.tables:
         for sequence in sequences.sequences(gaining.connection, table.schema, table.name):
@@ -93,19 +93,19 @@ def advance_sequences(gaining: Side) -> None:
             sequences.move_past(gaining.connection, sequence, sequences.ahead(sequence, held))
 
 
-def pass_the_others(transfer: Transfer) -> None:
+def pass_the_others(handover: Handover) -> None:
     """In the pause, when nothing is drawn any more: past what the losing store drew, used or not, and past the last rows.
 
     Where tenants move one by one the others go on drawing; then no row of theirs has a key of these.
     """
-    gaining, losing = transfer.gaining, transfer.losing
-    for table, got, lost in zip(transfer.spec.tables, gaining.tables, losing.tables, strict=True):
+    gaining, losing = handover.gaining, handover.losing
+    for table, got, lost in zip(handover.spec.tables, gaining.tables, losing.tables, strict=True):
         drawn = {
             one.column: sequences.drawn(losing.connection, one)
             for one in sequences.sequences(losing.connection, lost.schema, lost.name)
         }
         for sequence in sequences.sequences(gaining.connection, got.schema, got.name):
-            others = [drawn.get(column) for column in _same_column(table, sequence.column, transfer.to)]
+            others = [drawn.get(column) for column in _same_column(table, sequence.column, handover.to)]
             held = sequences.held(gaining.connection, got.schema, got.name, sequence) if sequence.indexed else None
             sequences.move_past(gaining.connection, sequence, held, *others)
 

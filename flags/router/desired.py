@@ -29,12 +29,12 @@ _STAGES = {stage.value: stage for stage in Stage}
 
 
 class StageSource(Protocol):
-    """What the router asks for the wish."""
+    """What the router asks for the desired stage."""
 
     alarm: Alarm
 
     def stage(self, tenant: str = EVERYTHING) -> Stage | None:
-        """Return the stage wished for of a tenant, or of everybody; the last known one, or None when there never was one.
+        """Return the stage desired for a tenant, or of everybody; the last known one, or None when there never was one.
 
         It runs on the caller's thread.
         """

@@ -184,15 +184,15 @@ def transaction(connection: psycopg.Connection[Any]) -> Iterator[Cursor]:
 def position(cursor: Cursor, log: Log | None = None) -> int:
     """Return the LSN of what the transaction has written so far, and make its COMMIT durable.
 
-    Where a trigger log captures the write, the position is that of the log's newest window, above which the write's own event
-    comes to stand; without a window, as after `abort`, it is below everything.
+    Where a trigger log captures the write, the position is that of the log's newest tick, above which the write's own event
+    comes to stand; without a tick, as after `abort`, it is below everything.
     """
     with cursor.connection.cursor(row_factory=psycopg.rows.tuple_row) as plain:
         row = plain.execute(POSITION).fetchone()
         if log is not None:
-            row = plain.execute("SELECT pg_catalog.to_regclass(%s)", [log.windows.as_string(plain)]).fetchone()
+            row = plain.execute("SELECT pg_catalog.to_regclass(%s)", [log.ticks.as_string(plain)]).fetchone()
             if row is not None and row[0] is not None:
-                row = plain.execute(sql.SQL('SELECT pg_catalog.max("end")::text FROM {}').format(log.windows)).fetchone()
+                row = plain.execute(sql.SQL('SELECT pg_catalog.max("end")::text FROM {}').format(log.ticks)).fetchone()
     assert row is not None
     return parse_lsn(row[0]) if row[0] is not None else ZERO_LSN
 
@@ -214,7 +214,7 @@ class GateCall:
         schema, name = qualified(endpoint.table)
         gated = GatedTable(schema, name, (), ())
         columns = connection.execute(COLUMNS, [gated.table.as_string(connection)]).fetchall()
-        key = endpoint.key or tuple(row[0] for row in connection.execute(KEY, [gated.touched.as_string(connection)]))
+        key = endpoint.key or tuple(row[0] for row in connection.execute(KEY, [gated.row_versions.as_string(connection)]))
         if not columns or not key:
             raise StepOrder(f"a mirrored write to {endpoint.name}", "prepare")
         row = sql.SQL(", ").join(sql.Placeholder() for _ in columns)

@@ -1,9 +1,9 @@
 """The follower: which store has authority, followed by a background thread, and what this process last acknowledged of it.
 
-`LedgerAuthority` asks the ledger every 50 ms on a connection of its own, at once when a write was refused, for its newest move, and
-reads those that came since only where that is another one: many tenants may be named there. It records a heartbeat every 0.5 s and
-at once when the stage or the epoch has changed. A ledger that can't be reached keeps the last known facts: that is safe, because
-the store that lost authority refuses by itself. The caller's thread only reads an attribute.
+`LedgerAuthority` asks the ledger every 50 ms on a connection of its own, at once when a write was refused, for its newest move,
+and reads those that came since only where that is another one: many tenants may be named there. It records a heartbeat every
+0.5 s and at once when the stage or the epoch has changed. A ledger that can't be reached keeps what was last observed: that is
+safe, because the store that lost authority refuses by itself. The caller's thread only reads an attribute.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psycopg
 from ldclient.migrations.types import Stage
 
 from changeover.errors import ServerUnavailable
-from changeover.flags.observed import Fact, Facts, facts
+from changeover.flags.observed import Observation, Observations, observations
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.session import application_name, connect
 from changeover.settings import Kind
@@ -56,12 +56,12 @@ class AuthoritySource(Protocol):
 
 
 class Follower(Protocol):
-    """What the router asks for the facts, within one process."""
+    """What the router asks for the observed authority, within one process."""
 
-    facts: Facts | None
+    observations: Observations | None
     last_stage: Stage | None
 
-    def wait(self, tenant: str, fact: Fact, seconds: float) -> None:
+    def wait(self, tenant: str, observation: Observation, seconds: float) -> None:
         """Wait until a tenant's fact is another one, looking often, at most so long (caller's thread, after a refusal)."""
         ...
 
@@ -78,7 +78,7 @@ class LedgerAuthority:
     migration: str
 
     def follow(self, process: str, beat: Callable[[], Beat | None]) -> LedgerFollower:
-        """Start the background thread; the first look is waited for, so that the first call already has the fact."""
+        """Start the background thread; the first look is waited for, so that the first call already has it."""
         return LedgerFollower(self, process, beat)
 
 
@@ -88,7 +88,7 @@ class LedgerFollower:
     def __init__(self, source: LedgerAuthority, process: str, beat: Callable[[], Beat | None]) -> None:
         self.source = source
         self.process = process
-        self.facts: Facts | None = None
+        self.observations: Observations | None = None
         self.last_stage: Stage | None = None
         self.failures = 0
         self._beat = beat
@@ -105,19 +105,19 @@ class LedgerFollower:
         with self._changed:
             self._changed.wait_for(lambda: self._looks or self.failures, FIRST_LOOK_SECONDS)
 
-    def wait(self, tenant: str, fact: Fact, seconds: float) -> None:
+    def wait(self, tenant: str, observation: Observation, seconds: float) -> None:
         """Wait until the ledger says something else of a tenant, or the time is over."""
         until = time.monotonic() + seconds
         with self._changed:
-            while not self._says_else(tenant, fact) and time.monotonic() < until:
+            while not self._says_else(tenant, observation) and time.monotonic() < until:
                 self._wake.set()
                 self._changed.wait(LOOK_AGAIN_SECONDS)
                 # `wait` ends with the first look, which may come at once: the next one is not asked for before its
                 # time.
-                self._changed.wait_for(lambda: self._says_else(tenant, fact), LOOK_AGAIN_SECONDS)
+                self._changed.wait_for(lambda: self._says_else(tenant, observation), LOOK_AGAIN_SECONDS)
 
-    def _says_else(self, tenant: str, fact: Fact) -> bool:
-        return self.facts is not None and self.facts.of(tenant) != fact
+    def _says_else(self, tenant: str, observation: Observation) -> bool:
+        return self.observations is not None and self.observations.of(tenant) != observation
 
     def close(self) -> None:
         """Record the last counters, then end the thread and its connection."""
@@ -143,7 +143,7 @@ class LedgerFollower:
             ledger = self._open()
             known = self._known(ledger)
             with self._changed:
-                self.facts = known
+                self.observations = known
                 self._looks += 1
                 self._changed.notify_all()
             self._beat_where_due(ledger)
@@ -152,17 +152,17 @@ class LedgerFollower:
             return False
         return True
 
-    def _known(self, ledger: Ledger) -> Facts:
-        """Return the facts, with the moves that came since the last look; all are read where the last one is not there any more."""
+    def _known(self, ledger: Ledger) -> Observations:
+        """Return what is observed, with the moves since the last look; all are read where the last one is gone."""
         row = ledger.connection.execute(NEWEST, [self.source.migration]).fetchone()
         newest = (row[0], row[1]) if row is not None else None
-        if self.facts is not None and newest == self._newest:
-            return self.facts
+        if self.observations is not None and newest == self._newest:
+            return self.observations
         later = ledger.authorities(self._newest[0]) if self._newest is not None else []
-        if later and self.facts is not None and (later[0].epoch, later[0].at) == self._newest:
-            known = facts(later[1:], self.facts)
+        if later and self.observations is not None and (later[0].epoch, later[0].at) == self._newest:
+            known = observations(later[1:], self.observations)
         else:
-            known = facts(ledger.authorities())
+            known = observations(ledger.authorities())
         self._newest = newest
         return known
 

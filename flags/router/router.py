@@ -6,8 +6,8 @@
     row = router.read(old=find_in_old, new=find_in_new)               # each: cursor -> a row, rows, or any value
 
 The authority's transaction runs on the caller's thread and its outcome is the caller's outcome; the mirror, comparisons
-and the ledger are on threads of their own, so that no other store can slow or fail a caller. The flag is the wish, the
-ledger's epoch the fact. A write that a fence refuses waits, no longer than `max_pause`, and runs anew where authority
+and the ledger are on threads of their own, so that no other store can slow or fail a caller. The flag holds the desired stage, the
+ledger's epoch is what is observed. A write that a fence refuses waits, no longer than `max_pause`, and runs anew where authority
 then is. Where the spec names a column of tenants (`flag.context`), each call says whose row it is by `tenant=`, and goes by that
 tenant's stage and authority. Threads and sessions are made on first use in each process, a forked child's too. Nothing is read
 from the environment or opened at import.
@@ -278,9 +278,9 @@ class Router:
     def _pin(self, runtime: Runtime, tenant: str) -> Pin:
         pinned = self._pinned.get()
         if pinned is None:
-            return runtime.decide(runtime.wish(tenant), tenant)
+            return runtime.decide(runtime.desired(tenant), tenant)
         if (pin := pinned.get(tenant)) is None:
-            pin = pinned[tenant] = runtime.decide(runtime.wish(tenant), tenant)
+            pin = pinned[tenant] = runtime.decide(runtime.desired(tenant), tenant)
         return pin
 
     def _attempt(self, runtime: Runtime, pin: Pin, function: Callable[[Cursor], Sequence[Change]], tenant: str) -> Written:
@@ -299,7 +299,7 @@ class Router:
         # From here on the COMMIT is acknowledged; any exception above means that it is not, and nothing is mirrored.
         if lsn is None:
             return Written(origin, pin.stage, changes, None, mirrored=False)
-        version = Version(pin.fact.epoch, lsn, DUAL_WRITE_ORDINAL)
+        version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
         return Written(origin, pin.stage, changes, version, runtime.mirror(other(origin)).offer(version, changes))
 
     def _after_fence(self, runtime: Runtime, tenant: str, pin: Pin, since: float, error: psycopg.Error) -> Pin:
@@ -309,11 +309,11 @@ class Router:
             endpoint = self._parts.endpoints[pin.rule.writes].name
             raise LockNotGranted(endpoint, "write authority", "a fence that did not end") from error
         if runtime.follower is not None:
-            runtime.follower.wait(tenant, pin.fact, FENCE_POLL_SECONDS)
+            runtime.follower.wait(tenant, pin.observation, FENCE_POLL_SECONDS)
         else:
             time.sleep(FENCE_POLL_SECONDS)
         pinned = self._pinned.get()
-        found = runtime.decide(runtime.wish(tenant) if pinned is None else pin.wish, tenant)
+        found = runtime.decide(runtime.desired(tenant) if pinned is None else pin.desired, tenant)
         if pinned is not None:
             pinned[tenant] = found
         return found

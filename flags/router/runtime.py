@@ -1,7 +1,7 @@
 """The runtime: a router's threads, sessions and counts in one process, made on first use there.
 
-It holds what must not cross a fork, and turns the wish and the fact into the pin by which a call goes. A forked child
-makes its own and leaves the parent's alone.
+It holds what must not cross a fork, and turns the desired and the observed stage into the pin by which a call goes. A forked
+child makes its own and leaves the parent's alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psycopg
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.errors import ServerUnavailable
-from changeover.flags.observed import BEGINNING, Fact
+from changeover.flags.observed import BEGINNING, Observation
 from changeover.flags.router.desired import StageSource
 from changeover.flags.router.endpoint import PgEndpoint, RowMapping, Sessions
 from changeover.flags.router.follower import AuthoritySource, Beat, Follower
@@ -44,10 +44,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Pin:
-    """What one call, or one request, goes by: the wish, the fact, and the stage that the two give."""
+    """What one call, or one request, goes by: the desired and the observed stage, and the stage that the two give."""
 
-    wish: Stage
-    fact: Fact
+    desired: Stage
+    observation: Observation
     stage: Stage
     rule: StageRule
 
@@ -71,7 +71,7 @@ class Runtime:
     def __init__(self, parts: Parts) -> None:
         self.pid = os.getpid()
         self.parts = parts
-        self.pins: dict[tuple[Stage, Fact], Pin] = {}
+        self.pins: dict[tuple[Stage, Observation], Pin] = {}
         self._lock = threading.Lock()
         self._counts = {"retries": 0, "fence_waits": 0}
         self._longest_wait = 0.0
@@ -91,35 +91,35 @@ class Runtime:
             process = f"{parts.process or socket.gethostname()}:{self.pid}.{secrets.token_hex(2)}"
             self.follower = parts.authority.follow(process, self._beat)
 
-    def wish(self, tenant: str = EVERYTHING) -> Stage:
+    def desired(self, tenant: str = EVERYTHING) -> Stage:
         """Return the flag's stage; a process that never had an answer goes on from the migration's last heartbeat."""
-        wish = self.parts.stage.stage(tenant)
-        if wish is None:
+        desired = self.parts.stage.stage(tenant)
+        if desired is None:
             last = self.follower.last_stage if self.follower is not None else None
-            wish = last or Stage.OFF
-        return wish
+            desired = last or Stage.OFF
+        return desired
 
-    def decide(self, wish: Stage, tenant: str = EVERYTHING) -> Pin:
-        """Return what the wish for a tenant and its fact give; raises ServerUnavailable where only an unread ledger could tell."""
-        writes = TABLE[wish].writes
+    def decide(self, desired: Stage, tenant: str = EVERYTHING) -> Pin:
+        """Return what a tenant's desired and observed stages give; raises ServerUnavailable where only the ledger could tell."""
+        writes = TABLE[desired].writes
         if self.follower is None:
-            fact = Fact(int(writes is Origin.NEW), writes)
-        elif (facts := self.follower.facts) is not None:
-            fact = facts.of(tenant)
+            observation = Observation(int(writes is Origin.NEW), writes)
+        elif (observations := self.follower.observations) is not None:
+            observation = observations.of(tenant)
         elif writes is Origin.OLD:
-            fact = BEGINNING  # unread as yet: the old store refuses by itself what it may not take
+            observation = BEGINNING  # unread as yet: the old store refuses by itself what it may not take
         else:
             raise ServerUnavailable("the ledger", "so it isn't known whether the new store has authority yet")
-        key = (wish, fact)
+        key = (desired, observation)
         if (pin := self.pins.get(key)) is None:
-            stage = effective(wish, fact.store)
-            pin = self.pins[key] = Pin(wish, fact, stage, TABLE[stage])
+            stage = effective(desired, observation.store)
+            pin = self.pins[key] = Pin(desired, observation, stage, TABLE[stage])
         return pin
 
     def apart(self, pin: Pin) -> bool:
         """Return whether a pin is of a tenant at another store than all the others."""
-        facts = self.follower.facts if self.follower is not None else None
-        return facts is not None and pin.fact.store is not facts.rest.store
+        observations = self.follower.observations if self.follower is not None else None
+        return observations is not None and pin.observation.store is not observations.rest.store
 
     def session(self, origin: Origin) -> AbstractContextManager[psycopg.Connection[Any]]:
         """Lend a session with a store."""
@@ -186,8 +186,8 @@ class Runtime:
 
         The stage is everybody's, by which the flag goes up and down; the epoch is that of the newest move, of whatever tenant.
         """
-        if self.follower is None or (facts := self.follower.facts) is None:
+        if self.follower is None or (observations := self.follower.observations) is None:
             return None
-        pin = self.decide(self.wish())
+        pin = self.decide(self.desired())
         self.comparisons.begin(pin.stage)
-        return Beat(pin.stage, facts.epoch, self.counters())
+        return Beat(pin.stage, observations.epoch, self.counters())

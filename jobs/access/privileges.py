@@ -112,12 +112,12 @@ def of_gate(role: str, table: gate.GatedTable) -> list[Need]:
     asks = sql.SQL("SELECT has_function_privilege({}, {}, 'EXECUTE')").format(
         sql.Literal(role), sql.Literal(function.as_string(None))
     )  # fmt: skip
-    touched = ["changeover", gate.our_name("touched", table.schema, table.name)]
+    row_versions = ["changeover", gate.our_name("versions", table.schema, table.name)]
     execute = _grant(role, sql.SQL("EXECUTE"), "FUNCTION", function)
     return [
         _need(role, "USAGE", "SCHEMA", ["changeover"]),
         _need(role, "SELECT", "TABLE", ["changeover", "gate"]),
-        *(_need(role, right, "TABLE", touched) for right in ("SELECT", "INSERT", "UPDATE")),
+        *(_need(role, right, "TABLE", row_versions) for right in ("SELECT", "INSERT", "UPDATE")),
         Need(role, f"EXECUTE on the gate of {table.target}", asks, execute),
     ]
 
@@ -169,7 +169,7 @@ def lacking(connection: Connection, needs: Iterable[Need]) -> list[Lack]:
 
 
 def grant(connection: Connection, needs: Iterable[Need]) -> None:
-    """Grant what is missing; what our role may not grant is said, and the gate asks for it."""
+    """Grant what is missing; what our role may not grant is said, and readiness asks for it."""
     for need in needs:
         if _has(connection, need):
             continue

@@ -1,9 +1,9 @@
-"""Retention: touched rows that no write can need any more are deleted beside replay, by position and never by time.
+"""Retention: row versions that no write can need any more are deleted beside replay, by position and never by time.
 
 Once a table is closed and every event below a position was offered, nothing older than the position has anything to say, so the
 floor may go up to there and stand for all versions below it (`rule.collectable`), in the earliest epoch that any tenant still
-writes under. Replay looks after so many events whether enough rows have gathered, deletes some of them in a turn of the target's
-lease, and offers changes before the next turn. What a killed run leaves is right, and is deleted by the next. Runs on the driver.
+writes under. Replay looks after so many events whether enough rows have gathered, deletes some of them in a run under the target's
+lease, and offers changes before the next batch. What a killed run leaves is right, and is deleted by the next. Runs on the driver.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from changeover.stores import open_store
 log = logging.getLogger(__name__)
 
 ENOUGH = 250_000
-"""Touched rows from which on a collection pays, and events after which it is worth a look whether there are as many."""
+"""Row versions from which on a collection pays, and events after which it is worth a look whether there are as many."""
 
 
 @dataclass
 class Collecting:
     """The collections of one target, table by table (driver).
 
-    `due` may be asked at any time; `turn` runs under the target's lease, so that collection, TRUNCATE and batches take turns.
+    `due` may be asked at any time; `collect` runs under the target's lease, so that collection, TRUNCATE and batches take turns.
     """
 
     spec: Spec
@@ -44,7 +44,7 @@ class Collecting:
     unseen: int = ENOUGH  # so that the first look finds what an earlier run left
 
     def due(self, events: int) -> bool:
-        """Return whether a turn is worth its lease, after so many more events."""
+        """Return whether a run is worth its lease, after so many more events."""
         self.unseen += events
         if self.unseen >= ENOUGH and not self.places:
             self.unseen = 0
@@ -55,13 +55,13 @@ class Collecting:
         """Begin with the tables in which enough rows have gathered."""
         with open_store(self.spec, self.spec.targets[self.target], "collect") as store:
             for source, transform in self._transforms():
-                if store.touched(transform.target) >= ENOUGH:
+                if store.row_versions(transform.target) >= ENOUGH:
                     self.places[source] = self.found[source] = 0
 
     def _transforms(self) -> Iterable[tuple[str, Transform]]:
         return [(source, planned) for (source, target), planned in self.prepared.transforms.items() if target == self.target]
 
-    def turn(self) -> None:
+    def collect(self) -> None:
         """Delete some rows of each table that has enough; the caller holds the target's lease."""
         with open_store(self.spec, self.spec.targets[self.target], "collect") as store:
             for source, transform in self._transforms():
@@ -76,7 +76,7 @@ class Collecting:
                     continue
                 told = {"target": self.target, "table": source, "rows": self.found[source], "upto": str(upto)}
                 self.ledger.audit("collect", "done", told)
-                log.info("collected %s touched rows of %s in %s up to %s", self.found[source], source, self.target, upto)
+                log.info("collected %s row versions of %s in %s up to %s", self.found[source], source, self.target, upto)
 
     def _bound(self, source: str) -> Version | None:
         """Return the version up to which a table's rows may go, None while none may."""
@@ -89,7 +89,7 @@ def epoch_to_come(changes: Sequence[Authority], applied: int) -> int:
     """Return the epoch that no event of the old store's stream from a position on can be below (pure).
 
     The table's floor is one for all tenants: raised to a later epoch, it would refuse what those still write whose epoch is an
-    earlier one. So it stays at the least of them, and touched rows of later epochs stay until all have come so far.
+    earlier one. So it stays at the least of them, and row versions of later epochs stay until all have come so far.
     """
     here = [t for log, _ in histories(changes) for t in log if t.store == OLD]
     begun = max((t.epoch for t in here if t.since <= applied), default=0)

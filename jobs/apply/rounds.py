@@ -58,7 +58,7 @@ class Replayed:
 
 
 class Replay:
-    """Replays one migration (driver); `round` is one turn over all its loads, in the thread that calls it.
+    """Replays one migration (driver); `round` is one pass over all its loads, in the thread that calls it.
 
     Values that an update did not send are read in `snapshot` where one is given: then they are those of its moment. What was
     written to the new store while it had authority goes to the other targets as well, and back to the old store.
@@ -77,7 +77,7 @@ class Replay:
         self.returning = Applier(spec, spark, self.back.journal, None)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
-        """Offer everything spooled below `until` to each target, in one turn of that target's lease."""
+        """Offer everything spooled below `until` to each target, under that target's lease."""
         done: list[Replayed] = []
         stops: list[ChangeoverError] = []
         for target in targets or list(self.spec.targets):
@@ -226,7 +226,7 @@ def _replay_target(
             events, taken = events + done.events, taken + done.taken
             if collects := collecting.due(done.events):
                 with ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS):
-                    collecting.turn()
+                    collecting.collect()
             if stop.is_set() or not (follow or done.events or collects):
                 told.update(events=events, taken=taken, applied=format_lsn(done.applied))
                 return Replayed(events, taken, done.applied)

@@ -45,7 +45,7 @@ def truncated_floor(at: Version) -> Version:
 
 
 def collectable(closed: bool, applied: int, upto: Version) -> bool:
-    """Return whether touched rows up to a version may go: the table is swept, and every event up to there was offered.
+    """Return whether row versions up to a version may go: the table is swept, and every event up to there was offered.
 
     Before the sweep images are pending, which the raised floor would refuse. `applied` says that every event with a smaller
     commit LSN was offered. Time is no reason: a change may come late by any time.
@@ -59,7 +59,7 @@ def collection_bound(epoch: int, applied: int) -> Version:
 
 
 def collected(cell: Version, upto: Version) -> bool:
-    """Return whether collection up to a version removes a touched row: the floor then answers for its key."""
+    """Return whether collection up to a version removes a row version: the floor then answers for its key."""
     return cell <= upto
 
 

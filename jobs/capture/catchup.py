@@ -1,10 +1,10 @@
-"""Catching up: what a slot keeps far behind the server's end, read in bounded turns, faster than it is streamed.
+"""Catching up: what a slot keeps far behind the server's end, read in bounded rounds, faster than it is streamed.
 
 The stream sends each message by itself; here `pg_logical_slot_peek_binary_changes` decodes a stretch of the log, and COPY sends its
-rows together. A turn ends at a position that is below the server's end when the turn begins, and brings every transaction that
+rows together. A round ends at a position that is below the server's end when the round begins, and brings every transaction that
 committed below, whole and in commit order, with the messages that the stream would have sent. Nothing is consumed by it: the slot
-moves only by `acknowledge`, to what its caller holds durably. A turn keeps decoded rows in the server, in temporary files beyond
-work_mem, so it is taken only where the log that they can come from is small; what is larger is left to the stream. While a turn is
+moves only by `acknowledge`, to what its caller holds durably. A round keeps decoded rows in the server, in temporary files beyond
+work_mem, so it is taken only where the log that they can come from is small; what is larger is left to the stream. While a round is
 read the slot is held as the stream would hold it. Runs where capture runs.
 """
 
@@ -23,22 +23,22 @@ from changeover.errors import LeaseHeld, ServerUnavailable
 from changeover.jobs.decode.columns import Wire
 from changeover.jobs.decode.pgoutput import MalformedMessage
 from changeover.jobs.ledger.records import Stream
-from changeover.jobs.source.replication import BACKLOG
+from changeover.jobs.source.replication import CATCHUP
 from changeover.jobs.source.stream import CopyStream, decoding
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect, server_name
 
 FAR_BYTES = 8 << 20
-"""WAL behind the server's end from which on the backlog is read by turns."""
+"""WAL behind the server's end from which on what is behind is read in rounds."""
 
 NEAR_BYTES = 1 << 20
 """WAL behind the server's end at which the stream takes over."""
 
-TURN_BYTES = 16 << 20
-"""WAL of one turn: so much is decoded in a fraction of a second, and the spool's end then moves."""
+ROUND_BYTES = 16 << 20
+"""WAL of one round: so much is decoded in a fraction of a second, and the spool's end then moves."""
 
 REACH_BYTES = 512 << 20
-"""WAL that a turn may have to read, with what came before it in transactions that were open: the bound of what it keeps."""
+"""WAL that a round may have to read, with what came before it in transactions that were open: the bound of what it keeps."""
 
 TAKE_BYTES = 4 << 20
 WAIT_SECONDS = 0.05
@@ -54,10 +54,10 @@ ROW_BYTES = 6
 log = logging.getLogger(__name__)
 
 
-def turn(connection: Connection, slot: str, durable: int, least: int) -> int | None:
-    """Return where a turn from `durable` on may end; None where less than `least` is left, or where it may be too large.
+def round_end(connection: Connection, slot: str, durable: int, least: int) -> int | None:
+    """Return where a round from `durable` on may end; None where less than `least` is left, or where it may be too large.
 
-    A turn reads again from where the server keeps the log for transactions that were open, so it grows with that: twice as long
+    A round reads again from where the server keeps the log for transactions that were open, so it grows with that: twice as long
     where there is room, and what is read again costs less than what is new.
     """
     row = connection.execute(
@@ -67,17 +67,17 @@ def turn(connection: Connection, slot: str, durable: int, least: int) -> int | N
         return None
     kept, end = map(parse_lsn, row)
     again = durable - kept
-    upto = min(end, durable + max(TURN_BYTES, min(2 * again, REACH_BYTES - again)))
+    upto = min(end, durable + max(ROUND_BYTES, min(2 * again, REACH_BYTES - again)))
     if upto - durable < least:
         return None
     if upto - kept > REACH_BYTES:
-        log.info("an open transaction keeps %s bytes of WAL: the stream brings the backlog", f"{upto - kept:,}")
+        log.info("an open transaction keeps %s bytes of WAL: the stream brings what is behind", f"{upto - kept:,}")
         return None
     return upto
 
 
-class Backlog(CopyStream):
-    """A session that reads a slot's backlog turn by turn."""
+class CatchupReader(CopyStream):
+    """A session that reads what a slot is behind by round by round."""
 
     def __init__(self, connection: Connection, dsn: str, stream: Stream) -> None:
         super().__init__(connection, dsn)
@@ -100,11 +100,11 @@ class Backlog(CopyStream):
                 yield _messages(rows) if rows else None
         finally:
             if not self.over and self.connection.pgconn.status == pq.ConnStatus.OK:
-                # else the server decodes to the turn's end before it lets the slot go
+                # else the server decodes to the round's end before it lets the slot go
                 self.connection.cancel_safe(timeout=CANCEL_SECONDS)
 
     def _begin(self, upto: int) -> Iterator[None]:
-        """Start a turn; yield while the server decodes."""
+        """Start a round; yield while the server decodes."""
         wire = self.connection.pgconn
         options = chain.from_iterable(decoding(self.stream.publication).items())
         query = PEEK.format(
@@ -126,7 +126,7 @@ class Backlog(CopyStream):
             raise error
 
     def ended(self) -> None:
-        """Take the end of a turn's rows; raises psycopg.Error."""
+        """Take the end of a round's rows; raises psycopg.Error."""
         wire = self.connection.pgconn
         while (result := wire.get_result()) is not None:
             if result.status != pq.ExecStatus.COMMAND_OK:
@@ -141,10 +141,10 @@ class Backlog(CopyStream):
         )
 
     def check_alive(self, other: Connection) -> None:
-        """Raise ServerUnavailable where another session does not see this one any more: a turn may be silent for long."""
+        """Raise ServerUnavailable where another session does not see this one any more: a round may be silent for long."""
         pid = self.connection.info.backend_pid
         if other.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone() is None:
-            raise ServerUnavailable(server_name(self.dsn), "the session that reads the backlog is gone")
+            raise ServerUnavailable(server_name(self.dsn), "the session that catches up is gone")
 
 
 PEEK = sql.SQL(
@@ -153,15 +153,15 @@ PEEK = sql.SQL(
 
 
 def refused(error: psycopg.Error) -> bool:
-    """Return whether the server refused a turn, and may still stream: a right, a limit, a timeout, a slot that it gave up."""
+    """Return whether the server refused a round, and may still stream: a right, a limit, a timeout, a slot that it gave up."""
     return error.sqlstate is not None and not error.sqlstate.startswith(("08", "57P"))
 
 
 @contextmanager
-def reading(dsn: str, migration: str, stream: Stream) -> Iterator[Backlog]:
-    """Open a session for a slot's backlog; raises ServerUnavailable."""
-    with closing(connect(dsn, application_name(migration, BACKLOG))) as connection:
-        yield Backlog(connection, dsn, stream)
+def reading(dsn: str, migration: str, stream: Stream) -> Iterator[CatchupReader]:
+    """Open a session for what a slot is behind by; raises ServerUnavailable."""
+    with closing(connect(dsn, application_name(migration, CATCHUP))) as connection:
+        yield CatchupReader(connection, dsn, stream)
 
 
 def _without_header(row: bytes) -> bytes:

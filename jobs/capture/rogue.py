@@ -1,9 +1,9 @@
 """Rogue writes: what somebody wrote to a store that had no authority, past the router and past the refusal.
 
-Each transaction of ours bears a mark, so whatever else stands in a store's stream outside of its tenures is rogue. It is kept in
-the spool, never offered to another store and never dropped; it is told until a verdict, at a later moment, finds both stores
-equal. While tenants are at both stores each change is held against its own tenant's tenures. The old store is watched from
-`prepare` on, the new one from where its reverse path was opened. Runs on the driver, without Spark.
+Each transaction of ours bears a mark, so whatever else stands in a store's stream outside of its authority epochs is rogue. It
+is kept in the spool, never offered to another store and never dropped; it is told until a verdict, at a later moment, finds
+both stores equal. While tenants are at both stores each change is held against its own tenant's authority epochs. The old store
+is watched from `prepare` on, the new one from where its reverse path was opened. Runs on the driver, without Spark.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Capture by a slot: connection after connection, each proved to be the prepared stream, read by turns or streamed.
+"""Capture by a slot: connection after connection, each proved to be the prepared stream, read in rounds or streamed.
 
 The slot is told to forget only what the spool holds durably, and every connection goes on from the spool's end, so a kill at any
-point loses nothing and repeats nothing. A connection that finds the slot far behind reads the backlog by turns, until it is near;
+point loses nothing and repeats nothing. A connection that finds the slot far behind catches up in rounds, until it is near;
 the next one proves all anew and streams. A transaction that outgrows one batch goes in by parts, so memory does not grow with it;
 one that is cut off there comes again, and what the spool holds of it is left out. Runs on one machine, without Spark.
 """
@@ -19,7 +19,7 @@ import psycopg
 from changeover import failpoints
 from changeover.errors import DatabaseFailed, FolderFailed, LeaseHeld, ServerUnavailable
 from changeover.jobs.capture import catchup
-from changeover.jobs.capture.catchup import Backlog
+from changeover.jobs.capture.catchup import CatchupReader
 from changeover.jobs.capture.feed import Feed
 from changeover.jobs.decode import pgoutput
 from changeover.jobs.decode.columns import Wire
@@ -59,7 +59,7 @@ class SlotRun:
         self.intake = Intake(feed.spool, result, self.patience)
         self.answer_at = self.watch_at = float("inf")
         self.answer_every = FEEDBACK_SECONDS
-        self.by_turns = True
+        self.in_rounds = True
 
     def run(self) -> None:
         """Follow the stream until the run is ended, over as many connections as it takes."""
@@ -69,7 +69,7 @@ class SlotRun:
                     if far is None:
                         self._stream(replication, generated)
                     else:  # after which all is proved anew
-                        self._read_backlog(far, generated)
+                        self._catch_up(far, generated)
             except (ServerUnavailable, LeaseHeld, FolderFailed) as error:
                 self.patience.wait(error)
             except DatabaseFailed:
@@ -83,7 +83,7 @@ class SlotRun:
 
     @contextmanager
     def _proved(self) -> Iterator[tuple[Replication, Generated, int | None]]:
-        """Prove that this is the prepared stream; yield a connection for it, the columns left out, and where a far turn ends."""
+        """Prove that this is the prepared stream; yield a connection for it, the columns left out, and where a far round ends."""
         name = application_name(self.spec.name, "capture")
         self.intake.reopen()
         with closing(connect(self.dsn, name)) as connection, speaking_to(self.dsn, "checking the change stream"):
@@ -91,8 +91,8 @@ class SlotRun:
             check_slot(connection, self.stream, self._position())
             self.answer_every = answer_interval(connection)
             generated = generated_columns(connection, self.stream.publication)
-            by_turns = self.by_turns and not has_no_encoding(connection)  # whose bytes the stream alone brings as they are
-            far = catchup.turn(connection, self.stream.slot, self._position(), catchup.FAR_BYTES) if by_turns else None
+            in_rounds = self.in_rounds and not has_no_encoding(connection)  # whose bytes the stream alone brings as they are
+            far = catchup.round_end(connection, self.stream.slot, self._position(), catchup.FAR_BYTES) if in_rounds else None
         with closing(connect(self.dsn, name, replication=True)) as connection:
             replication = Replication(connection, self.dsn)
             with speaking_to(self.dsn, "starting the change stream"):
@@ -111,46 +111,46 @@ class SlotRun:
         with closing(connect(self.dsn, application_name(self.spec.name, "capture"))) as connection:
             return column_numbers(connection, self.tables)
 
-    def _read_backlog(self, upto: int | None, generated: Generated) -> None:
-        """Bring what is far behind into the spool, turn by turn, the first one up to `upto`, until the stream may take over.
+    def _catch_up(self, upto: int | None, generated: Generated) -> None:
+        """Bring what is far behind into the spool, round by round, the first one up to `upto`, until the stream may take over.
 
         Where the server refuses, for whatever reason, the stream brings it: that says what is wrong with the slot, if anything is.
         """
-        log.info("reading the backlog of slot %s from %s", self.stream.slot, format_lsn(self.intake.durable))
-        with speaking_to(self.dsn, "reading the backlog"), catchup.reading(self.dsn, self.spec.name, self.stream) as reader:
+        log.info("catching up of slot %s from %s", self.stream.slot, format_lsn(self.intake.durable))
+        with speaking_to(self.dsn, "catching up"), catchup.reading(self.dsn, self.spec.name, self.stream) as reader:
             try:
                 while upto is not None:
-                    self._turn(reader, upto, generated)
+                    self._round(reader, upto, generated)
                     if self._ended():
-                        break  # the turn may be broken off
-                    upto = catchup.turn(reader.connection, self.stream.slot, self._position(), catchup.NEAR_BYTES)
+                        break  # the round may be broken off
+                    upto = catchup.round_end(reader.connection, self.stream.slot, self._position(), catchup.NEAR_BYTES)
             except psycopg.Error as error:
                 if not catchup.refused(error):
                     raise
-                log.warning("the backlog can't be read by turns, the stream brings it: %s", str(error).splitlines()[0])
-                self.by_turns = False
+                log.warning("the slot can't be caught up with in rounds, the stream brings it: %s", str(error).splitlines()[0])
+                self.in_rounds = False
 
-    def _turn(self, reader: Backlog, upto: int, generated: Generated) -> None:
-        """Bring a turn into the spool, and then let the server forget it; one that is broken off is read again."""
+    def _round(self, reader: CatchupReader, upto: int, generated: Generated) -> None:
+        """Bring a round into the spool, and then let the server forget it; one that is broken off is read again."""
         assembler = self._assembler(generated)
         with self._decoding(), closing(reader.read(upto)) as parts:
             for messages in parts:
                 if messages is not None:
                     self._took(assembler, messages)
-                    failpoints.reach("backlog-read", format_lsn(self.intake.durable))
+                    failpoints.reach("catchup-read", format_lsn(self.intake.durable))
                 if self.intake.due:
                     self._flush(assembler)
                 if self.stop.is_set():  # else to its end, which is near, so that it is acknowledged and never read again
                     return
                 self._watch_now_and_then(reader)
             if assembler.open is not None:
-                raise pgoutput.MalformedMessage("a turn of the backlog that ends inside a transaction")
+                raise pgoutput.MalformedMessage("a round of catch-up that ends inside a transaction")
         self.intake.passed(upto)
         self._flush(assembler)
         self.patience.answered()
-        failpoints.reach("backlog-durable", format_lsn(self.intake.durable))
+        failpoints.reach("catchup-durable", format_lsn(self.intake.durable))
         reader.acknowledge(acknowledged(self.intake.durable, upto))
-        failpoints.reach("backlog-acknowledged", format_lsn(self.intake.durable))
+        failpoints.reach("catchup-acknowledged", format_lsn(self.intake.durable))
 
     def _stream(self, replication: Replication, generated: Generated) -> None:
         """Follow the stream from where the spool ends until the run is ended."""
@@ -159,7 +159,7 @@ class SlotRun:
         with speaking_to(self.dsn, "starting the change stream"):
             replication.start(self.stream, self._position())
         self.result.connections += 1
-        self.answer_at, self.by_turns = 0.0, True
+        self.answer_at, self.in_rounds = 0.0, True
         log.info("following slot %s from %s", self.stream.slot, format_lsn(self.intake.durable))
         last = False
         while not last:
@@ -221,7 +221,7 @@ class SlotRun:
             log.warning("%s", alarm)
         self.watch_at = time.monotonic() + writer.WATCH_SECONDS
 
-    def _watch_now_and_then(self, reader: Backlog | None = None) -> None:
+    def _watch_now_and_then(self, reader: CatchupReader | None = None) -> None:
         if time.monotonic() >= self.watch_at:
             with closing(connect(self.dsn, application_name(self.spec.name, "capture"))) as connection:
                 self._watch(connection)

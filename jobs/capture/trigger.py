@@ -1,9 +1,9 @@
-"""Capture by a trigger log: window after window brought into the spool, each once and whole, with the guarantees of the slot.
+"""Capture by a trigger log: tick after tick brought into the spool, each once and whole, with the guarantees of the slot.
 
-A window is on record in the source, with its snapshot, before its first event is spooled; the spool's end names the last one that
+A tick is on record in the source, with its snapshot, before its first event is spooled; the spool's end names the last one that
 is durable, and only what that one shows is taken out of the log. So a kill at any point loses nothing and repeats nothing: the next
-run reads the same window again and leaves out what the spool holds of it. A window of any size passes through by parts. A table
-that no longer looks as it was prepared gets an event that says so before the window's changes, of which its own are left out, while
+run reads the same tick again and leaves out what the spool holds of it. A tick of any size passes through by parts. A table
+that no longer looks as it was prepared gets an event that says so before the tick's changes, of which its own are left out, while
 the others go on. Runs on one machine, without Spark.
 """
 
@@ -27,7 +27,7 @@ from changeover.jobs.decode.transactions import ADDED_ANEW, added_anew, addition
 from changeover.jobs.guarantee.assumptions import Moment
 from changeover.jobs.ledger.records import SourceColumn
 from changeover.jobs.source import ticks, triggerlog
-from changeover.jobs.source.ticks import Row, Seen, Window
+from changeover.jobs.source.ticks import Row, Seen, Tick
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.spool import writer
 from changeover.jobs.spool.events import ADDED, RELATION, Event, Image
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class LogRun:
-    """One run of capture: session after session, and window after window in each."""
+    """One run of capture: session after session, and tick after tick in each."""
 
     def __init__(
         self, spec: Spec, feed: Feed, stop: threading.Event, until: Callable[[], bool], patience: float, result: CaptureResult
@@ -79,7 +79,7 @@ class LogRun:
             self._ask(Moment.CONNECT, connection)
             with speaking_to(self.dsn, "checking the trigger log"):
                 ticks.require(connection, self.stream, self.log, self._durable())
-                ticks.prune(connection, self.log, ticks.windows(connection, self.log, self._durable())[0])
+                ticks.prune(connection, self.log, ticks.ticks(connection, self.log, self._durable())[0])
             self.result.connections += 1
             log.info("following the trigger log %s from %s", self.log, format_lsn(self._durable()))
             yield connection
@@ -90,14 +90,14 @@ class LogRun:
     def _follow(self, connection: Connection) -> None:
         with speaking_to(self.dsn, "reading the trigger log"):
             try:
-                self._windows(connection)
+                self._ticks(connection)
             except psycopg.errors.UndefinedTable as error:
                 raise SourceChanged("trigger log", str(self.log), "missing") from error
 
-    def _windows(self, connection: Connection) -> None:
-        last = ticks.windows(connection, self.log, self._durable())[0]
+    def _ticks(self, connection: Connection) -> None:
+        last = ticks.ticks(connection, self.log, self._durable())[0]
         while True:
-            following = ticks.windows(connection, self.log, last.end + 1)
+            following = ticks.ticks(connection, self.log, last.end + 1)
             self.patience.answered()
             if following:
                 self._spool(connection, last, following[0])
@@ -114,14 +114,14 @@ class LogRun:
             else:
                 self.stop.wait(POLL_SECONDS)
 
-    def _spool(self, connection: Connection, last: Window, window: Window) -> None:
-        """Bring a window into the spool, by parts where it is large; only the last of them moves the spool's end."""
+    def _spool(self, connection: Connection, last: Tick, tick: Tick) -> None:
+        """Bring a tick into the spool, by parts where it is large; only the last of them moves the spool's end."""
         batch: list[Event] = []
         size = 0
         xids = set()
         held = self.spool.held()
-        with ticks.reading(connection, self.log, last, window) as rows:
-            for event, length in self._events(rows, last, window):
+        with ticks.reading(connection, self.log, last, tick) as rows:
+            for event, length in self._events(rows, last, tick):
                 if (event.lsn, event.ordinal) > held:
                     batch.append(event)
                     size += length
@@ -129,13 +129,13 @@ class LogRun:
                 if len(batch) >= BATCH_EVENTS or size >= writer.BATCH_BYTES:
                     self.intake.append(batch, last.end)
                     batch, size = [], 0
-        self.intake.append(batch, window.end)
+        self.intake.append(batch, tick.end)
         self.result.transactions += len(xids)
 
-    def _events(self, rows: Iterable[Row], last: Window, window: Window) -> Iterator[tuple[Event, int]]:
-        """Yield a window's events, each with the length of its texts: how tables have changed, then the log's rows in order."""
-        at = int(window.at.timestamp() * 1_000_000)
-        for source, seen in zip(self.sources, window.tables, strict=True):
+    def _events(self, rows: Iterable[Row], last: Tick, tick: Tick) -> Iterator[tuple[Event, int]]:
+        """Yield a tick's events, each with the length of its texts: how tables have changed, then the log's rows in order."""
+        at = int(tick.at.timestamp() * 1_000_000)
+        for source, seen in zip(self.sources, tick.tables, strict=True):
             if told := source.look(seen):
                 op, note = told
                 yield Event(source.name, last.end, -1, op, None, None, (), 0, at, note), 0

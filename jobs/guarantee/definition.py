@@ -94,7 +94,7 @@ FROM parts p JOIN pg_class c ON c.oid = p.oid
 LOGGED = """
 SELECT 'log', c.oid::regclass::text, 0::bigint, c.oid::bigint, c.oid::text,
     jsonb_build_object('persistence', c.relpersistence, 'filtered', row_security_active(c.oid))
-FROM pg_class c WHERE c.oid IN (to_regclass(%(rows)s), to_regclass(%(windows)s))
+FROM pg_class c WHERE c.oid IN (to_regclass(%(rows)s), to_regclass(%(ticks)s))
 UNION ALL SELECT 'trigger', t.tgname || ' on ' || t.tgrelid::bigint, t.tgrelid::bigint, t.tgrelid::bigint,
     concat_ws('/', t.oid, t.xmin, f.oid, f.xmin), jsonb_build_object('enabled', t.tgenabled)
 FROM pg_trigger t JOIN pg_proc f ON f.oid = t.tgfoid WHERE t.tgrelid = ANY (%(tables)s::oid[]) AND t.tgname = ANY (%(triggers)s)
@@ -132,7 +132,7 @@ def of_log(connection: Connection, log: Log, tables: Mapping[int, str]) -> tuple
     """Return what a trigger log, its triggers and their functions are now, and the keys of tables."""
     asked = {
         "rows": log.rows.as_string(connection),
-        "windows": log.windows.as_string(connection),
+        "ticks": log.ticks.as_string(connection),
         "tables": list(tables),
         "triggers": [log.trigger + suffix for suffix, _, _ in TRIGGERS],
     }

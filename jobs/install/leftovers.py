@@ -22,7 +22,7 @@ from changeover.stores.postgres.gate import our_name
 SESSION = "session "
 SESSION_SECONDS = 5.0
 
-KINDS = ("touched", "gate", "refuse", "floor")
+KINDS = ("versions", "gate", "refuse", "floor")
 """What stands beside a table of the user's in our schema."""
 
 LEFTOVERS = """
@@ -70,7 +70,7 @@ def _left(spec: Spec) -> list[str]:
 def _of_old(old: Connection, spec: Spec) -> list[str]:
     log = Log(spec.name)
     ours = [our_name(kind, *table.source_name) for table in spec.tables for kind in KINDS]
-    ours += [f"capture_log_{spec.name}", f"capture_window_{spec.name}", *(["gate"] if _floors_are_ours(old, spec) else [])]
+    ours += [f"capture_log_{spec.name}", f"capture_tick_{spec.name}", *(["gate"] if _floors_are_ours(old, spec) else [])]
     asked = {
         "slot": spec.slot, "logging": [log.trigger + suffix for suffix, _, _ in TRIGGERS],
         "tables": [sql.Identifier(*table.source_name).as_string(old) for table in spec.tables],

@@ -56,7 +56,7 @@ def open_stream(spec: Spec, found: Preflight) -> Opened:
 
 
 def _open_log(spec: Spec, keys: Sequence[Sequence[str]]) -> Opened:
-    """Make the trigger log, see what it is, then its first window, whose snapshot keepers hold."""
+    """Make the trigger log, see what it is, then its first tick, whose snapshot keepers hold."""
     dsn = spec.source.dsn.resolve()
     application = application_name(spec.name, "prepare")
     log = triggerlog.Log(spec.name)

@@ -20,7 +20,7 @@ from changeover.tenants import EVERY, Tenants
 FOR_EVER = 2**63 - 1
 
 
-class Tenure(NamedTuple):
+class AuthorityEpoch(NamedTuple):
     """A tenant's authority of one store: the epoch, and the commit LSNs since <= lsn < until in that store's own log."""
 
     tenant: str
@@ -40,25 +40,25 @@ class Standing(Enum):
     """Somebody's write to a store without authority: kept and alarmed, never offered, never dropped."""
 
 
-def epoch_of(log: Iterable[Tenure], tenant: str, store: str, lsn: int) -> int | None:
+def epoch_of(log: Iterable[AuthorityEpoch], tenant: str, store: str, lsn: int) -> int | None:
     """Return the epoch under which a store had authority over a tenant at a place in its log, or None where it had none."""
     return next((t.epoch for t in log if (t.tenant, t.store) == (tenant, store) and t.since <= lsn < t.until), None)
 
 
-def standing(log: Iterable[Tenure], tenant: str, store: str, lsn: int, marked: bool) -> Standing:
+def standing(log: Iterable[AuthorityEpoch], tenant: str, store: str, lsn: int, marked: bool) -> Standing:
     """Return what an event is, by its place and by whether its transaction carries the mark of our own writes."""
     if marked:
         return Standing.ECHO
     return Standing.ROGUE if epoch_of(log, tenant, store, lsn) is None else Standing.OFFERED
 
 
-def stamped(log: Iterable[Tenure], tenant: str, store: str, version: Version) -> Version | None:
+def stamped(log: Iterable[AuthorityEpoch], tenant: str, store: str, version: Version) -> Version | None:
     """Return an event's version with the epoch that the log gives it, or None where it is never offered."""
     epoch = epoch_of(log, tenant, store, version.lsn)
     return None if epoch is None else version._replace(epoch=epoch)
 
 
-def moved(log: Iterable[Tenure], tenant: str, to: str, epoch: int, fence: int, since: int) -> tuple[Tenure, ...]:
+def moved(log: Iterable[AuthorityEpoch], tenant: str, to: str, epoch: int, fence: int, since: int) -> tuple[AuthorityEpoch, ...]:
     """Return the log after a tenant's authority has moved: it ends at `fence` in the losing log, begins at `since` in the other.
 
     The epoch is a later one, and `position.epoch_floor` of it the tenant's floor in the gaining store.
@@ -66,7 +66,7 @@ def moved(log: Iterable[Tenure], tenant: str, to: str, epoch: int, fence: int, s
     entries = list(log)
     last = max((t for t in entries if t.tenant == tenant), key=lambda t: t.epoch)
     entries[entries.index(last)] = last._replace(until=fence)
-    return (*entries, Tenure(tenant, epoch, to, since))
+    return (*entries, AuthorityEpoch(tenant, epoch, to, since))
 
 
 EVERYTHING = ""
@@ -100,31 +100,31 @@ def named(changes: Iterable[Authority]) -> frozenset[str]:
     return frozenset(name for change in changes for name in change.tenants or ())
 
 
-def tenures(changes: Iterable[Authority], tenant: str = EVERYTHING) -> tuple[Tenure, ...]:
+def authority_epochs(changes: Iterable[Authority], tenant: str = EVERYTHING) -> tuple[AuthorityEpoch, ...]:
     """Return a tenant's authority log of both stores, first to last, from the moves on record.
 
     A move without names is one of all rows, of which those that are there already have nothing to do; from the old store to the
     old store it may be a new epoch of the tables as well: nothing from before it counts.
     """
-    log: tuple[Tenure, ...] = (Tenure(tenant, 0, OLD, 0),)
+    log: tuple[AuthorityEpoch, ...] = (AuthorityEpoch(tenant, 0, OLD, 0),)
     for change in changes:
         if change.tenants is not None and tenant not in change.tenants:
             continue
         if change.anew:
-            log = (Tenure(tenant, change.epoch, OLD, 0),)
+            log = (AuthorityEpoch(tenant, change.epoch, OLD, 0),)
         elif change.store != log[-1].store:
             places = {OLD: change.from_lsn, NEW: change.new_lsn}
             log = moved(log, tenant, change.store, change.epoch, places[log[-1].store], places[change.store])
     return log
 
 
-def shares(changes: Sequence[Authority]) -> dict[Tenure, Tenants]:
-    """Return who has authority now: each present tenure, its tenant left out, and the tenants whose it is (pure)."""
+def shares(changes: Sequence[Authority]) -> dict[AuthorityEpoch, Tenants]:
+    """Return who has authority now: each present epoch, its tenant left out, and the tenants whose it is (pure)."""
     names = named(changes)
-    found: dict[Tenure, set[str]] = {}
+    found: dict[AuthorityEpoch, set[str]] = {}
     for tenant, alike in _alike(changes).items():
-        found.setdefault(tenures(changes, tenant)[-1]._replace(tenant=EVERYTHING), set()).update(alike)
-    return {tenure: _together(tenants, names) for tenure, tenants in found.items()}
+        found.setdefault(authority_epochs(changes, tenant)[-1]._replace(tenant=EVERYTHING), set()).update(alike)
+    return {period: _together(tenants, names) for period, tenants in found.items()}
 
 
 def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None) -> Tenants | None:
@@ -140,7 +140,7 @@ def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None)
 
 def epochs_of(changes: Sequence[Authority], store: str) -> dict[int, int]:
     """Return the epochs in which a store had authority over anything, and where in its log each began (pure)."""
-    return {t.epoch: t.since for tenant in _alike(changes) for t in tenures(changes, tenant) if t.store == store}
+    return {t.epoch: t.since for tenant in _alike(changes) for t in authority_epochs(changes, tenant) if t.store == store}
 
 
 def _alike(changes: Iterable[Authority]) -> dict[str, set[str]]:
@@ -155,8 +155,8 @@ def _alike(changes: Iterable[Authority]) -> dict[str, set[str]]:
     return {EVERYTHING if EVERYTHING in names else min(names): names for names in alike.values()}
 
 
-def _logs(changes: Sequence[Authority]) -> list[tuple[tuple[Tenure, ...], set[str]]]:
-    return [(tenures(changes, one), alike) for one, alike in _alike(changes).items()]
+def _logs(changes: Sequence[Authority]) -> list[tuple[tuple[AuthorityEpoch, ...], set[str]]]:
+    return [(authority_epochs(changes, one), alike) for one, alike in _alike(changes).items()]
 
 
 def _together(tenants: Collection[str], names: frozenset[str]) -> Tenants:
@@ -165,7 +165,7 @@ def _together(tenants: Collection[str], names: frozenset[str]) -> Tenants:
     return Tenants(names - chosen) if EVERYTHING in tenants else Tenants(chosen, others=False)
 
 
-def histories(changes: Sequence[Authority]) -> list[tuple[tuple[Tenure, ...], Tenants]]:
+def histories(changes: Sequence[Authority]) -> list[tuple[tuple[AuthorityEpoch, ...], Tenants]]:
     """Return each authority log that there is and the tenants that share it (pure)."""
     names = named(changes)
     return [(log, _together(alike, names)) for log, alike in _logs(changes)]
@@ -190,13 +190,13 @@ def absences(
     return found
 
 
-def without(log: Sequence[Tenure], store: str, since: int) -> list[tuple[int, int]]:
+def without(log: Sequence[AuthorityEpoch], store: str, since: int) -> list[tuple[int, int]]:
     """Return where in a store's log, from `since` on, it had no authority: whatever is there and is not ours is a rogue write."""
     gaps = []
-    for tenure in (t for t in log if t.store == store):
-        if tenure.since > since:
-            gaps.append((since, tenure.since))
-        since = max(since, tenure.until)
+    for period in (t for t in log if t.store == store):
+        if period.since > since:
+            gaps.append((since, period.since))
+        since = max(since, period.until)
     return [*gaps, (since, FOR_EVER)] if since < FOR_EVER else gaps
 
 
@@ -233,15 +233,15 @@ def offered_intervals(
     itself. Any other target gets those that are carried; one that is not, it learns by the echo in the old store's stream once
     authority is back, because then the old store is the truth again.
     """
-    log = tenures(changes, tenant)
+    log = authority_epochs(changes, tenant)
     intervals = []
-    for before, tenure, after in zip([None, *log], log, [*log[1:], None], strict=False):
-        if tenure.store == OLD:
-            intervals.append(Interval(tenure.epoch, tenure.since, tenure.until))
+    for before, period, after in zip([None, *log], log, [*log[1:], None], strict=False):
+        if period.store == OLD:
+            intervals.append(Interval(period.epoch, period.since, period.until))
         elif takes_over:
             continue
-        elif tenure.epoch in carried:
-            intervals.append(Interval(tenure.epoch, tenure.since, tenure.until, NEW))
+        elif period.epoch in carried:
+            intervals.append(Interval(period.epoch, period.since, period.until, NEW))
         elif after is not None:
             assert before is not None  # the old store had authority first
             # stamped as what follows it in the same log: a part of the epoch may have come from the other log, at other positions

@@ -21,8 +21,8 @@ LOW_SHARE = 0.25
 """Share of max_slot_wal_keep_size below which what is left of it is an alarm."""
 
 
-BACKLOG = "backlog"
-"""The step in the application name of the session that reads a slot's backlog."""
+CATCHUP = "catchup"
+"""The step in the application name of the session that reads what a slot is behind by."""
 
 SLOT_STATE = """
 SELECT pg_current_wal_insert_lsn()::text, CASE WHEN s.slot_name IS NULL THEN 'missing' WHEN s.wal_status = 'lost' THEN 'lost'
@@ -35,9 +35,9 @@ FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s
 def slot_state(connection: Connection, migration: str, slot: str) -> tuple[str, str, int | None]:
     """Return the store's position, the slot's state, and the bytes of WAL that it keeps.
 
-    The state is missing, lost, active or inactive; a slot is active too between two turns of its backlog, where it is at rest.
+    The state is missing, lost, active or inactive; a slot is active too between two rounds of catch-up, where it is at rest.
     """
-    row = connection.execute(SLOT_STATE, [application_name(migration, BACKLOG), slot]).fetchone()
+    row = connection.execute(SLOT_STATE, [application_name(migration, CATCHUP), slot]).fetchone()
     assert row is not None
     return row[0], row[1], row[2]
 

@@ -1,19 +1,19 @@
-"""Ticks: in which order a trigger log is read, window by window, so that each commit comes once and every position has one meaning.
+"""Ticks: in which order a trigger log is read, tick by tick, so that each commit comes once and every position has one meaning.
 
-A window is the log's rows of the transactions that one snapshot shows and the window before it does not: each commit is in
-exactly one, however late it comes (`sequence > last` would lose those that commit out of order). A window's end is what PgQ calls
+A tick is the log's rows of the transactions that one snapshot shows and the tick before it does not: each commit is in
+exactly one, however late it comes (`sequence > last` would lose those that commit out of order). A tick's end is what PgQ calls
 a tick, whose way to read a log it is. Positions are LSNs, so whoever asks the spool for one is answered as from a slot.
 
-Window n is recorded, under a lock and flushed, with its snapshot S(n) and its end E(n), one byte below P(n), the insert LSN read
-before S(n) was taken; its events stand at the end of the window before, E(n-1), in the order of the log's sequence. Hence, for an
-event e of window n:
+Tick n is recorded, under a lock and flushed, with its snapshot S(n) and its end E(n), one byte below P(n), the insert LSN read
+before S(n) was taken; its events stand at the end of the tick before, E(n-1), in the order of the log's sequence. Hence, for an
+event e of tick n:
 
 - *Complete.* Where X was read after e was visible and the spool ends at E(m) >= X, P(m) was read after X, so S(m) shows e, and
   n <= m: e is in the spool. S(n-1) hides e, so P(n-1) was read before X, and e stands at E(n-1) < X.
-- *Ordered.* A row's later write waits for the earlier one's commit: it is in a later window, or in the same with a higher sequence.
-- *Exact.* The first window's snapshot is the one that is loaded, and a verification's is the one that it compares. Ends grow,
-  because the record of a window is itself in the log of the server before the next P is read.
-- *Below its own event.* A dual write bears the newest window's end W that it can see. That window's snapshot hides its own
+- *Ordered.* A row's later write waits for the earlier one's commit: it is in a later tick, or in the same with a higher sequence.
+- *Exact.* The first tick's snapshot is the one that is loaded, and a verification's is the one that it compares. Ends grow,
+  because the record of a tick is itself in the log of the server before the next P is read.
+- *Below its own event.* A dual write bears the newest tick's end W that it can see. That tick's snapshot hides its own
   transaction, whose event therefore stands at W or above and wins: whatever order they come in, each key ends as its last event.
 """
 
@@ -45,7 +45,7 @@ SESSION = {
 
 @dataclass(frozen=True)
 class Seen:
-    """A source table as a window's snapshot shows it, None for one that is gone; whether its triggers always fire.
+    """A source table as a tick's snapshot shows it, None for one that is gone; whether its triggers always fire.
 
     `numbers` are those of its columns by name.
     """
@@ -56,8 +56,8 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Window:
-    """One window: its end, the snapshot, how the tables look in it, when it was recorded."""
+class Tick:
+    """One tick: its end, the snapshot, how the tables look in it, when it was recorded."""
 
     end: int
     snapshot: str
@@ -78,7 +78,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Aligned:
-    """A window whose snapshot is held: its end, the session that holds the snapshot, and the snapshot for others to import."""
+    """A tick whose snapshot is held: its end, the session that holds the snapshot, and the snapshot for others to import."""
 
     end: int
     holder: Connection
@@ -101,10 +101,10 @@ SELECT pg_current_snapshot()::text, (SELECT jsonb_agg(jsonb_build_object('oid', 
 
 @contextmanager
 def _opened(connection: Connection, log: Log, sources: Sequence[tuple[str, str]] = ()) -> Iterator[tuple[int, list[int]]]:
-    """Begin a window, alone: yield its end and the tables' oids; what the block does comes after the position was read."""
+    """Begin a tick, alone: yield its end and the tables' oids; what the block does comes after the position was read."""
     named = [sql.Identifier(*one).as_string(connection) for one in sources]
     with connection.transaction():
-        connection.execute(sql.SQL("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE").format(log.windows))
+        connection.execute(sql.SQL("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE").format(log.ticks))
         oids = (
             connection.execute(
                 "SELECT name::regclass::oid::bigint FROM unnest(%s::text[]) WITH ORDINALITY AS one(name, place) ORDER BY place",
@@ -114,7 +114,7 @@ def _opened(connection: Connection, log: Log, sources: Sequence[tuple[str, str]]
                 sql.SQL(
                     "SELECT (one -> 'oid')::bigint FROM (SELECT tables FROM {} ORDER BY \"end\" DESC LIMIT 1) last,"
                     " jsonb_array_elements(tables) WITH ORDINALITY AS each(one, place) ORDER BY place"
-                ).format(log.windows)
+                ).format(log.ticks)
             ).fetchall()
         )
         row = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
@@ -132,13 +132,13 @@ def _look(connection: Connection, log: Log, oids: Sequence[int]) -> tuple[str, s
 
 def _record(connection: Connection, log: Log, end: int, snapshot: str, tables: str) -> None:
     connection.execute(
-        sql.SQL('INSERT INTO {} ("end", snapshot, tables) VALUES (%s, %s, %s)').format(log.windows),
+        sql.SQL('INSERT INTO {} ("end", snapshot, tables) VALUES (%s, %s, %s)').format(log.ticks),
         [format_lsn(end), snapshot, tables],
     )
 
 
 def cut(connection: Connection, log: Log) -> int:
-    """Record a window of this moment (a session by `log_session`, outside a transaction); return its end.
+    """Record a tick of this moment (a session by `log_session`, outside a transaction); return its end.
 
     What is visible now stands below the end, and whatever commits later at the end or above it.
     """
@@ -149,12 +149,12 @@ def cut(connection: Connection, log: Log) -> int:
 
 @contextmanager
 def aligned(dsn: str, application: str, log: Log, sources: Sequence[tuple[str, str]] = ()) -> Iterator[Aligned]:
-    """Record a window and hold its snapshot for others to import (driver); `sources` name the tables of the very first window.
+    """Record a tick and hold its snapshot for others to import (driver); `sources` name the tables of the very first tick.
 
-    What is in the spool below the window's end is then exactly what the snapshot shows beyond the first one.
+    What is in the spool below the tick's end is then exactly what the snapshot shows beyond the first one.
     """
     with log_session(dsn, application) as connection, ExitStack() as held:
-        with speaking_to(dsn, "recording a window of the trigger log"), _opened(connection, log, sources) as (end, oids):
+        with speaking_to(dsn, "recording a tick of the trigger log"), _opened(connection, log, sources) as (end, oids):
             holder, exported = held.enter_context(exporting(dsn, application))
             _record(connection, log, end, *_look(holder, log, oids))
         yield Aligned(end, holder, exported)
@@ -162,20 +162,20 @@ def aligned(dsn: str, application: str, log: Log, sources: Sequence[tuple[str, s
 
 @contextmanager
 def log_session(dsn: str, application: str) -> Iterator[Connection]:
-    """Open a session that reads the log and records windows."""
+    """Open a session that reads the log and records ticks."""
     with connect(dsn, application, settings=SESSION) as connection:
         yield connection
 
 
-def windows(connection: Connection, log: Log, since: int) -> list[Window]:
-    """Return the windows that end at `since` or later, in order: that of positions, which their texts do not have."""
+def ticks(connection: Connection, log: Log, since: int) -> list[Tick]:
+    """Return the ticks that end at `since` or later, in order: that of positions, which their texts do not have."""
     rows = connection.execute(
         sql.SQL(
             'SELECT w."end"::text, w.snapshot::text, w.tables, w.at FROM {} w WHERE w."end" >= %s::pg_lsn ORDER BY w."end"'
-        ).format(log.windows),
+        ).format(log.ticks),
         [format_lsn(since)],
     ).fetchall()
-    return [Window(parse_lsn(row[0]), row[1], tuple(map(_seen, row[2])), row[3]) for row in rows]
+    return [Tick(parse_lsn(row[0]), row[1], tuple(map(_seen, row[2])), row[3]) for row in rows]
 
 
 def _seen(told: dict[str, Any]) -> Seen:
@@ -193,7 +193,7 @@ SELECT xid::text::bigint, tab, op::text, convert_to(image, {encoding}), convert_
 WHERE (xid >= %(next)s::text::xid8 OR xid = ANY (%(running)s::text[]::xid8[])) AND pg_visible_in_snapshot(xid, %(now)s::pg_snapshot)
 ORDER BY seq
 """
-"""A window's rows: what the snapshot before it did not show is what began later or was running then.
+"""A tick's rows: what the snapshot before it did not show is what began later or was running then.
 
 Images come as bytes, in UTF-8 where the server has an encoding: what is no text there is told of its table.
 """
@@ -205,18 +205,18 @@ def _bounds(before: str, now: str) -> dict[str, Any]:
 
 
 @contextmanager
-def reading(connection: Connection, log: Log, before: Window, window: Window) -> Iterator[Iterable[Row]]:
-    """Yield a window's rows in the log's order, the same ones each time."""
-    assert contains(window.snapshot, before.snapshot), (before, window)
-    with connection.transaction(), connection.cursor("changeover_window", row_factory=args_row(Row)) as cursor:
+def reading(connection: Connection, log: Log, before: Tick, tick: Tick) -> Iterator[Iterable[Row]]:
+    """Yield a tick's rows in the log's order, the same ones each time."""
+    assert contains(tick.snapshot, before.snapshot), (before, tick)
+    with connection.transaction(), connection.cursor("changeover_tick", row_factory=args_row(Row)) as cursor:
         cursor.itersize = 2000
         encoding = sql.Literal("SQL_ASCII" if has_no_encoding(connection) else "UTF8")
-        cursor.execute(sql.SQL(ROWS).format(rows=log.rows, encoding=encoding), _bounds(before.snapshot, window.snapshot))
+        cursor.execute(sql.SQL(ROWS).format(rows=log.rows, encoding=encoding), _bounds(before.snapshot, tick.snapshot))
         yield cursor
 
 
-def waiting(connection: Connection, log: Log, last: Window) -> tuple[bool, int]:
-    """Return whether the log holds what the last window did not show, and the source's position."""
+def waiting(connection: Connection, log: Log, last: Tick) -> tuple[bool, int]:
+    """Return whether the log holds what the last tick did not show, and the source's position."""
     bounds = _bounds(last.snapshot, last.snapshot)
     row = connection.execute(
         sql.SQL(
@@ -229,15 +229,15 @@ def waiting(connection: Connection, log: Log, last: Window) -> tuple[bool, int]:
     return row[0], parse_lsn(row[1])
 
 
-def prune(connection: Connection, log: Log, window: Window, before: Window | None = None) -> None:
-    """Delete what a window shows, and the windows before it: the caller has it durably. `before` spares a look at all."""
+def prune(connection: Connection, log: Log, tick: Tick, before: Tick | None = None) -> None:
+    """Delete what a tick shows, and the ticks before it: the caller has it durably. `before` spares a look at all."""
     statement = sql.SQL("DELETE FROM {rows} WHERE {own} pg_visible_in_snapshot(xid, %(now)s::pg_snapshot)").format(
         rows=log.rows,
         own=sql.SQL("(xid >= %(next)s::text::xid8 OR xid = ANY (%(running)s::text[]::xid8[])) AND" if before else ""),
     )
     with connection.transaction():
-        connection.execute(statement, _bounds((before or window).snapshot, window.snapshot))
-        connection.execute(sql.SQL('DELETE FROM {} WHERE "end" < %s::pg_lsn').format(log.windows), [format_lsn(window.end)])
+        connection.execute(statement, _bounds((before or tick).snapshot, tick.snapshot))
+        connection.execute(sql.SQL('DELETE FROM {} WHERE "end" < %s::pg_lsn').format(log.ticks), [format_lsn(tick.end)])
 
 
 # -- what must still be true
@@ -260,8 +260,8 @@ def require(connection: Connection, stream: Stream, log: Log, durable: int) -> N
             raise SourceChanged(what, str(prepared), str(now))
     if not exists(connection, log):
         raise SourceChanged("trigger log", str(log), "missing")
-    found = windows(connection, log, 0)
-    if not any(window.end == durable for window in found):
+    found = ticks(connection, log, 0)
+    if not any(tick.end == durable for tick in found):
         raise SpoolGap(format_lsn(found[0].end) if found else "everything", format_lsn(durable))
 
 

@@ -37,9 +37,9 @@ class Log:
         return sql.Identifier("changeover", f"capture_log_{self.migration}")
 
     @property
-    def windows(self) -> sql.Identifier:
-        """Return the table of windows."""
-        return sql.Identifier("changeover", f"capture_window_{self.migration}")
+    def ticks(self) -> sql.Identifier:
+        """Return the table of ticks."""
+        return sql.Identifier("changeover", f"capture_tick_{self.migration}")
 
     def function(self, place: int) -> sql.Identifier:
         """Return the function of the triggers on the spec's table at a place."""
@@ -61,11 +61,11 @@ CREATE TABLE {rows} (
     op "char" NOT NULL, image text, gone text, note text DEFAULT nullif(current_setting('changeover.ours', true), ''))
     WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000);
 CREATE INDEX ON {rows} (xid);
-CREATE TABLE {windows} (
+CREATE TABLE {ticks} (
     "end" pg_lsn PRIMARY KEY, snapshot pg_snapshot NOT NULL, tables jsonb NOT NULL,
     at timestamptz NOT NULL DEFAULT clock_timestamp());
 GRANT USAGE ON SCHEMA changeover TO PUBLIC;
-GRANT SELECT ON {windows} TO PUBLIC
+GRANT SELECT ON {ticks} TO PUBLIC
 """
 
 BODY = """
@@ -114,14 +114,14 @@ TRIGGERS = (("", "INSERT OR UPDATE OR DELETE", "ROW"), ("_truncate", "TRUNCATE",
 
 
 def install(connection: Connection, spec: Spec, keys: Sequence[Sequence[str]]) -> None:
-    """Make log, windows and triggers in the source; `keys` are the tables' own. Locks are asked for briefly, table by table.
+    """Make log, ticks and triggers in the source; `keys` are the tables' own. Locks are asked for briefly, table by table.
 
     Creating a trigger waits for the transactions that wrote without it, so each of those is visible in a snapshot taken later.
     """
     log = Log(spec.name)
     with connection.transaction():
         for statement in TABLES.strip().split(";\n"):
-            connection.execute(sql.SQL(statement).format(rows=log.rows, windows=log.windows))
+            connection.execute(sql.SQL(statement).format(rows=log.rows, ticks=log.ticks))
     for place, (table, key) in enumerate(zip(spec.tables, keys, strict=True)):
         statements = [_function(connection, log, place, table.source_name, key), *_triggers(log, place, table.source_name)]
         _patiently(connection, f"lock for the triggers on {table.source}", statements)
@@ -168,7 +168,7 @@ def _patiently(connection: Connection, wanted: str, statements: Sequence[sql.Com
 
 
 def remove(connection: Connection, migration: str) -> list[str]:
-    """Remove triggers, functions, log and windows of a migration, wherever its tables are now; return what was removed."""
+    """Remove triggers, functions, log and ticks of a migration, wherever its tables are now; return what was removed."""
     log = Log(migration)
     removed = []
     names = [log.trigger + suffix for suffix, _, _ in TRIGGERS]
@@ -187,7 +187,7 @@ def remove(connection: Connection, migration: str) -> list[str]:
     ).fetchall()
     drops: list[sql.Composed] = [sql.SQL("DROP FUNCTION {}()").format(sql.Identifier("changeover", name)) for (name,) in functions]
     if exists(connection, log):
-        drops.append(sql.SQL("DROP TABLE {}, {}").format(log.rows, log.windows))
+        drops.append(sql.SQL("DROP TABLE {}, {}").format(log.rows, log.ticks))
         removed.append(f"log {log}")
     _patiently(connection, f"lock to remove {log}", drops)
     if drops and not _logs(connection):

@@ -384,7 +384,7 @@ def show(spec: Spec) -> Shown:
 def advance(
     spec: Spec, *, to: Stage | None = None, override: str | None = None, tenants: Collection[Tenant] | None = None
 ) -> Advanced:
-    """Go one stage up, if the gate's evidence holds.
+    """Go one stage up, if the evidence says that it is ready.
 
     Args:
         spec: The spec.
@@ -402,7 +402,7 @@ def advance(
 
 
 def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanced:
-    """Go one stage down; no gate is asked.
+    """Go one stage down; no evidence is asked for.
 
     Args:
         spec: The spec.
@@ -418,7 +418,7 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
 
 
 def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:
-    """Follow a flag that is turned elsewhere: ask the gate, fence, and write the epoch, until stopped.
+    """Follow a flag that is turned elsewhere: ask for readiness, fence, and write the epoch, until stopped.
 
     Args:
         spec: The spec.

@@ -144,14 +144,14 @@ class TargetNotEmpty(Refused):
 
 
 @dataclass(eq=False)
-class GateClosed(Refused):
+class NotReady(Refused):
     """The evidence for the next stage does not hold."""
 
     stage: str
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"the gate to {self.stage} stays closed: " + "; ".join(self.reasons)
+        return f"not ready for {self.stage}: " + "; ".join(self.reasons)
 
 
 @dataclass(eq=False)

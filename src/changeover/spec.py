@@ -82,8 +82,8 @@ class Check:
 class Table:
     """One table: where it comes from, where it goes, and how a row changes on the way.
 
-    `reverse` are the source's columns as Spark SQL expressions over the target's row, for reverse replication. `sensitive` are source
-    columns whose values are shown nowhere, nor what is computed from them (`changeover.jobs.transform.masking`).
+    `reverse` are the source's columns as Spark SQL expressions over the target's row, for reverse replication. `sensitive` are
+    source columns whose values are shown nowhere, nor what is computed from them (`changeover.jobs.transform.masking`).
     """
 
     source: str
@@ -185,8 +185,8 @@ NOT_CARRIED = {
 def _digest(document: Mapping[str, Any]) -> str:
     """Return the hash of what a migration is.
 
-    Its checks only ask about it, so a query may be corrected midway; its reverse replication begins at the fence, and may be told until then.
-    What is sensitive, who may read the work folder, and which roles the application has, changes no row.
+    Its checks only ask about it, so a query may be corrected midway; its reverse replication begins at the fence, and may be
+    told until then. What is sensitive, who may read the work folder, and which roles the application has, changes no row.
     """
     left_out = ("check", "reverse", "sensitive")
     tables = [{key: value for key, value in table.items() if key not in left_out} for table in document["table"]]

@@ -111,11 +111,11 @@ class Gate:
             batches.apply_batch(cursor, TABLE)
 
     def cells(self) -> Cells:
-        """Return the cells: versions from `touched`, images from the table."""
+        """Return the cells: versions from their table, images from the table."""
         found = self.connection.execute(
             "SELECT k1, k2, t._changeover_epoch, t._changeover_lsn - '0/0'::pg_lsn, t._changeover_ordinal,"
             " t._changeover_deleted, c.of_case IS NOT NULL, v1, v2, v3"
-            ' FROM cases c FULL JOIN changeover."touched_public.cases" t USING (of_case, k1, k2) WHERE of_case = %s',
+            ' FROM cases c FULL JOIN changeover."versions_public.cases" t USING (of_case, k1, k2) WHERE of_case = %s',
             [self.of_case],
         ).fetchall()
         cells: Cells = {}

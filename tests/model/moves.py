@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from typing import Any, NamedTuple, cast
 
 from changeover.jobs.apply.rule import Cell
-from changeover.jobs.ledger.epochs import Section, Tenure, moving, tenures
+from changeover.jobs.ledger.epochs import AuthorityEpoch, Section, authority_epochs, moving
 from changeover.jobs.ledger.records import Authority
 from changeover.position import DUAL_WRITE_ORDINAL, Version, epoch_floor
 from changeover.stores.base.statements import Move
@@ -55,7 +55,7 @@ class Place(NamedTuple):
     """What a store holds for a key: the row, and the version of the last gated write."""
 
     row: str | None = None
-    touched: Version | None = None
+    row_versions: Version | None = None
 
 
 class MoveState(NamedTuple):
@@ -140,10 +140,12 @@ class Moving:
     def _lsn(self, store: int, position: int) -> int:
         return AXIS[store] + 10 * position
 
-    def _write(self, state: MoveState, store: int, tenant: int, entry: Entry, touched: Version | None) -> MoveState:
-        """Write a row and its log entry; a write that is not gated leaves the touched row alone."""
+    def _write(self, state: MoveState, store: int, tenant: int, entry: Entry, row_versions: Version | None) -> MoveState:
+        """Write a row and its log entry; a write that is not gated leaves the row version alone."""
         old = state.places[store][tenant]
-        places = _with(state.places, store, _with(state.places[store], tenant, Place(entry.image, touched or old.touched)))
+        places = _with(
+            state.places, store, _with(state.places[store], tenant, Place(entry.image, row_versions or old.row_versions))
+        )
         logs = _with(state.logs, store, (*state.logs[store], entry)) if store != LAKE else state.logs
         return state._replace(places=places, logs=logs)
 
@@ -168,8 +170,8 @@ class Moving:
 
     def _offer(self, state: MoveState, target: int, key: str, offer: Cell) -> MoveState:
         tenant = self.keys.index(key)
-        touched = state.places[target][tenant].touched
-        if not self.rules.applies(offer.version, touched, state.floors[target][tenant]):
+        row_versions = state.places[target][tenant].row_versions
+        if not self.rules.applies(offer.version, row_versions, state.floors[target][tenant]):
             return state
         entry = Entry(key, cast("str | None", offer.image), True)
         return self._write(state, target, tenant, entry, offer.version)
@@ -278,9 +280,9 @@ def _recorded(changes: tuple[Made, ...]) -> tuple[Authority, ...]:
 
 
 @cache
-def _tenure(changes: tuple[Made, ...], key: str) -> Tenure:
+def _tenure(changes: tuple[Made, ...], key: str) -> AuthorityEpoch:
     """Return a tenant's present tenure."""
-    return tenures(_recorded(changes), key)[-1]
+    return authority_epochs(_recorded(changes), key)[-1]
 
 
 @cache

@@ -23,10 +23,10 @@ Step = tuple[str, "State"]
 
 
 class Stored(NamedTuple):
-    """What the target holds for one key: its row with the version that gave it, and the touched row's version."""
+    """What the target holds for one key: its row with the version that gave it, and the row version's version."""
 
     row: Cell | None = None
-    touched: Version | None = None
+    row_versions: Version | None = None
     peak: Version | None = None
     buried: Version | None = None
     """The highest version that the cell ever had, and the highest delete ever applied: the judge's, no rule sees them."""
@@ -222,7 +222,7 @@ class Offers:
     def _apply(self, state: State, changes: list[Change], read: dict[str, Image]) -> tuple[Stored, ...]:
         """Offer a batch's changes, one a key."""
         held: dict[Key, Held] = {
-            key: Held(cast(Image, stored.row.image), stored.touched)
+            key: Held(cast(Image, stored.row.image), stored.row_versions)
             for key, stored in zip(self.script.keys, state.stored, strict=True)
             if stored.row is not None
         }
@@ -235,15 +235,15 @@ class Offers:
         """Offer to a key through the gate."""
         place = self.places[cast(str, key)]
         old = all_stored[place]
-        cell = None if old.touched is None else Cell(old.touched, None)
+        cell = None if old.row_versions is None else Cell(old.row_versions, None)
         if self.rules.merged(cell, [offer], floor) is not offer:
             return all_stored
         version = offer.version
         peak = version if old.peak is None else max(old.peak, version)
         if offer.image is None:
-            touched = version if self.rules.tombstones else None
+            row_versions = version if self.rules.tombstones else None
             buried = version if old.buried is None else max(old.buried, version)
-            new = Stored(None, touched, peak, buried)
+            new = Stored(None, row_versions, peak, buried)
         else:
             new = Stored(offer, version, peak, old.buried)
         return (*all_stored[:place], new, *all_stored[place + 1 :])
@@ -280,10 +280,10 @@ class Offers:
         for key in self.ranges[number]:
             place = self.places[script.key(key)]
             old = stored[place]
-            if key in rows and old.row is None and rules.image_applies(old.touched, state.floor, script.v0):
-                # as long as the image is stamped v0 the absent touched row says so
-                touched = None if version == script.v0 else version
-                stored[place] = old._replace(row=Cell(version, rows[key]), touched=touched)
+            if key in rows and old.row is None and rules.image_applies(old.row_versions, state.floor, script.v0):
+                # as long as the image is stamped v0 the absent row version says so
+                row_versions = None if version == script.v0 else version
+                stored[place] = old._replace(row=Cell(version, rows[key]), row_versions=row_versions)
         return tuple(stored)
 
     # -- direct writes and maintenance
@@ -310,7 +310,9 @@ class Offers:
             upto = self.collect[state.collected]
             if self.rules.collectable(state.closed, 10 * (state.applied + 1), upto):
                 stored = tuple(
-                    one._replace(touched=None) if one.touched is not None and self.rules.collected(one.touched, upto) else one
+                    one._replace(row_versions=None)
+                    if one.row_versions is not None and self.rules.collected(one.row_versions, upto)
+                    else one
                     for one in state.stored
                 )
                 floor = max(state.floor, upto) if self.rules.collection_floor else state.floor
@@ -324,7 +326,7 @@ class Offers:
         if state.confirmed > state.durable:
             return f"I8: {state.confirmed} was acknowledged and only {state.durable} is durable"
         for key, one in zip(self.script.keys, state.stored, strict=True):
-            if one.touched is not None and one.peak is not None and one.touched < one.peak:
+            if one.row_versions is not None and one.peak is not None and one.row_versions < one.peak:
                 return f"I2, I7: the cell of {key} went back"
             if state.closed and one.row is not None and one.buried is not None and one.row.version < one.buried:
                 return f"I3: {key} lives below a delete that was applied"

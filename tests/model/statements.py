@@ -20,7 +20,7 @@ from tests.model.server import NO_LOCK, Operation, Row, Turn
 
 Key = str
 Touched = tuple[Version, bool]
-"""A row of the touched table: version, and whether it is a tombstone."""
+"""A row of the table of row versions: version, and whether it is a tombstone."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class GatedRows:
         return {key: place for place, key in enumerate(self.keys)}
 
     @cached_property
-    def touched(self) -> Mapping[Key, int]:
-        """Return the places of the touched rows."""
+    def row_versions(self) -> Mapping[Key, int]:
+        """Return the places of the row versions."""
         return {key: len(self.keys) + place for place, key in enumerate(self.keys)}
 
     @cached_property
@@ -50,9 +50,9 @@ class GatedRows:
         """Return the place of the ledger's chunk."""
         return 2 * len(self.keys) + 1
 
-    def before(self, rows: Mapping[Key, str], touched: Mapping[Key, Touched], chunk: Chunk) -> tuple[Hashable, ...]:
+    def before(self, rows: Mapping[Key, str], row_versions: Mapping[Key, Touched], chunk: Chunk) -> tuple[Hashable, ...]:
         """Return the first values, the floor at v0."""
-        return (*(rows.get(k) for k in self.keys), *(touched.get(k) for k in self.keys), self.v0, chunk)
+        return (*(rows.get(k) for k in self.keys), *(row_versions.get(k) for k in self.keys), self.v0, chunk)
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ class Compiler:
             yield from ROWS[part](self, part, work)
 
     def version(self, row: Row) -> Version | None:
-        """Return a touched row's version."""
+        """Return a row version's version."""
         return None if row.value is None else cast(Touched, row.value)[0]
 
-    def wins(self, turn: Turn, offer: Cell, touched: Row | None) -> bool:
+    def wins(self, turn: Turn, offer: Cell, row_versions: Row | None) -> bool:
         """Ask the gate's rule: the floor from the snapshot, the cell as it is given."""
         floor = cast(Version, turn.seen(self.rows.floor).value)
-        return self.rules.applies(offer.version, self.version(touched) if touched else None, floor)
+        return self.rules.applies(offer.version, self.version(row_versions) if row_versions else None, floor)
 
     # -- the parts, one operation a row
 
@@ -121,7 +121,7 @@ class Compiler:
 
     def touch(self, part: Part, work: Work) -> Iterator[Operation]:
         for key in work.keys:
-            offer, place = work.offers[key], self.rows.touched[key]
+            offer, place = work.offers[key], self.rows.row_versions[key]
 
             def run(turn: Turn, key: Key = key, offer: Cell = offer, place: int = place) -> None:
                 if key in turn.batch and self.wins(turn, offer, None) and self.wins(turn, offer, turn.lock(place)):
@@ -173,10 +173,10 @@ class Compiler:
 
     def sweep(self, part: Part, work: Work) -> Iterator[Operation]:
         for key in work.keys:
-            touched, row = self.rows.touched[key], self.rows.row[key]
+            row_versions, row = self.rows.row_versions[key], self.rows.row[key]
 
-            def lock(turn: Turn, key: Key = key, touched: int = touched) -> None:
-                value = turn.lock(touched).value
+            def lock(turn: Turn, key: Key = key, row_versions: int = row_versions) -> None:
+                value = turn.lock(row_versions).value
                 if value is None or not cast(Touched, value)[1]:
                     turn.batch = tuple(k for k in turn.batch if k != key)
 
@@ -197,7 +197,7 @@ class Compiler:
 
     def purge(self, part: Part, work: Work) -> Iterator[Operation]:
         for key in work.keys:
-            place = self.rows.touched[key]
+            place = self.rows.row_versions[key]
             goes = self._goes(work)
             yield Operation(
                 f"{part.value} {key}",
@@ -215,23 +215,23 @@ class Compiler:
     # -- what a statement's snapshot alone decides about its batch
 
     def untouched(self, turn: Turn, work: Work, key: Key) -> bool:
-        return turn.seen(self.rows.touched[key]).value is None
+        return turn.seen(self.rows.row_versions[key]).value is None
 
     def image_wins(self, turn: Turn, work: Work, key: Key) -> bool:
         floor = cast(Version, turn.seen(self.rows.floor).value)
-        return self.rules.image_applies(self.version(turn.seen(self.rows.touched[key])), floor, work.offers[key].version)
+        return self.rules.image_applies(self.version(turn.seen(self.rows.row_versions[key])), floor, work.offers[key].version)
 
     def older(self, turn: Turn, work: Work, key: Key) -> bool:
-        touched = self.version(turn.seen(self.rows.touched[key]))
-        newer = touched is not None and touched >= work.offers[key].version
+        row_versions = self.version(turn.seen(self.rows.row_versions[key]))
+        newer = row_versions is not None and row_versions >= work.offers[key].version
         return turn.seen(self.rows.row[key]).value is not None and not newer
 
     def tombstone(self, turn: Turn, work: Work, key: Key) -> bool:
-        value = turn.seen(self.rows.touched[key]).value
+        value = turn.seen(self.rows.row_versions[key]).value
         return value is not None and cast(Touched, value)[1]
 
     def newer(self, turn: Turn, work: Work, key: Key) -> bool:
-        return self.wins(turn, work.offers[key], turn.seen(self.rows.touched[key]))
+        return self.wins(turn, work.offers[key], turn.seen(self.rows.row_versions[key]))
 
 
 def _dropped(key: Key) -> Callable[[Turn], bool]:
@@ -266,8 +266,8 @@ def _rows(rows: GatedRows, work: Work) -> tuple[int, ...]:
     return tuple(rows.row[k] for k in work.keys)
 
 
-def _touched(rows: GatedRows, work: Work) -> tuple[int, ...]:
-    return tuple(rows.touched[k] for k in work.keys)
+def _row_versions(rows: GatedRows, work: Work) -> tuple[int, ...]:
+    return tuple(rows.row_versions[k] for k in work.keys)
 
 
 def _floor(rows: GatedRows, work: Work) -> tuple[int, ...]:
@@ -280,14 +280,14 @@ READS: dict[Part, Callable[[GatedRows, Work], tuple[int, ...]]] = {
     Part.TOUCH: _floor,
     Part.DELETE: lambda rows, work: tuple(rows.row[k] for k in work.keys if work.offers[k].image is None),
     Part.UPSERT: _none,
-    Part.REFUSE: _touched,
-    Part.INSERT: lambda rows, work: (*_touched(rows, work), rows.floor),
+    Part.REFUSE: _row_versions,
+    Part.INSERT: lambda rows, work: (*_row_versions(rows, work), rows.floor),
     Part.MARK: _none,
-    Part.SWEEP: lambda rows, work: (*_touched(rows, work), *_rows(rows, work)),
+    Part.SWEEP: lambda rows, work: (*_row_versions(rows, work), *_rows(rows, work)),
     Part.RAISE_FLOOR: _none,
-    Part.PURGE: _touched,
-    Part.LIST: lambda rows, work: (*_touched(rows, work), *_rows(rows, work)),
-    Part.DROP_OLDER: lambda rows, work: (*_touched(rows, work), rows.floor),
+    Part.PURGE: _row_versions,
+    Part.LIST: lambda rows, work: (*_row_versions(rows, work), *_rows(rows, work)),
+    Part.DROP_OLDER: lambda rows, work: (*_row_versions(rows, work), rows.floor),
 }
 """What a part reads in its statement's snapshot; the rest it reads as it is, under a lock."""
 

@@ -46,7 +46,7 @@ class Table:
     rules: Rules
     keys: tuple[Key, ...]
     rows: Mapping[Key, str] = field(default_factory=dict)
-    touched: Mapping[Key, Touched] = field(default_factory=dict)
+    row_versions: Mapping[Key, Touched] = field(default_factory=dict)
     chunk: Chunk = OPEN
     processes: list[Process] = field(default_factory=list)
     last: dict[Key, tuple[Version, object]] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Table:
         self.compiler = Compiler(self.places, self.rules)
         for key, row in self.rows.items():
             self.last[key] = (V0, row)
-        for key, (version, _) in self.touched.items():
+        for key, (version, _) in self.row_versions.items():
             self.last[key] = (version, self.rows.get(key))
 
     def _know(self, offers: Mapping[Key, Cell]) -> None:
@@ -150,7 +150,7 @@ class Table:
 
     def world(self) -> ServerWorld:
         """Return the finished world."""
-        rows = self.places.before(self.rows, self.touched, self.chunk)
+        rows = self.places.before(self.rows, self.row_versions, self.chunk)
         return ServerWorld(self.name, tuple(self.processes), rows, self._judge, self._judge_end)
 
     def _judge(self, state: Moment) -> str | None:
@@ -158,8 +158,8 @@ class Table:
         if self.closer is None or not self._ended(state.sessions, self.closer):
             return None
         for key in self.keys:
-            touched = state.rows[self.places.touched[key]].value
-            if touched is not None and cast(Touched, touched)[1] and state.rows[self.places.row[key]].value is not None:
+            row_versions = state.rows[self.places.row_versions[key]].value
+            if row_versions is not None and cast(Touched, row_versions)[1] and state.rows[self.places.row[key]].value is not None:
                 return f"I3: {key} lives beside its tombstone after the close"
         return None
 
@@ -203,9 +203,9 @@ def zombie(rules: Rules) -> Table:
 
 
 def collection(rules: Rules) -> Table:
-    """Touched rows are collected while a write from below a tombstone comes late, and newer ones go on."""
-    touched = {"a": (at(20), True), "b": (at(18), False)}
-    table = Table("collection", rules, ("a", "b"), {"b": "r18"}, touched, LOADED).collect(at(20))
+    """Row versions are collected while a write from below a tombstone comes late, and newer ones go on."""
+    row_versions = {"a": (at(20), True), "b": (at(18), False)}
+    table = Table("collection", rules, ("a", "b"), {"b": "r18"}, row_versions, LOADED).collect(at(20))
     return table.writer("late mirror", {"a": put(15)}).writer("mirror", {"b": put(30)}).writer("replay", {"b": gone(40)}, lives=1)
 
 

@@ -54,7 +54,7 @@ def test_a_deleted_row_does_not_come_back_to_postgres(migration: Migration, monk
 
 
 def test_without_tombstones_it_would(migration: Migration, monkeypatch: pytest.MonkeyPatch) -> None:
-    tombstones = 'changeover."touched_public.associations" WHERE _changeover_deleted'
+    tombstones = 'changeover."versions_public.associations" WHERE _changeover_deleted'
     race(migration, PostgresStore, monkeypatch, forget=f"DELETE FROM {tombstones}")
     assert rows_of(migration, DELETED, STORE) == 20
 

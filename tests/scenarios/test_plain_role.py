@@ -145,7 +145,7 @@ def test_an_application_with_a_role_of_its_own_goes_over_and_back(shop: Shop) ->
     migration = shop.migration
     migration.prepare()
     migration.backfill()
-    accounts.turn(migration, Stage.SHADOW)
+    accounts.switch(migration, Stage.SHADOW)
     with accounts.following(migration), taking_orders(shop) as router:
         wait_until(lambda: len(shop.written) > 40 or shop.errors)
         with connect(migration.spec.source.dsn.resolve(), "month's end", autocommit=False) as slow:

@@ -18,7 +18,16 @@ from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.source import snapshot
 from changeover.session import connect
 from changeover.verifiers.verification import verify
-from tests.support.fix_accounts import application, assert_nothing_lost, following, loaded, rows, turn, unmirrored, wait_for_writes
+from tests.support.fix_accounts import (
+    application,
+    assert_nothing_lost,
+    following,
+    loaded,
+    rows,
+    switch,
+    unmirrored,
+    wait_for_writes,
+)
 from tests.support.fix_flags import wait_until
 from tests.support.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, STORE, MakeMigration
 from tests.support.fix_postgres import default_binaries, fresh_database, passing_server
@@ -82,10 +91,10 @@ def test_authority_moves_there_and_back_under_writers_and_no_write_is_lost(make_
         with application(moved) as router:
             wait_for_writes(router)
             there = fence(moved.spec, Origin.NEW)
-            turn(moved, Stage.LIVE)
+            switch(moved, Stage.LIVE)
             wait_until(lambda: router.stage is Stage.LIVE)
             wait_for_writes(router)
-            turn(moved, Stage.SHADOW)
+            switch(moved, Stage.SHADOW)
             back = fence(moved.spec, Origin.OLD)
             wait_until(lambda: router.stage is Stage.SHADOW)
             wait_for_writes(router)

@@ -1,4 +1,4 @@
-"""Verification while tenants are at both stores: under live writers, with writes past the refusal, and without reverse replication."""
+"""Verification while tenants are at both stores: live writers, writes past the refusal, no reverse replication."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def told(found: Series, seed: int) -> str:
     """Return a series in one line, and its first wrong key."""
     wrong = f"; {found.first}" if found.first else ""
     return (
-        f"{found.trials} trials, {found.writes:,} gated writes, {found.collected:,} touched rows collected, {found.wrong_trials}"
+        f"{found.trials} trials, {found.writes:,} gated writes, {found.collected:,} row versions collected, {found.wrong_trials}"
         f" with wrong keys, {found.seconds:.1f} s, seed {seed}{wrong}"
     )
 

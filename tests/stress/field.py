@@ -27,7 +27,7 @@ NAME = "stressed"
 COLUMNS = (Column("id", "integer", "int", True), Column("note", "text", "string"))
 TABLE = TargetTable("public", NAME, COLUMNS, ("id",))
 GATED = gate.GatedTable("public", NAME, ("id",), ("id", "note"))
-TOUCHED = f'changeover."touched_public.{NAME}"'
+TOUCHED = f'changeover."versions_public.{NAME}"'
 
 WRITERS = 8
 APPLICATION = "changeover:stress:session"

@@ -1,9 +1,9 @@
 """Mutants of the stress: one rule of the gated table taken away, in the product's own SQL, in what a trial runs.
 
-`RELIABLE` are those that go wrong within a few trials whatever the machine does, so the suite runs them. `RARE` need a race that
-only many trials meet: the long form runs them too, and each was seen within 80 trials, which are 15,000 gated writes. What can't
-show here, because nothing of it is on this table (capture, Delta, authority, fencing), is the model's. A trial makes the gate anew,
-the application's function with it, so a change reaches both.
+`RELIABLE` are those that go wrong within a few trials whatever the machine does, so the suite runs them. `RARE` need a race
+that only many trials meet: the long form runs them too, and each was seen within 80 trials, which are 15,000 gated writes. What
+can't show here, because nothing of it is on this table (capture, Delta, authority, fencing), is the model's. A trial makes the
+gate anew, the application's function with it, so a change reaches both.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def _touch(text: str) -> Callable[[GatedTable, sql.Composable], sql.Composed]:
 
     def touch(table: GatedTable, source: sql.Composable) -> sql.Composed:
         return sql.SQL(
-            "INSERT INTO {touched} AS t ({key}, {names})" f" SELECT {{b_key}}, {{b_names}} FROM {{source}} AS b, {text}"
+            "INSERT INTO {row_versions} AS t ({key}, {names})" f" SELECT {{b_key}}, {{b_names}} FROM {{source}} AS b, {text}"
         ).format(
-            touched=table.touched, key=table.list(table.key), b_key=table.list(table.key, "b"), source=source,
+            row_versions=table.row_versions, key=table.list(table.key), b_key=table.list(table.key, "b"), source=source,
             target=sql.Literal(table.target), lock=table.lock_key, names=table.list(VERSION_COLUMNS),
             b_names=table.list(VERSION_COLUMNS, "b"), new_names=table.list(VERSION_COLUMNS, "excluded"),
             b=version_of("b"), t=version_of("t"), new=version_of("excluded"),
@@ -124,7 +124,7 @@ def _insert_locked(cursor: Cursor, table: GatedTable) -> Counts:
         "INSERT INTO {} SELECT b.* FROM {} AS b, pg_advisory_xact_lock_shared({}) AS l, changeover.gate AS g"
         " WHERE (g.epoch, g.lsn, g.ordinal) = (0, g.image_lsn, -1) AND NOT EXISTS (SELECT FROM {} AS t WHERE {})"
         " ORDER BY b.id ON CONFLICT DO NOTHING"
-    ).format(table.table, BATCH, table.lock_key, table.touched, table.same_key("t", "b"))
+    ).format(table.table, BATCH, table.lock_key, table.row_versions, table.same_key("t", "b"))
     return Counts(0, cursor.execute(statement).rowcount)
 
 
@@ -139,7 +139,7 @@ def _one_delete(connection: Connection, table: GatedTable, version: Version) -> 
         connection.execute(sql.SQL("SELECT pg_advisory_xact_lock_shared({})").format(table.lock_key))
         connection.execute(
             sql.SQL("DELETE FROM {} AS t WHERE NOT EXISTS (SELECT FROM {} AS d WHERE {} AND {} >= ({}, {}::pg_lsn, {}))").format(
-                table.table, table.touched, table.same_key("d", "t"), version_of("d"), *_literals(version)
+                table.table, table.row_versions, table.same_key("d", "t"), version_of("d"), *_literals(version)
             )
         )
     return 0
@@ -176,17 +176,18 @@ def _delete_once(connection: Connection, table: GatedTable, version: Version) ->
 
 
 def _deleted_where(table: GatedTable, condition: sql.Composable) -> sql.Composed:
-    """Delete touched rows as the product does: what a writer holds is passed over, so that no deadlock ends the trial."""
+    """Delete row versions as the product does: what a writer holds is passed over, so that no deadlock ends the trial."""
     return sql.SQL(
-        "DELETE FROM {touched} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {touched} WHERE {condition} FOR UPDATE SKIP LOCKED))"
-    ).format(touched=table.touched, condition=condition)
+        "DELETE FROM {row_versions} WHERE ctid = ANY (ARRAY("
+        "SELECT ctid FROM {row_versions} WHERE {condition} FOR UPDATE SKIP LOCKED))"
+    ).format(row_versions=table.row_versions, condition=condition)
 
 
 def _by_key(turn: Any) -> None:
     """List the keys first and delete them then, whatever version they have by now."""
     found = turn.connection.execute(
         sql.SQL("SELECT id FROM {} WHERE (_changeover_epoch, _changeover_lsn, _changeover_ordinal) <= ({}, {}::pg_lsn, {})").format(
-            turn.table.touched, *_literals(turn.upto)
+            turn.table.row_versions, *_literals(turn.upto)
         )
     ).fetchall()
     turn.connection.execute(_deleted_where(turn.table, sql.SQL("id = ANY (%s)")), [[row[0] for row in found]])

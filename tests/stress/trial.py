@@ -2,7 +2,7 @@
 
 Each event of the source is offered at least once, in batches and alone, some twice, in an order of its own; direct writes of the
 same rows are late, early or never there. Beside them a loader brings the snapshot's images, the table is closed, TRUNCATEs are
-offered, and touched rows are collected up to the position below which everything was offered. Whatever the order, every key must
+offered, and row versions are collected up to the position below which everything was offered. Whatever the order, every key must
 end with the row that the source ended with.
 """
 
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trial ended: gated writes offered, touched rows collected, and what is wrong with each wrong key."""
+    """How a trial ended: gated writes offered, row versions collected, and what is wrong with each wrong key."""
 
     writes: int
     collected: int

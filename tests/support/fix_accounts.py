@@ -63,11 +63,11 @@ def loaded(make_migration: MakeMigration, *targets: str, kind: str = "slot") -> 
     made.old.execute("INSERT INTO accounts SELECT i, i * 1.5, 'n' || i FROM generate_series(1, %s) i", [ROWS])
     made.prepare()
     made.backfill()
-    turn(made, Stage.SHADOW)
+    switch(made, Stage.SHADOW)
     return made
 
 
-def turn(migration: Migration, stage: Stage) -> None:
+def switch(migration: Migration, stage: Stage) -> None:
     """Turn the flag as somebody else would: by replacing its file."""
     flagfile.write_stage(migration.spec.work / "flags.json", FLAG, stage)
 

@@ -30,7 +30,7 @@ def test_a_table_reads_back_from_its_one_spelling(schema: str, name: str) -> Non
 def test_two_tables_are_never_one(schema: str, name: str, other_schema: str, other: str) -> None:
     same = (schema, name) == (other_schema, other)
     assert (joined(schema, name) == joined(other_schema, other)) is same
-    assert (ours("touched", schema, name) == ours("touched", other_schema, other)) is same
+    assert (ours("versions", schema, name) == ours("versions", other_schema, other)) is same
 
 
 def test_a_dot_belongs_to_the_part_that_quotes_say() -> None:
@@ -39,7 +39,7 @@ def test_a_dot_belongs_to_the_part_that_quotes_say() -> None:
     assert qualified('"a.b"') == ("public", "a.b")
     assert qualified('"we ""said"" so".T') == ('we "said" so', "T")
     assert qualified('we"ird.Name') == ('we"ird', "Name"), "a quote inside is a character"
-    assert ours("touched", "a", "b.c") != ours("touched", "a.b", "c")
+    assert ours("versions", "a", "b.c") != ours("versions", "a.b", "c")
 
 
 @pytest.mark.parametrize("wrong", ["", ".", "a.", ".a", "a..b", "a.b.c", '"a', '"a"b', '"".a', "a\0b", 'a."b'])

@@ -34,11 +34,11 @@ def rows(
     gated = GatedTable(*transform.table.source_name, tuple(c.name for c in transform.identity), ())
     texts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in gated.key)
     ahead = sql.SQL(" AND {} = {}").format(sql.Identifier(ORDINAL), sql.Literal(DUAL_WRITE_ORDINAL)) if aligned else sql.SQL("")
-    statement = sql.SQL("SELECT {} FROM {} WHERE {} > 0{}").format(texts, gated.touched, sql.Identifier(EPOCH), ahead)
+    statement = sql.SQL("SELECT {} FROM {} WHERE {} > 0{}").format(texts, gated.row_versions, sql.Identifier(EPOCH), ahead)
     names = [nth(number) for number in range(len(gated.key))]
-    touched = spark.createDataFrame(old.query(statement.as_string(None)), ", ".join(f"{name} string" for name in names))
-    decoded = touched.select(
-        *(decode(touched[name], c.type, native=False).alias(c.name) for name, c in zip(names, transform.identity, strict=True))
+    row_versions = spark.createDataFrame(old.query(statement.as_string(None)), ", ".join(f"{name} string" for name in names))
+    decoded = row_versions.select(
+        *(decode(row_versions[name], c.type, native=False).alias(c.name) for name, c in zip(names, transform.identity, strict=True))
     )
     keys = placed(transform.keys(decoded).distinct(), transform.target.key)
     left, right = (_without(frame, keys, transform.target.key) for frame in frames)

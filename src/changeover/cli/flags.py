@@ -1,4 +1,4 @@
-"""The commands `changeover flags …`: the migration flag shown and turned, gated by the evidence.
+"""The commands `changeover flags …`: the migration flag shown and turned, held to the evidence.
 
 Each calls one function of `changeover.api` with the same words, and starts no JVM.
 """
@@ -20,7 +20,7 @@ from changeover.files.runlog import JSON as AS_JSON
 def flags() -> None:
     """Show and turn the migration flag.
 
-    Gated by the evidence.
+    Held to the evidence.
     """
 
 
@@ -32,8 +32,8 @@ def show(spec: str, as_json: bool) -> None:
     from changeover.flags.cutover.moves import some
 
     seen = api.show(opened(spec))
-    wish = f", the flag asks for {seen.wish.value}" if seen.wish is not seen.stage else ""
-    lines = [f"stage {seen.stage.value}{wish}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
+    desired = f", the flag asks for {seen.desired.value}" if seen.desired is not seen.stage else ""
+    lines = [f"stage {seen.stage.value}{desired}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
     if seen.apart is not None:
         epochs = ", ".join(map(str, seen.apart.epochs))
         lines.append(f"at the {seen.apart.store} store: {some(seen.apart.first, seen.apart.count)}, epoch {epochs}")
@@ -45,7 +45,7 @@ def show(spec: str, as_json: bool) -> None:
         lines.append(f"reverse path: {seen.reverse_path.line}")
     lines += [f"note: {one}" for one in seen.notes]
     lines += [f"rogue: {one}" for one in seen.rogue]
-    stages = {name: stage.value if (stage := getattr(seen, name)) else None for name in ("stage", "wish", "next", "back")}
+    stages = {name: stage.value if (stage := getattr(seen, name)) else None for name in ("stage", "desired", "next", "back")}
     answer({**plain(seen), **stages, "go": seen.go}, as_json, lambda: "\n".join(lines))
 
 
@@ -61,7 +61,7 @@ TENANTS = click.option(
 @flags.command(example="changeover flags advance follows.toml")
 @SPEC
 @TENANTS
-@click.option("--override", metavar="WHY", help="Go without the gate's evidence; the reason is logged.")
+@click.option("--override", metavar="WHY", help="Go without the evidence; the reason is logged.")
 @JSON
 def advance(spec: str, tenants: tuple[str, ...], override: str | None, as_json: bool) -> None:
     """Go one stage up, if the evidence holds."""
@@ -73,7 +73,7 @@ def advance(spec: str, tenants: tuple[str, ...], override: str | None, as_json: 
 @TENANTS
 @JSON
 def rollback(spec: str, tenants: tuple[str, ...], as_json: bool) -> None:
-    """Go one stage down; asks no gate."""
+    """Go one stage down; asks for no evidence."""
     _step(api.rollback(opened(spec), tenants=tenants or None), as_json, back=True)
 
 
@@ -102,7 +102,7 @@ def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
 def watch(spec: str, log_format: str, debug: bool) -> None:
     """Follow a flag that is turned elsewhere.
 
-    Asks the gate, fences, writes the epoch; until stopped.
+    Asks for readiness, fences, writes the epoch; until stopped.
     """
     with running(spec, "flags-watch", debug, log_format if log_format == AS_JSON else None) as loaded:
         click.echo(f"watching the flag of {loaded.name}; Ctrl-C ends it")

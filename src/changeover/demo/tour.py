@@ -22,7 +22,7 @@ from changeover.demo.patience import Patience, tasks_done
 from changeover.demo.place import Place
 from changeover.demo.processes import ApplicationProcess, Child, capture
 from changeover.demo.schema import Shape
-from changeover.errors import CouldNotCheck, CouldNotFinish, GateClosed, UnsafePlan
+from changeover.errors import CouldNotCheck, CouldNotFinish, NotReady, UnsafePlan
 from changeover.flags.cutover import commands as cutover
 from changeover.jobs import finalize as finalizing
 from changeover.jobs import prepare
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 COMPARED_READS = 200
-"""Compared reads to wait for at shadow and at live: twice what the gate asks for."""
+"""Compared reads to wait for at shadow and at live: twice what readiness asks for."""
 
 GATE_TRIES = 5
 VERIFY_TRIES = 3
@@ -178,7 +178,7 @@ def shadow(tour: Tour) -> str:
 
 
 def _compared(tour: Tour, stage: Stage) -> dict[str, int]:
-    """Wait until enough reads were compared at a stage for the gate to the next one; return their counts."""
+    """Wait until enough reads were compared at a stage for the next one; return their counts."""
     seen = tour.application.wait_for(
         f"reads compared at {stage.value}",
         lambda status: (
@@ -299,25 +299,25 @@ def _verified(tour: Tour, targets: list[str] | None = None) -> list[Verdict]:
 def _require_equal(verdicts: list[Verdict]) -> None:
     different = [v for v in verdicts if not v.equal]
     if different:
-        raise GateClosed("live", (f"{different[0].target} is different: {different[0].counts}",))
+        raise NotReady("live", (f"{different[0].target} is different: {different[0].counts}",))
 
 
 def _advance(tour: Tour, stage: Stage) -> str:
-    """Go one stage up, with a fresh verdict where the gate asks for one, and wait for the application to be there."""
+    """Go one stage up, with a fresh verdict where readiness asks for one, and wait for the application to be there."""
     asked: tuple[str, ...] = ()
     for _ in range(GATE_TRIES):
         try:
             done = cutover.advance(tour.spec, to=stage)
             break
-        except GateClosed as closed:
+        except NotReady as closed:
             asked = closed.reasons
             _require_equal(_verified(tour, ["store"]))
     else:
-        raise GateClosed(stage.value, asked)
+        raise NotReady(stage.value, asked)
     tour.stage = stage
     tour.figures.pause = done.pause_seconds if done.pause_seconds is not None else tour.figures.pause
     tour.application.wait_for(f"stage {stage.value}", lambda seen: seen["stage"] == stage.value)
-    gate = f"the gate first asked: {'; '.join(asked)}; then opened" if asked else "the gate is open"
+    gate = f"first not ready: {'; '.join(asked)}; then ready" if asked else "ready"
     return f"{done.before.value} → {done.after.value}, {gate}"
 
 

@@ -1,4 +1,4 @@
-"""The facts are what the tenures of each tenant say, whatever the order of the moves."""
+"""What is observed is what the authority epochs of each tenant say, whatever the order of the moves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import pytest
 from ldclient.migrations.types import Origin
 
-from changeover.flags.observed import Fact, Facts, facts
-from changeover.jobs.ledger.epochs import EVERYTHING, tenures
+from changeover.flags.observed import Observation, Observations, observations
+from changeover.jobs.ledger.epochs import EVERYTHING, authority_epochs
 from changeover.jobs.ledger.records import Authority
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -34,40 +34,40 @@ def any_moves(chance: random.Random) -> list[Authority]:
 @pytest.mark.parametrize("seed", range(300))
 def test_they_agree_with_the_tenures(seed: int) -> None:
     moves = any_moves(random.Random(seed))
-    known = facts(moves)
+    known = observations(moves)
     for tenant in (EVERYTHING, *NAMES, "F"):
-        last = tenures(moves, tenant)[-1]
-        assert known.of(tenant) == Fact(last.epoch, Origin(last.store)), moves
+        last = authority_epochs(moves, tenant)[-1]
+        assert known.of(tenant) == Observation(last.epoch, Origin(last.store)), moves
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_they_are_the_same_read_at_once_or_move_by_move(seed: int) -> None:
     moves = any_moves(random.Random(seed))
-    known = Facts()
+    known = Observations()
     for one in moves:
-        known = facts([one], known)
-    assert known == facts(moves)
+        known = observations([one], known)
+    assert known == observations(moves)
 
 
 def test_before_any_move_the_old_store_has_everything() -> None:
-    assert facts([]) == Facts()
-    assert facts([]).of("A") == Fact(0, Origin.OLD)
-    assert facts([]).stores == {Origin.OLD}
+    assert observations([]) == Observations()
+    assert observations([]).of("A") == Observation(0, Origin.OLD)
+    assert observations([]).stores == {Origin.OLD}
 
 
 def test_who_stands_apart_and_under_which_epochs() -> None:
-    known = facts([move(1, "new", "A", "B"), move(2, "new", "C"), move(3, "old", "B")])
-    assert known.apart == {"A": Fact(1, Origin.NEW), "C": Fact(2, Origin.NEW)}
+    known = observations([move(1, "new", "A", "B"), move(2, "new", "C"), move(3, "old", "B")])
+    assert known.apart == {"A": Observation(1, Origin.NEW), "C": Observation(2, Origin.NEW)}
     assert known.stores == {Origin.OLD, Origin.NEW}
     assert known.epochs(Origin.NEW) == {1, 2}
     assert known.epochs(Origin.NEW, ["C", "D"]) == {2}
     assert known.epochs(Origin.OLD) == {0, 3}
-    whole = facts([move(1, "new", "A"), move(2, "new")])
+    whole = observations([move(1, "new", "A"), move(2, "new")])
     assert whole.stores == {Origin.NEW}
     assert whole.apart == {}
-    assert whole.of("A") == Fact(1, Origin.NEW), "it was there already"
+    assert whole.of("A") == Observation(1, Origin.NEW), "it was there already"
 
 
 def test_ten_thousand_names_and_many_moves_are_worked_out_at_once() -> None:
     moves = [move(epoch, ("new", "old")[epoch % 2], *map(str, range(10_000))) for epoch in range(1, 51)]
-    assert facts(moves).of("9999") == Fact(50, Origin.NEW)
+    assert observations(moves).of("9999") == Observation(50, Origin.NEW)

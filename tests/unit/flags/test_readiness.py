@@ -14,8 +14,8 @@ from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags import history, readiness
 from changeover.flags.fence.drain import unmirrored
-from changeover.flags.history import Turn
-from changeover.flags.observed import Fact, Facts
+from changeover.flags.history import Switch
+from changeover.flags.observed import Observation, Observations
 from changeover.flags.readiness import COMPARISONS, Evidence
 from changeover.jobs.health import LAG_BYTES
 from changeover.jobs.ledger.records import Heartbeat, Load
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LATELY, LONG_AGO = NOW - timedelta(seconds=1), NOW - timedelta(hours=1)
-TURNED = NOW - timedelta(minutes=5)
+SWITCHED = NOW - timedelta(minutes=5)
 
 
 def evidence(before: Stage, after: Stage, *beats: Heartbeat, **more: Any) -> Evidence:
     """Return evidence that nothing but the heartbeats speaks against."""
     made = Evidence(
-        now=NOW, before=before, after=after, verdicts=[], loads=[], heartbeats=beats, facts=Facts(),
-        stage_since=TURNED, mirrored_since=100, source_lsn=0, capture_active=True, sources=(), target="store",
+        now=NOW, before=before, after=after, verdicts=[], loads=[], heartbeats=beats, observations=Observations(),
+        stage_since=SWITCHED, mirrored_since=100, source_lsn=0, capture_active=True, sources=(), target="store",
     )  # fmt: skip
     return replace(made, **more)
 
@@ -78,22 +78,30 @@ def test_what_is_lost_is_of_some_epochs_and_of_the_dead() -> None:
     assert lost({1, 3}, beat(Stage.LIVE, LONG_AGO, 3, mirror_old=counts)) == 14, "of tenants that went one after the other"
     assert lost({3}, beat(Stage.LIVE, epoch=3, mirror_new=counts)) == 0, "on the way to the new store"
     assert lost((), beat(Stage.SHADOW, epoch=4, mirror_old=counts)) == 0
-    third = Facts(3, Fact(3, Origin.NEW))
-    complete = evidence(Stage.RAMPDOWN, Stage.COMPLETE, beat(Stage.RAMPDOWN, epoch=3, mirror_old=counts), facts=third)
+    third = Observations(3, Observation(3, Origin.NEW))
+    complete = evidence(Stage.RAMPDOWN, Stage.COMPLETE, beat(Stage.RAMPDOWN, epoch=3, mirror_old=counts), observations=third)
     assert "2 mirrored writes to the old store failed" in " ".join(readiness._mirror_whole(complete))
-    assert readiness._mirror_whole(replace(complete, facts=Facts(5, Fact(5, Origin.NEW)))) == []
+    assert readiness._mirror_whole(replace(complete, observations=Observations(5, Observation(5, Origin.NEW)))) == []
 
 
-SPLIT = Facts(1, Fact(0, Origin.OLD), {"7": Fact(1, Origin.NEW)})
-WHOLE = Facts(1, Fact(1, Origin.NEW))
+SPLIT = Observations(1, Observation(0, Origin.OLD), {"7": Observation(1, Origin.NEW)})
+WHOLE = Observations(1, Observation(1, Origin.NEW))
 
 
-@pytest.mark.parametrize(("facts", "lag", "back"), [(Facts(), True, False), (SPLIT, True, True), (WHOLE, False, True)])
-def test_while_tenants_stand_apart_both_directions_are_asked(facts: Facts, lag: bool, back: bool) -> None:
+@pytest.mark.parametrize(
+    ("observations", "lag", "back"), [(Observations(), True, False), (SPLIT, True, True), (WHOLE, False, True)]
+)
+def test_while_tenants_stand_apart_both_directions_are_asked(observations: Observations, lag: bool, back: bool) -> None:
     way = State("0/1", None, "missing", None, LAG_BYTES + 1, None, ())
     loads = [Load("public.t", "store", "closed", 0, False, 0, 0, 0)]
     found = evidence(
-        Stage.SHADOW, Stage.LIVE, facts=facts, loads=loads, source_lsn=LAG_BYTES + 1, capture_active=False, reverse_path=way
+        Stage.SHADOW,
+        Stage.LIVE,
+        observations=observations,
+        loads=loads,
+        source_lsn=LAG_BYTES + 1,
+        capture_active=False,
+        reverse_path=way,
     )
     said = " ".join(readiness._lag_small(found)), " ".join(readiness._reverse_open(found))
     assert ("capture is not running" in said[0], "bytes of WAL behind (at 0/0)" in said[0]) == (lag, lag)
@@ -109,7 +117,7 @@ def test_reverse_replication_waits_for_the_mirror_of_what_goes_back_alone(stores
 
 
 def test_a_step_of_some_tenants_asks_of_the_processes_everybodys_stage() -> None:
-    again = evidence(Stage.SHADOW, Stage.LIVE, reads(Stage.LIVE, COMPARISONS), facts=WHOLE, everybodys=Stage.LIVE)
+    again = evidence(Stage.SHADOW, Stage.LIVE, reads(Stage.LIVE, COMPARISONS), observations=WHOLE, everybodys=Stage.LIVE)
     assert readiness._processes_present(again) == readiness._comparisons_clean(again) == []
     late = replace(again, heartbeats=[reads(Stage.SHADOW, COMPARISONS)])
     assert "is at shadow, not live" in " ".join(readiness._processes_present(late))
@@ -125,9 +133,9 @@ def test_replay_has_passed_where_the_mirror_began(began: int | None, said: str) 
     assert readiness._replay_past_dualwrite(evidence(Stage.SHADOW, Stage.LIVE, mirrored_since=None)) == []
 
 
-def turned(*stages: Stage) -> list[Turn]:
+def turned(*stages: Stage) -> list[Switch]:
     """Return the turns through some stages, newest first; each bears its place as position."""
-    return [Turn(NOW, before, after, place) for place, (before, after) in enumerate(itertools.pairwise(stages))][::-1]
+    return [Switch(NOW, before, after, place) for place, (before, after) in enumerate(itertools.pairwise(stages))][::-1]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +189,7 @@ def test_evidence_is_of_the_time_since_the_last_turn_by_the_ledgers_clock(
     history.record(stores.ledger, history.FOLLOWED, Stage.DUALWRITE, Stage.SHADOW, None, {"epoch": 0})
     stores.ledger.audit(history.STEP, "refused", {"from": "shadow", "to": "live"})
     collected = readiness.collect(spec, stores.ledger, Stage.SHADOW, Stage.LIVE)
-    newest = history.turns(stores.ledger)[0]
+    newest = history.switches(stores.ledger)[0]
     assert (newest.before, newest.after, newest.at) == (Stage.DUALWRITE, Stage.SHADOW, collected.stage_since)
     assert collected.mirrored_since == 0x1F5
     assert stores.ledger.stage() == "shadow"

@@ -101,7 +101,7 @@ def test_every_privilege_that_is_missing_is_named_and_the_grants_are_enough(stor
     for right in ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE"):
         assert f"has no {right} on public.Goods: GRANT {right}" in said
     for what in ("USAGE on the sequence public.Goods_id_seq", "SELECT on changeover.authority", "INSERT on changeover.heartbeat",
-                 "INSERT on changeover.touched_public.Goods", "USAGE on the schema changeover"):  # fmt: skip
+                 "INSERT on changeover.versions_public.Goods", "USAGE on the schema changeover"):  # fmt: skip
         assert what in said
     assert next(reason for reason in first.reasons if reason not in missing).endswith("permission denied for table Goods")
     stores.obey(missing)
@@ -116,7 +116,7 @@ def test_every_privilege_that_is_missing_is_named_and_the_grants_are_enough(stor
 def test_what_prepare_and_the_fence_grant_is_all_and_safe_to_repeat(stores: Stores) -> None:
     spec = stores.spec()
     gate.install_gate(stores.old, "public", "wares", ["id"], Version(0, 1, -1))
-    assert any(reason.startswith("old store") and "touched_public.wares" in reason for reason in rights(spec).reasons)
+    assert any(reason.startswith("old store") and "versions_public.wares" in reason for reason in rights(spec).reasons)
     with Ledger.open(spec, "test") as ledger:
         for _ in range(2):
             privileges.allow_ledger(spec, ledger.connection)

@@ -1,4 +1,4 @@
-"""The table of stages says what the SDK's own migrator does, and a wish acts only as far as authority goes."""
+"""The table of stages says what the SDK's own migrator does, and a desired stage acts only as far as authority goes."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_fences_stand_where_authority_moves_and_where_the_old_store_stops_receiv
     assert not needs_fence(Stage.LIVE, Stage.LIVE)
 
 
-@pytest.mark.parametrize("wish", list(Stage))
+@pytest.mark.parametrize("desired", list(Stage))
 @pytest.mark.parametrize("authority", list(Origin))
-def test_a_wish_never_writes_where_authority_is_not(wish: Stage, authority: Origin) -> None:
-    stage = effective(wish, authority)
+def test_a_wish_never_writes_where_authority_is_not(desired: Stage, authority: Origin) -> None:
+    stage = effective(desired, authority)
     assert TABLE[stage].writes is authority
-    if TABLE[wish].writes is authority:
-        assert stage is wish
+    if TABLE[desired].writes is authority:
+        assert stage is desired
     else:
         assert stage is (Stage.SHADOW if authority is Origin.OLD else Stage.LIVE)

@@ -20,7 +20,7 @@ from changeover.jobs.ledger.ledger import Ledger
 from changeover.position import format_lsn, parse_lsn
 from changeover.verifiers import verification as verifying
 from changeover.verifiers.verification import verify
-from tests.support.fix_accounts import ACCOUNTS, ROWS, SPEC, following, turn
+from tests.support.fix_accounts import ACCOUNTS, ROWS, SPEC, following, switch
 from tests.support.fix_migration import CHUNKS, LAKE, STORE, MakeMigration, Migration
 
 
@@ -117,7 +117,7 @@ def kept(migration: Migration) -> int:
 
 def test_a_stopped_table_the_stage_and_the_end_are_told(accounts: Migration) -> None:
     accounts.backfill()
-    turn(accounts, Stage.SHADOW)
+    switch(accounts, Stage.SHADOW)
     with Ledger.open(accounts.spec, "test") as ledger:
         ledger.beat("web-1", "shadow", 0, {})
         ledger.beat("web-2", "shadow", 0, {})

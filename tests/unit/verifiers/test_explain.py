@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from changeover.cli.main import main
 from changeover.jobs.finalize import finalize
-from changeover.jobs.ledger.epochs import tenures
+from changeover.jobs.ledger.epochs import authority_epochs
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority
 from changeover.position import format_lsn
@@ -154,7 +154,7 @@ def test_a_bad_key_is_one_sentence(make_migration: MakeMigration) -> None:
 
 def test_an_event_is_told_for_what_it_is() -> None:
     moves = [Authority(1, "new", 200, datetime.min, 0.1, 70), Authority(2, "old", 300, datetime.min, 0.1, 90)]
-    log = tenures(moves)
+    log = authority_epochs(moves)
     events = [{"lsn": lsn, "ordinal": 4, "note": note} for lsn, note in ((199, None), (250, "changes"), (250, None), (300, None))]
     assert [_place(log, "old", event) for event in events] == [
         {"version": "0:0/C7:4"},

@@ -32,7 +32,7 @@ HASHED = "sha256:"
 MEET = "two source rows that are alive have this one target key"
 
 EPOCH, LSN, ORDINAL, DELETED = VERSION_COLUMNS = tuple(f"{RESERVED}{name}" for name in ("epoch", "lsn", "ordinal", "deleted"))
-"""Columns that a frame, a batch and a touched row have beside the table's own: a version and whether the key is gone."""
+"""Columns that a frame, a batch and a row version have beside the table's own: a version and whether the key is gone."""
 
 OWNER, LEFT = "_changeover_owner", "_changeover_left"
 """What an image or a change has besides where several source keys may make one target key (`TargetTable.owned`).
@@ -72,7 +72,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Collected:
-    """What one turn of a collection did: versions removed, and the place where the next turn goes on, None after the last."""
+    """What one run of a collection did: versions removed, and the place where the next run goes on, None after the last."""
 
     rows: int
     following: int | None
@@ -203,7 +203,7 @@ class Store(Protocol):
         """Delete every row older than a TRUNCATE of that version, and refuse what is older from then on (replay)."""
         ...
 
-    def touched(self, table: TargetTable) -> int:
+    def row_versions(self, table: TargetTable) -> int:
         """Return about how many versions are kept beside the table; costs next to nothing (replay, status)."""
         ...
 

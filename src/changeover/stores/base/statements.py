@@ -34,7 +34,7 @@ class Part(Enum):
     RAISE_FLOOR = "raises the floor"
     """Raise the table's floor; never lowered."""
     PURGE = "purges"
-    """Delete touched rows up to the floor, by `rule.collected`, each looked at again under its lock.
+    """Delete row versions up to the floor, by `rule.collected`, each looked at again under its lock.
 
     In whatever portions and order; a row that a writer holds may be passed over. A row that stays is never wrong.
     """
@@ -62,7 +62,7 @@ CLOSE: Procedure = (BARRIER, ((Part.SWEEP,),))
 """After the last chunk's commit; until its end a ghost may be seen, so nothing is verified, read or collected before it."""
 
 COLLECT: Procedure = (((Part.RAISE_FLOOR,),), BARRIER, ((Part.PURGE,),))
-"""Collection of touched rows up to the new floor, where `rule.collectable` allows it."""
+"""Collection of row versions up to the new floor, where `rule.collectable` allows it."""
 
 TRUNCATE: Procedure = (((Part.RAISE_FLOOR,),), BARRIER, ((Part.LIST,), *GATE))
 """A TRUNCATE of the source: the floor to `rule.truncated_floor`, then gated deletes at the TRUNCATE's own version."""

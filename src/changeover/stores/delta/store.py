@@ -297,7 +297,7 @@ class DeltaStore:
         gone |= {quoted(name): F.lit(None) for name in table.names if name not in table.key}
         SparkDeltaTable.forPath(spark, str(self.path(table.name))).update(F.col(at) < _literal(version), gone)
 
-    def touched(self, table: TargetTable) -> int:
+    def row_versions(self, table: TargetTable) -> int:
         """Return 0: versions are columns of the rows, and tombstones are rows that stay until `finalize`."""
         return 0
 

@@ -131,14 +131,14 @@ def _drop_older(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
         ).format(batch=BATCH, b=version_of("b"), target=sql.Literal(table.target))
     )
     cursor.execute(
-        sql.SQL("DELETE FROM {batch} AS b USING {touched} AS t WHERE {same} AND {b} <= {t}").format(
-            batch=BATCH, touched=table.touched, same=table.same_key("t", "b"), b=version_of("b"), t=version_of("t")
+        sql.SQL("DELETE FROM {batch} AS b USING {row_versions} AS t WHERE {same} AND {b} <= {t}").format(
+            batch=BATCH, row_versions=table.row_versions, same=table.same_key("t", "b"), b=version_of("b"), t=version_of("t")
         )
     )
     # the floor, raised in this transaction, answers for the rest: a tombstone left behind would take a row at a repeated sweep
     cursor.execute(
-        sql.SQL("DELETE FROM {touched} AS t USING {batch} AS b WHERE {same}").format(
-            batch=BATCH, touched=table.touched, same=table.same_key("t", "b")
+        sql.SQL("DELETE FROM {row_versions} AS t USING {batch} AS b WHERE {same}").format(
+            batch=BATCH, row_versions=table.row_versions, same=table.same_key("t", "b")
         )
     )
     return Counts(0, 0)
@@ -181,20 +181,20 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     found = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
     offered = int(found[0]) if found else 0
     done = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
-    touched, inserted = done[Part.REFUSE].offered, done[Part.INSERT].taken
-    if offered - touched > inserted and (met := collisions(cursor, table)):
+    row_versions, inserted = done[Part.REFUSE].offered, done[Part.INSERT].taken
+    if offered - row_versions > inserted and (met := collisions(cursor, table)):
         raise RowRefused(table.target, owners.meeting(cursor, table, BATCH) or f"target key {met[0]}", interface.MEET)
     owners.record_images(cursor, table, BATCH)
     return Counts(offered, inserted, done[Part.REFUSE].refused)
 
 
-def _refuse_touched(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
+def _refuse_changed(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     """Take images of touched keys out of the batch; count them and those that a tombstone refused."""
     gone = cursor.execute(
         sql.SQL(
-            "WITH gone AS (DELETE FROM {batch} AS b USING {touched} AS t WHERE {same} RETURNING t._changeover_deleted)"
+            "WITH gone AS (DELETE FROM {batch} AS b USING {row_versions} AS t WHERE {same} RETURNING t._changeover_deleted)"
             " SELECT count(*), count(*) FILTER (WHERE _changeover_deleted) FROM gone"
-        ).format(batch=BATCH, touched=table.touched, same=table.same_key("t", "b"))
+        ).format(batch=BATCH, row_versions=table.row_versions, same=table.same_key("t", "b"))
     ).fetchone()
     assert gone is not None
     return Counts(int(gone[0]), 0, int(gone[1]))
@@ -206,14 +206,14 @@ def _insert_images(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
         sql.SQL(
             "INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {b_columns} FROM {batch} AS b, changeover.gate AS g"
             " WHERE g.target = {target} AND (g.epoch, g.lsn, g.ordinal) = (g.image_epoch, g.image_lsn, -1)"
-            " AND NOT EXISTS (SELECT FROM {touched} AS t WHERE {same}) ORDER BY {b_key} ON CONFLICT ({key}) DO NOTHING"
+            " AND NOT EXISTS (SELECT FROM {row_versions} AS t WHERE {same}) ORDER BY {b_key} ON CONFLICT ({key}) DO NOTHING"
         ).format(
             table=table.table,
             columns=table.list(table.columns),
             b_columns=table.list(table.columns, "b"),
             batch=BATCH,
             target=sql.Literal(table.target),
-            touched=table.touched,
+            row_versions=table.row_versions,
             same=table.same_key("t", "b"),
             b_key=table.list(table.key, "b"),
             key=table.list(table.key),
@@ -222,7 +222,7 @@ def _insert_images(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     return Counts(0, inserted)
 
 
-OF_IMAGES: dict[Part, Step] = {Part.LOCK_SHARED: lock_shared, Part.REFUSE: _refuse_touched, Part.INSERT: _insert_images}
+OF_IMAGES: dict[Part, Step] = {Part.LOCK_SHARED: lock_shared, Part.REFUSE: _refuse_changed, Part.INSERT: _insert_images}
 """What each part of `statements.LOAD` does with a chunk's images."""
 
 
@@ -232,15 +232,15 @@ def collisions(cursor: psycopg.Cursor[Any], table: GatedTable) -> list[str]:
         sql.SQL(
             "SELECT ROW({b_key})::text FROM {batch} AS b JOIN {table} AS t ON {same_table}"
             " WHERE t.xmin <> pg_current_xact_id()::xid"
-            " AND NOT EXISTS (SELECT FROM {touched} AS d WHERE {same_touched})"
+            " AND NOT EXISTS (SELECT FROM {row_versions} AS d WHERE {same_versions})"
             " UNION ALL SELECT ROW({b_key})::text FROM {batch} AS b GROUP BY {b_key} HAVING count(*) > 1 LIMIT 5"
         ).format(
             b_key=table.list(table.key, "b"),
             batch=BATCH,
             table=table.table,
             same_table=table.same_key("t", "b"),
-            touched=table.touched,
-            same_touched=table.same_key("d", "b"),
+            row_versions=table.row_versions,
+            same_versions=table.same_key("d", "b"),
         )
     ).fetchall()
     return [str(row[0]) for row in rows]

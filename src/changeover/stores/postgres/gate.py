@@ -1,11 +1,11 @@
 """The gate of a PostgreSQL store: the version rule in SQL, as separate statements of one READ COMMITTED transaction.
 
-A key's cell is its row in the user's table plus a row in `changeover."touched_<schema>.<table>"` (key, version, deleted), which
-exists only for keys that live writes touched. Each table has one floor in `changeover.gate`. A change is taken if and only if its
-version is above the floor and above the cell's (`changeover.jobs.apply.rule.applies` is the same rule in Python). The order of
-statements is part of the rule: the shared advisory lock alone, then `touched`, then deletes, then upserts; in one statement, or
-under REPEATABLE READ, a row survives its tombstone. That order stands in `statements`: `batches` and the application's
-function are composed from it, and the model checker runs it too. Everything runs where the caller's session runs.
+A key's cell is its row in the user's table plus a row in `changeover."versions_<schema>.<table>"` (key, version, deleted),
+which exists only for keys that live writes touched. Each table has one floor in `changeover.gate`. A change is taken if and
+only if its version is above the floor and above the cell's (`changeover.jobs.apply.rule.applies` is the same rule in Python).
+The order of statements is part of the rule: the shared advisory lock alone, then the row versions, then deletes, then upserts;
+in one statement, or under REPEATABLE READ, a row survives its tombstone. That order stands in `statements`: `batches` and the
+application's function are composed from it, and the model checker runs it too. Everything runs where the caller's session runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ FENCED = "CF001"
 """SQLSTATE of a write refused by the store that has lost authority."""
 
 OURS = "changeover.ours"
-"""Prefix of the message that begins each transaction of ours on a user's table: by it a stream tells our writes from others'."""
+"""Prefix of the message that begins each transaction of ours on a user's table: by it a stream tells our writes from
+others'.
+"""
 
 MARK = (
     "SELECT pg_logical_emit_message(true, mark.name, mark.says), set_config(mark.name, mark.says, true)"
@@ -97,9 +99,9 @@ class GatedTable:
         return sql.Identifier(self.schema, self.name)
 
     @property
-    def touched(self) -> sql.Identifier:
+    def row_versions(self) -> sql.Identifier:
         """Return the table of versions and tombstones."""
-        return ours("touched", self.schema, self.name)
+        return ours("versions", self.schema, self.name)
 
     @property
     def owners(self) -> sql.Identifier:
@@ -138,11 +140,11 @@ class GatedTable:
     def touch(self, source: sql.Composable) -> sql.Composed:
         """Statement 2: the versions that win, recorded; rows locked in key order, so that two batches can't deadlock."""
         return sql.SQL(
-            "INSERT INTO {touched} AS t ({key}, {names}) SELECT {b_key}, {b_names} FROM {source} AS b, changeover.gate AS g"
+            "INSERT INTO {row_versions} AS t ({key}, {names}) SELECT {b_key}, {b_names} FROM {source} AS b, changeover.gate AS g"
             " WHERE g.target OPERATOR(pg_catalog.=) {target} AND {b} OPERATOR(pg_catalog.>) (g.epoch, g.lsn, g.ordinal)"
             " ORDER BY {b_key} ON CONFLICT ({key}) DO UPDATE SET {written} WHERE {new} OPERATOR(pg_catalog.>) {t}"
         ).format(
-            touched=self.touched, key=self.list(self.key), b_key=self.list(self.key, "b"), source=source,
+            row_versions=self.row_versions, key=self.list(self.key), b_key=self.list(self.key, "b"), source=source,
             target=sql.Literal(self.target), names=self.list(VERSION_COLUMNS), b_names=self.list(VERSION_COLUMNS, "b"),
             written=_excluded((*VERSION_COLUMNS, *self.loose)), b=version_of("b"), t=version_of("t"), new=version_of("excluded"),
         )  # fmt: skip
@@ -199,7 +201,7 @@ def loose_columns(connection: Connection, schema: str, name: str, key: Sequence[
 
 
 def install(connection: Connection, table: GatedTable, image: Version) -> None:
-    """Create the floor, the touched table and the application's gate function; idempotent, the floor is never lowered."""
+    """Create the floor, the table of row versions and the application's gate function; idempotent, the floor is never lowered."""
     with connection.transaction():
         # two sessions that replace one function at a time would make one of them fail: replay and a fence do meet here
         connection.execute("SELECT pg_advisory_xact_lock(hashtext('changeover.install'), 0)")
@@ -208,14 +210,14 @@ def install(connection: Connection, table: GatedTable, image: Version) -> None:
             "INSERT INTO changeover.gate VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (target) DO NOTHING",
             [table.target, image.epoch, format_lsn(image.lsn), image.ordinal, format_lsn(image.lsn), image.epoch],
         )
-        present = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table.touched.as_string(connection)]).fetchone()
+        present = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table.row_versions.as_string(connection)]).fetchone()
         if present is None or not present[0]:
             connection.execute(
-                sql.SQL("CREATE TABLE {touched} AS SELECT {key}, {version} FROM {table} WITH NO DATA").format(
-                    touched=table.touched, key=table.list(table.key), version=NO_VERSION, table=table.table
+                sql.SQL("CREATE TABLE {row_versions} AS SELECT {key}, {version} FROM {table} WITH NO DATA").format(
+                    row_versions=table.row_versions, key=table.list(table.key), version=NO_VERSION, table=table.table
                 )
             )
-            connection.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table.touched, table.list(table.key)))
+            connection.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table.row_versions, table.list(table.key)))
         if table.owned and not has_owners(connection, table):
             connection.execute(
                 sql.SQL("CREATE TABLE {owners} AS SELECT {key}, ''::text AS {owner} FROM {table} WITH NO DATA").format(
@@ -262,8 +264,9 @@ def body_of(code: sql.Composed) -> sql.Literal:
 def _function(table: GatedTable) -> sql.Composed:
     """The gate for one row in one round trip: the same statements, each with a snapshot of its own (VOLATILE).
 
-    Its variables bear the reserved prefix as well: PL/pgSQL would take a column of the user's for one of the same name. It has no
-    search_path of its own, which triggers and policies of the application's would meet: every name says its schema, operators too.
+    Its variables bear the reserved prefix as well: PL/pgSQL would take a column of the user's for one of the same name. It has
+    no search_path of its own, which triggers and policies of the application's would meet: every name says its schema,
+    operators too.
     """
     given = sql.SQL(", ").join(
         sql.SQL("{} AS {}").format(sql.Identifier(PARAMETER.format(name)), sql.Identifier(name)) for name in VERSION_COLUMNS
@@ -319,7 +322,7 @@ def barrier(connection: Connection, table: GatedTable, server: str, tries: int =
 
 
 def begin_anew(connection: Connection, table: GatedTable, image: Version, server: str, tries: int = 60) -> None:
-    """Empty a table and its touched rows, and put the floor to a later epoch's v0, in one transaction behind the table's lock.
+    """Empty a table and its row versions, and put the floor to a later epoch's v0, in one transaction behind the table's lock.
 
     From its commit on whatever an earlier epoch offers is below the floor. Asked for briefly and again, so that readers and
     writers never queue long. A foreign key that points at the table, or a missing right, is an error, and nothing is changed.
@@ -330,7 +333,7 @@ def begin_anew(connection: Connection, table: GatedTable, image: Version, server
                 connection.execute("SET LOCAL lock_timeout = '500ms'")
                 connection.execute("SELECT set_config('changeover.epoch', %s, true)", [str(image.epoch)])  # past a refusal
                 connection.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(table.lock_key))
-                emptied = [table.table, table.touched, *([table.owners] if table.owned else [])]
+                emptied = [table.table, table.row_versions, *([table.owners] if table.owned else [])]
                 connection.execute(sql.SQL("TRUNCATE {}").format(sql.SQL(", ").join(emptied)))
                 _put_floor(connection, table, image)
             return
@@ -357,9 +360,10 @@ def sweep(connection: Connection, table: GatedTable) -> int:
         connection.execute(GATE_EPOCH, [table.target])
         return connection.execute(
             sql.SQL(
-                "DELETE FROM {table} AS t USING (SELECT {key} FROM {touched} WHERE _changeover_deleted ORDER BY {key} FOR UPDATE)"
+                "DELETE FROM {table} AS t USING ("
+                "SELECT {key} FROM {row_versions} WHERE _changeover_deleted ORDER BY {key} FOR UPDATE)"
                 " AS b WHERE {same}"
-            ).format(table=table.table, key=table.list(table.key), touched=table.touched, same=table.same_key("t", "b"))
+            ).format(table=table.table, key=table.list(table.key), row_versions=table.row_versions, same=table.same_key("t", "b"))
         ).rowcount
 
 
@@ -377,7 +381,7 @@ def raise_floor(connection: Connection, table: GatedTable, floor: Version) -> Ve
 
 
 def remove(connection: Connection, schema: str, name: str) -> list[str]:
-    """Remove function, touched table and floor of one table; the floors' table goes with the last one."""
+    """Remove function, row versions and floor of one table; the floors' table goes with the last one."""
     if connection.execute("SELECT FROM pg_class WHERE oid = to_regclass('changeover.gate')").fetchone() is None:
         return []
     table = GatedTable(schema, name, (), ())
@@ -387,7 +391,7 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
             connection.execute(
                 sql.SQL("DROP FUNCTION IF EXISTS {}(integer, pg_lsn, bigint, boolean, {})").format(table.function, table.table)
             )
-            connection.execute(sql.SQL("DROP TABLE IF EXISTS {}, {}").format(table.touched, table.owners))
+            connection.execute(sql.SQL("DROP TABLE IF EXISTS {}, {}").format(table.row_versions, table.owners))
             connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("floor", schema, name)))
         left = connection.execute("SELECT FROM changeover.gate LIMIT 1").fetchone()
         if left is None:

@@ -23,7 +23,7 @@ JOIN changeover.gate AS g ON g.target = {target}
 WHERE NOT b._changeover_deleted AND b._changeover_epoch = g.image_epoch AND o.{owner} <> b.{owner}
     AND (o.{owner} LIKE {hashed}) = (b.{owner} LIKE {hashed}) AND o.{owner} <> ALL (coalesce(b.{left}, '{{}}'))
     AND {offered} > (g.epoch, g.lsn, g.ordinal)
-    AND NOT EXISTS (SELECT FROM {touched} AS d WHERE {same_touched} AND (d._changeover_deleted OR {cell} >= {offered}))
+    AND NOT EXISTS (SELECT FROM {row_versions} AS d WHERE {same_versions} AND (d._changeover_deleted OR {cell} >= {offered}))
 LIMIT 1
 """
 """Puts that will be taken, and would overwrite the live row of a source key that the batch does not delete.
@@ -47,9 +47,9 @@ GROUP BY {b_key} HAVING count(*) > 1 LIMIT 1
 
 def _composed(statement: str, table: GatedTable, batch: sql.Composable) -> sql.Composed:
     return sql.SQL(statement).format(
-        owners=table.owners, table=table.table, touched=table.touched, batch=batch, target=sql.Literal(table.target),
+        owners=table.owners, table=table.table, row_versions=table.row_versions, batch=batch, target=sql.Literal(table.target),
         owner=sql.Identifier(OWNER), left=sql.Identifier(LEFT), key=table.list(table.key), b_key=table.list(table.key, "b"),
-        same_owner=table.same_key("o", "b"), same_row=table.same_key("t", "b"), same_touched=table.same_key("d", "b"),
+        same_owner=table.same_key("o", "b"), same_row=table.same_key("t", "b"), same_versions=table.same_key("d", "b"),
         offered=version_of("b"), cell=version_of("d"), hashed=sql.Literal(f"%{HASHED}%"),
     )  # fmt: skip
 

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 PASSING = "pg_temp"
 """The schema of a session's temporary tables."""
 
-BATCHES_PER_TURN = 8
-"""Transactions of a collection after which replay goes on: its lag, and a fence that waits for its turn, do not notice."""
+BATCHES_PER_RUN = 8
+"""Transactions of a collection after which replay goes on: its lag, and a fence that waits for the lease, do not notice."""
 
 
 class PostgresStore:
@@ -189,15 +189,15 @@ class PostgresStore:
         with speaking_to(self.dsn, f"truncating {table}"):
             truncating.truncate(self.connection, self.gated(table), version, server_name(self.dsn))
 
-    def touched(self, table: TargetTable) -> int:
-        """Return the server's own estimate of the touched rows."""
-        return garbage.touched_rows(self.connection, self.gated(table))
+    def row_versions(self, table: TargetTable) -> int:
+        """Return the server's own estimate of the row versions."""
+        return garbage.row_versions(self.connection, self.gated(table))
 
     def collect(self, table: TargetTable, upto: Version, place: int) -> Collected:
-        """Collect touched rows by `statements.COLLECT`, in a turn that is over in about a second."""
-        with speaking_to(self.dsn, f"collecting touched rows of {table}"):
+        """Collect row versions by `statements.COLLECT`, in a run of about a second."""
+        with speaking_to(self.dsn, f"collecting row versions of {table}"):
             return garbage.collect(
-                self.connection, self.gated(table), upto, server_name(self.dsn), block=place, batches=BATCHES_PER_TURN
+                self.connection, self.gated(table), upto, server_name(self.dsn), block=place, batches=BATCHES_PER_RUN
             )
 
     @contextmanager
@@ -252,7 +252,7 @@ class PostgresStore:
         return self.gated(shape)
 
     def begin_anew(self, table: TargetTable, image: Version, appended: Sequence[str]) -> None:
-        """Empty the table and its touched rows under a new floor; a chunk of an earlier epoch has lost its mark in the ledger."""
+        """Empty the table and its row versions under a new floor; a chunk of an earlier epoch has lost its mark in the ledger."""
         with speaking_to(self.dsn, f"emptying {table}"):
             gate.begin_anew(self.connection, self.gated(table), image, server_name(self.dsn))
 

@@ -1,7 +1,7 @@
 """A tenant's floor: the epoch below which a gated table takes nothing for its rows any more.
 
 The table's own floor is one for all rows, so it can't rise while some of them go on under an earlier epoch. Each tenant has a
-floor therefore: a trigger on our own table of touched rows leaves out what is of an epoch before the tenant's present one, and what
+floor therefore: a trigger on our own table of row versions leaves out what is of an epoch before the tenant's present one, and what
 was not touched is not written. The trigger is made in front of a fence's pause, because it waits for gated statements; a floor that
 rises is another function, which waits for nobody.
 """
@@ -32,14 +32,14 @@ def install(connection: Connection, table: GatedTable, column: str, floors: Sequ
     """Put the floors and have the table ask for them from now on; safe to repeat. Raises LockNotGranted."""
     put(connection, table, column, floors)
     found = "SELECT FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname = 'changeover_floor'"
-    if connection.execute(found, [table.touched.as_string(connection)]).fetchone() is not None:
+    if connection.execute(found, [table.row_versions.as_string(connection)]).fetchone() is not None:
         return
     trigger = sql.SQL("CREATE TRIGGER changeover_floor BEFORE INSERT ON {} FOR EACH ROW EXECUTE FUNCTION {}()")
     for _ in range(TRIES):
         try:
             with connection.transaction():
                 connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
-                connection.execute(trigger.format(table.touched, ours("floor", table.schema, table.name)))
+                connection.execute(trigger.format(table.row_versions, ours("floor", table.schema, table.name)))
             return
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.05)

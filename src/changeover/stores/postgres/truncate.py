@@ -1,8 +1,9 @@
 """TRUNCATE in a PostgreSQL target: the floor goes up first, then every older row is deleted through the gate, in batches.
 
 One DELETE would take a newer row with it: it waits for a writer's row, and then judges by what its own snapshot knew of that
-row's version. So every key goes through `touched`, whose row lock a writer takes first. The floor is committed, and all earlier
-gated statements have ended, before the first row is looked at, so no older image or change can arrive behind the deletes.
+row's version. So every key goes through the row versions, whose row lock a writer takes first. The floor is committed, and all
+earlier gated statements have ended, before the first row is looked at, so no older image or change can arrive behind the
+deletes.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def _delete_some(connection: Connection, table: GatedTable, version: Version) ->
         found = cursor.execute(
             sql.SQL(
                 "INSERT INTO {batch} ({names}, {key})"
-                " SELECT {epoch}, {lsn}, {ordinal}, true, {t_key} FROM {table} AS t WHERE NOT EXISTS (SELECT FROM {touched} AS d"
+                " SELECT {epoch}, {lsn}, {ordinal}, true, {t_key} FROM {table} AS t"
+                " WHERE NOT EXISTS (SELECT FROM {row_versions} AS d"
                 " WHERE {same} AND {d} >= ({epoch}, {lsn}, {ordinal})) LIMIT {limit}"
             ).format(
                 batch=BATCH,
@@ -65,7 +67,7 @@ def _delete_some(connection: Connection, table: GatedTable, version: Version) ->
                 lsn=sql.SQL("{}::pg_lsn").format(sql.Literal(format_lsn(version.lsn))),
                 ordinal=sql.Literal(version.ordinal),
                 table=table.table,
-                touched=table.touched,
+                row_versions=table.row_versions,
                 same=table.same_key("d", "t"),
                 limit=sql.Literal(ROWS_PER_BATCH),
             )

@@ -29,7 +29,7 @@ from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.spool.table import spool_of
 from changeover.verifiers.verification import verify
-from tests.support.fix_accounts import MAX_PAUSE, add, application, following, loaded, routed, rows, turn
+from tests.support.fix_accounts import MAX_PAUSE, add, application, following, loaded, routed, rows, switch
 from tests.support.fix_flags import PATIENCE
 from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
 from tests.support.fix_migration import rows as comparable
@@ -85,8 +85,8 @@ def test_somebody_elses_turn_waits_for_the_gate_and_then_for_the_fence(moved: Mi
     hushed = threading.Event()
     with following(moved), application(moved, hushed=hushed) as router, watching(moved) as (child, said):
         wait_for(lambda: heard("turned from off to shadow"), "the stage on record")
-        turn(moved, Stage.LIVE)
-        wait_for(lambda: heard("the gate to live stays closed"), "a refusal")
+        switch(moved, Stage.LIVE)
+        wait_for(lambda: heard("not ready for live"), "a refusal")
         assert heard("public.accounts was never verified in store")
         assert (authority(moved).epoch, router.stage) == (0, Stage.SHADOW)
         wait_for(lambda: router.counters()["comparisons"]["at_stage"]["compared"] >= COMPARISONS, "compared reads")
@@ -121,7 +121,7 @@ def test_watch_needs_prepare_and_goes_on_after_a_broken_flag_file(moved: Migrati
         file.write_text("{ half a fi")
         wait_for(lambda: any("not valid JSON" in line for line in said), "the broken file")
         file.write_text(whole)
-        turn(moved, Stage.DUALWRITE)
+        switch(moved, Stage.DUALWRITE)
         wait_for(lambda: any("from shadow to dualwrite" in line for line in said), "the turn")
         child.send_signal(signal.SIGINT)
         assert child.wait(120) == 130
@@ -132,14 +132,14 @@ def test_watch_needs_prepare_and_goes_on_after_a_broken_flag_file(moved: Migrati
 
 
 def test_a_stage_that_is_skipped_over_the_fence_is_refused(moved: Migration) -> None:
-    turn(moved, Stage.COMPLETE)
+    switch(moved, Stage.COMPLETE)
     with watching(moved) as (_, said):
         wait_for(lambda: any("shadow to complete is not one step up" in line for line in said), "the refusal")
     assert authority(moved).store == "old"
 
 
 def test_a_rollback_below_the_fence_loses_nothing(moved: Migration) -> None:
-    turn(moved, Stage.DUALWRITE)
+    switch(moved, Stage.DUALWRITE)
     with routed(moved) as router:
         wait_for(lambda: router.stage is Stage.DUALWRITE, "dualwrite")
         assert add(router, 1).mirrored
@@ -188,11 +188,11 @@ def test_complete_is_final_wherever_the_flag_points(moved: Migration) -> None:
     sentence = "changeover: flags rollback: complete was reached and is final: the old store lacks every write since\n"
     refused = run("rollback", moved)
     assert (refused.exit_code, refused.stderr) == (1, sentence)
-    turn(moved, Stage.RAMPDOWN)
+    switch(moved, Stage.RAMPDOWN)
     refused = run("rollback", moved)
     assert (refused.exit_code, refused.stderr) == (1, sentence)
     assert json.loads(run("show", moved, "--json").stdout)["back"] is None
-    turn(moved, Stage.SHADOW)
+    switch(moved, Stage.SHADOW)
     with pytest.raises(Refused, match="complete was reached"):
         cutover._follow(moved.spec)
     assert authority(moved).store == "new"
@@ -202,18 +202,18 @@ def test_the_gate_to_shadow_waits_for_what_was_not_mirrored(moved: Migration) ->
     def reasons() -> str:
         return " ".join(cutover.show(moved.spec).reasons)
 
-    turn(moved, Stage.OFF)
+    switch(moved, Stage.OFF)
     with routed(moved) as router:
         wait_for(lambda: router.stage is Stage.OFF, "off")
         add(router, 5, "the old store alone")
-        turn(moved, Stage.DUALWRITE)
+        switch(moved, Stage.DUALWRITE)
         assert "where dualwrite began is not on record" in reasons()
-        turn(moved, Stage.OFF)
+        switch(moved, Stage.OFF)
         wait_for(lambda: router.stage is Stage.OFF, "off")
         cutover.advance(moved.spec, override="test")
         assert router.stage is Stage.DUALWRITE, "advance waits until every router is there"
         with Ledger.open(moved.spec, "test") as ledger:
-            began = history.mirrored_since(history.turns(ledger))
+            began = history.mirrored_since(history.switches(ledger))
         assert began is not None
         assert "and dualwrite began at" in reasons()
         moved.catch_up()
@@ -252,14 +252,14 @@ def test_without_a_reverse_path_the_lake_learns_by_the_echo_what_was_written_whi
             settle(made)
             at_the_fence = old(made)
             fence(made.spec, Origin.NEW)
-            turn(made, Stage.LIVE)
+            switch(made, Stage.LIVE)
             wait_for(lambda: router.stage is Stage.LIVE, "live")
             write_at_live(router)
             assert router.drain(PATIENCE)
             assert router.counters()["mirror_old"]["applied"] == 4
             assert old(made) == comparable(rows(made.new, "ledgers")) != at_the_fence
             assert lake(made) == at_the_fence, "the lake stays at the fence while the new store has authority"
-            turn(made, Stage.SHADOW)
+            switch(made, Stage.SHADOW)
             back = fence(made.spec, Origin.OLD)
             wait_for(lambda: router.stage is Stage.SHADOW, "shadow")
             add(router, 2, "after the rollback")

@@ -18,7 +18,7 @@ from changeover.flags.cutover import commands as cutover
 from changeover.flags.cutover import discovery
 from changeover.flags.cutover.discovery import Astray, Census
 from changeover.flags.cutover.moves import Apart, apart, some, together
-from changeover.flags.observed import Fact, Facts
+from changeover.flags.observed import Observation, Observations
 from changeover.jobs.ledger.records import Stream
 from changeover.spec import Spec, load
 
@@ -47,7 +47,7 @@ key = "follows-store"
 target = "new"
 file = "{folder}/flags.json"
 """
-SPLIT = Facts(1, Fact(0, Origin.OLD), {"7": Fact(1, Origin.NEW)})
+SPLIT = Observations(1, Observation(0, Origin.OLD), {"7": Observation(1, Origin.NEW)})
 
 
 @pytest.fixture
@@ -75,11 +75,11 @@ def follows(stores: Stores, *users: int) -> None:
 
 
 @pytest.fixture
-def counted(spec: Spec) -> Callable[[Facts], Astray]:
+def counted(spec: Spec) -> Callable[[Observations], Astray]:
     """Return a census that counts at every look."""
     made = Census(spec)
 
-    def look(known: Facts) -> Astray:
+    def look(known: Observations) -> Astray:
         made._due = 0.0
         return made.look(known)
 
@@ -95,37 +95,39 @@ def rollout(flag_file: Path, live: int) -> None:
 
 
 def test_the_flag_is_asked_of_every_tenant_that_has_rows(
-    stores: Stores, counted: Callable[[Facts], Astray], flag_file: Path
+    stores: Stores, counted: Callable[[Observations], Astray], flag_file: Path
 ) -> None:
-    assert counted(Facts()) == Astray()
+    assert counted(Observations()) == Astray()
     flagfile.write_tenants(flag_file, FLAG, KIND, ["7", "9"], Stage.LIVE)
-    assert counted(Facts()) == Astray(), "nobody has a row"
+    assert counted(Observations()) == Astray(), "nobody has a row"
     follows(stores, 7, 8)
-    assert counted(Facts()) == Astray(up=("7",))
+    assert counted(Observations()) == Astray(up=("7",))
     assert counted(SPLIT) == Astray()
     flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.SHADOW)
     assert counted(SPLIT) == Astray(back=("7",))
     stores.old.execute("DELETE FROM public.follows")
     assert counted(SPLIT) == Astray(back=("7",)), "it is on record"
     flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
-    assert counted(Facts(1, Fact(1, Origin.NEW))) == Astray()
+    assert counted(Observations(1, Observation(1, Origin.NEW))) == Astray()
 
 
-def test_a_percentage_rollout_is_followed_by_tenant(stores: Stores, counted: Callable[[Facts], Astray], flag_file: Path) -> None:
+def test_a_percentage_rollout_is_followed_by_tenant(
+    stores: Stores, counted: Callable[[Observations], Astray], flag_file: Path
+) -> None:
     follows(stores, *range(200))
     rollout(flag_file, 25_000)
-    quarter = counted(Facts()).up
+    quarter = counted(Observations()).up
     assert 25 < len(quarter) < 75
     rollout(flag_file, 50_000)
-    half = counted(Facts()).up
+    half = counted(Observations()).up
     assert set(quarter) < set(half)
-    known = Facts(1, Fact(0, Origin.OLD), {name: Fact(1, Origin.NEW) for name in half})
+    known = Observations(1, Observation(0, Origin.OLD), {name: Observation(1, Origin.NEW) for name in half})
     assert counted(known) == Astray()
     rollout(flag_file, 25_000)
     assert set(counted(known).back) == set(half) - set(quarter)
 
 
-def test_an_answer_that_is_no_stage_moves_nobody(counted: Callable[[Facts], Astray], flag_file: Path) -> None:
+def test_an_answer_that_is_no_stage_moves_nobody(counted: Callable[[Observations], Astray], flag_file: Path) -> None:
     document = json.loads(flag_file.read_text())
     document["flags"][FLAG]["variations"][2] = "Shadow"
     flag_file.write_text(json.dumps(document))
@@ -145,11 +147,11 @@ def test_a_count_is_repeated_less_often_the_longer_it_takes_and_the_flag_is_aske
     monkeypatch.setattr(discovery, "SHARE", 1e6)
     made = Census(spec)
     for _ in range(5):
-        made.look(Facts())
+        made.look(Observations())
     assert (len(counts), len(lent)) == (1, 1)
     flagfile.write_stage(flag_file, FLAG, Stage.LIVE)
     for _ in range(5):
-        made.look(Facts())
+        made.look(Observations())
     for _ in range(5):
         made.look(SPLIT)
     assert (len(counts), len(lent)) == (1, 3)
@@ -269,7 +271,7 @@ def test_at_rampdown_no_tenant_goes_back_alone_and_below_shadow_it_may(stores: S
 def test_the_gate_is_asked_and_its_no_is_on_record(stores: Stores, spec: Spec) -> None:
     refused = run("advance", spec, "--tenant", "7")
     assert refused.exit_code == 1
-    assert "the gate to live stays closed" in refused.stderr
+    assert "not ready for live" in refused.stderr
     assert flagfile.read_flag(spec.work / "flags.json", FLAG).get("contextTargets", []) == []
     _, step, outcome, told = stores.ledger.audits()[0]
     assert (step, outcome, told["tenants"], told["count"]) == (history.STEP, "refused", ["7"], 1)
@@ -325,7 +327,7 @@ def test_the_page_names_the_tenants_that_stand_apart(stores: Stores, spec: Spec)
 def test_what_is_told_of_some_tenants() -> None:
     assert some(["9"]) == "1 tenant (9)"
     assert some(list("hgfedcba")) == "8 tenants (a, b, c, d, e, …)"
-    assert apart(Facts()) is None
+    assert apart(Observations()) is None
     assert apart(SPLIT) == Apart("new", 1, ("7",), (1,))
     for stage in Stage:
         assert together(SPLIT, stage) is None, "the others are at the old store, so they go with all"

@@ -21,7 +21,7 @@ import pytest
 from ldclient.migrations.types import Origin, Stage
 
 from changeover import failpoints
-from changeover.errors import CouldNotCheck, GateClosed
+from changeover.errors import CouldNotCheck, NotReady
 from changeover.flags import flagfile
 from changeover.flags.cutover import commands as cutover
 from changeover.flags.fence.fence import fence
@@ -80,11 +80,11 @@ def people(make_migration: MakeMigration) -> Migration:
     made.prepare()
     made.new.execute("ALTER TABLE people ALTER note SET STORAGE EXTERNAL")
     made.backfill()
-    turn(made, Stage.SHADOW)
+    switch(made, Stage.SHADOW)
     return made
 
 
-def turn(migration: Migration, stage: Stage) -> None:
+def switch(migration: Migration, stage: Stage) -> None:
     flagfile.write_stage(migration.spec.work / "flags.json", FLAG, stage)
 
 
@@ -266,7 +266,7 @@ def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, cap
         assert before is not None
         assert before.line == "opened by the fence"
         fence(people.spec, Origin.NEW)
-        turn(people, Stage.LIVE)
+        switch(people, Stage.LIVE)
         people.new.execute("UPDATE people SET name = 'of the application' WHERE person = 1")
         settled(people)
         assert shown(people).rogue == []
@@ -279,7 +279,7 @@ def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, cap
         assert (rogue.store, rogue.table, rogue.changes, rogue.transactions) == ("old", "public.members", 2, 1)
         assert any("which had no authority: 2 changes of 1 transaction" in reason for reason in shown(people).reasons)
         assert any("which had no authority" in line for line in status(people.spec).lines())
-        with pytest.raises(GateClosed, match="had no authority"):
+        with pytest.raises(NotReady, match="had no authority"):
             cutover.advance(people.spec)
         wait_for(lambda: "which had no authority" in caplog.text, "the alarm in capture's log")
         settled(people)
@@ -305,7 +305,7 @@ def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, cap
     with following(people):
         settled(people)
         assert old_rows(people) == new_rows(people)
-        turn(people, Stage.SHADOW)
+        switch(people, Stage.SHADOW)
         fence(people.spec, Origin.OLD)
         people.new.execute("ALTER TABLE people DISABLE TRIGGER changeover_refusal")
         people.new.execute("DELETE FROM people WHERE person = 70")
@@ -321,7 +321,7 @@ def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, cap
 def test_a_truncate_comes_back_and_with_where_it_is_told(people: Migration) -> None:
     with following(people):
         fence(people.spec, Origin.NEW)
-        turn(people, Stage.LIVE)
+        switch(people, Stage.LIVE)
         people.new.execute("TRUNCATE people")
         people.new.execute("INSERT INTO people (person, name, active) VALUES (1, 'since', true)")
         wait_for(lambda: "TRUNCATE" in (((way := shown(people).reverse_path) and way.lacking) or ""), "what stands in the way")
@@ -329,7 +329,7 @@ def test_a_truncate_comes_back_and_with_where_it_is_told(people: Migration) -> N
         assert robots(people) == [(9001, "r2"), (9002, "c3")]
         with pytest.raises(CouldNotCheck, match="the lake follows the new store"):
             verify(people.spec, people.spark, targets=[LAKE])
-        turn(people, Stage.SHADOW)
+        switch(people, Stage.SHADOW)
         back = fence(people.spec, Origin.OLD)
         assert back.lacking is not None
         assert "TRUNCATE" in back.lacking
@@ -360,7 +360,7 @@ def test_a_partitioned_new_table_comes_back(make_migration: MakeMigration) -> No
     )
     made.prepare()
     made.backfill()
-    accounts.turn(made, Stage.SHADOW)
+    accounts.switch(made, Stage.SHADOW)
     with following(made):
         with accounts.unmirrored(made) as taken:
             fence(made.spec, Origin.NEW)

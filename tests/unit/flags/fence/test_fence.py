@@ -22,7 +22,7 @@ from changeover.session import connect
 from changeover.stores.postgres import refusal
 from changeover.stores.postgres.gate import FENCED
 from changeover.verifiers.verification import verify
-from tests.support.fix_accounts import application, following, rows, turn, wait_for_writes
+from tests.support.fix_accounts import application, following, rows, switch, wait_for_writes
 from tests.support.fix_flags import wait_until
 from tests.support.fix_migration import Migration
 
@@ -32,10 +32,10 @@ def test_authority_moves_there_and_back_under_writers_and_no_write_is_lost(moved
         with application(moved) as router:
             wait_for_writes(router)
             there = fence(moved.spec, Origin.NEW)
-            turn(moved, Stage.LIVE)
+            switch(moved, Stage.LIVE)
             wait_until(lambda: router.stage is Stage.LIVE)
             wait_for_writes(router)
-            turn(moved, Stage.SHADOW)
+            switch(moved, Stage.SHADOW)
             back = fence(moved.spec, Origin.OLD)
             wait_until(lambda: router.stage is Stage.SHADOW)
             wait_for_writes(router)
@@ -136,7 +136,7 @@ def test_a_fence_that_can_not_be_recorded_gives_the_writers_back(moved: Migratio
         with pytest.raises(ServerUnavailable):
             cutover.advance(moved.spec, to=Stage.LIVE, override="test")
         assert authority(moved).store == "old"
-        assert cutover.wished(moved.spec) is Stage.SHADOW
+        assert cutover.desired_stage(moved.spec) is Stage.SHADOW
         moved.old.execute("UPDATE accounts SET note = 'goes on' WHERE id = 1")
         # a floor that had been raised for it would refuse, without a word, all that the old store writes from here on
         deadline = time.monotonic() + 120
@@ -156,7 +156,7 @@ def test_a_fence_whose_record_was_made_though_nobody_heard_it_stands(moved: Migr
     with following(moved), pytest.raises(ServerUnavailable):
         cutover.advance(moved.spec, to=Stage.LIVE, override="test")
     assert authority(moved).store == "new"
-    assert cutover.wished(moved.spec) is Stage.LIVE
+    assert cutover.desired_stage(moved.spec) is Stage.LIVE
     fences.settle(moved.spec)
     assert moved.new.execute("SELECT epoch FROM changeover.gate").fetchone() == (1,)
     with pytest.raises(psycopg.Error, match="no authority"):

@@ -25,7 +25,7 @@ from changeover.jobs.restart import restart
 from changeover.jobs.source.marker import mark
 from changeover.session import connect
 from changeover.spec import load
-from tests.support.fix_accounts import ACCOUNTS, ROWS, SPEC, turn
+from tests.support.fix_accounts import ACCOUNTS, ROWS, SPEC, switch
 from tests.support.fix_flags import wait_until
 from tests.support.fix_migration import STORE, Migration, spec_text
 
@@ -50,7 +50,7 @@ def moved(any_dsn: str, new_dsn: str, spark: SparkSession, tmp_path: Path, monke
         made = Migration(load(path), spark, old, new)
         made.prepare()
         made.backfill()
-        turn(made, Stage.SHADOW)
+        switch(made, Stage.SHADOW)
         yield made
 
 

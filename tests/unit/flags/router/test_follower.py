@@ -9,22 +9,22 @@ from collections.abc import Callable, Iterator
 import pytest
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.flags.observed import Fact, Facts, facts
+from changeover.flags.observed import Observation, Observations, observations
 from changeover.flags.router.follower import Beat, LedgerAuthority, LedgerFollower
 from changeover.jobs.ledger.epochs import EVERYTHING
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority
 from tests.support.fix_flags import PATIENCE, Stores, once_within
 
-OLD, NEW = Fact(0, Origin.OLD), Fact(1, Origin.NEW)
-AT_OLD, AT_NEW = Facts(), Facts(1, NEW)
+OLD, NEW = Observation(0, Origin.OLD), Observation(1, Origin.NEW)
+AT_OLD, AT_NEW = Observations(), Observations(1, NEW)
 
 
-def there_or_back(stores: Stores, epoch: int) -> Fact:
+def there_or_back(stores: Stores, epoch: int) -> Observation:
     """Move all rows, to the new store in the odd epochs; return what holds then."""
-    fact = Fact(epoch, Origin.NEW if epoch % 2 else Origin.OLD)
-    stores.move(epoch, fact.store.value)
-    return fact
+    observation = Observation(epoch, Origin.NEW if epoch % 2 else Origin.OLD)
+    stores.move(epoch, observation.store.value)
+    return observation
 
 
 class Process:
@@ -50,15 +50,15 @@ def follower(stores: Stores, process: Process) -> Iterator[LedgerFollower]:
 
 
 def test_the_first_fact_is_there_at_once(follower: LedgerFollower) -> None:
-    assert follower.facts == AT_OLD
+    assert follower.observations == AT_OLD
 
 
 def test_a_new_epoch_is_followed(stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]) -> None:
     epochs = itertools.count(1)
 
     def move() -> None:
-        fact = there_or_back(stores, next(epochs))
-        eventually(lambda: follower.facts == Facts(fact.epoch, fact))
+        observation = there_or_back(stores, next(epochs))
+        eventually(lambda: follower.observations == Observations(observation.epoch, observation))
 
     once_within(0.5, move)
 
@@ -70,11 +70,11 @@ def test_waiting_ends_when_the_fact_changes(stores: Stores, follower: LedgerFoll
     epochs = itertools.count(1)
 
     def move() -> None:
-        assert follower.facts is not None
-        before = follower.facts.rest
-        fact = there_or_back(stores, next(epochs))
+        assert follower.observations is not None
+        before = follower.observations.rest
+        observation = there_or_back(stores, next(epochs))
         follower.wait(EVERYTHING, before, PATIENCE)
-        assert follower.facts == Facts(fact.epoch, fact)
+        assert follower.observations == Observations(observation.epoch, observation)
 
     once_within(0.5, move)
 
@@ -106,14 +106,14 @@ def test_closing_records_a_last_heartbeat(stores: Stores, process: Process, even
 def test_a_broken_session_is_made_anew(stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]) -> None:
     stores.end_router_sessions(Origin.NEW)
     eventually(lambda: follower.failures > 0)
-    assert follower.facts == AT_OLD
+    assert follower.observations == AT_OLD
     stores.move(1, "new")
-    eventually(lambda: follower.facts == AT_NEW)
+    eventually(lambda: follower.observations == AT_NEW)
 
 
 def test_an_unprepared_ledger_has_no_fact_and_hurts_nothing(new_dsn: str, process: Process) -> None:
     follower = LedgerAuthority(new_dsn, "follows").follow("p1", process)
-    assert follower.facts is None
+    assert follower.observations is None
     follower.close()
 
 
@@ -128,14 +128,14 @@ def test_a_tenants_move_is_followed_and_waiting_is_for_its_own(
     stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]
 ) -> None:
     stores.move(1, "new", "7", "9")
-    eventually(lambda: follower.facts == Facts(1, OLD, {"7": NEW, "9": NEW}))
+    eventually(lambda: follower.observations == Observations(1, OLD, {"7": NEW, "9": NEW}))
     started = time.monotonic()
     follower.wait("8", OLD, 0.1)
     assert time.monotonic() - started > 0.09
     stores.move(2, "new", "8")
     follower.wait("8", OLD, PATIENCE)
-    assert follower.facts is not None
-    assert follower.facts.of("8") == Fact(2, Origin.NEW)
+    assert follower.observations is not None
+    assert follower.observations.of("8") == Observation(2, Origin.NEW)
 
 
 def test_the_names_are_read_again_only_after_a_move(
@@ -154,23 +154,23 @@ def test_the_names_are_read_again_only_after_a_move(
     eventually(lambda: follower._looks >= looks + 5)
     assert not reads
     stores.move(1, "new", *map(str, range(10_000)))
-    eventually(lambda: follower.facts is not None and len(follower.facts.named) == 10_000)
+    eventually(lambda: follower.observations is not None and len(follower.observations.named) == 10_000)
     looks = follower._looks
     eventually(lambda: follower._looks >= looks + 5)
     assert reads == [1]
     for epoch in range(2, 7):
         stores.move(epoch, "old" if epoch % 2 else "new", str(epoch))
-        eventually(lambda epoch=epoch: follower.facts is not None and follower.facts.epoch == epoch)
+        eventually(lambda epoch=epoch: follower.observations is not None and follower.observations.epoch == epoch)
     assert reads == [1, 2, 2, 2, 2, 2], "the last one that is known, and the new one"
-    assert follower.facts == facts(authorities(stores.ledger))
+    assert follower.observations == observations(authorities(stores.ledger))
 
 
 def test_a_migration_that_began_again_by_the_same_name_is_read_anew(
     stores: Stores, follower: LedgerFollower, eventually: Callable[..., None]
 ) -> None:
     stores.move(1, "new", "7")
-    eventually(lambda: follower.facts == Facts(1, OLD, {"7": NEW}))
+    eventually(lambda: follower.observations == Observations(1, OLD, {"7": NEW}))
     with stores.ledger.connection.transaction():
         stores.ledger.connection.execute("DELETE FROM changeover.authority")
         stores.move(1, "new", "9")
-    eventually(lambda: follower.facts == Facts(1, OLD, {"9": NEW}))
+    eventually(lambda: follower.observations == Observations(1, OLD, {"9": NEW}))

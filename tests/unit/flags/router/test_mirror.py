@@ -78,10 +78,10 @@ def offer_until_taken(mirror: Mirror) -> None:
         assert number < 50, mirror.counters()
 
 
-def touched(stores: Stores) -> list[tuple[Any, ...]]:
+def row_versions(stores: Stores) -> list[tuple[Any, ...]]:
     return stores.new.execute(
         "SELECT subject, _changeover_epoch, _changeover_lsn::text, _changeover_ordinal, _changeover_deleted"
-        ' FROM changeover."touched_public.associations" ORDER BY subject'
+        ' FROM changeover."versions_public.associations" ORDER BY subject'
     ).fetchall()
 
 
@@ -91,7 +91,7 @@ def test_a_row_arrives_whole_and_typed(stores: Stores, make_mirror: MakeMirror) 
     assert mirror.drain(PATIENCE)
     row = stores.new.execute("SELECT subject, object, attributes, tags, seen FROM public.associations").fetchone()
     assert row == (7, 1, {"note": "hello"}, ["a", None], datetime(2026, 1, 1, tzinfo=UTC))
-    assert touched(stores) == [(7, 0, format_lsn(FAR + 1), -1, False)]
+    assert row_versions(stores) == [(7, 0, format_lsn(FAR + 1), -1, False)]
     counters = mirror.counters()
     assert (counters["mirrored"], counters["applied"], counters["failed"], counters["depth"]) == (1, 1, 0, 0)
 
@@ -103,7 +103,7 @@ def test_a_delete_leaves_a_tombstone(stores: Stores, make_mirror: MakeMirror) ->
     mirror.offer(at(3), [gone(follow(2))])
     assert mirror.drain(PATIENCE)
     assert stores.rows(Origin.NEW) == []
-    assert [(row[0], row[4]) for row in touched(stores)] == [(1, True), (2, True)]
+    assert [(row[0], row[4]) for row in row_versions(stores)] == [(1, True), (2, True)]
 
 
 def test_an_older_version_is_refused_and_counted(stores: Stores, make_mirror: MakeMirror) -> None:
@@ -121,7 +121,7 @@ def test_of_a_key_written_twice_in_a_transaction_the_last_image_wins(stores: Sto
     mirror.offer(at(1), [follow(1, "first"), follow(2), follow(1, "second"), gone(follow(2)), follow(1, "third")])
     assert mirror.drain(PATIENCE)
     assert stores.rows(Origin.NEW) == [(1, 1, "third")]
-    assert [(row[0], row[4]) for row in touched(stores)] == [(1, False), (2, True)]
+    assert [(row[0], row[4]) for row in row_versions(stores)] == [(1, False), (2, True)]
 
 
 def test_the_order_of_a_key_is_kept(stores: Stores, make_mirror: MakeMirror) -> None:

@@ -240,15 +240,15 @@ def test_the_wish_waits_for_the_fact_both_ways(
 ) -> None:
     router = make_router()
     set_stage(router, Stage.SHADOW)
-    for wish in (Stage.LIVE, Stage.RAMPDOWN, Stage.COMPLETE):
-        flagfile.write_stage(flag_file, FLAG, wish)
-        eventually(lambda wish=wish: flag_client.variation(FLAG, EVERYONE, None) == wish.value)
+    for desired in (Stage.LIVE, Stage.RAMPDOWN, Stage.COMPLETE):
+        flagfile.write_stage(flag_file, FLAG, desired)
+        eventually(lambda desired=desired: flag_client.variation(FLAG, EVERYONE, None) == desired.value)
         assert router.stage is Stage.SHADOW
         assert put(router, follow).origin is Origin.OLD
     stores.fence_to_new()
     eventually(lambda: router.stage is Stage.COMPLETE)
-    for wish in (Stage.SHADOW, Stage.DUALWRITE, Stage.OFF):
-        flagfile.write_stage(flag_file, FLAG, wish)
+    for desired in (Stage.SHADOW, Stage.DUALWRITE, Stage.OFF):
+        flagfile.write_stage(flag_file, FLAG, desired)
         eventually(lambda: router.stage is Stage.LIVE)
         assert put(router, follow).origin is Origin.NEW
 

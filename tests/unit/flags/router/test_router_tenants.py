@@ -19,7 +19,7 @@ from psycopg import sql
 from changeover import spec
 from changeover.errors import Refused, SpecError
 from changeover.flags import flagfile
-from changeover.flags.observed import Fact
+from changeover.flags.observed import Observation
 from changeover.flags.router.desired import FlagStage
 from changeover.flags.router.endpoint import PgEndpoint, as_text
 from changeover.flags.router.router import Router, returned
@@ -282,7 +282,7 @@ def test_a_router_of_tenants_comes_from_a_spec(
     with Router.connect(spec.load(path), "follows", to_new=to_new, to_old=to_old) as router:
         assert put(router, make_follow(7)).origin is Origin.NEW
         assert put(router, make_follow(8)).origin is Origin.OLD
-        assert router._running().follower.facts.of("7") == Fact(1, Origin.NEW)  # type: ignore[union-attr]
+        assert router._running().follower.observations.of("7") == Observation(1, Origin.NEW)  # type: ignore[union-attr]
 
 
 def test_what_a_tenant_costs_the_caller_is_a_part_of_what_the_router_may(

@@ -48,7 +48,7 @@ def objects(connection: Connection) -> set[str]:
 
 
 def kept(migration: Migration) -> int:
-    row = migration.new.execute('SELECT count(*) FROM changeover."touched_public.associations"').fetchone()
+    row = migration.new.execute('SELECT count(*) FROM changeover."versions_public.associations"').fetchone()
     assert row is not None
     return int(row[0])
 
@@ -104,7 +104,7 @@ def test_replay_collects_once_the_table_is_closed_and_finalize_leaves_nothing(
     assert late_write(made, 7, row[0]) is False, "by the floor"
     assert late_write(made, 6, row[0]) is False
     made.assert_equal()
-    assert [load["touched"] for load in status(made.spec).loads] == [0]
+    assert [load["row_versions"] for load in status(made.spec).loads] == [0]
     [cell] = [part for name, part in explain(made.spec, ["7", "follows", "7"]).parts.items() if name == "store cell"]
     assert cell == f"no live write touched it above {told[0]['upto']}"
     made.old.execute(
@@ -128,7 +128,7 @@ def test_a_table_that_its_owner_dropped_leaves_nothing_either(make_migration: Ma
     made.backfill()
     made.new.execute("DROP TABLE associations CASCADE")
     finalize(made.spec)
-    assert not [one for one in objects(made.new) if "touched" in one or "gate" in one]
+    assert not [one for one in objects(made.new) if "versions" in one or "gate" in one]
 
 
 def test_the_epoch_is_that_of_the_old_stores_stream() -> None:

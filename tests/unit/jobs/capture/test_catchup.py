@@ -1,4 +1,4 @@
-"""The backlog by turns: the stream's events, a hand-over to it under writers, kills, refusals, bounds."""
+"""Catch-up in rounds: the stream's events, a hand-over to it under writers, kills, refusals, bounds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from changeover.jobs.capture.feed import Feed
 from changeover.jobs.capture.service import capture
 from changeover.jobs.capture.slot import SlotRun
 from changeover.jobs.source.marker import emit_marker
-from changeover.jobs.source.replication import BACKLOG
+from changeover.jobs.source.replication import CATCHUP
 from changeover.jobs.spool import writer as spool_writer
 from changeover.jobs.spool.table import Spool
 from changeover.jobs.spool.writer import CaptureResult
@@ -34,8 +34,8 @@ ALWAYS = {"FAR_BYTES": 1, "NEAR_BYTES": 1}
 
 @pytest.fixture
 def small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read whatever there is by turns of a few transactions."""
-    for name, value in {**ALWAYS, "TURN_BYTES": 20_000, "TAKE_BYTES": 2_000}.items():
+    """Read whatever there is in rounds of a few transactions."""
+    for name, value in {**ALWAYS, "ROUND_BYTES": 20_000, "TAKE_BYTES": 2_000}.items():
         monkeypatch.setattr(catchup, name, value)
 
 
@@ -75,7 +75,7 @@ def by_stream(prepared: Prepared, slot: str, path: Path, until: int) -> list[dic
     tables = {t.source_relation: prepared.ledger.source_table(t.source)[1] for t in prepared.spec.tables}
     feed = Feed(prepared.spec.source.dsn.resolve(), replace(prepared.stream, slot=slot), tables, spool)
     run = SlotRun(prepared.spec, feed, threading.Event(), lambda: spool.end() >= until, 0, CaptureResult())
-    run.by_turns = False
+    run.in_rounds = False
     run.run()
     return [event for event in spool.events(until=until).to_pylist() if event["op"] != "A"]
 
@@ -105,32 +105,32 @@ def test_turns_bring_what_the_stream_brings(prepared: Prepared, small_turns: Non
     streamed = by_stream(prepared, other, tmp_path / "streamed", end)
     read = [event for event in prepared.spool.events(until=end).to_pylist() if event["op"] != "A"]
     assert len(read) > 3000
-    assert read == streamed, "which says in each turn that a column was added, and else the same"
+    assert read == streamed, "which says in each round that a column was added, and else the same"
     assert parse_lsn(prepared.slot("confirmed_flush_lsn::text")) == prepared.spool.end()
 
 
 def test_turns_and_stream_hand_over_under_writers(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"FAR_BYTES": 100_000, "NEAR_BYTES": 50_000, "TURN_BYTES": 50_000}.items():
+    for name, value in {"FAR_BYTES": 100_000, "NEAR_BYTES": 50_000, "ROUND_BYTES": 50_000}.items():
         monkeypatch.setattr(catchup, name, value)
-    turns: list[int] = []
-    taken = SlotRun._turn
+    rounds: list[int] = []
+    taken = SlotRun._round
 
     def counted(self: SlotRun, *arguments: Any) -> None:
-        turns.append(self.intake.durable)
+        rounds.append(self.intake.durable)
         taken(self, *arguments)
 
-    monkeypatch.setattr(SlotRun, "_turn", counted)
+    monkeypatch.setattr(SlotRun, "_round", counted)
     stop, results = threading.Event(), []
     with writing(prepared, 3) as writers:
         thread = threading.Thread(target=lambda: results.append(capture(prepared.spec, stop=stop)))
         time.sleep(0.5)
         thread.start()
         for tries in range(20):
-            time.sleep(0.4 * 1.2**tries)  # long enough in the end, on whatever machine, for a connection to get to a turn
+            time.sleep(0.4 * 1.2**tries)  # long enough in the end, on whatever machine, for a connection to get to a round
             assert thread.is_alive(), "capture has ended by itself"
             acknowledged = parse_lsn(prepared.slot("confirmed_flush_lsn::text"))
             assert acknowledged <= max(prepared.spool.end(), prepared.stream.l0)
-            if len(set(turns)) > 3 and tries > 6:  # with turns so small and writers so fast, some machine never gets near
+            if len(set(rounds)) > 3 and tries > 6:  # with rounds so small and writers so fast, some machine never gets near
                 break
             prepared.old.execute("SELECT pg_logical_emit_message(false, 'noise', repeat('x', 300000))")
             prepared.old.execute(
@@ -139,11 +139,11 @@ def test_turns_and_stream_hand_over_under_writers(prepared: Prepared, monkeypatc
     stop.set()
     thread.join()
     prepared.catch_up()
-    assert len(set(turns)) > 3
+    assert len(set(rounds)) > 3
     require_all_of(prepared, writers)
 
 
-@pytest.mark.parametrize("point", ["backlog-read", "backlog-durable", "backlog-acknowledged"])
+@pytest.mark.parametrize("point", ["catchup-read", "catchup-durable", "catchup-acknowledged"])
 def test_a_kill_in_a_turn_loses_nothing_and_repeats_nothing(prepared: Prepared, tmp_path: Path, point: str) -> None:
     with writing(prepared) as writers:
         for number in range(3):
@@ -157,7 +157,7 @@ def test_a_kill_in_a_turn_loses_nothing_and_repeats_nothing(prepared: Prepared, 
             process.communicate()
             acknowledged = parse_lsn(prepared.slot("confirmed_flush_lsn::text"))
             assert acknowledged <= max(prepared.spool.end(), prepared.stream.l0)
-            assert (acknowledged == prepared.spool.end()) == (point == "backlog-acknowledged")
+            assert (acknowledged == prepared.spool.end()) == (point == "catchup-acknowledged")
             assert state["slot"] == "active", "also where the slot is at rest"
     prepared.catch_up()
     require_all_of(prepared, writers)
@@ -171,9 +171,9 @@ def test_a_turn_without_a_change_ends_a_failing_spell(prepared: Prepared, monkey
     cut: list[str] = []
 
     def cut_off(name: str, *said: object) -> None:
-        if name == "backlog-durable" and len(cut) < 2:
+        if name == "catchup-durable" and len(cut) < 2:
             cut.append(name)
-            session = application_name(prepared.spec.name, BACKLOG)
+            session = application_name(prepared.spec.name, CATCHUP)
             prepared.old.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s", [session])
 
     monkeypatch.setattr(failpoints, "reach", cut_off)
@@ -188,7 +188,7 @@ def test_what_the_server_refuses_is_streamed(prepared: Prepared, small_turns: No
     prepared.sql("INSERT INTO other SELECT i, 'refused' FROM generate_series(1, 100000) i")
     assert prepared.catch_up().connections == 1
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    refusal = "the backlog can't be read by turns, the stream brings it: temporary file size exceeds"
+    refusal = "the slot can't be caught up with in rounds, the stream brings it: temporary file size exceeds"
     assert [line for line in said if line.startswith(refusal)]
     assert [int(event["row"]["a"]) for event in prepared.events()] == list(range(1, 100_001))
 
@@ -199,15 +199,17 @@ def test_a_turn_is_bounded_and_what_may_outgrow_it_is_streamed(prepared: Prepare
         open_transaction.execute("INSERT INTO other VALUES (1, 'open')")
         move_on(prepared.old, 3)
         begin = prepared.stream.l0
-        far = catchup.turn(prepared.old, prepared.spec.slot, begin, catchup.FAR_BYTES)
+        far = catchup.round_end(prepared.old, prepared.spec.slot, begin, catchup.FAR_BYTES)
         assert far is not None
-        assert catchup.TURN_BYTES <= far - begin < 2 * segment, "not all of the three segments"
-        assert catchup.turn(prepared.old, prepared.spec.slot, begin + 2 * segment, 2 * segment) is None, "near"
-        later = catchup.turn(prepared.old, prepared.spec.slot, begin + 2 * segment, 1)
+        assert catchup.ROUND_BYTES <= far - begin < 2 * segment, "not all of the three segments"
+        assert catchup.round_end(prepared.old, prepared.spec.slot, begin + 2 * segment, 2 * segment) is None, "near"
+        later = catchup.round_end(prepared.old, prepared.spec.slot, begin + 2 * segment, 1)
         assert later is not None
         assert later <= position(prepared.old)
         monkeypatch.setattr(catchup, "REACH_BYTES", 2 * segment)
-        assert catchup.turn(prepared.old, prepared.spec.slot, begin + 2 * segment, 1) is None, "it reads from the transaction on"
+        assert catchup.round_end(prepared.old, prepared.spec.slot, begin + 2 * segment, 1) is None, (
+            "it reads from the transaction on"
+        )
         open_transaction.commit()
     assert prepared.catch_up().connections == 1
     assert [event["row"]["b"] for event in prepared.events()] == ["open"]
@@ -220,7 +222,7 @@ def test_a_role_that_may_replicate_may_read_the_backlog(prepared: Prepared) -> N
     dsn = psycopg.conninfo.make_conninfo(prepared.spec.source.dsn.resolve(), user=prepared.spec.name, password="x")
     end = position(prepared.old)
     with catchup.reading(dsn, prepared.spec.name, prepared.stream) as reader:
-        assert catchup.turn(reader.connection, prepared.spec.slot, prepared.stream.l0, 1) is not None
+        assert catchup.round_end(reader.connection, prepared.spec.slot, prepared.stream.l0, 1) is not None
         for _ in range(2):  # to read consumes nothing
             kinds = b"".join(bytes(wire.kind) for wire in reader.read(end) if wire is not None)
             assert kinds.count(b"I") == 1
@@ -254,7 +256,7 @@ def test_a_run_that_has_what_it_is_for_ends_its_turn_and_reads_none_of_it_again(
     prepared: Prepared, small_turns: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spool_writer, "BATCH_EVENTS", 100)
-    monkeypatch.setattr(catchup, "TURN_BYTES", 16 << 20)
+    monkeypatch.setattr(catchup, "ROUND_BYTES", 16 << 20)
     loop = "FOR i IN 1..2000 LOOP INSERT INTO other VALUES (i, 'x'); COMMIT; END LOOP"
     prepared.old.execute(f"DO $$ BEGIN {loop}; END $$".encode())
     capture(prepared.spec, until=lambda: prepared.spool.end() > prepared.stream.l0)
@@ -269,7 +271,7 @@ def test_memory_does_not_grow_with_a_transaction_of_the_backlog(prepared: Prepar
         prepared.sql("DELETE FROM follows", f"INSERT INTO follows {wide}")
         move_on(prepared.old, 2)
         reached = tmp_path / f"reached {rows}"
-        process = child(prepared.spec, CHANGEOVER_WAIT_AT=f"backlog-durable:{reached}")
+        process = child(prepared.spec, CHANGEOVER_WAIT_AT=f"catchup-durable:{reached}")
         wait_for(process, reached.is_file)
         peaks.append(peak_megabytes(process))
         process.kill()

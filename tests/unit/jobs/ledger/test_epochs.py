@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from changeover.jobs.ledger.epochs import FOR_EVER, Interval, Standing, offered_intervals, standing, tenures, without
+from changeover.jobs.ledger.epochs import FOR_EVER, Interval, Standing, authority_epochs, offered_intervals, standing, without
 from changeover.jobs.ledger.records import Authority
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -57,11 +57,11 @@ def test_what_the_new_stores_own_stream_carries_is_offered_from_there_at_once() 
 
 def test_a_store_without_authority_has_rogue_writes_alone() -> None:
     changes = [NEW_THERE, NEW_BACK, replace(AGAIN, new_lsn=7000)]
-    log = tenures(changes)
+    log = authority_epochs(changes)
     assert without(log, "old", 0) == [(100, 200), (300, FOR_EVER)]
     assert without(log, "new", 4000) == [(4000, 5000), (6000, 7000)]
-    assert without(tenures([]), "new", 4000) == [(4000, FOR_EVER)]
-    assert without(tenures([]), "old", 0) == []
+    assert without(authority_epochs([]), "new", 4000) == [(4000, FOR_EVER)]
+    assert without(authority_epochs([]), "old", 0) == []
     for store, lsn, expected in (
         ("old", 99, Standing.OFFERED), ("old", 100, Standing.ROGUE), ("old", 200, Standing.OFFERED), ("new", 4999, Standing.ROGUE),
         ("new", 5000, Standing.OFFERED), ("new", 6000, Standing.ROGUE), ("new", 7000, Standing.OFFERED),

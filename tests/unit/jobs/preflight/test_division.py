@@ -94,7 +94,8 @@ REASONS = [
     ),
     (
         {"table": TABLE + COLUMNS + 'note = "upper(note)"\n'},
-        "tenants move one by one only where they can come back: .* no reverse replication from associations: nothing gives its column note",
+        "tenants move one by one only where they can come back: .* no reverse replication"
+        " from associations: nothing gives its column note",
     ),
 ]  # fmt: skip
 

@@ -118,8 +118,8 @@ GIVEN = '[table.reverse]\nname = "lower(upper)"'
 def test_without_reverse_replication_the_mirror_is_left_and_everybody_is_told(stores: Stores) -> None:
     [note] = obstacles.notes(stores.spec)
     assert note == (
-        "follows has no reverse replication from links: nothing gives its column name (state it in [table.reverse] as an expression over the"
-        " row of links); until then the router's mirror alone keeps the old store up to date"
+        "follows has no reverse replication from links: nothing gives its column name (state it in [table.reverse] as an expression"
+        " over the row of links); until then the router's mirror alone keeps the old store up to date"
     )
     assert reverse_setup.open_path(stores.spec, stores.ledger) is None
     assert stores.slots() == []
@@ -224,7 +224,7 @@ def test_our_writes_are_marked_and_others_to_a_store_without_authority_are_rogue
         cursor.execute(sql.SQL("INSERT INTO {} VALUES (0, '0/99', 0, false, 2, 'REPLAY')").format(BATCH))
         apply_batch(cursor, table)
     stores.new.execute("INSERT INTO links VALUES (77, 'ghost')")
-    stores.new.execute(sql.SQL("INSERT INTO {} VALUES (77, 0, '0/1', 0, true)").format(table.touched))
+    stores.new.execute(sql.SQL("INSERT INTO {} VALUES (77, 0, '0/1', 0, true)").format(table.row_versions))
     sweep(stores.new, table)
     assert [(event["op"], event["note"]) for event in stores.captured()] == [
         ("I", "mirror"), ("D", "mirror"), ("I", "changes"), ("I", None), ("D", "sweep"),

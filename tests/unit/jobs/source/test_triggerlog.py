@@ -140,11 +140,11 @@ def logged(dsn: str, folder: Path, ddl: str, tables: str, *, kind: str = "trigge
         if kind == "trigger":
             triggerlog.install(old, spec, [one.identity for one in found.values() if one])
             identity = ticks.identify(old)
-            with ticks.aligned(dsn, "test", Log(name), [t.source_name for t in spec.tables]) as window:
+            with ticks.aligned(dsn, "test", Log(name), [t.source_name for t in spec.tables]) as tick:
                 for table in spec.tables:
                     query = sql.SQL("SELECT * FROM {}").format(sql.Identifier(*table.source_name))
-                    first[table.source] = window.holder.execute(query).fetchall()
-            stream = Stream(window.end, *identity, spec.slot, str(Log(name)), "none", window.snapshot.visible)
+                    first[table.source] = tick.holder.execute(query).fetchall()
+            stream = Stream(tick.end, *identity, spec.slot, str(Log(name)), "none", tick.snapshot.visible)
         else:
             names = sql.SQL(", ").join(sql.Identifier(*t.source_name) for t in spec.tables)
             old.execute(sql.SQL("CREATE PUBLICATION {} FOR TABLE {}").format(sql.Identifier(spec.slot), names))
@@ -369,11 +369,11 @@ def observe(made: Logged, dsn: str, stop: threading.Event, witness: Witness, ali
             witness.ends.append((end, spool.outline(0, end).num_rows))
             if len(witness.ends) % 9 == 0:
                 file = session.execute("SELECT pg_relation_filenode('counters')").fetchone()
-                with ticks.aligned(dsn, "verifier", made.log) as window:
-                    rows = window.holder.execute("SELECT * FROM counters").fetchall()
+                with ticks.aligned(dsn, "verifier", made.log) as tick:
+                    rows = tick.holder.execute("SELECT * FROM counters").fetchall()
                     # a table truncated meanwhile reads as empty under an older snapshot, which the product's readers look for
                     if session.execute("SELECT pg_relation_filenode('counters')").fetchone() == file:
-                        aligned.append((window.end, {row[0]: row for row in rows}))
+                        aligned.append((tick.end, {row[0]: row for row in rows}))
 
 
 @contextmanager
@@ -602,15 +602,15 @@ def test_a_source_that_is_restarted_is_followed_on(new_dsn: str, tmp_path: Path,
 def test_windows_come_in_the_order_of_their_ends(counters: Logged) -> None:
     ends = ["FF/FFFFFFF", "FF/10000000", "100/0", "100/FF"]
     for end in reversed(ends):
-        counters.old.execute(sql.SQL("INSERT INTO {} VALUES (%s::pg_lsn, '1:1:', '[]')").format(counters.log.windows), [end])
-    found = ticks.windows(counters.old, counters.log, parse_lsn(ends[0]))
-    assert [format_lsn(window.end) for window in found] == ends, "whose texts have another order"
+        counters.old.execute(sql.SQL("INSERT INTO {} VALUES (%s::pg_lsn, '1:1:', '[]')").format(counters.log.ticks), [end])
+    found = ticks.ticks(counters.old, counters.log, parse_lsn(ends[0]))
+    assert [format_lsn(tick.end) for tick in found] == ends, "whose texts have another order"
 
 
 def test_a_log_with_a_gap_is_refused(counters: Logged) -> None:
     counters.sql("INSERT INTO counters VALUES (5, 0, 'x')")
     counters.catch_up()
-    counters.old.execute(sql.SQL("DELETE FROM {}").format(counters.log.windows))
+    counters.old.execute(sql.SQL("DELETE FROM {}").format(counters.log.ticks))
     with pytest.raises(SpoolGap):
         counters.catch_up()
     triggerlog.remove(counters.old, counters.spec.name)

@@ -73,8 +73,8 @@ def test_a_moved_column_goes_back_and_the_rest_is_stated(spec: Spec) -> None:
 
 def test_what_is_neither_moved_nor_stated_is_named(spec: Spec) -> None:
     assert inverse.missing(spec, table(spec, reverse={}), OLD, NEW) == (
-        "follows has no reverse replication from associations: nothing gives its columns joined, obsolete (state each in [table.reverse] as an"
-        " expression over the row of associations)"
+        "follows has no reverse replication from associations: nothing gives its columns joined, obsolete (state each in"
+        " [table.reverse] as an expression over the row of associations)"
     )
     lacking = inverse.missing(spec, table(spec, function="a:b"), OLD, NEW)
     assert lacking is not None

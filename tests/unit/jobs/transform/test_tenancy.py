@@ -21,13 +21,13 @@ from changeover.jobs.ledger.epochs import (
     OLD,
     Standing,
     absences,
+    authority_epochs,
     histories,
     moving,
     sections,
     shares,
     stamped,
     standing,
-    tenures,
 )
 from changeover.jobs.ledger.records import Authority
 from changeover.jobs.restart import _require_allowed
@@ -150,7 +150,7 @@ def test_each_event_has_one_answer_whoever_is_asked(made: list[tuple[str, str]],
     carried = {change.epoch for change in changes if change.store == NEW}
     offered = sections(changes, takes_over=takes_over, carried=carried)
     for tenant in ("7", "9", "5"):
-        log = tenures(changes, tenant)
+        log = authority_epochs(changes, tenant)
         assert [held for held, whose in shares(changes).items() if tenant in whose] == [log[-1]._replace(tenant="")]
         assert (tenant in (epochs.at(changes, OLD) or Tenants(frozenset(), others=False))) == (log[-1].store == OLD)
         for applied in range(0, 800, 50):

@@ -46,11 +46,11 @@ def offer(connection: Connection, key: int, version: Version, note: str | None =
     return bool(row[0])
 
 
-def touched(connection: Connection) -> Kept:
+def row_versions(connection: Connection) -> Kept:
     """Return the versions that are kept."""
     rows = connection.execute(
         "SELECT id, _changeover_epoch, (_changeover_lsn - '0/0')::bigint, _changeover_ordinal, _changeover_deleted"
-        ' FROM changeover."touched_public.kept"'
+        ' FROM changeover."versions_public.kept"'
     ).fetchall()
     return {row[0]: (Version(row[1], row[2], row[3]), row[4]) for row in rows}
 
@@ -58,7 +58,7 @@ def touched(connection: Connection) -> Kept:
 def fill(connection: Connection, rows: int, lsn: int = 200) -> None:
     """Touch many keys at one version, every third of them a tombstone."""
     connection.execute(
-        'INSERT INTO changeover."touched_public.kept" SELECT i, 0, %s, i, i %% 3 = 0 FROM generate_series(1, %s) i',
+        'INSERT INTO changeover."versions_public.kept" SELECT i, 0, %s, i, i %% 3 = 0 FROM generate_series(1, %s) i',
         [format_lsn(lsn), rows],
     )
     connection.execute("INSERT INTO kept SELECT i, 'note' FROM generate_series(1, %s) i WHERE i %% 3 > 0", [rows])
@@ -75,10 +75,10 @@ def test_exactly_what_the_rule_says_goes(kept: Connection) -> None:
     ]
     for key, version in enumerate(versions):
         assert offer(kept, key, version, None if key % 2 else "new")
-    before = touched(kept)
+    before = row_versions(kept)
     done = collect(kept, TABLE, BOUND, "server")
     assert done.following is None
-    assert touched(kept) == {key: cell for key, cell in before.items() if not collected(cell[0], BOUND)}
+    assert row_versions(kept) == {key: cell for key, cell in before.items() if not collected(cell[0], BOUND)}
     assert done.rows == 3
     assert kept.execute("SELECT id FROM kept ORDER BY id").fetchall() == [(0,), (2,), (4,)], "the user's rows are as they were"
 
@@ -92,13 +92,13 @@ def test_a_late_write_below_the_floor_is_refused_where_its_tombstone_is_gone(kep
     assert offer(kept, 1, Version(0, 300, 0))
     assert offer(kept, 1, Version(0, 400, 0), None)
     collect(kept, TABLE, BOUND, "server")
-    assert touched(kept) == {}
+    assert row_versions(kept) == {}
     for late in (Version(0, 300, 0), Version(0, 400, 0), Version(0, 399, -1), BOUND):
         assert not offer(kept, 1, late)
         assert not offer(kept, 2, late), "a key that nobody ever touched has the floor's version too"
     assert kept.execute("SELECT FROM kept").fetchall() == []
     assert offer(kept, 1, Version(0, 1000, 0)), "and what the stream brings next is taken"
-    assert touched(kept) == {1: (Version(0, 1000, 0), False)}
+    assert row_versions(kept) == {1: (Version(0, 1000, 0), False)}
 
 
 def test_it_goes_on_in_turns_and_in_batches(kept: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,16 +113,16 @@ def test_it_goes_on_in_turns_and_in_batches(kept: Connection, monkeypatch: pytes
         place = done.following
     assert sum(turns) == 9_999
     assert len(turns) > 3
-    assert touched(kept) == {3: (Version(0, 2000, 0), False)}
+    assert row_versions(kept) == {3: (Version(0, 2000, 0), False)}
 
 
 def test_it_waits_for_no_row_and_leaves_what_a_writer_holds(kept: Connection, new_dsn: str) -> None:
     fill(kept, 10)
     with connect(new_dsn, "test-holder", autocommit=False) as holder:
-        holder.execute('SELECT FROM changeover."touched_public.kept" WHERE id IN (4, 6) FOR UPDATE')
+        holder.execute('SELECT FROM changeover."versions_public.kept" WHERE id IN (4, 6) FOR UPDATE')
         assert collect(kept, TABLE, BOUND, "server").rows == 8
         holder.rollback()
-    assert set(touched(kept)) == {4, 6}
+    assert set(row_versions(kept)) == {4, 6}
     assert collect(kept, TABLE, BOUND, "server").rows == 2
 
 
@@ -132,10 +132,10 @@ def test_a_gated_write_under_the_old_floor_has_ended_before_the_first_row_goes(k
         assert offer(writer, 3, Version(0, 1500, 0))
         collecting = pool.submit(collect, kept, TABLE, BOUND, "server")
         assert not wait([collecting], timeout=0.7).done, "the barrier waits for it"
-        assert len(touched(writer)) == 10
+        assert len(row_versions(writer)) == 10
         writer.commit()
         assert collecting.result().rows == 9
-    assert touched(kept) == {3: (Version(0, 1500, 0), False)}
+    assert row_versions(kept) == {3: (Version(0, 1500, 0), False)}
 
 
 def test_a_truncate_waits_for_the_turn(kept: Connection, new_dsn: str) -> None:
@@ -146,7 +146,7 @@ def test_a_truncate_waits_for_the_turn(kept: Connection, new_dsn: str) -> None:
         for work in (lambda: collect(other, TABLE, BOUND, "server"), lambda: truncate(other, TABLE, Version(0, 900, 0), "server")):
             with pytest.raises(Exception, match="lock timeout"):
                 work()
-    assert len(touched(kept)) == 10
+    assert len(row_versions(kept)) == 10
 
 
 CHILD = """
@@ -174,7 +174,7 @@ def test_a_killed_collection_is_done_by_the_next(kept: Connection, new_dsn: str,
         time.sleep(0.01)
     child.kill()
     child.wait()
-    left = set(touched(kept))
+    left = set(row_versions(kept))
     expected = {"collect-floor": 3_000, "collect-barrier": 3_000, "collect-between": range(1, 3_000), "collect-batch": 0}[point]
     assert len(left) in expected if isinstance(expected, range) else len(left) == expected
     assert not offer(kept, 3, Version(0, 150, 0)), "no older row comes back, whatever is left"
@@ -182,7 +182,7 @@ def test_a_killed_collection_is_done_by_the_next(kept: Connection, new_dsn: str,
     while kept.execute("SELECT FROM pg_stat_activity WHERE application_name LIKE 'test-child%'").fetchall():
         time.sleep(0.02)
     assert collect(kept, TABLE, BOUND, "server").rows == len(left - {2_999})
-    assert touched(kept) == {2_999: (Version(0, 1200, 0), False)}
+    assert row_versions(kept) == {2_999: (Version(0, 1200, 0), False)}
     assert kept.execute("SELECT count(*) FROM kept").fetchone() == (2_000,)
 
 
@@ -195,5 +195,5 @@ def test_a_batch_reads_its_own_blocks_alone(any_dsn: str) -> None:
             plan = [row[0] for row in connection.execute(sql.SQL("EXPLAIN ") + garbage.purge(TABLE, BOUND, 0)).fetchall()]
             assert any("Tid Range Scan" in line for line in plan), plan
             assert not any("Seq Scan" in line for line in plan), plan
-            connection.execute('ANALYZE changeover."touched_public.kept"')
+            connection.execute('ANALYZE changeover."versions_public.kept"')
         assert collect(connection, TABLE, BOUND, "server").rows == 20_000

@@ -52,7 +52,7 @@ class Kept:
     dsn: str
 
     def clear(self) -> None:
-        self.connection.execute('TRUNCATE kept, changeover."touched_public.kept"; DELETE FROM changeover.gate')
+        self.connection.execute('TRUNCATE kept, changeover."versions_public.kept"; DELETE FROM changeover.gate')
         gate.install(self.connection, TABLE, V0)
 
     def raise_floor(self, floor: Version) -> None:
@@ -90,11 +90,11 @@ class Kept:
         return dict(self.connection.execute("SELECT id, note FROM kept").fetchall())
 
     def cells(self) -> Cells:
-        """Return the cells: versions from `touched`, images from the table; a tombstone has none."""
+        """Return the cells: versions from their table, images from the table; a tombstone has none."""
         found = self.connection.execute(
             "SELECT coalesce(t.id, k.id), t._changeover_epoch, t._changeover_lsn - '0/0'::pg_lsn, t._changeover_ordinal,"
             " t._changeover_deleted, k.note, k.id IS NOT NULL"
-            ' FROM kept k FULL JOIN changeover."touched_public.kept" t USING (id, kind)'
+            ' FROM kept k FULL JOIN changeover."versions_public.kept" t USING (id, kind)'
         ).fetchall()
         cells = {}
         for key, epoch, lsn, ordinal, deleted, note, there in found:
@@ -328,7 +328,7 @@ def test_a_table_that_is_begun_anew_knows_nothing_of_earlier_epochs(kept: Kept) 
             writer.result()
     assert {cell.version.epoch for cell in kept.cells().values()} == {2}
     assert not kept.one(1, Cell(Version(1, 2**40, 0), "of an earlier epoch"))
-    kept.connection.execute('DELETE FROM kept; DELETE FROM changeover."touched_public.kept"')
+    kept.connection.execute('DELETE FROM kept; DELETE FROM changeover."versions_public.kept"')
     assert kept.load([(0, "image"), (1, "image")]) == Counts(2, 2)
     assert kept.one(1, Cell(Version(2, 51, 0), "the first event"))
     with pytest.raises(CouldNotFinish, match="an epoch begins above all that ever were"):

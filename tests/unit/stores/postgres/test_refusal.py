@@ -54,7 +54,7 @@ def test_a_refusal_that_is_removed_leaves_the_namesakes(namesakes: Connection) -
 @pytest.mark.parametrize("name", ["kept", LONG, ACCENTS])
 def test_our_names_are_whole_and_different(new_dsn: str, name: str) -> None:
     with connect(new_dsn, "test") as connection:
-        made = [ours("touched", schema, name).as_string(connection) for schema in ("one", "two", "o" * NAME_BYTES)]
+        made = [ours("versions", schema, name).as_string(connection) for schema in ("one", "two", "o" * NAME_BYTES)]
         connection.execute("CREATE SCHEMA IF NOT EXISTS changeover")
         for identifier in made:
             connection.execute(f"CREATE TABLE {identifier} ()".encode())
