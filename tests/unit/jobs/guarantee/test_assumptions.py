@@ -185,7 +185,7 @@ def test_every_moment_is_asked_by_the_product(moment: Moment) -> None:
     places = [
         path
         for folder in ("jobs", "verifiers", "flags")
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
         if path.stem != "assumptions" and re.search(rf"Moment\.{moment.name}\b", path.read_text())
     ]
     assert places, f"{moment} is asked nowhere"
