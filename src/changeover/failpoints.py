@@ -1,7 +1,7 @@
 """Failpoints: named points of the pipeline at which a test stops a run to kill it, as its users' machines will.
 
 `reach` does nothing unless the environment names the point: then it writes a file, so that the test knows, and waits to be
-killed. The points are part of the resume contract (ARCHITECTURE.md), so their names do not change lightly.
+killed. The points are part of the resume contract (`docs/internals/invariants.md`), so their names do not change lightly.
 """
 
 from __future__ import annotations
