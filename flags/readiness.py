@@ -269,7 +269,7 @@ def objections(evidence: Evidence) -> list[str]:
 
 
 def require(evidence: Evidence) -> None:
-    """Raise GateClosed with every reason against the step."""
+    """Raise NotReady with every reason against the step."""
     reasons = objections(evidence)
     if reasons:
         raise NotReady(evidence.after.value, tuple(reasons))

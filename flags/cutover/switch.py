@@ -92,7 +92,7 @@ def _write(flag: Flag, file: Path, stage: Stage, tenants: Collection[str] | None
 
 
 def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | None, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what goes on record of a step's evidence; raises GateClosed, itself on record, unless there is an override."""
+    """Return what goes on record of a step's evidence; raises NotReady, itself on record, unless there is an override."""
     reasons = readiness.objections(evidence)
     found = {**told, "evidence": evidence.digest, "reasons": reasons, "rights": evidence.rights.told, "override": override}
     if reasons and not override:

@@ -12,7 +12,7 @@ from tasks to the driver. A wrong row is never an exception: it is data in a ver
     ├── Refused                        1   the answer is no
     │   ├── UnsafePlan                     the preflight found reasons
     │   ├── TargetNotEmpty                 a target table had rows before prepare
-    │   ├── GateClosed                     the evidence for the next stage does not hold
+    │   ├── NotReady                       the evidence for the next stage does not hold
     │   └── TableStopped                   a table met what this version does not carry
     ├── CouldNotFinish                 3   nothing is lost, run it again
     │   ├── ServerUnavailable              a connection failed or broke
