@@ -23,8 +23,6 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 nitpicky = True
-# Tables of contents name pages by patterns, in their order; one that is not there yet is no error.
-suppress_warnings = ["toc.empty_glob"]
 
 # Headings down to the fourth level have anchors, by GitHub's rule: a link works there and here.
 myst_heading_anchors = 4
