@@ -17,7 +17,6 @@ from sphinx.transforms import SphinxTransform
 from changeover import __version__
 
 project = "changeover"
-copyright = "the authors of changeover"
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx_copybutton"]
@@ -26,10 +25,8 @@ nitpicky = True
 
 # Headings down to the fourth level have anchors, by GitHub's rule: a link works there and here.
 myst_heading_anchors = 4
-# Python's own names in a console block are no Python.
+# A block that names no language is shown as it is.
 highlight_language = "text"
-# A prompt is no part of what is copied.
-copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "furo"
 html_title = "changeover"

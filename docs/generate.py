@@ -106,7 +106,7 @@ def cli() -> str:
     parts = [
         "Each command calls one function of [`changeover.api`](python.md). An error is one sentence on standard error."
         " With `--json` a command prints one JSON object on standard output, and nothing else there."
-        " `changeover -h` lists the commands, and `changeover COMMAND -h` prints what stands here.",
+        " `changeover -h` lists the commands, and `-h` behind a command prints what stands here.",
         COMPLETION,
         "## Exit codes\n\nA command ends with one of these. Where 1 is an answer, the command says so below.",
         exit_codes(),
