@@ -56,7 +56,7 @@ check: setup ## Lint, format check and types
 docs: setup ## Make the reference pages anew, check all prose, build the site into docs/_build/html
 	@$(BIN)/python docs/generate.py
 	@$(BIN)/python docs/prose.py
-	@$(BIN)/python -m sphinx -q -n -W --keep-going -b html docs docs/_build/html
+	@$(BIN)/python -m sphinx -q -n -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 
 bench: setup ## Run the benchmarks; ARGS="copy --rows 2000000 --json"
 	@$(BIN)/python benchmarks/run.py $(ARGS)

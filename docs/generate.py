@@ -231,7 +231,8 @@ def takes(value: Mapping[str, Any]) -> str:
     if "enum" in value:
         return " or ".join(f'`"{one}"`' for one in value["enum"])
     words = {"array": "list of strings", "object": "table of strings"}
-    return words.get(value["type"], value["type"])
+    kind = str(value["type"])
+    return words.get(kind, kind)
 
 
 # -- errors
@@ -305,7 +306,8 @@ def is_error(value: Any) -> bool:
 
 def leaves() -> list[type[Any]]:
     """Return the errors with fields, which are raised as they are, in the order of the module."""
-    return [*(value for value in vars(errors).values() if is_error(value) and is_dataclass(value)), JarsMissing]
+    found: list[type[Any]] = [value for value in vars(errors).values() if is_error(value)]
+    return [*(error for error in found if is_dataclass(error)), JarsMissing]
 
 
 def shape(error: type[Any]) -> str:
