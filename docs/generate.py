@@ -52,7 +52,7 @@ def code(text: str, language: str = "text") -> str:
 
 CODES = {
     0: "Done, safe, or equal.",
-    1: "The answer is no: different, unsafe, refused, a closed gate, a stopped table.",
+    1: "The answer is no: different, unsafe, refused, not ready, or a stopped table.",
     2: "The request or the spec is wrong. Another try of the same changes nothing.",
     3: "It could not finish. Nothing is lost: run it again when the cause is gone.",
     130: "It was interrupted. Nothing is lost: the same command goes on from there. The demo begins anew.",
@@ -245,7 +245,7 @@ REMEDIES = {
         "Each reason says what to change. `changeover check SPEC` prints them again, with the grants that your role needs."
     ),
     "TargetNotEmpty": "Empty the table, or name another one in the spec.",
-    "GateClosed": (
+    "NotReady": (
         "Each reason names its remedy, most often `changeover verify SPEC`."
         " `changeover flags advance SPEC --override WHY` goes without, and the reason is logged."
     ),
