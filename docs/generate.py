@@ -2,8 +2,8 @@
 
     python docs/generate.py
 
-Each page is a function of the code alone, so a test can make it anew and compare. What the code does not say (the meaning of an
-argument, the remedy for an error) is written here, and a name without its text is a KeyError.
+Each page is a function of the repository alone, so a test can make it anew and compare. What the code does not say (the meaning of
+an argument, of an exit code) is written here; what to do about an error is read from a page. A name without its text is a KeyError.
 """
 
 from __future__ import annotations
@@ -237,60 +237,9 @@ def takes(value: Mapping[str, Any]) -> str:
 
 # -- errors
 
-REMEDIES = {
-    "SpecError": "Correct that key or line. A misspelt key or column comes with a suggestion.",
-    "SecretMissing": "Export the variable in the shell that runs the command.",
-    "StepOrder": "Run the step that it names, or `changeover run SPEC` for all.",
-    "UnsafePlan": (
-        "Each reason says what to change. `changeover check SPEC` prints them again, with the grants that your role needs."
-    ),
-    "TargetNotEmpty": "Empty the table, or name another one in the spec.",
-    "NotReady": (
-        "Each reason names its remedy, most often `changeover verify SPEC`."
-        " `changeover flags advance SPEC --override WHY` goes without, and the reason is logged."
-    ),
-    "TableStopped": (
-        "Remove the cause, then run `changeover prepare --anew SPEC` and `changeover run SPEC`."
-        " `changeover abort SPEC` leaves the old store as it was."
-    ),
-    "ServerUnavailable": "Check the DSN, the network and the server. Then run the same command again.",
-    "DatabaseFailed": "The server's own words follow. Correct what they name, and run it again.",
-    "RowsHidden": "A policy would hide rows from your role. Run one of the two statements that it names.",
-    "TextRefused": "Correct the row that holds it. Where capture met it, the table needs `changeover prepare --anew SPEC`.",
-    "LockNotGranted": "Let the session that it names end, or end it. Then run it again.",
-    "SlotBlocked": "An open transaction is in the way, and it is named. Nothing was left behind. End it, or try later.",
-    "SnapshotLost": (
-        "The old store restarted, or the process that kept the snapshot ended."
-        " Run the same command again: pending chunks are read in a new snapshot."
-    ),
-    "SourceChanged": (
-        "A failover, a restore, a dropped slot, or an altered publication or trigger made a gap."
-        " `changeover prepare --anew SPEC` begins a new epoch."
-    ),
-    "SpoolGap": "The work folder was lost or is an older copy. `changeover prepare --anew SPEC` begins a new epoch.",
-    "LeaseHeld": "One run of a step at a time. Let the other one end, or stop it.",
-    "CouldNotCheck": 'There is no verdict, and that is not "equal". The sentence says why. Run `changeover verify SPEC` again.',
-    "FenceCalledOff": (
-        "Writers went on with the old authority. See that `capture` and `replay --follow` keep up."
-        " See that no long transaction is open. On a rollback it may name what the old table refuses: remove the cause."
-        " Or run it again: it then goes back by the mirror alone, and says what that lost."
-    ),
-    "RowRefused": (
-        "Correct the row of that key in the old store, or delete it, and run the same command again."
-        " A backfill names one such row a chunk and loads the other chunks. It leaves a table at its fifth."
-        " Where the expression is wrong, abort and begin again."
-    ),
-    "FolderFailed": (
-        "A folder is full, read-only, gone or not yours. Make room, or bring it back."
-        " `capture` goes on by itself. Run any other command again."
-    ),
-    "JavaMissing": "Run the command that it names, or set `JAVA_HOME`.",
-    "EmbeddedServerFailed": "This is the demo's own server. The sentence names the folder and the log to look at.",
-    "JarsMissing": (
-        "Run `python -m changeover.spark.jars` in the environment that runs changeover. In a checkout, run `make setup`."
-    ),
-    "Interrupted": "Nothing. Run the same command when you want to go on. The demo says what is left of it.",
-}
+ADVICE = next(path for path in (ROOT / "docs/operations/troubleshooting.md", ROOT / "README.md") if path.exists())
+"""The page whose table says what to do about each sentence."""
+
 KINDS: Sequence[tuple[type[Any], str, str]] = (
     (errors.UsageError, "The request is wrong", "Exit code 2. Another try of the same changes nothing."),
     (errors.Refused, "The answer is no", "Exit code 1. The request is understood, and it is refused."),
@@ -318,6 +267,25 @@ def shape(error: type[Any]) -> str:
     return re.sub(r"\b0 s\b", "… s", whole)
 
 
+def advice(text: str) -> dict[str, str]:
+    """Return what a page's tables say to do about each sentence, by the sentence with its gaps."""
+    tables = re.findall(r"^\| it says \|.*\n\|[ -|]*\n((?:\|.*\n?)*)", text, re.M)
+    return {said: what for rows in tables for said, what in re.findall(r"^\| `([^`]+)`[^|]*\| (.*) \|$", rows, re.M)}
+
+
+def says(text: str, error: type[Any]) -> bool:
+    """Return whether a sentence of a page, with its gaps, is that of an error."""
+    return re.match(".*".join(map(re.escape, text.split("…"))), shape(error)) is not None
+
+
+def remedy(error: type[Any]) -> str:
+    """Return what to do about an error."""
+    found = [what for said, what in advice(ADVICE.read_text(encoding="utf-8")).items() if says(said, error)]
+    if len(found) != 1:
+        raise KeyError(f"{ADVICE.name} has {len(found)} rows for {error.__name__}: {shape(error)}")
+    return found[0]
+
+
 def error_page() -> str:
     """Return the page of the errors."""
     parts = [
@@ -341,7 +309,7 @@ def one_error(error: type[Any]) -> str:
             f"### {error.__name__}",
             inspect.cleandoc(error.__doc__ or ""),
             code(shape(error)),
-            f"- What to do: {REMEDIES[error.__name__]}\n"
+            f"- What to do: {remedy(error)}\n"
             f"- The same command again, unchanged: {'may help' if error.transient else 'does not help'}.\n"
             f"- Attributes: {parts}.",
         ]

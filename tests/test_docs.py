@@ -103,7 +103,7 @@ def test_every_command_has_help_and_stands_in_a_page(words: tuple[str, ...]) -> 
     command = COMMANDS[words]
     assert command.help, "no help text"
     assert command.help.rstrip().endswith(".")
-    assert words in {resolved(call)[0] for page in WRITTEN for call in called(page)}
+    assert any(tuple(call[: len(words)]) == words for page in WRITTEN for call in called(page))
     for option in command.params:
         assert not isinstance(option, click.Option) or option.help, f"{option.name} has no help text"
 
@@ -192,15 +192,19 @@ def test_its_code_compiles_and_imports_what_is_there(page: Page, text: str) -> N
                     importlib.import_module(f"{node.module}.{alias.name}")
 
 
-NAMED = sorted({name for page in PAGES for text in page.inline for name in re.findall(r"\bchangeover(?:\.\w+)+", text)})
+NAMED = {
+    name
+    for page in PAGES
+    for text in page.inline
+    for name in re.findall(r"\bchangeover(?:\.\w+)+", text)
+    if not name.endswith((".zip", ".whl", ".toml")) and "NAME" not in name
+}
 
 
 IN_A_DATABASE = {OURS, *(f"changeover.{table}" for table in LEDGER_TABLES)}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NAMED if name not in IN_A_DATABASE and not name.endswith((".zip", ".whl", ".toml"))]
-)
+@pytest.mark.parametrize("name", sorted(NAMED - IN_A_DATABASE))
 def test_a_function_named_in_a_page_is_there(name: str) -> None:
     parts = name.split(".")
     found: Any = importlib.import_module(".".join(parts[:2]))
@@ -263,28 +267,14 @@ def test_the_archives_are_those_that_are_fetched() -> None:
 # -- errors
 
 
-def advised(page: Page) -> list[str]:
-    """Return the sentences of a page's tables that say what to do about one."""
-    tables = re.findall(r"^\| it says \|.*\n\|[ -|]*\n((?:\|.*\n?)*)", page.text, re.M)
-    return [text for rows in tables for text in re.findall(r"^\| `([^`]+)`", rows, re.M)]
-
-
-def says(text: str, error: type[Any]) -> bool:
-    """Return whether a sentence of a page, with its gaps, is that of an error."""
-    return re.match(".*".join(map(re.escape, text.split("…"))), generate.shape(error)) is not None
-
-
 @pytest.mark.parametrize("error", generate.leaves(), ids=lambda error: error.__name__)
-def test_every_error_has_its_sentence_and_its_remedy(error: type[Any]) -> None:
-    section = generate.error_page().partition(f"### {error.__name__}\n")[2].partition("\n### ")[0]
-    assert generate.shape(error) in section
-    assert f"What to do: {generate.REMEDIES[error.__name__]}" in section
+def test_every_error_sentence_has_its_remedy(error: type[Any]) -> None:
+    assert generate.remedy(error)
 
 
 def test_every_remedy_is_for_an_error() -> None:
-    assert set(generate.REMEDIES) == {error.__name__ for error in generate.leaves()}
-    wrong = [(page.path, text) for page in PAGES for text in advised(page) if not any(says(text, e) for e in generate.leaves())]
-    assert wrong == []
+    said = [(page.path, sentence) for page in WRITTEN for sentence in generate.advice(page.text)]
+    assert [one for one in said if not any(generate.says(one[1], error) for error in generate.leaves())] == []
 
 
 def test_every_exit_code_is_explained_alike() -> None:
