@@ -44,7 +44,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def code(text: str, language: str = "text") -> str:
-    """Return a block of code."""
+    """Return a block of code; of Python with the quotes that the formatter wants, which looks into pages too."""
+    text = text.replace("'", '"') if language == "python" else text
     return f"```{language}\n{text}\n```"
 
 
