@@ -151,7 +151,7 @@ def pairs(text: str) -> dict[str, str]:
 def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "sphinx", "-q", "-n", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stderr) == (0, "")
     page = (tmp_path / "reference/cli.html").read_text(encoding="utf-8")
     assert 'id="changeover-backfill"' in page
