@@ -12,6 +12,7 @@ import fcntl
 import os
 import pty
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -214,12 +215,22 @@ def on_terminal(command: Sequence[str]) -> tuple[int, bytes]:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     written = bytearray()
-    while chunk := read(ours):
-        written += chunk
-        sys.stdout.buffer.write(chunk)
-        sys.stdout.buffer.flush()
-    os.close(ours)
-    return process.wait(), bytes(written)
+    with ended(process):
+        while chunk := read(ours):
+            written += chunk
+        os.close(ours)
+        return process.wait(), bytes(written)
+
+
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Have a process end with the block; a demo that is ended so takes its server with it."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
 
 
 def read(descriptor: int) -> bytes:
@@ -286,9 +297,11 @@ def report(rows: int) -> Path:
     path = IMAGES / "report.png"
     with passable_folder() as folder:
         work = folder / "demo"
-        done = subprocess.run(demo(rows, "--break", "timezone", "--work", str(work)), check=False)
-        if done.returncode != 1:
-            raise SystemExit(f"the demo ended with {done.returncode} and not with 1, which says that rows differ")
+        process = subprocess.Popen(demo(rows, "--break", "timezone", "--work", str(work)))
+        with ended(process):
+            code = process.wait()
+        if code != 1:
+            raise SystemExit(f"the demo ended with {code} and not with 1, which says that rows differ")
         width, height = PAGE
         subprocess.run(
             [
@@ -309,6 +322,7 @@ def main() -> None:
     parser.add_argument("pictures", nargs="*", choices=[*PICTURES, []], help="all unless named")
     parser.add_argument("--rows", type=int, default=5000, help="rows of the demo's old table")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     IMAGES.mkdir(exist_ok=True)
     for name in arguments.pictures or PICTURES:
         print(PICTURES[name](arguments.rows))
