@@ -77,6 +77,10 @@ kind = "'follows'"
 entity_b = "to_channel"
 blocked_on = "to_timestamp(blocked_on)"
 
+[table.reverse]
+# What the application writes to the new store comes back through this; the other columns only changed their names.
+blocked_on = "date_format(blocked_on, 'yyyy-MM-dd HH:mm:ss')"
+
 [flag]
 key = "{flag}"
 target = "store"
