@@ -21,6 +21,9 @@ FLAG = "follows-store"
 RESERVED_USERS = 10
 """Users 1 to 10 are left alone by the application."""
 
+ROWS_BY_DEFAULT = 50_000
+"""Enough for chunks, races and a rate, and few enough for a coffee."""
+
 LEAST_ROWS = 500
 """Fewer rows would leave the application nothing to meet the backfill with."""
 

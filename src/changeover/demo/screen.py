@@ -108,7 +108,11 @@ class Screen:
 
     @contextmanager
     def looking(self, look: Look) -> Iterator[None]:
-        """Ask `look` how far the step is until the block ends; it runs in another thread, and its errors are no errors of the step."""
+        """Ask `look` how far the step is until the block ends.
+
+        Args:
+            look: Runs in another thread; its errors are no errors of the step.
+        """
         self._look = look
         try:
             yield

@@ -178,7 +178,7 @@ def test_a_refused_setting_is_named_with_the_log(place: Path) -> None:
 
 
 def test_an_initdb_that_failed_names_its_first_error(place: Path) -> None:
-    """The program is real, and its installation damaged: its last line tells of cleaning up, as it does wherever it fails midway."""
+    """The program is real, and its installation damaged; its last line tells of cleaning up, as wherever it fails midway."""
     package = default_binaries().parents[1]
     for folder in (package, package.with_name(f"{package.name}.libs")):
         subprocess.run(["cp", "-a", str(folder), str(place.parent)], check=True)
