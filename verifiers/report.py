@@ -76,7 +76,13 @@ def to_html(verdicts: Sequence[Verdict], summary: RunSummary | None = None) -> s
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"lsn": format_lsn, "bound": bound, "number": "{:,}".format, "seconds": seconds}
+    environment.filters |= {
+        "lsn": format_lsn,
+        "bound": bound,
+        "number": "{:,}".format,
+        "seconds": seconds,
+        "equal_keys": equal_keys,
+    }
     template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
         word=word(verdicts), verdicts=verdicts, summary=summary, classes=CLASSES, cells=cells, longest=_longest(summary)
@@ -188,6 +194,21 @@ def seconds(value: float) -> str:
     if value < 1:
         return f"{value * 1000:.0f} ms"
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def equal_keys(verdict: Verdict) -> int:
+    """Return how many keys were equal as both sides were read (pure).
+
+    Keys that were in flight and met when judged again are told apart. The rows of a side were counted before, and such a key
+    may be among none of them.
+
+    Args:
+        verdict: What was found about one table in one target.
+
+    Returns:
+        A number of keys, at most the rows of either side.
+    """
+    return verdict.equal_rows - verdict.recheck.in_flight
 
 
 def _longest(summary: RunSummary | None) -> float:
