@@ -1,6 +1,6 @@
 """An application that follows, changes, unfollows and reads, all through changeover's router, until SIGTERM.
 
-It holds what every application adds: two mappings, and each statement twice, once for each store.
+It holds what every application adds: two mappings, and each statement twice, once for each store. Follows of 2018 stay.
 """
 
 from __future__ import annotations
@@ -31,8 +31,13 @@ BLOCK_OLD = "UPDATE follows SET blocked_on = %(text)s WHERE from_user = %(user)s
 BLOCK_NEW = """
 UPDATE associations SET blocked_on = %(time)s WHERE entity_a = %(user)s AND kind = 'follows' AND entity_b = %(channel)s RETURNING *
 """
-DELETE_OLD = "DELETE FROM follows WHERE from_user = %(user)s AND to_channel = %(channel)s RETURNING *"
-DELETE_NEW = "DELETE FROM associations WHERE entity_a = %(user)s AND kind = 'follows' AND entity_b = %(channel)s RETURNING *"
+DELETE_OLD = """
+DELETE FROM follows WHERE from_user = %(user)s AND to_channel = %(channel)s AND created_at >= '2019-01-01' RETURNING *
+"""
+DELETE_NEW = """
+DELETE FROM associations WHERE entity_a = %(user)s AND kind = 'follows' AND entity_b = %(channel)s AND created_at >= '2019-01-01'
+RETURNING *
+"""
 READ_OLD = "SELECT * FROM follows WHERE from_user = %(user)s ORDER BY to_channel"
 READ_NEW = "SELECT * FROM associations WHERE entity_a = %(user)s AND kind = 'follows' ORDER BY entity_b"
 
