@@ -23,11 +23,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 IMAGES = Path(__file__).parent / "images"
 
-COLUMNS, LINES = 104, 200
-"""The terminal of the demo: as wide as its summary asks for, and so high that nothing scrolls away."""
+COLUMNS, LINES = 200, 200
+"""The terminal of the demo: so large that nothing is wrapped and nothing scrolls away."""
+
+WIDTH, INDENT = 104, 23
+"""What of it is drawn: longer lines are folded at a space, and go on below the text of their step."""
 
 PAGE = (1280, 1010)
 """What of the report is shown, in CSS pixels: the verdict, the stores, the run, and the row that differs."""
@@ -184,10 +191,11 @@ def terminal(rows: int) -> Path:
         if code != 0:
             raise SystemExit(f"the demo ended with {code}: {written.decode(errors='replace')[-2000:]}")
         text = written.replace(str(work).encode(), b"/tmp/changeover-demo")
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w", encoding="utf-8"), force_terminal=True)  # noqa: SIM115
+    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w", encoding="utf-8"), force_terminal=True)  # noqa: SIM115
     console.print(f"$ changeover demo --rows {rows}", highlight=False, style="bold")
     for line in screen(text):
-        console.print(line, no_wrap=True, crop=False)
+        for part in folded(line):
+            console.print(part, no_wrap=True, crop=False)
     path = IMAGES / "demo.svg"
     console.save_svg(str(path), title="changeover demo", code_format=own_fonts(), unique_id="demo")
     return path
@@ -241,7 +249,7 @@ def read(descriptor: int) -> bytes:
         return b""
 
 
-def screen(written: bytes) -> list[object]:
+def screen(written: bytes) -> list[Text]:
     """Replay what was written to a terminal; return the lines that stand there at the end, with their colours."""
     import pyte
     from rich.text import Text
@@ -258,7 +266,18 @@ def screen(written: bytes) -> list[object]:
         lines.append(line)
     while lines and not lines[-1].plain:
         lines.pop()
-    return list(lines)
+    return lines
+
+
+def folded(line: Text) -> list[Text]:
+    """Return a line in parts that fit the picture."""
+    parts = []
+    while len(line) > WIDTH and (space := line.plain.rfind(" ", INDENT, WIDTH)) > 0:
+        head, line = line.divide([space])
+        parts.append(head)
+        line = line[1:]
+        line.pad_left(INDENT)
+    return [*parts, line]
 
 
 def style(colour: str, bold: bool, italic: bool) -> str:
