@@ -128,7 +128,7 @@ def exit_codes() -> str:
 def one_command(words: tuple[str, ...], command: click.Command) -> str:
     """Return a command's section."""
     name = "changeover " + " ".join(words)
-    context = click.Context(command, info_name=name)
+    context = click.Context(command, info_name=name, **command.context_settings)
     rows = [
         [option_name(one, context), option_meaning(one)]
         if isinstance(one, click.Option)
