@@ -58,16 +58,16 @@ def restart(spec: Spec, spark: SparkSession) -> Prepared:
     """
     with Ledger.open(spec, "prepare") as ledger, _alone(spec, ledger):
         _require_allowed(spec, ledger)
-        found = examined(spec, Moment.PREPARE)
-        if found.reasons:
-            raise UnsafePlan(tuple(found.reasons))
-        transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
+        findings = examined(spec, Moment.PREPARE)
+        if findings.reasons:
+            raise UnsafePlan(tuple(findings.reasons))
+        transforms = plan_transforms(spec, spark, {t.source: findings.tables[t.source] for t in spec.tables})
         require_reverse(spec, spark, transforms)
         before = ledger.stream("status")
         epoch = _begin(ledger)
         failpoints.reach("epoch-begun", epoch)
         try:
-            return _make(spec, ledger, found, transforms, before, epoch)
+            return _make(spec, ledger, findings, transforms, before, epoch)
         except ChangeoverError:
             _give_back(spec)
             raise
@@ -88,18 +88,18 @@ def _require_allowed(spec: Spec, ledger: Ledger) -> None:
     if ledger.milestones()[1] is not None:
         raise Refused("prepare --anew: the migration was finalized, so there is nothing to begin anew")
     if (gone := epochs.at(ledger.authorities(), NEW)) is not None:
-        whose = "" if gone == EVERY else f" over {describe(gone)}"
+        scope = "" if gone == EVERY else f" over {describe(gone)}"
         raise Refused(
-            f"prepare --anew: authority{whose} has moved to the new store, whose rows are the truth and would be emptied:"
+            f"prepare --anew: authority{scope} has moved to the new store, whose rows are the truth and would be emptied:"
             f" `changeover flags rollback SPEC` first"
         )
 
 
-def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, before: Stream, epoch: int) -> Prepared:
+def _make(spec: Spec, ledger: Ledger, findings: Preflight, transforms: Transforms, before: Stream, epoch: int) -> Prepared:
     """Remove what the old epoch had, and make what the new one has, in the order that is the promise."""
     removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
     remove_spools(spec.work)
-    opened, pieces = open_stream(spec, found)
+    opened, pieces = open_stream(spec, findings)
     stream = replace(opened, epoch=epoch)
     failpoints.reach("stream-opened", epoch)
     types = {}
@@ -118,12 +118,12 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
     with ledger.connection.transaction():
         _record(ledger, stream)
         definition.record(ledger, OLD, pieces)
-        record_tables(spec, ledger, found)
+        record_tables(spec, ledger, findings)
         for (source, target), planned_types in types.items():
             ledger.record_types(source, target, planned_types)
         emptied = [f"{planned.target} in {target}" for (_, target), planned in transforms.items()]
-        told = {"epoch": epoch, "l0": format_lsn(stream.l0), "removed": removed, "emptied": emptied}
-        ledger.audit("prepare", "anew", told)
+        detail = {"epoch": epoch, "l0": format_lsn(stream.l0), "removed": removed, "emptied": emptied}
+        ledger.audit("prepare", "anew", detail)
     log.info("epoch %s begins at %s", epoch, format_lsn(stream.l0))
     return Prepared(stream, transforms)
 

@@ -71,8 +71,8 @@ def look_at_settings(connection: Connection, where: str, reasons: list[str], not
     """Add what stands against the plan, or is to be told, of settings that no session of ours can pin."""
     for asked in settings.ASKED:
         for (value,) in connection.execute(settings.question(asked)).fetchall():
-            told = f"{where} has {asked.name} = {value.strip()} for this role: {asked.consequence}"
-            (reasons if asked.reason else notes).append(told)
+            sentence = f"{where} has {asked.name} = {value.strip()} for this role: {asked.consequence}"
+            (reasons if asked.reason else notes).append(sentence)
 
 
 def look_at_limits(connection: Connection, application: str, where: str, notes: list[str]) -> None:
@@ -89,9 +89,9 @@ def look_at_limits(connection: Connection, application: str, where: str, notes: 
 def shares_sessions(dsn: str, application: str) -> bool:
     """Return whether two sessions that are open at once have one process of the server by turns, or one of them several."""
     with closing(connect(dsn, application)) as one, closing(connect(dsn, application)) as other:
-        seen: tuple[set[int], set[int]] = (set(), set())
+        backends: tuple[set[int], set[int]] = (set(), set())
         for _ in range(LOOKS):
-            for session, pids in zip((one, other), seen, strict=True):
+            for session, pids in zip((one, other), backends, strict=True):
                 row = session.execute("SELECT pg_backend_pid()").fetchone()
                 pids.add(row[0] if row else 0)
-    return any(len(pids) > 1 for pids in seen) or bool(seen[0] & seen[1])
+    return any(len(pids) > 1 for pids in backends) or bool(backends[0] & backends[1])

@@ -63,6 +63,6 @@ def _long(connection: Connection, query: str, asked: dict[str, list[str]]) -> li
     if unknown:
         time.sleep(LONG_SECONDS)
         still = unknown & {row[0] for row in connection.execute(query.encode(), asked).fetchall()}
-    long = {name: (age, said) for name, (age, said) in first.items() if name in still or (age is not None and age >= LONG_SECONDS)}
+    long = {name: (age, who) for name, (age, who) in first.items() if name in still or (age is not None and age >= LONG_SECONDS)}
     oldest = sorted(long.values(), key=lambda one: -(one[0] or 0.0))
-    return [f"{said}, open for {f'{age:.0f} s' if age is not None else f'more than {LONG_SECONDS:g} s'}" for age, said in oldest]
+    return [f"{who}, open for {f'{age:.0f} s' if age is not None else f'more than {LONG_SECONDS:g} s'}" for age, who in oldest]

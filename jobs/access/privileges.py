@@ -188,15 +188,15 @@ def _has(connection: Connection, need: Need) -> bool:
 def missing(spec: Spec, old: Connection, new: Connection, table: Table, source: Sequence[Column]) -> list[tuple[str, Lack]]:
     """Return what the application's roles lack in either store, as far as can be known before prepare, each with its store."""
     carried = {name: one.origin for name, one in derivations(table, source).items() if one.origin is not None}
-    known, found = present(old, spec.roles), []
+    known, lacks = present(old, spec.roles), []
     there = new.execute(RELATION, table.target_name).fetchone() is not None
     for role in present(new, spec.roles) if there else ():
         used = uses(old, role, *table.source_name) if role in known else FULL
-        found += [("new", lack) for lack in lacking(new, of_table(new, role, *table.target_name, used, carried))]
+        lacks += [("new", lack) for lack in lacking(new, of_table(new, role, *table.target_name, used, carried))]
     for role in known if spec.flag is not None else ():
         needs = of_mirror(role, *table.source_name, uses(old, role, *table.source_name))
-        found += [("old", lack) for lack in lacking(old, needs)]
-    return found
+        lacks += [("old", lack) for lack in lacking(old, needs)]
+    return lacks
 
 
 def allow_table(spec: Spec, old: Connection, new: Connection, source: tuple[str, str], target: tuple[str, str],

@@ -58,16 +58,16 @@ def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequenc
     puts = np.flatnonzero(op != DELETE)
     moved = puts[(op[puts] == UPDATE) & keys.there[puts]]
     # an update that gave its row another key: at its place the old one's delete, and right after it a put
-    gone, place = np.concatenate((deletes, moved)), np.concatenate((deletes, moved, puts))
+    gone, event = np.concatenate((deletes, moved)), np.concatenate((deletes, moved, puts))
     after = np.concatenate((ordinal[gone], ordinal[puts] + np.isin(puts, moved)))
     names = {name: pa.concat_arrays([keys.texts(name, gone), rows.texts(name, puts)]) for name in identity}
-    last = _last(names, lsn[place], after, commits=commits)
+    last = _last(names, lsn[event], after, commits=commits)
     dead, live = last[last < len(gone)], last[last >= len(gone)]
     chosen = np.concatenate((dead, live))
-    of_live = place[live]
+    of_live = event[live]
     texts = {
         name: pa.concat_arrays(
-            [keys.texts(name, place[dead]) if name in identity else pa.nulls(len(dead), pa.string()), rows.texts(name, of_live)]
+            [keys.texts(name, event[dead]) if name in identity else pa.nulls(len(dead), pa.string()), rows.texts(name, of_live)]
         )
         for name in columns
     }
@@ -75,7 +75,7 @@ def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequenc
     unsent = pa.concat_arrays([_empty_lists(len(dead)), missing.take(pa.array(of_live))])
     gone_now = np.arange(len(chosen)) < len(dead)
     xid = events["xid"].to_numpy()
-    stamps = {GONE: gone_now, AT_LSN: lsn[place[chosen]], AT_ORDINAL: after[chosen], MISSING: unsent, XID: xid[place[chosen]]}
+    stamps = {GONE: gone_now, AT_LSN: lsn[event[chosen]], AT_ORDINAL: after[chosen], MISSING: unsent, XID: xid[event[chosen]]}
     return pa.table({**stamps, **texts})
 
 
@@ -185,8 +185,8 @@ def completed(
     columns = tuple(c for c in transform.source if c.name in names)
     read = ReadTable(*transform.table.source_name, columns, transform.identity, transform.partitioned)
     with ExitStack() as held:
-        seen = snapshot or held.enter_context(_seeing(dsn, application, pc.unique(partial[XID]).to_pylist()))
-        present = read_texts(spark, dsn, application, read, keys, seen)
+        shown = snapshot or held.enter_context(_seeing(dsn, application, pc.unique(partial[XID]).to_pylist()))
+        present = read_texts(spark, dsn, application, read, keys, shown)
         sent = placed(frame, [c.name for c in transform.source])
         own = dict(zip(frame.columns, sent.columns, strict=True))
         there = present.toDF(*(f"{name}_now" for name in present.columns))

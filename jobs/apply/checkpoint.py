@@ -46,7 +46,7 @@ class Progress(Protocol):
         ...
 
 
-class Journal(Protocol):
+class Checkpoint(Protocol):
     """What carrying a batch asks of the stream that it is from."""
 
     @property
@@ -85,7 +85,7 @@ class Journal(Protocol):
 
 
 @dataclass(frozen=True)
-class OldJournal:
+class ForwardCheckpoint:
     """The old store's stream, of the epoch in which the tables were begun."""
 
     spec: Spec
@@ -126,7 +126,7 @@ class OldJournal:
 
 
 @dataclass(frozen=True)
-class NewJournal:
+class ReverseCheckpoint:
     """The new store's stream; a table that stands still in one target goes on in the others."""
 
     spec: Spec
@@ -168,12 +168,12 @@ class NewJournal:
             raise TableStopped(load.source, reason)
 
 
-class Back:
+class ReverseStream:
     """The new store's stream of one migration, planned once its path is there; `limit` bounds what is offered (driver)."""
 
     def __init__(self, spec: Spec, spark: SparkSession, ledger: Ledger, transforms: Transforms) -> None:
         self.spec, self.spark, self.ledger, self.forward = spec, spark, ledger, transforms
-        self.journal = NewJournal(spec, ledger, reverse.spool_of(spec))
+        self.checkpoint = ReverseCheckpoint(spec, ledger, reverse.spool_of(spec))
         self.limit: int | None = None
         self._planned: tuple[reverse.Path, Transforms] | None = None
         self._opened: datetime | None = None
@@ -184,7 +184,7 @@ class Back:
             return frozenset()
         path = reverse.recorded(self.ledger)
         if path is not None and path.opened != self._opened:  # its spool may be another one at the same place
-            self.journal.spool.reopen()
+            self.checkpoint.spool.reopen()
             self._opened = path.opened
         return reverse.carried(path, changes)
 
@@ -201,7 +201,7 @@ class Back:
 
     def reach(self) -> int:
         """Return how far the stream is offered: to the end of its spool, or to the limit that was set."""
-        end = self.journal.spool.end()
+        end = self.checkpoint.spool.end()
         return end if self.limit is None else min(end, self.limit)
 
     def loads(self, target: str) -> list[reverse.ReverseLoad]:

@@ -39,24 +39,24 @@ class Collecting:
     ledger: Ledger
     prepared: Prepared
     target: str
-    places: dict[str, int] = field(default_factory=dict)
-    found: dict[str, int] = field(default_factory=dict)
+    starts: dict[str, int] = field(default_factory=dict)
+    removed: dict[str, int] = field(default_factory=dict)
     unseen: int = ENOUGH  # so that the first look finds what an earlier run left
 
     def due(self, events: int) -> bool:
         """Return whether a run is worth its lease, after so many more events."""
         self.unseen += events
-        if self.unseen >= ENOUGH and not self.places:
+        if self.unseen >= ENOUGH and not self.starts:
             self.unseen = 0
             self._look()
-        return bool(self.places)
+        return bool(self.starts)
 
     def _look(self) -> None:
         """Begin with the tables in which enough rows have gathered."""
         with open_store(self.spec, self.spec.targets[self.target], "collect") as store:
             for source, transform in self._transforms():
                 if store.row_versions(transform.target) >= ENOUGH:
-                    self.places[source] = self.found[source] = 0
+                    self.starts[source] = self.removed[source] = 0
 
     def _transforms(self) -> Iterable[tuple[str, Transform]]:
         return [(source, planned) for (source, target), planned in self.prepared.transforms.items() if target == self.target]
@@ -65,18 +65,18 @@ class Collecting:
         """Delete some rows of each table that has enough; the caller holds the target's lease."""
         with open_store(self.spec, self.spec.targets[self.target], "collect") as store:
             for source, transform in self._transforms():
-                place = self.places.pop(source, None)
+                start = self.starts.pop(source, None)
                 upto = self._bound(source)
-                if place is None or upto is None:
+                if start is None or upto is None:
                     continue
-                done = store.collect(transform.target, upto, place)
-                self.found[source] += done.rows
-                if done.following is not None:
-                    self.places[source] = done.following
+                collected = store.collect(transform.target, upto, start)
+                self.removed[source] += collected.rows
+                if collected.following is not None:
+                    self.starts[source] = collected.following
                     continue
-                told = {"target": self.target, "table": source, "rows": self.found[source], "upto": str(upto)}
-                self.ledger.audit("collect", "done", told)
-                log.info("collected %s row versions of %s in %s up to %s", self.found[source], source, self.target, upto)
+                detail = {"target": self.target, "table": source, "rows": self.removed[source], "upto": str(upto)}
+                self.ledger.audit("collect", "done", detail)
+                log.info("collected %s row versions of %s in %s up to %s", self.removed[source], source, self.target, upto)
 
     def _bound(self, source: str) -> Version | None:
         """Return the version up to which a table's rows may go, None while none may."""

@@ -70,7 +70,7 @@ def capture(
         feed = feed_of(spec, ledger, stream)
         follow = SlotRun if spec.source.capture == SLOT else LogRun
         run = follow(spec, feed, stop, until or (lambda: False), patience, result)
-        with ledger.recorded("capture") as told, asked_to_stop(stop) as asked, new_store_beside(spec):
+        with ledger.recorded("capture") as report, asked_to_stop(stop) as asked, new_store_beside(spec):
             ledger.audit("capture", STARTED, {})  # it may run for weeks, and a kill leaves no other trace
             run.patience.tell = partial(_tell_waiting, spec)
             try:
@@ -78,7 +78,7 @@ def capture(
             finally:
                 result.interrupted = asked()
                 result.seconds = time.monotonic() - started
-                told.update(result.recorded())
+                report.update(result.recorded())
     log.info("capture ended: %s", result)
     return result
 
@@ -112,29 +112,29 @@ def new_store_beside(spec: Spec) -> Iterator[None]:
 
 def _tell_rogue(spec: Spec, ended: threading.Event) -> None:
     """Raise the alarm for writes to a store without authority, each state of affairs once."""
-    said: set[str] = set()
+    reported: set[str] = set()
     watch = Watch(spec)
     while not ended.wait(ROGUE_SECONDS):
         try:
             with Ledger.open(spec, "capture") as ledger:
-                told = {str(one) for one in watch.look(ledger)}
+                lines = {str(one) for one in watch.look(ledger)}
         except (ChangeoverError, psycopg.Error, DeltaError, OSError) as error:
-            told = {f"rogue writes can't be looked for: {str(error).splitlines()[0]}"}
-        for line in sorted(told - said):
+            lines = {f"rogue writes can't be looked for: {str(error).splitlines()[0]}"}
+        for line in sorted(lines - reported):
             log.warning("%s", line)
-        said = told
+        reported = lines
 
 
 def _follow_new_store(spec: Spec, ended: threading.Event) -> None:
-    said = ""
+    reported = ""
     while not ended.is_set():
         try:
             capture_new(spec, ended)
         except (ChangeoverError, psycopg.Error, DeltaError, OSError) as error:
-            told = str(error).splitlines()[0]
-            if told != said:
-                log.warning("the new store's stream: %s", told)
-            said = told
+            message = str(error).splitlines()[0]
+            if message != reported:
+                log.warning("the new store's stream: %s", message)
+            reported = message
         ended.wait(NEW_STORE_SECONDS)
 
 

@@ -54,7 +54,7 @@ class SlotRun:
     ) -> None:
         self.spec, self.feed, self.stream, self.tables, self.roots = spec, feed, feed.stream, feed.tables, feed.roots
         self.stop, self.until, self.patience = stop, until, Patience(patience, stop)
-        self.ask_at, self.done = 0.0, False
+        self.ask_at, self.finished = 0.0, False
         self.dsn, self.result = feed.dsn, result
         self.intake = Intake(feed.spool, result, self.patience)
         self.answer_at = self.watch_at = float("inf")
@@ -207,11 +207,11 @@ class SlotRun:
 
     def _ended(self) -> bool:
         if self.stop.is_set():
-            self.done = True
-        if not self.done and time.monotonic() >= self.ask_at:
-            self.done = self.until()
+            self.finished = True
+        if not self.finished and time.monotonic() >= self.ask_at:
+            self.finished = self.until()
             self.ask_at = time.monotonic() + UNTIL_SECONDS
-        return self.done
+        return self.finished
 
     def _watch(self, connection: Connection, moment: Moment = Moment.WATCH) -> None:
         """Ask whether all is as it was, and raise the alarm while the server still keeps what the slot needs."""

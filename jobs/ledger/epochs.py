@@ -113,28 +113,28 @@ def authority_epochs(changes: Iterable[Authority], tenant: str = EVERYTHING) -> 
         if change.anew:
             log = (AuthorityEpoch(tenant, change.epoch, OLD, 0),)
         elif change.store != log[-1].store:
-            places = {OLD: change.from_lsn, NEW: change.new_lsn}
-            log = moved(log, tenant, change.store, change.epoch, places[log[-1].store], places[change.store])
+            positions = {OLD: change.from_lsn, NEW: change.new_lsn}
+            log = moved(log, tenant, change.store, change.epoch, positions[log[-1].store], positions[change.store])
     return log
 
 
 def shares(changes: Sequence[Authority]) -> dict[AuthorityEpoch, Tenants]:
     """Return who has authority now: each present epoch, its tenant left out, and the tenants whose it is (pure)."""
     names = named(changes)
-    found: dict[AuthorityEpoch, set[str]] = {}
+    held_by: dict[AuthorityEpoch, set[str]] = {}
     for tenant, alike in _alike(changes).items():
-        found.setdefault(authority_epochs(changes, tenant)[-1]._replace(tenant=EVERYTHING), set()).update(alike)
-    return {period: _together(tenants, names) for period, tenants in found.items()}
+        held_by.setdefault(authority_epochs(changes, tenant)[-1]._replace(tenant=EVERYTHING), set()).update(alike)
+    return {period: _together(tenants, names) for period, tenants in held_by.items()}
 
 
 def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None) -> Tenants | None:
     """Return which rows a move concerns: of the tenants named, or of all, those that are not there yet (pure)."""
-    there = [whose for held, whose in shares(changes).items() if held.store == to]
+    there = [tenants for held, tenants in shares(changes).items() if held.store == to]
     if names is not None:
-        left = frozenset(name for name in names if not any(name in whose for whose in there))
+        left = frozenset(name for name in names if not any(name in tenants for tenants in there))
         return Tenants(left, others=False) if left else None
     known = named(changes)
-    elsewhere = {name for name in (EVERYTHING, *known) if not any(name in whose for whose in there)}
+    elsewhere = {name for name in (EVERYTHING, *known) if not any(name in tenants for tenants in there)}
     return _together(elsewhere, known) if elsewhere else None
 
 
@@ -182,12 +182,12 @@ def absences(
     gaps = [
         (without([t for t in log if counted is None or t.epoch in counted], store, since), alike) for log, alike in _logs(changes)
     ]
-    cuts = sorted({place for ranges, _ in gaps for gap in ranges for place in gap})
-    found = []
+    cuts = sorted({position for ranges, _ in gaps for gap in ranges for position in gap})
+    absent = []
     for start, end in pairwise(cuts):
         who = {name for ranges, alike in gaps for first, last in ranges if first <= start and end <= last for name in alike}
-        found += [(start, end, _together(who, names))] if who else []
-    return found
+        absent += [(start, end, _together(who, names))] if who else []
+    return absent
 
 
 def without(log: Sequence[AuthorityEpoch], store: str, since: int) -> list[tuple[int, int]]:
@@ -210,18 +210,18 @@ def sections(changes: Sequence[Authority], *, takes_over: bool, carried: Collect
         return [(interval,) for interval in offered_intervals(changes, takes_over=takes_over, carried=carried)]
     alike = _alike(changes)
     alone = {one: offered_intervals(changes, takes_over=takes_over, carried=carried, tenant=one) for one in alike}
-    found = []
+    parts = []
     for store in (OLD, NEW):
         of_store = [(tenant, one) for tenant, intervals in alone.items() for one in intervals if one.store == store]
-        cuts = sorted({place for _, one in of_store for place in (one.since, one.until)})
+        cuts = sorted({position for _, one in of_store for position in (one.since, one.until)})
         for since, until in pairwise(cuts):
             kinds: dict[tuple[int, bool], set[str]] = {}
             for tenant, one in of_store:
                 if one.since <= since and until <= one.until:
                     kinds.setdefault((one.epoch, one.echo), set()).update(alike[tenant])
             section = [Interval(epoch, since, until, store, echo, _together(who, names)) for (epoch, echo), who in kinds.items()]
-            found += [tuple(section)] if section else []
-    return found
+            parts += [tuple(section)] if section else []
+    return parts
 
 
 def offered_intervals(
@@ -251,18 +251,18 @@ def offered_intervals(
 
 def at(changes: Sequence[Authority], store: str) -> Tenants | None:
     """Return whose rows a store has authority over now, None where it has none."""
-    here = [whose for held, whose in shares(changes).items() if held.store == store]
+    here = [tenants for held, tenants in shares(changes).items() if held.store == store]
     if not here:
         return None
     names = named(changes)
-    others = any(EVERYTHING in whose for whose in here)
-    mine = frozenset(name for name in names if any(name in whose for whose in here))
+    others = any(EVERYTHING in tenants for tenants in here)
+    mine = frozenset(name for name in names if any(name in tenants for tenants in here))
     return Tenants(names - mine if others else mine, others)
 
 
 def apart(changes: Sequence[Authority]) -> list[str]:
     """Return the tenants that are not where those without a move of their own are."""
     shared = shares(changes)
-    rest = next(held.store for held, whose in shared.items() if EVERYTHING in whose)
-    elsewhere = [whose for held, whose in shared.items() if held.store != rest]
-    return sorted(name for whose in elsewhere for name in whose.names)
+    rest = next(held.store for held, tenants in shared.items() if EVERYTHING in tenants)
+    elsewhere = [tenants for held, tenants in shared.items() if held.store != rest]
+    return sorted(name for tenants in elsewhere for name in tenants.names)

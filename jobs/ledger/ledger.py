@@ -206,12 +206,12 @@ class Ledger:
 
     def _of_epoch(self, epoch: int, change: LiteralString, values: Sequence[Any], source: str, target: str) -> None:
         """Change a load; raises CouldNotFinish for a run that is left from before `prepare --anew`."""
-        done = self.connection.execute(
+        changed = self.connection.execute(
             sql.SQL("UPDATE changeover.load SET {}, changed = now() WHERE migration = %s AND source = %s AND target = %s"
                     " AND EXISTS (SELECT FROM changeover.migration WHERE name = %s AND epoch = %s)").format(sql.SQL(change)),
             [*values, self.migration, source, target, self.migration, epoch],
         ).rowcount  # fmt: skip
-        if not done:
+        if not changed:
             raise CouldNotFinish(f"{source} in {target} was begun anew since this run began (it is of epoch {epoch}): run again")
 
     def record_chunks(
@@ -254,8 +254,8 @@ class Ledger:
 
     def authority(self) -> Authority:
         """Return who has authority now, over the rows that have no move of their own; before any fence it is the old store."""
-        found = [change for change in self.authorities() if change.tenants is None]
-        return found[-1] if found else Authority(0, "old", 0, datetime.min, None)
+        moves = [change for change in self.authorities() if change.tenants is None]
+        return moves[-1] if moves else Authority(0, "old", 0, datetime.min, None)
 
     def authorities(self, since: int = 0) -> list[Authority]:
         """Return every change of authority from an epoch on, first to last."""
@@ -328,23 +328,23 @@ class Ledger:
         What the block puts into the dict goes with it. The record is made over a session of its own, because a run may outlive
         this one; a run that failed raises its own error even where the ledger can't be reached any more.
         """
-        told: dict[str, Any] = {}
+        report: dict[str, Any] = {}
         try:
-            yield told
+            yield report
         except BaseException as error:
             why = str(error) if isinstance(error, ChangeoverError) else type(error).__name__
             outcome = "failed" if isinstance(error, Exception) else "interrupted"
             with suppress(ChangeoverError, psycopg.Error):
-                self._record_run(step, {**told, "outcome": outcome, "error": why})
+                self._record_run(step, {**report, "outcome": outcome, "error": why})
             raise
-        self._record_run(step, told)
+        self._record_run(step, report)
 
-    def _record_run(self, step: str, told: Mapping[str, Any]) -> None:
+    def _record_run(self, step: str, report: Mapping[str, Any]) -> None:
         with connect(self.dsn, application_name(self.migration, step)) as session:
             ledger = Ledger(session, self.migration, self.dsn)
             if ledger.exists():  # a step before prepare has no record to go to
-                detail = {name: value for name, value in told.items() if name != "outcome"}
-                ledger.audit(step, str(told.get("outcome", "done")), detail)
+                detail = {name: value for name, value in report.items() if name != "outcome"}
+                ledger.audit(step, str(report.get("outcome", "done")), detail)
 
     def stage(self) -> str | None:
         """Return the flag's stage as it was last put on record, None before its first turn."""
@@ -382,12 +382,12 @@ def mark_loaded(
     has claimed, is left alone (`chunks.markable`), and the caller must roll back.
     """
     with_chunk = [migration, source, target, chunk, token]
-    done = cursor.execute(
+    marked = cursor.execute(
         "UPDATE changeover.chunk SET loaded = clock_timestamp(), rows = %s, refused = %s, seconds = %s WHERE migration = %s"
         " AND source = %s AND target = %s AND chunk = %s AND token = %s AND loaded IS NULL",
         [*counts, seconds, *with_chunk],
     ).rowcount
-    return done == 1
+    return marked == 1
 
 
 def drop_ledger(connection: Connection, migration: str) -> None:

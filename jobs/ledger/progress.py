@@ -56,17 +56,17 @@ def _bar(ledger: Ledger, title: str, stop: threading.Event) -> None:
         started = time.monotonic()
         first: int | None = None
         while not stop.wait(0.3):
-            total, done, rows = chunk_progress(ledger)
+            total, loaded, rows = chunk_progress(ledger)
             first = rows if first is None else first
-            bar.update(task, total=total or None, completed=done, rate=(rows - first) / (time.monotonic() - started))
+            bar.update(task, total=total or None, completed=loaded, rate=(rows - first) / (time.monotonic() - started))
 
 
 def _lines(ledger: Ledger, title: str, stop: threading.Event) -> None:
     started = time.monotonic()
     while not stop.wait(LOG_SECONDS):
-        total, done, rows = chunk_progress(ledger)
+        total, loaded, rows = chunk_progress(ledger)
         rate = rows / (time.monotonic() - started)
-        print(f"{title}: {done} of {total} chunks, {rows:,} rows, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+        print(f"{title}: {loaded} of {total} chunks, {rows:,} rows, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
 
 
 def chunk_progress(ledger: Ledger) -> tuple[int, int, int]:

@@ -33,10 +33,10 @@ def require_not_asked_for(spec: Spec, table: Table, name: str, expression: str) 
     speaks = re.compile(rf"(?<![\w.])`?{re.escape(name)}`?(?!\w|\s*\()", re.IGNORECASE)
     texts = [(f"columns.{column}", text) for column, text in table.columns.items()] + [("where", table.where or "")]
     texts += [("key", column) for column in table.key if column not in table.columns]
-    for place, text in texts:
+    for where, text in texts:
         if speaks.search(LITERAL.sub("", text)):
             raise SpecError(
-                spec.path, f"table {table.source}: {place}",
+                spec.path, f"table {table.source}: {where}",
                 f"{name} is a generated column of {table.source}, which the change stream does not carry: write what it is made of"
                 f" in [table.columns], which in PostgreSQL's words is {name} = {json.dumps(expression, ensure_ascii=False)}",
             )  # fmt: skip

@@ -122,12 +122,12 @@ def _born(connection: Connection, table: tuple[str, str], part: Partition) -> bo
     rows = {row[1]: row for row in connection.execute(PARTITIONS, {"root": root}).fetchall()}
     if part.oid not in rows or not rows[part.oid][5]:
         return False
-    _, _, filenode, attached, place, _, schema, name = rows[part.oid]
+    _, _, filenode, attached, command, _, schema, name = rows[part.oid]
     if not filenode:
         return True
     # of the rows of that one transaction, those that an earlier command wrote; what was updated since is in the stream as a whole
     query = sql.SQL("SELECT EXISTS (SELECT FROM ONLY {} WHERE xmin::text = {} AND cmin::text::bigint < {})")
-    found = connection.execute(query.format(sql.Identifier(schema, name), sql.Literal(attached), sql.Literal(place))).fetchone()
+    found = connection.execute(query.format(sql.Identifier(schema, name), sql.Literal(attached), sql.Literal(command))).fetchone()
     return found is not None and not found[0]
 
 
@@ -177,10 +177,10 @@ class Roots(_Known):
 
     def look(self, connection: Connection) -> list[str]:
         """Compare all partitioned tables with the ledger; return which were stopped by it, and why."""
-        found = [(table, look(self.ledger, connection, table)) for table in self.tables]
+        reasons = [(table, look(self.ledger, connection, table)) for table in self.tables]
         for table in self.tables:
             self.know(table.source_relation, recorded(self.ledger, table.source) or ())
-        return [f"{table.source}: {reason}" for table, reason in found if reason is not None]
+        return [f"{table.source}: {reason}" for table, reason in reasons if reason is not None]
 
 
 class NewRoots(_Known):

@@ -43,21 +43,21 @@ class CopyStream:
 
         From the first one on it lets more of them gather, for that long: a few cost as much to read as some hundreds.
         """
-        found: list[bytes] = []
+        frames: list[bytes] = []
         take, size, until = self.connection.pgconn.get_copy_data, 0, 0.0
         while size < most and not self.over:
             length, data = take(1)
             if length > 0:
                 until = until or time.monotonic() + gather_seconds
-                found.append(bytes(data))
+                frames.append(bytes(data))
                 size += length
             elif length < 0:
                 self.over = True
-            elif not self.more(max(0.0, until - time.monotonic()) if found else wait_seconds):
+            elif not self.more(max(0.0, until - time.monotonic()) if frames else wait_seconds):
                 break
-        if self.over and not found:  # what came before the end is taken first
+        if self.over and not frames:  # what came before the end is taken first
             self.ended()
-        return found
+        return frames
 
     def more(self, wait_seconds: float) -> bool:
         """Read what the socket has; return whether it had anything."""

@@ -44,7 +44,7 @@ SESSION = {
 
 
 @dataclass(frozen=True)
-class Seen:
+class TableState:
     """A source table as a tick's snapshot shows it, None for one that is gone; whether its triggers always fire.
 
     `numbers` are those of its columns by name.
@@ -61,7 +61,7 @@ class Tick:
 
     end: int
     snapshot: str
-    tables: tuple[Seen, ...]
+    tables: tuple[TableState, ...]
     at: datetime
 
 
@@ -85,7 +85,7 @@ class Aligned:
     snapshot: ExportedSnapshot
 
 
-SEEN = """
+TABLE_STATES = """
 SELECT pg_current_snapshot()::text, (SELECT jsonb_agg(jsonb_build_object('oid', asked.oid::bigint, 'schema', n.nspname,
     'name', c.relname, 'enabled', (SELECT count(*) = %(triggers)s FROM pg_trigger t WHERE t.tgrelid = c.oid
         AND t.tgname = ANY (%(names)s) AND t.tgenabled = 'A'),
@@ -125,7 +125,7 @@ def _opened(connection: Connection, log: Log, sources: Sequence[tuple[str, str]]
 def _look(connection: Connection, log: Log, oids: Sequence[int]) -> tuple[str, str]:
     """Return the snapshot of this statement, and what the catalogue says of the tables in it."""
     names = [log.trigger + suffix for suffix, _, _ in TRIGGERS]
-    row = connection.execute(SEEN, {"oids": list(oids), "names": names, "triggers": len(names)}).fetchone()
+    row = connection.execute(TABLE_STATES, {"oids": list(oids), "names": names, "triggers": len(names)}).fetchone()
     assert row is not None
     return row[0], row[1]
 
@@ -175,17 +175,17 @@ def ticks(connection: Connection, log: Log, since: int) -> list[Tick]:
         ).format(log.ticks),
         [format_lsn(since)],
     ).fetchall()
-    return [Tick(parse_lsn(row[0]), row[1], tuple(map(_seen, row[2])), row[3]) for row in rows]
+    return [Tick(parse_lsn(row[0]), row[1], tuple(map(_table_state, row[2])), row[3]) for row in rows]
 
 
-def _seen(told: dict[str, Any]) -> Seen:
-    if told["name"] is None:
-        return Seen(None, False, {})
-    columns = told["columns"] or []
+def _table_state(entry: dict[str, Any]) -> TableState:
+    if entry["name"] is None:
+        return TableState(None, False, {})
+    columns = entry["columns"] or []
     relation = pgoutput.Relation(
-        told["oid"], told["schema"], told["name"], "d", tuple(pgoutput.Column(*column[:4]) for column in columns)
+        entry["oid"], entry["schema"], entry["name"], "d", tuple(pgoutput.Column(*column[:4]) for column in columns)
     )
-    return Seen(relation, told["enabled"], {column[0]: number for column in columns for number in column[4:]})
+    return TableState(relation, entry["enabled"], {column[0]: number for column in columns for number in column[4:]})
 
 
 ROWS = """
@@ -260,9 +260,9 @@ def require(connection: Connection, stream: Stream, log: Log, durable: int) -> N
             raise SourceChanged(what, str(prepared), str(now))
     if not exists(connection, log):
         raise SourceChanged("trigger log", str(log), "missing")
-    found = ticks(connection, log, 0)
-    if not any(tick.end == durable for tick in found):
-        raise SpoolGap(format_lsn(found[0].end) if found else "everything", format_lsn(durable))
+    kept = ticks(connection, log, 0)
+    if not any(tick.end == durable for tick in kept):
+        raise SpoolGap(format_lsn(kept[0].end) if kept else "everything", format_lsn(durable))
 
 
 def require_log(dsn: str, application: str, stream: Stream, migration: str, durable: int) -> None:

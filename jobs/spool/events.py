@@ -44,10 +44,10 @@ SCHEMA = pa.schema(
 Image = tuple[tuple[str, ...], tuple[str | None, ...]]
 """Column names and, place by place, their values; events of one table share the names, so that a row costs no dict."""
 
-Place = tuple[int, int]
+Position = tuple[int, int]
 """Commit LSN and ordinal, by which events are in stream order."""
 
-NOWHERE: Place = (0, -2)
+NOWHERE: Position = (0, -2)
 """Before every event: the first ordinal of a transaction is 0, or -1 for what is told of a table before it."""
 
 
@@ -89,7 +89,7 @@ def kept(events: pa.Table, mask: pa.ChunkedArray) -> pa.Table:
     return events if pc.all(mask).as_py() else events.filter(mask)
 
 
-def last_place(events: pa.Table) -> Place:
+def last_position(events: pa.Table) -> Position:
     """Return the place of the last event in stream order; that before every event without one."""
     if not len(events):
         return NOWHERE

@@ -39,10 +39,10 @@ from changeover.jobs.spool.events import (
     TRUNCATE,
     UPDATE,
     Event,
-    Place,
+    Position,
     arrow_table,
     kept,
-    last_place,
+    last_position,
 )
 from changeover.spec import Spec
 
@@ -86,10 +86,10 @@ def spool_path(work: Path, epoch: int) -> Path:
 
 def remove_spools(work: Path) -> bool:
     """Remove the spools of all epochs; return whether there was any."""
-    found = [path for path in (work / "spool", *work.glob("spool-[0-9]*")) if path.is_dir()]
-    for path in found:
+    folders = [path for path in (work / "spool", *work.glob("spool-[0-9]*")) if path.is_dir()]
+    for path in folders:
         shutil.rmtree(path)
-    return bool(found)
+    return bool(folders)
 
 
 class Spool:
@@ -157,7 +157,7 @@ class Spool:
                 if self.end() == end:
                     raise
 
-    def held(self) -> Place:
+    def held(self) -> Position:
         """Return the place up to which events are durable: that of the last part, where it lies beyond the end."""
         table = self._latest()
         end, lsn, ordinal = (self._marked(table, name) for name in (APPLICATION, PART_LSN, PART_ORDINAL))
@@ -173,7 +173,7 @@ class Spool:
         events = batch if isinstance(batch, pa.Table) else arrow_table(batch)
         reach = (end_lsn, NOWHERE[1])
         marks = [Transaction(APPLICATION, end_lsn)]
-        last = last_place(events)
+        last = last_position(events)
         if last[0] >= end_lsn:
             reach = last
             marks += [Transaction(PART_LSN, reach[0]), Transaction(PART_ORDINAL, reach[1])]
@@ -262,17 +262,17 @@ class Spool:
 
     def notes(self) -> list[tuple[str, int, str]]:
         """Return (relation, commit LSN, note) of how tables changed, each note of a table once, where it was first told."""
-        found = self._scan(0, 2**63 - 1, ["relation", "lsn", "op", "note"], noted=True)
-        told = found.filter(pc.is_in(found["op"], pa.array([RELATION, ADDED]))).sort_by("lsn")
+        events = self._scan(0, 2**63 - 1, ["relation", "lsn", "op", "note"], noted=True)
+        reports = events.filter(pc.is_in(events["op"], pa.array([RELATION, ADDED]))).sort_by("lsn")
         first: dict[tuple[str, str], int] = {}
-        for event in told.to_pylist():
+        for event in reports.to_pylist():
             first.setdefault((event["relation"], event["note"]), event["lsn"])
         return [(relation, lsn, note) for (relation, note), lsn in first.items()]
 
     def unmarked(self, after: int, until: int) -> pa.Table:
         """Return relation, lsn, xid and committed_at of what with ``after <= lsn < until`` bears no mark of ours."""
-        found = self._scan(after, until, ["relation", "lsn", "op", "xid", "committed_at", "note"], noted=False)
-        return found.filter(_unmarked(found)).drop_columns(["op", "note"])
+        events = self._scan(after, until, ["relation", "lsn", "op", "xid", "committed_at", "note"], noted=False)
+        return events.filter(_unmarked(events)).drop_columns(["op", "note"])
 
     def unmarked_rows(self, after: int, until: int, relation: str) -> Iterator[pa.Table]:
         """Yield a relation's events with ``after <= lsn < until`` that bear no mark of ours, whole, some at a time."""
@@ -311,9 +311,9 @@ class Spool:
                     table = DeltaTable(self.path)
                 except TableNotFoundError as error:
                     raise StepOrder(f"reading the spool {self.path}", "prepare") from error
-            found = table.metadata().configuration.get(FORMAT_KEY)
-            if found != FORMAT:
-                raise SourceChanged(f"spool format ({self.path})", FORMAT, str(found))
+            version = table.metadata().configuration.get(FORMAT_KEY)
+            if version != FORMAT:
+                raise SourceChanged(f"spool format ({self.path})", FORMAT, str(version))
             self._handle, self._opened = table, table.version()
         return self._handle
 

@@ -29,11 +29,11 @@ def await_spool(
 
     Raises CouldNotFinish where no capture is alive, or it makes no progress.
     """
-    place, moved, alive = spool.held(), time.monotonic(), time.monotonic()
+    held, moved, alive = spool.held(), time.monotonic(), time.monotonic()
     while spool.end() < position and not enough():
         now = time.monotonic()
-        if (at := spool.held()) != place:
-            place, moved = at, now
+        if (at := spool.held()) != held:
+            held, moved = at, now
         if is_held(ledger.connection, ledger.migration, step):
             alive = now
         where = f"it has {what} up to {format_lsn(spool.end())} and not {format_lsn(position)}"

@@ -54,8 +54,8 @@ def derivations(table: Table, source: Sequence[Column]) -> dict[str, Derivation]
     own = {name: _stated(text, names) for name, text in table.columns.items()}
     moved = {one.origin for one in own.values()}
     carried = [name for name in names if name not in moved and name not in table.columns and name not in table.drop]
-    found = {**own, **{name: Derivation(quoted(name), name) for name in carried}}
-    return found if table.function is None else {name: Derivation(one.expression) for name, one in found.items()}
+    all_columns = {**own, **{name: Derivation(quoted(name), name) for name in carried}}
+    return all_columns if table.function is None else {name: Derivation(one.expression) for name, one in all_columns.items()}
 
 
 def owned(table: Table, wanted: Mapping[str, Derivation], identity: Collection[str]) -> bool:
@@ -70,8 +70,8 @@ def _stated(text: str, names: Sequence[str]) -> Derivation:
     """Return the derivation of a column that the spec states; Spark finds a column by its name in any case."""
     name = reference(text)
     alike = [] if name is None else [one for one in names if folded(one) == folded(name)]
-    found = name if name in alike else alike[0] if len(alike) == 1 else None
-    return Derivation(text) if found is None else Derivation(quoted(found), found)
+    origin = name if name in alike else alike[0] if len(alike) == 1 else None
+    return Derivation(text) if origin is None else Derivation(quoted(origin), origin)
 
 
 TOKEN = re.compile(r"""'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|`(?:[^`]|``)+`|\w+""", re.DOTALL)
@@ -85,11 +85,11 @@ def resolved(text: str, held: Mapping[str, str]) -> str:
     """
     apart = {name: other for name, other in held.items() if name != other}
 
-    def named(found: re.Match[str]) -> str:
-        token = found[0]
+    def named(match: re.Match[str]) -> str:
+        token = match[0]
         name = token[1:-1].replace("``", "`") if token.startswith("`") else token
-        called = token == name and re.match(r"\s*\(", text[found.end() :])
-        inside = text[: found.start()].rstrip().endswith(".")
+        called = token == name and re.match(r"\s*\(", text[match.end() :])
+        inside = text[: match.start()].rstrip().endswith(".")
         return token if name not in apart or called or inside else apart[name]
 
     return TOKEN.sub(named, text) if apart else text

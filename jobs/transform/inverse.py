@@ -30,12 +30,12 @@ def derived(table: Table, old: Sequence[Column], new: Sequence[Column] | None) -
 
     `new` are the new table's columns, or None where it is not there yet: `prepare` then gives a moved column its old type.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     by_name = {c.name: c for c in old}
     for name, derivation in derivations(table, old).items():
         if derivation.origin is not None and _held(by_name[derivation.origin], name, new):
-            found.setdefault(derivation.origin, quoted(name))
-    return found
+            values.setdefault(derivation.origin, quoted(name))
+    return values
 
 
 def _held(origin: Column, name: str, new: Sequence[Column] | None) -> bool:

@@ -194,9 +194,9 @@ class Transform:
         if self.table.where is not None or not self._one_to_one():
             return None
         types = {c.name: c.type for c in self.source}
-        found = {c.name: origin for c in self.target.columns if (origin := self.derivations[c.name].origin) is not None}
-        whole = all(c.name in found and types[found[c.name]] == c.type and passable(c.type) for c in self.target.columns)
-        return found if whole else None
+        origins = {c.name: origin for c in self.target.columns if (origin := self.derivations[c.name].origin) is not None}
+        whole = all(c.name in origins and types[origins[c.name]] == c.type and passable(c.type) for c in self.target.columns)
+        return origins if whole else None
 
     def _one_to_one(self) -> bool:
         """Return whether no two keys of the source that differ as texts can be one key of the target."""
@@ -302,19 +302,19 @@ def plan(
     shaped = load_function(table.function)(frame) if table.function else frame
     names = held(shaped.columns)
     row = hold(shaped, names)
-    found = {name: _spark_type(spec, table, f"columns.{name}", row, names, one) for name, one in wanted.items()}
+    spark_types = {name: _spark_type(spec, table, f"columns.{name}", row, names, one) for name, one in wanted.items()}
     if table.where is not None:
         _spark_type(spec, table, "where", row, names, Derivation(table.where))
     schema, name = table.target_name
     columns = (
-        _existing_columns(spec, table, existing, found)
+        _existing_columns(spec, table, existing, spark_types)
         if existing is not None
-        else _new_columns(spec, table, source, wanted, found)
+        else _new_columns(spec, table, source, wanted, spark_types)
     )
     _require_key(spark, spec, table, source, replica_identity, wanted, [c.name for c in columns])
     by_name = {c.name: c for c in source}
     whole = TargetTable(schema, name, tuple(columns), table.key, owned(table, wanted, replica_identity))
-    casts = {c.name: given for c in columns if (given := found[c.name]) != c.spark_type and given not in PARSED}
+    casts = {c.name: given for c in columns if (given := spark_types[c.name]) != c.spark_type and given not in PARSED}
     return Transform(table, tuple(source), whole, wanted, tuple(by_name[name] for name in replica_identity), casts=casts)
 
 
@@ -359,28 +359,28 @@ def _filled(derivation: Derivation, names: Mapping[str, str]) -> SparkColumn:
 
 
 def _require_stable(spec: Spec, table: Table, wanted: Mapping[str, Derivation]) -> None:
-    for place, text in [*((name, one.expression) for name, one in wanted.items()), ("where", table.where or "")]:
+    for setting, text in [*((name, one.expression) for name, one in wanted.items()), ("where", table.where or "")]:
         bare = re.sub(r"'(?:[^']|'')*'|`[^`]*`", "", text)  # a literal or a quoted column may say now
         match = UNSTABLE.search(bare)
         if match:
-            raise SpecError(spec.path, f"table {table.source}: {place}", f"{match[1]} gives another value at each run")
+            raise SpecError(spec.path, f"table {table.source}: {setting}", f"{match[1]} gives another value at each run")
 
 
-def _existing_columns(spec: Spec, table: Table, existing: Sequence[Column], found: Mapping[str, str]) -> list[Column]:
+def _existing_columns(spec: Spec, table: Table, existing: Sequence[Column], spark_types: Mapping[str, str]) -> list[Column]:
     """The target's own columns and types count; every one that the transform does not fill must be able to stay empty."""
     names = {c.name for c in existing}
-    reasons = [f"target table {table.target} has no column {name}" for name in found if name not in names]
+    reasons = [f"target table {table.target} has no column {name}" for name in spark_types if name not in names]
     reasons += [f"column {c.name} of target table {table.target} is NOT NULL and nothing fills it" for c in existing
-                if c.not_null and c.name not in found]  # fmt: skip
+                if c.not_null and c.name not in spark_types]  # fmt: skip
     reasons += [f"column {c.name} of target table {table.target} has the type {c.type}, which is not proven exact"
-                for c in existing if c.name in found and not c.spark_type]  # fmt: skip
+                for c in existing if c.name in spark_types and not c.spark_type]  # fmt: skip
     if reasons:
         raise UnsafePlan(tuple(reasons))
-    return [c for c in existing if c.name in found]
+    return [c for c in existing if c.name in spark_types]
 
 
 def _new_columns(
-    spec: Spec, table: Table, source: Sequence[Column], wanted: Mapping[str, Derivation], found: Mapping[str, str]
+    spec: Spec, table: Table, source: Sequence[Column], wanted: Mapping[str, Derivation], spark_types: Mapping[str, str]
 ) -> list[Column]:
     """A moved or carried column keeps its PostgreSQL type; a computed one gets the type of its Spark result."""
     by_name = {c.name: c for c in source}
@@ -390,10 +390,11 @@ def _new_columns(
             raise SpecError(spec.path, f"table {table.source}: key", f"nothing fills the key column {name}")
         derived = wanted[name].origin
         origin = by_name[derived] if derived is not None else None
-        type_name = origin.type if origin else postgres_type(found[name])
+        type_name = origin.type if origin else postgres_type(spark_types[name])
         if type_name is None:
-            raise SpecError(spec.path, f"table {table.source}: columns.{name}", f"gives {found[name]}, which no column can hold")
-        spark_type = origin.spark_type if origin else found[name]
+            problem = f"gives {spark_types[name]}, which no column can hold"
+            raise SpecError(spec.path, f"table {table.source}: columns.{name}", problem)
+        spark_type = origin.spark_type if origin else spark_types[name]
         not_null = name in table.key or (origin is not None and origin.not_null)
         columns.append(Column(name, type_name, spark_type, not_null))
     return columns

@@ -100,10 +100,10 @@ def _sixths(given: _Type) -> int:
 
 def _read(name: str) -> _Type:
     """``numeric(12,4)`` -> numeric, (12, 4); ``timestamp(3) with time zone`` -> timestamp with time zone, (3,)."""
-    found = re.search(r"\(([-\d, ]+)\)", name)
-    if found is None:
+    match = re.search(r"\(([-\d, ]+)\)", name)
+    if match is None:
         return _Type(name)
-    return _Type(name[: found.start()] + name[found.end() :], tuple(int(part) for part in found[1].split(",")))
+    return _Type(name[: match.start()] + name[match.end() :], tuple(int(part) for part in match[1].split(",")))
 
 
 def refuses(source: str, target: str) -> bool:

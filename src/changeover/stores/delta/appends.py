@@ -93,14 +93,14 @@ class AppendTask:
     def append(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> Counts:
         """Append one chunk once and mark it."""
         started = time.monotonic()
-        place = f"{self.path} {chunk}"
+        point = f"{self.path} {chunk}"
         added = self._write(chunk, batches)
-        failpoints.reach("chunk-read", place)
+        failpoints.reach("chunk-read", point)
         rows = commit_once(self.path, self.mark.identity(chunk), added)
-        failpoints.reach("target-committed", place)
+        failpoints.reach("target-committed", point)
         counts = Counts(rows, rows)
         self.mark.afterwards(chunk, counts, time.monotonic() - started)
-        failpoints.reach("between-chunks", place)
+        failpoints.reach("between-chunks", point)
         return counts
 
     def _write(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> list[AddAction]:
@@ -182,7 +182,7 @@ class Bounds:
 
     def __init__(self, key: Sequence[str]) -> None:
         self.rows = 0
-        self._seen: dict[str, list[Any]] = {name: [] for name in key}
+        self._extremes: dict[str, list[Any]] = {name: [] for name in key}
 
     def add(self, rows: pa.Table) -> None:
         """Take in a row group."""
@@ -190,22 +190,22 @@ class Bounds:
         import pyarrow.compute as pc
 
         self.rows += rows.num_rows
-        for name, seen in self._seen.items():
+        for name, values in self._extremes.items():
             column = rows.column(name)
             if pa.types.is_integer(column.type) or pa.types.is_string(column.type):
-                seen += pc.min_max(column).as_py().values()
+                values += pc.min_max(column).as_py().values()
 
     def statistics(self) -> dict[str, Any]:
         """Return them as Delta's log has them; a bound that is left out only makes a reader look into the file."""
         short = {
-            name: seen
-            for name, seen in self._seen.items()
-            if seen and not any(isinstance(value, str) and len(value) > LONGEST_BOUND for value in seen)
+            name: values
+            for name, values in self._extremes.items()
+            if values and not any(isinstance(value, str) and len(value) > LONGEST_BOUND for value in values)
         }
         return {
             "numRecords": self.rows,
-            "minValues": {name: min(seen) for name, seen in short.items()},
-            "maxValues": {name: max(seen) for name, seen in short.items()},
+            "minValues": {name: min(values) for name, values in short.items()},
+            "maxValues": {name: max(values) for name, values in short.items()},
             "nullCount": dict.fromkeys(short, 0),
         }
 

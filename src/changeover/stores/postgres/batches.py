@@ -180,12 +180,12 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     cursor.execute(GATE_EPOCH, [table.target])
     found = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
     offered = int(found[0]) if found else 0
-    done = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
-    row_versions, inserted = done[Part.REFUSE].offered, done[Part.INSERT].taken
+    counts = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
+    row_versions, inserted = counts[Part.REFUSE].offered, counts[Part.INSERT].taken
     if offered - row_versions > inserted and (met := collisions(cursor, table)):
         raise RowRefused(table.target, owners.meeting(cursor, table, BATCH) or f"target key {met[0]}", interface.MEET)
     owners.record_images(cursor, table, BATCH)
-    return Counts(offered, inserted, done[Part.REFUSE].refused)
+    return Counts(offered, inserted, counts[Part.REFUSE].refused)
 
 
 def _refuse_changed(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:

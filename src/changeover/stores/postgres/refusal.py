@@ -31,7 +31,7 @@ TRIGGERS: tuple[tuple[str, LiteralString, LiteralString], ...] = (
 
 
 @dataclass(frozen=True)
-class Refused:
+class TenantEpoch:
     """Rows whose writes a store refuses, but for those that come through its gate in this epoch or a later one."""
 
     epoch: int
@@ -42,8 +42,8 @@ class Refused:
 class Refusal:
     """What a store refuses: `standing` for good, `begun` up to a deadline; `column` holds the tenant where there are some."""
 
-    standing: tuple[Refused, ...] = ()
-    begun: Refused | None = None
+    standing: tuple[TenantEpoch, ...] = ()
+    begun: TenantEpoch | None = None
     column: str | None = None
 
 
@@ -142,12 +142,12 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
 def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
     """Return the expression of the epoch since which a row is refused, -1 for one that is not."""
     begun = sql.SQL("pg_catalog.clock_timestamp() OPERATOR(pg_catalog.<) {}::pg_catalog.timestamptz").format(sql.Literal(ends))
-    arms: list[tuple[Refused, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
+    arms: list[tuple[TenantEpoch, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
     arms += [(refusal.begun, begun)] if refusal.begun else []
     return sql.SQL("CASE {} ELSE -1 END").format(
         sql.SQL(" ").join(
             sql.SQL("WHEN {} AND {} THEN {}").format(belongs(row, refusal.column, one.tenants), when, sql.Literal(one.epoch))
-            for one, when in (*arms, (Refused(-1), sql.SQL("false")))
+            for one, when in (*arms, (TenantEpoch(-1), sql.SQL("false")))
         )
     )
 
@@ -175,12 +175,12 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
     with connection.transaction():
         table = sql.Identifier(schema, name)
         for one in (table, *_partitions(connection, table)):
-            found = connection.execute(
+            triggers = connection.execute(
                 "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgparentid = 0"
                 " AND tgname LIKE 'changeover_refusal%%'",
                 [one.as_string(connection)],
             ).fetchall()
-            for row in found:
+            for row in triggers:
                 connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), one))
                 removed.append(f"trigger {row[0]} on {one.as_string(connection).replace(chr(34), '')}")
         connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("refuse", schema, name)))
