@@ -1,8 +1,9 @@
 """Prepare: everything that this product makes in the two stores, in an order that a kill can't spoil.
 
-The order in `prepare` is the promise: tables and their files are recorded first, then the publication is committed, then the
-slot and its snapshot are made by one command, then the gates get their floor. The ledger's record comes last, in one
-transaction, so a killed prepare leaves nothing that a second one does not take away.
+The order in `prepare` is the promise. Tables and their files are recorded first, and then the
+publication is committed. Then one command makes the slot and its snapshot, and then the gates get
+their floor. The ledger's record comes last, in one transaction, so a killed prepare leaves nothing
+that a second one does not take away.
 """
 
 from __future__ import annotations

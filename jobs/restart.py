@@ -1,11 +1,13 @@
 """Restart: a migration begun anew in a new epoch, when its change stream has a gap that nothing can close.
 
-A slot that is lost, a source that failed over or was restored: whatever was deleted in the gap is in the targets without any event,
-and the positions of another server say nothing beside those of the first. So nothing of the old epoch is used again. Its chunks
-lose their marks' tokens, its spool is removed, and each target is emptied under a floor of the new epoch, below which lies
-whatever an earlier one may still offer. What `prepare` promises of order holds here too. The epoch is on record before
-the first removal and the ledger's record comes last, so a restart that was killed goes on by the same command, and until it is done
-no other step does. Only tables that this migration loads are emptied.
+A slot was lost, or a source failed over or was restored. Whatever was deleted in the gap is in the
+targets without any event. The positions of another server say nothing beside those of the first. So
+nothing of the old epoch is used again. Its chunks lose their marks' tokens, and its spool is
+removed. Each target is emptied under a floor of the new epoch, below which lies whatever an earlier
+one may still offer. What `prepare` promises of order holds here too. The epoch is on record before
+the first removal, and the ledger's record comes last. So a restart that was killed goes on by the
+same command, and until it is done no other step does. Only tables that this migration loads are
+emptied.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ HEARD_SECONDS = 10.0
 class Status:
     """The steps with their state, each load with its chunks and position, the stream, the stage, and the newest verdicts.
 
-    Bytes are of the old store's write-ahead log: `behind_bytes` of a load is what lies between it and the old store's end, None
-    once the new store has all authority, because replay then rests. While tenants are at both stores, `reverse_path` has the other
-    direction's.
+    Bytes are of the old store's write-ahead log. `behind_bytes` of a load is what lies between it
+    and the old store's end. It is None once the new store has all authority, because replay then
+    rests. While tenants are at both stores, `reverse_path` has the other direction's.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Status:
             yield f"  {step['step']:<9} {step['state']}{f' ({_short(at)})' if (at := step['at']) else ''}"
             yield from (f"    {line}" for line in self._details(step["step"]))
         routers = ", ".join(f"{count} at {stage}" for stage, count in self.routers.items()) or "none was heard lately"
-        yield f"  flag      {self.stage or 'never turned'}; the {self.store} store has authority (epoch {self.epoch})"
+        yield f"  flag      {self.stage or 'never switched'}; the {self.store} store has authority (epoch {self.epoch})"
         if self.tenants:
             count, other = len(self.tenants), NEW if self.store == OLD else OLD
             yield f"    the {other} store has it over {count:,} tenant{'s' * (count > 1)}: {listed(self.tenants)}"

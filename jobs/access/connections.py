@@ -1,7 +1,8 @@
 """Connections: whether each kind that a run needs can be had from a server, and what stands in between; asked by `check`.
 
-A plain session says little of the others: the walsender has conditions of its own, the driver of Java takes less than libpq, and
-a pooler may give each transaction another session. Nothing is changed by it, and no JVM is started.
+A plain session says little of the others. The walsender has conditions of its own, and the driver
+of Java takes less than libpq. A pooler may give each transaction another session. Nothing is
+changed by it, and no JVM is started.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def look_at_limits(connection: Connection, application: str, where: str, notes: 
 
 
 def shares_sessions(dsn: str, application: str) -> bool:
-    """Return whether two sessions that are open at once have one process of the server by turns, or one of them several."""
+    """Return whether a pooler lends processes: two open sessions share one, or one has several."""
     with closing(connect(dsn, application)) as one, closing(connect(dsn, application)) as other:
         backends: tuple[set[int], set[int]] = (set(), set())
         for _ in range(LOOKS):

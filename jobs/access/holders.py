@@ -1,8 +1,9 @@
 """Holders: open transactions that a fence, or a slot, will wait for, named before anybody waits.
 
-A fence asks for a lock that waits for every transaction which writes to the table; a slot begins where every transaction that has
-written anything on the server has ended. Those of our own sessions are left out. Whose age the server does not tell us is looked at
-twice: what is the same transaction a while later is long. It looks only; runs on the driver.
+A fence asks for a lock that waits for every transaction which writes to the table. A slot begins
+where every transaction has ended that has written anything on the server. Those of our own sessions
+are left out. Whose age the server does not tell us is looked at twice: what is the same transaction
+a while later is long. It looks only; runs on the driver.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Privileges: what the application's roles need in either store, asked of the server and granted where it is missing.
 
-`[application] roles` names the roles by which the application uses the stores. On a new table they get the rights that they have on
-the old one. A mirrored write runs in the application's own session, with its own rights: the gate's function is no SECURITY
-DEFINER, under which the application's triggers and policies would meet another user and another search_path. So a role gets what
-that function touches, of one table, and in the ledger the authority log and its heartbeat. What can't be granted is named.
+`[application] roles` names the roles by which the application uses the stores. On a new table they
+get the rights that they have on the old one. A mirrored write runs in the application's own
+session, with its own rights. The gate's function is no SECURITY DEFINER: under one, the
+application's triggers and policies would meet another user and another search_path. So a role gets
+what that function touches, of one table, and in the ledger the authority log and its heartbeat.
+What can't be granted is named.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The applier: one stream's next batches collapsed, made ready and offered to one target, and how far they reached written down.
 
-A batch is bounded in events and bytes, splits no transaction, and is one change a key. Its position is written down after it is
-committed, so a killed replay offers some changes again, which the gate refuses. A row that can't be carried over ends it, unless a
-later change of its key is there already, such as its correction: then the batch reaches that far, and the row is never offered. It
-knows no direction: the journal says which stream this is. Runs on the driver, what Spark is needed for in tasks.
+A batch is bounded in events and bytes, splits no transaction, and is one change a key. Its position
+is written down after it is committed, so a killed replay offers some changes again, which the gate
+refuses. A row that can't be carried over ends the batch, unless a later change of its key is there
+already, such as its correction. Then the batch reaches that far, and the row is never offered. The
+applier knows no direction: the checkpoint says which stream this is. Runs on the driver, what Spark
+is needed for in tasks.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 BATCH_EVENTS, BATCH_BYTES = 250_000, 64 << 20
-"""About how many events, and bytes of the spool's files, one batch takes, so that memory does not grow with the backlog."""
+"""About how many events, and bytes of the spool's files, one batch takes, so that memory does not
+grow with what is behind."""
 
 PART_BYTES = 256 << 20
 """Bytes of rows in memory after which a part ends, whatever it holds: Arrow's texts end at 2 GiB."""

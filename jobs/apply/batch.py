@@ -1,12 +1,14 @@
 """A batch: spooled events made ready for the transform, the last one of each key and with whole rows.
 
-Of a key's events in a batch the last one says all, since the key of the target follows from the source's. An update that gave its
-row another key is two changes, the old key's delete and a put of the new one. A large value that an update
-left unchanged, and PostgreSQL therefore out of the stream, is neither NULL nor the target's, it is the source row's. It is read by
-key in one snapshot in which every transaction of the batch is visible: a commit stands in the log before other sessions see it, so
-a row might else be older than its event. The row may be newer; whatever made it so is later in the stream and is offered then. A
-row that is gone by now is deleted later in the stream, so its put is left out. Only the columns that were not sent are taken, in
-the text in which the stream would have sent them.
+Of a key's events in a batch the last one says all, since the key of the target follows from the
+source's. An update that gave its row another key is two changes, the old key's delete and a put of
+the new one. A large value that an update left unchanged, and PostgreSQL therefore out of the
+stream, is neither NULL nor the target's, it is the source row's. It is read by key in one snapshot
+in which every transaction of the batch is visible. A commit stands in the log before other sessions
+see it, so a row might else be older than its event. The row may be newer; whatever made it so is
+later in the stream and is offered then. A row that is gone by now is deleted later in the stream,
+so its put is left out. Only the columns that were not sent are taken, in the text in which the
+stream would have sent them.
 """
 
 from __future__ import annotations

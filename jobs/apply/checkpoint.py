@@ -1,7 +1,8 @@
 """The checkpoint: one store's spooled stream as replay carries it on, and where it writes down how far each load has come.
 
-There are two, the old store's and the new one's; whoever carries a batch asks its journal and knows no direction. A position that
-is written down says that every event below it was offered, in the log of that store. Lives on the driver.
+There are two, the old store's and the new one's. The applier asks its checkpoint and knows no
+direction. A position that is written down says that every event below it was offered, in the log of
+that store. Lives on the driver.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Retention: row versions that no write can need any more are deleted beside replay, by position and never by time.
 
-Once a table is closed and every event below a position was offered, nothing older than the position has anything to say, so the
-floor may go up to there and stand for all versions below it (`rule.collectable`), in the earliest epoch that any tenant still
-writes under. Replay looks after so many events whether enough rows have gathered, deletes some of them in a run under the target's
-lease, and offers changes before the next batch. What a killed run leaves is right, and is deleted by the next. Runs on the driver.
+Once a table is closed and every event below a position was offered, nothing older than the position
+has anything to say. So the floor may go up to there and stand for all versions below it
+(`rule.collectable`). Its epoch is the earliest that any tenant still writes under. Replay looks
+after so many events whether enough rows have gathered, deletes some of them in a run under the
+target's lease, and offers changes before the next batch. What a killed run leaves is right, and is
+deleted by the next. Runs on the driver.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ ENOUGH = 250_000
 class Collecting:
     """The collections of one target, table by table (driver).
 
-    `due` may be asked at any time; `collect` runs under the target's lease, so that collection, TRUNCATE and batches take turns.
+    `due` may be asked at any time; `collect` runs under the target's lease, so that of collection,
+    TRUNCATE and batches one runs at a time.
     """
 
     spec: Spec

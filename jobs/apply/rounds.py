@@ -1,8 +1,9 @@
 """Rounds of replay: spooled changes offered to each target through its gate, in batches, until caught up or for as long as asked.
 
-A round offers a target all between the position that each load has reached and the end of the spool (or a given position), batch
-by batch (`applier`). Rounds and verifications of one target take turns by a lease. An event that this version does not carry stops
-its table by name, after everything before it was applied.
+A round offers a target all between the position that each load has reached and the end of the spool
+(or a given position), batch by batch (`applier`). Rounds and verifications of one target exclude
+each other by a lease. An event that this version does not carry stops its table by name, after
+everything before it was applied.
 """
 
 from __future__ import annotations

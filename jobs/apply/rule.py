@@ -66,8 +66,9 @@ def collected(cell: Version, upto: Version) -> bool:
 def caught_up_floor(epoch: int, applied: int) -> Version:
     """Return the floor of a table where every event below a position was applied in order and nothing else is under way.
 
-    No event of the stream has exactly this version, and every later one lies above it: a batch that raises the floor to it in
-    its own transaction has recorded its position, and needs no version per key (`stores.base.statements.CATCH_UP`).
+    No event of the stream has exactly this version, and every later one lies above it. A batch that
+    raises the floor to it in its own transaction has recorded its position. It needs no version per
+    key (`stores.base.statements.CATCH_UP`).
     """
     return Version(epoch, applied, DUAL_WRITE_ORDINAL)
 

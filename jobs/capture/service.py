@@ -1,9 +1,11 @@
 """Capture: the one long-lived service, which brings the source's changes into the spool in commit order.
 
-What is read, from a slot (`slot`) or from a log of triggers (`trigger`), is forgotten by the server only when the spool
-holds it durably, so a kill at any point loses nothing and repeats nothing. Each session first proves that this is still the
-prepared stream, with no gap before the spool's end; else it stops with the reason. A table that no longer looks as it was prepared
-gets an event that says so, at its place in the stream, while the others go on. Runs on one machine, without Spark.
+The service reads from a slot (`slot`) or from a log of triggers (`trigger`). The server forgets
+what was read only when the spool holds it durably, so a kill at any point loses nothing and repeats
+nothing. Each session first proves that this is still the prepared stream, with no gap before the
+spool's end; else it stops with the reason. A table that no longer looks as it was prepared gets an
+event that says so, at its place in the stream, while the others go on. Runs on one machine, without
+Spark.
 """
 
 from __future__ import annotations
@@ -57,9 +59,10 @@ def capture(
 ) -> CaptureResult:
     """Bring changes into the spool until `until()`, `stop`, Ctrl-C or SIGTERM; what is whole then is durable (driver).
 
-    A broken connection is opened anew for up to `patience` seconds, and a work folder that takes nothing is tried again for as
-    long as it takes, at the start for `patience`. `until` is asked after each append and 5 times a second. Raises StepOrder
-    before prepare, LeaseHeld beside another run, SourceChanged or SpoolGap when this is not the prepared stream any more,
+    A broken connection is opened anew for up to `patience` seconds. A work folder that takes
+    nothing is tried again for as long as it takes, at the start for `patience`. `until` is asked
+    after each append and 5 times a second. Raises StepOrder before prepare, LeaseHeld beside
+    another run, SourceChanged or SpoolGap when this is not the prepared stream any more,
     ServerUnavailable, DatabaseFailed, RowRefused, FolderFailed.
     """
     stop = stop or threading.Event()

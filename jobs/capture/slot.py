@@ -1,9 +1,11 @@
 """Capture by a slot: connection after connection, each proved to be the prepared stream, read in rounds or streamed.
 
-The slot is told to forget only what the spool holds durably, and every connection goes on from the spool's end, so a kill at any
-point loses nothing and repeats nothing. A connection that finds the slot far behind catches up in rounds, until it is near;
-the next one proves all anew and streams. A transaction that outgrows one batch goes in by parts, so memory does not grow with it;
-one that is cut off there comes again, and what the spool holds of it is left out. Runs on one machine, without Spark.
+The slot is told to forget only what the spool holds durably, and every connection goes on from the
+spool's end. So a kill at any point loses nothing and repeats nothing. A connection that finds the
+slot far behind catches up in rounds, until it is near; the next one proves all anew and streams. A
+transaction that outgrows one batch goes in by parts, so memory does not grow with it. One that is
+cut off there comes again, and what the spool holds of it is left out. Runs on one machine, without
+Spark.
 """
 
 from __future__ import annotations

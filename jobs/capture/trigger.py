@@ -1,10 +1,11 @@
 """Capture by a trigger log: tick after tick brought into the spool, each once and whole, with the guarantees of the slot.
 
-A tick is on record in the source, with its snapshot, before its first event is spooled; the spool's end names the last one that
-is durable, and only what that one shows is taken out of the log. So a kill at any point loses nothing and repeats nothing: the next
-run reads the same tick again and leaves out what the spool holds of it. A tick of any size passes through by parts. A table
-that no longer looks as it was prepared gets an event that says so before the tick's changes, of which its own are left out, while
-the others go on. Runs on one machine, without Spark.
+A tick is on record in the source, with its snapshot, before its first event is spooled. The spool's
+end names the last one that is durable, and only what that one shows is taken out of the log. So a
+kill at any point loses nothing and repeats nothing: the next run reads the same tick again and
+leaves out what the spool holds of it. A tick of any size passes through by parts. A table that no
+longer looks as it was prepared gets an event that says so before the tick's changes. Its own
+changes are left out, while the others go on. Runs on one machine, without Spark.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Transactions: the stream's messages put together as spool events, each at its place on the version axis.
 
-Events come out in stream order, with their commit LSN, which the stream tells before the first of them; so a
-transaction of any size passes through. The ordinal of a change is twice its index among all data messages of the transaction,
-counted before anything is left out, so another connection that reads the same log gives the same places, and what is held
-already is known by its place. What follows the mark of our own writes in its transaction has that mark as its note. A table that
+Events come out in stream order, with their commit LSN, which the stream tells before the first of
+them; so a transaction of any size passes through. The ordinal of a change is twice its index among
+all data messages of the transaction, counted before anything is left out. So another connection
+that reads the same log gives the same positions, and what is held already is known by its position.
+What follows the mark of our own writes in its transaction has that mark as its note. A table that
 differs from the prepared one gets an event that says how, at its place.
 """
 
@@ -127,9 +128,10 @@ DESCRIPTION = ord("R")
 class Assembler:
     """Turns the messages of one connection into events, which gather in `events`; table shapes last as long as the connection.
 
-    What lies at or below `held` is left out. The ordinal of a change is twice its index among all data messages of its
-    transaction, whatever comes of them; that a table looks different stands one below the first change in the new shape, and
-    comes with that change. `count` is the number of events that gather.
+    What lies at or below `held` is left out. The ordinal of a change is twice its index among all
+    data messages of its transaction, whatever comes of them. An event that a table looks different
+    stands one below the first change in the new shape, and comes with that change. `count` is the
+    number of events that gather.
     """
 
     tables: Mapping[str, Sequence[SourceColumn]]

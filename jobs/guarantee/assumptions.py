@@ -1,9 +1,11 @@
 """Assumptions: what the guarantee takes for granted of the world around it, and at which moments each is asked, as one table.
 
-Whatever holds at `check` may cease to hold a minute later: a publication is altered, a policy hides rows, a server fails over. So
-each rule names its moments, and each moment asks the rules that name it, by this table and no other list. A rule that nothing can
-make good again (a gap in the stream) stops the tables that it concerns for good; any other one ends the run with a sentence that
-says what to do, and the same command goes on afterwards. The documents have the same table (`ARCHITECTURE.md`, "The guarantee").
+Whatever holds at `check` may cease to hold a minute later: a publication is altered, a policy hides
+rows, a server fails over. So each rule names its moments, and each moment asks the rules that name
+it, by this table and no other list. A rule that nothing can make good again (a gap in the stream)
+stops the tables that it concerns for good. Any other one ends the run with a sentence that says
+what to do, and the same command goes on afterwards. The documents have the same table
+(`ARCHITECTURE.md`, "The guarantee").
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Epochs: which store had authority over a row, from where to where in its own log, and what that makes of an event.
 
-The authority log has a row per tenant and move. It stamps every event with the epoch of its interval; what a store's log
-holds outside of its store's intervals is never offered to another store: there it is the echo of our own marked write, or a
-rogue write, which is kept and alarmed. Everything here is pure.
+The authority log has a row per tenant and move. It stamps every event with the epoch of its
+interval. What a store's log holds outside of its store's intervals is never offered to another
+store. It is the echo of our own marked write, or a rogue write, which is kept and alarmed.
+Everything here is pure.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ def named(changes: Iterable[Authority]) -> frozenset[str]:
 def authority_epochs(changes: Iterable[Authority], tenant: str = EVERYTHING) -> tuple[AuthorityEpoch, ...]:
     """Return a tenant's authority log of both stores, first to last, from the moves on record.
 
-    A move without names is one of all rows, of which those that are there already have nothing to do; from the old store to the
-    old store it may be a new epoch of the tables as well: nothing from before it counts.
+    A move without names is one of all rows, of which those that are there already have nothing to
+    do. From the old store to the old store it may be a new epoch of the tables as well: nothing
+    from before it counts.
     """
     log: tuple[AuthorityEpoch, ...] = (AuthorityEpoch(tenant, 0, OLD, 0),)
     for change in changes:
@@ -229,9 +231,10 @@ def offered_intervals(
 ) -> list[Interval]:
     """Return the intervals of both stores' streams of which a target is offered a tenant, in the order of their epochs (pure).
 
-    `carried` are the epochs of the new store that its own stream carries. The target that takes over never gets them, it made them
-    itself. Any other target gets those that are carried; one that is not, it learns by the echo in the old store's stream once
-    authority is back, because then the old store is the truth again.
+    `carried` are the epochs of the new store that its own stream carries. The target that takes
+    over never gets them, it made them itself. Any other target gets those that are carried. One
+    that is not, it learns by the echo in the old store's stream once authority is back, because
+    then the old store is the truth again.
     """
     log = authority_epochs(changes, tenant)
     intervals = []

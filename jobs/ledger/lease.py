@@ -15,7 +15,8 @@ from changeover.errors import LeaseHeld
 from changeover.session import Connection, application_name, connect
 
 LEASE_SECONDS = 120.0
-"""How long a batch may wait for its turn: longer than any other batch or alignment takes."""
+"""How long a batch may wait for the lease, in seconds: longer than any other batch or alignment
+takes."""
 
 
 @contextmanager
@@ -66,5 +67,5 @@ def _holder(session: Connection, application: str) -> str:
 
 
 def lease_of(target: str) -> str:
-    """Return the name of the lease under which batches of one target take turns."""
+    """Return the name of the lease that lets one batch of a target run at a time."""
     return f"replay-{target}"

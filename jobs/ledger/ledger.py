@@ -325,8 +325,9 @@ class Ledger:
     def recorded(self, step: str) -> Iterator[dict[str, Any]]:
         """Put a run on record when the block ends: `done`, or what the block puts under "outcome", or why it failed.
 
-        What the block puts into the dict goes with it. The record is made over a session of its own, because a run may outlive
-        this one; a run that failed raises its own error even where the ledger can't be reached any more.
+        What the block puts into the dict goes with it. The record is made over a session of its
+        own, because a run may outlive this one. A run that failed raises its own error even where
+        the ledger can't be reached any more.
         """
         report: dict[str, Any] = {}
         try:
@@ -347,7 +348,7 @@ class Ledger:
                 ledger.audit(step, str(report.get("outcome", "done")), detail)
 
     def stage(self) -> str | None:
-        """Return the flag's stage as it was last put on record, None before its first turn."""
+        """Return the flag's stage as it was last put on record, None before its first switch."""
         row = self.connection.execute(
             "SELECT detail->>'to' FROM changeover.audit WHERE migration = %s AND step = 'flags' AND outcome <> 'refused'"
             " ORDER BY entry DESC LIMIT 1",

@@ -1,11 +1,12 @@
 """The copier: pending chunks read in the kept snapshot, transformed, and loaded into each target.
 
-A Spark job that may die at any point and be run again: chunks that are marked in the ledger are not repeated, and one that was
-written but not marked is not written twice. A row that can't be carried over is named by key and column; its chunk stays pending,
-and everything else is loaded. The next run reads that chunk in a newer snapshot, as after a lost one, in which the row may be
-corrected; its images bear v0 all the same, since its table keeps its tombstones until it is closed. When the last chunk is in,
-the table is closed: the source's file is compared with the one that was prepared, then barrier and sweep. Only a closed table may
-be verified or read.
+A Spark job that may die at any point and be run again. Chunks that are marked in the ledger are not
+repeated, and one that was written but not marked is not written twice. A row that can't be carried
+over is named by key and column; its chunk stays pending, and everything else is loaded. The next
+run reads that chunk in a newer snapshot, as after a lost one, in which the row may be corrected.
+Its images bear v0 all the same, since its table keeps its tombstones until it is closed. When the
+last chunk is in, the table is closed: the source's file is compared with the one that was prepared,
+then barrier and sweep. Only a closed table may be verified or read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Division: whether a migration's rows can move tenant by tenant, and why not; it looks and changes nothing.
 
-Each rule is one that the proof of split authority needs: both stores tell a row's tenant from its key, in the same text; no
-unique index can set rows of two tenants against each other, while both stores draw values from sequences of their own;
-sequences can be moved while others draw; and reverse replication is there, because a tenant that moves back leaves no moment at
-which the mirror alone has everything. `check` and `prepare` print every reason. Runs on the driver, without Spark.
+Each rule is one that the proof of split authority needs. Both stores tell a row's tenant from its
+key, in the same text. No unique index can set rows of two tenants against each other, while both
+stores draw values from sequences of their own. Sequences can be moved while others draw. Reverse
+replication is there, because a tenant that moves back leaves no moment at which the mirror alone
+has everything. `check` and `prepare` print every reason. Runs on the driver, without Spark.
 """
 
 from __future__ import annotations

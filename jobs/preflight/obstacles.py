@@ -1,8 +1,9 @@
 """Obstacles: why the new store can't tell the old one what is written to it, in sentences that say what to do.
 
-It looks at both stores and touches nothing: whether every column of the old tables can be had back, and whether the new store's
-changes can be streamed without harm to the application's own statements. No reason means that a reverse path can be opened. Runs on
-the driver and starts no JVM.
+It looks at both stores and touches nothing. It asks whether every column of the old tables can be
+had back. It also asks whether the new store's changes can be streamed without harm to the
+application's own statements. No reason means that a reverse path can be opened. Runs on the driver
+and starts no JVM.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The rules of the preflight: whether a plan is safe, and why not; it touches nothing.
 
-Each rule is one query or one line whose answer is a sentence, so that `check` prints all reasons at once. The rules are those of
-the way to capture, mostly of PostgreSQL's logical decoding (a table without replica identity makes the application's own UPDATE and
-DELETE fail once a publication holds it), and of what this version carries.
+Each rule is one query or one line whose answer is a sentence, so that `check` prints all reasons at
+once. The rules are those of capture, mostly of PostgreSQL's logical decoding, and of what this
+version carries. One example: a table without replica identity makes the application's own UPDATE
+and DELETE fail once a publication holds it.
 """
 
 from __future__ import annotations

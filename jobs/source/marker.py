@@ -1,8 +1,10 @@
 """Markers: what we write into a store's log so that whoever waits on a position sees it passed, though nobody else writes.
 
-The insert position of an idle server may lie in a page that nobody has begun (after `pg_switch_wal()` it stays 40 bytes beyond all
-that is flushed), so no stream ever reaches it by itself. A marker is written after the position was read and is flushed by its own
-commit, whatever `synchronous_commit` says; it needs no standby. So a position is first read, then marked, then waited for.
+The insert position of an idle server may lie in a page that nobody has begun, so no stream ever
+reaches it by itself. After `pg_switch_wal()` it stays 40 bytes beyond all that is flushed. A marker
+is written after the position was read and is flushed by its own commit, whatever
+`synchronous_commit` says; it needs no standby. So a position is first read, then marked, then
+waited for.
 """
 
 from __future__ import annotations

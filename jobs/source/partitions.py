@@ -1,11 +1,12 @@
 """Partitions: a partitioned source table is one table, and what it consists of must be what was prepared, or be born since.
 
-The publication names the root and publishes each change as its partition's own, so partitions to come are in it by themselves, and
-a TRUNCATE of one partition is told (with `publish_via_partition_root` it would not be). The stream does not tell that a partition
-was attached, detached or dropped: what it held then enters or leaves the table without any event. So membership is compared
-with the ledger's at every connect of capture and once a minute, when a table is closed, before a verdict and at the fence. A
-partition that was created as one is empty at first, every row of it is in the stream, and it is recorded; all else stops
-the table.
+The publication names the root and publishes each change as its partition's own, so partitions to
+come are in it by themselves. A TRUNCATE of one partition is told, which with
+`publish_via_partition_root` it would not be. The stream does not tell that a partition was
+attached, detached or dropped: what it held then enters or leaves the table without any event. So
+membership is compared with the ledger's at every connect of capture and once a minute, when a table
+is closed, before a verdict and at the fence. A partition that was created as one is empty at first,
+every row of it is in the stream, and it is recorded; all else stops the table.
 """
 
 from __future__ import annotations

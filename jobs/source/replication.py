@@ -1,7 +1,7 @@
 """Replication: the proof that a slot is still the prepared stream, and what it keeps on the server.
 
-The proof is made anew at every connection: the same system and timeline, and the slot there, whole, and not ahead of what is
-durable here; what the publication is, `definition` tells.
+The proof is made anew at every connection: the same system and timeline, and the slot there, whole,
+and not ahead of what is durable here. What the publication is, `definition` tells.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The snapshot: one command makes the slot and the exported snapshot, and keepers hold the snapshot for as long as it is read.
 
-`CREATE_REPLICATION_SLOT … EXPORT_SNAPSHOT` gives an exact pair: every transaction is either visible in the snapshot or in
-the slot's stream with a commit LSN at or above L0. The export itself dies at that session's next command, so a process of its
-own, the keeper, imports it in two sessions and exports it again; a killed backfill finds it there. The keeper's sessions are
-ended from anywhere by `release`, since a snapshot that is held keeps the old store's vacuum back.
+`CREATE_REPLICATION_SLOT … EXPORT_SNAPSHOT` gives an exact pair: every transaction is either visible
+in the snapshot or in the slot's stream with a commit LSN at or above L0. The export itself dies at
+that session's next command. So a process of its own, the keeper, imports it in two sessions and
+exports it again. A killed backfill finds it there. The keeper's sessions are ended from anywhere by
+`release`, since a snapshot that is held keeps the old store's vacuum back.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 """Ticks: in which order a trigger log is read, tick by tick, so that each commit comes once and every position has one meaning.
 
-A tick is the log's rows of the transactions that one snapshot shows and the tick before it does not: each commit is in
-exactly one, however late it comes (`sequence > last` would lose those that commit out of order). A tick's end is what PgQ calls
-a tick, whose way to read a log it is. Positions are LSNs, so whoever asks the spool for one is answered as from a slot.
+A tick is the log's rows of the transactions that one snapshot shows and the tick before it does
+not. Each commit is in exactly one, however late it comes; `sequence > last` would lose those that
+commit out of order. A tick's end is what PgQ calls a tick, whose way to read a log it is. Positions
+are LSNs, so whoever asks the spool for one is answered as from a slot.
 
-Tick n is recorded, under a lock and flushed, with its snapshot S(n) and its end E(n), one byte below P(n), the insert LSN read
-before S(n) was taken; its events stand at the end of the tick before, E(n-1), in the order of the log's sequence. Hence, for an
-event e of tick n:
+Tick n is recorded, under a lock and flushed, with its snapshot S(n) and its end E(n). The end is
+one byte below P(n), the insert LSN read before S(n) was taken. The tick's events stand at the end
+of the tick before, E(n-1), in the order of the log's sequence. Hence, for an event e of tick n:
 
-- *Complete.* Where X was read after e was visible and the spool ends at E(m) >= X, P(m) was read after X, so S(m) shows e, and
-  n <= m: e is in the spool. S(n-1) hides e, so P(n-1) was read before X, and e stands at E(n-1) < X.
+- *Complete.* Let X be read after e was visible, and let the spool end at E(m) >= X. Then P(m) was
+  read after X, so S(m) shows e, and n <= m: e is in the spool. S(n-1) hides e, so P(n-1) was read
+  before X, and e stands at E(n-1) < X.
 - *Ordered.* A row's later write waits for the earlier one's commit: it is in a later tick, or in the same with a higher sequence.
 - *Exact.* The first tick's snapshot is the one that is loaded, and a verification's is the one that it compares. Ends grow,
   because the record of a tick is itself in the log of the server before the next P is read.

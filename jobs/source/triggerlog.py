@@ -1,8 +1,9 @@
 """The trigger log: every change of a source without logical decoding, written by triggers into a table beside it.
 
-A trigger on each table writes each change with its transaction's id, under settings of its own, so that a row reads as it does from
-a slot whatever the application's session has set. No name or type that the application changes makes its writes fail: a row is its
-composite text, and what an altered table brings is for capture to stop at. How the log is read is said in `ticks`.
+A trigger on each table writes each change with its transaction's id, under settings of its own. So
+a row reads as it does from a slot, whatever the application's session has set. No name or type that
+the application changes makes its writes fail: a row is its composite text, and what an altered
+table brings is for capture to stop at. How the log is read is said in `ticks`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Events: what a stream says, one row of the spool for each, and their form in Arrow.
 
-An event is one change of one row, a TRUNCATE, a marker, or that a table looks different; its place is its commit LSN and its
-ordinal, by which events are in stream order. Everything here is pure.
+An event is one change of one row, a TRUNCATE, a marker, or that a table looks different. Its
+position is its commit LSN and its ordinal, by which events are in stream order. Everything here is
+pure.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ NOWHERE: Position = (0, -2)
 
 
 class Event(NamedTuple):
-    """One change of one row (or a TRUNCATE, a marker, a changed relation) and its place on the version axis.
+    """One change of one row, a TRUNCATE, a marker or a changed relation, and its position.
 
     `lsn` is the commit LSN (start of the commit record), `ordinal` twice the index of the change inside its transaction,
     `committed_at` microseconds since 1970. Values are PostgreSQL's text; those of array columns are JSON arrays of element
@@ -90,7 +91,7 @@ def kept(events: pa.Table, mask: pa.ChunkedArray) -> pa.Table:
 
 
 def last_position(events: pa.Table) -> Position:
-    """Return the place of the last event in stream order; that before every event without one."""
+    """Return the position of the last event in stream order; NOWHERE without any event (pure)."""
     if not len(events):
         return NOWHERE
     lsn = pc.max(events["lsn"])

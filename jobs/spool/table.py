@@ -1,11 +1,13 @@
 """The spool: every captured change of the source, durable, in commit order, in one Delta table.
 
-An append is one Delta commit that carries the rows and, as the application transaction `capture`, the commit END LSN up to which
-the spool is complete; so data and resume position can't part, and an append that was made before is left out. A large transaction
-comes in parts: the end stays below it until it is whole, no reader takes what lies beyond the end, and the place of the last event
-is in the same commits, so no part comes twice. An append returns only when the data file, then the log entry, then their folders
-are on stable storage, because the slot is told to forget what the spool says it holds. One writer at a time (the lease `capture`),
-which also merges small files; any number of readers. No event is ever removed before `finalize`, since a replay may begin anew.
+An append is one Delta commit that carries the rows. As the application transaction `capture` it
+carries the commit END LSN up to which the spool is complete. So data and resume position can't
+part, and an append that was made before is left out. A large transaction comes in parts. The end
+stays below it until it is whole, and no reader takes what lies beyond the end. The position of the
+last event is in the same commits, so no part comes twice. An append returns only when the data
+file, then the log entry, then their folders are on stable storage. The slot is told to forget what
+the spool says it holds. One writer at a time (the lease `capture`), which also merges small files;
+any number of readers. No event is ever removed before `finalize`, since a replay may begin anew.
 """
 
 from __future__ import annotations
@@ -158,7 +160,17 @@ class Spool:
                     raise
 
     def held(self) -> Position:
-        """Return the place up to which events are durable: that of the last part, where it lies beyond the end."""
+        """Return the position up to which events are durable (driver, capture).
+
+        It is that of the last part of a large transaction, where that lies beyond the end.
+
+        Returns:
+            Commit LSN and ordinal.
+
+        Raises:
+            StepOrder: There is no spool.
+            FolderFailed: The work folder can't be read.
+        """
         table = self._latest()
         end, lsn, ordinal = (self._marked(table, name) for name in (APPLICATION, PART_LSN, PART_ORDINAL))
         return max((end, NOWHERE[1]), (lsn, ordinal) if lsn else NOWHERE)

@@ -1,9 +1,10 @@
 """The inverse: one table's transform the other way round, from the row of the store that took over to the old store's row.
 
-A column that was only given another name goes back under its old one, where the values can't have changed on the way; every
-other column of the old table is stated in the spec (`[table.reverse]`), or there is no reverse replication and `missing` says
-for which column. The result is an ordinary transform, built and analysed like the one it undoes, so that replay knows no
-direction. Plans are made on the driver.
+A column that was only given another name goes back under its old one, where the values can't have
+changed on the way. Every other column of the old table is stated in the spec (`[table.reverse]`).
+Otherwise there is no reverse replication, and `missing` says for which column. The result is an
+ordinary transform, built and analysed like the one it undoes, so that replay knows no direction.
+Plans are made on the driver.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The transform: one set of Spark SQL expressions that serves backfill, replay and verification, so that they can't drift.
 
-A source row is decoded by its PostgreSQL types, reshaped by the spec's optional function and expressions, and cast to the
-target's types under ANSI rules: a value that does not fit is an error that names the table, never a NULL. A column that is
-given a new name alone (`entity_a = "from_user"`) is moved; every other source column is carried over unless `drop` names it.
-Plans are made on the driver, expressions run in tasks.
+A source row is decoded by its PostgreSQL types, and reshaped by the spec's optional function and
+expressions. Then it is cast to the target's types under ANSI rules. A value that does not fit is an
+error that names the table, never a NULL. A column that is given a new name alone (`entity_a =
+"from_user"`) is moved; every other source column is carried over unless `drop` names it. Plans are
+made on the driver, expressions run in tasks.
 """
 
 from __future__ import annotations

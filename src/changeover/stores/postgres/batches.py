@@ -76,8 +76,9 @@ def require_read_committed(cursor: psycopg.Cursor[Any]) -> None:
 def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version | None = None) -> Counts:
     """Offer the batch table's changes, one row a key as texts, through the gate, in the caller's transaction.
 
-    With `reached` the batch has every change up to that version that was not offered before, and the position is the gate
-    (`statements.CATCH_UP`), unless another session holds the table's lock: then each key's version is, as always.
+    With `reached` the batch has every change up to that version that was not offered before, and
+    the position is the gate (`statements.CATCH_UP`). Where another session holds the table's lock,
+    each key's version is, as always.
     """
     found = cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)).fetchone()
     assert found is not None
@@ -189,7 +190,10 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
 
 
 def _refuse_changed(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
-    """Take images of touched keys out of the batch; count them and those that a tombstone refused."""
+    """Take images of keys that have a row version out of the batch.
+
+    Counts them, and those that a tombstone refused.
+    """
     gone = cursor.execute(
         sql.SQL(
             "WITH gone AS (DELETE FROM {batch} AS b USING {row_versions} AS t WHERE {same} RETURNING t._changeover_deleted)"

@@ -1,10 +1,12 @@
-"""The refusal: how a store turns writes away over whose rows it has no authority.
+"""The refusal: how a store rejects writes to rows over which it has no authority.
 
-An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present epoch: of all rows, or of some
-tenants. Creating it, or replacing it with another list, takes SHARE ROW EXCLUSIVE, so once that is granted every older writing
-transaction has ended: the lock is the drain as well. It is asked for with a short lock_timeout and again, so that writers never
-queue long behind it. The list stands in the trigger's function, which every session looks up anew in the catalogue: a transaction
-with an old snapshot meets the list of today, where from a table it would read that of its snapshot.
+An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present
+epoch: of all rows, or of some tenants. Creating it, or replacing it with another list, takes SHARE
+ROW EXCLUSIVE, so once that is granted every older writing transaction has ended: the lock is the
+drain as well. It is asked for with a short lock_timeout and again, so that writers never queue long
+behind it. The list stands in the trigger's function, which every session looks up anew in the
+catalogue. A transaction with an old snapshot meets the list of today; from a table it would read
+that of its snapshot.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ TRIGGERS: tuple[tuple[str, LiteralString, LiteralString], ...] = (
 
 @dataclass(frozen=True)
 class TenantEpoch:
-    """Rows whose writes a store refuses, but for those that come through its gate in this epoch or a later one."""
+    """An epoch of authority, and the tenants whose rows it is over.
+
+    What does not come through the gate in this epoch or a later one is refused.
+    """
 
     epoch: int
     tenants: Tenants = EVERY
@@ -155,8 +160,8 @@ def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
 def belongs(row: str, column: str | None, tenants: Tenants) -> sql.Composable:
     """Return the condition that a trigger's row is one of some tenants, by the column that holds them.
 
-    The names are the keys of one JSON constant, which a session reads once and then searches by halves: of an array it would make a
-    table in each transaction anew.
+    The names are the keys of one JSON constant, which a session reads once and then searches by
+    halves. Of an array it would make a table in each transaction anew.
     """
     if column is None or tenants == EVERY:
         return sql.SQL("true")
