@@ -42,19 +42,50 @@ class Standing(Enum):
 
 
 def epoch_of(log: Iterable[AuthorityEpoch], tenant: str, store: str, lsn: int) -> int | None:
-    """Return the epoch under which a store had authority over a tenant at a place in its log, or None where it had none."""
+    """Return the epoch under which a store had authority over a tenant at a position in its log (pure).
+
+    Args:
+        log: A tenant's authority log.
+        tenant: The tenant; `EVERYTHING` stands for those that no move has named.
+        store: `OLD` or `NEW`.
+        lsn: The commit LSN, in that store's own log.
+
+    Returns:
+        The epoch, None where the store had no authority.
+    """
     return next((t.epoch for t in log if (t.tenant, t.store) == (tenant, store) and t.since <= lsn < t.until), None)
 
 
 def standing(log: Iterable[AuthorityEpoch], tenant: str, store: str, lsn: int, marked: bool) -> Standing:
-    """Return what an event is, by its place and by whether its transaction carries the mark of our own writes."""
+    """Return what an event is, by its position and by the mark of its transaction (pure).
+
+    Args:
+        log: A tenant's authority log.
+        tenant: The tenant; `EVERYTHING` stands for those that no move has named.
+        store: `OLD` or `NEW`.
+        lsn: The event's commit LSN, in that store's own log.
+        marked: Whether the event's transaction bears the mark of our own writes.
+
+    Returns:
+        Whether it is offered, an echo of ours, or a rogue write.
+    """
     if marked:
         return Standing.ECHO
     return Standing.ROGUE if epoch_of(log, tenant, store, lsn) is None else Standing.OFFERED
 
 
 def stamped(log: Iterable[AuthorityEpoch], tenant: str, store: str, version: Version) -> Version | None:
-    """Return an event's version with the epoch that the log gives it, or None where it is never offered."""
+    """Return an event's version with the epoch that the log gives it (pure).
+
+    Args:
+        log: A tenant's authority log.
+        tenant: The tenant; `EVERYTHING` stands for those that no move has named.
+        store: `OLD` or `NEW`.
+        version: The event's version, its LSN in that store's own log; its epoch is replaced.
+
+    Returns:
+        The version, None where the event is never offered.
+    """
     epoch = epoch_of(log, tenant, store, version.lsn)
     return None if epoch is None else version._replace(epoch=epoch)
 
@@ -97,7 +128,14 @@ Section = tuple[Interval, ...]
 
 
 def named(changes: Iterable[Authority]) -> frozenset[str]:
-    """Return the tenants that have ever moved by name."""
+    """Return the tenants that have ever moved by name.
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+
+    Returns:
+        The tenants' names; empty while all rows have moved at once.
+    """
     return frozenset(name for change in changes for name in change.tenants or ())
 
 
@@ -107,6 +145,13 @@ def authority_epochs(changes: Iterable[Authority], tenant: str = EVERYTHING) -> 
     A move without names is one of all rows, of which those that are there already have nothing to
     do. From the old store to the old store it may be a new epoch of the tables as well: nothing
     from before it counts.
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+        tenant: The tenant; `EVERYTHING` stands for those that no move has named.
+
+    Returns:
+        The epochs of both stores, first to last; positions are commit LSNs of each store's own log.
     """
     log: tuple[AuthorityEpoch, ...] = (AuthorityEpoch(tenant, 0, OLD, 0),)
     for change in changes:
@@ -121,7 +166,14 @@ def authority_epochs(changes: Iterable[Authority], tenant: str = EVERYTHING) -> 
 
 
 def shares(changes: Sequence[Authority]) -> dict[AuthorityEpoch, Tenants]:
-    """Return who has authority now: each present epoch, its tenant left out, and the tenants whose it is (pure)."""
+    """Return who has authority now (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+
+    Returns:
+        Each present epoch, its tenant left out, and the tenants that it is over.
+    """
     names = named(changes)
     held_by: dict[AuthorityEpoch, set[str]] = {}
     for tenant, alike in _alike(changes).items():
@@ -130,7 +182,16 @@ def shares(changes: Sequence[Authority]) -> dict[AuthorityEpoch, Tenants]:
 
 
 def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None) -> Tenants | None:
-    """Return which rows a move concerns: of the tenants named, or of all, those that are not there yet (pure)."""
+    """Return which rows a move concerns: of the tenants named, or of all, those that are not there yet (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+        to: The store that is to have authority.
+        names: The tenants to move, None for all rows.
+
+    Returns:
+        The rows that are not there yet, None where all are.
+    """
     there = [tenants for held, tenants in shares(changes).items() if held.store == to]
     if names is not None:
         left = frozenset(name for name in names if not any(name in tenants for tenants in there))
@@ -141,7 +202,15 @@ def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None)
 
 
 def epochs_of(changes: Sequence[Authority], store: str) -> dict[int, int]:
-    """Return the epochs in which a store had authority over anything, and where in its log each began (pure)."""
+    """Return the epochs in which a store had authority over anything, and where in its log each began (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+        store: `OLD` or `NEW`.
+
+    Returns:
+        Epoch and the LSN at which it began, in that store's own log.
+    """
     return {t.epoch: t.since for tenant in _alike(changes) for t in authority_epochs(changes, tenant) if t.store == store}
 
 
@@ -168,7 +237,14 @@ def _together(tenants: Collection[str], names: frozenset[str]) -> Tenants:
 
 
 def histories(changes: Sequence[Authority]) -> list[tuple[tuple[AuthorityEpoch, ...], Tenants]]:
-    """Return each authority log that there is and the tenants that share it (pure)."""
+    """Return each authority log that there is and the tenants that share it (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+
+    Returns:
+        Each log with its tenants; many tenants share one.
+    """
     names = named(changes)
     return [(log, _together(alike, names)) for log, alike in _logs(changes)]
 
@@ -176,9 +252,16 @@ def histories(changes: Sequence[Authority]) -> list[tuple[tuple[AuthorityEpoch, 
 def absences(
     changes: Sequence[Authority], store: str, since: int, *, counted: Collection[int] | None = None
 ) -> list[tuple[int, int, Tenants]]:
-    """Return where in a store's log, from `since` on, it had no authority, and over which tenants, each place once (pure).
+    """Return where in a store's log it had no authority, and over which tenants (pure).
 
-    Only epochs that are `counted` give it any, where some are named.
+    Args:
+        changes: The moves of authority on record, oldest first.
+        store: `OLD` or `NEW`.
+        since: The LSN from which on it is asked, in that store's own log.
+        counted: The epochs that give authority, where only some do; all unless given.
+
+    Returns:
+        (first LSN, LSN after the last, tenants); no position twice.
     """
     names = named(changes)
     gaps = [
@@ -205,7 +288,17 @@ def without(log: Sequence[AuthorityEpoch], store: str, since: int) -> list[tuple
 def sections(changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset()) -> list[Section]:
     """Return `offered_intervals` of all tenants, cut where one of them begins or ends (pure).
 
-    In front the old store's, then the new one's, once tenants have moved one by one: both streams go on then, of other rows each.
+    In front the old store's, then the new one's, once tenants have moved one by one: both streams
+    go on then, of other rows each.
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+        takes_over: Whether the target is the store that takes over, which never gets its own
+            writes.
+        carried: The new store's epochs that its own stream carries.
+
+    Returns:
+        The sections in the order in which they are offered.
     """
     names = named(changes)
     if not names:
@@ -253,7 +346,15 @@ def offered_intervals(
 
 
 def at(changes: Sequence[Authority], store: str) -> Tenants | None:
-    """Return whose rows a store has authority over now, None where it has none."""
+    """Return whose rows a store has authority over now (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+        store: `OLD` or `NEW`.
+
+    Returns:
+        The tenants, None where it has none.
+    """
     here = [tenants for held, tenants in shares(changes).items() if held.store == store]
     if not here:
         return None
@@ -264,7 +365,14 @@ def at(changes: Sequence[Authority], store: str) -> Tenants | None:
 
 
 def apart(changes: Sequence[Authority]) -> list[str]:
-    """Return the tenants that are not where those without a move of their own are."""
+    """Return the tenants that are not where those without a move of their own are (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+
+    Returns:
+        Their names, sorted.
+    """
     shared = shares(changes)
     rest = next(held.store for held, tenants in shared.items() if EVERYTHING in tenants)
     elsewhere = [tenants for held, tenants in shared.items() if held.store != rest]

@@ -22,9 +22,17 @@ LOG_SECONDS = 60.0
 
 @contextmanager
 def progress(spec: Spec, title: str) -> Iterator[None]:
-    """Show how far the open chunks are, with rate and time left, until the block ends; the ledger is what is asked.
+    """Show how far the open chunks are, with rate and time left, until the block ends (driver).
 
-    A bar on a terminal, a line a minute in a log; standard output stays free for the command's own answer.
+    A bar on a terminal, a line a minute in a log; standard output stays free for the command's own
+    answer.
+
+    Args:
+        spec: The migration's spec.
+        title: What runs, in a word.
+
+    Yields:
+        Nothing; a thread of its own asks the ledger meanwhile.
     """
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(spec, title, stop), name="progress", daemon=True)

@@ -74,7 +74,14 @@ class Event(NamedTuple):
 
 
 def arrow_table(batch: Sequence[Event]) -> pa.Table:
-    """Return the events as Arrow, in the spool's schema."""
+    """Return the events as Arrow, in the spool's schema (pure).
+
+    Args:
+        batch: The events, in any order.
+
+    Returns:
+        A table with the columns of `SCHEMA`, a row an event.
+    """
     if not batch:
         return SCHEMA.empty_table()
     relation, lsn, ordinal, op, row, key, missing, xid, committed_at, note = zip(*batch, strict=True)
@@ -86,12 +93,29 @@ def arrow_table(batch: Sequence[Event]) -> pa.Table:
 
 
 def kept(events: pa.Table, mask: pa.ChunkedArray) -> pa.Table:
-    """Return the events of a mask, the very table where that is all of them: to copy the rows' maps costs more than all else."""
+    """Return the events of a mask, the very table where that is all of them (pure).
+
+    To copy the rows' maps costs more than all else.
+
+    Args:
+        events: Events, in the spool's schema.
+        mask: A boolean for each.
+
+    Returns:
+        Those of which the mask is true.
+    """
     return events if pc.all(mask).as_py() else events.filter(mask)
 
 
 def last_position(events: pa.Table) -> Position:
-    """Return the position of the last event in stream order; NOWHERE without any event (pure)."""
+    """Return the position of the last event in stream order; NOWHERE without any event (pure).
+
+    Args:
+        events: Events with `lsn` and `ordinal`, in any order.
+
+    Returns:
+        Commit LSN and ordinal.
+    """
     if not len(events):
         return NOWHERE
     lsn = pc.max(events["lsn"])

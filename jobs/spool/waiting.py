@@ -25,9 +25,18 @@ STILL_SECONDS = 60.0
 def await_spool(
     ledger: Ledger, spool: Spool, position: int, what: str, *, step: str = "capture", enough: Callable[[], bool] = lambda: False
 ) -> None:
-    """Wait until a spool has reached a position, or `enough` is there (driver); `step` is the lease of its capture.
+    """Wait until a spool has reached a position, or `enough` is there (driver).
 
-    Raises CouldNotFinish where no capture is alive, or it makes no progress.
+    Args:
+        ledger: The migration's ledger, open.
+        spool: The spool that is waited for.
+        position: The LSN that its end has to reach.
+        what: What is waited for, as a part of the error's sentence.
+        step: The lease of the capture that fills it.
+        enough: Ends the wait sooner.
+
+    Raises:
+        CouldNotFinish: No capture is alive, or it makes no progress.
     """
     held, moved, alive = spool.held(), time.monotonic(), time.monotonic()
     while spool.end() < position and not enough():
