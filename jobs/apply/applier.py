@@ -81,7 +81,25 @@ class Applier:
         self.snapshot = snapshot
 
     def catch_up(self, load: Any, section: Section, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
-        """Offer what is left of one section, batch by batch; what lies between two of them is never offered."""
+        """Offer what is left of one section, batch by batch (driver; values are read in tasks).
+
+        What lies between two sections is never offered.
+
+        Args:
+            load: The load, with its position.
+            section: Intervals of one store and the same positions, each of other tenants.
+            end: The LSN below which events are offered, in that store's own log.
+            transform: What a row goes through on its way into the target.
+            store: The target, open.
+
+        Returns:
+            The load at its new position, and how many events were offered and taken.
+
+        Raises:
+            TableStopped: The table was stopped, by an event that this version does not carry or
+                before.
+            RowRefused: A row can't be carried over, and no later change of its key is there.
+        """
         end = min(end, section[0].until)
         events = taken = 0
         while load.applied < end:
@@ -271,7 +289,14 @@ def _keys(changes: pa.Table, identity: Sequence[str]) -> list[Key]:
 
 
 def identity_of(transform: Transform) -> list[str]:
-    """Return the columns by which the stream tells a source row from others."""
+    """Return the columns by which the stream tells a source row from others (pure).
+
+    Args:
+        transform: The table's transform.
+
+    Returns:
+        The names of its replica identity, in order.
+    """
     return [c.name for c in transform.identity]
 
 

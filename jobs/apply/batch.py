@@ -50,9 +50,19 @@ MISSING, XID = "_changeover_missing", "_changeover_xid"
 
 
 def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequence[str], *, commits: bool = False) -> pa.Table:
-    """Return the last change of each source key, with its source columns as texts; a delete has those of its key (pure).
+    """Return the last change of each source key, with its source columns as texts (pure).
 
-    `events` are inserts, updates and deletes of one table in the spool's schema. With `commits`, it is the last of each commit.
+    A delete has the columns of its key alone.
+
+    Args:
+        events: Inserts, updates and deletes of one table, in the spool's schema.
+        identity: The columns of the replica identity.
+        columns: The source columns to return, as texts.
+        commits: Whether it is the last change of each commit instead.
+
+    Returns:
+        A table: the stamps (version, transaction, columns not sent), then `columns`; a row a
+        change.
     """
     rows, keys = _Maps(events["row"]), _Maps(events["key"])
     op, lsn, ordinal = (events[name].to_numpy() for name in ("op", "lsn", "ordinal"))
@@ -169,9 +179,23 @@ def _empty_lists(count: int) -> pa.Array:
 def completed(
     spec: Spec, spark: SparkSession, transform: Transform, changes: pa.Table, snapshot: ExportedSnapshot | None, dsn: str
 ) -> Iterator[DataFrame]:
-    """Yield the changes with whole rows, as Spark has them (driver; what was not sent is read in tasks).
+    """Yield the changes with whole rows, as Spark has them (driver; values are read in tasks).
 
-    The store at `dsn` is read, in `snapshot` where one is given, which must hold all of the updates.
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        transform: The table's transform.
+        changes: What `last_of_each_key` returns.
+        snapshot: Where values that were not sent are read; it must show all of the updates. A new
+            one unless given.
+        dsn: The store whose stream the changes are of.
+
+    Yields:
+        A lazy frame, valid while the block lasts.
+
+    Raises:
+        CouldNotFinish: A transaction of the stream stays invisible, as behind a standby that does
+            not answer.
     """
     from pyspark.sql import functions as F
 

@@ -61,23 +61,55 @@ class Checkpoint(Protocol):
         ...
 
     def stopped(self, load: Progress) -> str | None:
-        """Return why the table is stopped."""
+        """Return why the table is stopped.
+
+        Args:
+            load: The load, whose table is meant.
+
+        Returns:
+            The reason, None while the table goes on.
+        """
         ...
 
     def stop(self, load: Progress, reason: str) -> None:
-        """Write down why the table is stopped."""
+        """Write down why the table is stopped.
+
+        Args:
+            load: The load, whose table is meant.
+            reason: Why, as a sentence for people.
+        """
         ...
 
     def advance(self, load: Progress, until: int, events: int) -> None:
-        """Write down that every event below `until` was offered."""
+        """Write down that every event below `until` was offered.
+
+        Args:
+            load: The load, whose table is meant.
+            until: The LSN, in the log of the stream's own store.
+            events: How many more events were offered.
+        """
         ...
 
     def closed(self, load: Progress) -> bool:
-        """Return whether the target's table is closed, and needs no version for each key that is written."""
+        """Return whether the target's table is closed, and needs no version for each key that is written.
+
+        Args:
+            load: The load, whose table is meant.
+
+        Returns:
+            Whether a position may stand for the versions of all keys.
+        """
         ...
 
     def tenant(self, load: Progress) -> str:
-        """Return the column of the stream's table that holds a row's tenant; asked where tenants have moved apart."""
+        """Return the column of the stream's table that holds a row's tenant; asked where tenants have moved apart.
+
+        Args:
+            load: The load, whose table is meant.
+
+        Returns:
+            The column's name.
+        """
         ...
 
     def require_truncatable(self, load: Progress) -> None:
@@ -180,7 +212,14 @@ class ReverseStream:
         self._opened: datetime | None = None
 
     def carried(self, changes: Sequence[Authority]) -> frozenset[int]:
-        """Return the epochs that the path on record carries."""
+        """Return the epochs that the path on record carries.
+
+        Args:
+            changes: The moves of authority on record, oldest first.
+
+        Returns:
+            The epochs; none without a flag or before the first fence.
+        """
         if self.spec.flag is None or all(change.store != NEW for change in changes):
             return frozenset()
         path = reverse.recorded(self.ledger)
@@ -192,7 +231,11 @@ class ReverseStream:
     def plan(self) -> tuple[list[Section], int]:
         """Return the parts of the new store's stream that are offered, and how far it reaches.
 
-        The reach is read in front of the authority log: a tenant whose move is not in the log has written nothing below it.
+        The reach is read in front of the authority log: a tenant whose move is not in the log has
+        written nothing below it.
+
+        Returns:
+            The sections, and an LSN of the new store's log.
         """
         if all(change.store != NEW for change in self.ledger.authorities()):
             return [], 0
@@ -201,16 +244,39 @@ class ReverseStream:
         return parts, reach
 
     def reach(self) -> int:
-        """Return how far the stream is offered: to the end of its spool, or to the limit that was set."""
+        """Return how far the stream is offered: to the end of its spool, or to the limit that was set.
+
+        Returns:
+            An LSN of the new store's log.
+        """
         end = self.checkpoint.spool.end()
         return end if self.limit is None else min(end, self.limit)
 
     def loads(self, target: str) -> list[reverse.ReverseLoad]:
-        """Return the loads into a target."""
+        """Return the loads into a target.
+
+        Args:
+            target: The target's name, `OLD_STORE` for the old store.
+
+        Returns:
+            The loads, with their positions as LSNs of the new store's log.
+        """
         return [load for load in reverse.loads(self.ledger) if load.target == target]
 
     def transform(self, source: str, target: str) -> Transform:
-        """Return what a row of the new table goes through on its way into a target; raises SpecError or UnsafePlan."""
+        """Return what a row of the new table goes through on its way into a target.
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name, `OLD_STORE` for the old store.
+
+        Returns:
+            The transform, planned once for each path on record.
+
+        Raises:
+            SpecError: A column that the spec names is not there.
+            UnsafePlan: Rows can't be had back exactly.
+        """
         path = reverse.recorded(self.ledger)
         assert path is not None
         if self._planned is None or self._planned[0] != path:

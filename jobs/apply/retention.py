@@ -47,7 +47,14 @@ class Collecting:
     unseen: int = ENOUGH  # so that the first look finds what an earlier run left
 
     def due(self, events: int) -> bool:
-        """Return whether a run is worth its lease, after so many more events."""
+        """Return whether a run is worth its lease, after so many more events.
+
+        Args:
+            events: How many events were offered since the last call.
+
+        Returns:
+            Whether `collect` has something to do.
+        """
         self.unseen += events
         if self.unseen >= ENOUGH and not self.starts:
             self.unseen = 0

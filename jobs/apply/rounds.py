@@ -78,7 +78,20 @@ class Replay:
         self.returning = Applier(spec, spark, self.back.checkpoint, None)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
-        """Offer everything spooled below `until` to each target, under that target's lease."""
+        """Offer everything spooled below `until` to each target, under that target's lease (driver).
+
+        Args:
+            until: An LSN of the old store's log; the spool's end unless given.
+            targets: The targets' names, all unless given.
+
+        Returns:
+            Events offered, changes taken, and the least position reached.
+
+        Raises:
+            TableStopped: A table was stopped; the others are done.
+            RowRefused: A row can't be carried over; the other tables are done.
+            LeaseHeld: Another run holds a target's lease for too long.
+        """
         results: list[Replayed] = []
         stops: list[ChangeoverError] = []
         for target in targets or list(self.spec.targets):
@@ -92,7 +105,19 @@ class Replay:
         return total(results)
 
     def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
-        """Do a round's work; the caller holds the leases. A table that stops, or a row of it, is named when the others are done."""
+        """Do a round's work (driver); the caller holds the leases.
+
+        Args:
+            until: An LSN of the old store's log; the spool's end unless given.
+            targets: The targets' names, all unless given.
+
+        Returns:
+            Events offered, changes taken, and the least position reached.
+
+        Raises:
+            TableStopped: A table was stopped; the others are done.
+            RowRefused: A row can't be carried over; the other tables are done.
+        """
         end = min([self.spool.end()] + ([until] if until is not None else []))
         authorities = self.ledger.authorities()
         carried = self.back.carried(authorities)
@@ -139,10 +164,20 @@ class Replay:
         return self.spec.flag is not None and self.spec.flag.target == target
 
     def bring_back(self) -> Replayed:
-        """Offer what was written to the new store while it had authority to the old store; the caller holds that lease.
+        """Offer to the old store what was written to the new one while it had authority (driver).
 
-        What stands in the way of a table is on record, and raised when the others are done. Once the last stage was reached the old
-        store gets nothing any more.
+        What stands in the way of a table is on record, and raised when the others are done. Once
+        the last stage was reached the old store gets nothing any more.
+
+        The caller holds the old store's lease.
+
+        Returns:
+            Events offered, changes taken, and the least position reached, an LSN of the new store's
+            log.
+
+        Raises:
+            ChangeoverError: What stands in the way of a table, which is on record; the others are
+                done.
         """
         parts, reach = self.back.plan() if self.spec.flag is not None else ([], 0)
         if not parts or self.ledger.stage() == Stage.COMPLETE.value:
@@ -191,10 +226,27 @@ def replay(
     spec: Spec, spark: SparkSession, *, follow: bool = False, stop: threading.Event | None = None,
     targets: Sequence[str] | None = None,
 ) -> Replayed:  # fmt: skip
-    """Replay until caught up with the spool, or with `follow` until `stop` is set, back to the old store too (driver).
+    """Replay until caught up with the spool, or with `follow` until `stop` is set (driver).
 
-    Each target is followed in a thread of its own, so that a slow one does not hold up another, and an error in one stops all.
-    Raises StepOrder before prepare, TableStopped, ServerUnavailable.
+    Each target is followed in a thread of its own, so that a slow one does not hold up another, and
+    an error in one stops all.
+
+    The old store is replayed into as well, where reverse replication is open.
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        follow: Whether to go on once it has caught up.
+        stop: Ends it after the batch under way.
+        targets: The targets' names, all unless given.
+
+    Returns:
+        Events offered, changes taken, and the least position reached.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        TableStopped: A table was stopped.
+        ServerUnavailable: A server can't be reached.
     """
     stop = stop or threading.Event()
     with Ledger.open(spec, STEP) as ledger:

@@ -47,7 +47,15 @@ def partitions_of(connection: Connection, schema: str, name: str) -> tuple[Parti
 
 
 def record(ledger: Ledger, source: str, parts: Sequence[Partition]) -> None:
-    """Record partitions of a prepared source table; of one that is on record the file may be another now."""
+    """Record partitions of a prepared source table.
+
+    Of a partition that is on record the file may be another now.
+
+    Args:
+        ledger: The migration's ledger, open.
+        source: The source table, as the spec names it.
+        parts: The partitions.
+    """
     with ledger.connection.cursor() as cursor:
         cursor.executemany(
             "INSERT INTO changeover.source_partition (migration, source, oid, name, filenode, attached)"
@@ -57,7 +65,15 @@ def record(ledger: Ledger, source: str, parts: Sequence[Partition]) -> None:
 
 
 def recorded(ledger: Ledger, source: str) -> tuple[Partition, ...] | None:
-    """Return the partitions on record, None for a source table that is not partitioned."""
+    """Return the partitions on record.
+
+    Args:
+        ledger: The migration's ledger, open.
+        source: The source table, as the spec names it.
+
+    Returns:
+        The partitions, None for a source table that is not partitioned.
+    """
     row = ledger.connection.execute(
         "SELECT partitioned FROM changeover.source_table WHERE migration = %s AND source = %s", [ledger.migration, source]
     ).fetchone()
@@ -102,7 +118,16 @@ def look(ledger: Ledger, connection: Connection, table: Table) -> str | None:
 def compared(
     connection: Connection, name: tuple[str, str], prepared: Collection[Partition]
 ) -> tuple[str | None, Sequence[Partition]]:
-    """Return why a table's partitions are not those that were recorded, None where they are, and those that were born since."""
+    """Compare a table's partitions with those that were recorded.
+
+    Args:
+        connection: A session with the store.
+        name: (schema, table).
+        prepared: The partitions on record.
+
+    Returns:
+        Why they differ, None where they don't, and the partitions born since.
+    """
     present = partitions_of(connection, *name)
     if present is None:
         return "it is no partitioned table any more", []
@@ -112,7 +137,16 @@ def compared(
 
 
 def require_same_partitions(ledger: Ledger, connection: Connection, table: Table) -> None:
-    """Raise TableStopped where partitions came or went without an event (driver)."""
+    """Raise TableStopped where partitions came or went without an event (driver).
+
+    Args:
+        ledger: The migration's ledger, open.
+        connection: A session with the store.
+        table: The table of the spec.
+
+    Raises:
+        TableStopped: Partitions came or went without an event; it is on record.
+    """
     if (reason := look(ledger, connection, table)) is not None:
         raise TableStopped(table.source, reason)
 
@@ -177,7 +211,14 @@ class Roots(_Known):
         super().__init__(spec, spec.source.dsn.resolve(), [table.source_relation for table in self.tables])
 
     def look(self, connection: Connection) -> list[str]:
-        """Compare all partitioned tables with the ledger; return which were stopped by it, and why."""
+        """Compare all partitioned tables with the ledger (capture).
+
+        Args:
+            connection: A session with the store.
+
+        Returns:
+            The tables that were stopped by it, each with the reason.
+        """
         reasons = [(table, look(self.ledger, connection, table)) for table in self.tables]
         for table in self.tables:
             self.know(table.source_relation, recorded(self.ledger, table.source) or ())
@@ -197,7 +238,17 @@ class NewRoots(_Known):
         self.tables, self.record = dict(known), record
 
     def look(self, connection: Connection) -> list[str]:
-        """Compare all partitioned tables with the path's record; raises SourceChanged where one differs."""
+        """Compare all partitioned tables with the record of the reverse path (capture).
+
+        Args:
+            connection: A session with the store.
+
+        Returns:
+            Nothing: what differs breaks the path off.
+
+        Raises:
+            SourceChanged: Partitions came or went without an event.
+        """
         for name, before in self.tables.items():
             reason, born = compared(connection, qualified(name), before)
             if reason is not None:

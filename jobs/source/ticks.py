@@ -140,9 +140,18 @@ def _record(connection: Connection, log: Log, end: int, snapshot: str, tables: s
 
 
 def cut(connection: Connection, log: Log) -> int:
-    """Record a tick of this moment (a session by `log_session`, outside a transaction); return its end.
+    """Record a tick of this moment.
 
     What is visible now stands below the end, and whatever commits later at the end or above it.
+
+    The session is one by `log_session`, outside a transaction.
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+
+    Returns:
+        The tick's end, an LSN.
     """
     with _opened(connection, log) as (end, oids):
         _record(connection, log, end, *_look(connection, log, oids))
@@ -151,9 +160,19 @@ def cut(connection: Connection, log: Log) -> int:
 
 @contextmanager
 def aligned(dsn: str, application: str, log: Log, sources: Sequence[tuple[str, str]] = ()) -> Iterator[Aligned]:
-    """Record a tick and hold its snapshot for others to import (driver); `sources` name the tables of the very first tick.
+    """Record a tick and hold its snapshot for others to import (driver).
 
-    What is in the spool below the tick's end is then exactly what the snapshot shows beyond the first one.
+    What is in the spool below the tick's end is then exactly what the snapshot shows beyond the
+    first one.
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        log: The trigger log.
+        sources: The tables of the very first tick, as (schema, table).
+
+    Yields:
+        The tick's end, and the snapshot with the session that holds it.
     """
     with log_session(dsn, application) as connection, ExitStack() as held:
         with speaking_to(dsn, "recording a tick of the trigger log"), _opened(connection, log, sources) as (end, oids):
@@ -164,13 +183,30 @@ def aligned(dsn: str, application: str, log: Log, sources: Sequence[tuple[str, s
 
 @contextmanager
 def log_session(dsn: str, application: str) -> Iterator[Connection]:
-    """Open a session that reads the log and records ticks."""
+    """Open a session that reads the log and records ticks (driver, capture).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+
+    Yields:
+        The session.
+    """
     with connect(dsn, application, settings=SESSION) as connection:
         yield connection
 
 
 def ticks(connection: Connection, log: Log, since: int) -> list[Tick]:
-    """Return the ticks that end at `since` or later, in order: that of positions, which their texts do not have."""
+    """Return the ticks that end at a position or later, in order of their positions.
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+        since: The LSN.
+
+    Returns:
+        The ticks; the first is the one that ends there, where it is still on record.
+    """
     rows = connection.execute(
         sql.SQL(
             'SELECT w."end"::text, w.snapshot::text, w.tables, w.at FROM {} w WHERE w."end" >= %s::pg_lsn ORDER BY w."end"'
@@ -208,7 +244,17 @@ def _bounds(before: str, now: str) -> dict[str, Any]:
 
 @contextmanager
 def reading(connection: Connection, log: Log, before: Tick, tick: Tick) -> Iterator[Iterable[Row]]:
-    """Yield a tick's rows in the log's order, the same ones each time."""
+    """Yield a tick's rows in the log's order, the same ones each time (capture).
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+        before: The tick before.
+        tick: The tick.
+
+    Yields:
+        The rows, which are fetched as they are asked for.
+    """
     assert contains(tick.snapshot, before.snapshot), (before, tick)
     with connection.transaction(), connection.cursor("changeover_tick", row_factory=args_row(Row)) as cursor:
         cursor.itersize = 2000
@@ -218,7 +264,16 @@ def reading(connection: Connection, log: Log, before: Tick, tick: Tick) -> Itera
 
 
 def waiting(connection: Connection, log: Log, last: Tick) -> tuple[bool, int]:
-    """Return whether the log holds what the last tick did not show, and the source's position."""
+    """Return whether the log holds what the last tick did not show (capture).
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+        last: The last tick.
+
+    Returns:
+        (whether it does, the source's insert LSN).
+    """
     bounds = _bounds(last.snapshot, last.snapshot)
     row = connection.execute(
         sql.SQL(
@@ -232,7 +287,14 @@ def waiting(connection: Connection, log: Log, last: Tick) -> tuple[bool, int]:
 
 
 def prune(connection: Connection, log: Log, tick: Tick, before: Tick | None = None) -> None:
-    """Delete what a tick shows, and the ticks before it: the caller has it durably. `before` spares a look at all."""
+    """Delete what a tick shows, and the ticks before it; the caller has it durably (capture).
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+        tick: The tick.
+        before: The tick before, which spares a look at all rows.
+    """
     statement = sql.SQL("DELETE FROM {rows} WHERE {own} pg_visible_in_snapshot(xid, %(now)s::pg_snapshot)").format(
         rows=log.rows,
         own=sql.SQL("(xid >= %(next)s::text::xid8 OR xid = ANY (%(running)s::text[]::xid8[])) AND" if before else ""),
@@ -246,7 +308,14 @@ def prune(connection: Connection, log: Log, tick: Tick, before: Tick | None = No
 
 
 def identify(connection: Connection) -> tuple[str, int]:
-    """Return (system identifier, timeline) of a server, for a role that may not replicate."""
+    """Return which server it is, for a role that may not replicate.
+
+    Args:
+        connection: A session with the store.
+
+    Returns:
+        (system identifier, timeline).
+    """
     row = connection.execute(
         "SELECT system_identifier::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) FROM pg_control_system()"
     ).fetchone()
@@ -255,7 +324,18 @@ def identify(connection: Connection) -> tuple[str, int]:
 
 
 def require(connection: Connection, stream: Stream, log: Log, durable: int) -> None:
-    """Raise SourceChanged or SpoolGap unless this is the prepared log on the prepared server, whole from `durable` on."""
+    """Raise unless this is the prepared log on the prepared server, whole from a position on.
+
+    Args:
+        connection: A session with the store.
+        stream: What prepare made.
+        log: The trigger log.
+        durable: The LSN up to which all is spooled.
+
+    Raises:
+        SourceChanged: It is another server, or the log is gone.
+        SpoolGap: The log does not go back to what is durable.
+    """
     system_id, timeline = identify(connection)
     for what, prepared, now in (("system identifier", stream.system_id, system_id), ("timeline", stream.timeline, timeline)):
         if str(prepared) != str(now):
@@ -268,6 +348,18 @@ def require(connection: Connection, stream: Stream, log: Log, durable: int) -> N
 
 
 def require_log(dsn: str, application: str, stream: Stream, migration: str, durable: int) -> None:
-    """Raise SourceChanged or SpoolGap unless the log is still whole from `durable` on (driver)."""
+    """Raise unless the log is still whole from a position on (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        stream: What prepare made.
+        migration: The migration's name.
+        durable: The LSN up to which all is spooled.
+
+    Raises:
+        SourceChanged: It is another server, or the log is gone.
+        SpoolGap: The log does not go back to what is durable.
+    """
     with connect(dsn, application) as connection, speaking_to(dsn, "checking the trigger log"):
         require(connection, stream, Log(migration), durable)

@@ -43,7 +43,14 @@ class Log:
         return sql.Identifier("changeover", f"capture_tick_{self.migration}")
 
     def function(self, number: int) -> sql.Identifier:
-        """Return the function of the triggers on the spec's table at a place."""
+        """Return the function of the triggers on one of the spec's tables.
+
+        Args:
+            number: The table's number in the spec, from 0.
+
+        Returns:
+            Its qualified name.
+        """
         return sql.Identifier("changeover", f"capture_{self.migration}_{number}")
 
     @property
@@ -115,9 +122,18 @@ TRIGGERS = (("", "INSERT OR UPDATE OR DELETE", "ROW"), ("_truncate", "TRUNCATE",
 
 
 def install(connection: Connection, spec: Spec, keys: Sequence[Sequence[str]]) -> None:
-    """Make log, ticks and triggers in the source; `keys` are the tables' own. Locks are asked for briefly, table by table.
+    """Make log, ticks and triggers in the source (driver); locks are asked for briefly.
 
-    Creating a trigger waits for the transactions that wrote without it, so each of those is visible in a snapshot taken later.
+    Creating a trigger waits for the transactions that wrote without it, so each of those is visible
+    in a snapshot taken later.
+
+    Args:
+        connection: A session with the store.
+        spec: The migration's spec.
+        keys: The key columns of each table, in the spec's order.
+
+    Raises:
+        LockNotGranted: A transaction that uses a table stays open.
     """
     log = Log(spec.name)
     with connection.transaction():
@@ -169,7 +185,18 @@ def _patiently(connection: Connection, wanted: str, statements: Sequence[sql.Com
 
 
 def remove(connection: Connection, migration: str) -> list[str]:
-    """Remove triggers, functions, log and ticks of a migration, wherever its tables are now; return what was removed."""
+    """Remove triggers, functions, log and ticks of a migration, wherever its tables are now (driver).
+
+    Args:
+        connection: A session with the store.
+        migration: The migration's name.
+
+    Returns:
+        What was removed, each as a phrase.
+
+    Raises:
+        LockNotGranted: A transaction that uses a table stays open.
+    """
     log = Log(migration)
     removed = []
     names = [log.trigger + suffix for suffix, _, _ in TRIGGERS]
@@ -197,7 +224,15 @@ def remove(connection: Connection, migration: str) -> list[str]:
 
 
 def exists(connection: Connection, log: Log) -> bool:
-    """Return whether the log is there."""
+    """Return whether the log is there.
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+
+    Returns:
+        Whether its table is.
+    """
     row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [log.rows.as_string(connection)]).fetchone()
     return bool(row and row[0])
 
@@ -217,7 +252,15 @@ def mark(connection: Connection, note: str) -> None:
 
 
 def state(connection: Connection, migration: str) -> tuple[str, int | None, str | None]:
-    """Return (no log, inactive or active, the log's bytes, an alarm or None) for status."""
+    """Return how the log stands, for status.
+
+    Args:
+        connection: A session with the store.
+        migration: The migration's name.
+
+    Returns:
+        (`no log`, `inactive` or `active`; the log's bytes; an alarm or None).
+    """
     log = Log(migration)
     if not exists(connection, log):
         return "no log", None, None
@@ -231,7 +274,15 @@ def state(connection: Connection, migration: str) -> tuple[str, int | None, str 
 
 
 def capturing(connection: Connection, migration: str) -> bool:
-    """Return whether a capture of this migration is connected."""
+    """Return whether a capture of this migration is connected.
+
+    Args:
+        connection: A session with the store.
+        migration: The migration's name.
+
+    Returns:
+        Whether a session of its capture is open.
+    """
     row = connection.execute(
         "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = %s AND datname = current_database())",
         [application_name(migration, "capture")],
