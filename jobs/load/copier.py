@@ -101,7 +101,7 @@ class LedgerMark:
         )
 
     def afterwards(self, chunk: int, counts: Counts, seconds: float) -> bool:
-        """Mark in a transaction of its own (driver)."""
+        """Mark in a transaction of its own, after an idempotent append (task)."""
         with (
             connect(self.dsn, application_name(self.migration, "backfill")) as connection,
             connection.cursor() as cursor,

@@ -39,16 +39,32 @@ def reference(text: str) -> str | None:
 
 
 def origin(table: Table, name: str) -> str | None:
-    """Return the source column that a target column of this name holds as it is, None where it holds something else."""
+    """Return the source column that a target column of this name holds as it is (pure).
+
+    Args:
+        table: The table of the spec.
+        name: The target column.
+
+    Returns:
+        The source column, None where the target column holds something else.
+    """
     if table.function is not None:
         return None
     return reference(table.columns[name]) if name in table.columns else name
 
 
 def derivations(table: Table, source: Sequence[Column]) -> dict[str, Derivation]:
-    """Return what fills each target column, in order: the spec's own, then what is carried over by name.
+    """Return what fills each target column, in order (pure).
 
-    After a function no column is known to be what it was.
+    The spec's own come first, then what is carried over by name. After a function no column is
+    known to be what it was.
+
+    Args:
+        table: The table of the spec.
+        source: The source table's columns.
+
+    Returns:
+        Target column and what fills it.
     """
     names = [c.name for c in source]
     own = {name: _stated(text, names) for name, text in table.columns.items()}
@@ -59,9 +75,20 @@ def derivations(table: Table, source: Sequence[Column]) -> dict[str, Derivation]
 
 
 def owned(table: Table, wanted: Mapping[str, Derivation], identity: Collection[str]) -> bool:
-    """Return whether source keys are kept beside the target's, because nothing proves that no two of them make one of its keys.
+    """Return whether source keys are kept beside the target's (pure).
 
-    What a function makes is not known, and whether it keeps a column of ours is not either: verification alone looks at its keys.
+    What a function makes is not known, and whether it keeps a column of ours is not either:
+    verification alone looks at its keys.
+
+    They are where nothing proves that no two of them make one of the target's keys.
+
+    Args:
+        table: The table of the spec.
+        wanted: What fills each target column.
+        identity: The columns of the replica identity.
+
+    Returns:
+        Whether each live row's source key is kept.
     """
     return table.function is None and not set(identity) <= {wanted[column].origin for column in table.key if column in wanted}
 

@@ -65,16 +65,31 @@ class Transform:
     """Target columns whose type is another one than what fills them has, and that one, Spark's."""
 
     def rows(self, frame: DataFrame, carry: Sequence[str] = (), moved: Collection[str] = ()) -> DataFrame:
-        """Return target rows for decoded source rows, those that `where` leaves out left out, and the columns in `carry`.
+        """Return target rows for decoded source rows, without those that `where` leaves out.
 
-        Source columns in `moved` hold PostgreSQL's text, which is passed on as it is.
+        Args:
+            frame: Decoded source rows.
+            carry: Further columns of the frame to keep.
+            moved: Source columns that hold PostgreSQL's text, which is passed on as it is.
+
+        Returns:
+            A lazy frame of the target's columns, then `carry`.
         """
         shaped, names = self._shaped(frame)
         kept = shaped.where(_expr(self.table.where, names)) if self.table.where else shaped
         return kept.select(*carry, *(column.alias(name) for name, column in self._columns(names, moved).items()))
 
     def images(self, frame: DataFrame, moved: Collection[str] = ()) -> DataFrame:
-        """Return target rows for decoded source rows, with the source key of each where that is kept."""
+        """Return target rows for decoded source rows, as a backfill loads them.
+
+        Args:
+            frame: Decoded source rows.
+            moved: Source columns that hold PostgreSQL's text, which is passed on as it is.
+
+        Returns:
+            A lazy frame of the target's columns, with the source key of each row where that is
+            kept.
+        """
         if not self.target.owned:
             return self.rows(frame, moved=moved)
         whole = hold(frame, self._held).withColumn(OWNER, self._owner(self._held))
@@ -91,9 +106,18 @@ class Transform:
         return F.to_json(F.struct(*(text.alias(name) for name, text in shown.items())))
 
     def uncast(self, frame: DataFrame, carry: Sequence[str] = ()) -> DataFrame:
-        """Return what `rows` does, and in `CUT` by place the texts of the values that the cast to the target's types changes.
+        """Return what `rows` does, and in `CUT` the texts of the values that the cast changes.
 
-        So a comparison with the target is one of what the source holds, though it meets the target's values in their own type.
+        So a comparison with the target is one of what the source holds, though it meets the
+        target's values in their own type.
+
+        Args:
+            frame: Decoded source rows.
+            carry: Further columns of the frame to keep.
+
+        Returns:
+            A lazy frame of the target's columns, then `carry`, then `CUT` where a cast can change
+            values, with a text for each such column by its number.
         """
         from pyspark.sql import functions as F
 
@@ -109,7 +133,11 @@ class Transform:
         return kept.select(*carry, *cut, *(column.alias(name) for name, column in self._columns(names).items()))
 
     def only_moved(self) -> frozenset[str]:
-        """Return the source columns of which one target column of the same type is all that is made."""
+        """Return the source columns of which one target column of the same type is all that is made.
+
+        Returns:
+            The columns' names.
+        """
         types = {c.name: c.type for c in self.source}
         times = Counter(one.origin for one in self.derivations.values())
         asked = self._asked(self.derivations)
@@ -122,7 +150,14 @@ class Transform:
         )  # fmt: skip
 
     def keys(self, frame: DataFrame) -> DataFrame:
-        """Return target keys for decoded source keys."""
+        """Return target keys for decoded source keys.
+
+        Args:
+            frame: Decoded source keys.
+
+        Returns:
+            A lazy frame of the target's key.
+        """
         columns = self._columns(self._held)
         return hold(frame, self._held).select(*(column.alias(name) for name, column in columns.items() if name in self.target.key))
 
@@ -136,16 +171,32 @@ class Transform:
         }
 
     def source_key(self, identity: Sequence[str]) -> tuple[str, ...] | None:
-        """Return the target key columns that hold the identity's columns unchanged, in its order, or None where one does not."""
+        """Return the target key columns that hold the identity's columns unchanged (pure).
+
+        Args:
+            identity: The columns of the replica identity.
+
+        Returns:
+            The columns, in the identity's order; None where one does not.
+        """
         moved = {self.derivations[name].origin: name for name in self.target.key}
         return tuple(moved[name] for name in identity) if set(identity) <= set(moved) else None
 
     def changes(self, events: DataFrame, epoch: int, moved: Collection[str] = (), *, every: bool = False) -> DataFrame:
-        """Return changes of the target for those of the source (`batch.last_of_each_key`): one row a key, the last by version.
+        """Return the target's changes for those of the source: one row a key, the last by version.
 
-        A delete carries the key alone. A row that `where` leaves out is a delete of its key; as in a backfill, nothing of it is
-        evaluated but the key and what `where` asks for. Source columns in `moved`, of `moved_in_stream`, are passed on as text.
-        With `every`, the events may have several of a key, and each is a row.
+        A delete carries the key alone. A row that `where` leaves out is a delete of its key; as in
+        a backfill, nothing of it is evaluated but the key and what `where` asks for.
+
+        Args:
+            events: What `batch.completed` yields.
+            epoch: The epoch of authority that stamps them.
+            moved: Source columns, of `moved_in_stream`, that are passed on as text.
+            every: Whether the events may have several of a key, each of which is a row then.
+
+        Returns:
+            A lazy frame of the target's columns, the version (epoch, LSN, ordinal), and whether the
+            key is gone.
         """
         from pyspark.sql import functions as F
 
@@ -186,12 +237,19 @@ class Transform:
         """Return the source columns outside the key of which one target column of the same type is all that is made.
 
         Arrays are not among them: the stream's are JSON.
+
+        Returns:
+            The columns' names.
         """
         asked = self._asked_of_every_row()
         return frozenset(c.name for c in self.source if c.name in self.only_moved() - asked and not c.type.endswith("[]"))
 
     def passed_on(self) -> dict[str, str] | None:
-        """Return target column -> source column where every row goes on as it is, under other names at most; None elsewhere."""
+        """Return how rows go on as they are, under other names at most (pure).
+
+        Returns:
+            Target column and source column; None where a row is reshaped.
+        """
         if self.table.where is not None or not self._one_to_one():
             return None
         types = {c.name: c.type for c in self.source}
@@ -205,7 +263,15 @@ class Transform:
         return self.source_key(names) is not None and all(WRITTEN_ONE_WAY.fullmatch(c.type) for c in self.identity)
 
     def kept(self, frame: DataFrame) -> DataFrame:
-        """Return the source rows that `where` keeps, or all of them where it speaks of what the spec's function makes."""
+        """Return the source rows that `where` keeps.
+
+        Args:
+            frame: Decoded source rows.
+
+        Returns:
+            A lazy frame of the source's columns; all rows where `where` speaks of what a function
+            makes.
+        """
         if not self.table.where or self.table.function is not None:
             return frame
         return hold(frame, self._held).where(_expr(self.table.where, self._held))
@@ -293,9 +359,22 @@ def plan(
     spark: SparkSession, spec: Spec, table: Table, source: Sequence[Column], replica_identity: Sequence[str],
     existing: Sequence[Column] | None,
 ) -> Transform:  # fmt: skip
-    """Return the transform of a table, its target's columns found by Spark's own analysis (driver, reads no row).
+    """Return the transform of a table, its types found by Spark's own analysis (driver, reads no row).
 
-    `existing` are the columns of a target table that is already there; raises SpecError or UnsafePlan with every reason.
+    Args:
+        spark: The Spark session.
+        spec: The migration's spec.
+        table: The table of the spec.
+        source: The source table's columns.
+        replica_identity: The columns by which the stream tells a row from others.
+        existing: The columns of a target table that is there already, None where there is none.
+
+    Returns:
+        The transform.
+
+    Raises:
+        SpecError: An expression is not valid, or not the same at each run.
+        UnsafePlan: Something stands against the plan; it has every reason.
     """
     wanted = derivations(table, source)
     _require_stable(spec, table, wanted)
