@@ -28,8 +28,8 @@ def abort(spec: Spec) -> list[str]:
     with Ledger.open(spec, "abort") as ledger:
         prepared = ledger.exists()
         if prepared and (gone := epochs.at(ledger.authorities(), NEW)) is not None:
-            whose = "" if gone == EVERY else f" over {describe(gone)}"
-            raise Refused(f"abort: authority{whose} has moved to the new store: `changeover flags rollback` first")
+            scope = "" if gone == EVERY else f" over {describe(gone)}"
+            raise Refused(f"abort: authority{scope} has moved to the new store: `changeover flags rollback` first")
         if prepared:
             removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
             removed += abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
@@ -54,8 +54,8 @@ def finalize(spec: Spec) -> list[str]:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
         left = epochs.at(ledger.authorities(), OLD) if spec.flag is not None else None
         if left is not None:
-            whose = "" if left == EVERY else f" over {describe(left)}"
-            raise Refused(f"finalize: the old store still has authority{whose}: `changeover flags advance` up to complete first")
+            scope = "" if left == EVERY else f" over {describe(left)}"
+            raise Refused(f"finalize: the old store still has authority{scope}: `changeover flags advance` up to complete first")
         removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
         for table in spec.tables:
             for target in spec.targets.values():

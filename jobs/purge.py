@@ -77,10 +77,10 @@ def _folders(spec: Spec, dry_run: bool) -> list[str]:
     """Return which folders hold rows, and are gone unless it was to look only; of spools, those that a killed end left."""
     ours = (*spec.work.glob("spool*"), spec.work / "differences", spec.work / "scratch")
     present = [path for path in ours if path.is_dir()]
-    found = [path for path in present if any(path.iterdir())]
+    filled = [path for path in present if any(path.iterdir())]
     for path in present if not dry_run else ():
         shutil.rmtree(path)
-    return sorted(path.name for path in found)
+    return sorted(path.name for path in filled)
 
 
 def _in_ledger(spec: Spec, dry_run: bool) -> tuple[int, int]:

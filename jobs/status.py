@@ -40,9 +40,9 @@ HEARD_SECONDS = 10.0
 class Status:
     """The steps with their state, each load with its chunks and position, the stream, the stage, and the newest verdicts.
 
-    Bytes are of the old store's write-ahead log: `behind_bytes` of a load is what lies between it and the old store's end, None
-    once the new store has all authority, because replay then rests. While tenants are at both stores, `reverse_path` has the other
-    direction's.
+    Bytes are of the old store's write-ahead log. `behind_bytes` of a load is what lies between it
+    and the old store's end. It is None once the new store has all authority, because replay then
+    rests. While tenants are at both stores, `reverse_path` has the other direction's.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Status:
             yield f"  {step['step']:<9} {step['state']}{f' ({_short(at)})' if (at := step['at']) else ''}"
             yield from (f"    {line}" for line in self._details(step["step"]))
         routers = ", ".join(f"{count} at {stage}" for stage, count in self.routers.items()) or "none was heard lately"
-        yield f"  flag      {self.stage or 'never turned'}; the {self.store} store has authority (epoch {self.epoch})"
+        yield f"  flag      {self.stage or 'never switched'}; the {self.store} store has authority (epoch {self.epoch})"
         if self.tenants:
             count, other = len(self.tenants), NEW if self.store == OLD else OLD
             yield f"    the {other} store has it over {count:,} tenant{'s' * (count > 1)}: {listed(self.tenants)}"
@@ -85,8 +85,8 @@ class Status:
 
     def _details(self, step: str) -> list[str]:
         if step == "capture" and self.stream["source_lsn"]:
-            told = (self.stream["waiting"], _stream_line(self.stream), self.stream["alarm"], *self.stream["notes"])
-            return [line for line in told if line]
+            lines = (self.stream["waiting"], _stream_line(self.stream), self.stream["alarm"], *self.stream["notes"])
+            return [line for line in lines if line]
         if step == "backfill":
             return [_load_line(load) for load in self.loads]
         if step == "replay":
@@ -199,12 +199,12 @@ def _stream(spec: Spec, known: Stream, why: str | None, alive: bool) -> dict[str
 
 def _row_versions(spec: Spec) -> dict[tuple[str, str], int]:
     """Return about how many versions each target keeps beside each table; what is not collected yet, or can't be."""
-    found = {}
+    counts = {}
     for target in spec.targets.values():
         with open_store(spec, target, "status") as store:
             for table in spec.tables:
-                found[table.source, target.name] = store.row_versions(TargetTable(*table.target_name, (), table.key))
-    return found
+                counts[table.source, target.name] = store.row_versions(TargetTable(*table.target_name, (), table.key))
+    return counts
 
 
 def _loads(ledger: Ledger, source_lsn: str | None, row_versions: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
@@ -227,8 +227,8 @@ def _chunks(ledger: Ledger, load: Load) -> dict[str, int]:
 def _newest_verdicts(ledger: Ledger) -> list[dict[str, Any]]:
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for one in ledger.verdicts():
-        told = {"source": one.source, "target": one.target, "verdict": one.verdict, "at": one.at, "run": one.run}
-        newest.setdefault((one.source, one.target), told)
+        entry = {"source": one.source, "target": one.target, "verdict": one.verdict, "at": one.at, "run": one.run}
+        newest.setdefault((one.source, one.target), entry)
     return list(newest.values())
 
 

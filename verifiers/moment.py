@@ -169,7 +169,7 @@ class _Holding:
         replay = Replay(self.spec, self.spark, self.ledger, self.prepared)
         with connect(reverse.new_dsn(self.spec), self._application) as new:
             position = mark(new, "verify")
-        await_spool(replay.ledger, replay.back.journal.spool, position, "the new store's stream", step="capture-new")
+        await_spool(replay.ledger, replay.back.checkpoint.spool, position, "the new store's stream", step="capture-new")
         replay.back.limit = position
         replay.bring_back()
         if lakes:

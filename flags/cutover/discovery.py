@@ -87,7 +87,7 @@ class Census:
         self._names: frozenset[str] = frozenset()
         self._counts = 0
         self._due = 0.0
-        self._seen: tuple[Any, ...] | None = None
+        self._table_state: tuple[Any, ...] | None = None
         self._astray = Astray()
 
     def look(self, known: Observations) -> Astray:
@@ -98,8 +98,8 @@ class Census:
             self._count()
         file = self.file.stat()
         seen = (file.st_mtime_ns, file.st_ino, known.epoch, self._counts)
-        if seen != self._seen:
-            self._astray, self._seen = self._evaluated(known), seen
+        if seen != self._table_state:
+            self._astray, self._table_state = self._evaluated(known), seen
         if counts:
             ended = time.monotonic()
             self._due = ended + SHARE * (ended - started)

@@ -104,7 +104,7 @@ def draw_near(handover: Handover, seconds: float) -> str | None:
 def _frozen(handover: Handover, pause: Pause) -> int:
     """Have a store refuse and drain; return its position then, behind which a marker hurries its stream on."""
     losing = handover.losing
-    if waiting := losing.freeze(handover.before, refusal.Refused(handover.epoch, handover.whose), pause.deadline):
+    if waiting := losing.freeze(handover.before, refusal.TenantEpoch(handover.epoch, handover.whose), pause.deadline):
         raise FenceCalledOff(pause.seconds, f"the lock on {waiting}")
     pause.make(Move.FREEZE)
     place = position(handover.spec, losing)

@@ -24,7 +24,7 @@ from changeover.position import epoch_floor, parse_lsn
 from changeover.session import Connection, application_name, connect, server_name
 from changeover.spec import TRIGGER, Spec, Table
 from changeover.stores.postgres import gate, refusal, tenantfloor
-from changeover.stores.postgres.refusal import Refusal, Refused
+from changeover.stores.postgres.refusal import Refusal, TenantEpoch
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class FencedStore:
     connection: Connection
     tables: tuple[FencedTable, ...]
 
-    def refused(self, changes: Sequence[Authority]) -> tuple[Refused, ...]:
+    def refused(self, changes: Sequence[Authority]) -> tuple[TenantEpoch, ...]:
         """Return what this store has no authority over."""
-        return tuple(Refused(held.epoch, whose) for held, whose in shares(changes).items() if held.store != self.store.value)
+        return tuple(TenantEpoch(held.epoch, whose) for held, whose in shares(changes).items() if held.store != self.store.value)
 
-    def freeze(self, changes: Sequence[Authority], begun: Refused | None, deadline: float) -> str | None:
+    def freeze(self, changes: Sequence[Authority], begun: TenantEpoch | None, deadline: float) -> str | None:
         """Refuse what this store has no authority over, and what is begun up to the deadline; return a table that is not granted.
 
         None says that no transaction is alive any more that could write such rows.
@@ -92,8 +92,8 @@ class FencedStore:
                 tenantfloor.install(self.connection, table.gated, table.tenant, _floors(changes), server_name(self.dsn))
 
 
-def _floors(changes: Sequence[Authority]) -> list[Refused]:
-    return [Refused(held.epoch, whose) for held, whose in shares(changes).items()]
+def _floors(changes: Sequence[Authority]) -> list[TenantEpoch]:
+    return [TenantEpoch(held.epoch, whose) for held, whose in shares(changes).items()]
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Connections: whether each kind that a run needs can be had from a server, and what stands in between; asked by `check`.
 
-A plain session says little of the others: the walsender has conditions of its own, the driver of Java takes less than libpq, and
-a pooler may give each transaction another session. Nothing is changed by it, and no JVM is started.
+A plain session says little of the others. The walsender has conditions of its own, and the driver
+of Java takes less than libpq. A pooler may give each transaction another session. Nothing is
+changed by it, and no JVM is started.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def look_at_settings(connection: Connection, where: str, reasons: list[str], not
     """Add what stands against the plan, or is to be told, of settings that no session of ours can pin."""
     for asked in settings.ASKED:
         for (value,) in connection.execute(settings.question(asked)).fetchall():
-            told = f"{where} has {asked.name} = {value.strip()} for this role: {asked.consequence}"
-            (reasons if asked.reason else notes).append(told)
+            sentence = f"{where} has {asked.name} = {value.strip()} for this role: {asked.consequence}"
+            (reasons if asked.reason else notes).append(sentence)
 
 
 def look_at_limits(connection: Connection, application: str, where: str, notes: list[str]) -> None:
@@ -87,11 +88,11 @@ def look_at_limits(connection: Connection, application: str, where: str, notes: 
 
 
 def shares_sessions(dsn: str, application: str) -> bool:
-    """Return whether two sessions that are open at once have one process of the server by turns, or one of them several."""
+    """Return whether a pooler lends processes: two open sessions share one, or one has several."""
     with closing(connect(dsn, application)) as one, closing(connect(dsn, application)) as other:
-        seen: tuple[set[int], set[int]] = (set(), set())
+        backends: tuple[set[int], set[int]] = (set(), set())
         for _ in range(LOOKS):
-            for session, pids in zip((one, other), seen, strict=True):
+            for session, pids in zip((one, other), backends, strict=True):
                 row = session.execute("SELECT pg_backend_pid()").fetchone()
                 pids.add(row[0] if row else 0)
-    return any(len(pids) > 1 for pids in seen) or bool(seen[0] & seen[1])
+    return any(len(pids) > 1 for pids in backends) or bool(backends[0] & backends[1])

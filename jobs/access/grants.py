@@ -128,9 +128,9 @@ def of_table(connection: Connection, schema: str, name: str, rights: Sequence[st
     row = connection.execute(RELATION, [schema, name]).fetchone()
     if row is None:
         return []
-    found = of_owners(connection, row) if owning else []
+    missing = of_owners(connection, row) if owning else []
     asked = {"oid": row[0], "rights": list(rights), "owning": owning}
-    return found + [Lack(*one) for one in connection.execute(RIGHTS, asked).fetchall()]
+    return missing + [Lack(*one) for one in connection.execute(RIGHTS, asked).fetchall()]
 
 
 def of_sequences(connection: Connection, schema: str, name: str, *, owning: bool) -> list[Lack]:
@@ -138,13 +138,13 @@ def of_sequences(connection: Connection, schema: str, name: str, *, owning: bool
     row = connection.execute(RELATION, [schema, name]).fetchone()
     if row is None or not usable(connection, schema):
         return []
-    found = []
+    missing = []
     for one in sequences(connection, schema, name):
         asked = {"table": row[0], "sequence": one.identifier.as_string(connection)}
         rows = connection.execute(DRAWING, asked).fetchall()
-        found += of_owners(connection, [oid for oid, *_ in rows]) if owning else []
-        found += [Lack(*lack) for _, lacks, *lack in rows if lacks and not owning]
-    return found
+        missing += of_owners(connection, [oid for oid, *_ in rows]) if owning else []
+        missing += [Lack(*lack) for _, lacks, *lack in rows if lacks and not owning]
+    return missing
 
 
 def of_owners(connection: Connection, oids: Sequence[int]) -> list[Lack]:
@@ -169,8 +169,8 @@ def _joining(connection: Connection, owner: str, role: str, direct: bool, inheri
 
 def usable(connection: Connection, schema: str) -> bool:
     """Return whether the role may look names up in a schema; a schema that is not there stands in nobody's way."""
-    found = "SELECT coalesce(bool_and(has_schema_privilege(oid, 'USAGE')), true) FROM pg_namespace WHERE nspname = %s"
-    row = connection.execute(found, [schema]).fetchone()
+    query = "SELECT coalesce(bool_and(has_schema_privilege(oid, 'USAGE')), true) FROM pg_namespace WHERE nspname = %s"
+    row = connection.execute(query, [schema]).fetchone()
     return bool(row and row[0])
 
 

@@ -1,9 +1,11 @@
 """Privileges: what the application's roles need in either store, asked of the server and granted where it is missing.
 
-`[application] roles` names the roles by which the application uses the stores. On a new table they get the rights that they have on
-the old one. A mirrored write runs in the application's own session, with its own rights: the gate's function is no SECURITY
-DEFINER, under which the application's triggers and policies would meet another user and another search_path. So a role gets what
-that function touches, of one table, and in the ledger the authority log and its heartbeat. What can't be granted is named.
+`[application] roles` names the roles by which the application uses the stores. On a new table they
+get the rights that they have on the old one. A mirrored write runs in the application's own
+session, with its own rights. The gate's function is no SECURITY DEFINER: under one, the
+application's triggers and policies would meet another user and another search_path. So a role gets
+what that function touches, of one table, and in the ledger the authority log and its heartbeat.
+What can't be granted is named.
 """
 
 from __future__ import annotations
@@ -188,15 +190,15 @@ def _has(connection: Connection, need: Need) -> bool:
 def missing(spec: Spec, old: Connection, new: Connection, table: Table, source: Sequence[Column]) -> list[tuple[str, Lack]]:
     """Return what the application's roles lack in either store, as far as can be known before prepare, each with its store."""
     carried = {name: one.origin for name, one in derivations(table, source).items() if one.origin is not None}
-    known, found = present(old, spec.roles), []
+    known, lacks = present(old, spec.roles), []
     there = new.execute(RELATION, table.target_name).fetchone() is not None
     for role in present(new, spec.roles) if there else ():
         used = uses(old, role, *table.source_name) if role in known else FULL
-        found += [("new", lack) for lack in lacking(new, of_table(new, role, *table.target_name, used, carried))]
+        lacks += [("new", lack) for lack in lacking(new, of_table(new, role, *table.target_name, used, carried))]
     for role in known if spec.flag is not None else ():
         needs = of_mirror(role, *table.source_name, uses(old, role, *table.source_name))
-        found += [("old", lack) for lack in lacking(old, needs)]
-    return found
+        lacks += [("old", lack) for lack in lacking(old, needs)]
+    return lacks
 
 
 def allow_table(spec: Spec, old: Connection, new: Connection, source: tuple[str, str], target: tuple[str, str],

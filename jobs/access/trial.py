@@ -1,8 +1,9 @@
 """The trial: an application's role writes one row to the store that takes over, as it will, and everything is rolled back.
 
-The row is a copy of one that is there, under a new key. Whatever the old store fills in by itself is left out, as the application
-leaves it out. Where our role may not become the application's, where a trigger of the user's would act, or where no such row can be
-made, nothing is tried, and it says so. Only what the application would meet as well is a failure. No value of a row is told.
+The row is a copy of one that is there, under a new key. Whatever the old store fills in by itself
+is left out, as the application leaves it out. Nothing is tried where our role may not become the
+application's, where a trigger of the user's would act, or where no such row can be made. It then
+says so. Only what the application would meet as well is a failure. No value of a row is told.
 """
 
 from __future__ import annotations

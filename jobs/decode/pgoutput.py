@@ -99,12 +99,12 @@ Read = TypeVar("Read")
 
 def _whole(read: Callable[[bytes], tuple[Read, int]], data: bytes) -> Read:
     try:
-        found, end = read(data)
+        parsed, end = read(data)
     except (struct.error, IndexError, ValueError) as error:
         raise MalformedMessage(f"a message of {len(data)} bytes can't be read: {error}") from error
     if end != len(data):
         raise MalformedMessage(f"a message of {len(data)} bytes reads as one of {end}")
-    return found
+    return parsed
 
 
 def keepalive(data: bytes) -> Keepalive:

@@ -1,9 +1,11 @@
 """Assumptions: what the guarantee takes for granted of the world around it, and at which moments each is asked, as one table.
 
-Whatever holds at `check` may cease to hold a minute later: a publication is altered, a policy hides rows, a server fails over. So
-each rule names its moments, and each moment asks the rules that name it, by this table and no other list. A rule that nothing can
-make good again (a gap in the stream) stops the tables that it concerns for good; any other one ends the run with a sentence that
-says what to do, and the same command goes on afterwards. The documents have the same table (`docs/concepts/guarantee.md`).
+Whatever holds at `check` may cease to hold a minute later: a publication is altered, a policy hides
+rows, a server fails over. So each rule names its moments, and each moment asks the rules that name
+it, by this table and no other list. A rule that nothing can make good again (a gap in the stream)
+stops the tables that it concerns for good. Any other one ends the run with a sentence that says
+what to do, and the same command goes on afterwards. The documents have the same table
+(`docs/concepts/guarantee.md`).
 """
 
 from __future__ import annotations
@@ -169,42 +171,42 @@ def present(spec: Spec, old: Connection, publication: str, tables: Mapping[int, 
 
 
 def _partitions(asked: Asked) -> list[Broken]:
-    found = []
+    broken = []
     for table in asked.tables:
         prepared = partitions.recorded(asked.record, table.source)
         if prepared is not None and (reason := partitions.compared(asked.old, table.source_name, prepared)[0]) is not None:
-            found.append(Broken(table.source, reason, stops=True))
-    return found
+            broken.append(Broken(table.source, reason, stops=True))
+    return broken
 
 
 def _file(asked: Asked) -> list[Broken]:
     spool = Spool(spool_path(asked.spec.work, asked.record.stream("status").epoch))
-    found = []
+    broken = []
     for table in asked.tables:
         try:
             require_same_file(asked.record, spool, asked.old, table)
         except TableStopped as stopped:
-            found.append(Broken(table.source, stopped.reason, stops=True))
-    return found
+            broken.append(Broken(table.source, stopped.reason, stops=True))
+    return broken
 
 
 def _row_security(asked: Asked) -> list[Broken]:
-    found = [(table.source, hidden(asked.old, *table.source_name)) for table in asked.tables]
-    return [Broken(source, reason) for source, reason in found if reason is not None]
+    reasons = [(table.source, hidden(asked.old, *table.source_name)) for table in asked.tables]
+    return [Broken(source, reason) for source, reason in reasons if reason is not None]
 
 
 def _target_row_security(asked: Asked) -> list[Broken]:
-    found = []
+    broken = []
     for target in asked.spec.targets.values():
         if target.kind != "postgres":
             continue
         with connect(target.dsn_value, application_name(asked.spec.name, "check")) as new:
-            found += [
+            broken += [
                 Broken(table.source, f"target {target.name}: {reason}")
                 for table in asked.tables
                 if (reason := hidden(new, *table.target_name)) is not None
             ]
-    return found
+    return broken
 
 
 def hidden(connection: Connection, schema: str, name: str) -> str | None:

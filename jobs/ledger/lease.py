@@ -61,7 +61,16 @@ def _taken(session: Connection, name: str, seconds: float) -> bool:
 
 
 def is_held(session: Connection, migration: str, step: str) -> bool:
-    """Return whether a run of a step is alive (a session with the ledger)."""
+    """Return whether a run of a step is alive.
+
+    Args:
+        session: A session with the ledger's server.
+        migration: The migration's name.
+        step: The step, as the lease is named.
+
+    Returns:
+        Whether anybody holds the step's lease.
+    """
     row = session.execute(
         "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
         " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
@@ -81,5 +90,12 @@ def _holder(session: Connection, application: str) -> str:
 
 
 def lease_of(target: str) -> str:
-    """Return the name of the lease under which batches of one target take turns."""
+    """Return the name of the lease that lets one batch of a target run at a time.
+
+    Args:
+        target: The target's name.
+
+    Returns:
+        The lease's name, which `Ledger.lease` takes.
+    """
     return f"replay-{target}"

@@ -92,13 +92,13 @@ def column_of(transform: Transform, refused: RowRefused, row: Callable[[], DataF
 
     `asked` are columns of the frame that say whether the row is kept.
     """
-    if refused.place.startswith("column "):
-        return refused.place
+    if refused.where.startswith("column "):
+        return refused.where
     if met(lambda: _evaluate(row(), asked), transform.table.source):
         return "where" if transform.table.where and transform.table.function is None else "the row as a whole"
     names: Sequence[str] = transform.target.names
-    found = narrowed(names, in_two, lambda some: met(lambda: _evaluate(row(), some), transform.table.source))
-    return f"column {', '.join(found[0])}" if found else refused.place
+    bad = narrowed(names, in_two, lambda some: met(lambda: _evaluate(row(), some), transform.table.source))
+    return f"column {', '.join(bad[0])}" if bad else refused.where
 
 
 def _evaluate(rows: DataFrame, names: Sequence[str]) -> None:
@@ -131,9 +131,9 @@ def in_ranges(
     with importing(reading.dsn, reading.application, reading.snapshot.name) as (session, _):
         for bounds in ranges:
             halves = partial(_halves, session, reading.table)
-            found = narrowed(bounds, halves, refused) if refused(bounds) is not None else None
-            if found is not None:
-                one, why = found
+            bad = narrowed(bounds, halves, refused) if refused(bounds) is not None else None
+            if bad is not None:
+                one, why = bad
                 (key,) = some_rows(session, reading.table, one, 1)
                 return bounds, sentence(transform, key, why, column_of(transform, why, partial(rows, one)), of_target=of_target)
     return None
@@ -150,14 +150,14 @@ def in_frozen(spark: SparkSession, transform: Transform, frozen: Frozen, side: s
         frame = read_table(spark, reading.dsn, reading.application, reading.table, [bounds], reading.snapshot)
         return transform.uncast(frame) if of_source else frame
 
-    found = sought(
+    bad = sought(
         transform.table.source,
         lambda: in_ranges(transform, reading, frozen.ranges, rows, _evaluate_all, of_target=not of_source),
     )
-    if found is None:
+    if bad is None:
         return None
-    _, row = found
-    return row if of_source else RowRefused(row.table, f"the {side}'s {row.place}", row.problem)
+    _, row = bad
+    return row if of_source else RowRefused(row.table, f"the {side}'s {row.where}", row.problem)
 
 
 def _evaluate_all(rows: DataFrame) -> None:

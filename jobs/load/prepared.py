@@ -48,10 +48,10 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
         for stopped in assumptions.stop(Moment.RUN, Asked(spec, old, ledger)):
             log.warning("%s", stopped)
         for table in spec.tables:
-            seen = source_table(old, table)
+            old_table = source_table(old, table)
             filenode, columns, _ = ledger.source_table(table.source)
-            identity = seen.identity if seen else tuple(c.name for c in columns if c.key)
-            rows, parts = (seen.rows, seen.partitions) if seen else (0, None)
+            identity = old_table.identity if old_table else tuple(c.name for c in columns if c.key)
+            rows, parts = (old_table.rows, old_table.partitions) if old_table else (0, None)
             tables[table.source] = SourceTable(table.source, filenode, identity, columns, rows, parts)
     return Prepared(stream, plan_transforms(spec, spark, tables))
 
@@ -64,10 +64,10 @@ def plan_transforms(
     for target in spec.targets.values():
         with open_store(spec, target, "plan") as store:
             for table in spec.tables:
-                seen = tables[table.source]
+                old_table = tables[table.source]
                 existing = store.columns(*table.target_name)
-                plan = transform.plan(spark, spec, table, store_columns(seen.columns), seen.identity, existing)
-                planned[table.source, target.name] = replace(plan, partitioned=seen.partitions is not None)
+                plan = transform.plan(spark, spec, table, store_columns(old_table.columns), old_table.identity, existing)
+                planned[table.source, target.name] = replace(plan, partitioned=old_table.partitions is not None)
     return planned
 
 

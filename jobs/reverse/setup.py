@@ -52,8 +52,8 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
             return None
         system_id, timeline = snapshot.identify(dsn, application)
         _remove(new, slot_of(spec))
-        seen = [source_table(new, target_as_source(table)) for table in spec.tables]
-        tables = {one.source: one for one in seen if one is not None}
+        new_tables = [source_table(new, target_as_source(table)) for table in spec.tables]
+        tables = {one.source: one for one in new_tables if one is not None}
         with speaking_to(dsn, "creating the publication"):
             _publish(new, slot_of(spec), [qualified(name) for name in tables])
             oids = definition.relations(new, [target_as_source(table).source_name for table in spec.tables])

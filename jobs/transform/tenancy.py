@@ -12,11 +12,26 @@ from changeover.spec import Spec, Table
 
 
 def old_column(spec: Spec) -> str | None:
-    """Return the column of the old tables that holds a row's tenant, None where all rows move at once."""
+    """Return the column of the old tables that holds a row's tenant (pure).
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        The column's name, None where all rows move at once.
+    """
     return spec.flag.context if spec.flag is not None else None
 
 
 def new_column(spec: Spec, table: Table) -> str | None:
-    """Return the key column of a new table that holds the tenant unchanged, None where there is none."""
+    """Return the key column of a new table that holds the tenant unchanged (pure).
+
+    Args:
+        spec: The migration's spec.
+        table: The table of the spec.
+
+    Returns:
+        The column's name, None where there is none.
+    """
     own = old_column(spec)
     return next((name for name in table.key if own is not None and origin(table, name) == own), None)

@@ -343,13 +343,13 @@ class RowRefused(CouldNotFinish):
     """A row can't be represented in the target."""
 
     table: str
-    place: str
+    where: str
     problem: str
     transient: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return (
-            f"table {self.table}, {self.place}: a row can't be carried over ({self.problem}): correct it in the source, then run"
+            f"table {self.table}, {self.where}: a row can't be carried over ({self.problem}): correct it in the source, then run"
             f" the same command again, which goes on from there"
         )
 

@@ -18,7 +18,15 @@ OUTCOME = "offered bigint, taken bigint, failure binary"
 
 
 def outcome(counts: Counts | None, failure: bytes | None = None) -> pa.RecordBatch:
-    """Return a task's one row."""
+    """Return a task's one row (task).
+
+    Args:
+        counts: What the task did, None where it failed.
+        failure: Its error, as `failure_of` packs it.
+
+    Returns:
+        A batch of one row, which the driver reads.
+    """
     import pyarrow as pa
 
     offered, taken = (counts.offered, counts.taken) if counts else (None, None)

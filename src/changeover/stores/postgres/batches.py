@@ -76,8 +76,9 @@ def require_read_committed(cursor: psycopg.Cursor[Any]) -> None:
 def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version | None = None) -> Counts:
     """Offer the batch table's changes, one row a key as texts, through the gate, in the caller's transaction.
 
-    With `reached` the batch has every change up to that version that was not offered before, and the position is the gate
-    (`statements.CATCH_UP`), unless another session holds the table's lock: then each key's version is, as always.
+    With `reached` the batch has every change up to that version that was not offered before, and
+    the position is the gate (`statements.CATCH_UP`). Where another session holds the table's lock,
+    each key's version is, as always.
     """
     found = cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)).fetchone()
     assert found is not None
@@ -180,16 +181,19 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     cursor.execute(GATE_EPOCH, [table.target])
     found = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
     offered = int(found[0]) if found else 0
-    done = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
-    row_versions, inserted = done[Part.REFUSE].offered, done[Part.INSERT].taken
+    counts = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
+    row_versions, inserted = counts[Part.REFUSE].offered, counts[Part.INSERT].taken
     if offered - row_versions > inserted and (met := collisions(cursor, table)):
         raise RowRefused(table.target, owners.meeting(cursor, table, BATCH) or f"target key {met[0]}", interface.MEET)
     owners.record_images(cursor, table, BATCH)
-    return Counts(offered, inserted, done[Part.REFUSE].refused)
+    return Counts(offered, inserted, counts[Part.REFUSE].refused)
 
 
 def _refuse_changed(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
-    """Take images of touched keys out of the batch; count them and those that a tombstone refused."""
+    """Take images of keys that have a row version out of the batch.
+
+    Counts them, and those that a tombstone refused.
+    """
     gone = cursor.execute(
         sql.SQL(
             "WITH gone AS (DELETE FROM {batch} AS b USING {row_versions} AS t WHERE {same} RETURNING t._changeover_deleted)"

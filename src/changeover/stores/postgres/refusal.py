@@ -1,10 +1,12 @@
-"""The refusal: how a store turns writes away over whose rows it has no authority.
+"""The refusal: how a store rejects writes to rows over which it has no authority.
 
-An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present epoch: of all rows, or of some
-tenants. Creating it, or replacing it with another list, takes SHARE ROW EXCLUSIVE, so once that is granted every older writing
-transaction has ended: the lock is the drain as well. It is asked for with a short lock_timeout and again, so that writers never
-queue long behind it. The list stands in the trigger's function, which every session looks up anew in the catalogue: a transaction
-with an old snapshot meets the list of today, where from a table it would read that of its snapshot.
+An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present
+epoch: of all rows, or of some tenants. Creating it, or replacing it with another list, takes SHARE
+ROW EXCLUSIVE, so once that is granted every older writing transaction has ended: the lock is the
+drain as well. It is asked for with a short lock_timeout and again, so that writers never queue long
+behind it. The list stands in the trigger's function, which every session looks up anew in the
+catalogue. A transaction with an old snapshot meets the list of today; from a table it would read
+that of its snapshot.
 """
 
 from __future__ import annotations
@@ -31,8 +33,11 @@ TRIGGERS: tuple[tuple[str, LiteralString, LiteralString], ...] = (
 
 
 @dataclass(frozen=True)
-class Refused:
-    """Rows whose writes a store refuses, but for those that come through its gate in this epoch or a later one."""
+class TenantEpoch:
+    """An epoch of authority, and the tenants whose rows it is over.
+
+    What does not come through the gate in this epoch or a later one is refused.
+    """
 
     epoch: int
     tenants: Tenants = EVERY
@@ -42,8 +47,8 @@ class Refused:
 class Refusal:
     """What a store refuses: `standing` for good, `begun` up to a deadline; `column` holds the tenant where there are some."""
 
-    standing: tuple[Refused, ...] = ()
-    begun: Refused | None = None
+    standing: tuple[TenantEpoch, ...] = ()
+    begun: TenantEpoch | None = None
     column: str | None = None
 
 
@@ -142,12 +147,12 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
 def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
     """Return the expression of the epoch since which a row is refused, -1 for one that is not."""
     begun = sql.SQL("pg_catalog.clock_timestamp() OPERATOR(pg_catalog.<) {}::pg_catalog.timestamptz").format(sql.Literal(ends))
-    arms: list[tuple[Refused, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
+    arms: list[tuple[TenantEpoch, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
     arms += [(refusal.begun, begun)] if refusal.begun else []
     return sql.SQL("CASE {} ELSE -1 END").format(
         sql.SQL(" ").join(
             sql.SQL("WHEN {} AND {} THEN {}").format(belongs(row, refusal.column, one.tenants), when, sql.Literal(one.epoch))
-            for one, when in (*arms, (Refused(-1), sql.SQL("false")))
+            for one, when in (*arms, (TenantEpoch(-1), sql.SQL("false")))
         )
     )
 
@@ -155,8 +160,8 @@ def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
 def belongs(row: str, column: str | None, tenants: Tenants) -> sql.Composable:
     """Return the condition that a trigger's row is one of some tenants, by the column that holds them.
 
-    The names are the keys of one JSON constant, which a session reads once and then searches by halves: of an array it would make a
-    table in each transaction anew.
+    The names are the keys of one JSON constant, which a session reads once and then searches by
+    halves. Of an array it would make a table in each transaction anew.
     """
     if column is None or tenants == EVERY:
         return sql.SQL("true")
@@ -175,12 +180,12 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
     with connection.transaction():
         table = sql.Identifier(schema, name)
         for one in (table, *_partitions(connection, table)):
-            found = connection.execute(
+            triggers = connection.execute(
                 "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgparentid = 0"
                 " AND tgname LIKE 'changeover_refusal%%'",
                 [one.as_string(connection)],
             ).fetchall()
-            for row in found:
+            for row in triggers:
                 connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), one))
                 removed.append(f"trigger {row[0]} on {one.as_string(connection).replace(chr(34), '')}")
         connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("refuse", schema, name)))

@@ -187,8 +187,8 @@ def _free_name(connection: Connection, table: TargetTable, column: str) -> sql.I
     while True:
         end = f"_seq{number or ''}"
         begin = f"{table.name}_{column}".encode()[: NAME_BYTES - len(end)].decode(errors="ignore")
-        found = sql.Identifier(table.schema, begin + end)
-        row = connection.execute("SELECT to_regclass(%s) IS NULL", [found.as_string(connection)]).fetchone()
+        name = sql.Identifier(table.schema, begin + end)
+        row = connection.execute("SELECT to_regclass(%s) IS NULL", [name.as_string(connection)]).fetchone()
         if row and row[0]:
-            return found
+            return name
         number += 1
