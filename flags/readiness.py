@@ -29,6 +29,7 @@ from changeover.jobs.ledger.records import CLOSED, Heartbeat, Load, VerdictRow
 from changeover.jobs.reverse.path import State, state
 from changeover.jobs.source.replication import slot_state
 from changeover.jobs.source.triggerlog import capturing
+from changeover.jobs.transform.tenancy import flag_of
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
 from changeover.spec import TRIGGER, Spec
@@ -81,7 +82,6 @@ class Evidence:
 
 def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys: Stage | None = None) -> Evidence:
     """Read the evidence for a step between two stages, of everybody or of some tenants (driver; starts no JVM)."""
-    assert spec.flag is not None
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "readiness")) as old:
         here, slot, _ = slot_state(old, spec.name, spec.slot)
         log_read = spec.source.capture == TRIGGER and capturing(old, spec.name)
@@ -92,7 +92,7 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
         heartbeats=ledger.heartbeats(), observations=observations(ledger.authorities()), stage_since=found[0].at if found else None,
         mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(here), capture_active=slot == "active" or log_read,
-        sources=tuple(t.source for t in spec.tables), target=spec.flag.target, reverse_path=state(spec, ledger),
+        sources=tuple(t.source for t in spec.tables), target=flag_of(spec).target, reverse_path=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
         rights=rights(spec) if takes_over(before, after) else Rights(),
         stopped={**altered, **(ledger.stopped() if ledger.exists() else {})},

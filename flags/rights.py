@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from changeover.jobs.access import holders, privileges
 from changeover.jobs.access.grants import Lack
 from changeover.jobs.access.trial import Tried, trial
+from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.transform.derivation import derivations
 from changeover.session import Connection, application_name, connect
@@ -47,26 +48,24 @@ def rights(spec: Spec) -> Rights:
     """Return what stands against the application's roles before the new store takes over (driver)."""
     if not spec.roles:
         return Rights(told=[UNNAMED])
-    assert spec.flag is not None
     found, name = Rights(), application_name(spec.name, "readiness")
     with ExitStack() as stack:
         old = stack.enter_context(connect(spec.source.dsn.resolve(), name))
-        new = stack.enter_context(connect(spec.targets[spec.flag.target].dsn_value, name))
+        new = stack.enter_context(connect(reverse.new_dsn(spec), name))
         stores = Stores(spec, old, new, privileges.present(old, spec.roles), privileges.present(new, spec.roles))
         if not stores.in_new:
             found.reasons.append(f"the new store has none of the application's roles ({', '.join(spec.roles)}): create them")
         for role in stores.in_new:
             found.reasons.extend(f"new store: {lack}" for lack in privileges.lacking(new, privileges.of_ledger(role)))
         for table in spec.tables:
-            seen = source_table(old, table)
-            for role in stores.in_new if seen is not None else ():
-                _ask(stores, table, seen, role, found)
+            if (seen := source_table(old, table)) is not None:
+                for role in stores.in_new:
+                    _ask(stores, table, seen, role, found)
     return found
 
 
-def _ask(stores: Stores, table: Table, seen: SourceTable | None, role: str, found: Rights) -> None:
+def _ask(stores: Stores, table: Table, seen: SourceTable, role: str, found: Rights) -> None:
     """Ask for every privilege of a role on one table, and have it write a row where that can be."""
-    assert seen is not None
     carried = {name: one.origin for name, one in derivations(table, seen.store_columns).items() if one.origin is not None}
     known = role in stores.in_old
     used = privileges.uses(stores.old, role, *table.source_name) if known else privileges.FULL
@@ -112,7 +111,6 @@ def held_up_by(losing: Connection, tables: list[tuple[str, str]], new: Connectio
 
 def waits(spec: Spec) -> list[str]:
     """Return the long transactions that the fence to the new store would wait for now (driver)."""
-    assert spec.flag is not None
     name = application_name(spec.name, "readiness")
-    with connect(spec.source.dsn.resolve(), name) as old, connect(spec.targets[spec.flag.target].dsn_value, name) as new:
+    with connect(spec.source.dsn.resolve(), name) as old, connect(reverse.new_dsn(spec), name) as new:
         return held_up_by(old, [table.source_name for table in spec.tables], new)

@@ -37,7 +37,7 @@ from changeover.jobs.transform.derivation import derivations, origin
 from changeover.jobs.transform.tenancy import new_column, old_column
 from changeover.names import joined, segment
 from changeover.position import Version, format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect
+from changeover.session import Connection, application_name, connect, one_row
 from changeover.spec import Spec, Table, Target
 from changeover.stores.base.interface import OWNER, VERSION_COLUMNS
 from changeover.stores.delta.appends import MARKS, marks_among
@@ -176,8 +176,7 @@ def _as_written(spec: Spec, connection: Connection, key: Key, types: Mapping[str
     """Return a key of columns with these types as the database writes its values."""
     casts = sql.SQL(", ").join(sql.SQL("{}::text").format(_typed(key[name], kind)) for name, kind in types.items())
     with _speaking_of(spec, key):
-        row = connection.execute(sql.SQL("SELECT {}").format(casts)).fetchone()
-    assert row is not None
+        row = one_row(connection.execute(sql.SQL("SELECT {}").format(casts)))
     return dict(zip(types, row, strict=True))
 
 

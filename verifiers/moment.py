@@ -26,13 +26,13 @@ from changeover.jobs.source.marker import emit_marker, mark
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.spool.waiting import await_spool
 from changeover.jobs.transform.transform import Transform
-from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect
+from changeover.position import format_lsn
+from changeover.session import Connection, application_name, connect, wal_position
 from changeover.spec import TRIGGER, Spec
 from changeover.stores import open_store
 from changeover.stores.base.interface import Frozen
 from changeover.stores.base.reader import ExportedSnapshot
-from changeover.stores.postgres.store import exporting, file_watch, frozen_at, importing, position_of
+from changeover.stores.postgres.store import exporting, file_watch, frozen_at, importing
 from changeover.verifiers.compare.split_authority import Split
 from changeover.verifiers.unchecked import Names, Unchecked
 
@@ -120,7 +120,7 @@ class _Holding:
             targets = self._freeze_targets()
             watches = self._watches()
             holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
-            lsn = parse_lsn(position_of(holder))
+            lsn = wal_position(holder)
             sources = self._freeze_sources(holder, exported, lsn, watches)
         return Moment(lsn, sources, targets, self.tables, aligned)
 

@@ -16,8 +16,8 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import UsageError
-from changeover.position import Version, format_lsn, image_version, parse_lsn
-from changeover.session import Connection, application_name, connect, server_name, speaking_to
+from changeover.position import Version, format_lsn, image_version
+from changeover.session import Connection, application_name, connect, one_row, server_name, speaking_to, wal_position
 from changeover.spec import Spec
 from changeover.stores.postgres import batches, gate
 from changeover.stores.postgres.truncate import truncate
@@ -61,9 +61,7 @@ class Scratch:
         """Write in the old store, with a version that is read in the same transaction."""
         with self.old.transaction():
             for row in self.old.execute(sql.SQL(statement).format(rows=self.table)).fetchall():
-                found = self.old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-                assert found is not None
-                self.changes.append(Change(Version(0, parse_lsn(found[0]), len(self.changes)), *row))
+                self.changes.append(Change(Version(0, wal_position(self.old), len(self.changes)), *row))
 
     def offer(self, *, backwards: bool = False) -> None:
         """Offer all changes that wait, one by one."""
@@ -98,9 +96,7 @@ class Scratch:
     def truncate(self) -> None:
         """Truncate the old table, and offer that."""
         self.old.execute(sql.SQL("TRUNCATE {}").format(self.table))
-        row = self.old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        truncate(self.new, self.gated, Version(0, parse_lsn(row[0]), 0), server_name(self.dsn))
+        truncate(self.new, self.gated, Version(0, wal_position(self.old), 0), server_name(self.dsn))
         self._forget()
 
     @contextmanager
@@ -240,16 +236,14 @@ def _scratch(spec: Spec, old: str, new: str, tombstones: bool) -> Iterator[Scrat
         here, there = _side(held, old, application, f"{name}_old"), _side(held, new, application, f"{name}_new")
         table = sql.Identifier(f"{name}_old", TABLE)
         here.execute(sql.SQL(SEED).format(rows=table))
-        row = here.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        present = there.execute("SELECT to_regnamespace('changeover') IS NOT NULL").fetchone()
-        assert row is not None
-        assert present is not None
+        start = wal_position(here)
+        present = one_row(there.execute("SELECT to_regnamespace('changeover') IS NOT NULL"))
         gated = gate.GatedTable(f"{name}_new", TABLE, ("id",), ("id", "note"))
         with speaking_to(new, "installing the gate of the scratch table"):
             if not present[0]:
                 held.callback(there.execute, "DROP SCHEMA changeover")
             held.callback(gate.remove, there, f"{name}_new", TABLE)
-            gate.install(there, gated, image_version(parse_lsn(row[0])))
+            gate.install(there, gated, image_version(start))
         yield Scratch(here, there, new, table, gated, tombstones)
 
 

@@ -24,7 +24,7 @@ from changeover.flags.cutover import moves as by_name
 from changeover.flags.cutover import switch
 from changeover.flags.cutover.discovery import Astray, Census
 from changeover.flags.cutover.moves import Apart, sentence, together
-from changeover.flags.cutover.switch import Advanced, desired_stage, everybody, flag_of, require_open, require_reverse
+from changeover.flags.cutover.switch import Advanced, desired_stage, everybody, flag_and_file, require_open, require_reverse
 from changeover.flags.fence.fence import MAX_PAUSE, fence, settle
 from changeover.flags.observed import Observations, observations
 from changeover.flags.rights import waits
@@ -39,7 +39,7 @@ from changeover.jobs.source.marker import mark
 from changeover.session import application_name, connect
 from changeover.spec import Spec
 
-__all__ = ["Advanced", "Shown", "advance", "desired_stage", "flag_of", "rollback", "show", "watch"]
+__all__ = ["Advanced", "Shown", "advance", "desired_stage", "flag_and_file", "rollback", "show", "watch"]
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Shown:
 
 def show(spec: Spec) -> Shown:
     """Return where the migration stands and what is missing for the next step (driver; starts no JVM)."""
-    flag_of(spec)
+    flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger:
         ledger.stream("flags")
         desired, known = desired_stage(spec), observations(ledger.authorities())
@@ -108,7 +108,7 @@ def advance(
     With `tenants` these alone go from shadow to live, as many as 10,000 at once. Raises NotReady with every reason, and
     FenceCalledOff with the flag turned back.
     """
-    flag_of(spec)
+    flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
         ledger.stream("flags advance")
         if tenants is not None:
@@ -133,7 +133,7 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
 
     With `tenants` these alone go from live to shadow. Without, while some are live and the others are not, it is those that go.
     """
-    flag_of(spec)
+    flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
         ledger.stream("flags rollback")
         if tenants is not None:

@@ -23,10 +23,11 @@ from psycopg import sql
 
 from changeover.errors import UsageError
 from changeover.flags import flagfile
-from changeover.flags.cutover.switch import flag_of
+from changeover.flags.cutover.switch import flag_and_file
 from changeover.flags.fence.fence import MOST_TENANTS
 from changeover.flags.observed import Observations
 from changeover.flags.stages import TABLE
+from changeover.jobs.reverse import path as reverse
 from changeover.jobs.transform.tenancy import new_column, old_column
 from changeover.session import Connection, application_name, connect, escaped
 from changeover.spec import Spec
@@ -83,7 +84,7 @@ class Census:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self.flag, self.file = flag_of(spec)
+        self.flag, self.file = flag_and_file(spec)
         self._names: frozenset[str] = frozenset()
         self._counts = 0
         self._due = 0.0
@@ -150,11 +151,10 @@ def spelled(spec: Spec, names: Collection[str]) -> list[str]:
 def unknown(spec: Spec, names: Collection[str]) -> tuple[str, ...]:
     """Return the tenants of which no table in either store has a row; none where that takes too long to tell."""
     column = old_column(spec) or ""
-    assert spec.flag is not None
     left = set(names)
     with (
         connect(spec.source.dsn.resolve(), application_name(spec.name, "flags")) as old,
-        connect(spec.targets[spec.flag.target].dsn_value, application_name(spec.name, "flags")) as new,
+        connect(reverse.new_dsn(spec), application_name(spec.name, "flags")) as new,
     ):
         kind = _type(old, spec, column)
         values = [_typed(kind, column, name) for name in names]

@@ -72,8 +72,7 @@ def advance(spec: Spec, ledger: Ledger, names: Collection[Tenant], override: str
     evidence = readiness.collect(spec, ledger, Stage.SHADOW, Stage.LIVE, everybodys)
     told = require_open(ledger, evidence, override, {"tenants": chosen[:NAMED], "count": len(chosen)})
     missing = unknown(spec, chosen)
-    done = switch.switch_flag(spec, ledger, Stage.SHADOW, Stage.LIVE, chosen)
-    assert done is not None
+    done = switch.move_authority(spec, ledger, Stage.LIVE, chosen)
     history.record_tenants(ledger, history.ADVANCED, Stage.SHADOW, Stage.LIVE, {**told, "epoch": done.epoch})
     return Advanced(
         Stage.SHADOW, Stage.LIVE, done.epoch, done.pause_seconds, tenants=tuple(going), unknown=missing,
@@ -93,8 +92,7 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[Tenant]) -> Advanced:
         raise Refused(f"flags rollback: {some(chosen)} at the old store already: below shadow all rows go together")
     epochs = known.epochs(Origin.NEW, going)
     missing = unknown(spec, chosen)
-    done = switch.switch_flag(spec, ledger, Stage.LIVE, Stage.SHADOW, chosen)
-    assert done is not None
+    done = switch.move_authority(spec, ledger, Stage.SHADOW, chosen)
     lost = switch.lost(ledger, epochs, done)
     told = {"tenants": chosen[:NAMED], "count": len(chosen), "epoch": done.epoch, "lost": lost, "lacking": done.lacking}
     history.record_tenants(ledger, history.ROLLED_BACK, Stage.LIVE, Stage.SHADOW, told)

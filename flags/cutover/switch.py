@@ -13,13 +13,14 @@ from typing import Any
 
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.errors import NotReady, Refused, SpecError
+from changeover.errors import NotReady, Refused
 from changeover.flags import flagfile, history, readiness
 from changeover.flags.fence.fence import Fenced, fence, settle
 from changeover.flags.observed import Observations, observations
 from changeover.flags.stages import TABLE, effective
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.reverse import path as reverse
+from changeover.jobs.transform.tenancy import flag_of, old_column, required
 from changeover.spec import Flag, Spec
 
 
@@ -44,16 +45,15 @@ class Advanced:
     notes: tuple[str, ...] = ()
 
 
-def flag_of(spec: Spec) -> tuple[Flag, Path]:
+def flag_and_file(spec: Spec) -> tuple[Flag, Path]:
     """Return the spec's flag and its data file; raises SpecError where the spec has none."""
-    if spec.flag is None:
-        raise SpecError(spec.path, "flag", "is missing: name the flag's key, its target and its data file")
-    return spec.flag, Path(spec.flag.file) if spec.flag.file else spec.work / "flags.json"
+    flag = flag_of(spec)
+    return flag, Path(flag.file) if flag.file else spec.work / "flags.json"
 
 
 def desired_stage(spec: Spec) -> Stage:
     """Return the stage that the flag's data file asks for, of everybody."""
-    flag, file = flag_of(spec)
+    flag, file = flag_and_file(spec)
     return flagfile.read_stage(file, flag.key)
 
 
@@ -64,15 +64,21 @@ def everybody(spec: Spec, known: Observations) -> Stage:
 
 def switch_flag(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants: Collection[str] | None = None) -> Fenced | None:
     """Turn the flag, and move authority where the stage asks for it; the flag goes back if that fails."""
-    flag, file = flag_of(spec)
     to = TABLE[after].writes
-    if TABLE[before].writes is to:
-        settle(spec)
-        _write(flag, file, after, tenants, alone=to is Origin.OLD)
-        return None
+    if TABLE[before].writes is not to:
+        return move_authority(spec, ledger, after, tenants)
+    settle(spec)
+    _write(spec, after, tenants, alone=to is Origin.OLD)
+    return None
+
+
+def move_authority(spec: Spec, ledger: Ledger, after: Stage, tenants: Collection[str] | None = None) -> Fenced:
+    """Turn the flag to a stage whose writes go to the other store, and fence the one that loses them."""
+    flag, file = flag_and_file(spec)
+    to = TABLE[after].writes
     former = flagfile.read_flag(file, flag.key)
     try:
-        _write(flag, file, after, tenants)
+        _write(spec, after, tenants)
         return fence(spec, to, tenants=tenants)
     except BaseException:
         known = observations(ledger.authorities())
@@ -82,13 +88,13 @@ def switch_flag(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants
         raise
 
 
-def _write(flag: Flag, file: Path, stage: Stage, tenants: Collection[str] | None, alone: bool = False) -> None:
+def _write(spec: Spec, stage: Stage, tenants: Collection[str] | None, alone: bool = False) -> None:
     """Turn the flag of tenants, or of everybody; of all tenants too then, unless it is turned `alone`."""
+    flag, file = flag_and_file(spec)
     if tenants is None:
         flagfile.write_stage(file, flag.key, stage, None if alone else flag.context)
     else:
-        assert flag.context is not None
-        flagfile.write_tenants(file, flag.key, flag.context, tenants, stage)
+        flagfile.write_tenants(file, flag.key, required(old_column(spec), spec), tenants, stage)
 
 
 def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | None, told: Mapping[str, Any]) -> dict[str, Any]:

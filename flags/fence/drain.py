@@ -25,7 +25,9 @@ from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.spool.table import spool_of
+from changeover.jobs.transform.tenancy import flag_of
 from changeover.position import format_lsn
+from changeover.session import one_row
 from changeover.spec import Spec
 from changeover.stores.base.statements import Move
 from changeover.stores.postgres import refusal
@@ -124,10 +126,10 @@ def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str 
 
 def _behind(spec: Spec, ledger: Ledger, position: int) -> str | None:
     """Return which table has not arrived yet; raises TableStopped for one that never will."""
-    assert spec.flag is not None
     for source, why in ledger.stopped().items():
         raise TableStopped(source, why)
-    late = [load for load in ledger.loads() if load.target == spec.flag.target and load.applied < position]
+    target = flag_of(spec).target
+    late = [load for load in ledger.loads() if load.target == target and load.applied < position]
     return f"replay to reach {format_lsn(position)} in {late[0].target}" if late else None
 
 
@@ -136,8 +138,7 @@ def unmirrored(ledger: Ledger, since: object, epochs: Collection[int]) -> str | 
 
     What they still have of other tenants, which go on, is of other epochs.
     """
-    row = ledger.connection.execute("SELECT now() - interval '10 seconds'").fetchone()
-    assert row is not None
+    row = one_row(ledger.connection.execute("SELECT now() - interval '10 seconds'"))
     for beat in ledger.heartbeats():
         if beat.at < row[0]:
             continue  # not alive: its queue died with it, and what it lost is in its last counters

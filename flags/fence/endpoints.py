@@ -15,13 +15,14 @@ from ldclient.migrations.types import Origin
 
 from changeover.jobs.ledger.epochs import shares
 from changeover.jobs.ledger.records import Authority
+from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source import ticks
 from changeover.jobs.source.catalog import source_table
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.transform import tenancy
 from changeover.names import joined
-from changeover.position import epoch_floor, parse_lsn
-from changeover.session import Connection, application_name, connect, server_name
+from changeover.position import epoch_floor
+from changeover.session import Connection, application_name, connect, server_name, wal_position
 from changeover.spec import TRIGGER, Spec, Table
 from changeover.stores.postgres import gate, refusal, tenantfloor
 from changeover.stores.postgres.refusal import Refusal, Refused
@@ -99,8 +100,7 @@ def _floors(changes: Sequence[Authority]) -> list[Refused]:
 @contextmanager
 def fenced_stores(spec: Spec) -> Iterator[tuple[FencedStore, FencedStore]]:
     """Open a session with either store: (old, new)."""
-    assert spec.flag is not None
-    old_dsn, new_dsn = spec.source.dsn.resolve(), spec.targets[spec.flag.target].dsn_value
+    old_dsn, new_dsn = spec.source.dsn.resolve(), reverse.new_dsn(spec)
     name = application_name(spec.name, "fence")
     with connect(old_dsn, name) as old, connect(new_dsn, name) as new:
         yield (
@@ -123,6 +123,4 @@ def position(spec: Spec, side: FencedStore) -> int:
     if spec.source.capture == TRIGGER and side.store is Origin.OLD:
         with ticks.log_session(side.dsn, application_name(spec.name, "fence")) as session:
             return ticks.cut(session, Log(spec.name))
-    row = side.connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    assert row is not None
-    return parse_lsn(row[0])
+    return wal_position(side.connection)

@@ -34,6 +34,7 @@ from changeover.jobs.ledger.records import Authority
 from changeover.jobs.preflight.division import indivisible
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
+from changeover.jobs.transform.tenancy import flag_of
 from changeover.position import epoch_floor, format_lsn
 from changeover.spec import Spec
 from changeover.stores.base.statements import Move
@@ -180,9 +181,8 @@ def _turn(handover: Handover) -> Iterator[ExitStack]:
     The very next batch then begins with all that was written before the fence. A batch under way would make writers wait for it
     and then for the next one.
     """
-    assert handover.spec.flag is not None
     with ExitStack() as switch:
-        target = handover.spec.flag.target if handover.to is Origin.NEW else reverse.OLD_STORE
+        target = flag_of(handover.spec).target if handover.to is Origin.NEW else reverse.OLD_STORE
         switch.enter_context(handover.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
         yield switch
 
@@ -227,9 +227,8 @@ def _allow(handover: Handover) -> None:
 @contextmanager
 def _others_rest(spec: Spec, ledger: Ledger) -> Iterator[None]:
     """Keep the batches of the other targets out of the pause: they would take the machine from the one that writers wait for."""
-    assert spec.flag is not None
     with ExitStack() as held:
-        for target in sorted(set(spec.targets) - {spec.flag.target}):
+        for target in sorted(set(spec.targets) - {flag_of(spec).target}):
             held.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
         yield
 
@@ -254,10 +253,9 @@ def _offer_again(handover: Handover) -> None:
 
     While the others stayed it went on past there. What it took already it refuses a second time.
     """
-    assert handover.spec.flag is not None
     begun = max((number for number, one in enumerate(handover.before) if one.anew), default=0)
     left = [one.from_lsn for one in handover.before[begun:] if one.store == Origin.NEW.value]
     handover.ledger.connection.execute(
         "UPDATE changeover.load SET applied = least(applied, %s) WHERE migration = %s AND target <> %s",
-        [format_lsn(min(left)), handover.spec.name, handover.spec.flag.target],
+        [format_lsn(min(left)), handover.spec.name, flag_of(handover.spec).target],
     )

@@ -24,7 +24,7 @@ from changeover.errors import StepOrder
 from changeover.jobs.source.triggerlog import Log
 from changeover.names import qualified
 from changeover.position import ZERO_LSN, Version, format_lsn, parse_lsn
-from changeover.session import Connection, connect, escaped, server_name
+from changeover.session import Connection, connect, escaped, one_row, server_name
 from changeover.settings import Kind
 from changeover.stores.postgres.gate import GatedTable
 
@@ -188,13 +188,12 @@ def position(cursor: Cursor, log: Log | None = None) -> int:
     comes to stand; without a tick, as after `abort`, it is below everything.
     """
     with cursor.connection.cursor(row_factory=psycopg.rows.tuple_row) as plain:
-        row = plain.execute(POSITION).fetchone()
+        (position, *_) = one_row(plain.execute(POSITION))
         if log is not None:
-            row = plain.execute("SELECT pg_catalog.to_regclass(%s)", [log.ticks.as_string(plain)]).fetchone()
-            if row is not None and row[0] is not None:
-                row = plain.execute(sql.SQL('SELECT pg_catalog.max("end")::text FROM {}').format(log.ticks)).fetchone()
-    assert row is not None
-    return parse_lsn(row[0]) if row[0] is not None else ZERO_LSN
+            (position,) = one_row(plain.execute("SELECT pg_catalog.to_regclass(%s)", [log.ticks.as_string(plain)]))
+            if position is not None:
+                (position,) = one_row(plain.execute(sql.SQL('SELECT pg_catalog.max("end")::text FROM {}').format(log.ticks)))
+    return parse_lsn(position) if position is not None else ZERO_LSN
 
 
 @dataclass(frozen=True)

@@ -117,9 +117,7 @@ class OldJournal:
 
     def tenant(self, load: Progress) -> str:
         """Return the old table's column."""
-        column = tenancy.old_column(self.spec)
-        assert column is not None
-        return column
+        return tenancy.required(tenancy.old_column(self.spec), self.spec)
 
     def require_truncatable(self, load: Progress) -> None:
         """Every row of a target is the old table's."""
@@ -156,9 +154,7 @@ class NewJournal:
 
     def tenant(self, load: Progress) -> str:
         """Return the new table's column."""
-        column = tenancy.new_column(self.spec, self.spec.table(load.source))
-        assert column is not None
-        return column
+        return tenancy.required(tenancy.new_column(self.spec, self.spec.table(load.source)), self.spec)
 
     def require_truncatable(self, load: Progress) -> None:
         """The old table may have rows that `where` leaves out, which a TRUNCATE of the new one does not mean."""
@@ -210,8 +206,7 @@ class Back:
 
     def transform(self, source: str, target: str) -> Transform:
         """Return what a row of the new table goes through on its way into a target; raises SpecError or UnsafePlan."""
-        path = reverse.recorded(self.ledger)
-        assert path is not None
+        path = reverse.require_recorded(self.ledger)
         if self._planned is None or self._planned[0] != path:
             self._planned = path, {}
         planned = self._planned[1]
@@ -220,9 +215,8 @@ class Back:
         return self._planned[1][source, target]
 
     def _plan(self, path: reverse.Path, source: str, target: str) -> Transform:
-        assert self.spec.flag is not None
         table = self.spec.table(source)
-        new, forward = reverse.columns_of(path, table), self.forward[source, self.spec.flag.target]
+        new, forward = reverse.columns_of(path, table), self.forward[source, tenancy.flag_of(self.spec).target]
         key = [c.name for c in path.tables[table.target_relation] if c.key]
         if target == reverse.OLD_STORE:
             old = forward.source, [c.name for c in forward.identity]

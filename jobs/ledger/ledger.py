@@ -25,7 +25,7 @@ from changeover.jobs.ledger.chunks import first_token
 from changeover.jobs.ledger.lease import hold
 from changeover.jobs.ledger.records import FORMAT, SCHEMA, Authority, ChunkRow, Heartbeat, Load, SourceColumn, Stream, VerdictRow
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect
+from changeover.session import Connection, application_name, connect, one_row
 from changeover.spec import Spec
 
 LOOKS = frozenset({"status", "history", "explain"})
@@ -68,8 +68,7 @@ class Ledger:
 
     def now(self) -> datetime:
         """Return the ledger's own time, by which heartbeats and verdicts are dated."""
-        row = self.connection.execute("SELECT clock_timestamp()").fetchone()
-        assert row is not None
+        row = one_row(self.connection.execute("SELECT clock_timestamp()"))
         found: datetime = row[0]
         return found
 
@@ -88,12 +87,13 @@ class Ledger:
         """Return the prepared stream; raises StepOrder when prepare did not run, or began anew and did not come to its end."""
         if not self.exists():
             raise StepOrder(step, "prepare")
-        row = self.connection.execute(
-            "SELECT begun, l0::text, system_id, timeline, slot, publication, snapshot, visible, epoch FROM changeover.migration"
-            " WHERE name = %s",
-            [self.migration],
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            self.connection.execute(
+                "SELECT begun, l0::text, system_id, timeline, slot, publication, snapshot, visible, epoch FROM changeover.migration"
+                " WHERE name = %s",
+                [self.migration],
+            )
+        )
         if row[0] is not None and step not in LOOKS:
             raise StepOrder(step, "prepare")
         return Stream(parse_lsn(row[1]), *row[2:])
@@ -240,14 +240,15 @@ class Ledger:
 
     def claim(self, source: str, target: str) -> int:
         """Fence off every earlier attempt at the open chunks of a load (`chunks.claimed`); return this attempt's token."""
-        row = self.connection.execute(
-            "WITH next AS (SELECT coalesce(max(token), 0) + 1 AS token FROM changeover.chunk"
-            " WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s), claimed AS (UPDATE changeover.chunk"
-            " SET token = next.token FROM next WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s"
-            " AND loaded IS NULL) SELECT token FROM next",
-            {"m": self.migration, "s": source, "t": target},
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            self.connection.execute(
+                "WITH next AS (SELECT coalesce(max(token), 0) + 1 AS token FROM changeover.chunk"
+                " WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s), claimed AS (UPDATE changeover.chunk"
+                " SET token = next.token FROM next WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s"
+                " AND loaded IS NULL) SELECT token FROM next",
+                {"m": self.migration, "s": source, "t": target},
+            )
+        )
         return int(row[0])
 
     # -- authority, heartbeats, verdicts, audit
@@ -287,12 +288,13 @@ class Ledger:
 
     def record_verdict(self, source: str, target: str, verdict: str, stage: str | None, detail: Mapping[str, Any]) -> int:
         """Record a verdict; return its run number."""
-        row = self.connection.execute(
-            "INSERT INTO changeover.verdict (migration, source, target, verdict, stage, detail)"
-            " VALUES (%s, %s, %s, %s, %s, %s) RETURNING run",
-            [self.migration, source, target, verdict, stage, json.dumps(detail, default=str)],
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            self.connection.execute(
+                "INSERT INTO changeover.verdict (migration, source, target, verdict, stage, detail)"
+                " VALUES (%s, %s, %s, %s, %s, %s) RETURNING run",
+                [self.migration, source, target, verdict, stage, json.dumps(detail, default=str)],
+            )
+        )
         return int(row[0])
 
     def verdicts(self) -> list[VerdictRow]:

@@ -15,7 +15,7 @@ from changeover.jobs.preflight.rules import CAPTURE_RULES, TABLE_RULES
 from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.transform import inverse
 from changeover.names import qualified
-from changeover.session import Connection, application_name, connect
+from changeover.session import Connection, application_name, connect, one_row
 from changeover.spec import SLOT, Spec, Table
 from changeover.stores.postgres import replica
 from changeover.stores.postgres.batches import WIDEST
@@ -52,8 +52,7 @@ def _quoted(connection: Connection, table: SourceTable) -> str:
 
 
 def _unfit(new: Connection, found: SourceTable) -> list[str]:
-    row = new.execute("SELECT %s::regclass::oid", [_quoted(new, found)]).fetchone()
-    assert row is not None
+    row = one_row(new.execute("SELECT %s::regclass::oid", [_quoted(new, found)]))
     lacks = grants.of_owners(new, row)
     asked = {"oid": row[0], "name": found.source, "identity": ", ".join(sorted(found.identity)), "keys": list(found.identity)}
     rows = new.execute(TABLE_RULES, asked).fetchall()

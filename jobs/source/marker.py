@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from changeover.jobs.source import triggerlog
 from changeover.jobs.spool.events import MARKER_PREFIX
-from changeover.position import parse_lsn
-from changeover.session import Connection
+from changeover.session import Connection, wal_position
 
 
 def emit_marker(connection: Connection, note: str) -> None:
@@ -23,7 +22,6 @@ def emit_marker(connection: Connection, note: str) -> None:
 
 def mark(connection: Connection, note: str) -> int:
     """Return where a store's log is now, having written a marker behind it."""
-    row = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    assert row is not None
+    position = wal_position(connection)
     emit_marker(connection, note)
-    return parse_lsn(row[0])
+    return position

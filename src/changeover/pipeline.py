@@ -91,7 +91,7 @@ def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False, rehearse: bo
         raise UnsafePlan(tuple(reasons))
     made = restarting.restart(spec, spark) if again else preparing.prepare(spec, spark)
     if spec.flag is not None:
-        flag, file = cutover.flag_of(spec)
+        flag, file = cutover.flag_and_file(spec)
         if not file.exists():
             with working(file.parent):
                 folders.made(file.parent, spec.mode)

@@ -19,6 +19,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from changeover import settings as pins
 from changeover.errors import ChangeoverError, DatabaseFailed, LockNotGranted, RowsHidden, ServerUnavailable, TextRefused
+from changeover.position import parse_lsn
 from changeover.settings import Kind
 
 Row = tuple[Any, ...]
@@ -203,3 +204,38 @@ def encoding_of(connection: Connection) -> str:
 def has_no_encoding(connection: Connection) -> bool:
     """Return whether a server takes any bytes as text."""
     return encoding_of(connection) == NO_ENCODING
+
+
+def one_row(cursor: psycopg.Cursor[Row]) -> Row:
+    """Return the row of a statement that always has one (driver, task or application).
+
+    Args:
+        cursor: What `execute` returned.
+
+    Returns:
+        The next row, as a tuple of the statement's columns.
+
+    Raises:
+        DatabaseFailed: The statement returned no row.
+    """
+    row = cursor.fetchone()
+    if row is None:
+        raise DatabaseFailed(
+            server_name(cursor.connection.info.dsn), "answering a query that has one row", f"there is none ({cursor.statusmessage})"
+        )
+    return row
+
+
+def wal_position(connection: Connection) -> int:
+    """Return where a server's log is now.
+
+    Args:
+        connection: An open session with the server; it must not be a standby.
+
+    Returns:
+        The insert LSN in bytes. What is visible now lies below it; what commits later lies at it or above.
+
+    Raises:
+        DatabaseFailed: The server gave no position.
+    """
+    return parse_lsn(one_row(connection.execute("SELECT pg_current_wal_insert_lsn()::text"))[0])

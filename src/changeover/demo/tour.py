@@ -32,8 +32,8 @@ from changeover.jobs.ledger.progress import progress
 from changeover.jobs.load import copier
 from changeover.jobs.preflight.division import examined
 from changeover.jobs.source.marker import emit_marker
-from changeover.position import format_lsn, parse_lsn
-from changeover.session import connect
+from changeover.position import format_lsn
+from changeover.session import connect, wal_position
 from changeover.spec import Spec
 from changeover.verifiers.compare.verdict import Difference, Verdict
 from changeover.verifiers.verification import verify
@@ -221,9 +221,9 @@ def complete(tour: Tour) -> str:
 def finalize(tour: Tour) -> str:
     """Remove what is ours, end the application last, and list what is left in the old store."""
     tour.replay.stop()
-    assert tour.capture is not None
-    tour.capture.end()
-    tour.capture = None
+    if tour.capture is not None:
+        tour.capture.end()
+        tour.capture = None
     removed = finalizing.finalize(tour.spec)
     writes = tour.application.status()["writes"]
     tour.application.wait_for("writes after finalize", lambda seen: seen["writes"] > writes)
@@ -324,14 +324,10 @@ def _advance(tour: Tour, stage: Stage) -> str:
 def _pass_marker(tour: Tour, targets: list[str]) -> int:
     """Write a marker into the source's log and wait until replay has passed it; return the bytes that it is behind then."""
     with connect(tour.place.dsns["old"], "demo:marker") as old, Ledger.open(tour.spec, "demo") as ledger:
-        row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        wanted = parse_lsn(row[0])
+        marked = wal_position(old)
         emit_marker(old, "demo")
-        tour.wait(lambda: _behind(ledger, targets, wanted))
-        row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        return max(0, parse_lsn(row[0]) - _applied(ledger, targets))
+        tour.wait(lambda: _behind(ledger, targets, marked))
+        return max(0, wal_position(old) - _applied(ledger, targets))
 
 
 def _applied(ledger: Ledger, targets: list[str]) -> int:

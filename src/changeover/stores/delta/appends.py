@@ -28,7 +28,7 @@ from changeover.names import RESERVED, folded
 from changeover.position import Version
 from changeover.spark.failures import failure_of
 from changeover.stores.base.interface import Counts, Mark
-from changeover.stores.base.taskresult import outcome
+from changeover.stores.base.taskresult import outcome, partition
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,13 +80,9 @@ class AppendTask:
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Write, commit, mark."""
-        from pyspark import TaskContext
-
-        context = TaskContext.get()
-        assert context is not None
         try:
             with working(self.path):
-                yield outcome(self.append(self.chunks[context.partitionId()], batches))
+                yield outcome(self.append(self.chunks[partition()], batches))
         except ChangeoverError as error:
             yield outcome(None, failure_of(error))
 

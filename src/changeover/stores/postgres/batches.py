@@ -15,6 +15,7 @@ from psycopg import sql
 
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.position import Version
+from changeover.session import one_row
 from changeover.stores.base import interface
 from changeover.stores.base.interface import LEFT, OWNER, VERSION_COLUMNS, Counts
 from changeover.stores.base.statements import CATCH_UP, GATE, LOAD, Part
@@ -79,8 +80,7 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     With `reached` the batch has every change up to that version that was not offered before, and the position is the gate
     (`statements.CATCH_UP`), unless another session holds the table's lock: then each key's version is, as always.
     """
-    found = cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)).fetchone()
-    assert found is not None
+    found = one_row(cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)))
     if table.loose:
         _collapse(cursor, table)
     cursor.execute(MARK, [OURS, "changes"])
@@ -190,13 +190,14 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
 
 def _refuse_changed(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     """Take images of touched keys out of the batch; count them and those that a tombstone refused."""
-    gone = cursor.execute(
-        sql.SQL(
-            "WITH gone AS (DELETE FROM {batch} AS b USING {row_versions} AS t WHERE {same} RETURNING t._changeover_deleted)"
-            " SELECT count(*), count(*) FILTER (WHERE _changeover_deleted) FROM gone"
-        ).format(batch=BATCH, row_versions=table.row_versions, same=table.same_key("t", "b"))
-    ).fetchone()
-    assert gone is not None
+    gone = one_row(
+        cursor.execute(
+            sql.SQL(
+                "WITH gone AS (DELETE FROM {batch} AS b USING {row_versions} AS t WHERE {same} RETURNING t._changeover_deleted)"
+                " SELECT count(*), count(*) FILTER (WHERE _changeover_deleted) FROM gone"
+            ).format(batch=BATCH, row_versions=table.row_versions, same=table.same_key("t", "b"))
+        )
+    )
     return Counts(int(gone[0]), 0, int(gone[1]))
 
 

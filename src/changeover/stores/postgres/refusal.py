@@ -17,7 +17,7 @@ from typing import LiteralString
 import psycopg
 from psycopg import sql
 
-from changeover.session import Connection
+from changeover.session import Connection, one_row
 from changeover.stores.postgres.gate import FENCED, body_of, ours
 from changeover.tenants import EVERY, Tenants
 
@@ -102,8 +102,7 @@ def _partitions(connection: Connection, table: sql.Identifier) -> list[sql.Ident
 
 def _server_time(connection: Connection, seconds: float) -> str:
     """Return a moment of the server's own clock, which is the one that the refusal goes by."""
-    row = connection.execute("SELECT (clock_timestamp() + make_interval(secs => %s))::text", [seconds]).fetchone()
-    assert row is not None
+    row = one_row(connection.execute("SELECT (clock_timestamp() + make_interval(secs => %s))::text", [seconds]))
     return str(row[0])
 
 
