@@ -132,11 +132,11 @@ def _aim(flag: dict[str, Any], kind: str, tenants: frozenset[str] | None, variat
     for target in ours:
         target["values"] = [one for one in target.get("values", []) if tenants is not None and one not in tenants]
     if variation is not None:
-        found = next((target for target in ours if target.get("variation") == variation), None)
-        if found is None:
-            found = {**({} if plain else {"contextKind": kind}), "values": [], "variation": variation}
-            every.append(found)
-        found["values"] += sorted(tenants or ())
+        own = next((target for target in ours if target.get("variation") == variation), None)
+        if own is None:
+            own = {**({} if plain else {"contextKind": kind}), "values": [], "variation": variation}
+            every.append(own)
+        own["values"] += sorted(tenants or ())
     every[:] = [target for target in every if target["values"] or not any(target is one for one in ours)]
     contexts: list[dict[str, Any]] = flag.setdefault("contextTargets", [])
     known = {one.get("variation") for one in contexts if one.get("contextKind") == Context.DEFAULT_KIND}

@@ -38,15 +38,15 @@ class Switch:
 
 def switches(ledger: Ledger) -> list[Switch]:
     """Return the turns on record, newest first."""
-    found = [(at, detail) for at, _, outcome, detail in ledger.audits(STEP) if outcome in SWITCHED and "from" in detail]
+    entries = [(at, detail) for at, _, outcome, detail in ledger.audits(STEP) if outcome in SWITCHED and "from" in detail]
     return [Switch(at, Stage(d["from"]), Stage(d["to"]), parse_lsn(d["mirror_lsn"]) if d.get("mirror_lsn") else None)
-            for at, d in found]  # fmt: skip
+            for at, d in entries]  # fmt: skip
 
 
 def record(ledger: Ledger, outcome: str, before: Stage, after: Stage, mirror_lsn: int | None, more: Mapping[str, Any]) -> None:
     """Put a turn on record."""
-    told = {"from": before.value, "to": after.value, **more}
-    ledger.audit(STEP, outcome, told if mirror_lsn is None else {**told, "mirror_lsn": format_lsn(mirror_lsn)})
+    entry = {"from": before.value, "to": after.value, **more}
+    ledger.audit(STEP, outcome, entry if mirror_lsn is None else {**entry, "mirror_lsn": format_lsn(mirror_lsn)})
 
 
 def record_tenants(ledger: Ledger, outcome: str, before: Stage, after: Stage, more: Mapping[str, Any]) -> None:
@@ -54,14 +54,14 @@ def record_tenants(ledger: Ledger, outcome: str, before: Stage, after: Stage, mo
     ledger.audit(TENANTS, outcome, {"from": before.value, "to": after.value, **more})
 
 
-def mirrored_since(found: Sequence[Switch], prepared: datetime | None = None, l0: int = 0) -> int | None:
-    """Return where the mirror began that runs now, None where that is not on record; `found` is newest first (pure).
+def mirrored_since(switches: Sequence[Switch], prepared: datetime | None = None, l0: int = 0) -> int | None:
+    """Return where the mirror began that runs now, None where that is not on record; `switches` is newest first (pure).
 
     A mirror that ran already when the tables were prepared, as it may when they are begun anew, runs since `l0` of their
     stream.
     """
     began = None
-    for switch in found:
+    for switch in switches:
         if not TABLE[switch.after].mirrors:
             break
         began = switch
@@ -70,6 +70,6 @@ def mirrored_since(found: Sequence[Switch], prepared: datetime | None = None, l0
     return began.mirror_lsn if began is not None else None
 
 
-def completed(found: Sequence[Switch]) -> bool:
+def completed(switches: Sequence[Switch]) -> bool:
     """Return whether the last stage was ever reached: the old store lacks writes since, wherever the flag points now (pure)."""
-    return any(switch.after is Stage.COMPLETE for switch in found)
+    return any(switch.after is Stage.COMPLETE for switch in switches)

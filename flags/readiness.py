@@ -75,23 +75,24 @@ class Evidence:
     @property
     def digest(self) -> str:
         """Return a hash of the evidence, for the audit log."""
-        told = [self.before.value, self.after.value, [(v.run, v.verdict) for v in self.verdicts],
+        digested = [self.before.value, self.after.value, [(v.run, v.verdict) for v in self.verdicts],
                 [(b.process, b.stage, dict(b.counters)) for b in self.heartbeats]]  # fmt: skip
-        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(digested, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys: Stage | None = None) -> Evidence:
     """Read the evidence for a step between two stages, of everybody or of some tenants (driver; starts no JVM)."""
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "readiness")) as old:
-        here, slot, _ = slot_state(old, spec.name, spec.slot)
+        source_position, slot, _ = slot_state(old, spec.name, spec.slot)
         log_read = spec.source.capture == TRIGGER and capturing(old, spec.name)
         altered = assumptions.altered(Asked(spec, old, ledger))
-    found = switches(ledger)
+    past = switches(ledger)
     prepared = (ledger.milestones()[0], ledger.stream("readiness").l0) if ledger.exists() else ()
     return Evidence(
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
-        heartbeats=ledger.heartbeats(), observations=observations(ledger.authorities()), stage_since=found[0].at if found else None,
-        mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(here), capture_active=slot == "active" or log_read,
+        heartbeats=ledger.heartbeats(), observations=observations(ledger.authorities()), stage_since=past[0].at if past else None,
+        mirrored_since=mirrored_since(past, *prepared), source_lsn=parse_lsn(source_position),
+        capture_active=slot == "active" or log_read,
         sources=tuple(t.source for t in spec.tables), target=flag_of(spec).target, reverse_path=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
         rights=rights(spec) if takes_over(before, after) else Rights(),
@@ -198,8 +199,8 @@ def _comparisons_clean(e: Evidence) -> list[str]:
         return []
     since = [beat for beat in e.heartbeats if e.stage_since is None or beat.at >= e.stage_since]
     counts = [beat.counters.get("comparisons", {}).get("at_stage", {}) for beat in since]
-    here = [count for count in counts if count.get("stage") == e.acting.value]
-    compared, mismatched = (sum(int(c.get(name, 0)) for c in here) for name in ("compared", "mismatched"))
+    at_stage = [count for count in counts if count.get("stage") == e.acting.value]
+    compared, mismatched = (sum(int(c.get(name, 0)) for c in at_stage) for name in ("compared", "mismatched"))
     reasons = [] if compared >= COMPARISONS else [
         f"only {compared} reads were compared at {e.acting.value}: {COMPARISONS} are asked for"
     ]  # fmt: skip

@@ -30,7 +30,7 @@ class Rights:
     """What stands against the application in the store that takes over, and what was done to find out."""
 
     reasons: list[str] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,44 +47,46 @@ class Stores:
 def rights(spec: Spec) -> Rights:
     """Return what stands against the application's roles before the new store takes over (driver)."""
     if not spec.roles:
-        return Rights(told=[UNNAMED])
-    found, name = Rights(), application_name(spec.name, "readiness")
+        return Rights(notes=[UNNAMED])
+    answer, name = Rights(), application_name(spec.name, "readiness")
     with ExitStack() as stack:
         old = stack.enter_context(connect(spec.source.dsn.resolve(), name))
         new = stack.enter_context(connect(reverse.new_dsn(spec), name))
         stores = Stores(spec, old, new, privileges.present(old, spec.roles), privileges.present(new, spec.roles))
         if not stores.in_new:
-            found.reasons.append(f"the new store has none of the application's roles ({', '.join(spec.roles)}): create them")
+            answer.reasons.append(f"the new store has none of the application's roles ({', '.join(spec.roles)}): create them")
         for role in stores.in_new:
-            found.reasons.extend(f"new store: {lack}" for lack in privileges.lacking(new, privileges.of_ledger(role)))
+            answer.reasons.extend(f"new store: {lack}" for lack in privileges.lacking(new, privileges.of_ledger(role)))
         for table in spec.tables:
-            if (seen := source_table(old, table)) is not None:
+            if (source := source_table(old, table)) is not None:
                 for role in stores.in_new:
-                    _ask(stores, table, seen, role, found)
-    return found
+                    _ask(stores, table, source, role, answer)
+    return answer
 
 
-def _ask(stores: Stores, table: Table, seen: SourceTable, role: str, found: Rights) -> None:
+def _ask(stores: Stores, table: Table, source: SourceTable, role: str, answer: Rights) -> None:
     """Ask for every privilege of a role on one table, and have it write a row where that can be."""
-    carried = {name: one.origin for name, one in derivations(table, seen.store_columns).items() if one.origin is not None}
+    carried = {name: one.origin for name, one in derivations(table, source.store_columns).items() if one.origin is not None}
     known = role in stores.in_old
     used = privileges.uses(stores.old, role, *table.source_name) if known else privileges.FULL
     lacks = [f"new store: {lack}" for lack in _new(stores.new, table, role, used, carried)]
-    lacks += [f"old store: {lack}" for lack in (_old(stores.old, table, seen, role, used) if known else ())]
-    found.reasons.extend(lacks)
+    lacks += [f"old store: {lack}" for lack in (_old(stores.old, table, source, role, used) if known else ())]
+    answer.reasons.extend(lacks)
     own_old, own_new = (defaults.of_table(*one) for one in ((stores.old, *table.source_name), (stores.new, *table.target_name)))
     if not set(privileges.USES[:4]) <= used.whole:
-        found.told.append(f"{role} in the new store: asked, and not tried: it does not do everything to {seen.source}")
+        answer.notes.append(f"{role} in the new store: asked, and not tried: it does not do everything to {source.source}")
         return
     fills = {name for name, origin in carried.items() if own_old[origin].filled}
     left_out = fills | {name for name, own in own_new.items() if own.filled and name not in carried}
-    done = trial(stores.new, role, Tried(*table.target_name, own_new, table.key, left_out))
-    if done.failure is not None:
-        found.reasons.append(
-            f"new store: the role {role} can't write to {table.target} as it does to {seen.source}: {done.failure}"
+    trial_run = trial(stores.new, role, Tried(*table.target_name, own_new, table.key, left_out))
+    if trial_run.failure is not None:
+        answer.reasons.append(
+            f"new store: the role {role} can't write to {table.target} as it does to {source.source}: {trial_run.failure}"
         )
-    how = "tried: a row inserted, updated, deleted and rolled back" if done.untried is None else f"asked, not tried: {done.untried}"
-    found.told.append(f"{role} on {table.target} in the new store: {how}")
+    how = f"asked, not tried: {trial_run.untried}"
+    if trial_run.untried is None:
+        how = "tried: a row inserted, updated, deleted and rolled back"
+    answer.notes.append(f"{role} on {table.target} in the new store: {how}")
 
 
 def _new(new: Connection, table: Table, role: str, used: privileges.Uses, carried: dict[str, str]) -> Iterator[Lack]:
@@ -94,9 +96,9 @@ def _new(new: Connection, table: Table, role: str, used: privileges.Uses, carrie
         yield from privileges.lacking(new, privileges.of_gate(role, gated))
 
 
-def _old(old: Connection, table: Table, seen: SourceTable, role: str, used: privileges.Uses) -> Iterator[Lack]:
+def _old(old: Connection, table: Table, source: SourceTable, role: str, used: privileges.Uses) -> Iterator[Lack]:
     """The old store's gate is not there before the first fence, which lets the roles pass it."""
-    gated = gate.GatedTable(*table.source_name, seen.identity, ())
+    gated = gate.GatedTable(*table.source_name, source.identity, ())
     yield from privileges.lacking(old, privileges.of_mirror(role, *table.source_name, used))
     if used.writes and gate.installed(old, gated):
         yield from privileges.lacking(old, privileges.of_gate(role, gated))

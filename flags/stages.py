@@ -75,8 +75,8 @@ ORDER: tuple[Stage, ...] = tuple(TABLE)
 
 def next_stage(stage: Stage) -> Stage | None:
     """Return the stage above, None after complete."""
-    place = ORDER.index(stage) + 1
-    return ORDER[place] if place < len(ORDER) else None
+    position = ORDER.index(stage) + 1
+    return ORDER[position] if position < len(ORDER) else None
 
 
 def previous_stage(stage: Stage) -> Stage | None:

@@ -143,7 +143,7 @@ class _Holding:
         return every, [one for one in reverse.targets_of(self.spec) if one in every] if split.at_new else []
 
     def _watches(self) -> dict[str, Callable[[], bool]]:
-        return {name: file_watch(self.old, seen.read) for name, seen in self.tables.items()}
+        return {name: file_watch(self.old, table.read) for name, table in self.tables.items()}
 
     def _position(self) -> tuple[int, Connection, ExportedSnapshot]:
         """Return a position, the session that holds its snapshot, and that: it shows exactly what the change stream has below."""
@@ -195,10 +195,10 @@ class _Holding:
     ) -> dict[str, Frozen]:
         """Hold all source tables in one snapshot, which is that of a position."""
         frozen = {}
-        for name, seen in self.tables.items():
+        for name, table in self.tables.items():
             with self.unchecked.at(_of(name, self.chosen)):
                 frozen[name] = frozen_at(
-                    self.spark, self._dsn, self._application, seen.read, exported, format_lsn(lsn), holder, PARTS, watches[name]
+                    self.spark, self._dsn, self._application, table.read, exported, format_lsn(lsn), holder, PARTS, watches[name]
                 )
         return frozen
 
@@ -231,10 +231,10 @@ def _tables(old: Connection, spec: Spec, chosen: Chosen, unchecked: Unchecked) -
     tables = {}
     for source in sorted({source for source, _ in unchecked.left(chosen)}):
         with unchecked.at(_of(source, chosen)):
-            seen = source_table(old, spec.table(source))
-            if seen is None:
+            table = source_table(old, spec.table(source))
+            if table is None:
                 raise CouldNotCheck(source, "there is no such table in the old store any more")
-            tables[source] = seen
+            tables[source] = table
     return tables
 
 

@@ -215,13 +215,13 @@ def _run(spec: Spec, old: str, new: str, race: Race, tombstones: bool) -> list[s
     with _scratch(spec, old, new, tombstones) as scratch, speaking_to(new, f"proving {race.name}"):
         race.steps(scratch)
         scratch.close()
-        wanted, found = dict(rows_of(scratch.old, scratch.table)), dict(rows_of(scratch.new, scratch.gated.table))
+        source, target = dict(rows_of(scratch.old, scratch.table)), dict(rows_of(scratch.new, scratch.gated.table))
     return [
         f"{kind} {key}"
         for kind, keys in (
-            ("extra", found.keys() - wanted.keys()),
-            ("missing", wanted.keys() - found.keys()),
-            ("stale", {key for key in wanted.keys() & found.keys() if wanted[key] != found[key]}),
+            ("extra", target.keys() - source.keys()),
+            ("missing", source.keys() - target.keys()),
+            ("stale", {key for key in source.keys() & target.keys() if source[key] != target[key]}),
         )
         for key in sorted(keys)
     ]
@@ -233,18 +233,18 @@ def _scratch(spec: Spec, old: str, new: str, tombstones: bool) -> Iterator[Scrat
     name = f"changeover_prove_{secrets.token_hex(4)}"
     application = application_name(spec.name, "prove")
     with ExitStack() as held:
-        here, there = _side(held, old, application, f"{name}_old"), _side(held, new, application, f"{name}_new")
+        old_session, new_session = _side(held, old, application, f"{name}_old"), _side(held, new, application, f"{name}_new")
         table = sql.Identifier(f"{name}_old", TABLE)
-        here.execute(sql.SQL(SEED).format(rows=table))
-        start = wal_position(here)
-        present = one_row(there.execute("SELECT to_regnamespace('changeover') IS NOT NULL"))
+        old_session.execute(sql.SQL(SEED).format(rows=table))
+        start = wal_position(old_session)
+        present = one_row(new_session.execute("SELECT to_regnamespace('changeover') IS NOT NULL"))
         gated = gate.GatedTable(f"{name}_new", TABLE, ("id",), ("id", "note"))
         with speaking_to(new, "installing the gate of the scratch table"):
             if not present[0]:
-                held.callback(there.execute, "DROP SCHEMA changeover")
-            held.callback(gate.remove, there, f"{name}_new", TABLE)
-            gate.install(there, gated, image_version(start))
-        yield Scratch(here, there, new, table, gated, tombstones)
+                held.callback(new_session.execute, "DROP SCHEMA changeover")
+            held.callback(gate.remove, new_session, f"{name}_new", TABLE)
+            gate.install(new_session, gated, image_version(start))
+        yield Scratch(old_session, new_session, new, table, gated, tombstones)
 
 
 def _side(held: ExitStack, dsn: str, application: str, schema: str) -> Connection:

@@ -98,22 +98,22 @@ class Census:
         if counts:
             self._count()
         file = self.file.stat()
-        seen = (file.st_mtime_ns, file.st_ino, known.epoch, self._counts)
-        if seen != self._seen:
-            self._astray, self._seen = self._evaluated(known), seen
+        inputs = (file.st_mtime_ns, file.st_ino, known.epoch, self._counts)
+        if inputs != self._seen:
+            self._astray, self._seen = self._evaluated(known), inputs
         if counts:
             ended = time.monotonic()
             self._due = ended + SHARE * (ended - started)
         return self._astray
 
     def _count(self) -> None:
-        found: set[str] = set()
+        tenants: set[str] = set()
         with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "census")) as old:
             for table in self.spec.tables:
-                found.update(present(old, *table.source_name, self.flag.context or "", MOST + 1))
-        if len(found) > MOST:
+                tenants.update(present(old, *table.source_name, self.flag.context or "", MOST + 1))
+        if len(tenants) > MOST:
             log.warning("there are more than %s tenants: those beyond are moved by all rows' flag, or by name, alone", f"{MOST:,}")
-        names = frozenset(sorted(found)[:MOST])
+        names = frozenset(sorted(tenants)[:MOST])
         if names != self._names:
             self._names, self._counts = names, self._counts + 1
 
@@ -133,10 +133,10 @@ def present(connection: Connection, schema: str, name: str, column: str, most: i
     table = sql.Identifier(schema, name)
     row = connection.execute(LEADS_AN_INDEX, [table.as_string(connection), column]).fetchone()
     statement = LOOSE if row is not None and row[0] else WHOLE
-    found = connection.execute(
+    rows = connection.execute(
         sql.SQL(statement).format(column=sql.Identifier(column), table=table, most=sql.Literal(most))
     ).fetchall()  # fmt: skip
-    return [value for (value,) in found if value]
+    return [value for (value,) in rows if value]
 
 
 def spelled(spec: Spec, names: Collection[str]) -> list[str]:
@@ -144,8 +144,8 @@ def spelled(spec: Spec, names: Collection[str]) -> list[str]:
     column = old_column(spec) or ""
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "flags")) as old:
         kind = _type(old, spec, column)
-    found = dict.fromkeys(str(_typed(kind, column, name)) for name in names)
-    return list(found)
+    spellings = dict.fromkeys(str(_typed(kind, column, name)) for name in names)
+    return list(spellings)
 
 
 def unknown(spec: Spec, names: Collection[str]) -> tuple[str, ...]:
@@ -160,18 +160,18 @@ def unknown(spec: Spec, names: Collection[str]) -> tuple[str, ...]:
         values = [_typed(kind, column, name) for name in names]
         try:
             for table in spec.tables:
-                for side, place, holder in ((old, table.source_name, column), (new, table.target_name, new_column(spec, table))):
+                for side, relation, holder in ((old, table.source_name, column), (new, table.target_name, new_column(spec, table))):
                     if left and holder is not None:
-                        left -= _present(side, place, holder, kind, values)
+                        left -= _present(side, relation, holder, kind, values)
         except psycopg.errors.QueryCanceled:
             log.info("whether the tenants have rows takes more than %s s to tell", LOOK_SECONDS)
             return ()
     return tuple(sorted(left))
 
 
-def _present(connection: Connection, place: tuple[str, str], column: str, kind: str, values: list[Any]) -> set[str]:
+def _present(connection: Connection, relation: tuple[str, str], column: str, kind: str, values: list[Any]) -> set[str]:
     typed = sql.SQL(kind)  # a name that format_type printed
-    names = {"table": escaped(sql.Identifier(*place)), "column": escaped(sql.Identifier(column))}
+    names = {"table": escaped(sql.Identifier(*relation)), "column": escaped(sql.Identifier(column))}
     statement = sql.SQL(PRESENT).format(**names, type=typed)
     with connection.transaction():
         connection.execute("SELECT set_config('statement_timeout', %s, true)", [f"{LOOK_SECONDS * 1000:.0f}ms"])

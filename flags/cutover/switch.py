@@ -97,14 +97,14 @@ def _write(spec: Spec, stage: Stage, tenants: Collection[str] | None, alone: boo
         flagfile.write_tenants(file, flag.key, required(old_column(spec), spec), tenants, stage)
 
 
-def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | None, told: Mapping[str, Any]) -> dict[str, Any]:
+def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | None, details: Mapping[str, Any]) -> dict[str, Any]:
     """Return what goes on record of a step's evidence; raises GateClosed, itself on record, unless there is an override."""
     reasons = readiness.objections(evidence)
-    found = {**told, "evidence": evidence.digest, "reasons": reasons, "rights": evidence.rights.told, "override": override}
+    entry = {**details, "evidence": evidence.digest, "reasons": reasons, "rights": evidence.rights.notes, "override": override}
     if reasons and not override:
-        ledger.audit(history.STEP, "refused", {"from": evidence.before.value, "to": evidence.after.value, **found})
+        ledger.audit(history.STEP, "refused", {"from": evidence.before.value, "to": evidence.after.value, **entry})
         raise NotReady(evidence.after.value, tuple(reasons))
-    return found
+    return entry
 
 
 def require_reverse(ledger: Ledger, before: Stage) -> None:
@@ -120,6 +120,6 @@ def expected(ledger: Ledger, epochs: Collection[int]) -> int:
     return readiness.lost(ledger.heartbeats(), epochs, ledger.now())
 
 
-def lost(ledger: Ledger, epochs: Collection[int], done: Fenced) -> int:
+def lost(ledger: Ledger, epochs: Collection[int], fenced: Fenced) -> int:
     """Return how many writes a fence back has lost: none where the reverse path brought them all."""
-    return readiness.lost(ledger.heartbeats(), epochs, ledger.now()) if done.lacking is not None else 0
+    return readiness.lost(ledger.heartbeats(), epochs, ledger.now()) if fenced.lacking is not None else 0

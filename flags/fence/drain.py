@@ -44,15 +44,15 @@ def hand_over(handover: Handover, pause: Pause, go_on: Callable[[], None], lacki
     `go_on` lets replay have its turn.
     """
     spec, ledger = handover.spec, handover.ledger
-    place = _frozen(handover, pause)
+    written = _frozen(handover, pause)
     spool = spool_of(spec, ledger.stream("fence").epoch)
-    pause.wait(lambda: None if spool.end() >= place else "capture to spool the last writes")
+    pause.wait(lambda: None if spool.end() >= written else "capture to spool the last writes")
     assumptions.require(Moment.FENCE, Asked(spec, handover.old.connection, ledger))
     pause.make(Move.COMPARE)
     go_on()
-    pause.wait(lambda: _behind(spec, ledger, place))
+    pause.wait(lambda: _behind(spec, ledger, written))
     pause.make(Move.AWAIT)
-    return place, position(spec, handover.new)
+    return written, position(spec, handover.new)
 
 
 def hand_back(handover: Handover, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
@@ -61,21 +61,21 @@ def hand_back(handover: Handover, pause: Pause, go_on: Callable[[], None], lacki
     Where there is no whole reverse path, that is what the routers' mirrors have brought, as each says after the refusal.
     """
     spec, ledger = handover.spec, handover.ledger
-    place = _frozen(handover, pause)
+    written = _frozen(handover, pause)
     if lacking is None and (gap := reverse_setup.gap_in(spec, ledger, handover.new.connection)):
         raise FenceCalledOff(pause.seconds, f"a whole stream: {gap}")
     pause.make(Move.COMPARE)
     if lacking is None:
         spool = reverse.spool_of(spec)
-        pause.wait(lambda: None if spool.end() >= place else "capture to spool the new store's last writes")
+        pause.wait(lambda: None if spool.end() >= written else "capture to spool the new store's last writes")
         go_on()
-        pause.wait(lambda: _not_back(ledger, place, pause))
+        pause.wait(lambda: _not_back(ledger, written, pause))
     else:
         log.warning("back by the mirror alone, which loses what it dropped: %s", lacking)
         now, epochs = ledger.now(), observations(handover.before).epochs(Origin.NEW, handover.names)
         pause.wait(lambda: unmirrored(ledger, now, epochs))
     pause.make(Move.AWAIT)
-    return position(spec, handover.old), place
+    return position(spec, handover.old), written
 
 
 def draw_near(handover: Handover, seconds: float) -> str | None:
@@ -87,10 +87,10 @@ def draw_near(handover: Handover, seconds: float) -> str | None:
     spec, ledger, back = handover.spec, handover.ledger, handover.to is Origin.OLD
     if back and (lacking := reverse_setup.lacking(spec, ledger)):
         return lacking
-    place, deadline = position(spec, handover.losing), time.monotonic() + seconds
+    written, deadline = position(spec, handover.losing), time.monotonic() + seconds
     emit_marker(handover.losing.connection, "fence ahead")
     look_at = time.monotonic() + LOOK_SECONDS
-    while waiting := _not_back(ledger, place) if back else _behind(spec, ledger, place):
+    while waiting := _not_back(ledger, written) if back else _behind(spec, ledger, written):
         if time.monotonic() > look_at:
             if not back:  # capture may have ended over it
                 assumptions.require(Moment.WATCH, Asked(spec, handover.old.connection, ledger))
@@ -106,13 +106,13 @@ def draw_near(handover: Handover, seconds: float) -> str | None:
 def _frozen(handover: Handover, pause: Pause) -> int:
     """Have a store refuse and drain; return its position then, behind which a marker hurries its stream on."""
     losing = handover.losing
-    if waiting := losing.freeze(handover.before, refusal.Refused(handover.epoch, handover.whose), pause.deadline):
+    if waiting := losing.freeze(handover.before, refusal.Refused(handover.epoch, handover.moving), pause.deadline):
         raise FenceCalledOff(pause.seconds, f"the lock on {waiting}")
     pause.make(Move.FREEZE)
-    place = position(handover.spec, losing)
+    written = position(handover.spec, losing)
     emit_marker(losing.connection, f"fence {handover.epoch}")
     pause.make(Move.POSITION)
-    return place
+    return written
 
 
 def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str | None:

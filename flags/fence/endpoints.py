@@ -54,7 +54,7 @@ class FencedStore:
 
     def refused(self, changes: Sequence[Authority]) -> tuple[Refused, ...]:
         """Return what this store has no authority over."""
-        return tuple(Refused(held.epoch, whose) for held, whose in shares(changes).items() if held.store != self.store.value)
+        return tuple(Refused(held.epoch, tenants) for held, tenants in shares(changes).items() if held.store != self.store.value)
 
     def freeze(self, changes: Sequence[Authority], begun: Refused | None, deadline: float) -> str | None:
         """Refuse what this store has no authority over, and what is begun up to the deadline; return a table that is not granted.
@@ -94,7 +94,7 @@ class FencedStore:
 
 
 def _floors(changes: Sequence[Authority]) -> list[Refused]:
-    return [Refused(held.epoch, whose) for held, whose in shares(changes).items()]
+    return [Refused(held.epoch, tenants) for held, tenants in shares(changes).items()]
 
 
 @contextmanager
@@ -114,8 +114,8 @@ def _new_table(spec: Spec, table: Table) -> FencedTable:
 
 
 def _old_table(spec: Spec, old: Connection, table: Table) -> FencedTable:
-    seen = source_table(old, table)
-    return FencedTable(*table.source_name, seen.identity if seen else (), tenancy.old_column(spec))
+    source = source_table(old, table)
+    return FencedTable(*table.source_name, source.identity if source else (), tenancy.old_column(spec))
 
 
 def position(spec: Spec, side: FencedStore) -> int:

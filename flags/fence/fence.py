@@ -78,13 +78,13 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, tenants: Coll
     _require_nameable(spec, to, tenants)
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), ExitStack() as held:
         before = ledger.authorities()
-        whose = epochs.moving(before, to.value, tenants)
-        if whose is not None:
+        moving = epochs.moving(before, to.value, tenants)
+        if moving is not None:
             _name_holders(spec, to)
-        if to is Origin.NEW and whose is not None:
+        if to is Origin.NEW and moving is not None:
             for source, why in ledger.stopped().items():
                 raise TableStopped(source, why)
-        if to is Origin.NEW and whose is not None:
+        if to is Origin.NEW and moving is not None:
             path = reverse_setup.open_path(
                 spec, ledger
             )  # which waits for open transactions, so it comes before anybody else has to
@@ -92,13 +92,13 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, tenants: Coll
                 raise Refused("no tenant moves alone without reverse replication: `changeover check` says what stands in it")
         held.enter_context(_others_rest(spec, ledger))
         old, new = held.enter_context(fenced_stores(spec))
-        if whose is None:
+        if moving is None:
             _finish(new if to is Origin.NEW else old, old, new, before)
             present = next((one for one in reversed(before) if one.store == to.value), ledger.authority())
             return Fenced(present.epoch, to.value, present.from_lsn, present.pause_seconds or 0.0)
         names = frozenset(tenants) if tenants is not None else None
         epoch = max((one.epoch for one in before), default=0) + 1
-        return _move(Handover(spec, ledger, to, epoch, whose, names, before, old, new), max_pause)
+        return _move(Handover(spec, ledger, to, epoch, moving, names, before, old, new), max_pause)
 
 
 def _name_holders(spec: Spec, to: Origin) -> None:

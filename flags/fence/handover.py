@@ -35,7 +35,7 @@ class Handover:
     ledger: Ledger
     to: Origin
     epoch: int
-    whose: Tenants
+    moving: Tenants
     names: frozenset[str] | None
     before: Sequence[Authority]
     old: FencedStore

@@ -228,13 +228,13 @@ class GateCall:
 
     def parameters(self, version: Version, change: Change) -> list[Any]:
         """Return the statement's parameters; raises ValueError for a row that isn't whole: no part of it is offered."""
-        wanted = set(self.key) if change.deleted else set(self.columns) - self.generated
-        missing = sorted(wanted - set(change.row))
+        needed = set(self.key) if change.deleted else set(self.columns) - self.generated
+        missing = sorted(needed - set(change.row))
         unknown = sorted(set(change.row) - set(self.columns))
         if missing or (unknown and not change.deleted):
             raise ValueError(f"a row mirrored to {self.table} lacks {missing} and has {unknown} beside the table's columns")
         image = [
-            self._value(name, type_name, change.row[name]) if name in wanted else None
+            self._value(name, type_name, change.row[name]) if name in needed else None
             for name, type_name in zip(self.columns, self.types, strict=True)
         ]
         return [version.epoch, format_lsn(version.lsn), version.ordinal, change.deleted, *image]

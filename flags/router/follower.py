@@ -181,10 +181,10 @@ class LedgerFollower:
         if beat is None:
             return
         now = time.monotonic()
-        said = (beat.stage, beat.epoch)
-        if said != self._beaten or now - self._beaten_at >= BEAT_SECONDS or self._stop.is_set():
+        beaten = (beat.stage, beat.epoch)
+        if beaten != self._beaten or now - self._beaten_at >= BEAT_SECONDS or self._stop.is_set():
             ledger.beat(self.process, beat.stage.value, beat.epoch, beat.counters)
-            self._beaten, self._beaten_at = said, now
+            self._beaten, self._beaten_at = beaten, now
 
     def _failed(self, error: Exception) -> None:
         if not self.failures or self._ledger is not None:

@@ -114,18 +114,18 @@ class Router:
         """Return the router of one table of a spec; without an SDK client it follows the spec's flag file."""
         if spec.flag is None:
             raise SpecError(spec.path, "flag", "is missing: the router follows a flag, so name its key and target")
-        found = spec.table(table)
+        planned = spec.table(table)
         if client is None and spec.flag.file is None:
             raise SpecError(spec.path, "flag.file", "is missing: name the flag's data file, or hand the router an SDK client")
         kind = spec.flag.context
-        there = new_column(spec, found) if kind is not None else None
-        if kind is not None and there is None:
-            raise SpecError(spec.path, "flag.context", f"{kind} is no key column of {found.target}: `changeover check` says more")
+        new_tenant = new_column(spec, planned) if kind is not None else None
+        if kind is not None and new_tenant is None:
+            raise SpecError(spec.path, "flag.context", f"{kind} is no key column of {planned.target}: `changeover check` says more")
         log_of = Log(spec.name) if spec.source.capture == TRIGGER else None
         used = client if client is not None else flagfile.client(str(spec.flag.file))
         router = cls(
-            old=PgEndpoint(spec.source.dsn.resolve(), found.source, log=log_of, tenant=kind),
-            new=PgEndpoint(spec.targets[spec.flag.target].dsn_value, found.target, found.key, tenant=there),
+            old=PgEndpoint(spec.source.dsn.resolve(), planned.source, log=log_of, tenant=kind),
+            new=PgEndpoint(spec.targets[spec.flag.target].dsn_value, planned.target, planned.key, tenant=new_tenant),
             to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind),
             authority=LedgerAuthority(spec.ledger.resolve(), spec.name), name=spec.name, process=process, limits=limits,
         )  # fmt: skip
@@ -149,19 +149,19 @@ class Router:
         written under another's authority. A key change from one tenant to another is a delete and an insert, each a write of its
         own tenant.
         """
-        whose = self._tenant(tenant)
+        tenant_name = self._tenant(tenant)
         runtime = self._running()
         functions = {Origin.OLD: old, Origin.NEW: new}
-        pin = self._pin(runtime, whose)
+        pin = self._pin(runtime, tenant_name)
         paused: float | None = None
         tries = 1
         while True:
             try:
-                written = self._attempt(runtime, pin, functions[pin.rule.writes], whose)
+                written = self._attempt(runtime, pin, functions[pin.rule.writes], tenant_name)
             except psycopg.Error as error:
                 if error.sqlstate == FENCED:
                     paused = paused if paused is not None else time.monotonic()
-                    pin = self._after_fence(runtime, whose, pin, paused, error)
+                    pin = self._after_fence(runtime, tenant_name, pin, paused, error)
                 elif error.sqlstate in RETRIED and tries < TRIES:
                     runtime.count("retries")
                     time.sleep(before_retry(tries))
@@ -183,9 +183,9 @@ class Router:
         anything else that the experiment's `clean` and `compare` understand; the old store's rows are mapped by
         `to_new`. `tenant` is that of the rows asked for; a read over several tenants is one read of each.
         """
-        whose = self._tenant(tenant)
+        tenant_name = self._tenant(tenant)
         runtime = self._running()
-        pin = self._pin(runtime, whose)
+        pin = self._pin(runtime, tenant_name)
         origin = pin.rule.reads
         reads = {Origin.OLD: old, Origin.NEW: new}
         started = time.monotonic()
@@ -202,10 +202,10 @@ class Router:
 
         Each tenant has a stage of its own, kept from its first call on; the one given, or everybody's, is kept at once.
         """
-        whose = EVERYTHING if tenant is None else self._tenant(tenant)
+        tenant_name = EVERYTHING if tenant is None else self._tenant(tenant)
         token = self._pinned.set(dict(self._pinned.get() or {}))
         try:
-            yield self._pin(self._running(), whose).stage
+            yield self._pin(self._running(), tenant_name).stage
         finally:
             self._pinned.reset(token)
 
@@ -270,10 +270,10 @@ class Router:
             if given is not None:
                 raise TypeError("tenant= is given, but all rows move at once: name their column as flag.context, or leave it out")
             return EVERYTHING
-        found = as_text(given)
-        if found is None:
+        name = as_text(given)
+        if name is None:
             raise TypeError(f"tenant= is {type(given).__name__}: give the row's own {column}, a str, an int or a UUID")
-        return found
+        return name
 
     def _pin(self, runtime: Runtime, tenant: str) -> Pin:
         pinned = self._pinned.get()
@@ -313,10 +313,10 @@ class Router:
         else:
             time.sleep(FENCE_POLL_SECONDS)
         pinned = self._pinned.get()
-        found = runtime.decide(runtime.desired(tenant) if pinned is None else pin.desired, tenant)
+        decided = runtime.decide(runtime.desired(tenant) if pinned is None else pin.desired, tenant)
         if pinned is not None:
-            pinned[tenant] = found
-        return found
+            pinned[tenant] = decided
+        return decided
 
 
 def _require_tenant(changes: Sequence[Change], column: str, tenant: str) -> None:

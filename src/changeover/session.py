@@ -73,21 +73,21 @@ def connect(
 
     `kind` says whose statements it runs: what is pinned goes by that.
     """
-    wanted = {**pins.pinned(kind), **(settings or {})}
+    values = {**pins.pinned(kind), **(settings or {})}
     conninfo = make_conninfo(
         dsn,
         application_name=application,
         connect_timeout=str(CONNECT_TIMEOUT),
-        client_encoding=wanted["client_encoding"],
-        options=options_of(dsn, wanted),
+        client_encoding=values["client_encoding"],
+        options=options_of(dsn, values),
         **({"replication": "database"} if replication else {}),
     )
     try:
         connection = psycopg.connect(conninfo, autocommit=autocommit)
     except psycopg.OperationalError as error:
-        said = _first_line(error)
-        hint = f"; {NO_POOLER}" if "unsupported startup parameter" in said else ""  # pgbouncer's words
-        raise ServerUnavailable(server_name(dsn), f"{said}{hint}") from error
+        message = _first_line(error)
+        hint = f"; {NO_POOLER}" if "unsupported startup parameter" in message else ""  # pgbouncer's words
+        raise ServerUnavailable(server_name(dsn), f"{message}{hint}") from error
     try:
         _pin(connection, dsn, kind, settings or {})
     except BaseException:
@@ -109,9 +109,9 @@ def _given_options(dsn: str) -> str | None:
     if "options" in parts or not (parts.get("service") or os.environ.get("PGSERVICE")):
         return str(parts.get("options") or os.environ.get("PGOPTIONS") or "") or None
     begun = pq.PGconn.connect_start(dsn.encode())  # it reads the service file first
-    found = next((one.val for one in begun.info if one.keyword == b"options"), None)
+    options = next((one.val for one in begun.info if one.keyword == b"options"), None)
     begun.finish()
-    return found.decode() if found else None
+    return options.decode() if options else None
 
 
 OURS_OR_FILES = frozenset(
@@ -123,9 +123,9 @@ OURS_OR_FILES = frozenset(
 def settled(dsn: str, connection: Connection) -> str:
     """Return the DSN of a session in words that mean the same elsewhere: tasks have not the driver's files and environment."""
     wire = connection.pgconn
-    told = {one.keyword.decode(): one.val.decode() for one in wire.info if one.val and one.val != one.compiled}
-    told |= {"password": wire.password.decode(), "options": _given_options(dsn) or ""}
-    return make_conninfo("", **{name: value for name, value in told.items() if value and name not in OURS_OR_FILES})
+    parameters = {one.keyword.decode(): one.val.decode() for one in wire.info if one.val and one.val != one.compiled}
+    parameters |= {"password": wire.password.decode(), "options": _given_options(dsn) or ""}
+    return make_conninfo("", **{name: value for name, value in parameters.items() if value and name not in OURS_OR_FILES})
 
 
 FROM_ENVIRONMENT = ("TimeZone", "DateStyle")
@@ -136,15 +136,15 @@ def _pin(connection: Connection, dsn: str, kind: Kind, given: Mapping[str, str])
     """Pin what the options could not, and look whether all of it holds, in one round trip; `given` is the caller's own."""
     first = pins.pinned(kind)
     after = {**{name: first[name] for name in FROM_ENVIRONMENT}, **pins.later(connection.info.server_version, kind)}
-    wanted = {name: value for name, value in {**first, **after}.items() if name not in given}
+    expected = {name: value for name, value in {**first, **after}.items() if name not in given}
     after = {name: value for name, value in after.items() if name not in given}
-    query = sql.SQL("{}; {}").format(pins.statements(after), pins.deviations(wanted))
+    query = sql.SQL("{}; {}").format(pins.statements(after), pins.deviations(expected))
     with speaking_to(dsn, "pinning a session's settings"):
         result = connection.pgconn.exec_(query.as_bytes(connection))
         if result.status != pq.ExecStatus.TUPLES_OK:
             raise psycopg.errors.error_from_result(result)
     if result.ntuples:
-        name, value = ((result.get_value(0, place) or b"").decode() for place in (0, 1))
+        name, value = ((result.get_value(0, column) or b"").decode() for column in (0, 1))
         raise ServerUnavailable(server_name(dsn), f"the session has {name} = {value} whatever we set: {NO_POOLER}")
 
 
@@ -162,18 +162,18 @@ def speaking_to(dsn: str, doing: str) -> Iterator[None]:
 
 def failure(dsn: str, doing: str, error: psycopg.Error) -> ChangeoverError:
     """Return an error of psycopg as ours."""
-    server, said = server_name(dsn), _first_line(error)
+    server, message = server_name(dsn), _first_line(error)
     if isinstance(error, psycopg.errors.LockNotAvailable):
-        return LockNotGranted(server, f"lock for {doing}", said)
+        return LockNotGranted(server, f"lock for {doing}", message)
     if isinstance(error, psycopg.errors.AdminShutdown | psycopg.errors.CrashShutdown | psycopg.errors.CannotConnectNow):
-        return ServerUnavailable(server, said)
+        return ServerUnavailable(server, message)
     if error.sqlstate is None:  # no answer of a server: the connection itself failed
-        return ServerUnavailable(server, said)
+        return ServerUnavailable(server, message)
     if hides_rows(error):
-        return RowsHidden(server, role_of(dsn), said)
+        return RowsHidden(server, role_of(dsn), message)
     if isinstance(error, psycopg.errors.CharacterNotInRepertoire | psycopg.errors.UntranslatableCharacter):
-        return TextRefused(server, doing, "; ".join([said, *WHERE.findall(error.diag.context or "")]))
-    return DatabaseFailed(server, doing, said)
+        return TextRefused(server, doing, "; ".join([message, *WHERE.findall(error.diag.context or "")]))
+    return DatabaseFailed(server, doing, message)
 
 
 WHERE = re.compile(r"column \S+(?=:)|associated LSN \S+")

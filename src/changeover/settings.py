@@ -195,10 +195,10 @@ def assignment(name: str, value: str) -> sql.Composed:
     return sql.SQL("{} TO {}").format(sql.Identifier(name), sql.SQL(", ").join(map(sql.Literal, value.split(", "))))
 
 
-def deviations(wanted: Mapping[str, str]) -> sql.Composed:
+def deviations(expected: Mapping[str, str]) -> sql.Composed:
     """Return a query for the settings that a session has otherwise than wanted: name, value; whatever the search_path is."""
     rows: Sequence[sql.Composed] = [
-        sql.SQL("({}, {})").format(sql.Literal(name), sql.Literal(value)) for name, value in wanted.items()
+        sql.SQL("({}, {})").format(sql.Literal(name), sql.Literal(value)) for name, value in expected.items()
     ]
     return sql.SQL(
         "SELECT name, pg_catalog.current_setting(name, true) FROM (VALUES {}) AS wanted (name, value)"

@@ -113,8 +113,8 @@ def _read_to_end(frame: DataFrame) -> dict[int, int]:
     """Return partition -> rows, as each task tells after its last row; no value of a row is asked for."""
     from pyspark.sql import functions as F
 
-    found = frame.select(F.lit(1)).mapInArrow(_count_rows, "partition int, rows bigint").collect()
-    return {row["partition"]: row["rows"] for row in found}
+    counts = frame.select(F.lit(1)).mapInArrow(_count_rows, "partition int, rows bigint").collect()
+    return {row["partition"]: row["rows"] for row in counts}
 
 
 def _count_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -129,11 +129,11 @@ def _count_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 def rows_by_range(tallies: Sequence[Tally], side: int, kinds: Sequence[str] = (EQUAL, *CLASSES)) -> dict[int, int]:
     """Return a side's rows of some classes by the number of their range."""
-    found: dict[int, int] = {}
+    rows: dict[int, int] = {}
     for tally in tallies:
         if tally.side == side and tally.range is not None and tally.kind in kinds:
-            found[tally.range] = found.get(tally.range, 0) + tally.rows
-    return found
+            rows[tally.range] = rows.get(tally.range, 0) + tally.rows
+    return rows
 
 
 def keys_of(tallies: Sequence[Tally], kind: str, twice: str | None = None) -> int:

@@ -146,8 +146,8 @@ class EmbeddedServer:
         """Stop the server and wait for its end; does nothing where it does not run. The folder stays."""
         if self.running:
             mode = "immediate" if immediate else "fast"
-            done = self._pg_ctl("stop", "-w", "-t", str(STOP_WITHIN), "-m", mode)
-            if done.returncode and self.running:
+            process = self._pg_ctl("stop", "-w", "-t", str(STOP_WITHIN), "-m", mode)
+            if process.returncode and self.running:
                 raise EmbeddedServerFailed(str(self.root), f"it did not stop within {STOP_WITHIN} s, see {self.log}")
         self._save(self.port)
 
@@ -186,14 +186,14 @@ class EmbeddedServer:
     def _launch(self, *, fixed_port: bool) -> None:
         self._clear_stale_pid()
         for attempt in range(PORT_ATTEMPTS):
-            seen = self.log.stat().st_size
-            done = self._pg_ctl("start", "-w", "-t", str(START_WITHIN), "-l", str(self.log), "-o", f"-p {self.port}")
-            if done.returncode == 0:
+            before = self.log.stat().st_size
+            process = self._pg_ctl("start", "-w", "-t", str(START_WITHIN), "-l", str(self.log), "-o", f"-p {self.port}")
+            if process.returncode == 0:
                 self._save(self.port)
                 return
-            said = self.log.read_text(errors="replace")[seen:]
-            if "could not bind" not in said:
-                raise EmbeddedServerFailed(str(self.root), f"it did not start ({_reason(said)}), see {self.log}")
+            output = self.log.read_text(errors="replace")[before:]
+            if "could not bind" not in output:
+                raise EmbeddedServerFailed(str(self.root), f"it did not start ({_reason(output)}), see {self.log}")
             if fixed_port:
                 time.sleep(0.25 * (attempt + 1))
             else:
@@ -221,13 +221,13 @@ class EmbeddedServer:
 
 def _processes_in(folder: Path) -> list[int]:
     """Return the processes that work in a folder, as all of a PostgreSQL server's do in its data directory."""
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):  # it ended meanwhile, or belongs to a user that is none of our server's
                 if (entry / "cwd").resolve(strict=True) == folder.resolve():
-                    found.append(int(entry.name))
-    return found
+                    pids.append(int(entry.name))
+    return pids
 
 
 def _free_port() -> int:
@@ -237,9 +237,9 @@ def _free_port() -> int:
         return port
 
 
-def _reason(said: str) -> str:
+def _reason(output: str) -> str:
     """Return the line that tells most: a refused setting is a LOG line before a FATAL one that names the file only."""
-    lines = said.strip().splitlines() or ["no output"]
+    lines = output.strip().splitlines() or ["no output"]
     for sign in ("configuration parameter", 'parameter "', "FATAL:", "PANIC:"):
         for line in lines:
             if sign in line:

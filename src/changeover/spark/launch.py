@@ -51,8 +51,8 @@ def start(options: Mapping[str, object]) -> None:
 
 def _pass_on(pipe: int) -> None:
     """Write what the JVM says to our own standard error, as if it had inherited it."""
-    with open(pipe, "rb") as said:
-        for line in said:
+    with open(pipe, "rb") as output:
+        for line in output:
             if not OF_ITSELF.match(line):
                 os.write(2, line)
 

@@ -55,24 +55,24 @@ def holds(source: str, target: str) -> bool:
 
 def _alike(source: str, target: str) -> bool:
     """Return whether an array's elements fit without becoming another kind of value."""
-    given, wanted = _read(source), _read(target)
+    given, held = _read(source), _read(target)
     texts = {"text", "character varying"}
-    kindred = given.base == wanted.base or {given.base, wanted.base} <= texts or {given.base, wanted.base} <= set(INTEGERS)
-    return kindred and _holds(given, wanted)
+    kindred = given.base == held.base or {given.base, held.base} <= texts or {given.base, held.base} <= set(INTEGERS)
+    return kindred and _holds(given, held)
 
 
-def _holds(given: _Type, wanted: _Type) -> bool:
-    if wanted.base in ("text", "character varying"):
-        return _in_text(given, wanted.modifiers)
-    if given.base in INTEGERS and wanted.base in INTEGERS:
-        return INTEGERS[given.base] <= INTEGERS[wanted.base]
-    if wanted.base == "numeric":
-        return _in_numeric(given, wanted.modifiers)
-    if given.base == wanted.base and given.base in SIXTHS:
-        return _sixths(given) <= _sixths(wanted)
-    if given.base == wanted.base == "character":
-        return given.modifiers <= wanted.modifiers
-    return given == wanted or wanted.base in FLOATS.get(given.base, ())
+def _holds(given: _Type, held: _Type) -> bool:
+    if held.base in ("text", "character varying"):
+        return _in_text(given, held.modifiers)
+    if given.base in INTEGERS and held.base in INTEGERS:
+        return INTEGERS[given.base] <= INTEGERS[held.base]
+    if held.base == "numeric":
+        return _in_numeric(given, held.modifiers)
+    if given.base == held.base and given.base in SIXTHS:
+        return _sixths(given) <= _sixths(held)
+    if given.base == held.base == "character":
+        return given.modifiers <= held.modifiers
+    return given == held or held.base in FLOATS.get(given.base, ())
 
 
 def _in_text(given: _Type, limit: tuple[int, ...]) -> bool:
@@ -100,19 +100,19 @@ def _sixths(given: _Type) -> int:
 
 def _read(name: str) -> _Type:
     """``numeric(12,4)`` -> numeric, (12, 4); ``timestamp(3) with time zone`` -> timestamp with time zone, (3,)."""
-    found = re.search(r"\(([-\d, ]+)\)", name)
-    if found is None:
+    modifiers = re.search(r"\(([-\d, ]+)\)", name)
+    if modifiers is None:
         return _Type(name)
-    return _Type(name[: found.start()] + name[found.end() :], tuple(int(part) for part in found[1].split(",")))
+    return _Type(name[: modifiers.start()] + name[modifiers.end() :], tuple(int(part) for part in modifiers[1].split(",")))
 
 
 def refuses(source: str, target: str) -> bool:
     """Return whether every value of the source type either fits the target type as it is, or is an error there."""
-    given, wanted = _read(source), _read(target)
-    if holds(source, target) or (given.base in INTEGERS and wanted.base in INTEGERS):
+    given, held = _read(source), _read(target)
+    if holds(source, target) or (given.base in INTEGERS and held.base in INTEGERS):
         return True
-    if given.base == wanted.base == "numeric" and given.modifiers and wanted.modifiers:
-        return given.modifiers[1] <= wanted.modifiers[1]
+    if given.base == held.base == "numeric" and given.modifiers and held.modifiers:
+        return given.modifiers[1] <= held.modifiers[1]
     return False
 
 
@@ -125,10 +125,10 @@ def lake_holds(source: str, target: str) -> bool:
         return lake_holds(arrays[0][1], arrays[1][1])
     if source in LAKE_INTEGERS and target in LAKE_INTEGERS:
         return LAKE_INTEGERS[source] <= LAKE_INTEGERS[target]
-    wanted = re.fullmatch(r"decimal\((\d+),(\d+)\)", target)
-    if wanted is None:
+    decimal = re.fullmatch(r"decimal\((\d+),(\d+)\)", target)
+    if decimal is None:
         return target in LAKE_FLOATS.get(source, ())
-    limit = int(wanted[1]), int(wanted[2])
+    limit = int(decimal[1]), int(decimal[2])
     given = re.fullmatch(r"decimal\((\d+),(\d+)\)", source)
     own = (LAKE_INTEGERS.get(source), 0) if given is None else (int(given[1]), int(given[2]))
     return own[0] is not None and own[1] <= limit[1] and own[0] - own[1] <= limit[0] - limit[1]
@@ -136,12 +136,12 @@ def lake_holds(source: str, target: str) -> bool:
 
 def loss(name: str, source: str, target: str, spark_type: str) -> str | None:
     """Return an expression in Spark SQL that makes of a column what the target type holds; None where no short one does."""
-    given, wanted = _read(source), _read(target)
-    if wanted.base in ("text", "character varying", "character") and given.base in ("text", "character varying", "character"):
+    given, held = _read(source), _read(target)
+    if held.base in ("text", "character varying", "character") and given.base in ("text", "character varying", "character"):
         whole = f"rtrim({name})" if given.base == "character" else name
-        return f"substring({whole}, 1, {wanted.modifiers[0]})" if wanted.modifiers else whole
-    if given.base == wanted.base and given.base.startswith("timestamp"):
-        return f"date_trunc('{'millisecond' if _sixths(wanted) >= 3 else 'second'}', {name})"
-    if given.base == wanted.base or not spark_type:
+        return f"substring({whole}, 1, {held.modifiers[0]})" if held.modifiers else whole
+    if given.base == held.base and given.base.startswith("timestamp"):
+        return f"date_trunc('{'millisecond' if _sixths(held) >= 3 else 'second'}', {name})"
+    if given.base == held.base or not spark_type:
         return f"cast({name} as {spark_type})" if given.base == "numeric" else None
     return f"cast({name} as {spark_type})"

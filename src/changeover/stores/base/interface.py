@@ -207,7 +207,7 @@ class Store(Protocol):
         """Return about how many versions are kept beside the table; costs next to nothing (replay, status)."""
         ...
 
-    def collect(self, table: TargetTable, upto: Version, place: int) -> Collected:
+    def collect(self, table: TargetTable, upto: Version, start: int) -> Collected:
         """Remove some of the versions up to one that `rule.collectable` allows, from a place on, first 0 (replay)."""
         ...
 

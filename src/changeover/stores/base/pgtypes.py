@@ -142,8 +142,8 @@ def unmovable(texts: pa.Array, type_name: str) -> str | None:
     if refused is None:
         return None
     pattern, problem = refused
-    found = texts.filter(pc.match_substring_regex(texts, pattern))
-    return f"{type_name}: {problem}: {found[0].as_py()}" if len(found) else None
+    unfit = texts.filter(pc.match_substring_regex(texts, pattern))
+    return f"{type_name}: {problem}: {unfit[0].as_py()}" if len(unfit) else None
 
 
 def _family(type_name: str) -> str:

@@ -71,12 +71,12 @@ def ranges_between(bounds: Sequence[tuple[str, ...]]) -> list[KeyRange]:
     return list(pairwise(edges))
 
 
-def require_partition(table: str, ranges: Sequence[KeyRange], whose: str = "") -> None:
+def require_partition(table: str, ranges: Sequence[KeyRange], owner: str = "") -> None:
     """Prove that ranges partition the key's order: no gap, no overlap, open at both ends; raises CouldNotCheck.
 
-    `whose` says in the sentence to what the ranges belong, such as a side of a comparison.
+    `owner` says in the sentence to what the ranges belong, such as a side of a comparison.
     """
-    named = f"{whose} ranges".lstrip()
+    named = f"{owner} ranges".lstrip()
     if not ranges or ranges[0][0] is not None or ranges[-1][1] is not None:
         raise CouldNotCheck(table, f"the {named} do not reach from minus to plus infinity")
     for number, (left, right) in enumerate(pairwise(ranges)):

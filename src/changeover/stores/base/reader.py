@@ -193,12 +193,12 @@ def some_rows(
     texts, order = (sql.SQL(", ").join(parts) for parts in (named, keys))
     inside = _predicate(table.key, bounds)
     skip = sql.SQL("(SELECT count(*) / 2 FROM {} WHERE {})").format(rows, inside) if middle else sql.SQL("0")
-    found = session.execute(
+    cursor = session.execute(
         sql.SQL("SELECT {} FROM {} WHERE {} ORDER BY {} LIMIT {} OFFSET {}").format(
             texts, rows, inside, order, sql.Literal(limit), skip
         )
     )
-    return [tuple(row) for row in found.fetchall()]
+    return [tuple(row) for row in cursor.fetchall()]
 
 
 def _some_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> list[sql.Composable]:

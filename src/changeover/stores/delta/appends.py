@@ -89,14 +89,14 @@ class AppendTask:
     def append(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> Counts:
         """Append one chunk once and mark it."""
         started = time.monotonic()
-        place = f"{self.path} {chunk}"
+        chunk_name = f"{self.path} {chunk}"
         added = self._write(chunk, batches)
-        failpoints.reach("chunk-read", place)
+        failpoints.reach("chunk-read", chunk_name)
         rows = commit_once(self.path, self.mark.identity(chunk), added)
-        failpoints.reach("target-committed", place)
+        failpoints.reach("target-committed", chunk_name)
         counts = Counts(rows, rows)
         self.mark.afterwards(chunk, counts, time.monotonic() - started)
-        failpoints.reach("between-chunks", place)
+        failpoints.reach("between-chunks", chunk_name)
         return counts
 
     def _write(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> list[AddAction]:
@@ -186,10 +186,10 @@ class Bounds:
         import pyarrow.compute as pc
 
         self.rows += rows.num_rows
-        for name, seen in self._seen.items():
+        for name, bounds in self._seen.items():
             column = rows.column(name)
             if pa.types.is_integer(column.type) or pa.types.is_string(column.type):
-                seen += pc.min_max(column).as_py().values()
+                bounds += pc.min_max(column).as_py().values()
 
     def statistics(self) -> dict[str, Any]:
         """Return them as Delta's log has them; a bound that is left out only makes a reader look into the file."""

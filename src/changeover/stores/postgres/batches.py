@@ -80,12 +80,12 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     With `reached` the batch has every change up to that version that was not offered before, and the position is the gate
     (`statements.CATCH_UP`), unless another session holds the table's lock: then each key's version is, as always.
     """
-    found = one_row(cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)))
+    offered = one_row(cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)))
     if table.loose:
         _collapse(cursor, table)
     cursor.execute(MARK, [OURS, "changes"])
     # a store that has lost authority lets the gate of the present epoch pass, see refusal
-    cursor.execute("SELECT set_config('changeover.epoch', %s, true)", [found[1]])
+    cursor.execute("SELECT set_config('changeover.epoch', %s, true)", [offered[1]])
     steps: dict[Part, Step] = OF_CHANGES
     procedure = GATE
     if reached is not None and _lock_exclusive(cursor, table):
@@ -94,7 +94,7 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     owners.require_sole(cursor, table, BATCH)
     taken = sum(steps[part](cursor, table).taken for (part,) in procedure)
     owners.record_changes(cursor, table, BATCH)
-    return Counts(int(found[0]), taken)
+    return Counts(int(offered[0]), taken)
 
 
 def _collapse(cursor: psycopg.Cursor[Any], table: GatedTable) -> None:
@@ -178,19 +178,19 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     """
     cursor.execute(MARK, [OURS, "images"])
     cursor.execute(GATE_EPOCH, [table.target])
-    found = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
-    offered = int(found[0]) if found else 0
-    done = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
-    row_versions, inserted = done[Part.REFUSE].offered, done[Part.INSERT].taken
+    counted = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
+    offered = int(counted[0]) if counted else 0
+    counts = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
+    row_versions, inserted = counts[Part.REFUSE].offered, counts[Part.INSERT].taken
     if offered - row_versions > inserted and (met := collisions(cursor, table)):
         raise RowRefused(table.target, owners.meeting(cursor, table, BATCH) or f"target key {met[0]}", interface.MEET)
     owners.record_images(cursor, table, BATCH)
-    return Counts(offered, inserted, done[Part.REFUSE].refused)
+    return Counts(offered, inserted, counts[Part.REFUSE].refused)
 
 
 def _refuse_changed(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     """Take images of touched keys out of the batch; count them and those that a tombstone refused."""
-    gone = one_row(
+    refused = one_row(
         cursor.execute(
             sql.SQL(
                 "WITH gone AS (DELETE FROM {batch} AS b USING {row_versions} AS t WHERE {same} RETURNING t._changeover_deleted)"
@@ -198,7 +198,7 @@ def _refuse_changed(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
             ).format(batch=BATCH, row_versions=table.row_versions, same=table.same_key("t", "b"))
         )
     )
-    return Counts(int(gone[0]), 0, int(gone[1]))
+    return Counts(int(refused[0]), 0, int(refused[1]))
 
 
 def _insert_images(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:

@@ -174,12 +174,12 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
     with connection.transaction():
         table = sql.Identifier(schema, name)
         for one in (table, *_partitions(connection, table)):
-            found = connection.execute(
+            triggers = connection.execute(
                 "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgparentid = 0"
                 " AND tgname LIKE 'changeover_refusal%%'",
                 [one.as_string(connection)],
             ).fetchall()
-            for row in found:
+            for row in triggers:
                 connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), one))
                 removed.append(f"trigger {row[0]} on {one.as_string(connection).replace(chr(34), '')}")
         connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("refuse", schema, name)))

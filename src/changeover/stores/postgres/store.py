@@ -81,18 +81,18 @@ class PostgresStore:
 
     def misfits(self, table: str, names: Sequence[str], *, owned: bool = False) -> list[str]:
         """Return which names are too long for PostgreSQL, which would cut them, and whether there are too many columns."""
-        found = [
+        reasons = [
             f"target table {table} would have the column {name}, whose name is too long: {NAME_BYTES} bytes at most"
             for name in names
             if len(name.encode()) > NAME_BYTES
         ]
         widest = WIDEST - len(OWNED) * owned
         if len(names) > widest:
-            found.append(
+            reasons.append(
                 f"target table {table} would be filled in {len(names):,} columns, and {widest:,} is the most that a batch"
                 f" holds beside its versions{' and the keys of their rows' * owned}: leave columns out by `drop`"
             )
-        return found
+        return reasons
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
         """Return what stands against the relation as a target: its key, and whatever acts by itself when rows are written."""
@@ -122,8 +122,8 @@ class PostgresStore:
     def gated(self, table: TargetTable) -> gate.GatedTable:
         """Return the table as the gate's statements need it."""
         loose = gate.loose_columns(self.connection, table.schema, table.name, table.key)
-        found = gate.GatedTable(table.schema, table.name, table.key, table.names, loose)
-        return replace(found, owned=table.owned and gate.has_owners(self.connection, found))
+        shape = gate.GatedTable(table.schema, table.name, table.key, table.names, loose)
+        return replace(shape, owned=table.owned and gate.has_owners(self.connection, shape))
 
     def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
         """Load all chunks in one Spark job, a task a chunk."""
@@ -193,11 +193,11 @@ class PostgresStore:
         """Return the server's own estimate of the row versions."""
         return garbage.row_versions(self.connection, self.gated(table))
 
-    def collect(self, table: TargetTable, upto: Version, place: int) -> Collected:
+    def collect(self, table: TargetTable, upto: Version, start: int) -> Collected:
         """Collect row versions by `statements.COLLECT`, in a run of about a second."""
         with speaking_to(self.dsn, f"collecting row versions of {table}"):
             return garbage.collect(
-                self.connection, self.gated(table), upto, server_name(self.dsn), block=place, batches=BATCHES_PER_RUN
+                self.connection, self.gated(table), upto, server_name(self.dsn), block=start, batches=BATCHES_PER_RUN
             )
 
     @contextmanager
@@ -212,11 +212,11 @@ class PostgresStore:
     def _read(self, table: TargetTable) -> ReadTable:
         """Return a table as readers take it."""
         key = tuple(column for name in table.key for column in table.columns if column.name == name)
-        found = self.connection.execute(
+        row = self.connection.execute(
             "SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass(%s)",
             [sql.Identifier(table.schema, table.name).as_string(self.connection)],
         ).fetchone()
-        return ReadTable(table.schema, table.name, table.columns, key, partitioned=bool(found and found[0]))
+        return ReadTable(table.schema, table.name, table.columns, key, partitioned=bool(row and row[0]))
 
     @contextmanager
     def rehearsing(

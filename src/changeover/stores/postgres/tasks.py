@@ -172,8 +172,8 @@ def refusing(cursor: psycopg.Cursor[Any], table: gate.GatedTable) -> Iterator[No
         if not (error.sqlstate or "").startswith(ROWS_FAULT):
             raise
         cursor.connection.rollback()
-        said = _without_value(error.diag.message_primary or "", error.sqlstate or "")
-        raise RowRefused(table.target, _column_of(cursor, table, error.diag), f"{said}, SQLSTATE {error.sqlstate}") from error
+        problem = _without_value(error.diag.message_primary or "", error.sqlstate or "")
+        raise RowRefused(table.target, _column_of(cursor, table, error.diag), f"{problem}, SQLSTATE {error.sqlstate}") from error
 
 
 FOREIGN = re.compile("[»«„“”「」『』].*", re.DOTALL)
@@ -186,18 +186,18 @@ def _without_value(message: str, state: str) -> str:
     return (re.sub(r'"[^"]*" ?', "", cut) if state == OUT_OF_RANGE else cut).rstrip(" :")
 
 
-def _column_of(cursor: psycopg.Cursor[Any], table: gate.GatedTable, said: psycopg.errors.Diagnostic) -> str:
+def _column_of(cursor: psycopg.Cursor[Any], table: gate.GatedTable, diagnostic: psycopg.errors.Diagnostic) -> str:
     """Return the columns that a server's refusal is about, as far as it tells."""
-    names = [said.column_name] if said.column_name else []
-    if copied := re.search(r"COPY changeover_batch, line \d+, column (.*)", said.context or "", re.DOTALL):
+    names = [diagnostic.column_name] if diagnostic.column_name else []
+    if copied := re.search(r"COPY changeover_batch, line \d+, column (.*)", diagnostic.context or "", re.DOTALL):
         names = [name for name in sorted(table.columns, key=len, reverse=True) if copied[1].startswith(name)][:1]
-    if said.constraint_name and not names:
+    if diagnostic.constraint_name and not names:
         names = [
             row[0]
             for row in cursor.execute(
                 "SELECT a.attname FROM pg_constraint c JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey)"
                 " WHERE c.conrelid = to_regclass(%s) AND c.conname = %s ORDER BY a.attnum",
-                [table.table.as_string(cursor), said.constraint_name],
+                [table.table.as_string(cursor), diagnostic.constraint_name],
             )
         ]
         cursor.connection.rollback()

@@ -51,7 +51,7 @@ def _delete_some(connection: Connection, table: GatedTable, version: Version) ->
     """Offer deletes of some rows that no change at or above the version has touched; return how many rows there were."""
     with connection.transaction(), connection.cursor() as cursor:
         prepare_batch(cursor, table, versions=True)
-        found = cursor.execute(
+        deleted = cursor.execute(
             sql.SQL(
                 "INSERT INTO {batch} ({names}, {key})"
                 " SELECT {epoch}, {lsn}, {ordinal}, true, {t_key} FROM {table} AS t"
@@ -73,4 +73,4 @@ def _delete_some(connection: Connection, table: GatedTable, version: Version) ->
             )
         ).rowcount
         apply_batch(cursor, table)
-        return found
+        return deleted

@@ -136,12 +136,12 @@ def why_not(connection: Connection, own: Own) -> str | None:
     return None
 
 
-def make(connection: Connection, table: TargetTable, wanted: Mapping[str, Own]) -> None:
+def make(connection: Connection, table: TargetTable, owns: Mapping[str, Own]) -> None:
     """Give a table's columns the defaults and identities of others, as far as the server can have them, in one transaction.
 
     An identity that is always generated is made so in the key alone: elsewhere no update could bring its value.
     """
-    possible = {name: own for name, own in wanted.items() if why_not(connection, own) is None}
+    possible = {name: own for name, own in owns.items() if why_not(connection, own) is None}
     with _qualified(connection):
         for name, own in possible.items():
             if own.identity:
@@ -187,8 +187,8 @@ def _free_name(connection: Connection, table: TargetTable, column: str) -> sql.I
     while True:
         end = f"_seq{number or ''}"
         begin = f"{table.name}_{column}".encode()[: NAME_BYTES - len(end)].decode(errors="ignore")
-        found = sql.Identifier(table.schema, begin + end)
-        row = connection.execute("SELECT to_regclass(%s) IS NULL", [found.as_string(connection)]).fetchone()
+        name = sql.Identifier(table.schema, begin + end)
+        row = connection.execute("SELECT to_regclass(%s) IS NULL", [name.as_string(connection)]).fetchone()
         if row and row[0]:
-            return found
+            return name
         number += 1

@@ -95,15 +95,15 @@ WHERE (n.nspname, c.relname) = (%(schema)s, %(table)s) AND c.relpersistence = 'u
 def objections(connection: Connection, schema: str, name: str, key: Sequence[str]) -> list[str]:
     """Return what stands against a table as a target, or against making one of that name."""
     asked = {"schema": schema, "table": name, "name": f"{schema}.{name}", "key": sorted(key)}
-    found = connection.execute(PLACE, asked).fetchall()
+    reasons = connection.execute(PLACE, asked).fetchall()
     row = connection.execute(
         "SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE (n.nspname, c.relname) = (%s, %s) AND c.relkind IN ('r', 'p')",
         [schema, name],
     ).fetchone()
     if row is not None:
-        found += connection.execute(TABLE, {**asked, "oid": row[0]}).fetchall()
-    return [reason for (reason,) in found]
+        reasons += connection.execute(TABLE, {**asked, "oid": row[0]}).fetchall()
+    return [reason for (reason,) in reasons]
 
 
 def remarks(connection: Connection, schema: str, name: str) -> list[str]:
