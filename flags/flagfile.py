@@ -130,16 +130,16 @@ def _aim(flag: dict[str, Any], kind: str, tenants: frozenset[str] | None, variat
     every: list[dict[str, Any]] = flag.setdefault("targets" if plain else "contextTargets", [])
     ours = [target for target in every if plain or target.get("contextKind") == kind]
     for target in ours:
-        target["values"] = [one for one in target.get("values", []) if tenants is not None and one not in tenants]
+        target["values"] = [rule for rule in target.get("values", []) if tenants is not None and rule not in tenants]
     if variation is not None:
         own = next((target for target in ours if target.get("variation") == variation), None)
         if own is None:
             own = {**({} if plain else {"contextKind": kind}), "values": [], "variation": variation}
             every.append(own)
         own["values"] += sorted(tenants or ())
-    every[:] = [target for target in every if target["values"] or not any(target is one for one in ours)]
+    every[:] = [target for target in every if target["values"] or not any(target is rule for rule in ours)]
     contexts: list[dict[str, Any]] = flag.setdefault("contextTargets", [])
-    known = {one.get("variation") for one in contexts if one.get("contextKind") == Context.DEFAULT_KIND}
+    known = {rule.get("variation") for rule in contexts if rule.get("contextKind") == Context.DEFAULT_KIND}
     if contexts:
         contexts += [
             {"contextKind": Context.DEFAULT_KIND, "values": [], "variation": target["variation"]}

@@ -151,7 +151,7 @@ def last_failure(heartbeats: Sequence[Heartbeat]) -> datetime | None:
 
 def mirrors(beat: Heartbeat, origin: Origin | None = None) -> list[dict[str, Any]]:
     """Return the counters of a process's mirrors, to one store or to both."""
-    names = [f"mirror_{one.value}" for one in Origin if origin in (None, one)]
+    names = [f"mirror_{store.value}" for store in Origin if origin in (None, store)]
     return [beat.counters[name] for name in names if name in beat.counters]
 
 
@@ -248,7 +248,7 @@ def _reverse_open(e: Evidence) -> list[str]:
 
 def _nothing_rogue(e: Evidence) -> list[str]:
     """Nobody has written to the store without authority, or both stores were found equal since."""
-    return [str(one) for one in e.rogue]
+    return [str(finding) for finding in e.rogue]
 
 
 def _application_may_write(e: Evidence) -> list[str]:

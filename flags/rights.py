@@ -66,13 +66,15 @@ def rights(spec: Spec) -> Rights:
 
 def _ask(stores: Stores, table: Table, source: SourceTable, role: str, answer: Rights) -> None:
     """Ask for every privilege of a role on one table, and have it write a row where that can be."""
-    carried = {name: one.origin for name, one in derivations(table, source.store_columns).items() if one.origin is not None}
+    carried = {
+        name: column.origin for name, column in derivations(table, source.store_columns).items() if column.origin is not None
+    }
     known = role in stores.in_old
     used = privileges.uses(stores.old, role, *table.source_name) if known else privileges.FULL
     lacks = [f"new store: {lack}" for lack in _new(stores.new, table, role, used, carried)]
     lacks += [f"old store: {lack}" for lack in (_old(stores.old, table, source, role, used) if known else ())]
     answer.reasons.extend(lacks)
-    own_old, own_new = (defaults.of_table(*one) for one in ((stores.old, *table.source_name), (stores.new, *table.target_name)))
+    own_old, own_new = defaults.of_table(stores.old, *table.source_name), defaults.of_table(stores.new, *table.target_name)
     if not set(privileges.USES[:4]) <= used.whole:
         answer.notes.append(f"{role} in the new store: asked, and not tried: it does not do everything to {source.source}")
         return
@@ -106,9 +108,9 @@ def _old(old: Connection, table: Table, source: SourceTable, role: str, used: pr
 
 def held_up_by(losing: Connection, tables: list[tuple[str, str]], new: Connection | None) -> list[str]:
     """Return the long transactions that a fence will wait for: for its lock, and for a slot where a reverse path may be opened."""
-    waits = [f"the fence waits for {one}" for one in holders.of_tables(losing, tables)]
+    waits = [f"the fence waits for {holder}" for holder in holders.of_tables(losing, tables)]
     later = holders.of_slot(new) if new is not None else []
-    return waits + [f"the reverse path waits for {one}, on the new store's server" for one in later]
+    return waits + [f"the reverse path waits for {holder}, on the new store's server" for holder in later]
 
 
 def waits(spec: Spec) -> list[str]:

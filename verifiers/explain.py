@@ -61,8 +61,8 @@ class Story:
         """Return the story for a person, a line a part."""
         yield f"{self.table} {'/'.join(self.key)}"
         for name, value in self.parts.items():
-            for one in (value or [NONE]) if isinstance(value, list) else [value]:
-                yield f"  {name}: {one if isinstance(one, str) else json.dumps(one, default=str, ensure_ascii=False)}"
+            for line in (value or [NONE]) if isinstance(value, list) else [value]:
+                yield f"  {name}: {line if isinstance(line, str) else json.dumps(line, default=str, ensure_ascii=False)}"
 
 
 def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Story:

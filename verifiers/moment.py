@@ -68,9 +68,9 @@ def held_still(
     """Hold both sides still; while the old store has authority over any row they are aligned at one LSN."""
     with ExitStack() as held, connect(spec.source.dsn.resolve(), application_name(spec.name, "verify")) as old:
         tables = _tables(old, spec, chosen, unchecked)
-        one = _Holding(held, spec, spark, ledger, prepared, chosen, unchecked, old, tables)
-        moment = one.aligned(split) if split.at_old else one.as_it_is(split)
-        one.ask()
+        holding = _Holding(held, spec, spark, ledger, prepared, chosen, unchecked, old, tables)
+        moment = holding.aligned(split) if split.at_old else holding.as_it_is(split)
+        holding.ask()
         yield moment
 
 
@@ -140,7 +140,7 @@ class _Holding:
     def _targets(self, split: Split) -> tuple[list[str], list[str]]:
         """Return all targets that are compared, and the lakes among them that follow the new store."""
         every = sorted({target for _, target in self.chosen})
-        return every, [one for one in reverse.targets_of(self.spec) if one in every] if split.at_new else []
+        return every, [name for name in reverse.targets_of(self.spec) if name in every] if split.at_new else []
 
     def _watches(self) -> dict[str, Callable[[], bool]]:
         return {name: file_watch(self.old, table.read) for name, table in self.tables.items()}
@@ -181,7 +181,7 @@ class _Holding:
         frozen = {}
         left = self.unchecked.left(self.chosen)
         for target in dict.fromkeys(target for _, target in left):
-            tables = {names: one.target for names, one in left.items() if names[1] == target}
+            tables = {names: load.target for names, load in left.items() if names[1] == target}
             with self.unchecked.at(tables):
                 store = self.held.enter_context(open_store(self.spec, self.spec.targets[target], "verify"))
                 hold = self.held.enter_context(store.freeze(self.spark, list(tables.values()), PARTS))

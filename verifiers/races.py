@@ -187,12 +187,12 @@ class Outcome:
 
 def as_table(outcomes: Sequence[Outcome]) -> str:
     """Return the outcomes for a person, and the sentence for a colleague in doubt."""
-    lines = [
-        f"{one.race:12}  {', '.join(one.with_tombstones) or 'equal':12}  {', '.join(one.without) or 'equal':12}  {one.story}"
-        for one in outcomes
-    ]
-    wrong = sum(bool(one.without) for one in outcomes)
-    lost = sum(bool(one.with_tombstones) for one in outcomes)
+    lines = []
+    for outcome in outcomes:
+        with_tombstones, without = (", ".join(wrong) or "equal" for wrong in (outcome.with_tombstones, outcome.without))
+        lines.append(f"{outcome.race:12}  {with_tombstones:12}  {without:12}  {outcome.story}")
+    wrong = sum(bool(outcome.without) for outcome in outcomes)
+    lost = sum(bool(outcome.with_tombstones) for outcome in outcomes)
     verdict = f"{lost} of {len(outcomes)} races end differently with tombstones, {wrong} without"
     return "\n".join(
         [f"{'race':12}  {'tombstones':12}  {'without':12}  what happens", *lines, "", f"{verdict}, on these two servers."]
@@ -204,7 +204,7 @@ def prove(spec: Spec) -> list[Outcome]:
 
     Raises UsageError where no target is PostgreSQL, ServerUnavailable, DatabaseFailed where a role may not create a schema.
     """
-    target = next((one for one in spec.targets.values() if one.kind == "postgres"), None)
+    target = next((candidate for candidate in spec.targets.values() if candidate.kind == "postgres"), None)
     if target is None:
         raise UsageError("prove: no target of the spec is PostgreSQL; a lake has its gate in MERGE, which verify judges")
     old, new = spec.source.dsn.resolve(), target.dsn_value

@@ -123,8 +123,8 @@ def _details(verdict: Verdict) -> Iterator[RenderableType]:
     from rich.text import Text
 
     name = f"{verdict.table} in {verdict.target}"
-    for one in verdict.types:
-        yield Text(f"{name}: {one}", style="red")
+    for change in verdict.types:
+        yield Text(f"{name}: {change}", style="red")
     for check in verdict.checks:
         answer = "equal" if check.equal else f"different: {check.first_difference}"
         yield Text(f"{name}: check {check.name}: {answer}")

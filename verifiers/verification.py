@@ -58,8 +58,9 @@ def verify(
 ) -> list[Verdict]:
     """Compare every row of every table with each target (all unless named) and record the verdicts (driver).
 
-    `on_verdict` is called with each verdict once it is on record. Once all have theirs that can, raises CouldNotCheck where there is no answer,
-    StepOrder before the backfill is closed, TableStopped, RowRefused, or CouldNotFinish with all reasons where there are several.
+    `on_verdict` is called with each verdict once it is on record. Once all tables have theirs that can, it raises for the others:
+    CouldNotCheck where there is no answer, StepOrder before the backfill is closed, TableStopped, RowRefused, or CouldNotFinish
+    with all reasons where there are several.
     """
     with Ledger.open(spec, "verify") as ledger, ledger.lease("verify"), ledger.recorded("verify") as entry:
         prepared = require_prepared(spec, spark, ledger, "verify")
@@ -215,8 +216,8 @@ class _Comparison:
         from pyspark.sql import functions as F
 
         frame = transform.kept(frozen.frame(None)) if transform else frozen.frame(None)
-        one = len(frozen.ranges) == 1
-        ranged = frame.withColumn(RANGE, F.lit(0) if one else F.spark_partition_id())
+        single = len(frozen.ranges) == 1
+        ranged = frame.withColumn(RANGE, F.lit(0) if single else F.spark_partition_id())
         return transform.uncast(ranged, carry=[RANGE]) if transform else ranged
 
 

@@ -94,10 +94,10 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, tenants: Coll
         old, new = held.enter_context(fenced_stores(spec))
         if moving is None:
             _finish(new if to is Origin.NEW else old, old, new, before)
-            present = next((one for one in reversed(before) if one.store == to.value), ledger.authority())
+            present = next((row for row in reversed(before) if row.store == to.value), ledger.authority())
             return Fenced(present.epoch, to.value, present.from_lsn, present.pause_seconds or 0.0)
         names = frozenset(tenants) if tenants is not None else None
-        epoch = max((one.epoch for one in before), default=0) + 1
+        epoch = max((row.epoch for row in before), default=0) + 1
         return _move(Handover(spec, ledger, to, epoch, moving, names, before, old, new), max_pause)
 
 
@@ -106,8 +106,8 @@ def _name_holders(spec: Spec, to: Origin) -> None:
     with fenced_stores(spec) as (old, new):
         losing = old if to is Origin.NEW else new
         tables = [(table.schema, table.name) for table in losing.tables]
-        for one in held_up_by(losing.connection, tables, new.connection if to is Origin.NEW else None):
-            log.warning("%s", one)
+        for reason in held_up_by(losing.connection, tables, new.connection if to is Origin.NEW else None):
+            log.warning("%s", reason)
 
 
 def _require_nameable(spec: Spec, to: Origin, tenants: Collection[str] | None) -> None:
@@ -159,7 +159,7 @@ def settle(spec: Spec) -> None:
 def _finish(gaining: FencedStore, old: FencedStore, new: FencedStore, changes: Sequence[Authority]) -> None:
     """Raise the floors of what has authority on record, and let it write; safe to repeat."""
     apart = any(table.tenant for table in gaining.tables)
-    for side in (gaining, *(one for one in (old, new) if apart and one is not gaining)):
+    for side in (gaining, *(store for store in (old, new) if apart and store is not gaining)):
         side.raise_floors(changes)
         side.settle(changes)
 
@@ -170,7 +170,7 @@ def _call_off(handover: Handover) -> None:
     Where the ledger can't be asked the refusal stays as it is: two stores that take writes would be worse than none.
     """
     with Ledger.open(handover.spec, "fence") as again:
-        if all(one.epoch < handover.epoch for one in again.authorities()):
+        if all(row.epoch < handover.epoch for row in again.authorities()):
             handover.losing.settle(handover.before)
 
 
@@ -253,8 +253,8 @@ def _offer_again(handover: Handover) -> None:
 
     While the others stayed it went on past there. What it took already it refuses a second time.
     """
-    begun = max((number for number, one in enumerate(handover.before) if one.anew), default=0)
-    left = [one.from_lsn for one in handover.before[begun:] if one.store == Origin.NEW.value]
+    begun = max((number for number, row in enumerate(handover.before) if row.anew), default=0)
+    left = [row.from_lsn for row in handover.before[begun:] if row.store == Origin.NEW.value]
     handover.ledger.connection.execute(
         "UPDATE changeover.load SET applied = least(applied, %s) WHERE migration = %s AND target <> %s",
         [format_lsn(min(left)), handover.spec.name, flag_of(handover.spec).target],

@@ -63,7 +63,7 @@ class Pause:
     def make(self, move: Move) -> None:
         """Note that a move is made; none comes before its turn in `statements.HAND_OVER`, whose order is the proof."""
         if move is not HAND_OVER[len(self.made)]:
-            raise CouldNotFinish(f"the fence would make {move.name} after {[one.name for one in self.made]}")
+            raise CouldNotFinish(f"the fence would make {move.name} after {[earlier.name for earlier in self.made]}")
         self.made.append(move)
         failpoints.reach(f"fence-{move.name.lower().replace('_', '-')}")
 

@@ -57,7 +57,7 @@ def server_name(dsn: str) -> str:
 
 def _defaults() -> dict[str, str]:
     """Return what libpq takes from the environment where a DSN says nothing."""
-    return {one.keyword.decode(): one.val.decode() for one in pq.Conninfo.get_defaults() if one.val and one.envvar}
+    return {option.keyword.decode(): option.val.decode() for option in pq.Conninfo.get_defaults() if option.val and option.envvar}
 
 
 def connect(
@@ -109,7 +109,7 @@ def _given_options(dsn: str) -> str | None:
     if "options" in parts or not (parts.get("service") or os.environ.get("PGSERVICE")):
         return str(parts.get("options") or os.environ.get("PGOPTIONS") or "") or None
     begun = pq.PGconn.connect_start(dsn.encode())  # it reads the service file first
-    options = next((one.val for one in begun.info if one.keyword == b"options"), None)
+    options = next((option.val for option in begun.info if option.keyword == b"options"), None)
     begun.finish()
     return options.decode() if options else None
 
@@ -123,7 +123,8 @@ OURS_OR_FILES = frozenset(
 def settled(dsn: str, connection: Connection) -> str:
     """Return the DSN of a session in words that mean the same elsewhere: tasks have not the driver's files and environment."""
     wire = connection.pgconn
-    parameters = {one.keyword.decode(): one.val.decode() for one in wire.info if one.val and one.val != one.compiled}
+    options = [option for option in wire.info if option.val and option.val != option.compiled]
+    parameters = {option.keyword.decode(): option.val.decode() for option in options if option.val}
     parameters |= {"password": wire.password.decode(), "options": _given_options(dsn) or ""}
     return make_conninfo("", **{name: value for name, value in parameters.items() if value and name not in OURS_OR_FILES})
 

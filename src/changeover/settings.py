@@ -172,17 +172,17 @@ LEFT: Mapping[str, tuple[str, ...]] = {
 
 def pinned(kind: Kind = Kind.OURS) -> dict[str, str]:
     """Return what a session pins as it begins: all that every server knows."""
-    return {one.name: one.value for one in PINNED if not one.since and kind in one.kinds}
+    return {setting.name: setting.value for setting in PINNED if not setting.since and kind in setting.kinds}
 
 
 def later(version: int, kind: Kind = Kind.OURS) -> dict[str, str]:
     """Return what a session pins once its server's version is known."""
-    return {one.name: one.value for one in PINNED if 0 < one.since <= version and kind in one.kinds}
+    return {setting.name: setting.value for setting in PINNED if 0 < setting.since <= version and kind in setting.kinds}
 
 
 def output() -> dict[str, str]:
     """Return the settings by which carried values read as text."""
-    return {one.name: one.value for one in PINNED if one.name in OUTPUT}
+    return {setting.name: setting.value for setting in PINNED if setting.name in OUTPUT}
 
 
 def statements(settings: Mapping[str, str]) -> sql.Composed:

@@ -59,5 +59,5 @@ def _value(value: Any) -> Any:
         number = Decimal(str(value))
         return EXACT.normalize(number) if number else Decimal(0)
     if isinstance(value, list | tuple):
-        return [_value(one) for one in value]
+        return [_value(element) for element in value]
     return str(value) if isinstance(value, UUID) else value

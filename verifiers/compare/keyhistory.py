@@ -97,4 +97,4 @@ def _of_keys(commits: pa.Table, identity: Sequence[str], places: Sequence[int], 
     """Return the changes of some target keys, which have the source key's columns unchanged at these places."""
     asked = {tuple(key[position] for position in places) for key in keys}
     own = zip(*(commits[name].to_pylist() for name in identity), strict=True)
-    return commits.filter(pa.array([one in asked for one in own], pa.bool_()))
+    return commits.filter(pa.array([commit_key in asked for commit_key in own], pa.bool_()))

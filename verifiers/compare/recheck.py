@@ -77,7 +77,7 @@ class Trail:
 def dual_written(ledger: Ledger, changes: Sequence[Authority]) -> bool:
     """Return whether any application has written to both stores: a router beyond off, or authority that moved."""
     begun = ledger.stream("verify").epoch
-    return any(one.epoch > begun for one in changes) or any(beat.stage != "off" for beat in ledger.heartbeats())
+    return any(change.epoch > begun for change in changes) or any(beat.stage != "off" for beat in ledger.heartbeats())
 
 
 def last_stage(ledger: Ledger) -> str | None:
@@ -147,7 +147,7 @@ class _Sides:
 
 def _another_notation(key: Key, asked: Sequence[Key], types: Sequence[str]) -> bool:
     """Return whether a key was asked for, but is written otherwise since: then what was asked for is gone."""
-    return any(all(map(notation_only, types, key, one)) for one in asked)
+    return any(all(map(notation_only, types, key, known)) for known in asked)
 
 
 def _settle(keys: Sequence[Key], sides: _Sides, between: Callable[[], object]) -> tuple[set[Key], set[Key]]:
@@ -203,7 +203,10 @@ def only(rows: DataFrame, names: Sequence[str], keys: Sequence[Key]) -> DataFram
     own = [nth(number) for number in range(len(names))]
     asked = [f"{name}_asked" for name in own]
     keys_asked = rows.sparkSession.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in asked))
-    same = [text(F.col(own_name), types[name]) == F.col(one) for own_name, name, one in zip(own, names, asked, strict=True)]
+    same = [
+        text(F.col(own_column), types[name]) == F.col(asked_for)
+        for own_column, name, asked_for in zip(own, names, asked, strict=True)
+    ]
     return placed(rows, names).join(keys_asked, same, "left_semi").toDF(*rows.columns)
 
 
@@ -261,8 +264,8 @@ def _without(diff: TableDiff, rows: list[dict[str, Any]], passed: set[Key]) -> T
     left = {name: count - columns[name] for name, count in diff.columns.items() if count > columns[name]}
     nothing = diff.found == len(gone)
 
-    def stays(one: Difference) -> bool:
-        return tuple(str(one.key[name]) for name in diff.key) not in passed
+    def stays(difference: Difference) -> bool:
+        return tuple(str(difference.key[name]) for name in diff.key) not in passed
 
     def settled(ranges: tuple[RangeCount, ...]) -> tuple[RangeCount, ...]:
         return tuple(replace(each, different=0) for each in ranges) if nothing else ranges

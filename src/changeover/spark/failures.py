@@ -91,8 +91,8 @@ def from_spark(table: str, location: str) -> Iterator[None]:
 def as_ours(error: Any, table: str, location: str) -> ChangeoverError:
     """Return an error of Spark's, or of the bridge to it, as ours (driver)."""
     below = list(_causes(error))
-    answer = next((_answer(one) for one in below if one.getClass().getName() == EXCEPTION), None)
-    return translated("\n".join((str(error), *(str(one.toString()) for one in below))), table, location, answer)
+    answer = next((_answer(cause) for cause in below if cause.getClass().getName() == EXCEPTION), None)
+    return translated("\n".join((str(error), *(str(cause.toString()) for cause in below))), table, location, answer)
 
 
 def _causes(error: Any) -> Iterator[Any]:
@@ -121,7 +121,7 @@ def translated(text: str, table: str, location: str, answer: Answer | None = Non
         return JarsMissing(
             "junixsocket, by which Java reaches a server at a socket, is not there: run"
             " `python -m changeover.spark.jars`, or give Spark"
-            f" the packages {','.join(one.coordinates for one in (SOCKETS, NATIVE))}; then run the same command again"
+            f" the packages {','.join(package.coordinates for package in (SOCKETS, NATIVE))}; then run the same command again"
         )
     failure = _answered(answer, table, location) if answer and NOT_CONNECTED not in text else _told(text, table, location)
     if failure is not None:

@@ -46,7 +46,7 @@ def options(dsn: str, application: str) -> dict[str, str]:
     """
     with closing(connect(dsn, application)) as session:
         wire = session.pgconn
-        parameters = {one.keyword.decode(): one.val.decode() for one in wire.info if one.val}
+        parameters = {option.keyword.decode(): option.val.decode() for option in wire.info if option.val}
         parameters.update(
             host=wire.host.decode(), hostaddr=wire.hostaddr.decode(), port=wire.port.decode(), password=wire.password.decode(),
             user=wire.user.decode(), dbname=wire.db.decode(),
@@ -150,10 +150,10 @@ def start(transaction: sql.Composable) -> sql.Composed:
     first = _pinned()
     late = sql.SQL(" ").join(
         sql.SQL("IF current_setting('server_version_num')::int >= {} THEN SET {}; END IF;").format(
-            sql.Literal(one.since), pins.assignment(one.name, one.value)
+            sql.Literal(setting.since), pins.assignment(setting.name, setting.value)
         )
-        for one in pins.PINNED
-        if one.since
+        for setting in pins.PINNED
+        if setting.since
     )
     return sql.SQL(
         "{sets}; {transaction}; DO $pins$ DECLARE other record; BEGIN {late} FOR other IN {deviations} LOOP"

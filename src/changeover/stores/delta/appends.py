@@ -166,7 +166,7 @@ def row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
     for batch in batches:
         if batch.num_rows:
             gathered.append(batch)
-        if sum(one.num_rows for one in gathered) >= ROW_GROUP:
+        if sum(group.num_rows for group in gathered) >= ROW_GROUP:
             yield pa.Table.from_batches(gathered)
             gathered = []
     if gathered:

@@ -137,8 +137,8 @@ class DeltaStore:
             if NOT_TAKEN & set(name):
                 clashes.append(f"a column {_told(name)}")
         return [
-            f"target table {table} would have {one}, which Delta does not take: give another name in [table.columns]"
-            for one in clashes
+            f"target table {table} would have {clash}, which Delta does not take: give another name in [table.columns]"
+            for clash in clashes
         ]
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
@@ -384,14 +384,14 @@ class DeltaStore:
 @contextmanager
 def passing_folder(parent: Path) -> Iterator[Path]:
     """Make a folder for the block, and above it what is missing; all of it is removed at the end."""
-    missing = [one for one in (parent, *parent.parents) if not one.exists()]
+    missing = [folder_above for folder_above in (parent, *parent.parents) if not folder_above.exists()]
     parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix="check-", dir=parent) as folder:
             yield Path(folder)
     finally:
-        for one in missing:
-            one.rmdir()
+        for folder_above in missing:
+            folder_above.rmdir()
 
 
 def unwritable(path: Path) -> list[str]:

@@ -62,8 +62,8 @@ def install(connection: Connection, schema: str, name: str, refusal: Refusal, de
                 connection.execute(_function(function, refusal, _server_time(connection, left)))
                 for suffix, event, level in TRIGGERS:
                     # a row's trigger is every partition's, present and to come; a statement's is the table's own alone
-                    for one in (table, *(_partitions(connection, table) if level == "STATEMENT" else ())):
-                        _refuse(connection, one, sql.Identifier(f"changeover_refusal{suffix}"), event, level, function)
+                    for relation in (table, *(_partitions(connection, table) if level == "STATEMENT" else ())):
+                        _refuse(connection, relation, sql.Identifier(f"changeover_refusal{suffix}"), event, level, function)
             return True
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.05)
@@ -112,7 +112,7 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
     A row that changes its tenant is a write to both. A TRUNCATE is one to all, so no store takes it where tenants are told apart.
     The writer's search_path counts for nothing: every name says its schema, operators too.
     """
-    epochs = [one.epoch for one in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
+    epochs = [refused.epoch for refused in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
     body = sql.SQL(
         """
         DECLARE since integer := -1; given pg_catalog.text; epoch integer := -1;
@@ -141,12 +141,12 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
 def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
     """Return the expression of the epoch since which a row is refused, -1 for one that is not."""
     begun = sql.SQL("pg_catalog.clock_timestamp() OPERATOR(pg_catalog.<) {}::pg_catalog.timestamptz").format(sql.Literal(ends))
-    arms: list[tuple[Refused, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
+    arms: list[tuple[Refused, sql.Composable]] = [(arm, sql.SQL("true")) for arm in refusal.standing]
     arms += [(refusal.begun, begun)] if refusal.begun else []
     return sql.SQL("CASE {} ELSE -1 END").format(
         sql.SQL(" ").join(
-            sql.SQL("WHEN {} AND {} THEN {}").format(belongs(row, refusal.column, one.tenants), when, sql.Literal(one.epoch))
-            for one, when in (*arms, (Refused(-1), sql.SQL("false")))
+            sql.SQL("WHEN {} AND {} THEN {}").format(belongs(row, refusal.column, arm.tenants), when, sql.Literal(arm.epoch))
+            for arm, when in (*arms, (Refused(-1), sql.SQL("false")))
         )
     )
 
@@ -173,15 +173,15 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
     removed = []
     with connection.transaction():
         table = sql.Identifier(schema, name)
-        for one in (table, *_partitions(connection, table)):
+        for relation in (table, *_partitions(connection, table)):
             triggers = connection.execute(
                 "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgparentid = 0"
                 " AND tgname LIKE 'changeover_refusal%%'",
-                [one.as_string(connection)],
+                [relation.as_string(connection)],
             ).fetchall()
             for row in triggers:
-                connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), one))
-                removed.append(f"trigger {row[0]} on {one.as_string(connection).replace(chr(34), '')}")
+                connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), relation))
+                removed.append(f"trigger {row[0]} on {relation.as_string(connection).replace(chr(34), '')}")
         connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("refuse", schema, name)))
     return removed
 

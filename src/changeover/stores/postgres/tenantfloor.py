@@ -47,7 +47,7 @@ def install(connection: Connection, table: GatedTable, column: str, floors: Sequ
 
 
 def _function(function: sql.Identifier, column: str, floors: Sequence[Refused]) -> sql.Composed:
-    arms = [sql.SQL("WHEN {} THEN {}").format(belongs("NEW", column, one.tenants), sql.Literal(one.epoch)) for one in floors]
+    arms = [sql.SQL("WHEN {} THEN {}").format(belongs("NEW", column, floor.tenants), sql.Literal(floor.epoch)) for floor in floors]
     body = sql.SQL("BEGIN IF NEW.{} OPERATOR(pg_catalog.<) (CASE {} ELSE 0 END) THEN RETURN NULL; END IF; RETURN NEW; END").format(
         sql.Identifier(EPOCH), sql.SQL(" ").join(arms)
     )
