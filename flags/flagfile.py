@@ -178,8 +178,9 @@ def loaded(path: str | Path) -> Iterator[LDClient]:
 class FileSource(UpdateProcessor):
     """The SDK's polling file source, started such that no replacement is missed (each process, a forked child's too).
 
-    The SDK loads the file first and notes its time afterwards: it would never see a replacement between the two, and
-    the process would keep its first stage until the next one. So a start during which the file changed is done again.
+    The SDK loads the file first and notes its time afterwards. It would never see a replacement
+    between the two, and the process would keep its first stage until the next one. So a start
+    during which the file changed is done again.
     """
 
     def __init__(self, path: str | Path, poll_seconds: float, config: Config, store: FeatureStore, ready: Event) -> None:

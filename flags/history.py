@@ -1,8 +1,9 @@
 """History: the turns of the flag on record, from which stage to which, when, and at which position the mirror began.
 
-Every turn by `flags advance` and `flags rollback`, and every turn made elsewhere that `flags watch` saw, is a row of the
-ledger's audit. What is asked of a stage is asked of the time since its switch; whether there is reverse replication is told by
-these rows and not by the flag, which anybody may turn.
+Every turn by `flags advance` and `flags rollback`, and every turn made elsewhere that `flags watch`
+saw, is a row of the ledger's audit. What is asked of a stage is asked of the time since its switch.
+These rows say whether there is reverse replication; the flag does not, because anybody may switch
+it.
 """
 
 from __future__ import annotations

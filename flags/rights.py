@@ -1,8 +1,9 @@
 """Rights: whether the application's roles can use the store that takes over, asked of the server and tried where it does no harm.
 
-Every privilege of each role is asked for: on the table, its columns, its sequences and their schemas in the new store, on the old
-table for what is mirrored back, and on what of ours a router touches. Where our role may become the application's one row is
-written besides, and undone. It says which of the two was done. Runs where `changeover flags` runs.
+Every privilege of each role is asked for. In the new store that is the table, its columns, its
+sequences and their schemas. In the old store it is the table, for what is mirrored back. In both it
+is what of ours a router touches. Where our role may become the application's one row is written
+besides, and undone. It says which of the two was done. Runs where `changeover flags` runs.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ __all__ = ["FENCED", "ORDER", "TABLE", "StageRule", "effective", "needs_fence", 
 class StageRule:
     """What a stage means: whose answer a read returns, where a write goes first, and what happens beside it.
 
-    `compares` says that a read asks the other store too, off the caller's thread; `mirrors` that a write is offered to
-    the other store after its commit; `fence_before` that the step up to this stage waits for a fence in the ledger,
-    `fence_back` that the step down from it does; `reversible` that there is a step down at all.
+    `compares` says that a read asks the other store too, off the caller's thread. `mirrors` says
+    that a write is offered to the other store after its commit. `fence_before` says that the step
+    up to this stage waits for a fence in the ledger, `fence_back` that the step down from it does.
+    `reversible` says that there is a step down at all.
     """
 
     reads: Origin

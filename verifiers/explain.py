@@ -1,9 +1,10 @@
 """Explain: the story of one row by its target key, from what is on record; starts no JVM.
 
-It tells the chunk that the key belongs to, the row's image in each target, its cell (version or tombstone), the spooled events
-of its key in both stores, its differences, the stage, its tenant and who has authority over it: enough to see why a row is as it
-is. What is gone for good, as versions and events are after `finalize`, is said to be gone. Keys are compared by type, so an index
-serves.
+It gives the chunk that the key belongs to, the row's image in each target, and its cell (version or
+tombstone). It gives the spooled events of its key in both stores, its differences, the stage, its
+tenant and who has authority over it. That is enough to see why a row is as it is. What is gone for
+good, as versions and events are after `finalize`, is said to be gone. Keys are compared by type, so
+an index serves.
 """
 
 from __future__ import annotations

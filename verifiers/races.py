@@ -1,8 +1,9 @@
 """The races: replayed on the user's own two servers, in a scratch schema, with tombstones and without.
 
-The gate and the loader are the product's own statements, the versions are real positions in the old server's log, and the judge is
-a comparison of both tables, row by row. What differs without tombstones is what a plain copy would have lost or brought back. The
-scratch schema is removed whatever happens; no table of the user's is touched. Runs on the driver, without Spark.
+The gate and the loader are the product's own statements, and the versions are real positions in the
+old server's log. The judge is a comparison of both tables, row by row. What differs without
+tombstones is what a plain copy would have lost or brought back. The scratch schema is removed
+whatever happens; no table of the user's is touched. Runs on the driver, without Spark.
 """
 
 from __future__ import annotations

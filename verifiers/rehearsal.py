@@ -1,9 +1,10 @@
 """The rehearsal: the whole way of every table on frames without a row, so that what passes `check` runs.
 
-It plans as the steps do, reads the source by the reader's own session, and brings no row through transform, COPY, MERGE and
-comparison: names, types and expressions meet every engine that they will meet. What an engine refuses is a reason, one sentence.
-What it makes in a store is rolled back, and a lake's table stands in a folder that is removed: nothing is changed, nothing left.
-Runs on the driver, with Spark, once nothing else stands against the plan.
+It plans as the steps do, reads the source by the reader's own session, and brings no row through
+transform, COPY, MERGE and comparison. So names, types and expressions meet every engine that they
+will meet. What an engine refuses is a reason, one sentence. What it makes in a store is rolled
+back, and a lake's table stands in a folder that is removed: nothing is changed, nothing left. Runs
+on the driver, with Spark, once nothing else stands against the plan.
 """
 
 from __future__ import annotations

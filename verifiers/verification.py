@@ -1,13 +1,15 @@
 """Verification: both sides brought to one moment, every row compared, the verdict put on record.
 
-While the old store has authority the moment is exact: a temporary slot, or a window of the trigger log, gives an LSN X and its
-snapshot, replay offers every event below X and none at or above, then each target is frozen and replay goes on. Where the
-application writes to both stores, a target may be ahead of X, so differing keys are judged again (`recheck`). After authority has
-moved the old store is compared with the new one as both are, and the lake with the rows that no mirrored write has touched ahead
-of the stream; without a reverse path the lake stays at the fence, and is compared with the rows that no later write touched at all.
-While tenants are at both stores it is both: first what was written to the new store comes back up to one position, then X is
-taken, of all other rows; differing keys are judged again with both directions moving. A table that can't be checked keeps no other
-from its verdict: its reason is raised when the others have theirs.
+While the old store has authority the moment is exact. A temporary slot, or a tick of the trigger
+log, gives an LSN X and its snapshot. Replay applies every event below X and none at or above. Then
+each target is frozen and replay goes on. Where the application writes to both stores, a target may
+be ahead of X, so differing keys are judged again (`recheck`). After authority has moved the old
+store is compared with the new one as both are. The lake is compared with the rows that no mirrored
+write has touched ahead of the stream. Without a reverse path the lake stays at the fence, and is
+compared with the rows that no later write touched at all. While tenants are at both stores it is
+both. First what was written to the new store comes back up to one position, then X is taken, of all
+other rows. Differing keys are judged again with both directions moving. A table that can't be
+checked keeps no other from its verdict: its reason is raised when the others have theirs.
 """
 
 from __future__ import annotations
@@ -58,9 +60,10 @@ def verify(
 ) -> list[Verdict]:
     """Compare every row of every table with each target (all unless named) and record the verdicts (driver).
 
-    `on_verdict` is called with each verdict once it is on record. Once all tables have theirs that can, it raises for the others:
-    CouldNotCheck where there is no answer, StepOrder before the backfill is closed, TableStopped, RowRefused, or CouldNotFinish
-    with all reasons where there are several.
+    `on_verdict` is called with each verdict once it is on record. Once all tables have theirs that
+    can, it raises for the others. That is CouldNotCheck where there is no answer, StepOrder before
+    the backfill is closed, TableStopped or RowRefused. It is CouldNotFinish with all reasons where
+    there are several.
     """
     with Ledger.open(spec, "verify") as ledger, ledger.lease("verify"), ledger.recorded("verify") as entry:
         prepared = require_prepared(spec, spark, ledger, "verify")

@@ -1,8 +1,9 @@
 """The commands: what `changeover flags` does: show, advance, roll back, and follow a flag that is switched elsewhere.
 
-The flag holds the desired stage, the ledger's epoch the observed one. A step that moves authority takes effect by its fence
-alone; the flag is turned first, so that every router already knows where to go, and turned back when the fence is called off.
-Every step, and every refusal, is in the audit log with the hash of its evidence.
+The flag holds the desired stage, the ledger's epoch the observed one. A step that moves authority
+takes effect by its fence alone. The flag is switched first, so that every router already knows
+where to go. It is switched back when the fence is called off. Every step, and every refusal, is in
+the audit log with the hash of its evidence.
 """
 
 from __future__ import annotations

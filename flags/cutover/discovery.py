@@ -1,10 +1,11 @@
 """Discovery: which tenants there are, how PostgreSQL writes their names, and whose desired stage is not the observed one.
 
-Tenants are counted by the old store, which has all of them from the beginning to the end, by a loose scan of an index that
-begins with their column: a step per tenant, not per row. A count takes no more than a twentieth of the time, so with many
-tenants it is made less often: of 10,000 every few seconds, of 100,000 every few minutes. The flag itself is asked again as soon
-as its file or the ledger has changed, by the SDK's own rules, percentage rollouts among them. An answer that is no stage moves
-nobody.
+The old store lists the tenants, because it has all of them from the beginning to the end. It does
+so by a loose scan of an index that begins with their column: a step per tenant, not per row. A
+count takes no more than a twentieth of the time, so with many tenants it is made less often: of
+10,000 every few seconds, of 100,000 every few minutes. The flag itself is asked again as soon as
+its file or the ledger has changed, by the SDK's own rules, percentage rollouts among them. An
+answer that is no stage moves nobody.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Tenants moved by name: from shadow to live and back, by the same readiness and fence as all rows, while the others stay.
 
-rampdown and complete are of all rows, so they wait until no tenant is at the old store. A name is brought to the form in which
-PostgreSQL prints it; one that the column's type can't hold is refused, one that no row has yet may move, and is told.
+rampdown and complete are of all rows, so they wait until no tenant is at the old store. A name is
+brought to the form in which PostgreSQL prints it. One that the column's type can't hold is refused.
+One that no row has yet may move, and the answer says so.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The switch: the flag's file is turned and authority moves with it, of all rows or of some tenants, or neither happens.
 
-The flag is turned first, so that every router already knows where to go, and put back as it was when the fence is called off;
-the ledger's word counts where what broke off may have done so after authority had moved.
+The flag is switched first, so that every router already knows where to go. It is put back as it was
+when the fence is called off. Where a step breaks off, the ledger says whether authority had moved
+before.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from changeover.spec import Flag, Spec
 class Advanced:
     """A step that was done, up or down, of all rows or of the tenants that are named.
 
-    `pause_seconds` is how long the fence held writers up, None without a fence; `lost` how many writes of rows a step down left
-    behind in the new store, which never reached the old one, as far as routers know; `lacking` is why the old store got what their
-    mirrors brought alone, None where it got everything. `unknown` are the named tenants of which neither store has a row. `notes`
-    say how it was found out whether the application may write to the store that took over.
+    `pause_seconds` is how long the fence held writers up, None without a fence. `lost` is how many
+    writes of rows a step down left behind in the new store, as far as routers know: they never
+    reached the old one. `lacking` is why the old store got only what their mirrors brought, None
+    where it got everything. `unknown` are the named tenants of which neither store has a row.
+    `notes` say how it was found out whether the application may write to the store that took over.
     """
 
     before: Stage

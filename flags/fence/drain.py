@@ -1,8 +1,8 @@
 """The drain: what a fence waits for, so that the gaining store has everything which the losing one was ever written.
 
-Before the pause it draws near, while writers go on; in the pause the losing store refuses, and its position then is what must have
-arrived: by its stream, or on a rollback, where that is not whole, by the routers' mirrors. Everything runs where `changeover
-flags` runs.
+Before the pause it draws near, while writers go on. In the pause the losing store refuses, and all
+below its position at that moment must reach the other one. Its stream brings it. On a rollback
+whose stream is not whole, the routers' mirrors do. Everything runs where `changeover flags` runs.
 """
 
 from __future__ import annotations

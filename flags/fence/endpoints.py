@@ -1,8 +1,9 @@
 """The two endpoints of a fence: each store's session and tables, what it refuses, and where its log is.
 
-What a store refuses follows from the authority log: all rows over which it has no authority. Only where tenants move one by one the
-store that takes over refuses from the first fence on what it has not got yet; while all rows move at once it has nothing to refuse
-before. Everything runs where `changeover flags` runs.
+What a store refuses follows from the authority log: all rows over which it has no authority. Where
+tenants move one by one, the store that takes over refuses from the first fence on what it has not
+got yet. While all rows move at once it has nothing to refuse before. Everything runs where
+`changeover flags` runs.
 """
 
 from __future__ import annotations

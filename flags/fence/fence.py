@@ -1,11 +1,12 @@
 """The fence: authority over all rows, or some tenants', moves from one store to the other, enforced by the one that loses it.
 
-The order is the proof: (1) the losing store refuses whatever is not of the new epoch, and getting that trigger's lock has drained
-every older writing transaction; (2) only then its position F is read and a marker emitted; (3) the stream is still the one that was
-prepared; (4) the gaining store has everything below F; (5) the ledger says that authority has moved; (6) the gaining store's floor
-goes up to the new epoch, never before, or a fence that is called off would leave a floor that refuses what the losing store still
-writes. Until (5) the refusal ends by itself at a deadline, so a fence that dies gives the writers back; after a hand-over that took
-longer than `max_pause` it is called off.
+The order is the proof. (1) The losing store refuses whatever is not of the new epoch; getting that
+trigger's lock has drained every older writing transaction. (2) Only then its position F is read and
+a marker emitted. (3) The stream is still the one that was prepared. (4) The gaining store has
+everything below F. (5) The ledger says that authority has moved. (6) The gaining store's floor goes
+up to the new epoch. It never does before: a fence that is called off would leave a floor that
+refuses what the losing store still writes. Until (5) the refusal ends by itself at a deadline, so a
+fence that dies lets the writers go on. A handover that takes longer than `max_pause` is called off.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """An endpoint: one of the two stores as the application's process reaches it, its sessions, and its version gate.
 
-A write runs in one READ COMMITTED transaction that the router owns, and its position on the version axis is read in a
-later statement of that transaction, before a COMMIT that is durable when it is acknowledged. Sessions are the
-application's own pool, or a small one kept here; a session that the server has closed meanwhile is never handed out.
+A write runs in one READ COMMITTED transaction that the router owns. A later statement of that
+transaction reads its position on the version axis. The COMMIT after it is durable when it is
+acknowledged. Sessions are the application's own pool, or a small one kept here; a session that the
+server has closed meanwhile is never handed out.
 """
 
 from __future__ import annotations
@@ -184,8 +185,9 @@ def transaction(connection: psycopg.Connection[Any]) -> Iterator[Cursor]:
 def position(cursor: Cursor, log: Log | None = None) -> int:
     """Return the LSN of what the transaction has written so far, and make its COMMIT durable.
 
-    Where a trigger log captures the write, the position is that of the log's newest tick, above which the write's own event
-    comes to stand; without a tick, as after `abort`, it is below everything.
+    Where a trigger log captures the write, the position is that of the log's newest tick, above
+    which the write's own event comes to stand. Without a tick, as after `abort`, it is below
+    everything.
     """
     with cursor.connection.cursor(row_factory=psycopg.rows.tuple_row) as plain:
         (position, *_) = one_row(plain.execute(POSITION))

@@ -1,9 +1,11 @@
 """The follower: which store has authority, followed by a background thread, and what this process last acknowledged of it.
 
-`LedgerAuthority` asks the ledger every 50 ms on a connection of its own, at once when a write was refused, for its newest move,
-and reads those that came since only where that is another one: many tenants may be named there. It records a heartbeat every
-0.5 s and at once when the stage or the epoch has changed. A ledger that can't be reached keeps what was last observed: that is
-safe, because the store that lost authority refuses by itself. The caller's thread only reads an attribute.
+`LedgerAuthority` asks the ledger for its newest move every 50 ms on a connection of its own, and at
+once when a write was refused. It reads those that came since only where that is another one: many
+tenants may be named there. It records a heartbeat every 0.5 s and at once when the stage or the
+epoch has changed. A ledger that can't be reached keeps what was last observed: that is safe,
+because the store that lost authority refuses by itself. The caller's thread only reads an
+attribute.
 """
 
 from __future__ import annotations

@@ -5,12 +5,13 @@
     written = router.write(old=follow_in_old, new=follow_in_new)      # each: cursor -> list of Change
     row = router.read(old=find_in_old, new=find_in_new)               # each: cursor -> a row, rows, or any value
 
-The authority's transaction runs on the caller's thread and its outcome is the caller's outcome; the mirror, comparisons
-and the ledger are on threads of their own, so that no other store can slow or fail a caller. The flag holds the desired stage, the
-ledger's epoch is what is observed. A write that a fence refuses waits, no longer than `max_pause`, and runs anew where authority
-then is. Where the spec names a column of tenants (`flag.context`), each call says whose row it is by `tenant=`, and goes by that
-tenant's stage and authority. Threads and sessions are made on first use in each process, a forked child's too. Nothing is read
-from the environment or opened at import.
+The authority's transaction runs on the caller's thread and its outcome is the caller's outcome. The
+mirror, comparisons and the ledger are on threads of their own, so that no other store can slow or
+fail a caller. The flag holds the desired stage, the ledger's epoch is what is observed. A write
+that a fence refuses waits, no longer than `max_pause`, and runs anew where authority then is. Where
+the spec names a column of tenants (`flag.context`), each call says whose row it is by `tenant=`,
+and goes by that tenant's stage and authority. Threads and sessions are made on first use in each
+process, a forked child's too. Nothing is read from the environment or opened at import.
 """
 
 from __future__ import annotations
@@ -139,11 +140,12 @@ class Router:
     ) -> Written:
         """Run one of two functions in a transaction on the store that has authority, and mirror what it returns.
 
-        A function gets a cursor, runs the application's SQL and returns every row that it wrote, whole
-        (`returned(cursor)` after `RETURNING *`; for a key change the old row as deleted and the new one). It must have
-        no other effect, because it runs again after a fence, a deadlock or a serialization failure. Whatever it raises
-        rolls back and goes to the caller; so does a COMMIT of unknown outcome, after which nothing is mirrored: the
-        change stream tells.
+        A function gets a cursor, runs the application's SQL and returns every row that it wrote,
+        whole: `returned(cursor)` after `RETURNING *`. For a key change that is the old row as
+        deleted, and the new one. It must have no other effect, because it runs again after a fence,
+        a deadlock or a serialization failure. Whatever it raises rolls back and goes to the caller;
+        so does a COMMIT of unknown outcome, after which nothing is mirrored: the change stream
+        tells.
 
         `tenant` is the rows' own, all of one: a returned row of another one rolls back and raises Refused, because it would be
         written under another's authority. A key change from one tenant to another is a delete and an insert, each a write of its
@@ -179,9 +181,10 @@ class Router:
     ) -> Value:  # fmt: skip
         """Return what the store that has authority answers; at shadow and live the other one is asked beside it.
 
-        A function gets a cursor and only reads. For comparison it returns a row as a mapping, a list of them, or
-        anything else that the experiment's `clean` and `compare` understand; the old store's rows are mapped by
-        `to_new`. `tenant` is that of the rows asked for; a read over several tenants is one read of each.
+        A function gets a cursor and only reads. For comparison it returns a row as a mapping, a
+        list of them, or anything else that the experiment's `clean` and `compare` understand.
+        `to_new` maps the old store's rows. `tenant` is that of the rows asked for; a read over
+        several tenants is one read of each.
         """
         tenant_name = self._tenant(tenant)
         runtime = self._running()

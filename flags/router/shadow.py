@@ -1,10 +1,11 @@
 """Shadow reads: a read asked of both stores and compared, in the words of GitHub's Scientist.
 
-The authority's answer has gone to the caller before the other store is asked. Mirrored writes and replay arrive a
-little later, so a difference is looked at again, *both* stores read anew, with growing waits, and each time this process's
-mirror has first dealt with what it had when the difference was seen. Only a difference that stays is a mismatch. An
-error on either side is an error, never a match. Under overload, or behind a mirror that stands still, comparisons are
-dropped and counted. All but `run_if` runs on one thread beside the callers.
+The authority's answer has gone to the caller before the other store is asked. Mirrored writes and
+replay come a little later. So a difference is looked at again with growing waits, *both* stores
+read anew. Before each look this process's mirror has dealt with what it had when the difference was
+seen. Only a difference that stays is a mismatch. An error on either side is an error, never a
+match. Under overload, or behind a mirror that stands still, comparisons are dropped and counted.
+All but `run_if` runs on one thread beside the callers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Everything that can go wrong, as one tree of exceptions.
 
-Each class carries its inputs as fields, builds one sentence from them (what, where, what to do), knows the exit code of the
-command line and whether a retry may help (`transient`), and survives a pickle round trip, because Spark sends exceptions
-from tasks to the driver. A wrong row is never an exception: it is data in a verdict.
+Each class carries its inputs as fields and builds one sentence from them: what, where, what to do.
+It knows the exit code of the command line and whether a retry may help (`transient`). It survives a
+pickle round trip, because Spark sends exceptions from tasks to the driver. A wrong row is never an
+exception: it is data in a verdict.
 
     ChangeoverError                    3
     ├── UsageError                     2   the request itself is wrong

@@ -1,7 +1,8 @@
 """Names: how a user's column or table of any name stands beside ours, in Spark, in the catalogue, in a spec and in a folder.
 
-Whatever PostgreSQL takes for a name may have been taken. So everything of ours that can stand beside a user's columns bears one
-reserved prefix, frames of ours know columns by their places, and every spelling has one reader: two tables are never one.
+Whatever PostgreSQL takes for a name may have been taken. So everything of ours that can stand
+beside a user's columns bears one reserved prefix. Frames of ours know columns by their positions.
+Every spelling has one reader: two tables are never one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Sessions with PostgreSQL: the one place where they are made and pinned.
 
-Every PostgreSQL session of ours, the walsender's and Spark's JDBC ones too, has the values of `settings.PINNED`, so that nothing of
-what it reads, writes or waits for depends on a server's, a role's or the environment's settings; one that does not hold them is
-refused. It bears `changeover:<migration>:<step>` as its application name. Nothing here runs at import.
+Every PostgreSQL session of ours, the walsender's and Spark's JDBC ones too, has the values of
+`settings.PINNED`. So what it reads, writes or waits for depends on no setting of a server, a role
+or the environment. A session that does not hold them is refused. It bears
+`changeover:<migration>:<step>` as its application name. Nothing here runs at import.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Coverage: the proof that a comparison left out no key range and no row.
 
-A comparison counts by class and range on each side. It holds only if the ranges partition the key's order from minus to
-plus infinity, every row belongs to exactly one of them, and the classes add up to what was read; a range without a row
-is accounted for with 0. Where no side had any row, each range must have been read to its end by a task of its own, which
-says so after its last row. Whatever does not hold raises `CouldNotCheck`, so a gap, an overlap or a read that did not
-end is never read as "equal".
+A comparison counts by class and range on each side. It holds only under three conditions. The ranges partition the key's
+order from minus to plus infinity, every row belongs to exactly one of them, and the classes add up
+to what was read. A range without a row is accounted for with 0. Where no side had any row, each
+range must have been read to its end by a task of its own, which says so after its last row.
+Whatever does not hold raises `CouldNotCheck`, so a gap, an overlap or a read that did not end is
+never read as "equal".
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The comparison of two frames: every key of either side gets exactly one class, by its typed values and no digest.
 
-Both sides are read once, in one Spark job: their rows are brought together by key in one shuffle and one sort, and a
-window over each key's rows pairs what is on both sides and counts what is there twice, which an outer join would
-multiply or hide. The result is proved before it is given (`coverage`); what can't be proved raises `CouldNotCheck`.
+Both sides are read once, in one Spark job: one shuffle and one sort bring their rows together by
+key. A window over each key's rows pairs what is on both sides and counts what is there twice. An
+outer join would multiply or hide that. The result is proved before it is given (`coverage`); what
+can't be proved raises `CouldNotCheck`.
 """
 
 from __future__ import annotations
@@ -344,9 +345,10 @@ def _on_disk(frame: DataFrame) -> Iterator[DataFrame]:
 def _settings(spark: SparkSession) -> Iterator[None]:
     """Put what is kept on disk there in small pieces, and plan without constraints, until the block ends.
 
-    Java's object stream holds on to its last hundred pieces (`spark.serializer.objectStreamReset`), a piece being so
-    many rows or 4 MB: at Spark's 10,000 rows that is 400 MB a task for rows that differ, whose values are kept. What Spark
-    infers of columns that are equal to casts of others grows with the square of their number, and is of no use here.
+    Java's object stream holds on to its last hundred pieces (`spark.serializer.objectStreamReset`),
+    a piece being so many rows or 4 MB. At Spark's 10,000 rows that is 400 MB a task for rows that
+    differ, whose values are kept. What Spark infers of columns that are equal to casts of others
+    grows with the square of their number, and is of no use here.
     """
     before = {name: spark.conf.get(name) for name in WHILE_COMPARING}
     try:

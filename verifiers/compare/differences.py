@@ -1,8 +1,8 @@
 """The table of differences: every key that a comparison found to differ, whole, for notebooks, recheck and repair.
 
-One Delta table holds the differences of all runs, one row a differing key, and of a duplicate key one row a copy; all
-values are text and NULL stays NULL. A run's rows for one table and store are one commit. The sample that a verdict
-prints is cut from the same rows.
+One Delta table holds the differences of all runs, one row a differing key, and of a duplicate key
+one row a copy. All values are text and NULL stays NULL. A run's rows for one table and store are
+one commit. The sample that a verdict prints is cut from the same rows.
 """
 
 from __future__ import annotations

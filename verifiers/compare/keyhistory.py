@@ -40,9 +40,10 @@ KeyChange = tuple[Key, Image] | None
 class History:
     """A table's stream from a position on, read in the order of its commits.
 
-    It tells nothing of a table where several source keys may make one target key, or where a cast to the target's types may
-    change a value. It passes over a change that came without one of its large values, a part with a row that can't be carried
-    over, and a transaction that is too large: there are the looks alone.
+    It tells nothing of a table where several source keys may make one target key, or where a cast
+    to the target's types may change a value. It passes over a change that came without one of its
+    large values, a part with a row that can't be carried over, and a transaction that is too large.
+    Of those the looks alone judge.
     """
 
     def __init__(self, spark: SparkSession, transform: Transform, spool: Spool, since: int) -> None:

@@ -1,10 +1,12 @@
 """Recheck: keys that differed while both stores were being written are judged again until they stand still.
 
-A target may be ahead of the aligned position, because a dual write reaches it before the stream does, or behind, because a mirror
-is under way. A key passes when the target holds an image that the source held at or after the comparison, as a look found it, or,
-however often it is written, as a commit left it that the stream tells of: the last one that replay had offered before the target
-was looked at, or one that was told since. A key that differs and stands still is a difference; one that never stands still leaves
-the question open, which is `CouldNotCheck`, not "equal". So do more keys than are judged again: none is left out.
+A target may be ahead of the aligned position, because a dual write reaches it before the stream
+does, or behind, because a mirror is under way. A key passes when the target holds an image that the
+source held at or after the comparison. Either a look found that image, or the stream has the commit
+that left it, however often the key is written. That commit is the last one that replay had offered
+before the target was looked at, or one that came since. A key that differs and stands still is a
+difference; one that never stands still leaves the question open, which is `CouldNotCheck`, not
+"equal". So do more keys than are judged again: none is left out.
 """
 
 from __future__ import annotations
@@ -92,9 +94,10 @@ def judge(
 ) -> tuple[TableDiff, Recheck]:  # fmt: skip
     """Return the diff with the keys left out that were in flight (driver).
 
-    `source` and `target` read the present rows of some target keys, and `history` what the source's stream told of them;
-    `between` is called before each round, to let changes arrive; `pg_types` are those that the comparison went by. Raises
-    CouldNotCheck when more keys differ than are judged again, and when none is left but those that never stood still.
+    `source` and `target` read the present rows of some target keys, and `history` what the source's
+    stream has of them. `between` is called before each round, to let changes through. `pg_types`
+    are those that the comparison went by. Raises CouldNotCheck when more keys differ than are
+    judged again, and when none is left but those that never stood still.
     """
     rows = _rows(differences, run)
     keys = sorted({_key(row, diff.key) for row in rows if row["class"] != CANONICALISATION})

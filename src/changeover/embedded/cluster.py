@@ -1,7 +1,8 @@
 """The folder of a PostgreSQL server of our own, and the unprivileged user that works in it.
 
-PostgreSQL refuses root, so where we are root its programs run as another user, who can reach this folder and binaries that are
-copied here if need be, and nothing else that was closed before. No mode or owner is changed outside the folder.
+PostgreSQL refuses root, so where we are root its programs run as another user. That user can reach
+this folder and binaries that are copied here if need be, and nothing else that was closed before.
+No mode or owner is changed outside the folder.
 """
 
 from __future__ import annotations

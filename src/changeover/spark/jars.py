@@ -1,8 +1,8 @@
 """The Java archives that Spark does not ship: Delta Lake, the PostgreSQL driver and its way to a socket, beside Spark's own.
 
-They are resolved once by Spark's own resolver and moved into pyspark's `jars` folder by rename, so that an archive is
-there whole or not at all, and no session needs a network or a setting afterwards. What is there is not fetched again,
-and then no JVM is started.
+Spark's own resolver fetches them once, and a rename moves them into pyspark's `jars` folder. So an
+archive is there whole or not at all, and no session needs a network or a setting afterwards. What
+is there is not fetched again, and then no JVM is started.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The Java runtime that Spark needs: found, never guessed.
 
-JAVA_HOME is looked at first, then the path, then the folder where Linux distributions put their runtimes. A runtime
-counts when it starts and says that it is Java 17 or later; otherwise the answer is one sentence that says what was
-found and the one command that helps. Nothing is installed unless asked for by `--install`.
+JAVA_HOME is looked at first, then the path, then the folder where Linux distributions put their
+runtimes. A runtime counts when it starts and says that it is Java 17 or later. Otherwise the answer
+is one sentence that says what was found and the one command that helps. Nothing is installed unless
+asked for by `--install`.
 """
 
 from __future__ import annotations

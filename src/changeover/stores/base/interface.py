@@ -1,9 +1,10 @@
 """The stores that a table can move to, behind one small interface.
 
-A third kind of store implements `Store` and is entered in `open_store`; nothing else in the pipeline asks what kind it is. The
-methods run on the driver; what they hand to Spark must pickle. Correctness asks three things of a store: that `merge` takes a
-change if and only if its version is above the key's cell and the floor, that `load` never puts an image over a cell, and
-that `freeze` gives a state that no later write changes.
+A third kind of store implements `Store` and is entered in `open_store`; nothing else in the
+pipeline asks what kind it is. The methods run on the driver; what they hand to Spark must pickle.
+Correctness asks three things of a store. `merge` takes a change if and only if its version is above
+the key's cell and the floor. `load` never puts an image over a cell. `freeze` gives a state that no
+later write changes.
 """
 
 from __future__ import annotations
@@ -98,9 +99,10 @@ class Mark(Protocol):
 class Frozen:
     """A state of a table that no later write changes.
 
-    `position` names it, `ranges` are the key ranges that `frame` reads as partitions, `frame` gives its live rows (or those
-    of some keys, in PostgreSQL's text form), and `query` runs SQL of the user's in the store's own engine. `same_file` tells
-    whether the table still has the file that it had before the state was taken: one that was replaced reads as empty.
+    `position` names it. `ranges` are the key ranges that `frame` reads as partitions. `frame` gives
+    its live rows, or those of some keys in PostgreSQL's text form. `query` runs SQL of the user's
+    in the store's own engine. `same_file` tells whether the table still has the file that it had
+    before the state was taken: one that was replaced reads as empty.
     """
 
     position: str
@@ -189,8 +191,9 @@ class Store(Protocol):
     def merge(self, table: TargetTable, changes: DataFrame, reached: Version | None = None) -> Counts:
         """Offer changes, one row a key, through the gate (replay).
 
-        `reached` says that the table is closed, and that these are all changes up to that version that were not offered before:
-        a store may then let the position be the gate, and write no version for each key.
+        `reached` says that the table is closed, and that these are all changes up to that version
+        that were not offered before. A store may then let the position be the gate, and write no
+        version for each key.
         """
         ...
 

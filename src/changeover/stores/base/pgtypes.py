@@ -1,9 +1,11 @@
 """Types: how PostgreSQL's values become Spark's and come back, without a loss anywhere.
 
-One table says for each PostgreSQL type which Spark type holds all of its values exactly, and how a value is read: `native` by
-the JDBC driver, or as PostgreSQL's own `text`, which Spark then casts under ANSI rules, so that what does not fit (a timestamp
-infinity, a numeric NaN) is an error with a name and never a changed value. A type whose values Spark can't hold exactly
-travels as its text from end to end. The change stream delivers the same text, so snapshot and stream meet in one decoder.
+One table says for each PostgreSQL type which Spark type holds all of its values exactly, and how a
+value is read. That is `native` by the JDBC driver, or as PostgreSQL's own `text`, which Spark then
+casts under ANSI rules. So what does not fit (a timestamp infinity, a numeric NaN) is an error with
+a name and never a changed value. A type whose values Spark can't hold exactly travels as its text
+from end to end. The change stream delivers the same text, so snapshot and stream meet in one
+decoder.
 """
 
 from __future__ import annotations

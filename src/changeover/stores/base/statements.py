@@ -75,9 +75,10 @@ CATCH_UP: Procedure = (
 )  # fmt: skip
 """A batch of replay on a closed table whose position, as `rule.caught_up_floor`, is the gate: no version is written per key.
 
-The lock is taken where it is free, so replay waits for nobody; a direct write that appears meanwhile waits for the batch, and then
-finds the floor above what it must not overwrite. TRUNCATE and collection exclude each other by the target's lease; a sweep that is
-repeated finds no tombstone of a key that the batch wrote.
+The lock is taken where it is free, so replay waits for nobody. A direct write that comes meanwhile
+waits for the batch, and then finds the floor above what it must not overwrite. TRUNCATE and
+collection exclude each other by the target's lease; a sweep that is repeated finds no tombstone of
+a key that the batch wrote.
 """
 
 
@@ -97,9 +98,12 @@ class Move(Enum):
 
 
 HAND_OVER: tuple[Move, ...] = (Move.FREEZE, Move.POSITION, Move.COMPARE, Move.AWAIT, Move.RECORD, Move.RAISE_FLOOR)
-"""The order is the proof (`flags.fence`): a position read before the freeze may be overtaken by a write that nobody carries, a
-stream that is compared before it may lose one afterwards, and a floor that was raised for a hand-over which is then called off
-silently refuses whatever the old authority goes on to write."""
+"""The order is the proof (`flags.fence`).
+
+A position read before the freeze may be overtaken by a write that nobody carries. A stream that is
+compared before it may lose one afterwards. A floor that was raised for a handover which is then
+called off silently refuses whatever the old authority goes on to write.
+"""
 
 AUTHORITY_READ = "catalogue"
 """Where the refusing trigger has its list of tenants from: its own function; a plain read of a table sees that of its snapshot."""

@@ -1,9 +1,11 @@
 """Appends to a Delta table from Spark's tasks: one Parquet file and one commit a chunk, once whatever happens.
 
-A task writes its chunk's file beside the table's others, where no reader can see it, and then commits it under the chunk's
-own application id (`txn`, Delta's transaction protocol, Transaction Identifiers). Delta's Python writer checks no application
-id by itself: the id is looked up in the version that the commit must follow directly, and again after each conflict. The
-ledger's mark comes last, so a chunk that is marked is in the table; a task that dies leaves at most a file that nobody reads.
+A task writes its chunk's file beside the table's others, where no reader can see it. Then it
+commits the file under the chunk's own application id (`txn`, Delta's transaction protocol,
+Transaction Identifiers). Delta's Python writer checks no application id by itself: the id is looked
+up in the version that the commit must follow directly, and again after each conflict. The ledger's
+mark comes last, so a chunk that is marked is in the table; a task that dies leaves at most a file
+that nobody reads.
 """
 
 from __future__ import annotations

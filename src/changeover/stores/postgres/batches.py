@@ -77,8 +77,9 @@ def require_read_committed(cursor: psycopg.Cursor[Any]) -> None:
 def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version | None = None) -> Counts:
     """Offer the batch table's changes, one row a key as texts, through the gate, in the caller's transaction.
 
-    With `reached` the batch has every change up to that version that was not offered before, and the position is the gate
-    (`statements.CATCH_UP`), unless another session holds the table's lock: then each key's version is, as always.
+    With `reached` the batch has every change up to that version that was not offered before, and
+    the position is the gate (`statements.CATCH_UP`). Where another session holds the table's lock,
+    each key's version is the gate, as always.
     """
     offered = one_row(cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)))
     if table.loose:

@@ -1,9 +1,11 @@
 """Garbage collection of row versions in a PostgreSQL target, by position: the floor goes up first, and answers for their keys.
 
-A row version up to a version may go once no writer can still judge by a floor below that version. So the new floor is
-committed, then every gated statement that began under the old one has ended (the barrier), and only then rows are deleted, a
-few of the table's blocks a transaction. The order is `statements.COLLECT`. A run that dies between any two steps leaves a floor
-that is right and rows that the next one deletes. The caller holds the target's lease; runs where its session runs (driver).
+A row version up to a version may go once no writer can still judge by a floor below that version.
+So the new floor is committed first. Then every gated statement that began under the old one has
+ended (the barrier). Only then rows are deleted, a few of the table's blocks a transaction. The
+order is `statements.COLLECT`. A run that dies between any two steps leaves a floor that is right
+and rows that the next one deletes. The caller holds the target's lease; runs where its session runs
+(driver).
 """
 
 from __future__ import annotations
@@ -78,8 +80,8 @@ def _barrier(run: _Collection) -> None:
 def _purge(run: _Collection) -> None:
     """Delete by blocks: a row up to the floor stays where it is, for what the gate takes instead is above the floor.
 
-    A row that a writer holds is passed over, to be left or found by the next collection: so this one waits for no row, and
-    can't be part of a deadlock.
+    A row that a writer holds is passed over, and the next collection leaves or finds it. So this
+    one waits for no row, and can't be part of a deadlock.
     """
     end = run.end()
     while run.block < end and run.batches > 0:

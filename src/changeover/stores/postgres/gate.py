@@ -1,11 +1,13 @@
 """The gate of a PostgreSQL store: the version rule in SQL, as separate statements of one READ COMMITTED transaction.
 
-A key's cell is its row in the user's table plus a row in `changeover."versions_<schema>.<table>"` (key, version, deleted),
-which exists only for keys that live writes touched. Each table has one floor in `changeover.gate`. A change is taken if and
-only if its version is above the floor and above the cell's (`changeover.jobs.apply.rule.applies` is the same rule in Python).
-The order of statements is part of the rule: the shared advisory lock alone, then the row versions, then deletes, then upserts;
-in one statement, or under REPEATABLE READ, a row survives its tombstone. That order stands in `statements`: `batches` and the
-application's function are composed from it, and the model checker runs it too. Everything runs where the caller's session runs.
+A key's cell is its row in the user's table plus a row in `changeover."versions_<schema>.<table>"`
+(key, version, deleted), which exists only for keys that live writes touched. Each table has one
+floor in `changeover.gate`. A change is taken if and only if its version is above the floor and
+above the cell's (`changeover.jobs.apply.rule.applies` is the same rule in Python). The order of
+statements is part of the rule: the shared advisory lock alone, then the row versions, then deletes,
+then upserts. In one statement, or under REPEATABLE READ, a row survives its tombstone. That order
+stands in `statements`: `batches` and the application's function are composed from it, and the model
+checker runs it too. Everything runs where the caller's session runs.
 """
 
 from __future__ import annotations
@@ -158,8 +160,9 @@ class GatedTable:
     def upsert(self, source: sql.Composable) -> sql.Composed:
         """Statement 4: the winners that are rows, always by ON CONFLICT.
 
-        A key column stays out of SET unless its notation may differ: it would be locked against foreign keys, and one that is
-        GENERATED ALWAYS, which is never of such a type, takes no value there.
+        A key column stays out of SET unless its notation may differ, because it would be locked
+        against foreign keys. One that is GENERATED ALWAYS takes no value there, and is never of
+        such a type.
         """
         rest = [name for name in self.columns if name not in self.key or name in self.loose]
         action = sql.SQL("DO UPDATE SET {}").format(_excluded(rest)) if rest else sql.SQL("DO NOTHING")

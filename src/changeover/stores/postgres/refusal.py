@@ -1,10 +1,12 @@
 """The refusal: how a store turns writes away over whose rows it has no authority.
 
-An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present epoch: of all rows, or of some
-tenants. Creating it, or replacing it with another list, takes SHARE ROW EXCLUSIVE, so once that is granted every older writing
-transaction has ended: the lock is the drain as well. It is asked for with a short lock_timeout and again, so that writers never
-queue long behind it. The list stands in the trigger's function, which every session looks up anew in the catalogue: a transaction
-with an old snapshot meets the list of today, where from a table it would read that of its snapshot.
+An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present
+epoch: of all rows, or of some tenants. Creating it, or replacing it with another list, takes SHARE
+ROW EXCLUSIVE, so once that is granted every older writing transaction has ended: the lock is the
+drain as well. It is asked for with a short lock_timeout and again, so that writers never queue long
+behind it. The list stands in the trigger's function, which every session looks up anew in the
+catalogue. So a transaction with an old snapshot meets the list of today; from a table it would read
+that of its snapshot.
 """
 
 from __future__ import annotations
@@ -154,8 +156,8 @@ def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
 def belongs(row: str, column: str | None, tenants: Tenants) -> sql.Composable:
     """Return the condition that a trigger's row is one of some tenants, by the column that holds them.
 
-    The names are the keys of one JSON constant, which a session reads once and then searches by halves: of an array it would make a
-    table in each transaction anew.
+    The names are the keys of one JSON constant, which a session reads once and then searches by
+    halves. Of an array it would make a table in each transaction anew.
     """
     if column is None or tenants == EVERY:
         return sql.SQL("true")

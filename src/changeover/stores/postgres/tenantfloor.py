@@ -1,8 +1,9 @@
 """A tenant's floor: the epoch below which a gated table takes nothing for its rows any more.
 
-The table's own floor is one for all rows, so it can't rise while some of them go on under an earlier epoch. Each tenant has a
-floor therefore: a trigger on our own table of row versions leaves out what is of an epoch before the tenant's present one, and what
-was not touched is not written. The trigger is made in front of a fence's pause, because it waits for gated statements; a floor that
+The table's own floor is one for all rows, so it can't rise while some of them go on under an
+earlier epoch. So each tenant has a floor. A trigger on our own table of row versions leaves out
+what is of an epoch before the tenant's present one, and what has no version is not written. The
+trigger is made in front of a fence's pause, because it waits for gated statements; a floor that
 rises is another function, which waits for nobody.
 """
 
