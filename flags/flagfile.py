@@ -3,7 +3,7 @@
 A replacement is atomic and durable: a reader sees the file before or after, never between, and a write that returned
 survives a crash. Each one raises the flag's version and has a modification time above its predecessor's, because the
 SDK notices a change by that time alone. Two processes that write at once wait for each other. Nothing else in the file
-changes. Tenants are turned as LaunchDarkly's own console does it, by individual targets of their kind of context.
+changes. Tenants are switched as LaunchDarkly's own console does it, by individual targets of their kind of context.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""History: the turns of the flag on record, from which stage to which, when, and at which position the mirror began.
+"""History: the switches of the flag on record, from which stage to which, when, and at which position the mirror began.
 
-Every turn by `flags advance` and `flags rollback`, and every turn made elsewhere that `flags watch`
+Every switch by `flags advance` and `flags rollback`, and every switch made elsewhere that `flags watch`
 saw, is a row of the ledger's audit. What is asked of a stage is asked of the time since its switch.
 These rows say whether there is reverse replication; the flag does not, because anybody may switch
 it.
@@ -20,16 +20,16 @@ from changeover.jobs.ledger.ledger import Ledger
 from changeover.position import format_lsn, parse_lsn
 
 STEP, TENANTS = "flags", "tenants"
-"""Under which step a turn for everybody is on record, and under which one for some tenants."""
+"""Under which step a switch for everybody is on record, and under which one for some tenants."""
 
 ADVANCED, ROLLED_BACK, FOLLOWED = "advanced", "rolled back", "followed"
 SWITCHED = frozenset({ADVANCED, ROLLED_BACK, FOLLOWED})
-"""Outcomes that say that the flag was turned; the others say that it was not."""
+"""Outcomes that say that the flag was switched; the others say that it was not."""
 
 
 @dataclass(frozen=True)
 class Switch:
-    """One turn; `mirror_lsn` is the old store's position once every process mirrored, where the turn began that."""
+    """One switch; `mirror_lsn` is the old store's position once every process mirrored, where the switch began that."""
 
     at: datetime
     before: Stage
@@ -38,20 +38,20 @@ class Switch:
 
 
 def switches(ledger: Ledger) -> list[Switch]:
-    """Return the turns on record, newest first."""
+    """Return the switches on record, newest first."""
     entries = [(at, detail) for at, _, outcome, detail in ledger.audits(STEP) if outcome in SWITCHED and "from" in detail]
     return [Switch(at, Stage(d["from"]), Stage(d["to"]), parse_lsn(d["mirror_lsn"]) if d.get("mirror_lsn") else None)
             for at, d in entries]  # fmt: skip
 
 
 def record(ledger: Ledger, outcome: str, before: Stage, after: Stage, mirror_lsn: int | None, more: Mapping[str, Any]) -> None:
-    """Put a turn on record."""
+    """Put a switch on record."""
     entry = {"from": before.value, "to": after.value, **more}
     ledger.audit(STEP, outcome, entry if mirror_lsn is None else {**entry, "mirror_lsn": format_lsn(mirror_lsn)})
 
 
 def record_tenants(ledger: Ledger, outcome: str, before: Stage, after: Stage, more: Mapping[str, Any]) -> None:
-    """Put a turn for some tenants on record, which is none of the flag's stage: everybody else stays where they are."""
+    """Put a switch for some tenants on record, which is none of the flag's stage: everybody else stays where they are."""
     ledger.audit(TENANTS, outcome, {"from": before.value, "to": after.value, **more})
 
 

@@ -184,7 +184,9 @@ def _replay_past_dualwrite(e: Evidence) -> list[str]:
     if e.after is not Stage.SHADOW:
         return []
     if e.mirrored_since is None:
-        return ["where dualwrite began is not on record: turn the flag by `changeover flags`, or let `changeover flags watch` run"]
+        return [
+            "where dualwrite began is not on record: switch the flag by `changeover flags`, or let `changeover flags watch` run"
+        ]
     return [
         f"{load.source} in {e.target} is replayed up to {format_lsn(load.applied)}, and dualwrite began at"
         f" {format_lsn(e.mirrored_since)}: what was written before is not all there yet, let `changeover replay` go on"
@@ -194,7 +196,7 @@ def _replay_past_dualwrite(e: Evidence) -> list[str]:
 
 
 def _comparisons_clean(e: Evidence) -> list[str]:
-    """Reads compared at this stage, by all processes since its turn, of tenants that stand apart too: enough, and no mismatch."""
+    """Reads compared at this stage, by all processes since its switch, of tenants that stand apart too: enough, and no mismatch."""
     if not TABLE[e.acting].compares:
         return []
     since = [beat for beat in e.heartbeats if e.stage_since is None or beat.at >= e.stage_since]
@@ -270,7 +272,7 @@ def objections(evidence: Evidence) -> list[str]:
 
 
 def require(evidence: Evidence) -> None:
-    """Raise GateClosed with every reason against the step."""
+    """Raise NotReady with every reason against the step."""
     reasons = objections(evidence)
     if reasons:
         raise NotReady(evidence.after.value, tuple(reasons))

@@ -43,7 +43,7 @@ TABLE: Mapping[Stage, StageRule] = MappingProxyType({
     Stage.OFF: StageRule(
         Origin.OLD, Origin.OLD, compares=False, mirrors=False, fence_before=False, fence_back=False, reversible=False
     ),
-    # off -> dualwrite: the tables are closed and replay keeps up; from here on rows arrive before the stream brings
+    # off -> dualwrite: the tables are closed and replay keeps up; from here on rows come before the stream brings
     # them. dualwrite -> off: the mirror costs or fails too much; nothing is lost, the stream brings the same rows.
     Stage.DUALWRITE: StageRule(
         Origin.OLD, Origin.OLD, compares=False, mirrors=True, fence_before=False, fence_back=False, reversible=True

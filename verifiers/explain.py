@@ -134,7 +134,7 @@ def tenant_of(spec: Spec, table: Table, key: Key) -> str:
 
 
 def _authority(changes: Sequence[Authority], tenant: str) -> dict[str, str]:
-    """Return whose the row is, where that is a question, and which store has authority over it."""
+    """Return the row's tenant, where that is a question, and which store has authority over it."""
     present = authority_epochs(changes, tenant)[-1]
     owner = {"tenant": tenant} if tenant != EVERYTHING else {}
     return {**owner, "authority": f"{present.store} store, epoch {present.epoch}"}

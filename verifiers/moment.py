@@ -148,8 +148,8 @@ class _Holding:
     def _position(self) -> tuple[int, Connection, ExportedSnapshot]:
         """Return a position, the session that holds its snapshot, and that: it shows exactly what the change stream has below."""
         if self.spec.source.capture == TRIGGER:
-            window = self.held.enter_context(ticks.aligned(self._dsn, self._application, Log(self.spec.name)))
-            return window.end, window.holder, window.snapshot
+            aligned = self.held.enter_context(ticks.aligned(self._dsn, self._application, Log(self.spec.name)))
+            return aligned.end, aligned.holder, aligned.snapshot
         made = snapshot.create_slot(self._dsn, self._application, f"{self.spec.slot}_verify", temporary=True)
         self.held.enter_context(made.session)
         return made.l0, *self.held.enter_context(importing(self._dsn, self._application, made.snapshot))

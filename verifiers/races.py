@@ -167,7 +167,7 @@ RACES = (
     Race("write skew", "a row is deleted while the loader that brings its old image has not committed", _skew),
     Race("late update", "a row is read, then updated in both stores, then its old image is loaded",
          _late_image(UPDATE.format(1, "newer"))),
-    Race("out of order", "a row is updated and then deleted, and the update arrives last", _out_of_order),
+    Race("out of order", "a row is updated and then deleted, and the update comes last", _out_of_order),
     Race("reinsert", "a row is read, then deleted and inserted anew, then its old image is loaded",
          _late_image(DELETE.format(1), INSERT.format(1, "again"))),
     Race("key move", "a row is read, then moves to another key, then its old image is loaded",

@@ -107,7 +107,7 @@ def advance(
     """Go one stage up if the evidence says that it is ready, or if `override` says why not to ask (driver).
 
     With `tenants` these alone go from shadow to live, as many as 10,000 at once. Raises NotReady with every reason, and
-    FenceCalledOff with the flag turned back.
+    FenceCalledOff with the flag switched back.
     """
     flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
@@ -165,7 +165,7 @@ def _epoch(ledger: Ledger) -> int:
 
 
 def _record(spec: Spec, ledger: Ledger, outcome: str, before: Stage, after: Stage, entry: Mapping[str, Any]) -> None:
-    """Put a turn on record, with the position at which the mirror began if it did."""
+    """Put a switch on record, with the position at which the mirror began if it did."""
     begins = TABLE[after].mirrors and not TABLE[before].mirrors
     history.record(ledger, outcome, before, after, _mirror_lsn(spec, ledger, after) if begins else None, entry)
 
@@ -182,9 +182,9 @@ def _mirror_lsn(spec: Spec, ledger: Ledger, stage: Stage) -> int:
 
 
 def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:
-    """Follow a flag that is turned elsewhere: ask for readiness, fence, write the epoch, until `stop`, Ctrl-C or SIGTERM (driver).
+    """Follow a flag that is switched elsewhere until `stop`, Ctrl-C or SIGTERM: ask for readiness, fence, write the epoch (driver).
 
-    `say` gets a sentence for each turn, and for each reason against one; what is not ready is asked again. Where the spec names
+    `say` gets a sentence for each switch, and for each reason against one; what is not ready is asked again. Where the spec names
     a column of tenants, those of which the flag asks something else than of everybody move by name, together. Returns whether a
     signal ended it; a fence that is under way then is brought to its end. Raises what is wrong at the start: StepOrder,
     SpecError.
@@ -201,7 +201,7 @@ def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callabl
             try:
                 message = _follow(spec, census)
             except LeaseHeld:
-                message = last  # a command of ours turns the flag at this moment
+                message = last  # a command of ours switches the flag at this moment
             except ChangeoverError as error:
                 message = str(error)
                 if isinstance(error, NotReady) and _is_new(message, last):
@@ -250,13 +250,13 @@ def _astray(census: Census | None, known: Observations) -> Astray:
 
 
 def _follow_everybody(spec: Spec, ledger: Ledger, desired: Stage, known: Observations) -> str:
-    """Follow the flag's turn for everybody."""
+    """Follow the flag's switch for everybody."""
     before, to = _on_record(ledger), TABLE[desired].writes
     if known.rest.store is to:
         if waits := together(known, desired):
             raise Refused(waits)
         _record(spec, ledger, history.FOLLOWED, before, desired, {})
-        return f"the flag was turned from {before.value} to {desired.value}"
+        return f"the flag was switched from {before.value} to {desired.value}"
     if to is Origin.NEW:
         readiness.require(readiness.collect(spec, ledger, effective(desired, Origin.OLD), desired))
     else:
@@ -264,7 +264,7 @@ def _follow_everybody(spec: Spec, ledger: Ledger, desired: Stage, known: Observa
     fenced = fence(spec, to)
     lost = switch.lost(ledger, known.epochs(Origin.NEW), fenced) if to is Origin.OLD else 0
     _record(spec, ledger, history.FOLLOWED, before, desired, {"epoch": fenced.epoch, "pause": fenced.pause_seconds, "lost": lost})
-    return sentence(f"the flag was turned from {before.value} to {desired.value}", fenced, lost)
+    return sentence(f"the flag was switched from {before.value} to {desired.value}", fenced, lost)
 
 
 def _on_record(ledger: Ledger) -> Stage:

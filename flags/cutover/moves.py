@@ -99,7 +99,7 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[Tenant]) -> Advanced:
 
 
 def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
-    """Move tenants whose flag was turned elsewhere; return the sentence. Raises NotReady and FenceCalledOff."""
+    """Move tenants whose flag was switched elsewhere; return the sentence. Raises NotReady and FenceCalledOff."""
     known = observations(ledger.authorities())
     before, after = (Stage.SHADOW, Stage.LIVE) if to is Origin.NEW else (Stage.LIVE, Stage.SHADOW)
     if to is Origin.NEW:
@@ -112,14 +112,14 @@ def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
     outcome = {"epoch": fenced.epoch, "pause": fenced.pause_seconds, "lost": lost}
     entry = {"tenants": list(names[:NAMED]), "count": len(names), **outcome}
     history.record_tenants(ledger, history.FOLLOWED, before, after, entry)
-    return sentence(f"the flag was turned to {after.value} for {some(names)}", fenced, lost)
+    return sentence(f"the flag was switched to {after.value} for {some(names)}", fenced, lost)
 
 
-def sentence(turned: str, fenced: Fenced, lost: int) -> str:
-    """Return what `flags watch` says of a turn that it followed over the fence (pure)."""
+def sentence(switched: str, fenced: Fenced, lost: int) -> str:
+    """Return what `flags watch` says of a switch that it followed over the fence (pure)."""
     left = f"; lost: {lost} writes that never reached the old store" if lost else ""
     return (
-        f"{turned}: the {fenced.store} store has authority (epoch {fenced.epoch}),"
+        f"{switched}: the {fenced.store} store has authority (epoch {fenced.epoch}),"
         f" writers were held up {fenced.pause_seconds:.2f} s at most{left}"
     )
 

@@ -1,4 +1,4 @@
-"""The switch: the flag's file is turned and authority moves with it, of all rows or of some tenants, or neither happens.
+"""The switch: the flag's file is switched and authority moves with it, of all rows or of some tenants, or neither happens.
 
 The flag is switched first, so that every router already knows where to go. It is put back as it was
 when the fence is called off. Where a step breaks off, the ledger says whether authority had moved
@@ -65,7 +65,7 @@ def everybody(spec: Spec, known: Observations) -> Stage:
 
 
 def switch_flag(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants: Collection[str] | None = None) -> Fenced | None:
-    """Turn the flag, and move authority where the stage asks for it; the flag goes back if that fails."""
+    """Switch the flag, and move authority where the stage asks for it; the flag goes back if that fails."""
     to = TABLE[after].writes
     if TABLE[before].writes is not to:
         return move_authority(spec, ledger, after, tenants)
@@ -75,7 +75,7 @@ def switch_flag(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants
 
 
 def move_authority(spec: Spec, ledger: Ledger, after: Stage, tenants: Collection[str] | None = None) -> Fenced:
-    """Turn the flag to a stage whose writes go to the other store, and fence the one that loses them."""
+    """Switch the flag to a stage whose writes go to the other store, and fence the one that loses them."""
     flag, file = flag_and_file(spec)
     to = TABLE[after].writes
     former = flagfile.read_flag(file, flag.key)
@@ -91,7 +91,7 @@ def move_authority(spec: Spec, ledger: Ledger, after: Stage, tenants: Collection
 
 
 def _write(spec: Spec, stage: Stage, tenants: Collection[str] | None, alone: bool = False) -> None:
-    """Turn the flag of tenants, or of everybody; of all tenants too then, unless it is turned `alone`."""
+    """Switch the flag of tenants, or of everybody; of all tenants too then, unless it is switched `alone`."""
     flag, file = flag_and_file(spec)
     if tenants is None:
         flagfile.write_stage(file, flag.key, stage, None if alone else flag.context)
@@ -100,7 +100,7 @@ def _write(spec: Spec, stage: Stage, tenants: Collection[str] | None, alone: boo
 
 
 def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | None, details: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what goes on record of a step's evidence; raises GateClosed, itself on record, unless there is an override."""
+    """Return what goes on record of a step's evidence; raises NotReady, itself on record, unless there is an override."""
     reasons = readiness.objections(evidence)
     entry = {**details, "evidence": evidence.digest, "reasons": reasons, "rights": evidence.rights.notes, "override": override}
     if reasons and not override:

@@ -41,7 +41,7 @@ LOOK_SECONDS = 1.0
 def hand_over(handover: Handover, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
     """Have the old store refuse, drain, and wait until the new one has everything; return where both stores' logs were then.
 
-    `go_on` lets replay have its turn.
+    `go_on` gives replay its lease.
     """
     spec, ledger = handover.spec, handover.ledger
     written = _frozen(handover, pause)
@@ -125,7 +125,7 @@ def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str 
 
 
 def _behind(spec: Spec, ledger: Ledger, position: int) -> str | None:
-    """Return which table has not arrived yet; raises TableStopped for one that never will."""
+    """Return which table the gaining store lacks changes of; raises TableStopped for one that never will."""
     for source, why in ledger.stopped().items():
         raise TableStopped(source, why)
     target = flag_of(spec).target

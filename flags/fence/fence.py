@@ -129,7 +129,7 @@ def _move(handover: Handover, max_pause: float) -> Fenced:
     ledger, to = handover.ledger, handover.to
     lacking = draw_near(handover, NEAR * max_pause)
     _prepare_gates(handover, NEAR * max_pause)
-    with _turn(handover) as switch:
+    with _replay_held(handover) as switch:
         pause = Pause(time.monotonic(), max_pause)
         try:
             places = (hand_over if to is Origin.NEW else hand_back)(handover, pause, switch.close, lacking)
@@ -176,8 +176,8 @@ def _call_off(handover: Handover) -> None:
 
 
 @contextmanager
-def _turn(handover: Handover) -> Iterator[ExitStack]:
-    """Hold replay's turn at the gaining store until it is closed.
+def _replay_held(handover: Handover) -> Iterator[ExitStack]:
+    """Hold replay's lease on the gaining store until it is closed.
 
     The very next batch then begins with all that was written before the fence. A batch under way would make writers wait for it
     and then for the next one.

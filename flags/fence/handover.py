@@ -1,4 +1,4 @@
-"""A hand-over: what one fence moves between two stores, how long writers have waited for it, and the sequences that go along.
+"""A handover: what one fence moves between two stores, how long writers have waited for it, and the sequences that go along.
 
 The pause has a limit, and makes the moves in the one order that is proved (`statements.HAND_OVER`). A gaining store's sequences go
 past both stores' values before anybody writes to it. Everything runs where `changeover flags` runs.
@@ -43,12 +43,12 @@ class Handover:
 
     @property
     def losing(self) -> FencedStore:
-        """Return the side that loses authority."""
+        """Return the store that loses authority."""
         return self.old if self.to is Origin.NEW else self.new
 
     @property
     def gaining(self) -> FencedStore:
-        """Return the side that gains it."""
+        """Return the store that gains it."""
         return self.new if self.to is Origin.NEW else self.old
 
 
@@ -86,7 +86,7 @@ class Pause:
 
 
 def advance_sequences(gaining: FencedStore) -> None:
-    """Before the pause, for this may read whole tables: past every row that has arrived, and past those under way."""
+    """Before the pause, for this may read whole tables: past every row that is there, and past those under way."""
     for table in gaining.tables:
         for sequence in sequences.sequences(gaining.connection, table.schema, table.name):
             held = sequences.held(gaining.connection, table.schema, table.name, sequence)

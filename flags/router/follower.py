@@ -64,7 +64,7 @@ class Follower(Protocol):
     last_stage: Stage | None
 
     def wait(self, tenant: str, observation: Observation, seconds: float) -> None:
-        """Wait until a tenant's fact is another one, looking often, at most so long (caller's thread, after a refusal)."""
+        """Wait, at most so long, until a tenant's observed stage is another one (caller's thread, after a refusal)."""
         ...
 
     def close(self) -> None:

@@ -69,7 +69,7 @@ FENCE_POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Written:
-    """What the authority committed. `mirrored` says that the rows were queued for the other store, not arrived."""
+    """What the authority committed. `mirrored` says that the rows were queued for the other store, not that they are there."""
 
     origin: Origin
     stage: Stage
@@ -323,7 +323,7 @@ class Router:
 
 
 def _require_tenant(changes: Sequence[Change], column: str, tenant: str) -> None:
-    """Refuse rows of another tenant than the write's, before they are committed; no value of a row is told."""
+    """Refuse rows of another tenant than the write's, before they are committed; the message has no value of a row."""
     for change in changes:
         if column not in change.row:
             raise TypeError(f"a write's function returned a row without {column}, its tenant: return whole rows by RETURNING *")

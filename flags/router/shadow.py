@@ -80,7 +80,7 @@ class Result:
 
 
 class Experiment:
-    """The hooks of one kind of read; override what differs. Old rows arrive mapped; `compare` gets old, new."""
+    """The hooks of one kind of read; override what differs. Old rows come mapped; `compare` gets old, new."""
 
     name = "read"
 

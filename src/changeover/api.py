@@ -393,7 +393,7 @@ def advance(
         tenants: Only the rows of these, from shadow to live.
 
     Raises:
-        GateClosed: The evidence does not hold; the error has every reason.
+        NotReady: The evidence does not hold; the error has every reason.
         FenceCalledOff: Writers would have waited too long, so they go on, and the flag is turned back.
     """
     from changeover.flags.cutover.commands import advance as act
@@ -424,7 +424,7 @@ def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callabl
         spec: The spec.
         stop: Ends it when it is set, as Ctrl-C and SIGTERM do.
         every: Seconds between two looks at the flag.
-        say: Is told a sentence for each turn, and for each reason against one.
+        say: Is told a sentence for each switch, and for each reason against one.
 
     Returns:
         Whether a signal ended it.

@@ -13,7 +13,7 @@ exception: it is data in a verdict.
     ├── Refused                        1   the answer is no
     │   ├── UnsafePlan                     the preflight found reasons
     │   ├── TargetNotEmpty                 a target table had rows before prepare
-    │   ├── GateClosed                     the evidence for the next stage does not hold
+    │   ├── NotReady                       the evidence for the next stage does not hold
     │   └── TableStopped                   a table met what this version does not carry
     ├── CouldNotFinish                 3   nothing is lost, run it again
     │   ├── ServerUnavailable              a connection failed or broke
@@ -27,7 +27,7 @@ exception: it is data in a verdict.
     │   ├── SpoolGap                       the slot is ahead of the durable spool
     │   ├── LeaseHeld                      another run of the same step is alive
     │   ├── CouldNotCheck                  a comparison that has no answer
-    │   ├── FenceCalledOff                 the hand-over took longer than max_pause
+    │   ├── FenceCalledOff                 the handover took longer than max_pause
     │   ├── RowRefused                     a row can't be represented in the target
     │   ├── FolderFailed                   a folder is full, read-only, gone or not ours
     │   ├── JavaMissing                    Spark can't start
@@ -327,7 +327,7 @@ class CouldNotCheck(CouldNotFinish):
 
 @dataclass(eq=False)
 class FenceCalledOff(CouldNotFinish):
-    """The hand-over took longer than allowed; writers went on where they were."""
+    """The handover took longer than allowed; writers went on where they were."""
 
     seconds: float
     waiting_for: str

@@ -108,7 +108,7 @@ def _capture(run: Run) -> None:
 
 
 def _backfill(run: Run) -> None:
-    """Load with replay beside it; the first turn of replay comes before the first chunk, so that tombstones are there."""
+    """Load with replay beside it; the first round of replay comes before the first chunk, so that tombstones are there."""
     with replay_beside(run.spec, run.spark()), progress(run.spec, run.spec.name):
         run.results["loads"] = backfilling.backfill(run.spec, run.spark())
 

@@ -47,7 +47,7 @@ def rows(
 
 
 def _without(frame: DataFrame, keys: DataFrame, names: Sequence[str]) -> DataFrame:
-    """Return the rows whose key, the columns of these names, is not among the keys, which stand by their places."""
+    """Return the rows whose key, the columns of these names, is not among the keys, which stand by their positions."""
     rows = placed(frame, names)
     same = [rows[nth(number)] == keys[nth(number)] for number in range(len(names))]
     return rows.join(keys, same, "left_anti").toDF(*frame.columns)

@@ -78,7 +78,7 @@ class AppendTask:
     mark: Mark
     marks: tuple[str, str] = MARKS
     columns: tuple[str, ...] = ()
-    """What the rows' columns are called in the table, where they come by their places."""
+    """What the rows' columns are called in the table, where they come by their positions."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Write, commit, mark."""
@@ -135,7 +135,7 @@ class TryTask:
     path: str
     required: tuple[str, ...]
     columns: tuple[str, ...]
-    """The names of the columns that arrive by their places."""
+    """The names of the columns that come by their positions."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Look at every row and write none."""

@@ -1,6 +1,6 @@
 """Batches at the gate of a PostgreSQL store: many changes or a chunk's images, offered in one transaction of the caller's.
 
-A batch arrives by COPY in a temporary table and goes through the parts that `statements` names, in that order: changes by GATE or
+A batch comes by COPY in a temporary table and goes through the parts that `statements` names, in that order: changes by GATE or
 CATCH_UP, a chunk's images by LOAD. What each part does is said here, once. Only READ COMMITTED is accepted. Runs where the
 cursor's session runs, in tasks mostly.
 """
@@ -23,7 +23,7 @@ from changeover.stores.postgres import owners
 from changeover.stores.postgres.gate import GATE_EPOCH, MARK, NO_VERSION, OURS, GatedTable, raise_floor, version_of
 
 BATCH = sql.Identifier("pg_temp", "changeover_batch")
-"""The session's temporary table in which a batch of images or changes arrives by COPY."""
+"""The session's temporary table in which a batch of images or changes comes by COPY."""
 
 WIDEST = 1600 - len(VERSION_COLUMNS)
 """How many columns of a table fit into a batch beside the versions: PostgreSQL's tables have 1,600 at most."""
@@ -33,12 +33,12 @@ OWNED = (OWNER, LEFT)
 
 
 def image_columns(table: GatedTable) -> tuple[str, ...]:
-    """Return the columns in which images arrive."""
+    """Return the columns in which images come."""
     return (*table.columns, *([OWNER] if table.owned else []))
 
 
 def change_columns(table: GatedTable) -> tuple[str, ...]:
-    """Return the columns in which changes arrive."""
+    """Return the columns in which changes come."""
     return (*VERSION_COLUMNS, *table.columns, *(OWNED if table.owned else []))
 
 

@@ -20,7 +20,7 @@ from changeover.session import Connection
 LOCK_TIMEOUT = "300ms"
 
 MARGIN = 10_000
-"""How far a sequence goes past what a table holds while rows still arrive: those find their place below."""
+"""How far a sequence goes past what a table holds while rows still come: those stay below it."""
 
 MOVE_SECONDS = 5.0
 """How long to wait for transactions that have drawn from a sequence; each try holds up others for LOCK_TIMEOUT at most."""
