@@ -236,11 +236,11 @@ class LockNotGranted(CouldNotFinish):
     """A bounded wait for a lock ended without it."""
 
     server: str
-    wanted: str
+    lock: str
     holder: str
 
     def __str__(self) -> str:
-        return f"{self.server}: no {self.wanted} within the limit, held up by {self.holder}: run again when that has ended"
+        return f"{self.server}: no {self.lock} within the limit, held up by {self.holder}: run again when that has ended"
 
 
 @dataclass(eq=False)
@@ -373,12 +373,12 @@ class FolderFailed(CouldNotFinish):
 class JavaMissing(CouldNotFinish):
     """Spark needs a Java runtime and none fits."""
 
-    found: str
+    problem: str
     command: str
     transient: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        return f"Spark needs Java 17 or later and {self.found}: install it with `{self.command}` or set JAVA_HOME"
+        return f"Spark needs Java 17 or later and {self.problem}: install it with `{self.command}` or set JAVA_HOME"
 
 
 @dataclass(eq=False)

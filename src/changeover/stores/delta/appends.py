@@ -196,14 +196,14 @@ class Bounds:
     def statistics(self) -> dict[str, Any]:
         """Return them as Delta's log has them; a bound that is left out only makes a reader look into the file."""
         short = {
-            name: seen
-            for name, seen in self._seen.items()
-            if seen and not any(isinstance(value, str) and len(value) > LONGEST_BOUND for value in seen)
+            name: bounds
+            for name, bounds in self._seen.items()
+            if bounds and not any(isinstance(value, str) and len(value) > LONGEST_BOUND for value in bounds)
         }
         return {
             "numRecords": self.rows,
-            "minValues": {name: min(seen) for name, seen in short.items()},
-            "maxValues": {name: max(seen) for name, seen in short.items()},
+            "minValues": {name: min(bounds) for name, bounds in short.items()},
+            "maxValues": {name: max(bounds) for name, bounds in short.items()},
             "nullCount": dict.fromkeys(short, 0),
         }
 
