@@ -12,17 +12,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psycopg
+import pytest
 from ldclient.migrations.types import Origin, Stage
 
-from changeover import api
 from changeover.flags.fence.fence import fence
 from changeover.session import connect
 from changeover.spark.launch import spark_session
 from changeover.spec import load
+from changeover.stores.postgres.gate import FENCED
 from tests.support.fix_accounts import ACCOUNTS, MAX_PAUSE, ROWS, SPEC, following, rows, switch
 from tests.support.fix_migration import STORE, Migration, spec_text
 
-SECONDS = 480.0
+SECONDS = 900.0
 """How long the child may take: on a busy machine its JVM alone takes a minute."""
 
 
@@ -39,33 +41,27 @@ def test_a_load_and_a_fence_hold_without_any_assert(old_dsn: str, new_dsn: str, 
             capture_output=True, text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
         assert child.returncode == 0, child.stderr
-        assert json.loads(child.stdout.splitlines()[-1]) == {
-            "debug": False, "loaded": [ROWS], "fences": [[1, "new"], [2, "old"]], "verdicts": ["equal"],
-        }  # fmt: skip
-        notes = old.execute("SELECT note FROM accounts WHERE id IN (1, 2) ORDER BY id").fetchall()
-        assert notes == [("before the fence",), ("beyond the fence",)]
+        assert json.loads(child.stdout.splitlines()[-1]) == {"debug": False, "loaded": [ROWS], "fence": [1, "new"]}
+        assert new.execute("SELECT note FROM ledgers WHERE id = 1").fetchone() == ("before the fence",)
         assert rows(old, "accounts") == rows(new, "ledgers")
+        with pytest.raises(psycopg.Error) as refused:
+            old.execute("UPDATE accounts SET note = 'beyond the fence' WHERE id = 1")
+        assert refused.value.sqlstate == FENCED
 
 
 def walk(path: str) -> dict[str, Any]:
-    """Load, fence there and back with a write before and one between, and verify; return what came of it."""
+    """Load, write, and fence the old store; return what came of it."""
     spec = load(path)
     spark = spark_session("optimized", cores=2, memory="1500m", shuffle_partitions=2)
     with connect(spec.source.dsn.resolve(), "test-old") as old, connect(spec.targets[STORE].dsn_value, "test-new") as new:
         migration = Migration(spec, spark, old, new)
         migration.prepare()
-        loaded = [done.rows for done in migration.backfill()]
+        loaded = [part.rows for part in migration.backfill()]
         switch(migration, Stage.SHADOW)
         with following(migration):
             old.execute("UPDATE accounts SET note = 'before the fence' WHERE id = 1")
-            fences = [fence(spec, Origin.NEW, max_pause=MAX_PAUSE)]
-            new.execute("UPDATE ledgers SET note = 'beyond the fence' WHERE id = 2")
-            fences.append(fence(spec, Origin.OLD, max_pause=MAX_PAUSE))
-            verdicts = api.verify(spec, spark)
-    return {
-        "debug": __debug__, "loaded": loaded, "fences": [[done.epoch, done.store] for done in fences],
-        "verdicts": [verdict.word for verdict in verdicts],
-    }  # fmt: skip
+            fenced = fence(spec, Origin.NEW, max_pause=MAX_PAUSE)
+    return {"debug": __debug__, "loaded": loaded, "fence": [fenced.epoch, fenced.store]}
 
 
 if __name__ == "__main__":
