@@ -38,6 +38,7 @@ from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.spool.table import remove_spools, spool_of
 from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
+from changeover.session import one_row
 from changeover.spec import Spec
 from changeover.stores import open_store
 from changeover.tenants import EVERY, describe
@@ -133,12 +134,13 @@ def _make(spec: Spec, ledger: Ledger, findings: Preflight, transforms: Transform
 def _begin(ledger: Ledger) -> int:
     """Begin an epoch above all that ever were: every load is pending, and no attempt at a chunk may mark it any more."""
     with ledger.connection.transaction():
-        row = ledger.connection.execute(
-            "UPDATE changeover.migration AS m SET begun = 1 + greatest(m.epoch, m.begun, (SELECT max(a.epoch)"
-            " FROM changeover.authority AS a WHERE a.migration = m.name)) WHERE m.name = %s RETURNING m.begun",
-            [ledger.migration],
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            ledger.connection.execute(
+                "UPDATE changeover.migration AS m SET begun = 1 + greatest(m.epoch, m.begun, (SELECT max(a.epoch)"
+                " FROM changeover.authority AS a WHERE a.migration = m.name)) WHERE m.name = %s RETURNING m.begun",
+                [ledger.migration],
+            )
+        )
         ledger.connection.execute(
             "UPDATE changeover.chunk SET token = %s WHERE migration = %s", [first_token(row[0]), ledger.migration]
         )

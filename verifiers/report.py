@@ -129,8 +129,8 @@ def _details(verdict: Verdict) -> Iterator[RenderableType]:
     from rich.text import Text
 
     name = f"{verdict.table} in {verdict.target}"
-    for one in verdict.types:
-        yield Text(f"{name}: {one}", style="red")
+    for change in verdict.types:
+        yield Text(f"{name}: {change}", style="red")
     for check in verdict.checks:
         answer = "equal" if check.equal else f"different: {check.first_difference}"
         yield Text(f"{name}: check {check.name}: {answer}")
@@ -145,8 +145,8 @@ def _details(verdict: Verdict) -> Iterator[RenderableType]:
         return
     sample = Table("class", "key", "column", "source", "target", title=f"{name}: a sample", title_justify="left")
     for difference in verdict.sample:
-        for place, (column, source, target) in enumerate(cells(difference)):
-            head = (Text(difference.kind), _pairs(difference.key)) if place == 0 else (Text(""), Text(""))
+        for number, (column, source, target) in enumerate(cells(difference)):
+            head = (Text(difference.kind), _pairs(difference.key)) if number == 0 else (Text(""), Text(""))
             sample.add_row(*head, Text(column), _value(source), _value(target))
     yield sample
 
@@ -171,8 +171,8 @@ def cells(difference: Difference) -> list[tuple[str, tuple[bool, str | None], tu
 
     Of a pair the columns that differ; of a row without a partner all but the key.
     """
-    there = difference.source or difference.target or {}
-    names = difference.columns or tuple(name for name in there if name not in difference.key) or tuple(difference.key)
+    row = difference.source or difference.target or {}
+    names = difference.columns or tuple(name for name in row if name not in difference.key) or tuple(difference.key)
     return [(name, _cell(difference.source, name), _cell(difference.target, name)) for name in names]
 
 

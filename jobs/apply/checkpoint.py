@@ -150,9 +150,7 @@ class ForwardCheckpoint:
 
     def tenant(self, load: Progress) -> str:
         """Return the old table's column."""
-        column = tenancy.old_column(self.spec)
-        assert column is not None
-        return column
+        return tenancy.required(tenancy.old_column(self.spec), self.spec)
 
     def require_truncatable(self, load: Progress) -> None:
         """Every row of a target is the old table's."""
@@ -189,9 +187,7 @@ class ReverseCheckpoint:
 
     def tenant(self, load: Progress) -> str:
         """Return the new table's column."""
-        column = tenancy.new_column(self.spec, self.spec.table(load.source))
-        assert column is not None
-        return column
+        return tenancy.required(tenancy.new_column(self.spec, self.spec.table(load.source)), self.spec)
 
     def require_truncatable(self, load: Progress) -> None:
         """The old table may have rows that `where` leaves out, which a TRUNCATE of the new one does not mean."""
@@ -277,8 +273,7 @@ class ReverseStream:
             SpecError: A column that the spec names is not there.
             UnsafePlan: Rows can't be had back exactly.
         """
-        path = reverse.recorded(self.ledger)
-        assert path is not None
+        path = reverse.require_recorded(self.ledger)
         if self._planned is None or self._planned[0] != path:
             self._planned = path, {}
         planned = self._planned[1]
@@ -287,9 +282,8 @@ class ReverseStream:
         return self._planned[1][source, target]
 
     def _plan(self, path: reverse.Path, source: str, target: str) -> Transform:
-        assert self.spec.flag is not None
         table = self.spec.table(source)
-        new, forward = reverse.columns_of(path, table), self.forward[source, self.spec.flag.target]
+        new, forward = reverse.columns_of(path, table), self.forward[source, tenancy.flag_of(self.spec).target]
         key = [c.name for c in path.tables[table.target_relation] if c.key]
         if target == reverse.OLD_STORE:
             old = forward.source, [c.name for c in forward.identity]

@@ -23,7 +23,7 @@ from changeover.jobs.ledger.records import Authority, VerdictRow
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.spool.events import SCHEMA, TRUNCATE
 from changeover.jobs.spool.table import Spool, spool_of
-from changeover.jobs.transform.tenancy import new_column, old_column
+from changeover.jobs.transform.tenancy import new_column, old_column, required
 from changeover.position import format_lsn, parse_lsn
 from changeover.spec import Spec, Table
 from changeover.tenants import EVERY, Tenants
@@ -114,8 +114,7 @@ class Watch:
             events = spool.unmarked(*bounds)
             yield events.filter(pc.equal(events["relation"], _relation(store, table))).select(PLACES.names)
             return
-        column = old_column(self.spec) if store == OLD else new_column(self.spec, table)
-        assert column is not None
+        column = required(old_column(self.spec) if store == OLD else new_column(self.spec, table), self.spec)
         for part in spool.unmarked_rows(*bounds, _relation(store, table)):
             yield part.filter(of_tenants(part, column, tenants)).select(PLACES.names)
 

@@ -14,6 +14,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import NamedTuple
 
+from changeover.errors import CouldNotFinish
 from changeover.jobs.ledger.records import Authority
 from changeover.position import Version
 from changeover.tenants import EVERY, Tenants
@@ -339,7 +340,10 @@ def offered_intervals(
         elif period.epoch in carried:
             intervals.append(Interval(period.epoch, period.since, period.until, NEW))
         elif after is not None:
-            assert before is not None  # the old store had authority first
+            if before is None:
+                raise CouldNotFinish(
+                    f"the ledger has epoch {period.epoch} of the new store first, and the old store has authority first"
+                )
             # stamped as what follows it in the same log: a part of the epoch may have come from the other log, at other positions
             intervals.append(Interval(after.epoch, before.until, after.since, echo=True))
     return intervals

@@ -25,7 +25,7 @@ from changeover.jobs.ledger.chunks import first_token
 from changeover.jobs.ledger.lease import hold
 from changeover.jobs.ledger.records import FORMAT, SCHEMA, Authority, ChunkRow, Heartbeat, Load, SourceColumn, Stream, VerdictRow
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect
+from changeover.session import Connection, application_name, connect, one_row
 from changeover.spec import Spec
 
 LOOKS = frozenset({"status", "history", "explain"})
@@ -91,8 +91,7 @@ class Ledger:
         Returns:
             The clock of the ledger's server.
         """
-        row = self.connection.execute("SELECT clock_timestamp()").fetchone()
-        assert row is not None
+        row = one_row(self.connection.execute("SELECT clock_timestamp()"))
         found: datetime = row[0]
         return found
 
@@ -126,12 +125,13 @@ class Ledger:
         """
         if not self.exists():
             raise StepOrder(step, "prepare")
-        row = self.connection.execute(
-            "SELECT begun, l0::text, system_id, timeline, slot, publication, snapshot, visible, epoch FROM changeover.migration"
-            " WHERE name = %s",
-            [self.migration],
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            self.connection.execute(
+                "SELECT begun, l0::text, system_id, timeline, slot, publication, snapshot, visible, epoch FROM changeover.migration"
+                " WHERE name = %s",
+                [self.migration],
+            )
+        )
         if row[0] is not None and step not in LOOKS:
             raise StepOrder(step, "prepare")
         return Stream(parse_lsn(row[1]), *row[2:])
@@ -393,14 +393,15 @@ class Ledger:
         Returns:
             This attempt's fencing token.
         """
-        row = self.connection.execute(
-            "WITH next AS (SELECT coalesce(max(token), 0) + 1 AS token FROM changeover.chunk"
-            " WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s), claimed AS (UPDATE changeover.chunk"
-            " SET token = next.token FROM next WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s"
-            " AND loaded IS NULL) SELECT token FROM next",
-            {"m": self.migration, "s": source, "t": target},
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            self.connection.execute(
+                "WITH next AS (SELECT coalesce(max(token), 0) + 1 AS token FROM changeover.chunk"
+                " WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s), claimed AS (UPDATE changeover.chunk"
+                " SET token = next.token FROM next WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s"
+                " AND loaded IS NULL) SELECT token FROM next",
+                {"m": self.migration, "s": source, "t": target},
+            )
+        )
         return int(row[0])
 
     # -- authority, heartbeats, verdicts, audit
@@ -473,12 +474,13 @@ class Ledger:
         Returns:
             The run's number.
         """
-        row = self.connection.execute(
-            "INSERT INTO changeover.verdict (migration, source, target, verdict, stage, detail)"
-            " VALUES (%s, %s, %s, %s, %s, %s) RETURNING run",
-            [self.migration, source, target, verdict, stage, json.dumps(detail, default=str)],
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            self.connection.execute(
+                "INSERT INTO changeover.verdict (migration, source, target, verdict, stage, detail)"
+                " VALUES (%s, %s, %s, %s, %s, %s) RETURNING run",
+                [self.migration, source, target, verdict, stage, json.dumps(detail, default=str)],
+            )
+        )
         return int(row[0])
 
     def verdicts(self) -> list[VerdictRow]:

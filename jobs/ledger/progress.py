@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from changeover.errors import ChangeoverError
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.session import one_row
 from changeover.spec import Spec
 
 LOG_SECONDS = 60.0
@@ -81,9 +82,10 @@ def chunk_progress(ledger: Ledger) -> tuple[int, int, int]:
     """Return (chunks, chunks loaded, rows loaded) of a migration."""
     if not ledger.exists():
         return 0, 0, 0
-    row = ledger.connection.execute(
-        "SELECT count(*), count(loaded), coalesce(sum(rows), 0) FROM changeover.chunk WHERE migration = %s",
-        [ledger.migration],
-    ).fetchone()
-    assert row is not None
+    row = one_row(
+        ledger.connection.execute(
+            "SELECT count(*), count(loaded), coalesce(sum(rows), 0) FROM changeover.chunk WHERE migration = %s",
+            [ledger.migration],
+        )
+    )
     return int(row[0]), int(row[1]), int(row[2])

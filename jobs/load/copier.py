@@ -43,7 +43,7 @@ from changeover.jobs.source.snapshot import exported
 from changeover.jobs.spool.table import spool_of
 from changeover.jobs.transform.transform import Transform
 from changeover.position import Version
-from changeover.session import application_name, connect, speaking_to
+from changeover.session import application_name, connect, one_row, speaking_to
 from changeover.spark.failures import from_spark
 from changeover.spec import SLOT, Spec
 from changeover.stores import open_store
@@ -150,12 +150,13 @@ def _leave_snapshot(spec: Spec, ledger: Ledger) -> None:
 def _summary(ledger: Ledger, source: str, target: str) -> Loaded:
     load = ledger.load(source, target)
     chunks = ledger.chunks(source, target)
-    row = ledger.connection.execute(
-        "SELECT coalesce(sum(rows), 0), coalesce(sum(refused), 0) FROM changeover.chunk"
-        " WHERE migration = %s AND source = %s AND target = %s",
-        [ledger.migration, source, target],
-    ).fetchone()
-    assert row is not None
+    row = one_row(
+        ledger.connection.execute(
+            "SELECT coalesce(sum(rows), 0), coalesce(sum(refused), 0) FROM changeover.chunk"
+            " WHERE migration = %s AND source = %s AND target = %s",
+            [ledger.migration, source, target],
+        )
+    )
     return Loaded(source, target, len(chunks), int(row[0]), int(row[1]), load.swept)
 
 

@@ -76,8 +76,9 @@ def require_reverse(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[s
 
     Raises SpecError or UnsafePlan for an expression that can't be.
     """
-    for table in spec.tables if spec.flag is not None else ():
-        assert spec.flag is not None
+    if spec.flag is None:
+        return
+    for table in spec.tables:
         planned = transforms[table.source, spec.flag.target]
         for lake in (transforms[table.source, name] for name in spec.targets if name != spec.flag.target):
             if reasons := inverse.cut(table, planned.target.columns, lake.target.columns):

@@ -21,7 +21,7 @@ from changeover.jobs.preflight.obstacles import obstacles, target_as_source
 from changeover.jobs.preflight.rules import Preflight, preflight
 from changeover.jobs.source import replication
 from changeover.jobs.source.catalog import SourceTable, source_table
-from changeover.jobs.transform.tenancy import new_column, old_column
+from changeover.jobs.transform.tenancy import new_column, old_column, required
 from changeover.names import qualified
 from changeover.session import Connection, application_name, connect
 from changeover.spec import Spec, Table
@@ -67,8 +67,7 @@ def indivisible(spec: Spec) -> list[str]:
 
 def _indivisible(spec: Spec, table: Table, old_table: SourceTable, old: Connection, new: Connection) -> Iterator[str]:
     """Yield why a table's rows can't move tenant by tenant."""
-    column = old_column(spec)
-    assert column is not None
+    column = required(old_column(spec), spec)
     if table.function is not None:
         yield f"{old_table.source} has a function, after which nobody can tell a row's tenant: leave flag.context out"
         return

@@ -16,7 +16,7 @@ from changeover.jobs.preflight.rules import CAPTURE_RULES, TABLE_RULES
 from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.transform import inverse
 from changeover.names import qualified
-from changeover.session import Connection, application_name, connect
+from changeover.session import Connection, application_name, connect, one_row
 from changeover.spec import SLOT, Spec, Table
 from changeover.stores.postgres import replica
 from changeover.stores.postgres.batches import WIDEST
@@ -55,8 +55,7 @@ def _quoted(connection: Connection, table: SourceTable) -> str:
 
 
 def _unfit(new: Connection, new_table: SourceTable) -> list[str]:
-    row = new.execute("SELECT %s::regclass::oid", [_quoted(new, new_table)]).fetchone()
-    assert row is not None
+    row = one_row(new.execute("SELECT %s::regclass::oid", [_quoted(new, new_table)]))
     lacks = grants.of_owners(new, row)
     identity = new_table.identity
     asked = {"oid": row[0], "name": new_table.source, "identity": ", ".join(sorted(identity)), "keys": list(identity)}

@@ -26,7 +26,7 @@ from changeover.jobs.source.generated import require_not_asked_for
 from changeover.jobs.transform import masking
 from changeover.jobs.transform.derivation import WORDS, derivations, owned
 from changeover.names import NAME_BYTES, qualified, reserved
-from changeover.session import Connection, application_name, connect, server_name
+from changeover.session import Connection, application_name, connect, one_row, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
 from changeover.stores import open_store
 from changeover.stores.base.interface import Store
@@ -269,8 +269,7 @@ def _source_table(connection: Connection, table: Table, capture: str, findings: 
         findings.reasons.append(f"there is no table {table.source} in {connection.info.dbname}")
         return
     quoted = sql.Identifier(schema, name).as_string(connection)
-    rows = connection.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
-    assert rows is not None
+    rows = one_row(connection.execute("SELECT %s::regclass::oid", [quoted]))
     identity = old_table.identity
     named = {"oid": rows[0], "name": old_table.source, "identity": ", ".join(sorted(identity)), "keys": list(identity)}
     findings.reasons += [row[0] for row in connection.execute(TABLE_RULES, named).fetchall()]

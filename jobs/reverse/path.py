@@ -15,7 +15,7 @@ from datetime import datetime
 
 from ldclient.migrations.types import Stage
 
-from changeover.errors import SourceChanged, SpoolGap, StepOrder
+from changeover.errors import CouldNotFinish, SourceChanged, SpoolGap, StepOrder
 from changeover.jobs.ledger.epochs import NEW, epochs_of, shares
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority, Partition, SourceColumn, Stream
@@ -23,6 +23,7 @@ from changeover.jobs.preflight.obstacles import obstacles
 from changeover.jobs.source.catalog import store_columns
 from changeover.jobs.source.replication import slot_alarm, slot_of, slot_state
 from changeover.jobs.spool.table import Spool
+from changeover.jobs.transform import tenancy
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
 from changeover.spec import Spec, Table, Target
@@ -68,8 +69,7 @@ def spool_of(spec: Spec) -> Spool:
 
 def new_dsn(spec: Spec) -> str:
     """Return the DSN of the store that takes over; there is one wherever the spec has a flag."""
-    assert spec.flag is not None
-    return spec.targets[spec.flag.target].dsn_value
+    return spec.targets[tenancy.flag_of(spec).target].dsn_value
 
 
 def old_target(spec: Spec) -> Target:
@@ -79,8 +79,7 @@ def old_target(spec: Spec) -> Target:
 
 def targets_of(spec: Spec) -> list[str]:
     """Return the targets that the new store's stream is offered to: the old store, and every one beside the new store."""
-    assert spec.flag is not None
-    return [OLD_STORE, *sorted(set(spec.targets) - {spec.flag.target})]
+    return [OLD_STORE, *sorted(set(spec.targets) - {tenancy.flag_of(spec).target})]
 
 
 # -- the record
@@ -101,6 +100,14 @@ def recorded(ledger: Ledger) -> Path | None:
         if table["partitions"] is not None
     }
     return Path(Stream(parse_lsn(row[0]), row[1], row[2], row[3], row[3], "", ""), tables, row[5], row[6], parts)
+
+
+def require_recorded(ledger: Ledger) -> Path:
+    """Return the path on record; raises CouldNotFinish where there is none."""
+    path = recorded(ledger)
+    if path is None:
+        raise CouldNotFinish("the ledger has no reverse path: a fence to the new store opens it")
+    return path
 
 
 def loads(ledger: Ledger) -> list[ReverseLoad]:

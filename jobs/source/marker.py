@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from changeover.jobs.source import triggerlog
 from changeover.jobs.spool.events import MARKER_PREFIX
-from changeover.position import parse_lsn
-from changeover.session import Connection
+from changeover.session import Connection, wal_position
 
 
 def emit_marker(connection: Connection, note: str) -> None:
@@ -40,7 +39,6 @@ def mark(connection: Connection, note: str) -> int:
     Returns:
         The insert LSN, read before the marker was written.
     """
-    row = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    assert row is not None
+    position = wal_position(connection)
     emit_marker(connection, note)
-    return parse_lsn(row[0])
+    return position

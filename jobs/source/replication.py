@@ -14,7 +14,7 @@ from changeover.jobs.ledger.records import Stream
 from changeover.jobs.source.stream import Replication
 from changeover.names import joined, qualified
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect, speaking_to
+from changeover.session import Connection, application_name, connect, one_row, speaking_to
 from changeover.spec import Spec
 
 LOW_SHARE = 0.25
@@ -46,8 +46,7 @@ def slot_state(connection: Connection, migration: str, slot: str) -> tuple[str, 
     Returns:
         (the store's insert LSN, the slot's state, bytes of WAL that it keeps or None).
     """
-    row = connection.execute(SLOT_STATE, [application_name(migration, CATCHUP), slot]).fetchone()
-    assert row is not None
+    row = one_row(connection.execute(SLOT_STATE, [application_name(migration, CATCHUP), slot]))
     return row[0], row[1], row[2]
 
 

@@ -26,7 +26,7 @@ from psycopg import sql
 from changeover.errors import CouldNotFinish, DatabaseFailed, LockNotGranted, SlotBlocked, SnapshotLost
 from changeover.jobs.ledger.records import Stream
 from changeover.position import parse_lsn
-from changeover.session import Connection, application_name, connect, server_name
+from changeover.session import Connection, application_name, connect, one_row, server_name
 from changeover.spec import Spec
 from changeover.stores.base.reader import ExportedSnapshot
 from changeover.stores.postgres.store import exporting, importing
@@ -59,8 +59,7 @@ def identify(dsn: str, application: str) -> tuple[str, int]:
         (system identifier, timeline).
     """
     with connect(dsn, application, replication=True) as connection:
-        row = connection.execute("IDENTIFY_SYSTEM").fetchone()
-    assert row is not None
+        row = one_row(connection.execute("IDENTIFY_SYSTEM"))
     return str(row[0]), int(row[1])
 
 
@@ -87,10 +86,12 @@ def create_slot(dsn: str, application: str, slot: str, *, temporary: bool = Fals
     timer.start()
     try:
         kind = sql.SQL("TEMPORARY " if temporary else "")
-        row = session.execute(
-            # the older of two forms, which every release from 14 on takes
-            sql.SQL("CREATE_REPLICATION_SLOT {} {}LOGICAL pgoutput EXPORT_SNAPSHOT").format(sql.Identifier(slot), kind)
-        ).fetchone()
+        row = one_row(
+            session.execute(
+                # the older of two forms, which every release from 14 on takes
+                sql.SQL("CREATE_REPLICATION_SLOT {} {}LOGICAL pgoutput EXPORT_SNAPSHOT").format(sql.Identifier(slot), kind)
+            )
+        )
     except psycopg.errors.QueryCanceled as error:
         session.close()
         raise SlotBlocked(server_name(dsn), seconds, _oldest(dsn, application)) from error
@@ -99,7 +100,6 @@ def create_slot(dsn: str, application: str, slot: str, *, temporary: bool = Fals
         raise DatabaseFailed(server_name(dsn), f"creating the slot {slot}", str(error).splitlines()[0]) from error
     finally:
         timer.cancel()
-    assert row is not None
     return CreatedSlot(parse_lsn(row[1]), row[2], session)
 
 
@@ -157,8 +157,8 @@ def start_keeper(spec: Spec, snapshot: str) -> tuple[ExportedSnapshot, ...]:
         [sys.executable, "-m", "changeover.jobs.source.snapshot", spec.path, snapshot],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True,
     )  # fmt: skip
-    assert keeper.stdout is not None
-    assert keeper.stderr is not None
+    if keeper.stdout is None or keeper.stderr is None:  # never with the pipes above
+        raise CouldNotFinish("the snapshot's keeper was started without its pipes")
     line = keeper.stdout.readline()
     keeper.stdout.close()
     if not line:
@@ -179,8 +179,7 @@ def keep(dsn: str, application: str, snapshot: str) -> None:
         session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         session.read_only = True
         session.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
-        row = session.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text").fetchone()
-        assert row is not None
+        row = one_row(session.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text"))
         sessions.append(session)
         exported.append(tuple(row))
     print(json.dumps(exported), flush=True)

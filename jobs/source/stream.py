@@ -16,7 +16,7 @@ from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged
 from changeover.jobs.decode import pgoutput
 from changeover.jobs.ledger.records import Stream
 from changeover.position import format_lsn
-from changeover.session import Connection, has_no_encoding, server_name
+from changeover.session import Connection, has_no_encoding, one_row, server_name
 
 FEEDBACK_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
@@ -115,8 +115,7 @@ class Replication(CopyStream):
         Raises:
             SourceChanged: It is another server, or another timeline.
         """
-        found = self.connection.execute("IDENTIFY_SYSTEM").fetchone()
-        assert found is not None
+        found = one_row(self.connection.execute("IDENTIFY_SYSTEM"))
         pairs = (("system identifier", stream.system_id, found[0]), ("timeline", stream.timeline, found[1]))
         for what, prepared, now in pairs:
             if str(prepared) != str(now):
@@ -179,6 +178,5 @@ def answer_interval(connection: Connection) -> float:
     Returns:
         Seconds between two answers.
     """
-    row = connection.execute("SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'").fetchone()
-    assert row is not None
+    row = one_row(connection.execute("SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'"))
     return min(FEEDBACK_SECONDS, row[0] / 1000 / 3) if row[0] else FEEDBACK_SECONDS

@@ -36,7 +36,7 @@ from changeover.jobs.ledger.records import Stream
 from changeover.jobs.source.snapshot import contains
 from changeover.jobs.source.triggerlog import TRIGGERS, Log, exists
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, connect, has_no_encoding, speaking_to
+from changeover.session import Connection, connect, has_no_encoding, one_row, speaking_to, wal_position
 from changeover.stores.base.reader import ExportedSnapshot
 from changeover.stores.postgres.store import exporting
 
@@ -119,16 +119,13 @@ def _opened(connection: Connection, log: Log, sources: Sequence[tuple[str, str]]
                 ).format(log.ticks)
             ).fetchall()
         )
-        row = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        yield parse_lsn(row[0]) - 1, [oid for (oid,) in oids]
+        yield wal_position(connection) - 1, [oid for (oid,) in oids]
 
 
 def _look(connection: Connection, log: Log, oids: Sequence[int]) -> tuple[str, str]:
     """Return the snapshot of this statement, and what the catalogue says of the tables in it."""
     names = [log.trigger + suffix for suffix, _, _ in TRIGGERS]
-    row = connection.execute(TABLE_STATES, {"oids": list(oids), "names": names, "triggers": len(names)}).fetchone()
-    assert row is not None
+    row = one_row(connection.execute(TABLE_STATES, {"oids": list(oids), "names": names, "triggers": len(names)}))
     return row[0], row[1]
 
 
@@ -255,7 +252,8 @@ def reading(connection: Connection, log: Log, before: Tick, tick: Tick) -> Itera
     Yields:
         The rows, which are fetched as they are asked for.
     """
-    assert contains(tick.snapshot, before.snapshot), (before, tick)
+    if not contains(tick.snapshot, before.snapshot):
+        raise SourceChanged("snapshot of the trigger log's ticks", before.snapshot, tick.snapshot)
     with connection.transaction(), connection.cursor("changeover_tick", row_factory=args_row(Row)) as cursor:
         cursor.itersize = 2000
         encoding = sql.Literal("SQL_ASCII" if has_no_encoding(connection) else "UTF8")
@@ -275,14 +273,15 @@ def waiting(connection: Connection, log: Log, last: Tick) -> tuple[bool, int]:
         (whether it does, the source's insert LSN).
     """
     bounds = _bounds(last.snapshot, last.snapshot)
-    row = connection.execute(
-        sql.SQL(
-            "SELECT EXISTS (SELECT FROM {rows} WHERE xid >= %(next)s::text::xid8) OR EXISTS (SELECT FROM {rows}"
-            " WHERE xid = ANY (%(running)s::text[]::xid8[])), pg_current_wal_insert_lsn()::text"
-        ).format(rows=log.rows),
-        bounds,
-    ).fetchone()
-    assert row is not None
+    row = one_row(
+        connection.execute(
+            sql.SQL(
+                "SELECT EXISTS (SELECT FROM {rows} WHERE xid >= %(next)s::text::xid8) OR EXISTS (SELECT FROM {rows}"
+                " WHERE xid = ANY (%(running)s::text[]::xid8[])), pg_current_wal_insert_lsn()::text"
+            ).format(rows=log.rows),
+            bounds,
+        )
+    )
     return row[0], parse_lsn(row[1])
 
 
@@ -316,10 +315,11 @@ def identify(connection: Connection) -> tuple[str, int]:
     Returns:
         (system identifier, timeline).
     """
-    row = connection.execute(
-        "SELECT system_identifier::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) FROM pg_control_system()"
-    ).fetchone()
-    assert row is not None
+    row = one_row(
+        connection.execute(
+            "SELECT system_identifier::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) FROM pg_control_system()"
+        )
+    )
     return row[0], int(row[1], 16)
 
 

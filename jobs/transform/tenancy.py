@@ -7,8 +7,31 @@ is pure.
 
 from __future__ import annotations
 
+from changeover.errors import SpecError
 from changeover.jobs.transform.derivation import origin
-from changeover.spec import Spec, Table
+from changeover.spec import Flag, Spec, Table
+
+
+def flag_of(spec: Spec) -> Flag:
+    """Return the spec's flag.
+
+    Raises:
+        SpecError: The spec has no `[flag]`.
+    """
+    if spec.flag is None:
+        raise SpecError(spec.path, "flag", "is missing: name the flag's key, its target and its data file")
+    return spec.flag
+
+
+def required(column: str | None, spec: Spec) -> str:
+    """Return the column that `old_column` or `new_column` gave, where tenants move one by one.
+
+    Raises:
+        SpecError: It gave none.
+    """
+    if column is None:
+        raise SpecError(spec.path, "flag.context", "is missing, or no key column of the new table has it: it says whose row it is")
+    return column
 
 
 def old_column(spec: Spec) -> str | None:

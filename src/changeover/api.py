@@ -327,7 +327,7 @@ def verify(
     spark: SparkSession,
     *,
     targets: Sequence[str] | None = None,
-    found: Callable[[Verdict], object] | None = None,
+    on_verdict: Callable[[Verdict], object] | None = None,
 ) -> list[Verdict]:
     """Compare every row of both sides at one position, and put the verdicts on record.
 
@@ -337,7 +337,7 @@ def verify(
         spec: The spec.
         spark: The Spark session.
         targets: Names of targets, all unless given.
-        found: Gets each verdict when it is on record.
+        on_verdict: Gets each verdict when it is on record.
 
     Returns:
         One verdict a table and target; a row that differs is data in it, and no error.
@@ -348,7 +348,7 @@ def verify(
     """
     from changeover.verifiers.verification import verify as act
 
-    return act(spec, spark, targets=targets, found=found)
+    return act(spec, spark, targets=targets, on_verdict=on_verdict)
 
 
 def write_report(path: Path, verdicts: Sequence[Verdict]) -> None:

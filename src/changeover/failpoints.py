@@ -16,8 +16,8 @@ VARIABLE = "CHANGEOVER_WAIT_AT"
 
 def reach(point: str, detail: object = "") -> None:
     """Pass a named point (driver or task)."""
-    wanted, _, file = os.environ.get(VARIABLE, "").partition(":")
-    if wanted != point:
+    chosen, _, file = os.environ.get(VARIABLE, "").partition(":")
+    if chosen != point:
         return
     with Path(file).open("a", encoding="utf-8") as reached:  # tasks of one run may arrive together
         reached.write(f"{point} {detail}\n")

@@ -410,7 +410,7 @@ def _verify_once(tour: Tour, targets: list[str] | None) -> list[Verdict]:
         found.append(f"{verdict.target}: {verdict.word}")
 
     with tour.screen.looking(Tasks(tour.spark, waiting)):
-        return verify(tour.spec, tour.spark, targets=targets, found=tell)
+        return verify(tour.spec, tour.spark, targets=targets, on_verdict=tell)
 
 
 def _require_equal(verdicts: list[Verdict], stage: Stage) -> None:

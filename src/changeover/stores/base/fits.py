@@ -84,7 +84,7 @@ def _holds(given: _Type, wanted: _Type) -> bool:
 
 
 def _in_text(given: _Type, limit: tuple[int, ...]) -> bool:
-    """A char(n) is not held: its pad, which means nothing there, would be part of the text."""
+    """A char(n) is not wanted: its pad, which means nothing there, would be part of the text."""
     if given.base == "character varying" and given.modifiers:
         return not limit or given.modifiers <= limit
     if given.base in AS_TEXT:
@@ -149,10 +149,10 @@ def lake_holds(source: str, target: str) -> bool:
         return lake_holds(arrays[0][1], arrays[1][1])
     if source in LAKE_INTEGERS and target in LAKE_INTEGERS:
         return LAKE_INTEGERS[source] <= LAKE_INTEGERS[target]
-    wanted = re.fullmatch(r"decimal\((\d+),(\d+)\)", target)
-    if wanted is None:
+    decimal = re.fullmatch(r"decimal\((\d+),(\d+)\)", target)
+    if decimal is None:
         return target in LAKE_FLOATS.get(source, ())
-    limit = int(wanted[1]), int(wanted[2])
+    limit = int(decimal[1]), int(decimal[2])
     given = re.fullmatch(r"decimal\((\d+),(\d+)\)", source)
     own = (LAKE_INTEGERS.get(source), 0) if given is None else (int(given[1]), int(given[2]))
     return own[0] is not None and own[1] <= limit[1] and own[0] - own[1] <= limit[0] - limit[1]

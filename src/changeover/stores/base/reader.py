@@ -144,7 +144,7 @@ def _read(
     }
     url = options.pop("url")
     inner = _subquery(table, columns).as_string(None)
-    return spark.read.jdbc(url, inner, predicates=[one.as_string(None) for one in conditions], properties=options)
+    return spark.read.jdbc(url, inner, predicates=[condition.as_string(None) for condition in conditions], properties=options)
 
 
 def _raw(number: int) -> str:

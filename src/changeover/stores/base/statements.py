@@ -94,7 +94,7 @@ class Move(Enum):
     """Under the refusal, where nobody writes any more: a change that was taken back before this moment is still seen."""
     AWAIT = "sees everything below it applied"
     RECORD = "records the new epoch"
-    """The one commit by which authority moves; before it a hand-over can be called off, or killed, and nothing has changed."""
+    """The one commit by which authority moves; before it a handover can be called off, or killed, and nothing has changed."""
     RAISE_FLOOR = "raises the floor to the new epoch"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from changeover.errors import CouldNotFinish
 from changeover.stores.base.interface import Counts
 
 if TYPE_CHECKING:
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
 
 OUTCOME = "offered bigint, taken bigint, failure binary"
 """What a task yields: what it did, or the error that ended it."""
+
+
+def partition() -> int:
+    """Return the number of the partition that this task works on (task).
+
+    Raises:
+        CouldNotFinish: No Spark task is running here.
+    """
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    if context is None:
+        raise CouldNotFinish("a task of a load ran outside of Spark")
+    return context.partitionId()
 
 
 def outcome(counts: Counts | None, failure: bytes | None = None) -> pa.RecordBatch:

@@ -30,7 +30,7 @@ from changeover.names import RESERVED, folded
 from changeover.position import Version
 from changeover.spark.failures import failure_of
 from changeover.stores.base.interface import Counts, Mark
-from changeover.stores.base.taskresult import outcome
+from changeover.stores.base.taskresult import outcome, partition
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,17 +78,13 @@ class AppendTask:
     mark: Mark
     marks: tuple[str, str] = MARKS
     columns: tuple[str, ...] = ()
-    """What the rows' columns are called in the table, where they come by their places."""
+    """What the rows' columns are called in the table, where they come by their positions."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Write, commit, mark."""
-        from pyspark import TaskContext
-
-        context = TaskContext.get()
-        assert context is not None
         try:
             with working(self.path):
-                yield outcome(self.append(self.chunks[context.partitionId()], batches))
+                yield outcome(self.append(self.chunks[partition()], batches))
         except ChangeoverError as error:
             yield outcome(None, failure_of(error))
 
@@ -139,7 +135,7 @@ class TryTask:
     path: str
     required: tuple[str, ...]
     columns: tuple[str, ...]
-    """The names of the columns that arrive by their places."""
+    """The names of the columns that come by their positions."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Look at every row and write none."""
@@ -172,7 +168,7 @@ def row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
     for batch in batches:
         if batch.num_rows:
             gathered.append(batch)
-        if sum(one.num_rows for one in gathered) >= ROW_GROUP:
+        if sum(group.num_rows for group in gathered) >= ROW_GROUP:
             yield pa.Table.from_batches(gathered)
             gathered = []
     if gathered:

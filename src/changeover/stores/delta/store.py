@@ -245,13 +245,13 @@ class DeltaStore:
         """Refuse a put that would overwrite the live row of another source key, which this batch does not delete (see `owners`)."""
         from pyspark.sql import functions as F
 
-        there = spark.read.format("delta").load(str(self.path(table.name))).where(~F.col(deleted))
-        here = there.select(F.col(OWNER).alias(HOLDER), F.col(version).alias(HELD), *map(quoted, table.key)).alias("t")
+        live = spark.read.format("delta").load(str(self.path(table.name))).where(~F.col(deleted))
+        matched = live.select(F.col(OWNER).alias(HOLDER), F.col(version).alias(HELD), *map(quoted, table.key)).alias("t")
         same = " AND ".join(f"t.{quoted(name)} = s.{quoted(name)}" for name in table.key)
         met = (
             offered.where(~F.col(deleted) & (F.col(f"{version}.epoch") == self.floors[table.name].epoch))
             .alias("s")
-            .join(here, F.expr(same))
+            .join(matched, F.expr(same))
             .where((F.col(version) > F.col(HELD)) & (F.col(HOLDER) != F.col(OWNER)) & ~F.array_contains(LEFT, F.col(HOLDER)))
             .where(F.col(HOLDER).contains(HASHED) == F.col(OWNER).contains(HASHED))
             .select(HOLDER, OWNER)
@@ -322,9 +322,9 @@ class DeltaStore:
             if keys is None:
                 return live
             names = [nth(number) for number in range(len(table.key))]
-            wanted = spark.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in names))
-            same = [live[quoted(name)].cast("string") == wanted[asked] for name, asked in zip(table.key, names, strict=True)]
-            return live.join(wanted, same, "left_semi")
+            asked_keys = spark.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in names))
+            same = [live[quoted(name)].cast("string") == asked_keys[asked] for name, asked in zip(table.key, names, strict=True)]
+            return live.join(asked_keys, same, "left_semi")
 
         def query(text: str) -> list[tuple[Any, ...]]:
             live.createOrReplaceTempView(quoted(table.name))
@@ -390,8 +390,8 @@ def passing_folder(parent: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="check-", dir=parent) as folder:
             yield Path(folder)
     finally:
-        for one in missing:
-            one.rmdir()
+        for folder_above in missing:
+            folder_above.rmdir()
 
 
 def unwritable(path: Path) -> list[str]:
@@ -400,10 +400,10 @@ def unwritable(path: Path) -> list[str]:
         return ["is a file: name another one"]
     if any(file.is_file() for file in path.rglob("*") if "_delta_log" not in file.parts):  # whose own is a creation's, killed
         return ["is a folder with files and no Delta table: empty it or name another one"]
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not there.is_dir():
-        return [f"can't be made: {there} is a file"]
-    return [] if os.access(there, os.W_OK | os.X_OK) else [f"can't be made: {there} is not writable"]
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir():
+        return [f"can't be made: {nearest} is a file"]
+    return [] if os.access(nearest, os.W_OK | os.X_OK) else [f"can't be made: {nearest} is not writable"]
 
 
 def live_rows(spark: SparkSession, path: Path | str, version: int | None = None) -> DataFrame:

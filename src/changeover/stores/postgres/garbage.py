@@ -17,7 +17,7 @@ from psycopg import sql
 
 from changeover import failpoints
 from changeover.position import Version, format_lsn
-from changeover.session import Connection
+from changeover.session import Connection, one_row
 from changeover.stores.base.interface import Collected
 from changeover.stores.base.statements import COLLECT, Part
 from changeover.stores.postgres.gate import GatedTable, barrier, raise_floor, version_of
@@ -60,11 +60,12 @@ class _Collection:
 
     def end(self) -> int:
         """Return the table's length in blocks."""
-        row = self.connection.execute(
-            "SELECT pg_relation_size(%s::regclass) / current_setting('block_size')::integer",
-            [self.table.row_versions.as_string(self.connection)],
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            self.connection.execute(
+                "SELECT pg_relation_size(%s::regclass) / current_setting('block_size')::integer",
+                [self.table.row_versions.as_string(self.connection)],
+            )
+        )
         return int(row[0])
 
 
@@ -116,8 +117,9 @@ STEPS: dict[Part, Callable[[_Collection], None]] = {
 
 def row_versions(connection: Connection, table: GatedTable) -> int:
     """Return about how many row versions there are, as the server's statistics have it; costs nothing, 0 without the table."""
-    row = connection.execute(
-        "SELECT coalesce(pg_stat_get_live_tuples(to_regclass(%s)), 0)", [table.row_versions.as_string(connection)]
-    ).fetchone()
-    assert row is not None
+    row = one_row(
+        connection.execute(
+            "SELECT coalesce(pg_stat_get_live_tuples(to_regclass(%s)), 0)", [table.row_versions.as_string(connection)]
+        )
+    )
     return int(row[0])

@@ -49,7 +49,7 @@ CREATE TABLE IF NOT EXISTS changeover.gate (
 
 
 GATE_EPOCH = "SELECT set_config('changeover.epoch', epoch::text, true) FROM changeover.gate WHERE target = %s"
-"""Lets the epoch of the table's own floor past a refusal, which a hand-over to the other store has left there."""
+"""Lets the epoch of the table's own floor past a refusal, which a handover to the other store has left there."""
 
 
 NO_VERSION = sql.SQL("0::integer AS {}, '0/0'::pg_lsn AS {}, 0::bigint AS {}, false AS {}").format(

@@ -19,7 +19,7 @@ from typing import LiteralString
 import psycopg
 from psycopg import sql
 
-from changeover.session import Connection
+from changeover.session import Connection, one_row
 from changeover.stores.postgres.gate import FENCED, body_of, ours
 from changeover.tenants import EVERY, Tenants
 
@@ -67,8 +67,8 @@ def install(connection: Connection, schema: str, name: str, refusal: Refusal, de
                 connection.execute(_function(function, refusal, _server_time(connection, left)))
                 for suffix, event, level in TRIGGERS:
                     # a row's trigger is every partition's, present and to come; a statement's is the table's own alone
-                    for one in (table, *(_partitions(connection, table) if level == "STATEMENT" else ())):
-                        _refuse(connection, one, sql.Identifier(f"changeover_refusal{suffix}"), event, level, function)
+                    for relation in (table, *(_partitions(connection, table) if level == "STATEMENT" else ())):
+                        _refuse(connection, relation, sql.Identifier(f"changeover_refusal{suffix}"), event, level, function)
             return True
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.05)
@@ -107,8 +107,7 @@ def _partitions(connection: Connection, table: sql.Identifier) -> list[sql.Ident
 
 def _server_time(connection: Connection, seconds: float) -> str:
     """Return a moment of the server's own clock, which is the one that the refusal goes by."""
-    row = connection.execute("SELECT (clock_timestamp() + make_interval(secs => %s))::text", [seconds]).fetchone()
-    assert row is not None
+    row = one_row(connection.execute("SELECT (clock_timestamp() + make_interval(secs => %s))::text", [seconds]))
     return str(row[0])
 
 
@@ -118,7 +117,7 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
     A row that changes its tenant is a write to both. A TRUNCATE is one to all, so no store takes it where tenants are told apart.
     The writer's search_path counts for nothing: every name says its schema, operators too.
     """
-    epochs = [one.epoch for one in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
+    epochs = [refused.epoch for refused in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
     body = sql.SQL(
         """
         DECLARE since integer := -1; given pg_catalog.text; epoch integer := -1;
@@ -179,15 +178,15 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
     removed = []
     with connection.transaction():
         table = sql.Identifier(schema, name)
-        for one in (table, *_partitions(connection, table)):
+        for relation in (table, *_partitions(connection, table)):
             triggers = connection.execute(
                 "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgparentid = 0"
                 " AND tgname LIKE 'changeover_refusal%%'",
-                [one.as_string(connection)],
+                [relation.as_string(connection)],
             ).fetchall()
             for row in triggers:
-                connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), one))
-                removed.append(f"trigger {row[0]} on {one.as_string(connection).replace(chr(34), '')}")
+                connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), relation))
+                removed.append(f"trigger {row[0]} on {relation.as_string(connection).replace(chr(34), '')}")
         connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("refuse", schema, name)))
     return removed
 

@@ -17,8 +17,8 @@ from psycopg import sql
 
 from changeover.errors import SnapshotLost
 from changeover.names import NAME_BYTES, chosen, nth
-from changeover.position import Version
-from changeover.session import Connection, application_name, connect, server_name, settled, speaking_to
+from changeover.position import Version, format_lsn
+from changeover.session import Connection, application_name, connect, one_row, server_name, settled, speaking_to, wal_position
 from changeover.spark.failures import raise_failures
 from changeover.spec import Target
 from changeover.stores.base.fits import holds
@@ -212,11 +212,11 @@ class PostgresStore:
     def _read(self, table: TargetTable) -> ReadTable:
         """Return a table as readers take it."""
         key = tuple(column for name in table.key for column in table.columns if column.name == name)
-        found = self.connection.execute(
+        row = self.connection.execute(
             "SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass(%s)",
             [sql.Identifier(table.schema, table.name).as_string(self.connection)],
         ).fetchone()
-        return ReadTable(table.schema, table.name, table.columns, key, partitioned=bool(found and found[0]))
+        return ReadTable(table.schema, table.name, table.columns, key, partitioned=bool(row and row[0]))
 
     @contextmanager
     def rehearsing(
@@ -299,15 +299,8 @@ def freeze(
     with connect(dsn, application) as watch:
         same_file = {table: file_watch(watch, table) for table in tables}
         with exporting(dsn, application) as (holder, snapshot):
-            position = position_of(holder)
+            position = format_lsn(wal_position(holder))
             yield lambda table: frozen_at(spark, dsn, application, table, snapshot, position, holder, parts, same_file[table])
-
-
-def position_of(holder: Connection) -> str:
-    """Return where the server's log is."""
-    row = holder.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    assert row is not None
-    return str(row[0])
 
 
 FILES = """
@@ -333,8 +326,7 @@ def exporting(dsn: str, application: str) -> Iterator[tuple[Connection, Exported
     with connect(dsn, application, autocommit=False) as holder:
         holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         holder.read_only = True
-        row = holder.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text").fetchone()
-        assert row is not None
+        row = one_row(holder.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text"))
         yield holder, ExportedSnapshot(*row)
 
 
@@ -388,6 +380,5 @@ def importing(dsn: str, application: str, snapshot: str) -> Iterator[tuple[Conne
             session.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
         except psycopg.Error as error:
             raise SnapshotLost(snapshot, str(error).splitlines()[0]) from error
-        row = session.execute("SELECT pg_current_snapshot()::text").fetchone()
-        assert row is not None
+        row = one_row(session.execute("SELECT pg_current_snapshot()::text"))
         yield session, ExportedSnapshot(snapshot, row[0])

@@ -23,7 +23,7 @@ from changeover.position import Version
 from changeover.session import connect, speaking_to
 from changeover.spark.failures import failure_of
 from changeover.stores.base.interface import Counts, Mark
-from changeover.stores.base.taskresult import outcome
+from changeover.stores.base.taskresult import outcome, partition
 from changeover.stores.postgres import gate, replica
 from changeover.stores.postgres.batches import BATCH, apply_batch, change_columns, image_columns, load_batch, prepare_batch
 
@@ -50,11 +50,7 @@ class LoadTask:
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Copy, gate and mark in one transaction; a fenced-off attempt rolls back."""
-        from pyspark import TaskContext
-
-        context = TaskContext.get()
-        assert context is not None
-        chunk = self.chunks[context.partitionId()]
+        chunk = self.chunks[partition()]
         try:
             yield outcome(self.load(chunk, batches))
         except ChangeoverError as error:

@@ -32,8 +32,8 @@ def put(connection: Connection, table: GatedTable, column: str, floors: Sequence
 def install(connection: Connection, table: GatedTable, column: str, floors: Sequence[TenantEpoch], server: str) -> None:
     """Put the floors and have the table ask for them from now on; safe to repeat. Raises LockNotGranted."""
     put(connection, table, column, floors)
-    found = "SELECT FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname = 'changeover_floor'"
-    if connection.execute(found, [table.row_versions.as_string(connection)]).fetchone() is not None:
+    installed = "SELECT FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname = 'changeover_floor'"
+    if connection.execute(installed, [table.row_versions.as_string(connection)]).fetchone() is not None:
         return
     trigger = sql.SQL("CREATE TRIGGER changeover_floor BEFORE INSERT ON {} FOR EACH ROW EXECUTE FUNCTION {}()")
     for _ in range(TRIES):

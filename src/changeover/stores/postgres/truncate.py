@@ -2,7 +2,7 @@
 
 One DELETE would take a newer row with it: it waits for a writer's row, and then judges by what its own snapshot knew of that
 row's version. So every key goes through the row versions, whose row lock a writer takes first. The floor is committed, and all
-earlier gated statements have ended, before the first row is looked at, so no older image or change can arrive behind the
+earlier gated statements have ended, before the first row is looked at, so no older image or change can come behind the
 deletes.
 """
 

@@ -76,7 +76,7 @@ class Own:
     @property
     def whole(self) -> bool:
         """Return whether every sequence that the default asks for is known."""
-        return BY_NAME.search(self.written({one.literal: "" for one in self.draws}).replace("nextval()", "")) is None
+        return BY_NAME.search(self.written({draw.literal: "" for draw in self.draws}).replace("nextval()", "")) is None
 
 
 COLUMNS = """
@@ -125,7 +125,7 @@ def why_not(connection: Connection, own: Own) -> str | None:
         return None
     if not own.whole:
         return "names its sequence by a text"
-    text = own.written({one.literal: "'pg_catalog.pg_class'::pg_catalog.regclass" for one in own.draws})
+    text = own.written({draw.literal: "'pg_catalog.pg_class'::pg_catalog.regclass" for draw in own.draws})
     try:
         with _qualified(connection):
             probe = sql.SQL("PREPARE changeover_default AS SELECT CAST({} AS {})").format(sql.SQL(text), sql.SQL(own.type))
@@ -136,12 +136,12 @@ def why_not(connection: Connection, own: Own) -> str | None:
     return None
 
 
-def make(connection: Connection, table: TargetTable, wanted: Mapping[str, Own]) -> None:
+def make(connection: Connection, table: TargetTable, owns: Mapping[str, Own]) -> None:
     """Give a table's columns the defaults and identities of others, as far as the server can have them, in one transaction.
 
     An identity that is always generated is made so in the key alone: elsewhere no update could bring its value.
     """
-    possible = {name: own for name, own in wanted.items() if why_not(connection, own) is None}
+    possible = {name: own for name, own in owns.items() if why_not(connection, own) is None}
     with _qualified(connection):
         for name, own in possible.items():
             if own.identity:

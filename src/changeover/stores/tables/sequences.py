@@ -20,7 +20,7 @@ from changeover.session import Connection
 LOCK_TIMEOUT = "300ms"
 
 MARGIN = 10_000
-"""How far a sequence goes past what a table holds while rows still arrive: those find their place below."""
+"""How far a sequence goes past what a table holds while rows still come: those stay below it."""
 
 MOVE_SECONDS = 5.0
 """How long to wait for transactions that have drawn from a sequence; each try holds up others for LOCK_TIMEOUT at most."""
@@ -92,8 +92,8 @@ def ahead(sequence: Sequence, held: int | None) -> int | None:
     """Return where a sequence has the margin beyond a value, or that value where it could not count so far (pure)."""
     if held is None:
         return None
-    wanted = held + MARGIN * sequence.increment
-    return wanted if sequence.least <= wanted < sequence.most else held
+    raised = held + MARGIN * sequence.increment
+    return raised if sequence.least <= raised < sequence.most else held
 
 
 def move_past(connection: Connection, sequence: Sequence, *values: int | None, seconds: float = MOVE_SECONDS) -> None:
@@ -144,7 +144,7 @@ def owned(connection: Connection, sequence: Sequence) -> bool:
 
 def _set_past(connection: Connection, sequence: Sequence, values: Iterable[int | None]) -> None:
     now = drawn(connection, sequence)
-    wanted = sequence.farthest(now, *values)
-    if wanted is not None and wanted != now:
-        bounded = max(sequence.least, min(sequence.most, wanted))
+    farthest = sequence.farthest(now, *values)
+    if farthest is not None and farthest != now:
+        bounded = max(sequence.least, min(sequence.most, farthest))
         connection.execute("SELECT setval(%s, %s)", [sequence.identifier.as_string(connection), bounded])
