@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from changeover import errors, settings
+from changeover.cli.command import HELP
 from changeover.cli.demo import main as demo
 from changeover.cli.main import main
 from changeover.spark.jars import JarsMissing
@@ -128,7 +129,7 @@ def exit_codes() -> str:
 def one_command(words: tuple[str, ...], command: click.Command) -> str:
     """Return a command's section."""
     name = "changeover " + " ".join(words)
-    context = click.Context(command, info_name=name, **command.context_settings)
+    context = click.Context(command, info_name=name, **HELP)
     rows = [
         [option_name(one, context), option_meaning(one)]
         if isinstance(one, click.Option)
