@@ -74,17 +74,7 @@ def spool_of(spec: Spec) -> Spool:
 
 
 def new_dsn(spec: Spec) -> str:
-    """Return the DSN of the store that takes over; the spec must have a flag.
-
-    Args:
-        spec: The migration's spec.
-
-    Returns:
-        The DSN.
-
-    Raises:
-        SecretMissing: The environment variable of the DSN is not set.
-    """
+    """Return the DSN of the store that takes over; there is one wherever the spec has a flag."""
     assert spec.flag is not None
     return spec.targets[spec.flag.target].dsn_value
 
@@ -102,14 +92,7 @@ def old_target(spec: Spec) -> Target:
 
 
 def targets_of(spec: Spec) -> list[str]:
-    """Return the targets that the new store's stream is offered to (pure).
-
-    Args:
-        spec: The migration's spec.
-
-    Returns:
-        The old store, then every target beside the new store.
-    """
+    """Return the targets that the new store's stream is offered to: the old store, and every one beside the new store."""
     assert spec.flag is not None
     return [OLD_STORE, *sorted(set(spec.targets) - {spec.flag.target})]
 

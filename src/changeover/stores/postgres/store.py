@@ -304,14 +304,7 @@ def freeze(
 
 
 def position_of(holder: Connection) -> str:
-    """Return where the server's log is.
-
-    Args:
-        holder: A session with the server.
-
-    Returns:
-        The insert LSN, as text.
-    """
+    """Return where the server's log is."""
     row = holder.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
     assert row is not None
     return str(row[0])
