@@ -21,9 +21,17 @@ from changeover.tenants import EVERY, describe
 
 
 def abort(spec: Spec) -> list[str]:
-    """Undo all that prepare made; the old store is as it was. Returns what was removed (driver; starts no JVM).
+    """Undo all that prepare made; the old store is as it was (driver; starts no JVM).
 
-    Refused while the new store has authority over any row, because the old store lacks what is written there.
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        What was removed, each as a phrase.
+
+    Raises:
+        Refused: The new store has authority over some row, and the old store lacks what is written
+            there.
     """
     with Ledger.open(spec, "abort") as ledger:
         prepared = ledger.exists()
@@ -43,9 +51,18 @@ def abort(spec: Spec) -> list[str]:
 
 
 def finalize(spec: Spec) -> list[str]:
-    """End the migration: drop what is ours in the old store, the gates, tombstones and the spool; the ledger stays as record.
+    """End the migration, and keep its tables and the ledger's record (driver; starts no JVM).
 
-    Raises Refused while a load is open or, with a flag, while the old store has authority over any row (driver; starts no JVM).
+    What is ours in the old store is dropped, and so are the gates, tombstones and the spool.
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        What was removed, each as a phrase.
+
+    Raises:
+        Refused: A load is open, or the old store has authority over some row.
     """
     with Ledger.open(spec, "finalize") as ledger:
         ledger.stream("finalize")

@@ -38,9 +38,22 @@ log = logging.getLogger(__name__)
 
 
 def prepare(spec: Spec, spark: SparkSession) -> Prepared:
-    """Make publication, slot, kept snapshot, ledger, target tables and gates; a second call changes nothing (driver).
+    """Make everything that a migration needs; a second call changes nothing (driver).
 
-    Raises UnsafePlan with every reason, TargetNotEmpty, SlotBlocked, and UsageError when the spec changed since.
+    It makes publication, slot, kept snapshot, ledger, target tables and gates.
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+
+    Returns:
+        What was made: the stream and the transforms.
+
+    Raises:
+        UnsafePlan: Something stands against the plan; it has every reason.
+        TargetNotEmpty: A target table has rows.
+        SlotBlocked: A transaction of the source stays open; it names the oldest.
+        UsageError: The spec changed since an earlier prepare.
     """
     with Ledger.open(spec, "prepare") as ledger, ledger.lease("prepare"):
         if ledger.exists():

@@ -56,8 +56,22 @@ Transforms = Mapping[tuple[str, str], Transform]
 def restart(spec: Spec, spark: SparkSession) -> Prepared:
     """Begin a prepared migration anew in a new epoch; the same command goes on after a kill (driver).
 
-    Raises Refused once authority has moved or the migration ended, LeaseHeld while another step runs, UsageError when the spec
-    changed, SpecError where rows could not come back, UnsafePlan, SlotBlocked. An error takes away what was made in the old store.
+    An error takes away what was made in the old store.
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+
+    Returns:
+        What was made: the stream of the new epoch and the transforms.
+
+    Raises:
+        Refused: Authority has moved, or the migration ended.
+        LeaseHeld: Another step runs.
+        UsageError: The spec changed since prepare.
+        SpecError: Rows could not come back by the spec's expressions.
+        UnsafePlan: Something stands against the plan; it has every reason.
+        SlotBlocked: A transaction of the source stays open; it names the oldest.
     """
     with Ledger.open(spec, "prepare") as ledger, _alone(spec, ledger):
         _require_allowed(spec, ledger)

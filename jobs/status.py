@@ -62,11 +62,22 @@ class Status:
     """What the stream rests on and does not hold any more (`assumptions`)."""
 
     def state(self, step: str) -> str:
-        """Return the state of a step."""
+        """Return the state of a step.
+
+        Args:
+            step: The step's name.
+
+        Returns:
+            Its state, in the words of the page.
+        """
         return str(next(one["state"] for one in self.steps if one["step"] == step))
 
     def lines(self) -> Iterator[str]:
-        """Return the page for a person."""
+        """Return the page for a person.
+
+        Yields:
+            Lines for a person.
+        """
         yield self.name
         for step in self.steps:
             yield f"  {step['step']:<9} {step['state']}{f' ({_short(at)})' if (at := step['at']) else ''}"
@@ -131,7 +142,18 @@ def _reverse_lines(state: reverse.State) -> list[str]:
 
 
 def status(spec: Spec) -> Status:
-    """Look at the ledger, the spool and the slot (driver); raises StepOrder before prepare, ServerUnavailable."""
+    """Look at the ledger, the spool and the slot (driver; changes nothing).
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        How the migration stands.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        ServerUnavailable: A server can't be reached.
+    """
     with Ledger.open(spec, "status") as ledger:
         known = ledger.stream("status")
         prepared, finalized = ledger.milestones()

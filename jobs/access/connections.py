@@ -38,7 +38,19 @@ GROUP BY r.oid, r.rolsuper, r.rolconnlimit, d.oid, d.datconnlimit
 
 
 def reasons(dsn: str, application: str, where: str) -> list[str]:
-    """Return what stands against a server's sessions of psycopg and of Java; raises ServerUnavailable (driver)."""
+    """Return what stands against a server's sessions of psycopg and of Java (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        where: What the server is called in a sentence.
+
+    Returns:
+        Reasons, each a sentence.
+
+    Raises:
+        ServerUnavailable: The server can't be reached.
+    """
     if shares_sessions(dsn, application):
         return [f"{where} is reached through a pooler that changes sessions between transactions: {NO_POOLER}"]
     try:
@@ -49,7 +61,18 @@ def reasons(dsn: str, application: str, where: str) -> list[str]:
 
 
 def streaming(dsn: str, application: str, where: str) -> list[str]:
-    """Return why a server gives no session for replication; a role that may not replicate is a reason of its own (driver)."""
+    """Return why a server gives no session for replication (driver).
+
+    A role that may not replicate is a reason of its own.
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        where: What the server is called in a sentence.
+
+    Returns:
+        Reasons, each a sentence.
+    """
     if not _may_replicate(dsn, application):
         return []
     try:
@@ -69,7 +92,14 @@ def _may_replicate(dsn: str, application: str) -> bool:
 
 
 def look_at_settings(connection: Connection, where: str, reasons: list[str], notes: list[str]) -> None:
-    """Add what stands against the plan, or is to be told, of settings that no session of ours can pin."""
+    """Add what there is to say of settings that no session of ours can pin (driver).
+
+    Args:
+        connection: A session with the store.
+        where: What the server is called in a sentence.
+        reasons: Gets what stands against the plan.
+        notes: Gets what a person should know.
+    """
     for asked in settings.ASKED:
         for (value,) in connection.execute(settings.question(asked)).fetchall():
             sentence = f"{where} has {asked.name} = {value.strip()} for this role: {asked.consequence}"
@@ -77,7 +107,14 @@ def look_at_settings(connection: Connection, where: str, reasons: list[str], not
 
 
 def look_at_limits(connection: Connection, application: str, where: str, notes: list[str]) -> None:
-    """Note where a server lets the role open fewer sessions than a run may hold."""
+    """Note where a server lets the role open fewer sessions than a run may hold.
+
+    Args:
+        connection: A session with the store.
+        application: The session's application name.
+        where: What the server is called in a sentence.
+        notes: Gets what a person should know.
+    """
     row = connection.execute(LEFT, [application.rpartition(":")[0] + ":"]).fetchone()
     tasks = os.cpu_count() or 1
     if row is not None and row[0] < SESSIONS + tasks:

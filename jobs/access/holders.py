@@ -47,13 +47,28 @@ FROM pg_prepared_xacts
 
 
 def of_tables(connection: Connection, tables: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the long transactions that hold up a fence's lock on tables, each as a phrase; oldest first."""
+    """Return the long transactions that hold up a fence's lock on tables (driver).
+
+    Args:
+        connection: A session with the store.
+        tables: (schema, table) of each.
+
+    Returns:
+        Phrases, oldest transaction first.
+    """
     names = [sql.Identifier(*table).as_string(connection) for table in tables]
     return _long(connection, HOLDING, {"tables": names})
 
 
 def of_slot(connection: Connection) -> list[str]:
-    """Return the long transactions of a server that a new slot will wait for, each as a phrase; oldest first."""
+    """Return the long transactions of a server that a new slot will wait for (driver).
+
+    Args:
+        connection: A session with the store.
+
+    Returns:
+        Phrases, oldest transaction first.
+    """
     return _long(connection, WRITING, {})
 
 

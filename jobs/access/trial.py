@@ -77,7 +77,16 @@ TEXT = re.compile(r"(?:text|character varying|character)(?:\((\d+)\))?")
 def trial(connection: Connection, role: str, tried: Tried) -> Trial:
     """Insert, update and delete one row as a role, and roll it back; what its sequences have given out is not taken back.
 
-    That does no harm: a number that was drawn and not used is a gap, and the fence moves sequences farther than that.
+    That does no harm: a number that was drawn and not used is a gap, and the fence moves sequences
+    farther than that.
+
+    Args:
+        connection: A session with the store.
+        role: A role of the application's.
+        tried: The table and its columns.
+
+    Returns:
+        What failed, or why nothing was tried.
     """
     asked = {"table": tried.table.as_string(connection)}
     modern = connection.info.server_version >= 160000

@@ -71,7 +71,14 @@ class Watch:
     """By store, table and where its stream begins: up to where it was read, and what was found."""
 
     def look(self, ledger: Ledger) -> list[Rogue]:
-        """Return the rogue writes since the last moment at which a verdict found both stores equal."""
+        """Return the rogue writes since a verdict last found both stores equal (driver).
+
+        Args:
+            ledger: The migration's ledger, open.
+
+        Returns:
+            One a store and table in which there are any.
+        """
         if self.spec.flag is None or not ledger.exists():
             return []
         self._take(ledger.authorities())
@@ -120,7 +127,15 @@ class Watch:
 
 
 def rogue(spec: Spec, ledger: Ledger) -> list[Rogue]:
-    """Return the rogue writes since the last moment at which a verdict found both stores equal (driver; looks only)."""
+    """Return the rogue writes since a verdict last found both stores equal (driver; looks only).
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open.
+
+    Returns:
+        One a store and table in which there are any.
+    """
     return Watch(spec).look(ledger)
 
 

@@ -57,13 +57,29 @@ def capture(
     stop: threading.Event | None = None,
     patience: float = 30.0,
 ) -> CaptureResult:
-    """Bring changes into the spool until `until()`, `stop`, Ctrl-C or SIGTERM; what is whole then is durable (driver).
+    """Bring changes into the spool until it is told to end; what is whole then is durable (driver).
 
     A broken connection is opened anew for up to `patience` seconds. A work folder that takes
-    nothing is tried again for as long as it takes, at the start for `patience`. `until` is asked
-    after each append and 5 times a second. Raises StepOrder before prepare, LeaseHeld beside
-    another run, SourceChanged or SpoolGap when this is not the prepared stream any more,
-    ServerUnavailable, DatabaseFailed, RowRefused, FolderFailed.
+    nothing is tried again for as long as it takes, at the start for `patience`. It needs no Spark.
+
+    Args:
+        spec: The migration's spec.
+        until: Ends it; asked after each append and 5 times a second.
+        stop: Ends it, as Ctrl-C and SIGTERM do.
+        patience: How long a broken connection is tried again, in seconds.
+
+    Returns:
+        What the run did: counts, the spool's end as an LSN, seconds.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        LeaseHeld: Another capture runs.
+        SourceChanged: This is not the prepared stream any more.
+        SpoolGap: The stream does not go back to the spool's end.
+        ServerUnavailable: The server can't be reached for longer than `patience`.
+        DatabaseFailed: The server sent what can't be read, or failed otherwise.
+        RowRefused: A row can't be represented in the spool.
+        FolderFailed: The work folder takes nothing from the start on.
     """
     stop = stop or threading.Event()
     started = time.monotonic()

@@ -108,7 +108,17 @@ def _whole(read: Callable[[bytes], tuple[Read, int]], data: bytes) -> Read:
 
 
 def keepalive(data: bytes) -> Keepalive:
-    """Return a keepalive frame; raises MalformedMessage."""
+    """Return a keepalive frame (pure).
+
+    Args:
+        data: The frame's bytes.
+
+    Returns:
+        Up to where the server has sent, an LSN, and whether it asks for an answer.
+
+    Raises:
+        MalformedMessage: The frame can't be read.
+    """
     if len(data) != _keepalive.size:
         raise MalformedMessage(f"a keepalive of {len(data)} bytes")
     wal_end, _, reply = _keepalive.unpack(data)
@@ -116,7 +126,17 @@ def keepalive(data: bytes) -> Keepalive:
 
 
 def feedback(received: int, durable: int, now: datetime, *, ping: bool = False) -> bytes:
-    """Return a status update: all up to `durable` may be forgotten; `ping` asks for an answer at once."""
+    """Return a status update for the server (pure).
+
+    Args:
+        received: Up to where the server's bytes came, an LSN.
+        durable: The LSN up to which all may be forgotten.
+        now: The time that it bears.
+        ping: Whether it asks for an answer at once.
+
+    Returns:
+        The message's bytes.
+    """
     micros = (now - EPOCH) // timedelta(microseconds=1)
     return _feedback.pack(b"r", max(received, durable), durable, durable, micros, ping)
 

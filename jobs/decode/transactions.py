@@ -34,9 +34,17 @@ ADDED_ANEW = "a column was dropped and added anew"
 
 
 def difference(relation: pgoutput.Relation, prepared: Sequence[SourceColumn], generated: frozenset[str]) -> str:
-    """Return what a table in the stream lacks of the prepared one, naming each column; empty when it has all of it.
+    """Return what a table in the stream lacks of the prepared one (pure).
 
     Stored generated columns are not part of the stream: their absence is no difference.
+
+    Args:
+        relation: The table as the stream describes it.
+        prepared: The columns that prepare recorded.
+        generated: Its stored generated columns.
+
+    Returns:
+        A phrase that names each column; empty when it has all of it.
     """
     now = {column.name: column for column in relation.columns}
     before = {column.name: column for column in prepared}
@@ -59,12 +67,30 @@ def _reordered(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) ->
 
 
 def added_anew(prepared: Sequence[SourceColumn], numbers: Mapping[str, int]) -> bool:
-    """Return whether a prepared column has another number by now: another one has its name, and no event tells of old rows."""
+    """Return whether a prepared column has another number by now (pure).
+
+    Then another column has its name, and no event tells of old rows.
+
+    Args:
+        prepared: The columns that prepare recorded.
+        numbers: The columns' present numbers, by name.
+
+    Returns:
+        Whether one has.
+    """
     return any(column.number not in (None, numbers.get(column.name, column.number)) for column in prepared)
 
 
 def additions(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> str:
-    """Return the columns that a table has beyond the prepared ones, or an empty text."""
+    """Return the columns that a table has beyond the prepared ones (pure).
+
+    Args:
+        relation: The table as the stream describes it.
+        prepared: The columns that prepare recorded.
+
+    Returns:
+        A phrase that names each column, or an empty text.
+    """
     before = {column.name for column in prepared}
     return "; ".join(f"column {c.name} was added (type oid {c.oid})" for c in relation.columns if c.name not in before)
 
@@ -156,7 +182,17 @@ class Assembler:
         return self.read(Wire(frames)) if frames else []
 
     def read(self, wire: Wire) -> list[int]:
-        """Take messages; return the end LSNs of the commits among them."""
+        """Take messages of the stream (capture).
+
+        Args:
+            wire: The messages, in the stream's order.
+
+        Returns:
+            The end LSNs of the commits among them.
+
+        Raises:
+            MalformedMessage: A message can't be read, or stands where none may.
+        """
         self._numbers = None  # what was looked up before these messages came may be older than they are
         ends: list[int] = []
         begin = 0
@@ -168,7 +204,11 @@ class Assembler:
         return ends + self._run(wire, np.arange(begin, len(wire.start)))
 
     def taken(self) -> list[pa.Table]:
-        """Return the events so far and begin anew."""
+        """Return the events so far and begin anew.
+
+        Returns:
+            Tables of the spool's schema.
+        """
         events, self.events, self.count, self.marker = self.events, [], 0, False
         return events
 

@@ -110,7 +110,15 @@ WORDS = {
 
 
 def relations(connection: Connection, names: Collection[tuple[str, str]]) -> dict[int, str]:
-    """Return the oids of tables that are there, with the tables' names."""
+    """Return the oids of tables that are there, with the tables' names.
+
+    Args:
+        connection: A session with the store.
+        names: (schema, table) of each.
+
+    Returns:
+        Oid and qualified name; only tables that are there.
+    """
     quoted = [sql.Identifier(*name).as_string(connection) for name in names]
     rows = connection.execute(
         "SELECT c.oid::bigint, n.nspname, c.relname FROM unnest(%s::text[]) AS asked(name)"
@@ -121,7 +129,16 @@ def relations(connection: Connection, names: Collection[tuple[str, str]]) -> dic
 
 
 def of_slot(connection: Connection, publication: str, tables: Mapping[int, str]) -> tuple[Piece, ...]:
-    """Return what a publication is now, and the keys of tables, given by their oids."""
+    """Return what a publication is now, and the keys of tables, given by their oids.
+
+    Args:
+        connection: A session with the store.
+        publication: The publication's name.
+        tables: The tables' oids and names.
+
+    Returns:
+        The catalogue's rows.
+    """
     schemas = SCHEMAS if connection.info.server_version >= SCHEMAS_SINCE else ""
     query = PUBLISHED + schemas
     rows = connection.execute(query.encode(), {"publication": publication}).fetchall()
@@ -151,7 +168,13 @@ def _pieces(rows: Sequence[tuple[Any, ...]], tables: Mapping[int, str]) -> tuple
 
 
 def record(ledger: Ledger, store: str, pieces: Sequence[Piece]) -> None:
-    """Record a store's definition, in the transaction that records its stream."""
+    """Record a store's definition, in the transaction that records its stream.
+
+    Args:
+        ledger: The migration's ledger, open.
+        store: `OLD` or `NEW`.
+        pieces: The catalogue's rows.
+    """
     ledger.connection.execute(
         "INSERT INTO changeover.stream_definition (migration, store, pieces) VALUES (%s, %s, %s)"
         " ON CONFLICT (migration, store) DO UPDATE SET pieces = excluded.pieces",
@@ -160,7 +183,15 @@ def record(ledger: Ledger, store: str, pieces: Sequence[Piece]) -> None:
 
 
 def recorded(ledger: Ledger, store: str) -> tuple[Piece, ...]:
-    """Return a store's definition on record; nothing where none is, and then whatever is there is new."""
+    """Return a store's definition on record.
+
+    Args:
+        ledger: The migration's ledger, open.
+        store: `OLD` or `NEW`.
+
+    Returns:
+        The catalogue's rows; none where none is on record, and then whatever is there is new.
+    """
     row = ledger.connection.execute(
         "SELECT pieces FROM changeover.stream_definition WHERE migration = %s AND store = %s", [ledger.migration, store]
     ).fetchone()
@@ -168,7 +199,14 @@ def recorded(ledger: Ledger, store: str) -> tuple[Piece, ...]:
 
 
 def known(prepared: Sequence[Piece]) -> dict[int, str]:
-    """Return the oids of the tables that a definition is of, with their names at that time (pure)."""
+    """Return the oids of the tables that a definition is of, with their names at that time (pure).
+
+    Args:
+        prepared: The definition on record.
+
+    Returns:
+        Oid and name of each table.
+    """
     return {piece.relation: piece.table for piece in prepared if piece.kind in (MEMBER, TRIGGER)}
 
 
@@ -178,7 +216,15 @@ def known(prepared: Sequence[Piece]) -> dict[int, str]:
 def compared(prepared: Sequence[Piece], present: Sequence[Piece]) -> list[DefinitionChange]:
     """Return what is not as it was recorded, what concerns all tables first (pure).
 
-    A partition that came or went has rules of its own (`partitions`), so its key alone is no change.
+    A partition that came or went has rules of its own (`partitions`), so its key alone is no
+    change.
+
+    Args:
+        prepared: The definition on record.
+        present: The definition as it is now.
+
+    Returns:
+        The changes; none where the stream is as it was.
     """
     present_rows, before = {piece.identity: piece for piece in present}, {piece.identity for piece in prepared}
     tables = known(prepared)
@@ -228,6 +274,14 @@ def _noun(piece: Piece) -> str:
 
 
 def gap(change: DefinitionChange, prepared: Sequence[Piece]) -> SourceChanged:
-    """Return a change that concerns the whole stream as an error."""
+    """Return a change that concerns the whole stream as an error (pure).
+
+    Args:
+        change: The change.
+        prepared: The definition on record.
+
+    Returns:
+        The error, to be raised.
+    """
     tables = ", ".join(sorted(set(known(prepared).values()))) or "no"
     return SourceChanged(change.what, f"one with {tables}", change.now)

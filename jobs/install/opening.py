@@ -46,9 +46,20 @@ def _open_slot(spec: Spec) -> Opened:
 
 
 def open_stream(spec: Spec, findings: Preflight) -> Opened:
-    """Make the change stream, by slot or by trigger log, and the snapshot that it begins with, held by keepers.
+    """Make the change stream, and the snapshot that it begins with, held by keepers (driver).
 
-    What defines it is committed first, then looked at, and then the stream begins: what alters it later is a change.
+    What defines it is committed first, then looked at, and then the stream begins: what alters it
+    later is a change.
+
+    Args:
+        spec: The migration's spec.
+        findings: What the preflight found.
+
+    Returns:
+        The stream as it goes on record, and the catalogue's rows that define it.
+
+    Raises:
+        SlotBlocked: A transaction of the source stays open; it names the oldest.
     """
     if spec.source.capture == SLOT:
         return _open_slot(spec)
@@ -86,7 +97,13 @@ def _publish(old: Connection, spec: Spec) -> None:
 
 
 def record_tables(spec: Spec, ledger: Ledger, findings: Preflight) -> None:
-    """Record the source tables, and the partitions that they have, as they were found before the slot was made."""
+    """Record the source tables, and the partitions that they have, as they were found before the slot was made.
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open.
+        findings: What the preflight found.
+    """
     for table in spec.tables:
         old_table = findings.tables[table.source]
         ledger.record_table(table.source, old_table.filenode, old_table.columns, old_table.partitions is not None)

@@ -438,7 +438,7 @@ class Ledger:
         """Record a router process's heartbeat (application).
 
         Args:
-            process: The process, by host and id.
+            process: The name under which the process is known.
             stage: The observed stage.
             epoch: The epoch that the process works under.
             counters: Its counts since it began, as JSON holds them.
@@ -504,7 +504,7 @@ class Ledger:
         Args:
             step: The step, which names the session and the record.
             outcome: What came of it, such as `done` or `refused`.
-            detail: More of it, as JSON holds it; no value of a row.
+            detail: More of it, as JSON holds it.
         """
         whole = {**detail, "host": socket.gethostname(), "pid": os.getpid()}
         self.connection.execute(

@@ -114,10 +114,22 @@ class LedgerMark:
 
 
 def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = None) -> list[Loaded]:
-    """Load all pending chunks of every table into the targets (all unless named) and close them (driver).
+    """Load all pending chunks of every table into the targets and close them (driver).
 
-    Raises StepOrder before prepare, SnapshotLost, TableStopped, RowRefused when the other tables are done, LeaseHeld when another
-    backfill runs.
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        targets: The targets' names, all unless given.
+
+    Returns:
+        One a load: chunks, rows offered and refused, and rows swept.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        SnapshotLost: No snapshot can be imported, and none can take its place.
+        TableStopped: A table was stopped.
+        RowRefused: Rows can't be carried over; the other tables are done.
+        LeaseHeld: Another backfill runs.
     """
     with Ledger.open(spec, "backfill") as ledger:
         prepared = require_prepared(spec, spark, ledger, "backfill")

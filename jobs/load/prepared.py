@@ -36,7 +36,21 @@ class Prepared:
 
 
 def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str) -> Prepared:
-    """Return what prepare recorded; raises StepOrder before it, UsageError when the spec changed since (driver)."""
+    """Return what prepare recorded (driver).
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        ledger: The migration's ledger, open.
+        step: The step, for the error.
+
+    Returns:
+        The stream and the transforms, by source table and target.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        UsageError: The spec changed since prepare.
+    """
     stream = ledger.stream(step)
     if ledger.spec_digest() != spec.digest:
         raise UsageError(
@@ -59,7 +73,20 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
 def plan_transforms(
     spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]
 ) -> dict[tuple[str, str], transform.Transform]:
-    """Plan the transform of every table into every target."""
+    """Plan the transform of every table into every target (driver, reads no row).
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        tables: The source tables, by their names in the spec.
+
+    Returns:
+        The transforms, by source table and target.
+
+    Raises:
+        SpecError: An expression is not valid.
+        UnsafePlan: Something stands against the plan; it has every reason.
+    """
     planned = {}
     for target in spec.targets.values():
         with open_store(spec, target, "plan") as store:

@@ -40,7 +40,17 @@ ORDER BY 1
 
 
 def examined(spec: Spec, moment: Moment = Moment.CHECK) -> Preflight:
-    """Return what stands against the plan: rules of the preflight, broken assumptions, and why no tenant moves alone (driver)."""
+    """Return what stands against the plan (driver; looks only).
+
+    That is rules of the preflight, broken assumptions, and why no tenant moves alone.
+
+    Args:
+        spec: The migration's spec.
+        moment: When it is asked.
+
+    Returns:
+        The findings: reasons, grants, notes and the source tables.
+    """
     findings = preflight(spec)
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
         findings.reasons = assumptions.sentences(moment, Asked(spec, old, plan=tuple(findings.reasons)))
@@ -51,7 +61,14 @@ def examined(spec: Spec, moment: Moment = Moment.CHECK) -> Preflight:
 def indivisible(spec: Spec) -> list[str]:
     """Return why tenants can't move one by one, nothing where the spec asks for none (driver).
 
-    A fence asks again: an index may have been built since, as one is on a new table that was loaded without.
+    A fence asks again: an index may have been built since, as one is on a new table that was loaded
+    without.
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        Reasons, each a sentence; nothing where the spec asks for none.
     """
     if spec.flag is None or spec.flag.context is None:
         return []

@@ -23,7 +23,19 @@ from changeover.stores.postgres.batches import WIDEST
 
 
 def obstacles(spec: Spec, old: Connection, new: Connection, slot: str = "") -> list[str]:
-    """Return why no path back can be opened; a table that is not there yet is no reason, nor is a `slot` that is taken by it."""
+    """Return why no reverse path can be opened (driver; looks only).
+
+    A table that is not there yet is no reason.
+
+    Args:
+        spec: The migration's spec.
+        old: A session with the old store.
+        new: A session with the new store.
+        slot: A slot that the path itself has, which is no reason.
+
+    Returns:
+        Reasons, each a sentence.
+    """
     there = has_slot(new, slot)
     asked = {"slot": slot, "else": ""}
     rows = new.execute(CAPTURE_RULES[SLOT], asked).fetchall()
@@ -66,7 +78,14 @@ def _unfit(new: Connection, new_table: SourceTable) -> list[str]:
 
 
 def target_as_source(table: Table) -> Table:
-    """Return a table's target as a source of its own."""
+    """Return a table's target as a source of its own (pure).
+
+    Args:
+        table: The table of the spec.
+
+    Returns:
+        The table, whose source is the target.
+    """
     return Table(table.target_relation, table.source, table.key)
 
 
@@ -76,7 +95,14 @@ def has_slot(connection: Connection, slot: str) -> bool:
 
 
 def notes(spec: Spec) -> list[str]:
-    """Return what `check` has to say of reverse replication: why there is none, and what acts on its rows (driver; looks only)."""
+    """Return what `check` has to say of reverse replication: why there is none, and what acts on its rows (driver; looks only).
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        Remarks, each a sentence.
+    """
     if spec.flag is None:
         return []
     application = application_name(spec.name, "check")

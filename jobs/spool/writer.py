@@ -163,7 +163,17 @@ class Intake:
         return time.monotonic() >= self.flush_at
 
     def flush(self, events: Sequence[pa.Table]) -> bool:
-        """Make everything so far durable: the whole transactions, and what there is of the next one; tell whether there was any."""
+        """Make everything so far durable, and what there is of the next transaction (capture).
+
+        Args:
+            events: Tables of the spool's schema.
+
+        Returns:
+            Whether there was anything.
+
+        Raises:
+            FolderFailed: The work folder takes nothing.
+        """
         self.bytes, self.flush_at = 0, float("inf")
         batch = pa.concat_tables([SCHEMA.empty_table(), *events])
         if not len(batch) and self.whole <= self.durable:
@@ -172,7 +182,15 @@ class Intake:
         return True
 
     def append(self, batch: Sequence[Event] | pa.Table, end: int) -> None:
-        """Append to the spool, which is durable when this returns, and merge small files every so often."""
+        """Append to the spool, which is durable when this returns, and merge small files every so often.
+
+        Args:
+            batch: Events, or a table of the spool's schema.
+            end: The commit END LSN of the last whole transaction.
+
+        Raises:
+            FolderFailed: The work folder takes nothing.
+        """
         self.spool.append(batch, end)
         self.patience.spooled()
         self.result.events += len(batch)

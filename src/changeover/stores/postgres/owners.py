@@ -3,8 +3,8 @@
 An expression may make one target key of two source rows (`lower(email)`). Of two that are alive one
 would overwrite the other without a trace. So each batch and chunk is held against the owners first,
 and what meets is refused with both source keys. The owners decide nothing about a cell. Once
-authority has moved the application itself writes here, so whose a row is is no longer known: then
-verification alone looks, which counts the source's rows under each target key. Runs in the
+authority has moved the application itself writes here, so the source key of a row is no longer
+known. Then verification alone looks: it counts the source's rows under each target key. Runs in the
 transaction of the rows.
 """
 

@@ -55,8 +55,19 @@ class Refusal:
 def install(connection: Connection, schema: str, name: str, refusal: Refusal, deadline: float) -> bool:
     """Refuse from now on; False when the lock was not granted before `deadline` (monotonic seconds).
 
-    Once this returns True, no transaction that could write without the refusal is alive. What is begun ends by itself at the
-    deadline, so that a fence that died gives the writers back, until it is among what stands.
+    Once this returns True, no transaction that could write without the refusal is alive. What is
+    begun ends by itself at the deadline, so that a fence that died gives the writers back, until it
+    is among what stands.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        refusal: What is refused, and to whom.
+        deadline: Until when the lock may be asked for, in monotonic seconds.
+
+    Returns:
+        Whether the lock was granted in time; if not, nothing is refused.
     """
     table, function = sql.Identifier(schema, name), ours("refuse", schema, name)
     while (left := deadline - time.monotonic()) > 0:
@@ -79,6 +90,12 @@ def replace(connection: Connection, schema: str, name: str, refusal: Refusal) ->
     """Refuse something else, at once and without a lock: for a deadline that is taken away, and for writers that are let in.
 
     The caller makes sure that no deadline has passed.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        refusal: What is refused, and to whom.
     """
     connection.execute(_function(ours("refuse", schema, name), refusal, "infinity"))
 
@@ -172,7 +189,16 @@ def belongs(row: str, column: str | None, tenants: Tenants) -> sql.Composable:
 
 
 def remove(connection: Connection, schema: str, name: str) -> list[str]:
-    """Let every write pass again: remove the triggers, the mirror's gate, and our schema when nothing else is in it."""
+    """Let every write pass again: remove the triggers, the mirror's gate, and our schema when nothing else is in it.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        What was removed, each as a phrase.
+    """
     if connection.execute("SELECT FROM pg_namespace WHERE nspname = 'changeover'").fetchone() is None:
         return []
     removed = []

@@ -313,7 +313,15 @@ ORDER BY oid
 def file_watch(connection: Connection, table: ReadTable) -> Callable[[], bool]:
     """Return what tells whether a table and its partitions have the files that they have now (driver).
 
-    It is asked for before a snapshot is taken: a file that is replaced later reads as empty in it, without an error.
+    It is asked for before a snapshot is taken: a file that is replaced later reads as empty in it,
+    without an error.
+
+    Args:
+        connection: A session with the store.
+        table: The table.
+
+    Returns:
+        A function that tells whether the files are still the same.
     """
     named = {"table": sql.Identifier(table.schema, table.name).as_string(connection)}
     before = connection.execute(FILES, named).fetchall()
@@ -322,7 +330,15 @@ def file_watch(connection: Connection, table: ReadTable) -> Callable[[], bool]:
 
 @contextmanager
 def exporting(dsn: str, application: str) -> Iterator[tuple[Connection, ExportedSnapshot]]:
-    """Hold a snapshot of this moment open for others to import (driver)."""
+    """Hold a snapshot of this moment open for others to import (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+
+    Yields:
+        The session that holds it, and the snapshot.
+    """
     with connect(dsn, application, autocommit=False) as holder:
         holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         holder.read_only = True
@@ -372,7 +388,19 @@ def _spark_type(type_name: str) -> str:
 
 @contextmanager
 def importing(dsn: str, application: str, snapshot: str) -> Iterator[tuple[Connection, ExportedSnapshot]]:
-    """Open a session inside an exported snapshot, and tell what it sees; raises SnapshotLost (driver)."""
+    """Open a session inside an exported snapshot, and tell what it sees (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        snapshot: The exported snapshot's name.
+
+    Yields:
+        The session, and the snapshot with what it sees.
+
+    Raises:
+        SnapshotLost: The snapshot can't be imported any more.
+    """
     with connect(dsn, application, autocommit=False) as session:
         session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         session.read_only = True

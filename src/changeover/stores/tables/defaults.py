@@ -102,7 +102,16 @@ WHERE n.nspname = %s AND c.relname = %s
 
 
 def of_table(connection: Connection, schema: str, name: str) -> dict[str, Own]:
-    """Return what a table's columns do by themselves, by name and in order; nothing where there is no such table."""
+    """Return what a table's columns do by themselves.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        By column, in order; nothing where there is no such table.
+    """
     with _qualified(connection):
         draws: dict[str, list[Drawn]] = {}
         for column, *drawn in connection.execute(DRAWS, [schema, name]).fetchall():
@@ -120,7 +129,17 @@ def _qualified(connection: Connection) -> Iterator[None]:
 
 
 def why_not(connection: Connection, own: Own) -> str | None:
-    """Return why a server can't have a column's default, None where it can; it parses the expression and runs nothing."""
+    """Return why a server can't have a column's default.
+
+    It parses the expression and runs nothing.
+
+    Args:
+        connection: A session with the store.
+        own: What the column does in the other store.
+
+    Returns:
+        A phrase, None where the server can have it.
+    """
     if own.identity or own.expression is None or own.generated:
         return None
     if not own.whole:
@@ -139,7 +158,13 @@ def why_not(connection: Connection, own: Own) -> str | None:
 def make(connection: Connection, table: TargetTable, owns: Mapping[str, Own]) -> None:
     """Give a table's columns the defaults and identities of others, as far as the server can have them, in one transaction.
 
-    An identity that is always generated is made so in the key alone: elsewhere no update could bring its value.
+    An identity that is always generated is made so in the key alone: elsewhere no update could
+    bring its value.
+
+    Args:
+        connection: A session with the store.
+        table: The target table.
+        wanted: What each column is to do.
     """
     possible = {name: own for name, own in owns.items() if why_not(connection, own) is None}
     with _qualified(connection):
