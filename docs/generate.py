@@ -129,7 +129,7 @@ def exit_codes() -> str:
 def one_command(words: tuple[str, ...], command: click.Command) -> str:
     """Return a command's section."""
     name = "changeover " + " ".join(words)
-    context = click.Context(command, info_name=name, **HELP)
+    context = click.Context(command, info_name=name, help_option_names=HELP["help_option_names"])
     rows = [
         [option_name(one, context), option_meaning(one)]
         if isinstance(one, click.Option)
