@@ -97,7 +97,7 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
             told_by = _in_lake if target.kind == "delta" else _in_postgres
             story.parts.update(told_by(spec, planned, target, given, finalized))
         story.parts["differences"] = _differences(spec, planned, given)
-        story.parts["stage"] = ledger.stage() or "never turned"
+        story.parts["stage"] = ledger.stage() or "never switched"
         story.parts.update(_authority(changes, tenant_of(spec, planned, given)))
         if finalized:
             story.parts["finalized"] = f"{finalized:%Y-%m-%d %H:%M:%S}"

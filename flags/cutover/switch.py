@@ -48,7 +48,17 @@ class Advanced:
 
 
 def flag_and_file(spec: Spec) -> tuple[Flag, Path]:
-    """Return the spec's flag and its data file; raises SpecError where the spec has none."""
+    """Return the spec's flag and its data file.
+
+    Args:
+        spec: The spec.
+
+    Returns:
+        The flag, and the file that it names, or `flags.json` in the work folder.
+
+    Raises:
+        SpecError: The spec has no `[flag]`.
+    """
     flag = flag_of(spec)
     return flag, Path(flag.file) if flag.file else spec.work / "flags.json"
 
@@ -75,7 +85,20 @@ def switch_flag(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants
 
 
 def move_authority(spec: Spec, ledger: Ledger, after: Stage, tenants: Collection[str] | None = None) -> Fenced:
-    """Switch the flag to a stage whose writes go to the other store, and fence the one that loses them."""
+    """Switch the flag to a stage whose writes go to the other store, and fence the one that loses them (driver).
+
+    Args:
+        spec: The spec.
+        ledger: The open ledger; the caller has the flag's lease.
+        after: The stage.
+        tenants: The tenants that move, None for all rows.
+
+    Returns:
+        What the fence did.
+
+    Raises:
+        FenceCalledOff: The handover took too long; the flag is as it was before.
+    """
     flag, file = flag_and_file(spec)
     to = TABLE[after].writes
     former = flagfile.read_flag(file, flag.key)

@@ -124,7 +124,17 @@ def recorded(ledger: Ledger) -> Path | None:
 
 
 def require_recorded(ledger: Ledger) -> Path:
-    """Return the path on record; raises CouldNotFinish where there is none."""
+    """Return the path on record, where there must be one.
+
+    Args:
+        ledger: The open ledger.
+
+    Returns:
+        The path.
+
+    Raises:
+        CouldNotFinish: No path was opened yet.
+    """
     path = recorded(ledger)
     if path is None:
         raise CouldNotFinish("the ledger has no reverse path: a fence to the new store opens it")

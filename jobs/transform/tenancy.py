@@ -15,6 +15,12 @@ from changeover.spec import Flag, Spec, Table
 def flag_of(spec: Spec) -> Flag:
     """Return the spec's flag.
 
+    Args:
+        spec: The spec.
+
+    Returns:
+        Its `[flag]`.
+
     Raises:
         SpecError: The spec has no `[flag]`.
     """
@@ -24,7 +30,14 @@ def flag_of(spec: Spec) -> Flag:
 
 
 def required(column: str | None, spec: Spec) -> str:
-    """Return the column that `old_column` or `new_column` gave, where tenants move one by one.
+    """Return the column of tenants, where there must be one because they move one by one.
+
+    Args:
+        column: What `old_column` or `new_column` gave.
+        spec: The spec.
+
+    Returns:
+        The same column.
 
     Raises:
         SpecError: It gave none.
