@@ -472,6 +472,16 @@ def _switched(tour: Tour, stage: Stage, asked: list[str]) -> cutover.Advanced:
     raise CouldNotFinish(f"the flag was not switched to {stage.value} in {SWITCH_TRIES} tries")
 
 
+def what_helps(reasons: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the reasons that neither time nor a verdict takes away, and whether a verdict is asked for (pure).
+
+    Args:
+        reasons: What `flags show` says against the next step.
+    """
+    lasting = [reason for reason in reasons if not any(sign in reason for sign in (*HEALS, *ASKS_TO_VERIFY))]
+    return lasting, any(sign in reason for reason in reasons for sign in ASKS_TO_VERIFY)
+
+
 def _become_ready(tour: Tour, stage: Stage, asked: list[str]) -> None:
     """Wait until nothing speaks against a stage, and verify where a verdict is asked for.
 
@@ -482,8 +492,7 @@ def _become_ready(tour: Tour, stage: Stage, asked: list[str]) -> None:
     def waiting() -> str | None:
         nonlocal verified
         reasons = cutover.show(tour.spec).reasons
-        lasting = [reason for reason in reasons if not any(sign in reason for sign in (*HEALS, *ASKS_TO_VERIFY))]
-        to_verify = any(sign in reason for reason in reasons for sign in ASKS_TO_VERIFY)
+        lasting, to_verify = what_helps(reasons)
         if lasting or (to_verify and verified == VERIFY_TRIES):
             raise NotReady(stage.value, tuple(reasons))
         if reasons and not asked:
