@@ -51,6 +51,7 @@ def test_a_rate_is_of_what_was_done_since_it_was_first_seen() -> None:
     assert rate.of(Reading("", 10, 900, "tasks"), 20.0) == "", "another count begins"
     assert rate.of(Reading("", 3, 8, "chunks", 4_000, "rows"), 21.0) == ""
     assert rate.of(Reading("", 4, 8, "chunks", 8_000, "rows"), 23.0) == "2,000 rows/s"
+    assert rate.of(Reading("", 5, 8, "chunks", 8_001, "rows"), 4_023.0) == "1.0 rows/s"
     assert rate.of(Reading("waiting"), 24.0) == ""
     assert rate.of(Reading("", 0, 9_000, "bytes"), 25.0) == ""
     assert rate.of(Reading("", 5_000, 9_000, "bytes"), 26.0) == "5.0 kB/s"
