@@ -23,6 +23,14 @@ def backfilled(ledger: Ledger) -> Reading:
         ledger: A session of its own, since the step's is in use.
     """
     chunks, loaded, rows = chunk_progress(ledger)
+    row = ledger.connection.execute(
+        "SELECT count(DISTINCT (source, target)), (SELECT count(*) FROM changeover.load WHERE migration = %(m)s)"
+        " FROM changeover.chunk WHERE migration = %(m)s",
+        {"m": ledger.migration},
+    ).fetchone()
+    begun, loads = row if row is not None else (0, 0)
+    if begun:
+        chunks = chunks // begun * loads  # the next target has as many, and its chunks come on record when it begins
     return Reading("the snapshot is loaded", loaded, chunks or None, "chunks", rows, "rows")
 
 

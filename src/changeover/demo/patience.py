@@ -39,6 +39,7 @@ class Patience:
         now = self.moves()
         if now != self.last:
             self.last, self.since = now, time.monotonic()
+            return False
         return time.monotonic() - self.since > still
 
     def require(self, why: str) -> None:

@@ -28,6 +28,9 @@ DRAW_SECONDS = 0.25
 PLAIN_SECONDS = 30.0
 """How often a log gets a line about a step that is not done yet."""
 
+SLOW = 10.0
+"""Below this many a second a rate has a decimal: "0 tasks/s" would say that nothing moves."""
+
 END_SECONDS = 5.0
 """How long the end of a step waits for a look that is under way; after that the look is of no use to anybody."""
 
@@ -87,7 +90,9 @@ class Rate:
         if now <= since or amount == first:
             return ""
         rate = (amount - first) / (now - since)
-        return f"{decimal(int(rate))}/s" if name == "bytes" else f"{rate:,.0f} {name}/s"
+        if name == "bytes":
+            return f"{decimal(int(rate))}/s"
+        return f"{rate:,.0f} {name}/s" if rate >= SLOW else f"{rate:.1f} {name}/s"
 
 
 class Screen:

@@ -6,12 +6,13 @@ Nothing goes on after an error. Before each step the processes and threads besid
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldclient.migrations.types import Stage
 
@@ -24,7 +25,7 @@ from changeover.demo.place import Place
 from changeover.demo.processes import ApplicationProcess, Child, capture
 from changeover.demo.schema import Shape
 from changeover.demo.screen import Reading, Screen
-from changeover.errors import ChangeoverError, CouldNotFinish, NotReady, UnsafePlan
+from changeover.errors import CouldNotFinish, NotReady, UnsafePlan
 from changeover.flags.cutover import commands as cutover
 from changeover.jobs import finalize as finalizing
 from changeover.jobs import prepare
@@ -44,6 +45,10 @@ from changeover.verifiers.verification import verify
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
 COMPARED_READS = 200
 """Compared reads to wait for at shadow and at live: twice what readiness asks for."""
 
@@ -51,10 +56,16 @@ VERIFY_TRIES = 5
 """Verdicts that are asked for before a question counts as left open, or rows that were judged again as different."""
 
 SWITCH_TRIES = 20
-"""Tries of one step up: a fence gives the writers back after ten seconds, however slow the machine, and asks to run again."""
+"""Tries of what may be run again, and of one step up.
+
+A fence gives the writers back after ten seconds, however slow the machine, and asks to be run again.
+"""
 
 LOOK_SECONDS = 0.5
 """How often it is asked whether a stage is ready: each look opens several sessions."""
+
+MOVES_SECONDS = 2.0
+"""How often a wait asks whether anything moves."""
 
 HEALS = ("was heard", " is at ", "bytes of WAL behind", "replayed up to", "reads were compared", "not running", "not captured")
 """What a reason of readiness holds that goes away by itself, while application, capture and replay go on."""
@@ -105,7 +116,7 @@ class Tour:
         if self.capture is not None:
             self.capture.require_alive()
 
-    def wait(self, waiting: Callable[[], str | Reading | None], every: float = 0.05) -> None:
+    def wait(self, waiting: Callable[[], str | Reading | None], every: float = 0.1) -> None:
         """Wait until nothing is waited for any more, for as long as anything moves.
 
         Args:
@@ -116,12 +127,14 @@ class Tour:
             CouldNotFinish: No position and no task of Spark's has moved for long.
         """
         with Ledger.open(self.spec, "demo") as ledger:
-            patience = Patience(lambda: self._moves(ledger))
+            patience, looked = Patience(lambda: self._moves(ledger)), 0.0
             while (why := waiting()) is not None:
                 reading = why if isinstance(why, Reading) else Reading(why)
                 self.screen.at(reading)
                 self.require_alive()
-                patience.require(reading.waiting)
+                if time.monotonic() - looked >= MOVES_SECONDS:  # a look at the spool reads its log
+                    patience.require(reading.waiting)
+                    looked = time.monotonic()
                 time.sleep(every)
 
     def _moves(self, ledger: Ledger) -> tuple[int, ...]:
@@ -182,8 +195,20 @@ def plan(tour: Tour) -> str:
 def prepare_both(tour: Tour) -> str:
     """Make slot and snapshot, ledger, target tables and gates."""
     with tour.working("slot, snapshot, tables and gates"):
-        made = prepare.prepare(tour.spec, tour.spark)
+        made = _again(lambda: prepare.prepare(tour.spec, tour.spark))
     return f"slot {made.stream.slot} and snapshot from one command, at {format_lsn(made.stream.l0)}"
+
+
+def _again(action: Callable[[], Result]) -> Result:
+    """Do what the product says may be run again, such as where writers held a lock for longer than it waits for one."""
+    for _ in range(SWITCH_TRIES - 1):
+        try:
+            return action()
+        except CouldNotFinish as error:
+            if not error.transient:
+                raise
+            log.info("once more: %s", error)
+    return action()
 
 
 def start_capture(tour: Tour) -> str:
@@ -313,7 +338,7 @@ def finalize(tour: Tour) -> str:
         tour.capture.end()
         tour.capture = None
     tour.screen.at(Reading("slots, publications, triggers and gates are removed"))
-    removed = finalizing.finalize(tour.spec)
+    removed = _again(lambda: finalizing.finalize(tour.spec))
     writes = tour.application.status()["writes"]
     tour.until("writes after finalize", lambda seen: seen["writes"] > writes)
     tour.application.end()
@@ -387,8 +412,8 @@ def _verified(tour: Tour, targets: list[str] | None = None) -> list[Verdict]:
     for last in (*[False] * (VERIFY_TRIES - 1), True):
         try:
             verdicts = _verify_once(tour, targets)
-        except ChangeoverError as error:
-            if last or not getattr(error, "transient", False):
+        except CouldNotFinish as error:
+            if last or not error.transient:
                 raise
             tour.screen.line(f"{'':<12}           verify goes on: {error}")
             continue
@@ -439,13 +464,22 @@ def _switched(tour: Tour, stage: Stage, asked: list[str]) -> cutover.Advanced:
         tour.screen.at(Reading(f"the flag is switched to {stage.value}"))
         try:
             return cutover.advance(tour.spec, to=stage)
-        except ChangeoverError as error:
-            again = isinstance(error, NotReady) or getattr(error, "transient", False)
-            if last or not again:
+        except (NotReady, CouldNotFinish) as error:
+            if last or (isinstance(error, CouldNotFinish) and not error.transient):
                 raise
             if not asked:
                 asked.append(str(error))
     raise CouldNotFinish(f"the flag was not switched to {stage.value} in {SWITCH_TRIES} tries")
+
+
+def what_helps(reasons: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the reasons that neither time nor a verdict takes away, and whether a verdict is asked for (pure).
+
+    Args:
+        reasons: What `flags show` says against the next step.
+    """
+    lasting = [reason for reason in reasons if not any(sign in reason for sign in (*HEALS, *ASKS_TO_VERIFY))]
+    return lasting, any(sign in reason for reason in reasons for sign in ASKS_TO_VERIFY)
 
 
 def _become_ready(tour: Tour, stage: Stage, asked: list[str]) -> None:
@@ -458,8 +492,7 @@ def _become_ready(tour: Tour, stage: Stage, asked: list[str]) -> None:
     def waiting() -> str | None:
         nonlocal verified
         reasons = cutover.show(tour.spec).reasons
-        lasting = [reason for reason in reasons if not any(sign in reason for sign in (*HEALS, *ASKS_TO_VERIFY))]
-        to_verify = any(sign in reason for reason in reasons for sign in ASKS_TO_VERIFY)
+        lasting, to_verify = what_helps(reasons)
         if lasting or (to_verify and verified == VERIFY_TRIES):
             raise NotReady(stage.value, tuple(reasons))
         if reasons and not asked:
