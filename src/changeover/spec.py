@@ -1,8 +1,8 @@
 """The spec: one TOML file for a migration, as a tree of frozen dataclasses.
 
-Loading refuses what it does not know: an unknown key, a wrong type, a missing key, a password in the file, and whatever
-this version does not carry, each by its key or line. A value that starts with ``env:`` names an environment variable; it is
-read when the value is used and never kept, printed or hashed.
+Models say what the file may hold. They read it, and `src/changeover/spec.schema.json` is generated from them. Loading refuses
+an unknown key, a wrong type, a missing key, a password in the file and what this version does not carry, each by its key.
+A value that starts with ``env:`` names an environment variable. It is read when it is used and never kept, printed or hashed.
 """
 
 from __future__ import annotations
@@ -12,29 +12,69 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from msgspec import Meta, Struct, ValidationError, convert
+from msgspec.structs import replace
 
 from changeover.errors import SpecError, UsageError
 from changeover.names import joined, qualified
 from changeover.secret import Secret, secret
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-"""A migration's name becomes part of a slot's name, whose characters PostgreSQL restricts."""
 
 ENCODED = re.compile("%[0-9A-Fa-f]{2}")
 
-KIND = re.compile(r"[-A-Za-z0-9._]+")
-"""A column of tenants is a kind of the flag's contexts, whose letters the SDK restricts."""
-
-MODE = re.compile(r"0?7[0-7]{2}")
-"""Rights on the work folder, in octal as chmod has them; its owner has them all."""
-
-SLOT, TRIGGER = CAPTURES = ("slot", "trigger")
+SLOT, TRIGGER = ("slot", "trigger")
 """How changes are captured: by logical decoding, or by triggers that write a log."""
+
+
+def _rule(pattern: str, problem: str, least: int = 0) -> Meta:
+    """Return the rule that a text matches the whole pattern, with the sentence for one that does not.
+
+    The pattern ends where nothing follows: `$` would let a line break pass in Python.
+    """
+    return Meta(pattern=rf"^(?:{pattern})(?![\s\S])", extra={"problem": problem}, min_length=least)
+
+
+Text = Annotated[str, Meta(min_length=1)]
+Names = Annotated[tuple[Text, ...], Meta(extra={"problem": "must be a list of names"})]
+Expressions = dict[str, Text]
+
+# A migration's name becomes part of a slot's name, whose characters PostgreSQL restricts.
+Name = Annotated[
+    str,
+    _rule(
+        "[a-z][a-z0-9_]{0,39}",
+        "must be lower-case letters, digits and underscores, begin with a letter, 40 at most",
+        least=1,
+    ),
+]
+Function = Annotated[str, _rule(r"[\w.]+:\w+", 'must be "package.module:function"')]
+
+# A column of tenants is a kind of the flag's contexts, whose letters the SDK restricts.
+Kind = Annotated[
+    str,
+    _rule(
+        r"(?!(?:kind|multi)(?![\s\S]))[-A-Za-z0-9._]+",
+        'is "{}": LaunchDarkly has no kind of context by that name',
+    ),
+]
+
+# Rights on the work folder, in octal as chmod has them; its owner has them all.
+Rights = Annotated[
+    str,
+    _rule("0?7[0-7]{2}", 'is "{}": write rights in octal that leave all to the owner, such as "0750"'),
+]
+Capture = Annotated[Literal["slot", "trigger"], Meta(extra={"problem": 'is "{}": it may be slot or trigger'})]
+
+
+class Section(Struct, frozen=True, forbid_unknown_fields=True):
+    """A section of the file, which holds the keys that it names and no others."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +107,6 @@ class Target:
         if self.path is None:
             raise TypeError(f"target {self.name} is of kind {self.kind} and has no path")
         return Path(self.path)
-
-
-@dataclass(frozen=True)
-class Check:
-    """A pair of queries whose results must be equal, each run by its own side's engine."""
-
-    name: str
-    source: str
-    target: str
 
 
 @dataclass(frozen=True)
@@ -119,19 +150,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Flag:
-    """The migration flag: its key, the target that takes over, and the data file of the SDK's file source.
-
-    `context` is the source column whose value is a row's tenant, the flag's context; without it all rows move at once.
-    """
-
-    key: str
-    target: str
-    file: str | None = None
-    context: str | None = None
-
-
-@dataclass(frozen=True)
 class Spec:
     """A whole migration; `digest` is the hash of what the file says, without checks and any secret's value.
 
@@ -165,6 +183,103 @@ class Spec:
         raise SpecError(self.path, "table", f"no table is named {name}")
 
 
+class Check(Section, frozen=True):
+    """A pair of queries whose results must be equal, each run by its own side's engine."""
+
+    name: Text
+    source: Text
+    target: Text
+
+
+class Flag(Section, frozen=True):
+    """The migration flag: its key, the target that takes over, and the data file of the SDK's file source.
+
+    `context` is the source column whose value is a row's tenant, the flag's context; without it all rows move at once.
+    """
+
+    key: Text
+    target: Text
+    file: str | None = None
+    context: Kind | None = None
+
+
+class SourceSection(Section, frozen=True):
+    """The old store's section, `[source]`."""
+
+    dsn: Text
+    capture: Capture = "slot"
+
+
+class PostgresSection(Section, frozen=True, tag_field="kind", tag="postgres"):
+    """A target's section, `[target.NAME]`, of a PostgreSQL store."""
+
+    dsn: Text
+
+
+class DeltaSection(Section, frozen=True, tag_field="kind", tag="delta"):
+    """A target's section, `[target.NAME]`, of Delta tables in a folder."""
+
+    path: Text
+
+
+class TransformSection(Section, frozen=True):
+    """A table's section, `[table.transform]`: a function that changes its frame."""
+
+    function: Function | None = None
+
+
+class TableSection(Section, frozen=True):
+    """A table's section, `[[table]]`."""
+
+    source: Text
+    target: Text
+    key: Annotated[Names, Meta(min_length=1, extra={"problem": "must be a list of names: name the target's key columns"})]
+    columns: Expressions = {}
+    drop: Names = ()
+    where: str | None = None
+    transform: TransformSection = TransformSection()
+    check: Annotated[tuple[Check, ...], Meta(extra={"problem": "must be [[table.check]] sections"})] = ()
+    reverse: Expressions = {}
+    sensitive: Names = ()
+
+
+class ApplicationSection(Section, frozen=True):
+    """The application's section, `[application]`: the roles by which it uses the stores."""
+
+    roles: Names = ()
+
+
+class WorkSection(Section, frozen=True):
+    """The section of the work folder, `[work]`, and of what others may do in it."""
+
+    path: Text
+    mode: Rights = "0700"
+
+
+class LedgerSection(Section, frozen=True):
+    """The ledger's section, `[ledger]`, where no target is a PostgreSQL store."""
+
+    dsn: Text
+
+
+TargetSection = Annotated[
+    PostgresSection | DeltaSection, Meta(extra={"problem": 'is "{0[kind]}": known are "postgres" and "delta"'})
+]
+
+
+class Document(Section, frozen=True):
+    """A spec file of changeover."""
+
+    name: Name
+    source: SourceSection
+    target: Annotated[dict[Name, TargetSection], Meta(min_length=1, extra={"problem": "needs at least one [target.NAME] section"})]
+    table: Annotated[list[TableSection], Meta(min_length=1, extra={"problem": "needs at least one [[table]] section"})]
+    work: WorkSection
+    flag: Flag | None = None
+    application: ApplicationSection = ApplicationSection()
+    ledger: LedgerSection | None = None
+
+
 def load(path: str | Path) -> Spec:
     """Read a spec file; raises SpecError, naming the line or key."""
     text_path = str(path)
@@ -174,12 +289,22 @@ def load(path: str | Path) -> Spec:
         raise SpecError(text_path, "file", f"can't be read ({error.strerror}): `changeover init` writes one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError(text_path, "syntax", f"not valid TOML: {error}") from error
-    return _Reader(text_path).spec(document)
-
-
-NOT_CARRIED = {
-    "source.read_from": "bulk reads from a replica are not carried by this version: leave it out, reads go to the primary",
-}
+    found: Document = _read(text_path, Document, document)
+    targets = {name: _target(text_path, name, section) for name, section in found.target.items()}
+    return Spec(
+        path=text_path,
+        name=found.name,
+        source=Source(secret(text_path, "source.dsn", found.source.dsn), found.source.capture),
+        targets=targets,
+        tables=_tables(text_path, found.table),
+        work=Path(_folder(text_path, "work", found.work.path)),
+        mode=int(found.work.mode, 8),
+        digest=_digest(document),
+        ledger=_ledger(text_path, found.ledger, targets),
+        flag=found.flag and _flag(text_path, found.flag, targets),
+        roles=tuple(dict.fromkeys(found.application.roles)),
+        document=document,
+    )
 
 
 def _digest(document: Mapping[str, Any]) -> str:
@@ -196,211 +321,130 @@ def _digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Turns the TOML document into the dataclasses, naming each key that is wrong."""
+NOT_CARRIED = {
+    "source.read_from": "bulk reads from a replica are not carried by this version: leave it out, reads go to the primary",
+}
 
-    path: str
 
-    def fail(self, where: str, problem: str) -> NoReturn:
-        raise SpecError(self.path, where, problem)
+def _read(path: str, model: Any, given: Any, where: str = "") -> Any:
+    """Return what a model makes of a value. Raises SpecError, which names the innermost part that its own model refuses."""
+    try:
+        return convert(given, model)
+    except ValidationError as error:
+        for key, part_model, part in _parts(model, given):
+            _read(path, part_model, part, (where + key).removeprefix("."))
+        said, _, below = str(error).partition(" - at `$")
+        field = said.split("`")[1] if said.startswith("Object") else below.removeprefix(".").removesuffix("`")
+        where = f"{where}.{field}".strip(".")
+        raise SpecError(path, where, NOT_CARRIED.get(where) or _problem(model, given, said, field)) from error
 
-    def only(self, where: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-        prefix = f"{where}." if where else ""
-        for key in given:
-            if prefix + key in NOT_CARRIED:
-                self.fail(prefix + key, NOT_CARRIED[prefix + key])
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-                self.fail(prefix + key, f"unknown key: {hint}")
 
-    def text(self, where: str, given: Mapping[str, Any], key: str) -> str:
-        if key not in given:
-            self.fail(f"{where}.{key}".lstrip("."), "is missing")
-        return self.optional_text(where, given, key) or self.fail(f"{where}.{key}".lstrip("."), "is empty")
+def _problem(model: Any, given: Any, said: str, field: str) -> str:
+    """Return in a sentence what a model has against a value, where msgspec `said` so of the value or a `field` of it."""
+    if said.startswith("Object missing"):
+        return f"is missing: {_meta(_fields(model).get(field), 'description') or 'it says what the section is about'}"
+    if said.startswith("Object contains unknown"):
+        near = difflib.get_close_matches(field, _fields(model), n=1)
+        return "unknown key: " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(_fields(model))}")
+    if said.startswith("Expected `object"):
+        return "must be a section"
+    if said.startswith("Expected `str") and ", got" in said:
+        return f"must be a string, not {type(given).__name__}"
+    if given == "" and "length" in said:
+        return "is empty"
+    return str((_meta(model, "extra") or {"problem": said})["problem"]).format(given)
 
-    def optional_text(self, where: str, given: Mapping[str, Any], key: str) -> str | None:
-        value = given.get(key)
-        if value is not None and not isinstance(value, str):
-            self.fail(f"{where}.{key}".lstrip("."), f"must be a string, not {type(value).__name__}")
-        return value
 
-    def texts(self, where: str, given: Mapping[str, Any], key: str) -> tuple[str, ...]:
-        value = given.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-            self.fail(f"{where}.{key}", "must be a list of names")
-        return tuple(value)
+def _parts(model: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the parts of a value that its model knows, each with its key and its own model."""
+    model = model.__origin__ if get_origin(model) is Annotated else model
+    origin, models = get_origin(model), get_args(model)
+    if origin in (list, tuple) and isinstance(given, list):
+        yield from ((f"[{index}]", models[0], part) for index, part in enumerate(given))
+    elif origin is dict and isinstance(given, dict):
+        for key, part in given.items():
+            yield from ((f".{key}", models[0], key), (f".{key}", models[1], part))
+    elif origin in (Union, UnionType):
+        kind = given.get("kind") if isinstance(given, dict) else None
+        yield from (("", one, given) for one in models if _tag(one) in (None, kind))
+    elif isinstance(given, dict):
+        yield from ((f".{key}", part, given[key]) for key, part in _fields(model).items() if key in given)
 
-    def section(self, where: str, given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-        if key not in given:
-            self.fail(f"{where}.{key}".lstrip("."), "is missing")
-        value = given[key]
-        if not isinstance(value, dict):
-            self.fail(f"{where}.{key}".lstrip("."), "must be a section")
-        return value
 
-    def secret(self, where: str, given: Mapping[str, Any], key: str = "dsn") -> Secret:
-        return secret(self.path, f"{where}.{key}", self.text(where, given, key))
+def _fields(model: Any) -> dict[str, Any]:
+    """Return the keys of a section, each with its model; none of what is no section."""
+    if not (isinstance(model, type) and issubclass(model, Section)):
+        return {}
+    tag = model.__struct_config__.tag_field
+    return {**({tag: str} if tag else {}), **get_type_hints(model, include_extras=True)}
 
-    def spec(self, document: Mapping[str, Any]) -> Spec:
-        self.only("", document, ("name", "source", "target", "table", "flag", "application", "work", "ledger"))
-        name = self.text("", document, "name")
-        if not NAME.fullmatch(name):
-            self.fail("name", "must be lower-case letters, digits and underscores, begin with a letter, 40 at most")
-        targets = self.targets(self.section("", document, "target"))
-        return Spec(
-            path=self.path,
-            name=name,
-            source=self.source(self.section("", document, "source")),
-            targets=targets,
-            tables=self.tables(document.get("table")),
-            work=Path(self.work(self.section("", document, "work"))),
-            mode=self.mode(document["work"]),
-            digest=_digest(document),
-            ledger=self.ledger(document, targets),
-            flag=self.flag(document, targets),
-            roles=self.roles(document),
-            document=document,
-        )
 
-    def source(self, given: Mapping[str, Any]) -> Source:
-        self.only("source", given, ("dsn", "capture"))
-        capture = self.optional_text("source", given, "capture") or SLOT
-        if capture not in CAPTURES:
-            self.fail("source.capture", f'is "{capture}": it may be {" or ".join(CAPTURES)}')
-        return Source(self.secret("source", given), capture)
+def _meta(model: Any, name: str) -> Any:
+    """Return what a model's outermost annotation says under a name, or nothing."""
+    return next((said for meta in reversed(getattr(model, "__metadata__", ())) if (said := getattr(meta, name))), None)
 
-    def targets(self, given: Mapping[str, Any]) -> dict[str, Target]:
-        if not given:
-            self.fail("target", "needs at least one [target.NAME] section")
-        return {name: self.target(name, self.section("target", given, name)) for name in given}
 
-    def target(self, name: str, given: Mapping[str, Any]) -> Target:
-        where = f"target.{name}"
-        if not NAME.fullmatch(name):
-            self.fail(where, "a target's name is lower-case letters, digits and underscores")
-        kind = self.text(where, given, "kind")
-        if kind == "postgres":
-            self.only(where, given, ("kind", "dsn"))
-            return Target(name, kind, dsn=self.secret(where, given))
-        if kind == "delta":
-            self.only(where, given, ("kind", "path"))
-            return Target(name, kind, path=self.folder(where, given))
-        self.fail(f"{where}.kind", f'is "{kind}": known are "postgres" and "delta"')
+def _tag(model: Any) -> str | None:
+    """Return by which kind of target a section is chosen."""
+    return getattr(getattr(model, "__struct_config__", None), "tag", None)
 
-    def tables(self, given: Any) -> tuple[Table, ...]:
-        if not isinstance(given, list) or not given:
-            self.fail("table", "needs at least one [[table]] section")
-        tables = tuple(self.table(f"table[{index}]", item) for index, item in enumerate(given))
-        # a Delta target's folder is named by the table alone
-        for label, names in (
-            ("source", [t.source_relation for t in tables]), ("target", [t.target_name[1] for t in tables]),
-        ):  # fmt: skip
-            twice = {name for name in names if names.count(name) > 1}
-            if twice:
-                self.fail("table", f"{label} {sorted(twice)[0]} stands in two [[table]] sections")
-        return tables
 
-    def table(self, where: str, given: Mapping[str, Any]) -> Table:
-        known = ("source", "target", "key", "columns", "drop", "where", "transform", "check", "reverse", "sensitive")
-        self.only(where, given, known)
-        key = self.texts(where, given, "key")
-        if not key:
-            self.fail(f"{where}.key", "is missing: name the target's key columns")
-        columns = self.expressions(where, given, "columns")
-        transform = self.section(where, {"transform": {}, **given}, "transform")
-        self.only(f"{where}.transform", transform, ("function",))
-        function = self.optional_text(f"{where}.transform", transform, "function")
-        if function is not None and not re.fullmatch(r"[\w.]+:\w+", function):
-            self.fail(f"{where}.transform.function", 'must be "package.module:function"')
-        return Table(
-            source=self.table_name(where, given, "source"),
-            target=self.table_name(where, given, "target"),
-            key=key,
-            columns=dict(columns),
-            drop=self.texts(where, given, "drop"),
-            where=self.optional_text(where, given, "where"),
-            function=function,
-            checks=tuple(self.check(f"{where}.check[{i}]", item) for i, item in enumerate(given.get("check", []))),
-            reverse=dict(self.expressions(where, given, "reverse")),
-            sensitive=self.texts(where, given, "sensitive"),
-        )
+def _target(path: str, name: str, section: PostgresSection | DeltaSection) -> Target:
+    if isinstance(section, PostgresSection):
+        return Target(name, "postgres", dsn=secret(path, f"target.{name}.dsn", section.dsn))
+    return Target(name, "delta", path=_folder(path, f"target.{name}", section.path))
 
-    def table_name(self, where: str, given: Mapping[str, Any], key: str) -> str:
-        """Return the name of a table, which `qualified` reads."""
-        name = self.text(where, given, key)
-        try:
-            qualified(name)
-        except UsageError as error:
-            self.fail(f"{where}.{key}", str(error))
-        return name
 
-    def expressions(self, where: str, given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-        """Return a section of columns and the expression that fills each, empty where it is left out."""
-        section = self.section(where, {key: {}, **given}, key)
-        for column in section:
-            self.text(f"{where}.{key}", section, column)
-        return section
+def _tables(path: str, sections: list[TableSection]) -> tuple[Table, ...]:
+    """Return the tables, of which no two have one source, nor one folder in a Delta target, which the table alone names."""
+    taken: dict[tuple[str, str], int] = {}
+    for index, section in enumerate(sections):
+        for side, name in (("source", section.source), ("target", section.target)):
+            try:
+                names = qualified(name)
+            except UsageError as error:
+                raise SpecError(path, f"table[{index}].{side}", str(error)) from error
+            only = joined(*names) if side == "source" else names[1]
+            if taken.setdefault((side, only), index) != index:
+                raise SpecError(path, "table", f"{side} {only} stands in two [[table]] sections")
+    return tuple(
+        Table(t.source, t.target, t.key, t.columns, t.drop, t.where, t.transform.function, t.check, t.reverse, t.sensitive)
+        for t in sections
+    )
 
-    def check(self, where: str, given: Mapping[str, Any]) -> Check:
-        self.only(where, given, ("name", "source", "target"))
-        return Check(*(self.text(where, given, key) for key in ("name", "source", "target")))
 
-    def flag(self, document: Mapping[str, Any], targets: Mapping[str, Target]) -> Flag | None:
-        if "flag" not in document:
-            return None
-        given = self.section("", document, "flag")
-        self.only("flag", given, ("key", "target", "file", "context"))
-        target = self.text("flag", given, "target")
-        if target not in targets:
-            self.fail("flag.target", f'is "{target}": the targets are {", ".join(targets)}')
-        if targets[target].kind != "postgres":
-            self.fail("flag.target", "must be a PostgreSQL target: an application writes to the store that takes over")
-        file, context = self.optional_text("flag", given, "file"), self.optional_text("flag", given, "context")
-        if context is not None and not (KIND.fullmatch(context) and context not in ("kind", "multi")):
-            self.fail("flag.context", f'is "{context}": LaunchDarkly has no kind of context by that name')
-        return Flag(self.text("flag", given, "key"), target, self.beside(file) if file else None, context)
+def _flag(path: str, flag: Flag, targets: Mapping[str, Target]) -> Flag:
+    if flag.target not in targets:
+        raise SpecError(path, "flag.target", f'is "{flag.target}": the targets are {", ".join(targets)}')
+    if targets[flag.target].kind != "postgres":
+        problem = "must be a PostgreSQL target: an application writes to the store that takes over"
+        raise SpecError(path, "flag.target", problem)
+    return replace(flag, file=_beside(path, flag.file) if flag.file else None)
 
-    def roles(self, document: Mapping[str, Any]) -> tuple[str, ...]:
-        if "application" not in document:
-            return ()
-        given = self.section("", document, "application")
-        self.only("application", given, ("roles",))
-        return tuple(dict.fromkeys(self.texts("application", given, "roles")))
 
-    def work(self, given: Mapping[str, Any]) -> str:
-        self.only("work", given, ("path", "mode"))
-        return self.folder("work", given)
+def _folder(path: str, where: str, given: str) -> str:
+    """Return a folder of Delta tables; delta-rs reads what looks like a percent-encoded character as that character."""
+    folder = _beside(path, given)
+    if met := ENCODED.search(folder):
+        problem = f"has {met[0]} in it ({folder}), which Delta reads as another character: name another folder"
+        raise SpecError(path, f"{where}.path", problem)
+    return folder
 
-    def mode(self, given: Mapping[str, Any]) -> int:
-        mode = self.text("work", {"mode": "0700", **given}, "mode")
-        if not MODE.fullmatch(mode):
-            self.fail("work.mode", f'is "{mode}": write rights in octal that leave all to the owner, such as "0750"')
-        return int(mode, 8)
 
-    def folder(self, where: str, given: Mapping[str, Any]) -> str:
-        """Return a folder of Delta tables; delta-rs reads what looks like a percent-encoded character as that character."""
-        path = self.beside(self.text(where, given, "path"))
-        if met := ENCODED.search(path):
-            self.fail(f"{where}.path", f"has {met[0]} in it ({path}), which Delta reads as another character: name another folder")
-        return path
+def _beside(path: str, given: str) -> str:
+    """Return a path of the file's, absolute: whoever runs a command, and from where, means the same folder."""
+    return str(Path(path).absolute().parent / given)
 
-    def beside(self, path: str) -> str:
-        """Return a path of the file's, absolute: whoever runs a command, and from where, means the same folder."""
-        return str(Path(self.path).absolute().parent / path)
 
-    def ledger(self, document: Mapping[str, Any], targets: Mapping[str, Target]) -> Secret:
-        """The ledger stands beside the tables that it guards: in the flag's target, or else the first PostgreSQL one."""
-        if "ledger" in document:
-            given = self.section("", document, "ledger")
-            self.only("ledger", given, ("dsn",))
-            if any(target.kind == "postgres" for target in targets.values()):
-                self.fail("ledger", "stands beside the PostgreSQL target by itself: leave the section out")
-            return self.secret("ledger", given)
-        stores = [target.dsn for target in targets.values() if target.dsn is not None]
-        if not stores:
-            self.fail("ledger.dsn", "is missing: no target is PostgreSQL, so name a database for the ledger")
-        if len(stores) > 1:
-            self.fail("target", "more than one PostgreSQL target is not carried by this version")
-        return stores[0]
+def _ledger(path: str, section: LedgerSection | None, targets: Mapping[str, Target]) -> Secret:
+    """Return where the ledger is: beside the tables that it guards, or in a database of its own for a lake alone."""
+    stores = [target.dsn for target in targets.values() if target.dsn is not None]
+    if stores and section:
+        raise SpecError(path, "ledger", "stands beside the PostgreSQL target by itself: leave the section out")
+    if section:
+        return secret(path, "ledger.dsn", section.dsn)
+    if not stores:
+        raise SpecError(path, "ledger.dsn", "is missing: no target is PostgreSQL, so name a database for the ledger")
+    if len(stores) > 1:
+        raise SpecError(path, "target", "more than one PostgreSQL target is not carried by this version")
+    return stores[0]

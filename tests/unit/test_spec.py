@@ -153,7 +153,7 @@ WRONG = [
     ('capture = "slot"', 'capture = "kafka"', "source.capture", "slot"),
     ('kind = "delta"', 'kind = "iceberg"', "target.lake.kind", '"postgres" and "delta"'),
     ('key = ["entity_a", "entity_b"]', 'key = "entity_a"', "table[0].key", "must be a list of names"),
-    ('key = ["entity_a", "entity_b"]', "key = [1]", "table[0].key", "must be a list of names"),
+    ('key = ["entity_a", "entity_b"]', "key = [1]", "table[0].key[0]", "must be a string, not int"),
     ('entity_a = "from_user"', "entity_a = 1", "table[0].columns.entity_a", "must be a string, not int"),
     ('entity_a = "from_user"', 'entity_a = ""', "table[0].columns.entity_a", "is empty"),
     ('where = "deleted_at IS NULL"', "where = 1", "table[0].where", "must be a string"),
