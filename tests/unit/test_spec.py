@@ -348,9 +348,9 @@ def test_the_schema_that_is_checked_in_is_that_of_the_models() -> None:
 
 
 EMPTY = [
-    ('dsn = "env:OLD_DSN"', "source.dsn", 'is missing: a DSN without a password, or "env:NAME" for the variable that holds one'),
+    ('dsn = "env:OLD_DSN"', "source.dsn", "is missing: a direct connection, not a transaction pooler"),
     ('kind = "postgres"', "target.store.kind", 'is missing: "postgres" or "delta"'),
-    ('key = ["entity_a", "entity_b"]', "table[0].key", "is missing: name the target's key columns"),
+    ('key = ["entity_a", "entity_b"]', "table[0].key", "is missing: the target's key columns"),
 ]
 
 

@@ -14,59 +14,33 @@ SLOT, TRIGGER = ("slot", "trigger")
 """How changes are captured: by logical decoding, or by triggers that write a log."""
 
 
-def _rule(pattern: str, problem: str, description: str, min_length: int = 0) -> Meta:
+def _rule(pattern: str, problem: str, min_length: int | None = None) -> Meta:
     """Return the rule that a text matches the whole pattern, with the sentence for one that does not.
 
     A pattern ends where nothing follows: for Python, `$` would also stand before a last line break.
     """
-    whole = rf"^(?:{pattern})(?![\s\S])"
-    return Meta(pattern=whole, min_length=min_length, description=description, extra={"problem": problem})
+    return Meta(pattern=rf"^(?:{pattern})(?![\s\S])", min_length=min_length, extra={"problem": problem})
 
 
 Text = Annotated[str, Meta(min_length=1)]
-Dsn = Annotated[Text, Meta(description='a DSN without a password, or "env:NAME" for the variable that holds one')]
-Folder = Annotated[Text, Meta(description="a folder, relative to the spec's own")]
 Names = Annotated[tuple[Text, ...], Meta(extra={"problem": "must be a list of names"})]
 
 # A migration's name becomes part of a slot's name, whose characters PostgreSQL restricts.
-Name = Annotated[
-    str,
-    _rule(
-        "[a-z][a-z0-9_]{0,39}",
-        "must be lower-case letters, digits and underscores, begin with a letter, 40 at most",
-        "a name of lower-case letters, digits and underscores",
-        min_length=1,
-    ),
-]
-
-Function = Annotated[
-    str,
-    _rule(
-        r"[\w.]+:\w+",
-        'must be "package.module:function"',
-        'a function from a DataFrame to a DataFrame, as "package.module:function"',
-    ),
-]
+NAME = _rule(
+    "[a-z][a-z0-9_]{0,39}",
+    "must be lower-case letters, digits and underscores, begin with a letter, 40 at most",
+    min_length=1,
+)
+FUNCTION = _rule(r"[\w.]+:\w+", 'must be "package.module:function"')
 
 # A column of tenants is a kind of the flag's contexts, whose letters the SDK restricts.
-Kind = Annotated[
-    str,
-    _rule(
-        r"(?!(?:kind|multi)(?![\s\S]))[-A-Za-z0-9._]+",
-        'is "{}": LaunchDarkly has no kind of context by that name',
-        "the source column whose value is a row's tenant; without it all rows move at once",
-    ),
-]
+KIND = _rule(
+    r"(?!(?:kind|multi)(?![\s\S]))[-A-Za-z0-9._]+",
+    'is "{}": LaunchDarkly has no kind of context by that name',
+)
 
 # Rights on the work folder, in octal as chmod has them; its owner has them all.
-Rights = Annotated[
-    str,
-    _rule(
-        "0?7[0-7]{2}",
-        'is "{}": write rights in octal that leave all to the owner, such as "0750"',
-        "rights on folders of ours, in octal",
-    ),
-]
+RIGHTS = _rule("0?7[0-7]{2}", 'is "{}": write rights in octal that leave all to the owner, such as "0750"')
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,116 +48,167 @@ class Section(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SourceSection(Section, frozen=True):
-    """The old store, a PostgreSQL database, reached by a direct connection."""
+    """The old store, a PostgreSQL database."""
 
-    dsn: Dsn
+    dsn: Annotated[
+        Text,
+        Meta(
+            description="A direct connection, not a transaction pooler. `env:NAME` takes it from an environment variable. "
+            "A DSN with a password in it is refused."
+        ),
+    ]
     capture: Annotated[
         Literal["slot", "trigger"],
         Meta(
-            description="how changes are captured: by logical decoding, or by triggers that write a log",
+            description="How changes are captured. `slot` reads PostgreSQL's change stream. `trigger` has triggers write a "
+            "log, for a server that does not decode.",
             extra={"problem": 'is "{}": it may be slot or trigger'},
         ),
     ] = "slot"
 
 
 class PostgresSection(Section, frozen=True, tag_field="kind", tag="postgres"):
-    """A new store that is a PostgreSQL database."""
+    """The store is a PostgreSQL database."""
 
-    dsn: Dsn
+    dsn: Annotated[Text, Meta(description="Its connection, as that of the source.")]
 
 
 class DeltaSection(Section, frozen=True, tag_field="kind", tag="delta"):
-    """A new store of Delta tables in a folder that the driver, its tasks and capture all see."""
+    """The store is a folder of Delta Lake tables."""
 
-    path: Folder
+    path: Annotated[Text, Meta(description="The folder. Driver, tasks and capture must all see it.")]
 
 
 class Check(Section, frozen=True):
     """A pair of queries whose results must be equal, each run by its own side's engine."""
 
-    name: Annotated[Text, Meta(description="what is compared, as reports say it")]
-    source: Annotated[Text, Meta(description="the query that the old store runs")]
-    target: Annotated[Text, Meta(description="the query that the new store runs")]
+    name: Annotated[Text, Meta(description="What the check is called in verdict and report.")]
+    source: Annotated[Text, Meta(description="The query for the old store.")]
+    target: Annotated[Text, Meta(description="The query for the new store.")]
 
 
 class TransformSection(Section, frozen=True):
-    """How rows change on the way where expressions do not suffice."""
+    """A transform in Python, before the expressions of `columns`."""
 
-    function: Function | None = None
+    function: (
+        Annotated[str, FUNCTION, Meta(description="`package.module:function`, which takes a DataFrame and returns one.")] | None
+    ) = None
 
 
 class TableSection(Section, frozen=True):
     """One table: where it comes from, where it goes, and how a row changes on the way."""
 
-    source: Annotated[Text, Meta(description="the table in the old store, as schema.table")]
-    target: Annotated[Text, Meta(description="the table in the new stores, as schema.table")]
+    source: Annotated[
+        Text,
+        Meta(description="The table in the old store, as `schema.name`. A part with a dot in it stands in double quotes."),
+    ]
+    target: Annotated[Text, Meta(description="The table in the new stores. In a lake its name alone is the folder.")]
     key: Annotated[
         Names,
         Meta(
             min_length=1,
-            description="name the target's key columns",
+            description="The target's key columns. They must follow from the source's key.",
             extra={"problem": "must be a list of names: name the target's key columns"},
         ),
     ]
     columns: Annotated[
-        dict[str, Text], Meta(description="target columns, each as a Spark SQL expression over the source's row")
+        dict[str, Text],
+        Meta(
+            description="Target column = Spark SQL expression over the source's row. A column that is not named keeps its "
+            "name and type."
+        ),
     ] = {}
-    drop: Annotated[Names, Meta(description="source columns that stay behind")] = ()
-    where: Annotated[str, Meta(description="a condition in Spark SQL: the other rows stay behind")] | None = None
-    transform: TransformSection = TransformSection()
-    check: Annotated[tuple[Check, ...], Meta(extra={"problem": "must be [[table.check]] sections"})] = ()
+    drop: Annotated[Names, Meta(description="Source columns that stay behind.")] = ()
+    where: Annotated[str, Meta(description="A condition in Spark SQL. A row that does not meet it is not carried over.")] | None = (
+        None
+    )
+    sensitive: Annotated[
+        Names, Meta(description="Source columns whose values are shown nowhere, nor what is computed from them.")
+    ] = ()
     reverse: Annotated[
-        dict[str, Text], Meta(description="source columns, each as a Spark SQL expression over the target's row")
+        dict[str, Text],
+        Meta(
+            description="Source column = Spark SQL expression over the target's row, for reverse replication. A column that "
+            "was only renamed goes back by itself."
+        ),
     ] = {}
-    sensitive: Annotated[Names, Meta(description="source columns whose values are shown nowhere")] = ()
+    transform: TransformSection = TransformSection()
+    check: Annotated[
+        tuple[Check, ...],
+        Meta(
+            description="Pairs of queries whose results must be equal. Each store's own engine runs its query.",
+            extra={"problem": "must be [[table.check]] sections"},
+        ),
+    ] = ()
 
 
 class Flag(Section, frozen=True):
-    """The migration flag: its key, the target that takes over, and the data file of the SDK's file source.
+    """The migration flag. Without it there is no handover."""
 
-    `context` is the source column whose value is a row's tenant, the flag's context; without it all rows move at once.
-    """
-
-    key: Annotated[Text, Meta(description="the migration flag's key")]
-    target: Annotated[Text, Meta(description="the target that takes over, a PostgreSQL one")]
-    file: Annotated[str, Meta(description="the data file of the SDK's file source")] | None = None
-    context: Kind | None = None
+    key: Annotated[Text, Meta(description="The flag's key in LaunchDarkly's terms.")]
+    target: Annotated[Text, Meta(description="The name of the target that takes over. It must be a PostgreSQL one.")]
+    file: (
+        Annotated[str, Meta(description="The data file of the LaunchDarkly SDK. Without it a router needs a client of yours.")]
+        | None
+    ) = None
+    context: (
+        Annotated[
+            str,
+            KIND,
+            Meta(description="The source column whose value is a row's tenant. With it tenants may move one after the other."),
+        ]
+        | None
+    ) = None
 
 
 class ApplicationSection(Section, frozen=True):
-    """The application that uses the stores."""
+    """How your application uses the stores."""
 
-    roles: Annotated[Names, Meta(description="the roles by which the application uses the stores")] = ()
+    roles: Annotated[
+        Names,
+        Meta(description="The roles by which it connects. `prepare` grants them what they need on what it makes."),
+    ] = ()
 
 
 class WorkSection(Section, frozen=True):
-    """Where changeover keeps what it needs for the migration."""
+    """The work folder, which holds spool, differences, logs and scratch files."""
 
-    path: Folder
-    mode: Rights = "0700"
+    path: Annotated[Text, Meta(description="The folder. Driver, tasks and capture must all see it.")]
+    mode: Annotated[
+        str,
+        RIGHTS,
+        Meta(
+            description="Its rights in octal, such as `0750`. The owner has them all. A folder that is there already keeps its own."
+        ),
+    ] = "0700"
 
 
 class LedgerSection(Section, frozen=True):
-    """The ledger's database, where no target is a PostgreSQL store."""
+    """The ledger's database, where no target is PostgreSQL. Otherwise the ledger stands beside the PostgreSQL target."""
 
-    dsn: Dsn
-
-
-TargetSection = Annotated[
-    PostgresSection | DeltaSection, Meta(extra={"problem": 'is "{0[kind]}": known are "postgres" and "delta"'})
-]
+    dsn: Annotated[Text, Meta(description="Its connection, as that of the source.")]
 
 
 class Document(Section, frozen=True):
-    """A migration, as a spec of changeover."""
+    """One migration, as one TOML file."""
 
-    name: Name
+    name: Annotated[
+        str,
+        NAME,
+        Meta(
+            description="The migration's name. It is part of the names of slot, publication and sessions. Lower-case "
+            "letters, digits and underscores, a letter first, 40 characters at most."
+        ),
+    ]
     source: SourceSection
     target: Annotated[
-        dict[Name, TargetSection],
+        dict[
+            Annotated[str, NAME],
+            Annotated[PostgresSection | DeltaSection, Meta(extra={"problem": 'is "{}": known are "postgres" and "delta"'})],
+        ],
         Meta(
             min_length=1,
-            description="the new stores by name, at least one [target.NAME] section",
+            description="The new stores: one section each, under a name that you choose. At most one may be PostgreSQL.",
             extra={"problem": "needs at least one [target.NAME] section"},
         ),
     ]
@@ -191,7 +216,7 @@ class Document(Section, frozen=True):
         tuple[TableSection, ...],
         Meta(
             min_length=1,
-            description="at least one [[table]] section",
+            description="The tables that move: one section each.",
             extra={"problem": "needs at least one [[table]] section"},
         ),
     ]
@@ -209,4 +234,8 @@ NOT_CARRIED = {
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a spec file, as `spec.schema.json` holds it."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **json.schema(Document)}
+    whole = json.schema(Document)
+    for section in (PostgresSection, DeltaSection):
+        found = whole["$defs"][section.__name__]
+        found["properties"]["kind"]["description"] = found["description"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole}

@@ -1,4 +1,8 @@
-"""Reading a document by its model, and in one sentence what is wrong with it, by the innermost key (pure)."""
+"""Reading a document by its model, and in one sentence what is wrong with it, by the innermost key (pure).
+
+msgspec names a place but no key of a table, and its errors are texts. So what a model refuses is read once more, part by
+part: the innermost part that its own model refuses is the one that is wrong, and its sentence is made here.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from changeover.errors import SpecError
 from changeover.spec.document import NOT_CARRIED
 
 TAG = Annotated[str, Meta(description='"postgres" or "delta"')]
+"""The model of the key by which a section is chosen."""
 
 
 def read(path: str, model: Any, given: Any, where: str = "") -> Any:
@@ -25,14 +30,16 @@ def read(path: str, model: Any, given: Any, where: str = "") -> Any:
         said, _, below = str(error).partition(" - at `$")
         field = said.split("`")[1] if said.startswith("Object") else below.removeprefix(".").removesuffix("`")
         where = f"{where}.{field}".strip(".")
-        raise SpecError(path, where, NOT_CARRIED.get(where) or _problem(model, given, said, field)) from error
+        raise SpecError(
+            path, where, NOT_CARRIED.get(where) or _problem(model, given[field] if below else given, said, field)
+        ) from error
 
 
 def _problem(model: Any, given: Any, said: str, field: str) -> str:
     """Return in a sentence what a model has against a value, where msgspec `said` so of the value or a `field` of it."""
     if said.startswith("Object missing"):
         description = _meta(_fields(model).get(field, TAG), "description")
-        return f"is missing: {description}" if description else "is missing"
+        return f"is missing: {description[0].lower()}{description[1:].partition('.')[0]}" if description else "is missing"
     if said.startswith("Object contains unknown"):
         near = difflib.get_close_matches(field, _fields(model), n=1)
         return "unknown key: " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(_fields(model))}")
