@@ -234,8 +234,8 @@ NOT_CARRIED = {
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a spec file, as `spec.schema.json` holds it."""
-    whole = json.schema(Document)
-    for section in (PostgresSection, DeltaSection):
-        found = whole["$defs"][section.__name__]
-        found["properties"]["kind"]["description"] = found["description"]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole}
+    sections = json.schema(Document)["$defs"]
+    for tagged in (sections["PostgresSection"], sections["DeltaSection"]):
+        tagged["properties"]["kind"]["description"] = tagged["description"]
+    whole = {**sections.pop("Document"), "title": "changeover spec"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "$defs": sections}
