@@ -189,7 +189,7 @@ class LedgerSection(Section, frozen=True):
     dsn: Annotated[Text, Meta(description="Its connection, as that of the source.")]
 
 
-class Document(Section, frozen=True):
+class Document(Section, frozen=True, kw_only=True):
     """One migration, as one TOML file."""
 
     name: Annotated[
@@ -220,9 +220,9 @@ class Document(Section, frozen=True):
             extra={"problem": "needs at least one [[table]] section"},
         ),
     ]
-    work: WorkSection
     flag: Flag | None = None
     application: ApplicationSection = ApplicationSection()
+    work: WorkSection
     ledger: LedgerSection | None = None
 
 
