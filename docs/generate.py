@@ -163,7 +163,7 @@ def option_meaning(option: click.Option) -> str:
 
 # -- the spec
 
-SCHEMA = next(path for path in (ROOT / "src/changeover/spec.schema.json", REFERENCE / "spec.schema.json") if path.exists())
+SCHEMA = ROOT / "src/changeover/spec.schema.json"
 
 
 def spec(schema: Mapping[str, Any] | None = None) -> str:
@@ -173,6 +173,8 @@ def spec(schema: Mapping[str, Any] | None = None) -> str:
         "A migration is one TOML file. [Your first migration](../start/first-migration.md) explains a whole one."
         " An unknown key, a wrong type, a missing variable and a password in the file are refused by name."
         " Paths are relative to the file's own folder.",
+        "The package holds the file's JSON schema as `changeover/spec.schema.json`. An editor that uses Taplo completes and"
+        " checks a spec whose first line is `#:schema PATH`, with the path or address of that file.",
         *sections(whole, whole, ""),
     ]
     return page("Spec", "the spec's JSON schema", *parts)

@@ -101,23 +101,25 @@ UNKNOWN = {"zzzzzzzz": "?"}
 
 def test_the_schema_has_the_keys_that_the_reader_knows(tmp_path: Path) -> None:
     schema = json.loads(generate.SCHEMA.read_text(encoding="utf-8"))
-    top = schema["properties"]
-    table = top["table"]["items"]["properties"]
-    store, lake = top["target"]["additionalProperties"]["oneOf"]
+    sections = schema["$defs"]
     (row,) = SPEC["table"]
     check = {"name": "n", "source": "s", "target": "t"}
     documents: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (top, SPEC | UNKNOWN),
-        (store["properties"], SPEC | {"target": {"store": SPEC["target"]["store"] | UNKNOWN}}),
-        (lake["properties"], SPEC | {"target": {"lake": LAKE["lake"] | UNKNOWN}}),
-        (table, SPEC | {"table": [row | UNKNOWN]}),
-        (table["transform"]["properties"], SPEC | {"table": [row | {"transform": UNKNOWN}]}),
-        (table["check"]["items"]["properties"], SPEC | {"table": [row | {"check": [check | UNKNOWN]}]}),
-        (top["ledger"]["properties"], SPEC | {"target": LAKE, "ledger": {"dsn": "env:NEW_DSN"} | UNKNOWN}),
-        *((top[key]["properties"], SPEC | {key: SPEC[key] | UNKNOWN}) for key in ("source", "flag", "application", "work")),
+        (schema, SPEC | UNKNOWN),
+        (sections["SourceSection"], SPEC | {"source": SPEC["source"] | UNKNOWN}),
+        (sections["PostgresSection"], SPEC | {"target": {"store": SPEC["target"]["store"] | UNKNOWN}}),
+        (sections["DeltaSection"], SPEC | {"target": {"lake": LAKE["lake"] | UNKNOWN}}),
+        (sections["TableSection"], SPEC | {"table": [row | UNKNOWN]}),
+        (sections["TransformSection"], SPEC | {"table": [row | {"transform": UNKNOWN}]}),
+        (sections["Check"], SPEC | {"table": [row | {"check": [check | UNKNOWN]}]}),
+        (sections["Flag"], SPEC | {"flag": SPEC["flag"] | UNKNOWN}),
+        (sections["ApplicationSection"], SPEC | {"application": UNKNOWN}),
+        (sections["WorkSection"], SPEC | {"work": SPEC["work"] | UNKNOWN}),
+        (sections["LedgerSection"], SPEC | {"target": LAKE, "ledger": {"dsn": "env:NEW_DSN"} | UNKNOWN}),
     ]
-    for properties, document in documents:
-        assert known_keys(tmp_path, document) == set(properties)
+    assert len(documents) == len(sections) + 1
+    for section, document in documents:
+        assert known_keys(tmp_path, document) == set(section["properties"])
 
 
 def cells(page: str, column: int) -> list[list[str]]:

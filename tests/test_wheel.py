@@ -108,6 +108,7 @@ def test_the_metadata_names_the_base_install_and_the_extras(wheel: Path) -> None
     assert {line.split()[1].split(">")[0].split("~")[0] for line in base} == {
         "click",
         "launchdarkly-server-sdk",
+        "msgspec",
         "psycopg[binary]",
     }
     assert {f"Provides-Extra: {extra}" for extra in ("spark", "demo", "dev")} <= set(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from changeover.errors import SecretMissing, SpecError
 from changeover.spec import Spec, load
+from changeover.spec.document import json_schema
 
 WHOLE = """
 name = "follows"
@@ -153,7 +155,7 @@ WRONG = [
     ('capture = "slot"', 'capture = "kafka"', "source.capture", "slot"),
     ('kind = "delta"', 'kind = "iceberg"', "target.lake.kind", '"postgres" and "delta"'),
     ('key = ["entity_a", "entity_b"]', 'key = "entity_a"', "table[0].key", "must be a list of names"),
-    ('key = ["entity_a", "entity_b"]', "key = [1]", "table[0].key", "must be a list of names"),
+    ('key = ["entity_a", "entity_b"]', "key = [1]", "table[0].key[0]", "must be a string, not int"),
     ('entity_a = "from_user"', "entity_a = 1", "table[0].columns.entity_a", "must be a string, not int"),
     ('entity_a = "from_user"', 'entity_a = ""', "table[0].columns.entity_a", "is empty"),
     ('where = "deleted_at IS NULL"', "where = 1", "table[0].where", "must be a string"),
@@ -332,3 +334,57 @@ def test_the_applications_roles_may_be_told_later(tmp_path: Path) -> None:
     assert spec.roles == ("app", "Batch jobs")
     assert spec.digest == loaded(tmp_path, WHOLE).digest
     assert loaded(tmp_path, WHOLE).roles == ()
+
+
+SCHEMA = Path(__file__).parents[2] / "src/changeover/spec.schema.json"
+GENERATE = (
+    "import json; from changeover.spec.document import json_schema; "
+    "print(json.dumps(json_schema(), indent=2))  # > src/changeover/spec.schema.json"
+)
+
+
+def test_the_schema_that_is_checked_in_is_that_of_the_models() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == json.dumps(json_schema(), indent=2) + "\n", GENERATE
+
+
+EMPTY = [
+    ('dsn = "env:OLD_DSN"', "source.dsn", "is missing: a direct connection, not a transaction pooler"),
+    ('kind = "postgres"', "target.store.kind", 'is missing: "postgres" or "delta"'),
+    ('key = ["entity_a", "entity_b"]', "table[0].key", "is missing: the target's key columns"),
+]
+
+
+@pytest.mark.parametrize(("line", "where", "problem"), EMPTY)
+def test_what_a_missing_key_is_for_is_said(tmp_path: Path, line: str, where: str, problem: str) -> None:
+    error = refused(tmp_path, WHOLE.replace(line, "", 1))
+    assert (error.where, error.problem) == (where, problem)
+
+
+ODD = [
+    ('kind = "delta"', "kind = 3", "target.lake.kind", "must be a string, not int"),
+    ('kind = "delta"', 'kind = ""', "target.lake.kind", 'is "": known are "postgres" and "delta"'),
+    ("drop =", "drop = [''] #", "table[0].drop[0]", "is empty"),
+    ("[table.transform]", "columns.x = {}\n[table.transform]", "table[0].columns.columns", "must be a string, not dict"),
+    ('name = "follows"', 'name = "a\\n"', "name", "must be lower-case letters"),
+    ('name = "count"', "name = []", "table[0].check[0].name", "must be a string, not list"),
+    ("[[table.check]]", "[table.check]", "table[0].check", "must be [[table.check]] sections"),
+    ("[[table]]", "[table]", "table", "needs at least one [[table]] section"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "where", "problem"), ODD)
+def test_an_odd_value_is_named_where_it_stands(tmp_path: Path, old: str, new: str, where: str, problem: str) -> None:
+    text = WHOLE.replace(old, new, 1)
+    if new == "[table]":
+        text = text.replace("[[table.check]]", "[table.check]")
+    error = refused(tmp_path, text)
+    assert error.where == where
+    assert problem in error.problem
+
+
+def test_nothing_of_a_dsn_stands_in_an_error_of_its_section(tmp_path: Path) -> None:
+    text = WHOLE.replace('dsn = "env:OLD_DSN"', 'dsn = ["host=h password=sesame"]')
+    error = refused(tmp_path, text)
+    chain = [error, error.__cause__, error.__context__]
+    assert (error.where, error.problem) == ("source.dsn", "must be a string, not list")
+    assert "sesame" not in " ".join(map(str, chain))
