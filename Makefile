@@ -7,7 +7,7 @@ JARS := $(VENV)/.changeover-jars
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java second demo test majors chaos stress check bench wheel clean
+.PHONY: help setup java second demo test majors chaos stress check docs bench wheel clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,11 @@ check: setup ## Lint, format check and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+docs: setup ## Make the reference pages anew, check all prose, build the site into docs/_build/html
+	@$(BIN)/python docs/generate.py
+	@$(BIN)/python docs/prose.py
+	@$(BIN)/python -m sphinx -q -n -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+
 bench: setup ## Run the benchmarks; ARGS="copy --rows 2000000 --json"
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
@@ -60,4 +65,4 @@ wheel: setup ## Build the wheel and the sdist into dist/
 	@$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean: ## Delete what was built; keeps .venv
-	@rm -rf build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis spark-warehouse
+	@rm -rf build dist docs/_build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis spark-warehouse

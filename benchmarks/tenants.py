@@ -51,7 +51,7 @@ def measure(dsn: str) -> dict[str, dict[str, float]]:
         session.execute(SHARE)
         for name, count in REFUSED.items():
             moved = Tenants(frozenset(str(10**6 + one) for one in range(count)), others=False)
-            what = refusal.Refusal((refusal.Refused(1, moved),), None, "whose")
+            what = refusal.Refusal((refusal.TenantEpoch(1, moved),), None, "whose")
             assert refusal.install(session, "public", name, what, time.monotonic() + 10)
     times: dict[str, list[float]] = {}
     for _ in range(ROUNDS):

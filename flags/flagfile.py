@@ -3,7 +3,7 @@
 A replacement is atomic and durable: a reader sees the file before or after, never between, and a write that returned
 survives a crash. Each one raises the flag's version and has a modification time above its predecessor's, because the
 SDK notices a change by that time alone. Two processes that write at once wait for each other. Nothing else in the file
-changes. Tenants are turned as LaunchDarkly's own console does it, by individual targets of their kind of context.
+changes. Tenants are switched as LaunchDarkly's own console does it, by individual targets of their kind of context.
 """
 
 from __future__ import annotations
@@ -130,16 +130,16 @@ def _aim(flag: dict[str, Any], kind: str, tenants: frozenset[str] | None, variat
     every: list[dict[str, Any]] = flag.setdefault("targets" if plain else "contextTargets", [])
     ours = [target for target in every if plain or target.get("contextKind") == kind]
     for target in ours:
-        target["values"] = [one for one in target.get("values", []) if tenants is not None and one not in tenants]
+        target["values"] = [rule for rule in target.get("values", []) if tenants is not None and rule not in tenants]
     if variation is not None:
-        found = next((target for target in ours if target.get("variation") == variation), None)
-        if found is None:
-            found = {**({} if plain else {"contextKind": kind}), "values": [], "variation": variation}
-            every.append(found)
-        found["values"] += sorted(tenants or ())
-    every[:] = [target for target in every if target["values"] or not any(target is one for one in ours)]
+        own = next((target for target in ours if target.get("variation") == variation), None)
+        if own is None:
+            own = {**({} if plain else {"contextKind": kind}), "values": [], "variation": variation}
+            every.append(own)
+        own["values"] += sorted(tenants or ())
+    every[:] = [target for target in every if target["values"] or not any(target is rule for rule in ours)]
     contexts: list[dict[str, Any]] = flag.setdefault("contextTargets", [])
-    known = {one.get("variation") for one in contexts if one.get("contextKind") == Context.DEFAULT_KIND}
+    known = {rule.get("variation") for rule in contexts if rule.get("contextKind") == Context.DEFAULT_KIND}
     if contexts:
         contexts += [
             {"contextKind": Context.DEFAULT_KIND, "values": [], "variation": target["variation"]}
@@ -178,8 +178,9 @@ def loaded(path: str | Path) -> Iterator[LDClient]:
 class FileSource(UpdateProcessor):
     """The SDK's polling file source, started such that no replacement is missed (each process, a forked child's too).
 
-    The SDK loads the file first and notes its time afterwards: it would never see a replacement between the two, and
-    the process would keep its first stage until the next one. So a start during which the file changed is done again.
+    The SDK loads the file first and notes its time afterwards. It would never see a replacement
+    between the two, and the process would keep its first stage until the next one. So a start
+    during which the file changed is done again.
     """
 
     def __init__(self, path: str | Path, poll_seconds: float, config: Config, store: FeatureStore, ready: Event) -> None:

@@ -1,8 +1,9 @@
-"""History: the turns of the flag on record, from which stage to which, when, and at which position the mirror began.
+"""History: the switches of the flag on record, from which stage to which, when, and at which position the mirror began.
 
-Every turn by `flags advance` and `flags rollback`, and every turn made elsewhere that `flags watch` saw, is a row of the
-ledger's audit. What is asked of a stage is asked of the time since its switch; whether there is reverse replication is told by
-these rows and not by the flag, which anybody may turn.
+Every switch by `flags advance` and `flags rollback`, and every switch made elsewhere that `flags watch`
+saw, is a row of the ledger's audit. What is asked of a stage is asked of the time since its switch.
+These rows say whether there is reverse replication; the flag does not, because anybody may switch
+it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from changeover.jobs.ledger.ledger import Ledger
 from changeover.position import format_lsn, parse_lsn
 
 STEP, TENANTS = "flags", "tenants"
-"""Under which step a turn for everybody is on record, and under which one for some tenants."""
+"""Under which step a switch for everybody is on record, and under which one for some tenants."""
 
 ADVANCED, ROLLED_BACK, FOLLOWED = "advanced", "rolled back", "followed"
 SWITCHED = frozenset({ADVANCED, ROLLED_BACK, FOLLOWED})
-"""Outcomes that say that the flag was turned; the others say that it was not."""
+"""Outcomes that say that the flag was switched; the others say that it was not."""
 
 
 @dataclass(frozen=True)
 class Switch:
-    """One turn; `mirror_lsn` is the old store's position once every process mirrored, where the turn began that."""
+    """One switch; `mirror_lsn` is the old store's position once every process mirrored, where the switch began that."""
 
     at: datetime
     before: Stage
@@ -37,31 +38,31 @@ class Switch:
 
 
 def switches(ledger: Ledger) -> list[Switch]:
-    """Return the turns on record, newest first."""
-    found = [(at, detail) for at, _, outcome, detail in ledger.audits(STEP) if outcome in SWITCHED and "from" in detail]
+    """Return the switches on record, newest first."""
+    entries = [(at, detail) for at, _, outcome, detail in ledger.audits(STEP) if outcome in SWITCHED and "from" in detail]
     return [Switch(at, Stage(d["from"]), Stage(d["to"]), parse_lsn(d["mirror_lsn"]) if d.get("mirror_lsn") else None)
-            for at, d in found]  # fmt: skip
+            for at, d in entries]  # fmt: skip
 
 
 def record(ledger: Ledger, outcome: str, before: Stage, after: Stage, mirror_lsn: int | None, more: Mapping[str, Any]) -> None:
-    """Put a turn on record."""
-    told = {"from": before.value, "to": after.value, **more}
-    ledger.audit(STEP, outcome, told if mirror_lsn is None else {**told, "mirror_lsn": format_lsn(mirror_lsn)})
+    """Put a switch on record."""
+    entry = {"from": before.value, "to": after.value, **more}
+    ledger.audit(STEP, outcome, entry if mirror_lsn is None else {**entry, "mirror_lsn": format_lsn(mirror_lsn)})
 
 
 def record_tenants(ledger: Ledger, outcome: str, before: Stage, after: Stage, more: Mapping[str, Any]) -> None:
-    """Put a turn for some tenants on record, which is none of the flag's stage: everybody else stays where they are."""
+    """Put a switch for some tenants on record, which is none of the flag's stage: everybody else stays where they are."""
     ledger.audit(TENANTS, outcome, {"from": before.value, "to": after.value, **more})
 
 
-def mirrored_since(found: Sequence[Switch], prepared: datetime | None = None, l0: int = 0) -> int | None:
-    """Return where the mirror began that runs now, None where that is not on record; `found` is newest first (pure).
+def mirrored_since(switches: Sequence[Switch], prepared: datetime | None = None, l0: int = 0) -> int | None:
+    """Return where the mirror began that runs now, None where that is not on record; `switches` is newest first (pure).
 
     A mirror that ran already when the tables were prepared, as it may when they are begun anew, runs since `l0` of their
     stream.
     """
     began = None
-    for switch in found:
+    for switch in switches:
         if not TABLE[switch.after].mirrors:
             break
         began = switch
@@ -70,6 +71,6 @@ def mirrored_since(found: Sequence[Switch], prepared: datetime | None = None, l0
     return began.mirror_lsn if began is not None else None
 
 
-def completed(found: Sequence[Switch]) -> bool:
+def completed(switches: Sequence[Switch]) -> bool:
     """Return whether the last stage was ever reached: the old store lacks writes since, wherever the flag points now (pure)."""
-    return any(switch.after is Stage.COMPLETE for switch in found)
+    return any(switch.after is Stage.COMPLETE for switch in switches)

@@ -1,7 +1,8 @@
 """Observed authority: which store has authority over which rows, worked out of the moves on record.
 
-Each tenant has a fact of its own once it has moved by name, and all others share one. What is worked out here in one pass over the
-moves is what `epochs.authority_epochs` says of each tenant; nothing else decides where a write goes. Everything is pure.
+Each tenant has an observed stage of its own once it has moved by name, and all others share one.
+What is worked out here in one pass over the moves is what `epochs.authority_epochs` says of each
+tenant; nothing else decides where a write goes. Everything is pure.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from changeover.jobs.ledger.records import CLOSED, Heartbeat, Load, VerdictRow
 from changeover.jobs.reverse.path import State, state
 from changeover.jobs.source.replication import slot_state
 from changeover.jobs.source.triggerlog import capturing
+from changeover.jobs.transform.tenancy import flag_of
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
 from changeover.spec import TRIGGER, Spec
@@ -74,25 +75,25 @@ class Evidence:
     @property
     def digest(self) -> str:
         """Return a hash of the evidence, for the audit log."""
-        told = [self.before.value, self.after.value, [(v.run, v.verdict) for v in self.verdicts],
+        digested = [self.before.value, self.after.value, [(v.run, v.verdict) for v in self.verdicts],
                 [(b.process, b.stage, dict(b.counters)) for b in self.heartbeats]]  # fmt: skip
-        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(digested, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys: Stage | None = None) -> Evidence:
     """Read the evidence for a step between two stages, of everybody or of some tenants (driver; starts no JVM)."""
-    assert spec.flag is not None
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "readiness")) as old:
-        here, slot, _ = slot_state(old, spec.name, spec.slot)
+        source_position, slot, _ = slot_state(old, spec.name, spec.slot)
         log_read = spec.source.capture == TRIGGER and capturing(old, spec.name)
         altered = assumptions.altered(Asked(spec, old, ledger))
-    found = switches(ledger)
+    past = switches(ledger)
     prepared = (ledger.milestones()[0], ledger.stream("readiness").l0) if ledger.exists() else ()
     return Evidence(
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
-        heartbeats=ledger.heartbeats(), observations=observations(ledger.authorities()), stage_since=found[0].at if found else None,
-        mirrored_since=mirrored_since(found, *prepared), source_lsn=parse_lsn(here), capture_active=slot == "active" or log_read,
-        sources=tuple(t.source for t in spec.tables), target=spec.flag.target, reverse_path=state(spec, ledger),
+        heartbeats=ledger.heartbeats(), observations=observations(ledger.authorities()), stage_since=past[0].at if past else None,
+        mirrored_since=mirrored_since(past, *prepared), source_lsn=parse_lsn(source_position),
+        capture_active=slot == "active" or log_read,
+        sources=tuple(t.source for t in spec.tables), target=flag_of(spec).target, reverse_path=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
         rights=rights(spec) if takes_over(before, after) else Rights(),
         stopped={**altered, **(ledger.stopped() if ledger.exists() else {})},
@@ -150,7 +151,7 @@ def last_failure(heartbeats: Sequence[Heartbeat]) -> datetime | None:
 
 def mirrors(beat: Heartbeat, origin: Origin | None = None) -> list[dict[str, Any]]:
     """Return the counters of a process's mirrors, to one store or to both."""
-    names = [f"mirror_{one.value}" for one in Origin if origin in (None, one)]
+    names = [f"mirror_{store.value}" for store in Origin if origin in (None, store)]
     return [beat.counters[name] for name in names if name in beat.counters]
 
 
@@ -183,7 +184,9 @@ def _replay_past_dualwrite(e: Evidence) -> list[str]:
     if e.after is not Stage.SHADOW:
         return []
     if e.mirrored_since is None:
-        return ["where dualwrite began is not on record: turn the flag by `changeover flags`, or let `changeover flags watch` run"]
+        return [
+            "where dualwrite began is not on record: switch the flag by `changeover flags`, or let `changeover flags watch` run"
+        ]
     return [
         f"{load.source} in {e.target} is replayed up to {format_lsn(load.applied)}, and dualwrite began at"
         f" {format_lsn(e.mirrored_since)}: what was written before is not all there yet, let `changeover replay` go on"
@@ -193,13 +196,13 @@ def _replay_past_dualwrite(e: Evidence) -> list[str]:
 
 
 def _comparisons_clean(e: Evidence) -> list[str]:
-    """Reads compared at this stage, by all processes since its turn, of tenants that stand apart too: enough, and no mismatch."""
+    """Reads compared at this stage, by all processes since its switch, of tenants that stand apart too: enough, and no mismatch."""
     if not TABLE[e.acting].compares:
         return []
     since = [beat for beat in e.heartbeats if e.stage_since is None or beat.at >= e.stage_since]
     counts = [beat.counters.get("comparisons", {}).get("at_stage", {}) for beat in since]
-    here = [count for count in counts if count.get("stage") == e.acting.value]
-    compared, mismatched = (sum(int(c.get(name, 0)) for c in here) for name in ("compared", "mismatched"))
+    at_stage = [count for count in counts if count.get("stage") == e.acting.value]
+    compared, mismatched = (sum(int(c.get(name, 0)) for c in at_stage) for name in ("compared", "mismatched"))
     reasons = [] if compared >= COMPARISONS else [
         f"only {compared} reads were compared at {e.acting.value}: {COMPARISONS} are asked for"
     ]  # fmt: skip
@@ -247,7 +250,7 @@ def _reverse_open(e: Evidence) -> list[str]:
 
 def _nothing_rogue(e: Evidence) -> list[str]:
     """Nobody has written to the store without authority, or both stores were found equal since."""
-    return [str(one) for one in e.rogue]
+    return [str(finding) for finding in e.rogue]
 
 
 def _application_may_write(e: Evidence) -> list[str]:
@@ -269,7 +272,7 @@ def objections(evidence: Evidence) -> list[str]:
 
 
 def require(evidence: Evidence) -> None:
-    """Raise GateClosed with every reason against the step."""
+    """Raise NotReady with every reason against the step."""
     reasons = objections(evidence)
     if reasons:
         raise NotReady(evidence.after.value, tuple(reasons))

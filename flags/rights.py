@@ -1,8 +1,9 @@
 """Rights: whether the application's roles can use the store that takes over, asked of the server and tried where it does no harm.
 
-Every privilege of each role is asked for: on the table, its columns, its sequences and their schemas in the new store, on the old
-table for what is mirrored back, and on what of ours a router touches. Where our role may become the application's one row is
-written besides, and undone. It says which of the two was done. Runs where `changeover flags` runs.
+Every privilege of each role is asked for. In the new store that is the table, its columns, its
+sequences and their schemas. In the old store it is the table, for what is mirrored back. In both it
+is what of ours a router touches. Where our role may become the application's one row is written
+besides, and undone. It says which of the two was done. Runs where `changeover flags` runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from changeover.jobs.access import holders, privileges
 from changeover.jobs.access.grants import Lack
 from changeover.jobs.access.trial import Tried, trial
+from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.transform.derivation import derivations
 from changeover.session import Connection, application_name, connect
@@ -29,7 +31,7 @@ class Rights:
     """What stands against the application in the store that takes over, and what was done to find out."""
 
     reasons: list[str] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -46,46 +48,48 @@ class Stores:
 def rights(spec: Spec) -> Rights:
     """Return what stands against the application's roles before the new store takes over (driver)."""
     if not spec.roles:
-        return Rights(told=[UNNAMED])
-    assert spec.flag is not None
-    found, name = Rights(), application_name(spec.name, "readiness")
+        return Rights(notes=[UNNAMED])
+    answer, name = Rights(), application_name(spec.name, "readiness")
     with ExitStack() as stack:
         old = stack.enter_context(connect(spec.source.dsn.resolve(), name))
-        new = stack.enter_context(connect(spec.targets[spec.flag.target].dsn_value, name))
+        new = stack.enter_context(connect(reverse.new_dsn(spec), name))
         stores = Stores(spec, old, new, privileges.present(old, spec.roles), privileges.present(new, spec.roles))
         if not stores.in_new:
-            found.reasons.append(f"the new store has none of the application's roles ({', '.join(spec.roles)}): create them")
+            answer.reasons.append(f"the new store has none of the application's roles ({', '.join(spec.roles)}): create them")
         for role in stores.in_new:
-            found.reasons.extend(f"new store: {lack}" for lack in privileges.lacking(new, privileges.of_ledger(role)))
+            answer.reasons.extend(f"new store: {lack}" for lack in privileges.lacking(new, privileges.of_ledger(role)))
         for table in spec.tables:
-            seen = source_table(old, table)
-            for role in stores.in_new if seen is not None else ():
-                _ask(stores, table, seen, role, found)
-    return found
+            if (source := source_table(old, table)) is not None:
+                for role in stores.in_new:
+                    _ask(stores, table, source, role, answer)
+    return answer
 
 
-def _ask(stores: Stores, table: Table, seen: SourceTable | None, role: str, found: Rights) -> None:
+def _ask(stores: Stores, table: Table, source: SourceTable, role: str, answer: Rights) -> None:
     """Ask for every privilege of a role on one table, and have it write a row where that can be."""
-    assert seen is not None
-    carried = {name: one.origin for name, one in derivations(table, seen.store_columns).items() if one.origin is not None}
+    carried = {
+        name: column.origin for name, column in derivations(table, source.store_columns).items() if column.origin is not None
+    }
     known = role in stores.in_old
     used = privileges.uses(stores.old, role, *table.source_name) if known else privileges.FULL
     lacks = [f"new store: {lack}" for lack in _new(stores.new, table, role, used, carried)]
-    lacks += [f"old store: {lack}" for lack in (_old(stores.old, table, seen, role, used) if known else ())]
-    found.reasons.extend(lacks)
-    own_old, own_new = (defaults.of_table(*one) for one in ((stores.old, *table.source_name), (stores.new, *table.target_name)))
+    lacks += [f"old store: {lack}" for lack in (_old(stores.old, table, source, role, used) if known else ())]
+    answer.reasons.extend(lacks)
+    own_old, own_new = defaults.of_table(stores.old, *table.source_name), defaults.of_table(stores.new, *table.target_name)
     if not set(privileges.USES[:4]) <= used.whole:
-        found.told.append(f"{role} in the new store: asked, and not tried: it does not do everything to {seen.source}")
+        answer.notes.append(f"{role} in the new store: asked, and not tried: it does not do everything to {source.source}")
         return
     fills = {name for name, origin in carried.items() if own_old[origin].filled}
     left_out = fills | {name for name, own in own_new.items() if own.filled and name not in carried}
-    done = trial(stores.new, role, Tried(*table.target_name, own_new, table.key, left_out))
-    if done.failure is not None:
-        found.reasons.append(
-            f"new store: the role {role} can't write to {table.target} as it does to {seen.source}: {done.failure}"
+    trial_run = trial(stores.new, role, Tried(*table.target_name, own_new, table.key, left_out))
+    if trial_run.failure is not None:
+        answer.reasons.append(
+            f"new store: the role {role} can't write to {table.target} as it does to {source.source}: {trial_run.failure}"
         )
-    how = "tried: a row inserted, updated, deleted and rolled back" if done.untried is None else f"asked, not tried: {done.untried}"
-    found.told.append(f"{role} on {table.target} in the new store: {how}")
+    how = f"asked, not tried: {trial_run.untried}"
+    if trial_run.untried is None:
+        how = "tried: a row inserted, updated, deleted and rolled back"
+    answer.notes.append(f"{role} on {table.target} in the new store: {how}")
 
 
 def _new(new: Connection, table: Table, role: str, used: privileges.Uses, carried: dict[str, str]) -> Iterator[Lack]:
@@ -95,9 +99,9 @@ def _new(new: Connection, table: Table, role: str, used: privileges.Uses, carrie
         yield from privileges.lacking(new, privileges.of_gate(role, gated))
 
 
-def _old(old: Connection, table: Table, seen: SourceTable, role: str, used: privileges.Uses) -> Iterator[Lack]:
+def _old(old: Connection, table: Table, source: SourceTable, role: str, used: privileges.Uses) -> Iterator[Lack]:
     """The old store's gate is not there before the first fence, which lets the roles pass it."""
-    gated = gate.GatedTable(*table.source_name, seen.identity, ())
+    gated = gate.GatedTable(*table.source_name, source.identity, ())
     yield from privileges.lacking(old, privileges.of_mirror(role, *table.source_name, used))
     if used.writes and gate.installed(old, gated):
         yield from privileges.lacking(old, privileges.of_gate(role, gated))
@@ -105,14 +109,13 @@ def _old(old: Connection, table: Table, seen: SourceTable, role: str, used: priv
 
 def held_up_by(losing: Connection, tables: list[tuple[str, str]], new: Connection | None) -> list[str]:
     """Return the long transactions that a fence will wait for: for its lock, and for a slot where a reverse path may be opened."""
-    waits = [f"the fence waits for {one}" for one in holders.of_tables(losing, tables)]
+    waits = [f"the fence waits for {holder}" for holder in holders.of_tables(losing, tables)]
     later = holders.of_slot(new) if new is not None else []
-    return waits + [f"the reverse path waits for {one}, on the new store's server" for one in later]
+    return waits + [f"the reverse path waits for {holder}, on the new store's server" for holder in later]
 
 
 def waits(spec: Spec) -> list[str]:
     """Return the long transactions that the fence to the new store would wait for now (driver)."""
-    assert spec.flag is not None
     name = application_name(spec.name, "readiness")
-    with connect(spec.source.dsn.resolve(), name) as old, connect(spec.targets[spec.flag.target].dsn_value, name) as new:
+    with connect(spec.source.dsn.resolve(), name) as old, connect(reverse.new_dsn(spec), name) as new:
         return held_up_by(old, [table.source_name for table in spec.tables], new)

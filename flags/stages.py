@@ -23,9 +23,10 @@ __all__ = ["FENCED", "ORDER", "TABLE", "StageRule", "effective", "needs_fence", 
 class StageRule:
     """What a stage means: whose answer a read returns, where a write goes first, and what happens beside it.
 
-    `compares` says that a read asks the other store too, off the caller's thread; `mirrors` that a write is offered to
-    the other store after its commit; `fence_before` that the step up to this stage waits for a fence in the ledger,
-    `fence_back` that the step down from it does; `reversible` that there is a step down at all.
+    `compares` says that a read asks the other store too, off the caller's thread. `mirrors` says
+    that a write is offered to the other store after its commit. `fence_before` says that the step
+    up to this stage waits for a fence in the ledger, `fence_back` that the step down from it does.
+    `reversible` says that there is a step down at all.
     """
 
     reads: Origin
@@ -42,7 +43,7 @@ TABLE: Mapping[Stage, StageRule] = MappingProxyType({
     Stage.OFF: StageRule(
         Origin.OLD, Origin.OLD, compares=False, mirrors=False, fence_before=False, fence_back=False, reversible=False
     ),
-    # off -> dualwrite: the tables are closed and replay keeps up; from here on rows arrive before the stream brings
+    # off -> dualwrite: the tables are closed and replay keeps up; from here on rows come before the stream brings
     # them. dualwrite -> off: the mirror costs or fails too much; nothing is lost, the stream brings the same rows.
     Stage.DUALWRITE: StageRule(
         Origin.OLD, Origin.OLD, compares=False, mirrors=True, fence_before=False, fence_back=False, reversible=True
@@ -75,8 +76,8 @@ ORDER: tuple[Stage, ...] = tuple(TABLE)
 
 def next_stage(stage: Stage) -> Stage | None:
     """Return the stage above, None after complete."""
-    place = ORDER.index(stage) + 1
-    return ORDER[place] if place < len(ORDER) else None
+    position = ORDER.index(stage) + 1
+    return ORDER[position] if position < len(ORDER) else None
 
 
 def previous_stage(stage: Stage) -> Stage | None:

@@ -21,15 +21,23 @@ from changeover.tenants import EVERY, describe
 
 
 def abort(spec: Spec) -> list[str]:
-    """Undo all that prepare made; the old store is as it was. Returns what was removed (driver; starts no JVM).
+    """Undo all that prepare made; the old store is as it was (driver; starts no JVM).
 
-    Refused while the new store has authority over any row, because the old store lacks what is written there.
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        What was removed, each as a phrase.
+
+    Raises:
+        Refused: The new store has authority over some row, and the old store lacks what is written
+            there.
     """
     with Ledger.open(spec, "abort") as ledger:
         prepared = ledger.exists()
         if prepared and (gone := epochs.at(ledger.authorities(), NEW)) is not None:
-            whose = "" if gone == EVERY else f" over {describe(gone)}"
-            raise Refused(f"abort: authority{whose} has moved to the new store: `changeover flags rollback` first")
+            scope = "" if gone == EVERY else f" over {describe(gone)}"
+            raise Refused(f"abort: authority{scope} has moved to the new store: `changeover flags rollback` first")
         if prepared:
             removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
             removed += abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
@@ -43,9 +51,18 @@ def abort(spec: Spec) -> list[str]:
 
 
 def finalize(spec: Spec) -> list[str]:
-    """End the migration: drop what is ours in the old store, the gates, tombstones and the spool; the ledger stays as record.
+    """End the migration, and keep its tables and the ledger's record (driver; starts no JVM).
 
-    Raises Refused while a load is open or, with a flag, while the old store has authority over any row (driver; starts no JVM).
+    What is ours in the old store is dropped, and so are the gates, tombstones and the spool.
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        What was removed, each as a phrase.
+
+    Raises:
+        Refused: A load is open, or the old store has authority over some row.
     """
     with Ledger.open(spec, "finalize") as ledger:
         ledger.stream("finalize")
@@ -54,8 +71,8 @@ def finalize(spec: Spec) -> list[str]:
             raise Refused(f"finalize: not loaded yet: {', '.join(open_loads)}")
         left = epochs.at(ledger.authorities(), OLD) if spec.flag is not None else None
         if left is not None:
-            whose = "" if left == EVERY else f" over {describe(left)}"
-            raise Refused(f"finalize: the old store still has authority{whose}: `changeover flags advance` up to complete first")
+            scope = "" if left == EVERY else f" over {describe(left)}"
+            raise Refused(f"finalize: the old store still has authority{scope}: `changeover flags advance` up to complete first")
         removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
         for table in spec.tables:
             for target in spec.targets.values():

@@ -19,7 +19,15 @@ LAG_BYTES = 16 << 20
 
 
 def problems(status: Status, behind: int = LAG_BYTES) -> list[str]:
-    """Return what needs attention."""
+    """Return what needs attention (pure).
+
+    Args:
+        status: How the migration stands.
+        behind: How many bytes of WAL a stream may be behind.
+
+    Returns:
+        Reasons, one line each; none means that all is well.
+    """
     if status.state("finalize") == "done":
         return []
     reasons = [*status.broken, *_stopped(status), *_verdicts(status), *(str(one) for one in status.rogue)]

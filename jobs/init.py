@@ -26,13 +26,13 @@ def draft(dsn: str, table: str) -> str:
     schema, name = qualified(table)
     source = joined(schema, name)
     with connect(secret("init", "dsn", dsn).resolve(), application_name("init", "init")) as old:
-        seen = source_table(old, Table(source, source, ()))
-    if seen is None:
+        live = source_table(old, Table(source, source, ()))
+    if live is None:
         raise Refused(f"init: there is no table {source} in that database: name it as schema.table")
-    if not seen.identity:
+    if not live.identity:
         raise Refused(f"init: {source} has no primary key and no replica identity with a key: add one first")
-    key = ", ".join(toml(column) for column in seen.identity)
-    columns = "\n".join(_drafted(column) for column in seen.columns)
+    key = ", ".join(toml(column) for column in live.identity)
+    columns = "\n".join(_drafted(column) for column in live.columns)
     return DRAFT.format(
         name=_migration_name(name), dsn=toml(dsn), source=toml(source), table=toml(part(name)), key=key,
         columns=columns,

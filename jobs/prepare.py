@@ -1,8 +1,9 @@
 """Prepare: everything that this product makes in the two stores, in an order that a kill can't spoil.
 
-The order in `prepare` is the promise: tables and their files are recorded first, then the publication is committed, then the
-slot and its snapshot are made by one command, then the gates get their floor. The ledger's record comes last, in one
-transaction, so a killed prepare leaves nothing that a second one does not take away.
+The order in `prepare` is the promise. Tables and their files are recorded first, and then the
+publication is committed. Then one command makes the slot and its snapshot, and then the gates get
+their floor. The ledger's record comes last, in one transaction, so a killed prepare leaves nothing
+that a second one does not take away.
 """
 
 from __future__ import annotations
@@ -37,32 +38,45 @@ log = logging.getLogger(__name__)
 
 
 def prepare(spec: Spec, spark: SparkSession) -> Prepared:
-    """Make publication, slot, kept snapshot, ledger, target tables and gates; a second call changes nothing (driver).
+    """Make everything that a migration needs; a second call changes nothing (driver).
 
-    Raises UnsafePlan with every reason, TargetNotEmpty, SlotBlocked, and UsageError when the spec changed since.
+    It makes publication, slot, kept snapshot, ledger, target tables and gates.
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+
+    Returns:
+        What was made: the stream and the transforms.
+
+    Raises:
+        UnsafePlan: Something stands against the plan; it has every reason.
+        TargetNotEmpty: A target table has rows.
+        SlotBlocked: A transaction of the source stays open; it names the oldest.
+        UsageError: The spec changed since an earlier prepare.
     """
     with Ledger.open(spec, "prepare") as ledger, ledger.lease("prepare"):
         if ledger.exists():
             return require_prepared(spec, spark, ledger, "prepare")
-        found = examined(spec, Moment.PREPARE)
-        if found.reasons:
-            raise UnsafePlan(tuple(found.reasons))
+        findings = examined(spec, Moment.PREPARE)
+        if findings.reasons:
+            raise UnsafePlan(tuple(findings.reasons))
         remove_unfinished(spec, ledger)  # what a killed prepare left
-        transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
+        transforms = plan_transforms(spec, spark, {t.source: findings.tables[t.source] for t in spec.tables})
         require_reverse(spec, spark, transforms)
         try:
-            return _make(spec, ledger, found, transforms)
+            return _make(spec, ledger, findings, transforms)
         except ChangeoverError:
             _remove_after_failure(spec, ledger)
             raise
 
 
-def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tuple[str, str], transform.Transform]) -> Prepared:
+def _make(spec: Spec, ledger: Ledger, findings: Preflight, transforms: Mapping[tuple[str, str], transform.Transform]) -> Prepared:
     """Make everything, in the order that is the promise."""
     ledger.create()
     privileges.allow_ledger(spec, ledger.connection)
     created = _create_targets(spec, transforms, ledger)
-    stream, pieces = open_stream(spec, found)
+    stream, pieces = open_stream(spec, findings)
     types = {}
     for names, planned in transforms.items():
         with open_store(spec, spec.targets[names[1]], "prepare") as store:
@@ -71,7 +85,7 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Mapping[tupl
     folders.work(spec)
     spool_of(spec).create(stream.l0)
     with ledger.connection.transaction():
-        _record(spec, ledger, stream, pieces, found, created)
+        _record(spec, ledger, stream, pieces, findings, created)
         for (source, target), planned_types in types.items():
             ledger.record_types(source, target, planned_types)
     return Prepared(stream, transforms)
@@ -104,13 +118,13 @@ def _create_targets(
 
 
 def _record(
-    spec: Spec, ledger: Ledger, stream: Stream, pieces: Sequence[definition.Piece], found: Preflight,
+    spec: Spec, ledger: Ledger, stream: Stream, pieces: Sequence[definition.Piece], findings: Preflight,
     created: Mapping[tuple[str, str], bool],
 ) -> None:  # fmt: skip
     """Record, in the caller's transaction, what was made."""
     ledger.record_migration(spec, stream)
     definition.record(ledger, OLD, pieces)
-    record_tables(spec, ledger, found)
+    record_tables(spec, ledger, findings)
     for (source, target), made in created.items():
         ledger.record_load(source, target, stream.l0, made)
     ledger.audit("prepare", "done", {"l0": stream.l0, "slot": stream.slot, "spec": spec.digest})

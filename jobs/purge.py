@@ -41,7 +41,11 @@ class Kept:
     lake_files: int
 
     def lines(self) -> Iterator[str]:
-        """Return what is kept, a line a kind."""
+        """Return what is kept, a line a kind.
+
+        Yields:
+            Lines for a person.
+        """
         yield from (f"{name} in the work folder" for name in self.folders)
         if self.verdicts:
             yield f"samples of {self.verdicts:,} verdicts in the ledger"
@@ -52,14 +56,30 @@ class Kept:
 
 
 def kept(spec: Spec) -> Kept:
-    """Look what rows are still kept, and change nothing (driver)."""
+    """Look what rows are still kept, and change nothing (driver).
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        What is kept: folders, and counts of verdicts, chunks and files.
+    """
     return _swept(spec, dry_run=True)
 
 
 def purge(spec: Spec) -> Kept:
-    """Remove the rows that are still kept, and return what was removed (driver).
+    """Remove the rows that are still kept (driver).
 
-    Readers of the lake's earlier versions fail from then on. Raises Refused while the migration goes on, because it needs them.
+    Readers of the lake's earlier versions fail from then on.
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        What was removed: folders, and counts of verdicts, chunks and files.
+
+    Raises:
+        Refused: The migration goes on, and needs them.
     """
     with Ledger.open(spec, "purge") as ledger:
         if ledger.exists() and ledger.milestones()[1] is None:
@@ -77,10 +97,10 @@ def _folders(spec: Spec, dry_run: bool) -> list[str]:
     """Return which folders hold rows, and are gone unless it was to look only; of spools, those that a killed end left."""
     ours = (*spec.work.glob("spool*"), spec.work / "differences", spec.work / "scratch")
     present = [path for path in ours if path.is_dir()]
-    found = [path for path in present if any(path.iterdir())]
+    filled = [path for path in present if any(path.iterdir())]
     for path in present if not dry_run else ():
         shutil.rmtree(path)
-    return sorted(path.name for path in found)
+    return sorted(path.name for path in filled)
 
 
 def _in_ledger(spec: Spec, dry_run: bool) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """Restart: a migration begun anew in a new epoch, when its change stream has a gap that nothing can close.
 
-A slot that is lost, a source that failed over or was restored: whatever was deleted in the gap is in the targets without any event,
-and the positions of another server say nothing beside those of the first. So nothing of the old epoch is used again. Its chunks
-lose their marks' tokens, its spool is removed, and each target is emptied under a floor of the new epoch, below which lies
-whatever an earlier one may still offer. What `prepare` promises of order holds here too. The epoch is on record before
-the first removal and the ledger's record comes last, so a restart that was killed goes on by the same command, and until it is done
-no other step does. Only tables that this migration loads are emptied.
+A slot was lost, or a source failed over or was restored. Whatever was deleted in the gap is in the
+targets without any event. The positions of another server say nothing beside those of the first. So
+nothing of the old epoch is used again. Its chunks lose their marks' tokens, and its spool is
+removed. Each target is emptied under a floor of the new epoch, below which lies whatever an earlier
+one may still offer. What `prepare` promises of order holds here too. The epoch is on record before
+the first removal, and the ledger's record comes last. So a restart that was killed goes on by the
+same command, and until it is done no other step does. Only tables that this migration loads are
+emptied.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.spool.table import remove_spools, spool_of
 from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
+from changeover.session import one_row
 from changeover.spec import Spec
 from changeover.stores import open_store
 from changeover.tenants import EVERY, describe
@@ -53,21 +56,35 @@ Transforms = Mapping[tuple[str, str], Transform]
 def restart(spec: Spec, spark: SparkSession) -> Prepared:
     """Begin a prepared migration anew in a new epoch; the same command goes on after a kill (driver).
 
-    Raises Refused once authority has moved or the migration ended, LeaseHeld while another step runs, UsageError when the spec
-    changed, SpecError where rows could not come back, UnsafePlan, SlotBlocked. An error takes away what was made in the old store.
+    An error takes away what was made in the old store.
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+
+    Returns:
+        What was made: the stream of the new epoch and the transforms.
+
+    Raises:
+        Refused: Authority has moved, or the migration ended.
+        LeaseHeld: Another step runs.
+        UsageError: The spec changed since prepare.
+        SpecError: Rows could not come back by the spec's expressions.
+        UnsafePlan: Something stands against the plan; it has every reason.
+        SlotBlocked: A transaction of the source stays open; it names the oldest.
     """
     with Ledger.open(spec, "prepare") as ledger, _alone(spec, ledger):
         _require_allowed(spec, ledger)
-        found = examined(spec, Moment.PREPARE)
-        if found.reasons:
-            raise UnsafePlan(tuple(found.reasons))
-        transforms = plan_transforms(spec, spark, {t.source: found.tables[t.source] for t in spec.tables})
+        findings = examined(spec, Moment.PREPARE)
+        if findings.reasons:
+            raise UnsafePlan(tuple(findings.reasons))
+        transforms = plan_transforms(spec, spark, {t.source: findings.tables[t.source] for t in spec.tables})
         require_reverse(spec, spark, transforms)
         before = ledger.stream("status")
         epoch = _begin(ledger)
         failpoints.reach("epoch-begun", epoch)
         try:
-            return _make(spec, ledger, found, transforms, before, epoch)
+            return _make(spec, ledger, findings, transforms, before, epoch)
         except ChangeoverError:
             _give_back(spec)
             raise
@@ -88,18 +105,18 @@ def _require_allowed(spec: Spec, ledger: Ledger) -> None:
     if ledger.milestones()[1] is not None:
         raise Refused("prepare --anew: the migration was finalized, so there is nothing to begin anew")
     if (gone := epochs.at(ledger.authorities(), NEW)) is not None:
-        whose = "" if gone == EVERY else f" over {describe(gone)}"
+        scope = "" if gone == EVERY else f" over {describe(gone)}"
         raise Refused(
-            f"prepare --anew: authority{whose} has moved to the new store, whose rows are the truth and would be emptied:"
+            f"prepare --anew: authority{scope} has moved to the new store, whose rows are the truth and would be emptied:"
             f" `changeover flags rollback SPEC` first"
         )
 
 
-def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, before: Stream, epoch: int) -> Prepared:
+def _make(spec: Spec, ledger: Ledger, findings: Preflight, transforms: Transforms, before: Stream, epoch: int) -> Prepared:
     """Remove what the old epoch had, and make what the new one has, in the order that is the promise."""
     removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
     remove_spools(spec.work)
-    opened, pieces = open_stream(spec, found)
+    opened, pieces = open_stream(spec, findings)
     stream = replace(opened, epoch=epoch)
     failpoints.reach("stream-opened", epoch)
     types = {}
@@ -118,12 +135,12 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
     with ledger.connection.transaction():
         _record(ledger, stream)
         definition.record(ledger, OLD, pieces)
-        record_tables(spec, ledger, found)
+        record_tables(spec, ledger, findings)
         for (source, target), planned_types in types.items():
             ledger.record_types(source, target, planned_types)
         emptied = [f"{planned.target} in {target}" for (_, target), planned in transforms.items()]
-        told = {"epoch": epoch, "l0": format_lsn(stream.l0), "removed": removed, "emptied": emptied}
-        ledger.audit("prepare", "anew", told)
+        detail = {"epoch": epoch, "l0": format_lsn(stream.l0), "removed": removed, "emptied": emptied}
+        ledger.audit("prepare", "anew", detail)
     log.info("epoch %s begins at %s", epoch, format_lsn(stream.l0))
     return Prepared(stream, transforms)
 
@@ -131,12 +148,13 @@ def _make(spec: Spec, ledger: Ledger, found: Preflight, transforms: Transforms, 
 def _begin(ledger: Ledger) -> int:
     """Begin an epoch above all that ever were: every load is pending, and no attempt at a chunk may mark it any more."""
     with ledger.connection.transaction():
-        row = ledger.connection.execute(
-            "UPDATE changeover.migration AS m SET begun = 1 + greatest(m.epoch, m.begun, (SELECT max(a.epoch)"
-            " FROM changeover.authority AS a WHERE a.migration = m.name)) WHERE m.name = %s RETURNING m.begun",
-            [ledger.migration],
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            ledger.connection.execute(
+                "UPDATE changeover.migration AS m SET begun = 1 + greatest(m.epoch, m.begun, (SELECT max(a.epoch)"
+                " FROM changeover.authority AS a WHERE a.migration = m.name)) WHERE m.name = %s RETURNING m.begun",
+                [ledger.migration],
+            )
+        )
         ledger.connection.execute(
             "UPDATE changeover.chunk SET token = %s WHERE migration = %s", [first_token(row[0]), ledger.migration]
         )

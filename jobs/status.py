@@ -40,9 +40,9 @@ HEARD_SECONDS = 10.0
 class Status:
     """The steps with their state, each load with its chunks and position, the stream, the stage, and the newest verdicts.
 
-    Bytes are of the old store's write-ahead log: `behind_bytes` of a load is what lies between it and the old store's end, None
-    once the new store has all authority, because replay then rests. While tenants are at both stores, `reverse_path` has the other
-    direction's.
+    Bytes are of the old store's write-ahead log. `behind_bytes` of a load is what lies between it
+    and the old store's end. It is None once the new store has all authority, because replay then
+    rests. While tenants are at both stores, `reverse_path` has the other direction's.
     """
 
     name: str
@@ -62,17 +62,28 @@ class Status:
     """What the stream rests on and does not hold any more (`assumptions`)."""
 
     def state(self, step: str) -> str:
-        """Return the state of a step."""
+        """Return the state of a step.
+
+        Args:
+            step: The step's name.
+
+        Returns:
+            Its state, in the words of the page.
+        """
         return str(next(one["state"] for one in self.steps if one["step"] == step))
 
     def lines(self) -> Iterator[str]:
-        """Return the page for a person."""
+        """Return the page for a person.
+
+        Yields:
+            Lines for a person.
+        """
         yield self.name
         for step in self.steps:
             yield f"  {step['step']:<9} {step['state']}{f' ({_short(at)})' if (at := step['at']) else ''}"
             yield from (f"    {line}" for line in self._details(step["step"]))
         routers = ", ".join(f"{count} at {stage}" for stage, count in self.routers.items()) or "none was heard lately"
-        yield f"  flag      {self.stage or 'never turned'}; the {self.store} store has authority (epoch {self.epoch})"
+        yield f"  flag      {self.stage or 'never switched'}; the {self.store} store has authority (epoch {self.epoch})"
         if self.tenants:
             count, other = len(self.tenants), NEW if self.store == OLD else OLD
             yield f"    the {other} store has it over {count:,} tenant{'s' * (count > 1)}: {listed(self.tenants)}"
@@ -85,8 +96,8 @@ class Status:
 
     def _details(self, step: str) -> list[str]:
         if step == "capture" and self.stream["source_lsn"]:
-            told = (self.stream["waiting"], _stream_line(self.stream), self.stream["alarm"], *self.stream["notes"])
-            return [line for line in told if line]
+            lines = (self.stream["waiting"], _stream_line(self.stream), self.stream["alarm"], *self.stream["notes"])
+            return [line for line in lines if line]
         if step == "backfill":
             return [_load_line(load) for load in self.loads]
         if step == "replay":
@@ -131,7 +142,18 @@ def _reverse_lines(state: reverse.State) -> list[str]:
 
 
 def status(spec: Spec) -> Status:
-    """Look at the ledger, the spool and the slot (driver); raises StepOrder before prepare, ServerUnavailable."""
+    """Look at the ledger, the spool and the slot (driver; changes nothing).
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        How the migration stands.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        ServerUnavailable: A server can't be reached.
+    """
     with Ledger.open(spec, "status") as ledger:
         known = ledger.stream("status")
         prepared, finalized = ledger.milestones()
@@ -199,12 +221,12 @@ def _stream(spec: Spec, known: Stream, why: str | None, alive: bool) -> dict[str
 
 def _row_versions(spec: Spec) -> dict[tuple[str, str], int]:
     """Return about how many versions each target keeps beside each table; what is not collected yet, or can't be."""
-    found = {}
+    counts = {}
     for target in spec.targets.values():
         with open_store(spec, target, "status") as store:
             for table in spec.tables:
-                found[table.source, target.name] = store.row_versions(TargetTable(*table.target_name, (), table.key))
-    return found
+                counts[table.source, target.name] = store.row_versions(TargetTable(*table.target_name, (), table.key))
+    return counts
 
 
 def _loads(ledger: Ledger, source_lsn: str | None, row_versions: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
@@ -227,8 +249,8 @@ def _chunks(ledger: Ledger, load: Load) -> dict[str, int]:
 def _newest_verdicts(ledger: Ledger) -> list[dict[str, Any]]:
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for one in ledger.verdicts():
-        told = {"source": one.source, "target": one.target, "verdict": one.verdict, "at": one.at, "run": one.run}
-        newest.setdefault((one.source, one.target), told)
+        entry = {"source": one.source, "target": one.target, "verdict": one.verdict, "at": one.at, "run": one.run}
+        newest.setdefault((one.source, one.target), entry)
     return list(newest.values())
 
 

@@ -1,9 +1,10 @@
 """Explain: the story of one row by its target key, from what is on record; starts no JVM.
 
-It tells the chunk that the key belongs to, the row's image in each target, its cell (version or tombstone), the spooled events
-of its key in both stores, its differences, the stage, its tenant and who has authority over it: enough to see why a row is as it
-is. What is gone for good, as versions and events are after `finalize`, is said to be gone. Keys are compared by type, so an index
-serves.
+It gives the chunk that the key belongs to, the row's image in each target, and its cell (version or
+tombstone). It gives the spooled events of its key in both stores, its differences, the stage, its
+tenant and who has authority over it. That is enough to see why a row is as it is. What is gone for
+good, as versions and events are after `finalize`, is said to be gone. Keys are compared by type, so
+an index serves.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from changeover.jobs.transform.derivation import derivations, origin
 from changeover.jobs.transform.tenancy import new_column, old_column
 from changeover.names import joined, segment
 from changeover.position import Version, format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect
+from changeover.session import Connection, application_name, connect, one_row
 from changeover.spec import Spec, Table, Target
 from changeover.stores.base.interface import OWNER, VERSION_COLUMNS
 from changeover.stores.delta.appends import MARKS, marks_among
@@ -61,8 +62,8 @@ class Story:
         """Return the story for a person, a line a part."""
         yield f"{self.table} {'/'.join(self.key)}"
         for name, value in self.parts.items():
-            for one in (value or [NONE]) if isinstance(value, list) else [value]:
-                yield f"  {name}: {one if isinstance(one, str) else json.dumps(one, default=str, ensure_ascii=False)}"
+            for line in (value or [NONE]) if isinstance(value, list) else [value]:
+                yield f"  {name}: {line if isinstance(line, str) else json.dumps(line, default=str, ensure_ascii=False)}"
 
 
 def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Story:
@@ -70,45 +71,45 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
 
     Raises SpecError where no table has such a key, or where a value is none of its column's type; StepOrder before prepare.
     """
-    found = _table(spec, key, table)
-    story = Story(found.target, tuple(key))
+    planned = _table(spec, key, table)
+    story = Story(planned.target, tuple(key))
     with (
         Ledger.open(spec, "explain") as ledger,
         connect(spec.source.dsn.resolve(), application_name(spec.name, "explain")) as old,
     ):
         epoch = ledger.stream("explain").epoch
         _, finalized = ledger.milestones()
-        given = dict(zip(found.key, key, strict=True))
+        given = dict(zip(planned.key, key, strict=True))
         changes = ledger.authorities()
-        seen = source_table(old, found)
-        own = _source_key(spec, old, found, seen, given) if seen is not None else None
+        source = source_table(old, planned)
+        own = _source_key(spec, old, planned, source, given) if source is not None else None
         if own is not None:  # as the server writes it
-            given |= {name: own[column] for name, column in _moved(found).items() if column in own}
-        log = authority_epochs(changes, tenant_of(spec, found, given))
-        if seen is not None and own is not None:
-            story.parts["source row"] = _row(spec, old, found.source_name, own) or NONE
-            story.parts["chunk"] = _chunks(ledger, old, found, seen, own)
+            given |= {name: own[column] for name, column in _moved(planned).items() if column in own}
+        log = authority_epochs(changes, tenant_of(spec, planned, given))
+        if source is not None and own is not None:
+            story.parts["source row"] = _row(spec, old, planned.source_name, own) or NONE
+            story.parts["chunk"] = _chunks(ledger, old, planned, source, own)
             kept = _gone(finalized) or _begun(ledger.begun())
-            story.parts["spooled events"] = kept or _events(spool_of(spec, epoch), found.source_name, own, OLD, log)
+            story.parts["spooled events"] = kept or _events(spool_of(spec, epoch), planned.source_name, own, OLD, log)
         if (path := reverse.recorded(ledger)) is not None:
-            story.parts["events of the new store"] = _new_events(spec, found, given, path, changes, log)
+            story.parts["events of the new store"] = _new_events(spec, planned, given, path, changes, log)
         for target in spec.targets.values():
-            told = _in_lake if target.kind == "delta" else _in_postgres
-            story.parts.update(told(spec, found, target, given, finalized))
-        story.parts["differences"] = _differences(spec, found, given)
-        story.parts["stage"] = ledger.stage() or "never turned"
-        story.parts.update(_authority(changes, tenant_of(spec, found, given)))
+            told_by = _in_lake if target.kind == "delta" else _in_postgres
+            story.parts.update(told_by(spec, planned, target, given, finalized))
+        story.parts["differences"] = _differences(spec, planned, given)
+        story.parts["stage"] = ledger.stage() or "never switched"
+        story.parts.update(_authority(changes, tenant_of(spec, planned, given)))
         if finalized:
             story.parts["finalized"] = f"{finalized:%Y-%m-%d %H:%M:%S}"
-    return _masked(story, found, seen)
+    return _masked(story, planned, source)
 
 
-def _masked(story: Story, table: Table, seen: SourceTable | None) -> Story:
+def _masked(story: Story, table: Table, source: SourceTable | None) -> Story:
     """Return a story that shows no sensitive value; what was found is a row, some rows, events with a row each, or words."""
     if not table.sensitive:
         return story
-    old = masking.of_source(table, seen.identity if seen else ())
-    new = masking.of_target(table, derivations(table, seen.store_columns if seen else ()))
+    old = masking.of_source(table, source.identity if source else ())
+    new = masking.of_target(table, derivations(table, source.store_columns if source else ()))
 
     def shown(value: Any, mask: masking.Mask) -> Any:
         if isinstance(value, list):
@@ -133,10 +134,10 @@ def tenant_of(spec: Spec, table: Table, key: Key) -> str:
 
 
 def _authority(changes: Sequence[Authority], tenant: str) -> dict[str, str]:
-    """Return whose the row is, where that is a question, and which store has authority over it."""
+    """Return the row's tenant, where that is a question, and which store has authority over it."""
     present = authority_epochs(changes, tenant)[-1]
-    whose = {"tenant": tenant} if tenant != EVERYTHING else {}
-    return {**whose, "authority": f"{present.store} store, epoch {present.epoch}"}
+    owner = {"tenant": tenant} if tenant != EVERYTHING else {}
+    return {**owner, "authority": f"{present.store} store, epoch {present.epoch}"}
 
 
 def _gone(finalized: datetime | None) -> str | None:
@@ -150,11 +151,11 @@ def _begun(epoch: int | None) -> str | None:
 def _table(spec: Spec, key: Sequence[str], named: str | None) -> Table:
     tables = (spec.table(named),) if named is not None else spec.tables
     fitting = [table for table in tables if len(table.key) == len(key)]
-    wanted = "; ".join(f"{table.target} ({' '.join(table.key)})" for table in fitting or tables)
+    keys = "; ".join(f"{table.target} ({' '.join(table.key)})" for table in fitting or tables)
     if not fitting:
-        raise SpecError(spec.path, "key", f"no table has a key of {len(key)} columns; the keys are: {wanted}")
+        raise SpecError(spec.path, "key", f"no table has a key of {len(key)} columns; the keys are: {keys}")
     if len(fitting) > 1:
-        raise SpecError(spec.path, "key", f"several tables have a key of {len(key)} columns: name one by --table of {wanted}")
+        raise SpecError(spec.path, "key", f"several tables have a key of {len(key)} columns: name one by --table of {keys}")
     return fitting[0]
 
 
@@ -163,12 +164,12 @@ def _moved(table: Table) -> dict[str, str]:
     return {name: own for name in table.key if (own := origin(table, name)) is not None}
 
 
-def _source_key(spec: Spec, old: Connection, table: Table, seen: SourceTable, given: Key) -> dict[str, str] | None:
+def _source_key(spec: Spec, old: Connection, table: Table, source: SourceTable, given: Key) -> dict[str, str] | None:
     """Return the source key as the database writes its values, where the target key holds each of its columns unchanged."""
     own = {column: given[name] for name, column in _moved(table).items()}
-    if not set(seen.identity) <= set(own):
+    if not set(source.identity) <= set(own):
         return None
-    written = _as_written(spec, old, own, {column.name: column.type for column in seen.key})
+    written = _as_written(spec, old, own, {column.name: column.type for column in source.key})
     return _as_it_stands(old, table.source_name, written)
 
 
@@ -176,8 +177,7 @@ def _as_written(spec: Spec, connection: Connection, key: Key, types: Mapping[str
     """Return a key of columns with these types as the database writes its values."""
     casts = sql.SQL(", ").join(sql.SQL("{}::text").format(_typed(key[name], kind)) for name, kind in types.items())
     with _speaking_of(spec, key):
-        row = connection.execute(sql.SQL("SELECT {}").format(casts)).fetchone()
-    assert row is not None
+        row = one_row(connection.execute(sql.SQL("SELECT {}").format(casts)))
     return dict(zip(types, row, strict=True))
 
 
@@ -197,8 +197,8 @@ def _speaking_of(spec: Spec, key: Key) -> Iterator[None]:
     try:
         yield
     except (psycopg.DataError, pa.ArrowInvalid) as error:
-        said = str(error).strip().splitlines()[0]
-        raise SpecError(spec.path, "key", f"{'/'.join(key.values())} is no key of that table ({said})") from error
+        message = str(error).strip().splitlines()[0]
+        raise SpecError(spec.path, "key", f"{'/'.join(key.values())} is no key of that table ({message})") from error
 
 
 def _typed(value: str, type_name: str) -> sql.Composed:
@@ -213,8 +213,8 @@ WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped
 
 def _same(connection: Connection, name: tuple[str, str], key: Key) -> sql.Composed | None:
     """Return the condition that a table's row has this key, its values of the columns' own types; None without the table."""
-    found = connection.execute(TYPES, [sql.Identifier(*name).as_string(connection)]).fetchall()
-    types: dict[str, str] = {row[0]: row[1] for row in found}
+    rows = connection.execute(TYPES, [sql.Identifier(*name).as_string(connection)]).fetchall()
+    types: dict[str, str] = {row[0]: row[1] for row in rows}
     if not set(key) <= set(types):
         return None
     parts = [sql.SQL("{} = {}").format(sql.Identifier(column), _typed(value, types[column])) for column, value in key.items()]
@@ -230,21 +230,21 @@ def _row(spec: Spec, connection: Connection, name: tuple[str, str], key: Key) ->
         return cursor.execute(sql.SQL("SELECT * FROM {} WHERE {}").format(sql.Identifier(*name), same)).fetchone()
 
 
-def _chunks(ledger: Ledger, old: Connection, table: Table, seen: SourceTable, own: Key) -> list[str]:
+def _chunks(ledger: Ledger, old: Connection, table: Table, source: SourceTable, own: Key) -> list[str]:
     """Return in which chunk of each load the key is; the database compares, under the key's own order."""
-    found = []
+    lines = []
     for load in ledger.loads():
         if load.source == table.source:
             for chunk in ledger.chunks(load.source, load.target):
-                if _inside(old, seen, [own[name] for name in seen.identity], chunk):
+                if _inside(old, source, [own[name] for name in source.identity], chunk):
                     state = f"loaded {chunk.loaded:%Y-%m-%d %H:%M:%S}" if chunk.loaded else "pending"
-                    found.append(f"{load.target}: chunk {chunk.chunk}, {state}")
-    return found
+                    lines.append(f"{load.target}: chunk {chunk.chunk}, {state}")
+    return lines
 
 
-def _inside(old: Connection, seen: SourceTable, own: Sequence[str], chunk: ChunkRow) -> bool:
+def _inside(old: Connection, source: SourceTable, own: Sequence[str], chunk: ChunkRow) -> bool:
     def typed(values: Sequence[str]) -> sql.Composed:
-        parts = [_typed(value, column.type) for value, column in zip(values, seen.key, strict=True)]
+        parts = [_typed(value, column.type) for value, column in zip(values, source.key, strict=True)]
         return sql.SQL("({})").format(sql.SQL(", ").join(parts))
 
     sides = [
@@ -265,8 +265,8 @@ def _new_events(
         return []
     with connect(reverse.new_dsn(spec), application_name(spec.name, "explain")) as new:
         own = _as_written(spec, new, given, types)
-    here = reverse.begun_since(path, changes)
-    carried = [period for period in log if period.store == OLD or period.epoch in here]
+    in_stream = reverse.begun_since(path, changes)
+    carried = [period for period in log if period.store == OLD or period.epoch in in_stream]
     return _events(reverse.spool_of(spec), table.target_name, own, NEW, carried)
 
 
@@ -276,15 +276,15 @@ def _events(spool: Spool, name: tuple[str, str], own: Key, store: str, log: Sequ
     `log` is the row's own. What a store was written while it had no authority is at its place in the log, and no version.
     """
     ours = (pc.field("relation") == joined(*name)) & (pc.field("lsn") < spool.end())  # beyond it, a part of a transaction
-    wanted = ["lsn", "ordinal", "op", "row", "key", "note"]
-    told = [
+    columns = ["lsn", "ordinal", "op", "row", "key", "note"]
+    events = [
         event
-        for batch in _dataset(spool.path).to_batches(columns=wanted, filter=ours)
+        for batch in _dataset(spool.path).to_batches(columns=columns, filter=ours)
         for event in batch.filter(_of_key(batch, own)).to_pylist()
     ]
     return [
         {**_place(log, store, event), "op": event["op"], "row": dict(event["row"] or event["key"] or [])}
-        for event in sorted(told, key=lambda event: (event["lsn"], event["ordinal"]))
+        for event in sorted(events, key=lambda event: (event["lsn"], event["ordinal"]))
     ]
 
 
@@ -292,10 +292,10 @@ def _place(log: Sequence[AuthorityEpoch], store: str, event: Mapping[str, Any]) 
     """Return the version under which an event of a store's log is offered, or where it stands there and why it is not."""
     tenant = log[-1].tenant
     version = stamped(log, tenant, store, Version(0, event["lsn"], event["ordinal"]))
-    found = standing(log, tenant, store, event["lsn"], event["note"] is not None)
-    if found is Standing.OFFERED:
+    stands = standing(log, tenant, store, event["lsn"], event["note"] is not None)
+    if stands is Standing.OFFERED:
         return {"version": str(version)}
-    return {"at": f"{format_lsn(event['lsn'])}:{event['ordinal']}", "standing": STANDINGS[found]}
+    return {"at": f"{format_lsn(event['lsn'])}:{event['ordinal']}", "standing": STANDINGS[stands]}
 
 
 STANDINGS = {
@@ -319,9 +319,9 @@ def _of_key(batch: pa.RecordBatch, own: Key) -> pa.Array:
     """Return which events are of a source key: by the new row, or by the old key where there is no row or the key changed."""
     masks = []
     for images in ("row", "key"):
-        here = [pc.equal(pc.map_lookup(batch[images], column, "first"), value) for column, value in own.items()]
-        mask = here[0]
-        for more in here[1:]:
+        matches = [pc.equal(pc.map_lookup(batch[images], column, "first"), value) for column, value in own.items()]
+        mask = matches[0]
+        for more in matches[1:]:
             mask = pc.and_(mask, more)
         masks.append(pc.fill_null(mask, False))
     return pc.or_(pc.or_(*masks), pc.equal(batch["op"], TRUNCATE))  # which takes every row with it

@@ -26,13 +26,13 @@ from changeover.jobs.source.marker import emit_marker, mark
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.spool.waiting import await_spool
 from changeover.jobs.transform.transform import Transform
-from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect
+from changeover.position import format_lsn
+from changeover.session import Connection, application_name, connect, wal_position
 from changeover.spec import TRIGGER, Spec
 from changeover.stores import open_store
 from changeover.stores.base.interface import Frozen
 from changeover.stores.base.reader import ExportedSnapshot
-from changeover.stores.postgres.store import exporting, file_watch, frozen_at, importing, position_of
+from changeover.stores.postgres.store import exporting, file_watch, frozen_at, importing
 from changeover.verifiers.compare.split_authority import Split
 from changeover.verifiers.unchecked import Names, Unchecked
 
@@ -68,9 +68,9 @@ def held_still(
     """Hold both sides still; while the old store has authority over any row they are aligned at one LSN."""
     with ExitStack() as held, connect(spec.source.dsn.resolve(), application_name(spec.name, "verify")) as old:
         tables = _tables(old, spec, chosen, unchecked)
-        one = _Holding(held, spec, spark, ledger, prepared, chosen, unchecked, old, tables)
-        moment = one.aligned(split) if split.at_old else one.as_it_is(split)
-        one.ask()
+        holding = _Holding(held, spec, spark, ledger, prepared, chosen, unchecked, old, tables)
+        moment = holding.aligned(split) if split.at_old else holding.as_it_is(split)
+        holding.ask()
         yield moment
 
 
@@ -120,7 +120,7 @@ class _Holding:
             targets = self._freeze_targets()
             watches = self._watches()
             holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
-            lsn = parse_lsn(position_of(holder))
+            lsn = wal_position(holder)
             sources = self._freeze_sources(holder, exported, lsn, watches)
         return Moment(lsn, sources, targets, self.tables, aligned)
 
@@ -140,16 +140,16 @@ class _Holding:
     def _targets(self, split: Split) -> tuple[list[str], list[str]]:
         """Return all targets that are compared, and the lakes among them that follow the new store."""
         every = sorted({target for _, target in self.chosen})
-        return every, [one for one in reverse.targets_of(self.spec) if one in every] if split.at_new else []
+        return every, [name for name in reverse.targets_of(self.spec) if name in every] if split.at_new else []
 
     def _watches(self) -> dict[str, Callable[[], bool]]:
-        return {name: file_watch(self.old, seen.read) for name, seen in self.tables.items()}
+        return {name: file_watch(self.old, table.read) for name, table in self.tables.items()}
 
     def _position(self) -> tuple[int, Connection, ExportedSnapshot]:
         """Return a position, the session that holds its snapshot, and that: it shows exactly what the change stream has below."""
         if self.spec.source.capture == TRIGGER:
-            window = self.held.enter_context(ticks.aligned(self._dsn, self._application, Log(self.spec.name)))
-            return window.end, window.holder, window.snapshot
+            aligned = self.held.enter_context(ticks.aligned(self._dsn, self._application, Log(self.spec.name)))
+            return aligned.end, aligned.holder, aligned.snapshot
         made = snapshot.create_slot(self._dsn, self._application, f"{self.spec.slot}_verify", temporary=True)
         self.held.enter_context(made.session)
         return made.l0, *self.held.enter_context(importing(self._dsn, self._application, made.snapshot))
@@ -169,7 +169,7 @@ class _Holding:
         replay = Replay(self.spec, self.spark, self.ledger, self.prepared)
         with connect(reverse.new_dsn(self.spec), self._application) as new:
             position = mark(new, "verify")
-        await_spool(replay.ledger, replay.back.journal.spool, position, "the new store's stream", step="capture-new")
+        await_spool(replay.ledger, replay.back.checkpoint.spool, position, "the new store's stream", step="capture-new")
         replay.back.limit = position
         replay.bring_back()
         if lakes:
@@ -181,7 +181,7 @@ class _Holding:
         frozen = {}
         left = self.unchecked.left(self.chosen)
         for target in dict.fromkeys(target for _, target in left):
-            tables = {names: one.target for names, one in left.items() if names[1] == target}
+            tables = {names: load.target for names, load in left.items() if names[1] == target}
             with self.unchecked.at(tables):
                 store = self.held.enter_context(open_store(self.spec, self.spec.targets[target], "verify"))
                 hold = self.held.enter_context(store.freeze(self.spark, list(tables.values()), PARTS))
@@ -195,10 +195,10 @@ class _Holding:
     ) -> dict[str, Frozen]:
         """Hold all source tables in one snapshot, which is that of a position."""
         frozen = {}
-        for name, seen in self.tables.items():
+        for name, table in self.tables.items():
             with self.unchecked.at(_of(name, self.chosen)):
                 frozen[name] = frozen_at(
-                    self.spark, self._dsn, self._application, seen.read, exported, format_lsn(lsn), holder, PARTS, watches[name]
+                    self.spark, self._dsn, self._application, table.read, exported, format_lsn(lsn), holder, PARTS, watches[name]
                 )
         return frozen
 
@@ -231,10 +231,10 @@ def _tables(old: Connection, spec: Spec, chosen: Chosen, unchecked: Unchecked) -
     tables = {}
     for source in sorted({source for source, _ in unchecked.left(chosen)}):
         with unchecked.at(_of(source, chosen)):
-            seen = source_table(old, spec.table(source))
-            if seen is None:
+            table = source_table(old, spec.table(source))
+            if table is None:
                 raise CouldNotCheck(source, "there is no such table in the old store any more")
-            tables[source] = seen
+            tables[source] = table
     return tables
 
 

@@ -1,8 +1,9 @@
 """The races: replayed on the user's own two servers, in a scratch schema, with tombstones and without.
 
-The gate and the loader are the product's own statements, the versions are real positions in the old server's log, and the judge is
-a comparison of both tables, row by row. What differs without tombstones is what a plain copy would have lost or brought back. The
-scratch schema is removed whatever happens; no table of the user's is touched. Runs on the driver, without Spark.
+The gate and the loader are the product's own statements, and the versions are real positions in the
+old server's log. The judge is a comparison of both tables, row by row. What differs without
+tombstones is what a plain copy would have lost or brought back. The scratch schema is removed
+whatever happens; no table of the user's is touched. Runs on the driver, without Spark.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import psycopg
 from psycopg import sql
 
 from changeover.errors import UsageError
-from changeover.position import Version, format_lsn, image_version, parse_lsn
-from changeover.session import Connection, application_name, connect, server_name, speaking_to
+from changeover.position import Version, format_lsn, image_version
+from changeover.session import Connection, application_name, connect, one_row, server_name, speaking_to, wal_position
 from changeover.spec import Spec
 from changeover.stores.postgres import batches, gate
 from changeover.stores.postgres.truncate import truncate
@@ -61,9 +62,7 @@ class Scratch:
         """Write in the old store, with a version that is read in the same transaction."""
         with self.old.transaction():
             for row in self.old.execute(sql.SQL(statement).format(rows=self.table)).fetchall():
-                found = self.old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-                assert found is not None
-                self.changes.append(Change(Version(0, parse_lsn(found[0]), len(self.changes)), *row))
+                self.changes.append(Change(Version(0, wal_position(self.old), len(self.changes)), *row))
 
     def offer(self, *, backwards: bool = False) -> None:
         """Offer all changes that wait, one by one."""
@@ -98,9 +97,7 @@ class Scratch:
     def truncate(self) -> None:
         """Truncate the old table, and offer that."""
         self.old.execute(sql.SQL("TRUNCATE {}").format(self.table))
-        row = self.old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        truncate(self.new, self.gated, Version(0, parse_lsn(row[0]), 0), server_name(self.dsn))
+        truncate(self.new, self.gated, Version(0, wal_position(self.old), 0), server_name(self.dsn))
         self._forget()
 
     @contextmanager
@@ -170,7 +167,7 @@ RACES = (
     Race("write skew", "a row is deleted while the loader that brings its old image has not committed", _skew),
     Race("late update", "a row is read, then updated in both stores, then its old image is loaded",
          _late_image(UPDATE.format(1, "newer"))),
-    Race("out of order", "a row is updated and then deleted, and the update arrives last", _out_of_order),
+    Race("out of order", "a row is updated and then deleted, and the update comes last", _out_of_order),
     Race("reinsert", "a row is read, then deleted and inserted anew, then its old image is loaded",
          _late_image(DELETE.format(1), INSERT.format(1, "again"))),
     Race("key move", "a row is read, then moves to another key, then its old image is loaded",
@@ -191,12 +188,12 @@ class Outcome:
 
 def as_table(outcomes: Sequence[Outcome]) -> str:
     """Return the outcomes for a person, and the sentence for a colleague in doubt."""
-    lines = [
-        f"{one.race:12}  {', '.join(one.with_tombstones) or 'equal':12}  {', '.join(one.without) or 'equal':12}  {one.story}"
-        for one in outcomes
-    ]
-    wrong = sum(bool(one.without) for one in outcomes)
-    lost = sum(bool(one.with_tombstones) for one in outcomes)
+    lines = []
+    for outcome in outcomes:
+        with_tombstones, without = (", ".join(wrong) or "equal" for wrong in (outcome.with_tombstones, outcome.without))
+        lines.append(f"{outcome.race:12}  {with_tombstones:12}  {without:12}  {outcome.story}")
+    wrong = sum(bool(outcome.without) for outcome in outcomes)
+    lost = sum(bool(outcome.with_tombstones) for outcome in outcomes)
     verdict = f"{lost} of {len(outcomes)} races end differently with tombstones, {wrong} without"
     return "\n".join(
         [f"{'race':12}  {'tombstones':12}  {'without':12}  what happens", *lines, "", f"{verdict}, on these two servers."]
@@ -208,7 +205,7 @@ def prove(spec: Spec) -> list[Outcome]:
 
     Raises UsageError where no target is PostgreSQL, ServerUnavailable, DatabaseFailed where a role may not create a schema.
     """
-    target = next((one for one in spec.targets.values() if one.kind == "postgres"), None)
+    target = next((candidate for candidate in spec.targets.values() if candidate.kind == "postgres"), None)
     if target is None:
         raise UsageError("prove: no target of the spec is PostgreSQL; a lake has its gate in MERGE, which verify judges")
     old, new = spec.source.dsn.resolve(), target.dsn_value
@@ -219,13 +216,13 @@ def _run(spec: Spec, old: str, new: str, race: Race, tombstones: bool) -> list[s
     with _scratch(spec, old, new, tombstones) as scratch, speaking_to(new, f"proving {race.name}"):
         race.steps(scratch)
         scratch.close()
-        wanted, found = dict(rows_of(scratch.old, scratch.table)), dict(rows_of(scratch.new, scratch.gated.table))
+        source, target = dict(rows_of(scratch.old, scratch.table)), dict(rows_of(scratch.new, scratch.gated.table))
     return [
         f"{kind} {key}"
         for kind, keys in (
-            ("extra", found.keys() - wanted.keys()),
-            ("missing", wanted.keys() - found.keys()),
-            ("stale", {key for key in wanted.keys() & found.keys() if wanted[key] != found[key]}),
+            ("extra", target.keys() - source.keys()),
+            ("missing", source.keys() - target.keys()),
+            ("stale", {key for key in source.keys() & target.keys() if source[key] != target[key]}),
         )
         for key in sorted(keys)
     ]
@@ -237,20 +234,18 @@ def _scratch(spec: Spec, old: str, new: str, tombstones: bool) -> Iterator[Scrat
     name = f"changeover_prove_{secrets.token_hex(4)}"
     application = application_name(spec.name, "prove")
     with ExitStack() as held:
-        here, there = _side(held, old, application, f"{name}_old"), _side(held, new, application, f"{name}_new")
+        old_session, new_session = _side(held, old, application, f"{name}_old"), _side(held, new, application, f"{name}_new")
         table = sql.Identifier(f"{name}_old", TABLE)
-        here.execute(sql.SQL(SEED).format(rows=table))
-        row = here.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        present = there.execute("SELECT to_regnamespace('changeover') IS NOT NULL").fetchone()
-        assert row is not None
-        assert present is not None
+        old_session.execute(sql.SQL(SEED).format(rows=table))
+        start = wal_position(old_session)
+        present = one_row(new_session.execute("SELECT to_regnamespace('changeover') IS NOT NULL"))
         gated = gate.GatedTable(f"{name}_new", TABLE, ("id",), ("id", "note"))
         with speaking_to(new, "installing the gate of the scratch table"):
             if not present[0]:
-                held.callback(there.execute, "DROP SCHEMA changeover")
-            held.callback(gate.remove, there, f"{name}_new", TABLE)
-            gate.install(there, gated, image_version(parse_lsn(row[0])))
-        yield Scratch(here, there, new, table, gated, tombstones)
+                held.callback(new_session.execute, "DROP SCHEMA changeover")
+            held.callback(gate.remove, new_session, f"{name}_new", TABLE)
+            gate.install(new_session, gated, image_version(start))
+        yield Scratch(old_session, new_session, new, table, gated, tombstones)
 
 
 def _side(held: ExitStack, dsn: str, application: str, schema: str) -> Connection:

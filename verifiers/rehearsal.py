@@ -1,9 +1,10 @@
 """The rehearsal: the whole way of every table on frames without a row, so that what passes `check` runs.
 
-It plans as the steps do, reads the source by the reader's own session, and brings no row through transform, COPY, MERGE and
-comparison: names, types and expressions meet every engine that they will meet. What an engine refuses is a reason, one sentence.
-What it makes in a store is rolled back, and a lake's table stands in a folder that is removed: nothing is changed, nothing left.
-Runs on the driver, with Spark, once nothing else stands against the plan.
+It plans as the steps do, reads the source by the reader's own session, and brings no row through
+transform, COPY, MERGE and comparison. So names, types and expressions meet every engine that they
+will meet. What an engine refuses is a reason, one sentence. What it makes in a store is rolled
+back, and a lake's table stands in a folder that is removed: nothing is changed, nothing left. Runs
+on the driver, with Spark, once nothing else stands against the plan.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ def rehearsed(spec: Spec, spark: Callable[[], SparkSession]) -> Preflight:
 
     Raises JavaMissing where Spark can't start, SpecError, and what else `division.examined` raises.
     """
-    found = examined(spec)
-    if not found.reasons and not _prepared(spec):
-        found.reasons += rehearse(spec, spark(), found.tables)
-    return found
+    checked = examined(spec)
+    if not checked.reasons and not _prepared(spec):
+        checked.reasons += rehearse(spec, spark(), checked.tables)
+    return checked
 
 
 def _prepared(spec: Spec) -> bool:
@@ -61,16 +62,16 @@ def rehearse(spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable])
     for table in spec.tables:
         for target in spec.targets.values():
             with _told(reasons, f"{table.source} into {target.name}"):
-                seen = tables[table.source]
+                source_table = tables[table.source]
                 only = replace(spec, tables=(table,), targets={target.name: target})
-                (transform,) = plan_transforms(only, spark, {table.source: seen}).values()
-                _go(spec, spark, transform, seen, target)
+                (transform,) = plan_transforms(only, spark, {table.source: source_table}).values()
+                _go(spec, spark, transform, source_table, target)
                 _return(spec, spark, table, transform, target)
     return list(dict.fromkeys(reasons))
 
 
 @contextmanager
-def _told(reasons: list[str], place: str) -> Iterator[None]:
+def _told(reasons: list[str], subject: str) -> Iterator[None]:
     """Make a reason of whatever an engine, or a function of the application's, raises.
 
     A server that is gone is none, nor is what the spec alone is wrong in.
@@ -82,46 +83,46 @@ def _told(reasons: list[str], place: str) -> Iterator[None]:
     except UnsafePlan as error:
         reasons += error.reasons
     except Exception as error:
-        reasons.append(_sentence(error, place))
+        reasons.append(_sentence(error, subject))
 
 
-def _sentence(error: Exception, place: str) -> str:
+def _sentence(error: Exception, subject: str) -> str:
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
     if isinstance(error, PySparkException | Py4JError):
-        error = as_ours(error, place, "without a row")
+        error = as_ours(error, subject, "without a row")
     if isinstance(error, RowRefused):  # there was none: it is what Spark says of an expression or a name
-        return f"{place}: {error.problem}"
+        return f"{subject}: {error.problem}"
     if isinstance(error, ChangeoverError):
         return str(error)
-    return f"{place}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+    return f"{subject}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
 
 
-def _go(spec: Spec, spark: SparkSession, transform: Transform, seen: SourceTable, target: Target) -> None:
+def _go(spec: Spec, spark: SparkSession, transform: Transform, source: SourceTable, target: Target) -> None:
     """Bring no row from the source through load, merge and comparison."""
     dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "check")
-    read = ReadTable(*qualified(seen.source), transform.source, seen.key, seen.partitions is not None)
+    read = ReadTable(*qualified(source.source), transform.source, source.key, source.partitions is not None)
     with open_store(spec, target, "check") as store, exporting(dsn, application) as (_, snapshot):
 
         def no_row(moved: frozenset[str]) -> DataFrame:
             return read_table(spark, dsn, application, read, EVERYTHING, snapshot, NO_KEYS, moved)
 
-        nothing = last_of_each_key(events.SCHEMA.empty_table(), seen.identity, [c.name for c in transform.source])
+        nothing = last_of_each_key(events.SCHEMA.empty_table(), source.identity, [c.name for c in transform.source])
         with completed(spec, spark, transform, nothing, None, dsn) as whole:
             changes = transform.changes(whole, 0, transform.moved_in_stream() if store.takes_text else frozenset())
             moved = transform.only_moved() if store.takes_text else frozenset()
             images = transform.rows(no_row(moved), moved=moved)
-            with store.rehearsing(spark, transform.target, spec.work, images, changes) as there:
-                if there is not None:
-                    _compare(transform, transform.uncast(no_row(frozenset())), there)
+            with store.rehearsing(spark, transform.target, spec.work, images, changes) as rehearsed:
+                if rehearsed is not None:
+                    _compare(transform, transform.uncast(no_row(frozenset())), rehearsed)
 
 
-def _compare(transform: Transform, here: DataFrame, there: DataFrame) -> None:
+def _compare(transform: Transform, source: DataFrame, target: DataFrame) -> None:
     """Have Spark analyse the comparison of two frames."""
     from pyspark.sql import functions as F
 
-    left, right = (frame.withColumn(RANGE, F.lit(0)) for frame in (here, there))
+    left, right = (frame.withColumn(RANGE, F.lit(0)) for frame in (source, target))
     fields = shared_fields(left, right, transform.table.source, transform.target.key, transform.pg_types)
     _ = classified(left, right, fields, 1).schema
 

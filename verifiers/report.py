@@ -76,7 +76,13 @@ def to_html(verdicts: Sequence[Verdict], summary: RunSummary | None = None) -> s
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"lsn": format_lsn, "bound": bound, "number": "{:,}".format, "seconds": seconds}
+    environment.filters |= {
+        "lsn": format_lsn,
+        "bound": bound,
+        "number": "{:,}".format,
+        "seconds": seconds,
+        "equal_keys": equal_keys,
+    }
     template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
         word=word(verdicts), verdicts=verdicts, summary=summary, classes=CLASSES, cells=cells, longest=_longest(summary)
@@ -123,8 +129,8 @@ def _details(verdict: Verdict) -> Iterator[RenderableType]:
     from rich.text import Text
 
     name = f"{verdict.table} in {verdict.target}"
-    for one in verdict.types:
-        yield Text(f"{name}: {one}", style="red")
+    for change in verdict.types:
+        yield Text(f"{name}: {change}", style="red")
     for check in verdict.checks:
         answer = "equal" if check.equal else f"different: {check.first_difference}"
         yield Text(f"{name}: check {check.name}: {answer}")
@@ -139,8 +145,8 @@ def _details(verdict: Verdict) -> Iterator[RenderableType]:
         return
     sample = Table("class", "key", "column", "source", "target", title=f"{name}: a sample", title_justify="left")
     for difference in verdict.sample:
-        for place, (column, source, target) in enumerate(cells(difference)):
-            head = (Text(difference.kind), _pairs(difference.key)) if place == 0 else (Text(""), Text(""))
+        for number, (column, source, target) in enumerate(cells(difference)):
+            head = (Text(difference.kind), _pairs(difference.key)) if number == 0 else (Text(""), Text(""))
             sample.add_row(*head, Text(column), _value(source), _value(target))
     yield sample
 
@@ -165,8 +171,8 @@ def cells(difference: Difference) -> list[tuple[str, tuple[bool, str | None], tu
 
     Of a pair the columns that differ; of a row without a partner all but the key.
     """
-    there = difference.source or difference.target or {}
-    names = difference.columns or tuple(name for name in there if name not in difference.key) or tuple(difference.key)
+    row = difference.source or difference.target or {}
+    names = difference.columns or tuple(name for name in row if name not in difference.key) or tuple(difference.key)
     return [(name, _cell(difference.source, name), _cell(difference.target, name)) for name in names]
 
 
@@ -188,6 +194,21 @@ def seconds(value: float) -> str:
     if value < 1:
         return f"{value * 1000:.0f} ms"
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def equal_keys(verdict: Verdict) -> int:
+    """Return how many keys were equal as both sides were read (pure).
+
+    Keys that were in flight and met when judged again are told apart. The rows of a side were counted before, and such a key
+    may be among none of them.
+
+    Args:
+        verdict: What was found about one table in one target.
+
+    Returns:
+        A number of keys, at most the rows of either side.
+    """
+    return verdict.equal_rows - verdict.recheck.in_flight
 
 
 def _longest(summary: RunSummary | None) -> float:

@@ -29,7 +29,7 @@ class Unchecked:
 
     def left(self, chosen: Mapping[Names, T]) -> dict[Names, T]:
         """Return what can still be compared."""
-        return {names: one for names, one in chosen.items() if names not in self.reasons}
+        return {names: load for names, load in chosen.items() if names not in self.reasons}
 
     @contextmanager
     def at(self, names: Collection[Names]) -> Iterator[None]:
@@ -41,7 +41,7 @@ class Unchecked:
 
     def add(self, names: Collection[Names], reason: Exception) -> None:
         """Take down why some tables can't be compared; the first reason stays."""
-        for source, target in [one for one in names if one not in self.reasons]:
+        for source, target in [load for load in names if load not in self.reasons]:
             log.error("no verdict on %s in %s: %s", source, target, sentence(reason))
             self.reasons[source, target] = reason
 

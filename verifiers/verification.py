@@ -1,13 +1,15 @@
 """Verification: both sides brought to one moment, every row compared, the verdict put on record.
 
-While the old store has authority the moment is exact: a temporary slot, or a window of the trigger log, gives an LSN X and its
-snapshot, replay offers every event below X and none at or above, then each target is frozen and replay goes on. Where the
-application writes to both stores, a target may be ahead of X, so differing keys are judged again (`recheck`). After authority has
-moved the old store is compared with the new one as both are, and the lake with the rows that no mirrored write has touched ahead
-of the stream; without a reverse path the lake stays at the fence, and is compared with the rows that no later write touched at all.
-While tenants are at both stores it is both: first what was written to the new store comes back up to one position, then X is
-taken, of all other rows; differing keys are judged again with both directions moving. A table that can't be checked keeps no other
-from its verdict: its reason is raised when the others have theirs.
+While the old store has authority the moment is exact. A temporary slot, or a tick of the trigger
+log, gives an LSN X and its snapshot. Replay applies every event below X and none at or above. Then
+each target is frozen and replay goes on. Where the application writes to both stores, a target may
+be ahead of X, so differing keys are judged again (`recheck`). After authority has moved the old
+store is compared with the new one as both are. The lake is compared with the rows that no mirrored
+write has touched ahead of the stream. Without a reverse path the lake stays at the fence, and is
+compared with the rows that no later write touched at all. While tenants are at both stores it is
+both. First what was written to the new store comes back up to one position, then X is taken, of all
+other rows. Differing keys are judged again with both directions moving. A table that can't be
+checked keeps no other from its verdict: its reason is raised when the others have theirs.
 """
 
 from __future__ import annotations
@@ -54,20 +56,22 @@ log = logging.getLogger(__name__)
 
 
 def verify(
-    spec: Spec, spark: SparkSession, *, targets: Sequence[str] | None = None, found: Callable[[Verdict], object] | None = None
+    spec: Spec, spark: SparkSession, *, targets: Sequence[str] | None = None, on_verdict: Callable[[Verdict], object] | None = None
 ) -> list[Verdict]:
     """Compare every row of every table with each target (all unless named) and record the verdicts (driver).
 
-    `found` is told each verdict when it is on record. Once all have theirs that can, raises CouldNotCheck where there is no answer,
-    StepOrder before the backfill is closed, TableStopped, RowRefused, or CouldNotFinish with all reasons where there are several.
+    `on_verdict` is called with each verdict once it is on record. Once all tables have theirs that
+    can, it raises for the others. That is CouldNotCheck where there is no answer, StepOrder before
+    the backfill is closed, TableStopped or RowRefused. It is CouldNotFinish with all reasons where
+    there are several.
     """
-    with Ledger.open(spec, "verify") as ledger, ledger.lease("verify"), ledger.recorded("verify") as told:
+    with Ledger.open(spec, "verify") as ledger, ledger.lease("verify"), ledger.recorded("verify") as entry:
         prepared = require_prepared(spec, spark, ledger, "verify")
         chosen = {names: t for names, t in prepared.transforms.items() if targets is None or names[1] in targets}
         unchecked = Unchecked()
         look_closed(ledger, chosen, unchecked)
         verdicts: list[Verdict] = []
-        told["verdicts"] = recorded = []
+        entry["verdicts"] = recorded = []
         if unchecked.left(chosen):
             split = Split(ledger.authorities())
             with held_still(spec, spark, ledger, prepared, chosen, split, unchecked) as moment:
@@ -79,10 +83,10 @@ def verify(
                         log.info("%s in %s: %s at %s", source, target, verdict.word, verdict.positions)
                         verdicts.append(verdict)
                         recorded.append({"source": source, "target": target, "verdict": verdict.word, "rows": verdict.source_rows})
-                        if found is not None:
-                            found(verdict)
+                        if on_verdict is not None:
+                            on_verdict(verdict)
         unchecked.require_none()
-        told["outcome"] = "equal" if all(verdict.equal for verdict in verdicts) else "different"
+        entry["outcome"] = "equal" if all(verdict.equal for verdict in verdicts) else "different"
         return verdicts
 
 
@@ -118,8 +122,8 @@ class _Comparison:
             )  # fmt: skip
         except (RowRefused, TextRefused) as refused:
             sides = zip(SIDES, (old, new), strict=True)
-            found = (badrow.in_frozen(self.spark, self.transform, frozen, side) for side, frozen in sides)
-            raise next(filter(None, found), refused) from refused
+            refusals = (badrow.in_frozen(self.spark, self.transform, frozen, side) for side, frozen in sides)
+            raise next(filter(None, refusals), refused) from refused
         self._require_whole(diff, old, new, every_row=not follows_new)
         again = None
         if diff.differing_keys and self._takes_over() and recheck.dual_written(self.ledger, self.split.changes):
@@ -136,8 +140,8 @@ class _Comparison:
         """Return the columns that have another type than the one on record, when the target was opened or now."""
         table = self.transform.target
         with open_store(self.spec, self.spec.targets[self.target], "verify") as store:
-            seen = [table.columns, store.columns(table.schema, table.name) or ()]
-            now = [{column.name: store.type_of(column) for column in columns} for columns in seen]
+            looks = [table.columns, store.columns(table.schema, table.name) or ()]
+            now = [{column.name: store.type_of(column) for column in columns} for columns in looks]
         _, recorded, _ = self.ledger.source_table(self.source)
         planned = {column.name: column.type for column in recorded}
         source = self.moment.tables.get(self.source)
@@ -183,7 +187,7 @@ class _Comparison:
 
             def source(keys: Sequence[recheck.Key]) -> DataFrame:
                 places = [diff.key.index(column) for column in moved] if moved else []
-                own = [tuple(key[place] for place in places) for key in keys] if moved else None
+                own = [tuple(key[position] for position in places) for key in keys] if moved else None
                 now = watched("source", present.enter_context(freeze(self.spark, dsn, application, [read], 1))(read))
                 rows = self.transform.uncast(now.frame(own))
                 return rows if moved else recheck.only(rows, diff.key, keys)
@@ -204,7 +208,7 @@ class _Comparison:
             with from_spark(self.source, f"keys of {self.target} that are judged again"):
                 return recheck.judge(
                     diff, differences, run, pg_types=self.transform.pg_types, source=source, target=target, between=between,
-                    history=History(self.spark, self.transform, replay.spool, self.moment.source_lsn).told,
+                    history=History(self.spark, self.transform, replay.spool, self.moment.source_lsn).changes,
                 )  # fmt: skip
 
     def _takes_over(self) -> bool:
@@ -215,8 +219,8 @@ class _Comparison:
         from pyspark.sql import functions as F
 
         frame = transform.kept(frozen.frame(None)) if transform else frozen.frame(None)
-        one = len(frozen.ranges) == 1
-        ranged = frame.withColumn(RANGE, F.lit(0) if one else F.spark_partition_id())
+        single = len(frozen.ranges) == 1
+        ranged = frame.withColumn(RANGE, F.lit(0) if single else F.spark_partition_id())
         return transform.uncast(ranged, carry=[RANGE]) if transform else ranged
 
 

@@ -1,4 +1,4 @@
 """The commands of the flag: show, advance, roll back, and follow a stage that was set elsewhere.
 
-The flag's file is turned and authority moves with it, or neither happens.
+The flag's file is switched and authority moves with it, or neither happens.
 """

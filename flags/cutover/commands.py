@@ -1,8 +1,9 @@
 """The commands: what `changeover flags` does: show, advance, roll back, and follow a flag that is switched elsewhere.
 
-The flag holds the desired stage, the ledger's epoch the observed one. A step that moves authority takes effect by its fence
-alone; the flag is turned first, so that every router already knows where to go, and turned back when the fence is called off.
-Every step, and every refusal, is in the audit log with the hash of its evidence.
+The flag holds the desired stage, the ledger's epoch the observed one. A step that moves authority
+takes effect by its fence alone. The flag is switched first, so that every router already knows
+where to go. It is switched back when the fence is called off. Every step, and every refusal, is in
+the audit log with the hash of its evidence.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from changeover.flags.cutover import moves as by_name
 from changeover.flags.cutover import switch
 from changeover.flags.cutover.discovery import Astray, Census
 from changeover.flags.cutover.moves import Apart, sentence, together
-from changeover.flags.cutover.switch import Advanced, desired_stage, everybody, flag_of, require_open, require_reverse
+from changeover.flags.cutover.switch import Advanced, desired_stage, everybody, flag_and_file, require_open, require_reverse
 from changeover.flags.fence.fence import MAX_PAUSE, fence, settle
 from changeover.flags.observed import Observations, observations
 from changeover.flags.rights import waits
@@ -39,7 +40,7 @@ from changeover.jobs.source.marker import mark
 from changeover.session import application_name, connect
 from changeover.spec import Spec
 
-__all__ = ["Advanced", "Shown", "advance", "desired_stage", "flag_of", "rollback", "show", "watch"]
+__all__ = ["Advanced", "Shown", "advance", "desired_stage", "flag_and_file", "rollback", "show", "watch"]
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Shown:
 
 def show(spec: Spec) -> Shown:
     """Return where the migration stands and what is missing for the next step (driver; starts no JVM)."""
-    flag_of(spec)
+    flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger:
         ledger.stream("flags")
         desired, known = desired_stage(spec), observations(ledger.authorities())
@@ -96,7 +97,7 @@ def show(spec: Spec) -> Shown:
         return Shown(
             stage, desired, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
             reverse.state(spec, ledger), rogue(spec, ledger), by_name.apart(known),
-            notes=[*evidence.rights.told, *waits(spec)] if evidence and readiness.takes_over(stage, evidence.after) else [],
+            notes=[*evidence.rights.notes, *waits(spec)] if evidence and readiness.takes_over(stage, evidence.after) else [],
         )  # fmt: skip
 
 
@@ -106,9 +107,9 @@ def advance(
     """Go one stage up if the evidence says that it is ready, or if `override` says why not to ask (driver).
 
     With `tenants` these alone go from shadow to live, as many as 10,000 at once. Raises NotReady with every reason, and
-    FenceCalledOff with the flag turned back.
+    FenceCalledOff with the flag switched back.
     """
-    flag_of(spec)
+    flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
         ledger.stream("flags advance")
         if tenants is not None:
@@ -121,10 +122,10 @@ def advance(
         if apart := together(known, after):
             raise Refused(f"flags advance: {apart}")
         evidence = readiness.collect(spec, ledger, before, after)
-        told = require_open(ledger, evidence, override, {})
-        done = switch.switch_flag(spec, ledger, before, after)
-        _record(spec, ledger, history.ADVANCED, before, after, told)
-        pause, notes = done.pause_seconds if done else None, tuple(evidence.rights.told)
+        entry = require_open(ledger, evidence, override, {})
+        fenced = switch.switch_flag(spec, ledger, before, after)
+        _record(spec, ledger, history.ADVANCED, before, after, entry)
+        pause, notes = fenced.pause_seconds if fenced else None, tuple(evidence.rights.notes)
         return Advanced(before, after, _epoch(ledger), pause, notes=notes)
 
 
@@ -133,7 +134,7 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
 
     With `tenants` these alone go from live to shadow. Without, while some are live and the others are not, it is those that go.
     """
-    flag_of(spec)
+    flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
         ledger.stream("flags rollback")
         if tenants is not None:
@@ -144,11 +145,11 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
         if after is None:
             raise Refused(f"flags rollback: {before.value} is the first stage, there is none below")
         epochs = known.epochs(Origin.NEW) if TABLE[after].writes is Origin.OLD else frozenset()
-        done = switch.switch_flag(spec, ledger, before, after)
-        lost = switch.lost(ledger, epochs, done) if done else 0
-        lacking = done.lacking if done else None
+        fenced = switch.switch_flag(spec, ledger, before, after)
+        lost = switch.lost(ledger, epochs, fenced) if fenced else 0
+        lacking = fenced.lacking if fenced else None
         _record(spec, ledger, history.ROLLED_BACK, before, after, {"lost": lost, "lacking": lacking})
-        return Advanced(before, after, _epoch(ledger), done.pause_seconds if done else None, lost, lacking)
+        return Advanced(before, after, _epoch(ledger), fenced.pause_seconds if fenced else None, lost, lacking)
 
 
 def _below(spec: Spec, known: Observations) -> tuple[Stage, Stage | None]:
@@ -163,10 +164,10 @@ def _epoch(ledger: Ledger) -> int:
     return observations(ledger.authorities()).epoch
 
 
-def _record(spec: Spec, ledger: Ledger, outcome: str, before: Stage, after: Stage, told: Mapping[str, Any]) -> None:
-    """Put a turn on record, with the position at which the mirror began if it did."""
+def _record(spec: Spec, ledger: Ledger, outcome: str, before: Stage, after: Stage, entry: Mapping[str, Any]) -> None:
+    """Put a switch on record, with the position at which the mirror began if it did."""
     begins = TABLE[after].mirrors and not TABLE[before].mirrors
-    history.record(ledger, outcome, before, after, _mirror_lsn(spec, ledger, after) if begins else None, told)
+    history.record(ledger, outcome, before, after, _mirror_lsn(spec, ledger, after) if begins else None, entry)
 
 
 def _mirror_lsn(spec: Spec, ledger: Ledger, stage: Stage) -> int:
@@ -181,9 +182,9 @@ def _mirror_lsn(spec: Spec, ledger: Ledger, stage: Stage) -> int:
 
 
 def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:
-    """Follow a flag that is turned elsewhere: ask for readiness, fence, write the epoch, until `stop`, Ctrl-C or SIGTERM (driver).
+    """Follow a flag that is switched elsewhere until `stop`, Ctrl-C or SIGTERM: ask for readiness, fence, write the epoch (driver).
 
-    `say` gets a sentence for each turn, and for each reason against one; what is not ready is asked again. Where the spec names
+    `say` gets a sentence for each switch, and for each reason against one; what is not ready is asked again. Where the spec names
     a column of tenants, those of which the flag asks something else than of everybody move by name, together. Returns whether a
     signal ended it; a fence that is under way then is brought to its end. Raises what is wrong at the start: StepOrder,
     SpecError.
@@ -194,34 +195,34 @@ def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callabl
     census = Census(spec) if spec.flag is not None and spec.flag.context is not None else None
     with suppress(LeaseHeld):  # a fence that is under way leaves things in order by itself
         settle(spec)
-    said: str | None = None
+    last: str | None = None
     with asked_to_stop(stop) as asked:
         while not stop.is_set():
             try:
-                told = _follow(spec, census)
+                message = _follow(spec, census)
             except LeaseHeld:
-                told = said  # a command of ours turns the flag at this moment
+                message = last  # a command of ours switches the flag at this moment
             except ChangeoverError as error:
-                told = str(error)
-                if isinstance(error, NotReady) and _is_new(told, said):
+                message = str(error)
+                if isinstance(error, NotReady) and _is_new(message, last):
                     _record_refusal(spec, error)
-            if told is not None and _is_new(told, said):
-                log.info("%s", told)
-                say(told)
-            said = told
+            if message is not None and _is_new(message, last):
+                log.info("%s", message)
+                say(message)
+            last = message
             stop.wait(every)
         return asked()
 
 
-def _is_new(told: str, said: str | None) -> bool:
+def _is_new(message: str, last: str | None) -> bool:
     """Return whether a sentence says more than the one before, its counts and positions left out: those move all the time."""
-    return said is None or FIGURES.sub("", told) != FIGURES.sub("", said)
+    return last is None or FIGURES.sub("", message) != FIGURES.sub("", last)
 
 
 def _record_refusal(spec: Spec, closed: NotReady) -> None:
     with Ledger.open(spec, "flags watch") as ledger:
-        told = {"from": _on_record(ledger).value, "to": closed.stage, "reasons": closed.reasons, "override": None}
-        ledger.audit(history.STEP, "refused", told)
+        entry = {"from": _on_record(ledger).value, "to": closed.stage, "reasons": closed.reasons, "override": None}
+        ledger.audit(history.STEP, "refused", entry)
 
 
 def _follow(spec: Spec, census: Census | None = None) -> str | None:
@@ -249,26 +250,26 @@ def _astray(census: Census | None, known: Observations) -> Astray:
 
 
 def _follow_everybody(spec: Spec, ledger: Ledger, desired: Stage, known: Observations) -> str:
-    """Follow the flag's turn for everybody."""
-    before, wanted = _on_record(ledger), TABLE[desired].writes
-    if known.rest.store is wanted:
+    """Follow the flag's switch for everybody."""
+    before, to = _on_record(ledger), TABLE[desired].writes
+    if known.rest.store is to:
         if waits := together(known, desired):
             raise Refused(waits)
         _record(spec, ledger, history.FOLLOWED, before, desired, {})
-        return f"the flag was turned from {before.value} to {desired.value}"
-    if wanted is Origin.NEW:
+        return f"the flag was switched from {before.value} to {desired.value}"
+    if to is Origin.NEW:
         readiness.require(readiness.collect(spec, ledger, effective(desired, Origin.OLD), desired))
     else:
         require_reverse(ledger, before)
-    done = fence(spec, wanted)
-    lost = switch.lost(ledger, known.epochs(Origin.NEW), done) if wanted is Origin.OLD else 0
-    _record(spec, ledger, history.FOLLOWED, before, desired, {"epoch": done.epoch, "pause": done.pause_seconds, "lost": lost})
-    return sentence(f"the flag was turned from {before.value} to {desired.value}", done, lost)
+    fenced = fence(spec, to)
+    lost = switch.lost(ledger, known.epochs(Origin.NEW), fenced) if to is Origin.OLD else 0
+    _record(spec, ledger, history.FOLLOWED, before, desired, {"epoch": fenced.epoch, "pause": fenced.pause_seconds, "lost": lost})
+    return sentence(f"the flag was switched from {before.value} to {desired.value}", fenced, lost)
 
 
 def _on_record(ledger: Ledger) -> Stage:
-    found = history.switches(ledger)
-    return found[0].after if found else ORDER[0]
+    switches = history.switches(ledger)
+    return switches[0].after if switches else ORDER[0]
 
 
 def _is_observed(ledger: Ledger, desired: Stage, known: Observations) -> bool:

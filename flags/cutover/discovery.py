@@ -1,10 +1,11 @@
 """Discovery: which tenants there are, how PostgreSQL writes their names, and whose desired stage is not the observed one.
 
-Tenants are counted by the old store, which has all of them from the beginning to the end, by a loose scan of an index that
-begins with their column: a step per tenant, not per row. A count takes no more than a twentieth of the time, so with many
-tenants it is made less often: of 10,000 every few seconds, of 100,000 every few minutes. The flag itself is asked again as soon
-as its file or the ledger has changed, by the SDK's own rules, percentage rollouts among them. An answer that is no stage moves
-nobody.
+The old store lists the tenants, because it has all of them from the beginning to the end. It does
+so by a loose scan of an index that begins with their column: a step per tenant, not per row. A
+count takes no more than a twentieth of the time, so with many tenants it is made less often: of
+10,000 every few seconds, of 100,000 every few minutes. The flag itself is asked again as soon as
+its file or the ledger has changed, by the SDK's own rules, percentage rollouts among them. An
+answer that is no stage moves nobody.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from psycopg import sql
 
 from changeover.errors import UsageError
 from changeover.flags import flagfile
-from changeover.flags.cutover.switch import flag_of
+from changeover.flags.cutover.switch import flag_and_file
 from changeover.flags.fence.fence import MOST_TENANTS
 from changeover.flags.observed import Observations
 from changeover.flags.stages import TABLE
+from changeover.jobs.reverse import path as reverse
 from changeover.jobs.transform.tenancy import new_column, old_column
 from changeover.session import Connection, application_name, connect, escaped
 from changeover.spec import Spec
@@ -83,11 +85,11 @@ class Census:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self.flag, self.file = flag_of(spec)
+        self.flag, self.file = flag_and_file(spec)
         self._names: frozenset[str] = frozenset()
         self._counts = 0
         self._due = 0.0
-        self._seen: tuple[Any, ...] | None = None
+        self._inputs: tuple[Any, ...] | None = None
         self._astray = Astray()
 
     def look(self, known: Observations) -> Astray:
@@ -97,22 +99,22 @@ class Census:
         if counts:
             self._count()
         file = self.file.stat()
-        seen = (file.st_mtime_ns, file.st_ino, known.epoch, self._counts)
-        if seen != self._seen:
-            self._astray, self._seen = self._evaluated(known), seen
+        inputs = (file.st_mtime_ns, file.st_ino, known.epoch, self._counts)
+        if inputs != self._inputs:
+            self._astray, self._inputs = self._evaluated(known), inputs
         if counts:
             ended = time.monotonic()
             self._due = ended + SHARE * (ended - started)
         return self._astray
 
     def _count(self) -> None:
-        found: set[str] = set()
+        tenants: set[str] = set()
         with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "census")) as old:
             for table in self.spec.tables:
-                found.update(present(old, *table.source_name, self.flag.context or "", MOST + 1))
-        if len(found) > MOST:
+                tenants.update(present(old, *table.source_name, self.flag.context or "", MOST + 1))
+        if len(tenants) > MOST:
             log.warning("there are more than %s tenants: those beyond are moved by all rows' flag, or by name, alone", f"{MOST:,}")
-        names = frozenset(sorted(found)[:MOST])
+        names = frozenset(sorted(tenants)[:MOST])
         if names != self._names:
             self._names, self._counts = names, self._counts + 1
 
@@ -132,10 +134,10 @@ def present(connection: Connection, schema: str, name: str, column: str, most: i
     table = sql.Identifier(schema, name)
     row = connection.execute(LEADS_AN_INDEX, [table.as_string(connection), column]).fetchone()
     statement = LOOSE if row is not None and row[0] else WHOLE
-    found = connection.execute(
+    rows = connection.execute(
         sql.SQL(statement).format(column=sql.Identifier(column), table=table, most=sql.Literal(most))
     ).fetchall()  # fmt: skip
-    return [value for (value,) in found if value]
+    return [value for (value,) in rows if value]
 
 
 def spelled(spec: Spec, names: Collection[str]) -> list[str]:
@@ -143,35 +145,34 @@ def spelled(spec: Spec, names: Collection[str]) -> list[str]:
     column = old_column(spec) or ""
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "flags")) as old:
         kind = _type(old, spec, column)
-    found = dict.fromkeys(str(_typed(kind, column, name)) for name in names)
-    return list(found)
+    spellings = dict.fromkeys(str(_typed(kind, column, name)) for name in names)
+    return list(spellings)
 
 
 def unknown(spec: Spec, names: Collection[str]) -> tuple[str, ...]:
     """Return the tenants of which no table in either store has a row; none where that takes too long to tell."""
     column = old_column(spec) or ""
-    assert spec.flag is not None
     left = set(names)
     with (
         connect(spec.source.dsn.resolve(), application_name(spec.name, "flags")) as old,
-        connect(spec.targets[spec.flag.target].dsn_value, application_name(spec.name, "flags")) as new,
+        connect(reverse.new_dsn(spec), application_name(spec.name, "flags")) as new,
     ):
         kind = _type(old, spec, column)
         values = [_typed(kind, column, name) for name in names]
         try:
             for table in spec.tables:
-                for side, place, holder in ((old, table.source_name, column), (new, table.target_name, new_column(spec, table))):
+                for side, relation, holder in ((old, table.source_name, column), (new, table.target_name, new_column(spec, table))):
                     if left and holder is not None:
-                        left -= _present(side, place, holder, kind, values)
+                        left -= _present(side, relation, holder, kind, values)
         except psycopg.errors.QueryCanceled:
             log.info("whether the tenants have rows takes more than %s s to tell", LOOK_SECONDS)
             return ()
     return tuple(sorted(left))
 
 
-def _present(connection: Connection, place: tuple[str, str], column: str, kind: str, values: list[Any]) -> set[str]:
+def _present(connection: Connection, relation: tuple[str, str], column: str, kind: str, values: list[Any]) -> set[str]:
     typed = sql.SQL(kind)  # a name that format_type printed
-    names = {"table": escaped(sql.Identifier(*place)), "column": escaped(sql.Identifier(column))}
+    names = {"table": escaped(sql.Identifier(*relation)), "column": escaped(sql.Identifier(column))}
     statement = sql.SQL(PRESENT).format(**names, type=typed)
     with connection.transaction():
         connection.execute("SELECT set_config('statement_timeout', %s, true)", [f"{LOOK_SECONDS * 1000:.0f}ms"])

@@ -1,7 +1,8 @@
 """Tenants moved by name: from shadow to live and back, by the same readiness and fence as all rows, while the others stay.
 
-rampdown and complete are of all rows, so they wait until no tenant is at the old store. A name is brought to the form in which
-PostgreSQL prints it; one that the column's type can't hold is refused, one that no row has yet may move, and is told.
+rampdown and complete are of all rows, so they wait until no tenant is at the old store. A name is
+brought to the form in which PostgreSQL prints it. One that the column's type can't hold is refused.
+One that no row has yet may move, and the answer says so.
 """
 
 from __future__ import annotations
@@ -37,13 +38,11 @@ class Apart:
 
 def apart(known: Observations) -> Apart | None:
     """Return the tenants that stand apart, None where there are none (pure)."""
-    found = known.apart
-    if not found:
+    others = known.apart
+    if not others:
         return None
-    store = next(iter(found.values())).store.value
-    return Apart(
-        store, len(found), tuple(sorted(found)[:NAMED]), tuple(sorted({observation.epoch for observation in found.values()}))
-    )
+    store = next(iter(others.values())).store.value
+    return Apart(store, len(others), tuple(sorted(others)[:NAMED]), tuple(sorted({o.epoch for o in others.values()})))
 
 
 def some(names: Sequence[str], count: int | None = None) -> str:
@@ -70,14 +69,13 @@ def advance(spec: Spec, ledger: Ledger, names: Collection[Tenant], override: str
     if not going:
         raise Refused(f"flags advance: {some(chosen)} live already: rampdown and complete are of all rows, without --tenant")
     evidence = readiness.collect(spec, ledger, Stage.SHADOW, Stage.LIVE, everybodys)
-    told = require_open(ledger, evidence, override, {"tenants": chosen[:NAMED], "count": len(chosen)})
+    entry = require_open(ledger, evidence, override, {"tenants": chosen[:NAMED], "count": len(chosen)})
     missing = unknown(spec, chosen)
-    done = switch.switch_flag(spec, ledger, Stage.SHADOW, Stage.LIVE, chosen)
-    assert done is not None
-    history.record_tenants(ledger, history.ADVANCED, Stage.SHADOW, Stage.LIVE, {**told, "epoch": done.epoch})
+    fenced = switch.move_authority(spec, ledger, Stage.LIVE, chosen)
+    history.record_tenants(ledger, history.ADVANCED, Stage.SHADOW, Stage.LIVE, {**entry, "epoch": fenced.epoch})
     return Advanced(
-        Stage.SHADOW, Stage.LIVE, done.epoch, done.pause_seconds, tenants=tuple(going), unknown=missing,
-        notes=tuple(evidence.rights.told),
+        Stage.SHADOW, Stage.LIVE, fenced.epoch, fenced.pause_seconds, tenants=tuple(going), unknown=missing,
+        notes=tuple(evidence.rights.notes),
     )  # fmt: skip
 
 
@@ -93,16 +91,15 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[Tenant]) -> Advanced:
         raise Refused(f"flags rollback: {some(chosen)} at the old store already: below shadow all rows go together")
     epochs = known.epochs(Origin.NEW, going)
     missing = unknown(spec, chosen)
-    done = switch.switch_flag(spec, ledger, Stage.LIVE, Stage.SHADOW, chosen)
-    assert done is not None
-    lost = switch.lost(ledger, epochs, done)
-    told = {"tenants": chosen[:NAMED], "count": len(chosen), "epoch": done.epoch, "lost": lost, "lacking": done.lacking}
-    history.record_tenants(ledger, history.ROLLED_BACK, Stage.LIVE, Stage.SHADOW, told)
-    return Advanced(Stage.LIVE, Stage.SHADOW, done.epoch, done.pause_seconds, lost, done.lacking, tuple(going), missing)
+    fenced = switch.move_authority(spec, ledger, Stage.SHADOW, chosen)
+    lost = switch.lost(ledger, epochs, fenced)
+    entry = {"tenants": chosen[:NAMED], "count": len(chosen), "epoch": fenced.epoch, "lost": lost, "lacking": fenced.lacking}
+    history.record_tenants(ledger, history.ROLLED_BACK, Stage.LIVE, Stage.SHADOW, entry)
+    return Advanced(Stage.LIVE, Stage.SHADOW, fenced.epoch, fenced.pause_seconds, lost, fenced.lacking, tuple(going), missing)
 
 
 def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
-    """Move tenants whose flag was turned elsewhere; return the sentence. Raises NotReady and FenceCalledOff."""
+    """Move tenants whose flag was switched elsewhere; return the sentence. Raises NotReady and FenceCalledOff."""
     known = observations(ledger.authorities())
     before, after = (Stage.SHADOW, Stage.LIVE) if to is Origin.NEW else (Stage.LIVE, Stage.SHADOW)
     if to is Origin.NEW:
@@ -110,19 +107,20 @@ def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
         readiness.require(readiness.collect(spec, ledger, before, after, everybodys))
     else:
         require_reverse(ledger, before)
-    done = fence(spec, to, tenants=names)
-    lost = switch.lost(ledger, known.epochs(Origin.NEW, names), done) if to is Origin.OLD else 0
-    told = {"tenants": list(names[:NAMED]), "count": len(names), "epoch": done.epoch, "pause": done.pause_seconds, "lost": lost}
-    history.record_tenants(ledger, history.FOLLOWED, before, after, told)
-    return sentence(f"the flag was turned to {after.value} for {some(names)}", done, lost)
+    fenced = fence(spec, to, tenants=names)
+    lost = switch.lost(ledger, known.epochs(Origin.NEW, names), fenced) if to is Origin.OLD else 0
+    outcome = {"epoch": fenced.epoch, "pause": fenced.pause_seconds, "lost": lost}
+    entry = {"tenants": list(names[:NAMED]), "count": len(names), **outcome}
+    history.record_tenants(ledger, history.FOLLOWED, before, after, entry)
+    return sentence(f"the flag was switched to {after.value} for {some(names)}", fenced, lost)
 
 
-def sentence(turned: str, done: Fenced, lost: int) -> str:
-    """Return what `flags watch` says of a turn that it followed over the fence (pure)."""
+def sentence(switched: str, fenced: Fenced, lost: int) -> str:
+    """Return what `flags watch` says of a switch that it followed over the fence (pure)."""
     left = f"; lost: {lost} writes that never reached the old store" if lost else ""
     return (
-        f"{turned}: the {done.store} store has authority (epoch {done.epoch}), writers were held up {done.pause_seconds:.2f} s at"
-        f" most{left}"
+        f"{switched}: the {fenced.store} store has authority (epoch {fenced.epoch}),"
+        f" writers were held up {fenced.pause_seconds:.2f} s at most{left}"
     )
 
 
@@ -142,7 +140,7 @@ def named(spec: Spec, names: Collection[Tenant]) -> list[str]:
 
 def _between(spec: Spec, known: Observations) -> Stage:
     """Return everybody's stage; raises Refused where no tenant may move by name."""
-    found = everybody(spec, known)
-    if found not in (Stage.SHADOW, Stage.LIVE):
-        raise Refused(f"tenants move by name between shadow and live, and everybody is at {found.value}: all rows go there first")
-    return found
+    stage = everybody(spec, known)
+    if stage not in (Stage.SHADOW, Stage.LIVE):
+        raise Refused(f"tenants move by name between shadow and live, and everybody is at {stage.value}: all rows go there first")
+    return stage

@@ -1,7 +1,8 @@
-"""The switch: the flag's file is turned and authority moves with it, of all rows or of some tenants, or neither happens.
+"""The switch: the flag's file is switched and authority moves with it, of all rows or of some tenants, or neither happens.
 
-The flag is turned first, so that every router already knows where to go, and put back as it was when the fence is called off;
-the ledger's word counts where what broke off may have done so after authority had moved.
+The flag is switched first, so that every router already knows where to go. It is put back as it was
+when the fence is called off. Where a step breaks off, the ledger says whether authority had moved
+before.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.errors import NotReady, Refused, SpecError
+from changeover.errors import NotReady, Refused
 from changeover.flags import flagfile, history, readiness
 from changeover.flags.fence.fence import Fenced, fence, settle
 from changeover.flags.observed import Observations, observations
 from changeover.flags.stages import TABLE, effective
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.reverse import path as reverse
+from changeover.jobs.transform.tenancy import flag_of, old_column, required
 from changeover.spec import Flag, Spec
 
 
@@ -27,10 +29,11 @@ from changeover.spec import Flag, Spec
 class Advanced:
     """A step that was done, up or down, of all rows or of the tenants that are named.
 
-    `pause_seconds` is how long the fence held writers up, None without a fence; `lost` how many writes of rows a step down left
-    behind in the new store, which never reached the old one, as far as routers know; `lacking` is why the old store got what their
-    mirrors brought alone, None where it got everything. `unknown` are the named tenants of which neither store has a row. `notes`
-    say how it was found out whether the application may write to the store that took over.
+    `pause_seconds` is how long the fence held writers up, None without a fence. `lost` is how many
+    writes of rows a step down left behind in the new store, as far as routers know: they never
+    reached the old one. `lacking` is why the old store got only what their mirrors brought, None
+    where it got everything. `unknown` are the named tenants of which neither store has a row.
+    `notes` say how it was found out whether the application may write to the store that took over.
     """
 
     before: Stage
@@ -44,16 +47,25 @@ class Advanced:
     notes: tuple[str, ...] = ()
 
 
-def flag_of(spec: Spec) -> tuple[Flag, Path]:
-    """Return the spec's flag and its data file; raises SpecError where the spec has none."""
-    if spec.flag is None:
-        raise SpecError(spec.path, "flag", "is missing: name the flag's key, its target and its data file")
-    return spec.flag, Path(spec.flag.file) if spec.flag.file else spec.work / "flags.json"
+def flag_and_file(spec: Spec) -> tuple[Flag, Path]:
+    """Return the spec's flag and its data file.
+
+    Args:
+        spec: The spec.
+
+    Returns:
+        The flag, and the file that it names, or `flags.json` in the work folder.
+
+    Raises:
+        SpecError: The spec has no `[flag]`.
+    """
+    flag = flag_of(spec)
+    return flag, Path(flag.file) if flag.file else spec.work / "flags.json"
 
 
 def desired_stage(spec: Spec) -> Stage:
     """Return the stage that the flag's data file asks for, of everybody."""
-    flag, file = flag_of(spec)
+    flag, file = flag_and_file(spec)
     return flagfile.read_stage(file, flag.key)
 
 
@@ -63,16 +75,35 @@ def everybody(spec: Spec, known: Observations) -> Stage:
 
 
 def switch_flag(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants: Collection[str] | None = None) -> Fenced | None:
-    """Turn the flag, and move authority where the stage asks for it; the flag goes back if that fails."""
-    flag, file = flag_of(spec)
+    """Switch the flag, and move authority where the stage asks for it; the flag goes back if that fails."""
     to = TABLE[after].writes
-    if TABLE[before].writes is to:
-        settle(spec)
-        _write(flag, file, after, tenants, alone=to is Origin.OLD)
-        return None
+    if TABLE[before].writes is not to:
+        return move_authority(spec, ledger, after, tenants)
+    settle(spec)
+    _write(spec, after, tenants, alone=to is Origin.OLD)
+    return None
+
+
+def move_authority(spec: Spec, ledger: Ledger, after: Stage, tenants: Collection[str] | None = None) -> Fenced:
+    """Switch the flag to a stage whose writes go to the other store, and fence the one that loses them (driver).
+
+    Args:
+        spec: The spec.
+        ledger: The open ledger; the caller has the flag's lease.
+        after: The stage.
+        tenants: The tenants that move, None for all rows.
+
+    Returns:
+        What the fence did.
+
+    Raises:
+        FenceCalledOff: The handover took too long; the flag is as it was before.
+    """
+    flag, file = flag_and_file(spec)
+    to = TABLE[after].writes
     former = flagfile.read_flag(file, flag.key)
     try:
-        _write(flag, file, after, tenants)
+        _write(spec, after, tenants)
         return fence(spec, to, tenants=tenants)
     except BaseException:
         known = observations(ledger.authorities())
@@ -82,23 +113,23 @@ def switch_flag(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants
         raise
 
 
-def _write(flag: Flag, file: Path, stage: Stage, tenants: Collection[str] | None, alone: bool = False) -> None:
-    """Turn the flag of tenants, or of everybody; of all tenants too then, unless it is turned `alone`."""
+def _write(spec: Spec, stage: Stage, tenants: Collection[str] | None, alone: bool = False) -> None:
+    """Switch the flag of tenants, or of everybody; of all tenants too then, unless it is switched `alone`."""
+    flag, file = flag_and_file(spec)
     if tenants is None:
         flagfile.write_stage(file, flag.key, stage, None if alone else flag.context)
     else:
-        assert flag.context is not None
-        flagfile.write_tenants(file, flag.key, flag.context, tenants, stage)
+        flagfile.write_tenants(file, flag.key, required(old_column(spec), spec), tenants, stage)
 
 
-def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | None, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what goes on record of a step's evidence; raises GateClosed, itself on record, unless there is an override."""
+def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | None, details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what goes on record of a step's evidence; raises NotReady, itself on record, unless there is an override."""
     reasons = readiness.objections(evidence)
-    found = {**told, "evidence": evidence.digest, "reasons": reasons, "rights": evidence.rights.told, "override": override}
+    entry = {**details, "evidence": evidence.digest, "reasons": reasons, "rights": evidence.rights.notes, "override": override}
     if reasons and not override:
-        ledger.audit(history.STEP, "refused", {"from": evidence.before.value, "to": evidence.after.value, **found})
+        ledger.audit(history.STEP, "refused", {"from": evidence.before.value, "to": evidence.after.value, **entry})
         raise NotReady(evidence.after.value, tuple(reasons))
-    return found
+    return entry
 
 
 def require_reverse(ledger: Ledger, before: Stage) -> None:
@@ -114,6 +145,6 @@ def expected(ledger: Ledger, epochs: Collection[int]) -> int:
     return readiness.lost(ledger.heartbeats(), epochs, ledger.now())
 
 
-def lost(ledger: Ledger, epochs: Collection[int], done: Fenced) -> int:
+def lost(ledger: Ledger, epochs: Collection[int], fenced: Fenced) -> int:
     """Return how many writes a fence back has lost: none where the reverse path brought them all."""
-    return readiness.lost(ledger.heartbeats(), epochs, ledger.now()) if done.lacking is not None else 0
+    return readiness.lost(ledger.heartbeats(), epochs, ledger.now()) if fenced.lacking is not None else 0

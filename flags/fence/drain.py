@@ -1,8 +1,8 @@
 """The drain: what a fence waits for, so that the gaining store has everything which the losing one was ever written.
 
-Before the pause it draws near, while writers go on; in the pause the losing store refuses, and its position then is what must have
-arrived: by its stream, or on a rollback, where that is not whole, by the routers' mirrors. Everything runs where `changeover
-flags` runs.
+Before the pause it draws near, while writers go on. In the pause the losing store refuses, and all
+below its position at that moment must reach the other one. Its stream brings it. On a rollback
+whose stream is not whole, the routers' mirrors do. Everything runs where `changeover flags` runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.spool.table import spool_of
+from changeover.jobs.transform.tenancy import flag_of
 from changeover.position import format_lsn
+from changeover.session import one_row
 from changeover.spec import Spec
 from changeover.stores.base.statements import Move
 from changeover.stores.postgres import refusal
@@ -39,18 +41,18 @@ LOOK_SECONDS = 1.0
 def hand_over(handover: Handover, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
     """Have the old store refuse, drain, and wait until the new one has everything; return where both stores' logs were then.
 
-    `go_on` lets replay have its turn.
+    `go_on` gives replay its lease.
     """
     spec, ledger = handover.spec, handover.ledger
-    place = _frozen(handover, pause)
+    written = _frozen(handover, pause)
     spool = spool_of(spec, ledger.stream("fence").epoch)
-    pause.wait(lambda: None if spool.end() >= place else "capture to spool the last writes")
+    pause.wait(lambda: None if spool.end() >= written else "capture to spool the last writes")
     assumptions.require(Moment.FENCE, Asked(spec, handover.old.connection, ledger))
     pause.make(Move.COMPARE)
     go_on()
-    pause.wait(lambda: _behind(spec, ledger, place))
+    pause.wait(lambda: _behind(spec, ledger, written))
     pause.make(Move.AWAIT)
-    return place, position(spec, handover.new)
+    return written, position(spec, handover.new)
 
 
 def hand_back(handover: Handover, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
@@ -59,21 +61,21 @@ def hand_back(handover: Handover, pause: Pause, go_on: Callable[[], None], lacki
     Where there is no whole reverse path, that is what the routers' mirrors have brought, as each says after the refusal.
     """
     spec, ledger = handover.spec, handover.ledger
-    place = _frozen(handover, pause)
+    written = _frozen(handover, pause)
     if lacking is None and (gap := reverse_setup.gap_in(spec, ledger, handover.new.connection)):
         raise FenceCalledOff(pause.seconds, f"a whole stream: {gap}")
     pause.make(Move.COMPARE)
     if lacking is None:
         spool = reverse.spool_of(spec)
-        pause.wait(lambda: None if spool.end() >= place else "capture to spool the new store's last writes")
+        pause.wait(lambda: None if spool.end() >= written else "capture to spool the new store's last writes")
         go_on()
-        pause.wait(lambda: _not_back(ledger, place, pause))
+        pause.wait(lambda: _not_back(ledger, written, pause))
     else:
         log.warning("back by the mirror alone, which loses what it dropped: %s", lacking)
         now, epochs = ledger.now(), observations(handover.before).epochs(Origin.NEW, handover.names)
         pause.wait(lambda: unmirrored(ledger, now, epochs))
     pause.make(Move.AWAIT)
-    return position(spec, handover.old), place
+    return position(spec, handover.old), written
 
 
 def draw_near(handover: Handover, seconds: float) -> str | None:
@@ -85,10 +87,10 @@ def draw_near(handover: Handover, seconds: float) -> str | None:
     spec, ledger, back = handover.spec, handover.ledger, handover.to is Origin.OLD
     if back and (lacking := reverse_setup.lacking(spec, ledger)):
         return lacking
-    place, deadline = position(spec, handover.losing), time.monotonic() + seconds
+    written, deadline = position(spec, handover.losing), time.monotonic() + seconds
     emit_marker(handover.losing.connection, "fence ahead")
     look_at = time.monotonic() + LOOK_SECONDS
-    while waiting := _not_back(ledger, place) if back else _behind(spec, ledger, place):
+    while waiting := _not_back(ledger, written) if back else _behind(spec, ledger, written):
         if time.monotonic() > look_at:
             if not back:  # capture may have ended over it
                 assumptions.require(Moment.WATCH, Asked(spec, handover.old.connection, ledger))
@@ -104,13 +106,13 @@ def draw_near(handover: Handover, seconds: float) -> str | None:
 def _frozen(handover: Handover, pause: Pause) -> int:
     """Have a store refuse and drain; return its position then, behind which a marker hurries its stream on."""
     losing = handover.losing
-    if waiting := losing.freeze(handover.before, refusal.Refused(handover.epoch, handover.whose), pause.deadline):
+    if waiting := losing.freeze(handover.before, refusal.TenantEpoch(handover.epoch, handover.moving), pause.deadline):
         raise FenceCalledOff(pause.seconds, f"the lock on {waiting}")
     pause.make(Move.FREEZE)
-    place = position(handover.spec, losing)
+    written = position(handover.spec, losing)
     emit_marker(losing.connection, f"fence {handover.epoch}")
     pause.make(Move.POSITION)
-    return place
+    return written
 
 
 def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str | None:
@@ -123,11 +125,11 @@ def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str 
 
 
 def _behind(spec: Spec, ledger: Ledger, position: int) -> str | None:
-    """Return which table has not arrived yet; raises TableStopped for one that never will."""
-    assert spec.flag is not None
+    """Return which table the gaining store lacks changes of; raises TableStopped for one that never will."""
     for source, why in ledger.stopped().items():
         raise TableStopped(source, why)
-    late = [load for load in ledger.loads() if load.target == spec.flag.target and load.applied < position]
+    target = flag_of(spec).target
+    late = [load for load in ledger.loads() if load.target == target and load.applied < position]
     return f"replay to reach {format_lsn(position)} in {late[0].target}" if late else None
 
 
@@ -136,8 +138,7 @@ def unmirrored(ledger: Ledger, since: object, epochs: Collection[int]) -> str | 
 
     What they still have of other tenants, which go on, is of other epochs.
     """
-    row = ledger.connection.execute("SELECT now() - interval '10 seconds'").fetchone()
-    assert row is not None
+    row = one_row(ledger.connection.execute("SELECT now() - interval '10 seconds'"))
     for beat in ledger.heartbeats():
         if beat.at < row[0]:
             continue  # not alive: its queue died with it, and what it lost is in its last counters

@@ -1,8 +1,9 @@
 """The two endpoints of a fence: each store's session and tables, what it refuses, and where its log is.
 
-What a store refuses follows from the authority log: all rows over which it has no authority. Only where tenants move one by one the
-store that takes over refuses from the first fence on what it has not got yet; while all rows move at once it has nothing to refuse
-before. Everything runs where `changeover flags` runs.
+What a store refuses follows from the authority log: all rows over which it has no authority. Where
+tenants move one by one, the store that takes over refuses from the first fence on what it has not
+got yet. While all rows move at once it has nothing to refuse before. Everything runs where
+`changeover flags` runs.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from ldclient.migrations.types import Origin
 
 from changeover.jobs.ledger.epochs import shares
 from changeover.jobs.ledger.records import Authority
+from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source import ticks
 from changeover.jobs.source.catalog import source_table
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.transform import tenancy
 from changeover.names import joined
-from changeover.position import epoch_floor, parse_lsn
-from changeover.session import Connection, application_name, connect, server_name
+from changeover.position import epoch_floor
+from changeover.session import Connection, application_name, connect, server_name, wal_position
 from changeover.spec import TRIGGER, Spec, Table
 from changeover.stores.postgres import gate, refusal, tenantfloor
-from changeover.stores.postgres.refusal import Refusal, Refused
+from changeover.stores.postgres.refusal import Refusal, TenantEpoch
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,13 @@ class FencedStore:
     connection: Connection
     tables: tuple[FencedTable, ...]
 
-    def refused(self, changes: Sequence[Authority]) -> tuple[Refused, ...]:
+    def refused(self, changes: Sequence[Authority]) -> tuple[TenantEpoch, ...]:
         """Return what this store has no authority over."""
-        return tuple(Refused(held.epoch, whose) for held, whose in shares(changes).items() if held.store != self.store.value)
+        return tuple(
+            TenantEpoch(held.epoch, tenants) for held, tenants in shares(changes).items() if held.store != self.store.value
+        )
 
-    def freeze(self, changes: Sequence[Authority], begun: Refused | None, deadline: float) -> str | None:
+    def freeze(self, changes: Sequence[Authority], begun: TenantEpoch | None, deadline: float) -> str | None:
         """Refuse what this store has no authority over, and what is begun up to the deadline; return a table that is not granted.
 
         None says that no transaction is alive any more that could write such rows.
@@ -92,15 +96,14 @@ class FencedStore:
                 tenantfloor.install(self.connection, table.gated, table.tenant, _floors(changes), server_name(self.dsn))
 
 
-def _floors(changes: Sequence[Authority]) -> list[Refused]:
-    return [Refused(held.epoch, whose) for held, whose in shares(changes).items()]
+def _floors(changes: Sequence[Authority]) -> list[TenantEpoch]:
+    return [TenantEpoch(held.epoch, tenants) for held, tenants in shares(changes).items()]
 
 
 @contextmanager
 def fenced_stores(spec: Spec) -> Iterator[tuple[FencedStore, FencedStore]]:
     """Open a session with either store: (old, new)."""
-    assert spec.flag is not None
-    old_dsn, new_dsn = spec.source.dsn.resolve(), spec.targets[spec.flag.target].dsn_value
+    old_dsn, new_dsn = spec.source.dsn.resolve(), reverse.new_dsn(spec)
     name = application_name(spec.name, "fence")
     with connect(old_dsn, name) as old, connect(new_dsn, name) as new:
         yield (
@@ -114,8 +117,8 @@ def _new_table(spec: Spec, table: Table) -> FencedTable:
 
 
 def _old_table(spec: Spec, old: Connection, table: Table) -> FencedTable:
-    seen = source_table(old, table)
-    return FencedTable(*table.source_name, seen.identity if seen else (), tenancy.old_column(spec))
+    source = source_table(old, table)
+    return FencedTable(*table.source_name, source.identity if source else (), tenancy.old_column(spec))
 
 
 def position(spec: Spec, side: FencedStore) -> int:
@@ -123,6 +126,4 @@ def position(spec: Spec, side: FencedStore) -> int:
     if spec.source.capture == TRIGGER and side.store is Origin.OLD:
         with ticks.log_session(side.dsn, application_name(spec.name, "fence")) as session:
             return ticks.cut(session, Log(spec.name))
-    row = side.connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    assert row is not None
-    return parse_lsn(row[0])
+    return wal_position(side.connection)

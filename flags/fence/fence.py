@@ -1,11 +1,12 @@
 """The fence: authority over all rows, or some tenants', moves from one store to the other, enforced by the one that loses it.
 
-The order is the proof: (1) the losing store refuses whatever is not of the new epoch, and getting that trigger's lock has drained
-every older writing transaction; (2) only then its position F is read and a marker emitted; (3) the stream is still the one that was
-prepared; (4) the gaining store has everything below F; (5) the ledger says that authority has moved; (6) the gaining store's floor
-goes up to the new epoch, never before, or a fence that is called off would leave a floor that refuses what the losing store still
-writes. Until (5) the refusal ends by itself at a deadline, so a fence that dies gives the writers back; after a hand-over that took
-longer than `max_pause` it is called off.
+The order is the proof. (1) The losing store refuses whatever is not of the new epoch; getting that
+trigger's lock has drained every older writing transaction. (2) Only then its position F is read and
+a marker emitted. (3) The stream is still the one that was prepared. (4) The gaining store has
+everything below F. (5) The ledger says that authority has moved. (6) The gaining store's floor goes
+up to the new epoch. It never does before: a fence that is called off would leave a floor that
+refuses what the losing store still writes. Until (5) the refusal ends by itself at a deadline, so a
+fence that dies lets the writers go on. A handover that takes longer than `max_pause` is called off.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from changeover.jobs.ledger.records import Authority
 from changeover.jobs.preflight.division import indivisible
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
+from changeover.jobs.transform.tenancy import flag_of
 from changeover.position import epoch_floor, format_lsn
 from changeover.spec import Spec
 from changeover.stores.base.statements import Move
@@ -77,13 +79,13 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, tenants: Coll
     _require_nameable(spec, to, tenants)
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), ExitStack() as held:
         before = ledger.authorities()
-        whose = epochs.moving(before, to.value, tenants)
-        if whose is not None:
+        moving = epochs.moving(before, to.value, tenants)
+        if moving is not None:
             _name_holders(spec, to)
-        if to is Origin.NEW and whose is not None:
+        if to is Origin.NEW and moving is not None:
             for source, why in ledger.stopped().items():
                 raise TableStopped(source, why)
-        if to is Origin.NEW and whose is not None:
+        if to is Origin.NEW and moving is not None:
             path = reverse_setup.open_path(
                 spec, ledger
             )  # which waits for open transactions, so it comes before anybody else has to
@@ -91,13 +93,13 @@ def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, tenants: Coll
                 raise Refused("no tenant moves alone without reverse replication: `changeover check` says what stands in it")
         held.enter_context(_others_rest(spec, ledger))
         old, new = held.enter_context(fenced_stores(spec))
-        if whose is None:
+        if moving is None:
             _finish(new if to is Origin.NEW else old, old, new, before)
-            present = next((one for one in reversed(before) if one.store == to.value), ledger.authority())
+            present = next((row for row in reversed(before) if row.store == to.value), ledger.authority())
             return Fenced(present.epoch, to.value, present.from_lsn, present.pause_seconds or 0.0)
         names = frozenset(tenants) if tenants is not None else None
-        epoch = max((one.epoch for one in before), default=0) + 1
-        return _move(Handover(spec, ledger, to, epoch, whose, names, before, old, new), max_pause)
+        epoch = max((row.epoch for row in before), default=0) + 1
+        return _move(Handover(spec, ledger, to, epoch, moving, names, before, old, new), max_pause)
 
 
 def _name_holders(spec: Spec, to: Origin) -> None:
@@ -105,8 +107,8 @@ def _name_holders(spec: Spec, to: Origin) -> None:
     with fenced_stores(spec) as (old, new):
         losing = old if to is Origin.NEW else new
         tables = [(table.schema, table.name) for table in losing.tables]
-        for one in held_up_by(losing.connection, tables, new.connection if to is Origin.NEW else None):
-            log.warning("%s", one)
+        for reason in held_up_by(losing.connection, tables, new.connection if to is Origin.NEW else None):
+            log.warning("%s", reason)
 
 
 def _require_nameable(spec: Spec, to: Origin, tenants: Collection[str] | None) -> None:
@@ -127,7 +129,7 @@ def _move(handover: Handover, max_pause: float) -> Fenced:
     ledger, to = handover.ledger, handover.to
     lacking = draw_near(handover, NEAR * max_pause)
     _prepare_gates(handover, NEAR * max_pause)
-    with _turn(handover) as switch:
+    with _replay_held(handover) as switch:
         pause = Pause(time.monotonic(), max_pause)
         try:
             places = (hand_over if to is Origin.NEW else hand_back)(handover, pause, switch.close, lacking)
@@ -158,7 +160,7 @@ def settle(spec: Spec) -> None:
 def _finish(gaining: FencedStore, old: FencedStore, new: FencedStore, changes: Sequence[Authority]) -> None:
     """Raise the floors of what has authority on record, and let it write; safe to repeat."""
     apart = any(table.tenant for table in gaining.tables)
-    for side in (gaining, *(one for one in (old, new) if apart and one is not gaining)):
+    for side in (gaining, *(store for store in (old, new) if apart and store is not gaining)):
         side.raise_floors(changes)
         side.settle(changes)
 
@@ -169,20 +171,19 @@ def _call_off(handover: Handover) -> None:
     Where the ledger can't be asked the refusal stays as it is: two stores that take writes would be worse than none.
     """
     with Ledger.open(handover.spec, "fence") as again:
-        if all(one.epoch < handover.epoch for one in again.authorities()):
+        if all(row.epoch < handover.epoch for row in again.authorities()):
             handover.losing.settle(handover.before)
 
 
 @contextmanager
-def _turn(handover: Handover) -> Iterator[ExitStack]:
-    """Hold replay's turn at the gaining store until it is closed.
+def _replay_held(handover: Handover) -> Iterator[ExitStack]:
+    """Hold replay's lease on the gaining store until it is closed.
 
     The very next batch then begins with all that was written before the fence. A batch under way would make writers wait for it
     and then for the next one.
     """
-    assert handover.spec.flag is not None
     with ExitStack() as switch:
-        target = handover.spec.flag.target if handover.to is Origin.NEW else reverse.OLD_STORE
+        target = flag_of(handover.spec).target if handover.to is Origin.NEW else reverse.OLD_STORE
         switch.enter_context(handover.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
         yield switch
 
@@ -227,9 +228,8 @@ def _allow(handover: Handover) -> None:
 @contextmanager
 def _others_rest(spec: Spec, ledger: Ledger) -> Iterator[None]:
     """Keep the batches of the other targets out of the pause: they would take the machine from the one that writers wait for."""
-    assert spec.flag is not None
     with ExitStack() as held:
-        for target in sorted(set(spec.targets) - {spec.flag.target}):
+        for target in sorted(set(spec.targets) - {flag_of(spec).target}):
             held.enter_context(ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
         yield
 
@@ -254,10 +254,9 @@ def _offer_again(handover: Handover) -> None:
 
     While the others stayed it went on past there. What it took already it refuses a second time.
     """
-    assert handover.spec.flag is not None
-    begun = max((number for number, one in enumerate(handover.before) if one.anew), default=0)
-    left = [one.from_lsn for one in handover.before[begun:] if one.store == Origin.NEW.value]
+    begun = max((number for number, row in enumerate(handover.before) if row.anew), default=0)
+    left = [row.from_lsn for row in handover.before[begun:] if row.store == Origin.NEW.value]
     handover.ledger.connection.execute(
         "UPDATE changeover.load SET applied = least(applied, %s) WHERE migration = %s AND target <> %s",
-        [format_lsn(min(left)), handover.spec.name, handover.spec.flag.target],
+        [format_lsn(min(left)), handover.spec.name, flag_of(handover.spec).target],
     )

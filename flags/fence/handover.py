@@ -1,4 +1,4 @@
-"""A hand-over: what one fence moves between two stores, how long writers have waited for it, and the sequences that go along.
+"""A handover: what one fence moves between two stores, how long writers have waited for it, and the sequences that go along.
 
 The pause has a limit, and makes the moves in the one order that is proved (`statements.HAND_OVER`). A gaining store's sequences go
 past both stores' values before anybody writes to it. Everything runs where `changeover flags` runs.
@@ -35,7 +35,7 @@ class Handover:
     ledger: Ledger
     to: Origin
     epoch: int
-    whose: Tenants
+    moving: Tenants
     names: frozenset[str] | None
     before: Sequence[Authority]
     old: FencedStore
@@ -43,12 +43,12 @@ class Handover:
 
     @property
     def losing(self) -> FencedStore:
-        """Return the side that loses authority."""
+        """Return the store that loses authority."""
         return self.old if self.to is Origin.NEW else self.new
 
     @property
     def gaining(self) -> FencedStore:
-        """Return the side that gains it."""
+        """Return the store that gains it."""
         return self.new if self.to is Origin.NEW else self.old
 
 
@@ -63,7 +63,7 @@ class Pause:
     def make(self, move: Move) -> None:
         """Note that a move is made; none comes before its turn in `statements.HAND_OVER`, whose order is the proof."""
         if move is not HAND_OVER[len(self.made)]:
-            raise CouldNotFinish(f"the fence would make {move.name} after {[one.name for one in self.made]}")
+            raise CouldNotFinish(f"the fence would make {move.name} after {[earlier.name for earlier in self.made]}")
         self.made.append(move)
         failpoints.reach(f"fence-{move.name.lower().replace('_', '-')}")
 
@@ -86,7 +86,7 @@ class Pause:
 
 
 def advance_sequences(gaining: FencedStore) -> None:
-    """Before the pause, for this may read whole tables: past every row that has arrived, and past those under way."""
+    """Before the pause, for this may read whole tables: past every row that is there, and past those under way."""
     for table in gaining.tables:
         for sequence in sequences.sequences(gaining.connection, table.schema, table.name):
             held = sequences.held(gaining.connection, table.schema, table.name, sequence)

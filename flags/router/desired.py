@@ -1,9 +1,10 @@
 """The desired stage: which one the flag asks for, with the last acknowledged one kept when there is no usable answer.
 
-A missing flag, a misspelt variation, a value of another type, a bad file or a service that can't be reached never moves
-a process: it stays where it was and says so, by a warning in the log and a counter. In particular it does not fall back
-to `off` after `complete`, which would be the dead store. A forked child starts the SDK anew before its first
-evaluation. Tenants are asked for one by one where the spec names their column; what is kept of them is bounded.
+A missing flag, a misspelt variation, a value of another type, a bad file or a service that can't be
+reached never moves a process. The process stays where it was and says so, by a warning in the log
+and a counter. In particular it does not fall back to `off` after `complete`, which would be the
+dead store. A forked child starts the SDK anew before its first evaluation. Tenants are asked for
+one by one where the spec names their column; what is kept of them is bounded.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class FlagStage:
     def stage(self, tenant: str = EVERYTHING) -> Stage | None:
         """Evaluate the flag (about 10 microseconds).
 
-        `variation` with None as default, not `migration_variation`: the latter answers its default stage alike when the
-        flag says so and when there is no answer, and takes more than twice as long.
+        `variation` with None as default, not `migration_variation`: the latter gives its default
+        stage both when the flag says so and when there is no answer. It takes more than twice as
+        long, too.
         """
         alone = tenant != EVERYTHING and self.kind is not None
         value = self.client.variation(self.key, Context.create(tenant, self.kind) if alone else self.context, None)

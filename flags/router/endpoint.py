@@ -1,8 +1,9 @@
 """An endpoint: one of the two stores as the application's process reaches it, its sessions, and its version gate.
 
-A write runs in one READ COMMITTED transaction that the router owns, and its position on the version axis is read in a
-later statement of that transaction, before a COMMIT that is durable when it is acknowledged. Sessions are the
-application's own pool, or a small one kept here; a session that the server has closed meanwhile is never handed out.
+A write runs in one READ COMMITTED transaction that the router owns. A later statement of that
+transaction reads its position on the version axis. The COMMIT after it is durable when it is
+acknowledged. Sessions are the application's own pool, or a small one kept here; a session that the
+server has closed meanwhile is never handed out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from changeover.errors import StepOrder
 from changeover.jobs.source.triggerlog import Log
 from changeover.names import qualified
 from changeover.position import ZERO_LSN, Version, format_lsn, parse_lsn
-from changeover.session import Connection, connect, escaped, server_name
+from changeover.session import Connection, connect, escaped, one_row, server_name
 from changeover.settings import Kind
 from changeover.stores.postgres.gate import GatedTable
 
@@ -184,17 +185,17 @@ def transaction(connection: psycopg.Connection[Any]) -> Iterator[Cursor]:
 def position(cursor: Cursor, log: Log | None = None) -> int:
     """Return the LSN of what the transaction has written so far, and make its COMMIT durable.
 
-    Where a trigger log captures the write, the position is that of the log's newest tick, above which the write's own event
-    comes to stand; without a tick, as after `abort`, it is below everything.
+    Where a trigger log captures the write, the position is that of the log's newest tick, above
+    which the write's own event comes to stand. Without a tick, as after `abort`, it is below
+    everything.
     """
     with cursor.connection.cursor(row_factory=psycopg.rows.tuple_row) as plain:
-        row = plain.execute(POSITION).fetchone()
+        (position, *_) = one_row(plain.execute(POSITION))
         if log is not None:
-            row = plain.execute("SELECT pg_catalog.to_regclass(%s)", [log.ticks.as_string(plain)]).fetchone()
-            if row is not None and row[0] is not None:
-                row = plain.execute(sql.SQL('SELECT pg_catalog.max("end")::text FROM {}').format(log.ticks)).fetchone()
-    assert row is not None
-    return parse_lsn(row[0]) if row[0] is not None else ZERO_LSN
+            (position,) = one_row(plain.execute("SELECT pg_catalog.to_regclass(%s)", [log.ticks.as_string(plain)]))
+            if position is not None:
+                (position,) = one_row(plain.execute(sql.SQL('SELECT pg_catalog.max("end")::text FROM {}').format(log.ticks)))
+    return parse_lsn(position) if position is not None else ZERO_LSN
 
 
 @dataclass(frozen=True)
@@ -229,13 +230,13 @@ class GateCall:
 
     def parameters(self, version: Version, change: Change) -> list[Any]:
         """Return the statement's parameters; raises ValueError for a row that isn't whole: no part of it is offered."""
-        wanted = set(self.key) if change.deleted else set(self.columns) - self.generated
-        missing = sorted(wanted - set(change.row))
+        needed = set(self.key) if change.deleted else set(self.columns) - self.generated
+        missing = sorted(needed - set(change.row))
         unknown = sorted(set(change.row) - set(self.columns))
         if missing or (unknown and not change.deleted):
             raise ValueError(f"a row mirrored to {self.table} lacks {missing} and has {unknown} beside the table's columns")
         image = [
-            self._value(name, type_name, change.row[name]) if name in wanted else None
+            self._value(name, type_name, change.row[name]) if name in needed else None
             for name, type_name in zip(self.columns, self.types, strict=True)
         ]
         return [version.epoch, format_lsn(version.lsn), version.ordinal, change.deleted, *image]

@@ -1,9 +1,11 @@
 """The follower: which store has authority, followed by a background thread, and what this process last acknowledged of it.
 
-`LedgerAuthority` asks the ledger every 50 ms on a connection of its own, at once when a write was refused, for its newest move,
-and reads those that came since only where that is another one: many tenants may be named there. It records a heartbeat every
-0.5 s and at once when the stage or the epoch has changed. A ledger that can't be reached keeps what was last observed: that is
-safe, because the store that lost authority refuses by itself. The caller's thread only reads an attribute.
+`LedgerAuthority` asks the ledger for its newest move every 50 ms on a connection of its own, and at
+once when a write was refused. It reads those that came since only where that is another one: many
+tenants may be named there. It records a heartbeat every 0.5 s and at once when the stage or the
+epoch has changed. A ledger that can't be reached keeps what was last observed: that is safe,
+because the store that lost authority refuses by itself. The caller's thread only reads an
+attribute.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Follower(Protocol):
     last_stage: Stage | None
 
     def wait(self, tenant: str, observation: Observation, seconds: float) -> None:
-        """Wait until a tenant's fact is another one, looking often, at most so long (caller's thread, after a refusal)."""
+        """Wait, at most so long, until a tenant's observed stage is another one (caller's thread, after a refusal)."""
         ...
 
     def close(self) -> None:
@@ -181,10 +183,10 @@ class LedgerFollower:
         if beat is None:
             return
         now = time.monotonic()
-        said = (beat.stage, beat.epoch)
-        if said != self._beaten or now - self._beaten_at >= BEAT_SECONDS or self._stop.is_set():
+        beaten = (beat.stage, beat.epoch)
+        if beaten != self._beaten or now - self._beaten_at >= BEAT_SECONDS or self._stop.is_set():
             ledger.beat(self.process, beat.stage.value, beat.epoch, beat.counters)
-            self._beaten, self._beaten_at = said, now
+            self._beaten, self._beaten_at = beaten, now
 
     def _failed(self, error: Exception) -> None:
         if not self.failures or self._ledger is not None:

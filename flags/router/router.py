@@ -5,12 +5,13 @@
     written = router.write(old=follow_in_old, new=follow_in_new)      # each: cursor -> list of Change
     row = router.read(old=find_in_old, new=find_in_new)               # each: cursor -> a row, rows, or any value
 
-The authority's transaction runs on the caller's thread and its outcome is the caller's outcome; the mirror, comparisons
-and the ledger are on threads of their own, so that no other store can slow or fail a caller. The flag holds the desired stage, the
-ledger's epoch is what is observed. A write that a fence refuses waits, no longer than `max_pause`, and runs anew where authority
-then is. Where the spec names a column of tenants (`flag.context`), each call says whose row it is by `tenant=`, and goes by that
-tenant's stage and authority. Threads and sessions are made on first use in each process, a forked child's too. Nothing is read
-from the environment or opened at import.
+The authority's transaction runs on the caller's thread and its outcome is the caller's outcome. The
+mirror, comparisons and the ledger are on threads of their own, so that no other store can slow or
+fail a caller. The flag holds the desired stage, the ledger's epoch is what is observed. A write
+that a fence refuses waits, no longer than `max_pause`, and runs anew where authority then is. Where
+the spec names a column of tenants (`flag.context`), each call says whose row it is by `tenant=`,
+and goes by that tenant's stage and authority. Threads and sessions are made on first use in each
+process, a forked child's too. Nothing is read from the environment or opened at import.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ FENCE_POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Written:
-    """What the authority committed. `mirrored` says that the rows were queued for the other store, not arrived."""
+    """What the authority committed. `mirrored` says that the rows were queued for the other store, not that they are there."""
 
     origin: Origin
     stage: Stage
@@ -114,18 +115,18 @@ class Router:
         """Return the router of one table of a spec; without an SDK client it follows the spec's flag file."""
         if spec.flag is None:
             raise SpecError(spec.path, "flag", "is missing: the router follows a flag, so name its key and target")
-        found = spec.table(table)
+        planned = spec.table(table)
         if client is None and spec.flag.file is None:
             raise SpecError(spec.path, "flag.file", "is missing: name the flag's data file, or hand the router an SDK client")
         kind = spec.flag.context
-        there = new_column(spec, found) if kind is not None else None
-        if kind is not None and there is None:
-            raise SpecError(spec.path, "flag.context", f"{kind} is no key column of {found.target}: `changeover check` says more")
+        new_tenant = new_column(spec, planned) if kind is not None else None
+        if kind is not None and new_tenant is None:
+            raise SpecError(spec.path, "flag.context", f"{kind} is no key column of {planned.target}: `changeover check` says more")
         log_of = Log(spec.name) if spec.source.capture == TRIGGER else None
         used = client if client is not None else flagfile.client(str(spec.flag.file))
         router = cls(
-            old=PgEndpoint(spec.source.dsn.resolve(), found.source, log=log_of, tenant=kind),
-            new=PgEndpoint(spec.targets[spec.flag.target].dsn_value, found.target, found.key, tenant=there),
+            old=PgEndpoint(spec.source.dsn.resolve(), planned.source, log=log_of, tenant=kind),
+            new=PgEndpoint(spec.targets[spec.flag.target].dsn_value, planned.target, planned.key, tenant=new_tenant),
             to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind),
             authority=LedgerAuthority(spec.ledger.resolve(), spec.name), name=spec.name, process=process, limits=limits,
         )  # fmt: skip
@@ -139,29 +140,30 @@ class Router:
     ) -> Written:
         """Run one of two functions in a transaction on the store that has authority, and mirror what it returns.
 
-        A function gets a cursor, runs the application's SQL and returns every row that it wrote, whole
-        (`returned(cursor)` after `RETURNING *`; for a key change the old row as deleted and the new one). It must have
-        no other effect, because it runs again after a fence, a deadlock or a serialization failure. Whatever it raises
-        rolls back and goes to the caller; so does a COMMIT of unknown outcome, after which nothing is mirrored: the
-        change stream tells.
+        A function gets a cursor, runs the application's SQL and returns every row that it wrote,
+        whole: `returned(cursor)` after `RETURNING *`. For a key change that is the old row as
+        deleted, and the new one. It must have no other effect, because it runs again after a fence,
+        a deadlock or a serialization failure. Whatever it raises rolls back and goes to the caller;
+        so does a COMMIT of unknown outcome, after which nothing is mirrored: the change stream
+        tells.
 
         `tenant` is the rows' own, all of one: a returned row of another one rolls back and raises Refused, because it would be
         written under another's authority. A key change from one tenant to another is a delete and an insert, each a write of its
         own tenant.
         """
-        whose = self._tenant(tenant)
+        tenant_name = self._tenant(tenant)
         runtime = self._running()
         functions = {Origin.OLD: old, Origin.NEW: new}
-        pin = self._pin(runtime, whose)
+        pin = self._pin(runtime, tenant_name)
         paused: float | None = None
         tries = 1
         while True:
             try:
-                written = self._attempt(runtime, pin, functions[pin.rule.writes], whose)
+                written = self._attempt(runtime, pin, functions[pin.rule.writes], tenant_name)
             except psycopg.Error as error:
                 if error.sqlstate == FENCED:
                     paused = paused if paused is not None else time.monotonic()
-                    pin = self._after_fence(runtime, whose, pin, paused, error)
+                    pin = self._after_fence(runtime, tenant_name, pin, paused, error)
                 elif error.sqlstate in RETRIED and tries < TRIES:
                     runtime.count("retries")
                     time.sleep(before_retry(tries))
@@ -179,13 +181,14 @@ class Router:
     ) -> Value:  # fmt: skip
         """Return what the store that has authority answers; at shadow and live the other one is asked beside it.
 
-        A function gets a cursor and only reads. For comparison it returns a row as a mapping, a list of them, or
-        anything else that the experiment's `clean` and `compare` understand; the old store's rows are mapped by
-        `to_new`. `tenant` is that of the rows asked for; a read over several tenants is one read of each.
+        A function gets a cursor and only reads. For comparison it returns a row as a mapping, a
+        list of them, or anything else that the experiment's `clean` and `compare` understand.
+        `to_new` maps the old store's rows. `tenant` is that of the rows asked for; a read over
+        several tenants is one read of each.
         """
-        whose = self._tenant(tenant)
+        tenant_name = self._tenant(tenant)
         runtime = self._running()
-        pin = self._pin(runtime, whose)
+        pin = self._pin(runtime, tenant_name)
         origin = pin.rule.reads
         reads = {Origin.OLD: old, Origin.NEW: new}
         started = time.monotonic()
@@ -202,10 +205,10 @@ class Router:
 
         Each tenant has a stage of its own, kept from its first call on; the one given, or everybody's, is kept at once.
         """
-        whose = EVERYTHING if tenant is None else self._tenant(tenant)
+        tenant_name = EVERYTHING if tenant is None else self._tenant(tenant)
         token = self._pinned.set(dict(self._pinned.get() or {}))
         try:
-            yield self._pin(self._running(), whose).stage
+            yield self._pin(self._running(), tenant_name).stage
         finally:
             self._pinned.reset(token)
 
@@ -270,10 +273,10 @@ class Router:
             if given is not None:
                 raise TypeError("tenant= is given, but all rows move at once: name their column as flag.context, or leave it out")
             return EVERYTHING
-        found = as_text(given)
-        if found is None:
+        name = as_text(given)
+        if name is None:
             raise TypeError(f"tenant= is {type(given).__name__}: give the row's own {column}, a str, an int or a UUID")
-        return found
+        return name
 
     def _pin(self, runtime: Runtime, tenant: str) -> Pin:
         pinned = self._pinned.get()
@@ -313,14 +316,14 @@ class Router:
         else:
             time.sleep(FENCE_POLL_SECONDS)
         pinned = self._pinned.get()
-        found = runtime.decide(runtime.desired(tenant) if pinned is None else pin.desired, tenant)
+        decided = runtime.decide(runtime.desired(tenant) if pinned is None else pin.desired, tenant)
         if pinned is not None:
-            pinned[tenant] = found
-        return found
+            pinned[tenant] = decided
+        return decided
 
 
 def _require_tenant(changes: Sequence[Change], column: str, tenant: str) -> None:
-    """Refuse rows of another tenant than the write's, before they are committed; no value of a row is told."""
+    """Refuse rows of another tenant than the write's, before they are committed; the message has no value of a row."""
     for change in changes:
         if column not in change.row:
             raise TypeError(f"a write's function returned a row without {column}, its tenant: return whole rows by RETURNING *")

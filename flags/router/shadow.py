@@ -1,10 +1,11 @@
 """Shadow reads: a read asked of both stores and compared, in the words of GitHub's Scientist.
 
-The authority's answer has gone to the caller before the other store is asked. Mirrored writes and replay arrive a
-little later, so a difference is looked at again, *both* stores read anew, with growing waits, and each time this process's
-mirror has first dealt with what it had when the difference was seen. Only a difference that stays is a mismatch. An
-error on either side is an error, never a match. Under overload, or behind a mirror that stands still, comparisons are
-dropped and counted. All but `run_if` runs on one thread beside the callers.
+The authority's answer has gone to the caller before the other store is asked. Mirrored writes and
+replay come a little later. So a difference is looked at again with growing waits, *both* stores
+read anew. Before each look this process's mirror has dealt with what it had when the difference was
+seen. Only a difference that stays is a mismatch. An error on either side is an error, never a
+match. Under overload, or behind a mirror that stands still, comparisons are dropped and counted.
+All but `run_if` runs on one thread beside the callers.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Result:
 
 
 class Experiment:
-    """The hooks of one kind of read; override what differs. Old rows arrive mapped; `compare` gets old, new."""
+    """The hooks of one kind of read; override what differs. Old rows come mapped; `compare` gets old, new."""
 
     name = "read"
 
@@ -258,8 +259,8 @@ class Comparisons:
         else:
             origins = [control.origin, candidate_origin]
             random.shuffle(origins)  # neither store shall always be the fresher one
-            seen = {origin: self._observe(origin, comparison) for origin in origins}
-            control, candidate = seen[control.origin], seen[candidate_origin]
+            observations = {origin: self._observe(origin, comparison) for origin in origins}
+            control, candidate = observations[control.origin], observations[candidate_origin]
         result = self._judge(comparison, control, candidate)
         if result.mismatched and comparison.looks < len(self.waits):
             lags = self.under_way(candidate_origin)
@@ -292,22 +293,22 @@ class Comparisons:
         experiment = comparison.experiment
         matched = ignored = False
         if control.error is None and candidate.error is None:
-            values = {seen.origin: self._hook(experiment, "clean", self._as_new(seen)) for seen in (control, candidate)}
-            both = (values[Origin.OLD], values[Origin.NEW])
+            observed = {observation.origin: observation for observation in (control, candidate)}
+            both = [self._hook(experiment, "clean", self._as_new(observed[origin])) for origin in (Origin.OLD, Origin.NEW)]
             matched = bool(self._hook(experiment, "compare", *both))
             ignored = not matched and bool(self._hook(experiment, "ignore", *both))
         looks = comparison.looks + 1
         return Result(experiment.name, comparison.stage, control, candidate, matched, ignored, looks, comparison.apart)
 
-    def _as_new(self, seen: Observation) -> Any:
+    def _as_new(self, observation: Observation) -> Any:
         """Map the old store's rows; what isn't a row or a list of rows is left to the experiment's `clean`."""
-        if seen.origin is Origin.NEW:
-            return seen.value
-        if isinstance(seen.value, Mapping):
-            return self.to_new(seen.value)
-        if isinstance(seen.value, list) and all(isinstance(row, Mapping) for row in seen.value):
-            return [mapped for row in seen.value if (mapped := self.to_new(row)) is not None]
-        return seen.value
+        if observation.origin is Origin.NEW:
+            return observation.value
+        if isinstance(observation.value, Mapping):
+            return self.to_new(observation.value)
+        if isinstance(observation.value, list) and all(isinstance(row, Mapping) for row in observation.value):
+            return [mapped for row in observation.value if (mapped := self.to_new(row)) is not None]
+        return observation.value
 
     @staticmethod
     def _hook(experiment: Experiment, name: str, *values: Any) -> Any:

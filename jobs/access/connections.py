@@ -1,7 +1,8 @@
 """Connections: whether each kind that a run needs can be had from a server, and what stands in between; asked by `check`.
 
-A plain session says little of the others: the walsender has conditions of its own, the driver of Java takes less than libpq, and
-a pooler may give each transaction another session. Nothing is changed by it, and no JVM is started.
+A plain session says little of the others. The walsender has conditions of its own, and the driver
+of Java takes less than libpq. A pooler may give each transaction another session. Nothing is
+changed by it, and no JVM is started.
 """
 
 from __future__ import annotations
@@ -37,7 +38,19 @@ GROUP BY r.oid, r.rolsuper, r.rolconnlimit, d.oid, d.datconnlimit
 
 
 def reasons(dsn: str, application: str, where: str) -> list[str]:
-    """Return what stands against a server's sessions of psycopg and of Java; raises ServerUnavailable (driver)."""
+    """Return what stands against a server's sessions of psycopg and of Java (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        where: What the server is called in a sentence.
+
+    Returns:
+        Reasons, each a sentence.
+
+    Raises:
+        ServerUnavailable: The server can't be reached.
+    """
     if shares_sessions(dsn, application):
         return [f"{where} is reached through a pooler that changes sessions between transactions: {NO_POOLER}"]
     try:
@@ -48,7 +61,18 @@ def reasons(dsn: str, application: str, where: str) -> list[str]:
 
 
 def streaming(dsn: str, application: str, where: str) -> list[str]:
-    """Return why a server gives no session for replication; a role that may not replicate is a reason of its own (driver)."""
+    """Return why a server gives no session for replication (driver).
+
+    A role that may not replicate is a reason of its own.
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        where: What the server is called in a sentence.
+
+    Returns:
+        Reasons, each a sentence.
+    """
     if not _may_replicate(dsn, application):
         return []
     try:
@@ -68,15 +92,29 @@ def _may_replicate(dsn: str, application: str) -> bool:
 
 
 def look_at_settings(connection: Connection, where: str, reasons: list[str], notes: list[str]) -> None:
-    """Add what stands against the plan, or is to be told, of settings that no session of ours can pin."""
+    """Add what there is to say of settings that no session of ours can pin (driver).
+
+    Args:
+        connection: A session with the store.
+        where: What the server is called in a sentence.
+        reasons: Gets what stands against the plan.
+        notes: Gets what a person should know.
+    """
     for asked in settings.ASKED:
         for (value,) in connection.execute(settings.question(asked)).fetchall():
-            told = f"{where} has {asked.name} = {value.strip()} for this role: {asked.consequence}"
-            (reasons if asked.reason else notes).append(told)
+            sentence = f"{where} has {asked.name} = {value.strip()} for this role: {asked.consequence}"
+            (reasons if asked.reason else notes).append(sentence)
 
 
 def look_at_limits(connection: Connection, application: str, where: str, notes: list[str]) -> None:
-    """Note where a server lets the role open fewer sessions than a run may hold."""
+    """Note where a server lets the role open fewer sessions than a run may hold.
+
+    Args:
+        connection: A session with the store.
+        application: The session's application name.
+        where: What the server is called in a sentence.
+        notes: Gets what a person should know.
+    """
     row = connection.execute(LEFT, [application.rpartition(":")[0] + ":"]).fetchone()
     tasks = os.cpu_count() or 1
     if row is not None and row[0] < SESSIONS + tasks:
@@ -87,11 +125,11 @@ def look_at_limits(connection: Connection, application: str, where: str, notes: 
 
 
 def shares_sessions(dsn: str, application: str) -> bool:
-    """Return whether two sessions that are open at once have one process of the server by turns, or one of them several."""
+    """Return whether a pooler lends processes: two open sessions share one, or one has several."""
     with closing(connect(dsn, application)) as one, closing(connect(dsn, application)) as other:
-        seen: tuple[set[int], set[int]] = (set(), set())
+        backends: tuple[set[int], set[int]] = (set(), set())
         for _ in range(LOOKS):
-            for session, pids in zip((one, other), seen, strict=True):
+            for session, pids in zip((one, other), backends, strict=True):
                 row = session.execute("SELECT pg_backend_pid()").fetchone()
                 pids.add(row[0] if row else 0)
-    return any(len(pids) > 1 for pids in seen) or bool(seen[0] & seen[1])
+    return any(len(pids) > 1 for pids in backends) or bool(backends[0] & backends[1])

@@ -109,46 +109,99 @@ WHERE s.oid = %(sequence)s::regclass
 
 
 def of_server(connection: Connection, capture: str | None = None) -> list[Lack]:
-    """Return what the role lacks of its server and database, to make what is ours and to capture in a way, if at all."""
+    """Return what the role lacks of its server and database.
+
+    Args:
+        connection: A session with the store.
+        capture: How it is to capture, `slot` or `trigger`; None where it is not to.
+
+    Returns:
+        What is missing, each with the statement that grants it.
+    """
     return [Lack(*row) for row in connection.execute(SERVER[capture] + OURS, {}).fetchall()]
 
 
 def of_batches(connection: Connection) -> list[Lack]:
-    """Return what the role lacks to write rows to its database in batches."""
+    """Return what the role lacks to write rows to its database in batches.
+
+    Args:
+        connection: A session with the store.
+
+    Returns:
+        What is missing, each with the statement that grants it.
+    """
     return [Lack(*row) for row in connection.execute(BATCHES, {}).fetchall()]
 
 
 def of_schema(connection: Connection, schema: str) -> list[Lack]:
-    """Return what the role lacks to create a table in a schema; nothing of one that is not there."""
+    """Return what the role lacks to create a table in a schema; nothing of one that is not there.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+
+    Returns:
+        What is missing, each with the statement that grants it; nothing of a schema that is not
+        there.
+    """
     return [Lack(*row) for row in connection.execute(SCHEMA, [schema]).fetchall()]
 
 
 def of_table(connection: Connection, schema: str, name: str, rights: Sequence[str], *, owning: bool) -> list[Lack]:
-    """Return which rights on a table the role lacks, the owner's too where they are asked for; nothing without such a table."""
+    """Return which rights on a table the role lacks.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        rights: The rights that are asked for.
+        owning: Whether the owner's are asked for too.
+
+    Returns:
+        What is missing, each with the statement that grants it; nothing without such a table.
+    """
     row = connection.execute(RELATION, [schema, name]).fetchone()
     if row is None:
         return []
-    found = of_owners(connection, row) if owning else []
+    missing = of_owners(connection, row) if owning else []
     asked = {"oid": row[0], "rights": list(rights), "owning": owning}
-    return found + [Lack(*one) for one in connection.execute(RIGHTS, asked).fetchall()]
+    return missing + [Lack(*one) for one in connection.execute(RIGHTS, asked).fetchall()]
 
 
 def of_sequences(connection: Connection, schema: str, name: str, *, owning: bool) -> list[Lack]:
-    """Return which rights the role lacks on the sequences that a table draws from: to move them, and as owner to lock them."""
+    """Return which rights the role lacks on the sequences that a table draws from.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        owning: Whether it is to lock them as their owner; else only to move them.
+
+    Returns:
+        What is missing, each with the statement that grants it.
+    """
     row = connection.execute(RELATION, [schema, name]).fetchone()
     if row is None or not usable(connection, schema):
         return []
-    found = []
+    missing = []
     for one in sequences(connection, schema, name):
         asked = {"table": row[0], "sequence": one.identifier.as_string(connection)}
         rows = connection.execute(DRAWING, asked).fetchall()
-        found += of_owners(connection, [oid for oid, *_ in rows]) if owning else []
-        found += [Lack(*lack) for _, lacks, *lack in rows if lacks and not owning]
-    return found
+        missing += of_owners(connection, [oid for oid, *_ in rows]) if owning else []
+        missing += [Lack(*lack) for _, lacks, *lack in rows if lacks and not owning]
+    return missing
 
 
 def of_owners(connection: Connection, oids: Sequence[int]) -> list[Lack]:
-    """Return what makes the role a member of the roles that own some relations, with their rights."""
+    """Return what makes the role a member of the roles that own some relations, with their rights.
+
+    Args:
+        connection: A session with the store.
+        oids: The relations' oids.
+
+    Returns:
+        What is missing, each with the statement that grants it.
+    """
     rows = connection.execute(OWNERS, {"oids": list(oids)}).fetchall()
     return [
         Lack(f"the role {me} does not own {relation}, and has not the rights of {owner}, which does{DANGER * superuser}", grant)
@@ -168,12 +221,29 @@ def _joining(connection: Connection, owner: str, role: str, direct: bool, inheri
 
 
 def usable(connection: Connection, schema: str) -> bool:
-    """Return whether the role may look names up in a schema; a schema that is not there stands in nobody's way."""
-    found = "SELECT coalesce(bool_and(has_schema_privilege(oid, 'USAGE')), true) FROM pg_namespace WHERE nspname = %s"
-    row = connection.execute(found, [schema]).fetchone()
+    """Return whether the role may look names up in a schema.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+
+    Returns:
+        Whether it may; a schema that is not there stands in nobody's way.
+    """
+    query = "SELECT coalesce(bool_and(has_schema_privilege(oid, 'USAGE')), true) FROM pg_namespace WHERE nspname = %s"
+    row = connection.execute(query, [schema]).fetchone()
     return bool(row and row[0])
 
 
 def readable(connection: Connection, schema: str, name: str) -> bool:
-    """Return whether the role may read a table, if it is there."""
+    """Return whether the role may read a table, if it is there.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        Whether it may; a table that is not there stands in nobody's way.
+    """
     return not of_table(connection, schema, name, READ, owning=False)

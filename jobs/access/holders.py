@@ -1,8 +1,9 @@
 """Holders: open transactions that a fence, or a slot, will wait for, named before anybody waits.
 
-A fence asks for a lock that waits for every transaction which writes to the table; a slot begins where every transaction that has
-written anything on the server has ended. Those of our own sessions are left out. Whose age the server does not tell us is looked at
-twice: what is the same transaction a while later is long. It looks only; runs on the driver.
+A fence asks for a lock that waits for every transaction which writes to the table. A slot begins
+where every transaction has ended that has written anything on the server. Those of our own sessions
+are left out. Whose age the server does not tell us is looked at twice: what is the same transaction
+a while later is long. It looks only; runs on the driver.
 """
 
 from __future__ import annotations
@@ -46,13 +47,28 @@ FROM pg_prepared_xacts
 
 
 def of_tables(connection: Connection, tables: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the long transactions that hold up a fence's lock on tables, each as a phrase; oldest first."""
+    """Return the long transactions that hold up a fence's lock on tables (driver).
+
+    Args:
+        connection: A session with the store.
+        tables: (schema, table) of each.
+
+    Returns:
+        Phrases, oldest transaction first.
+    """
     names = [sql.Identifier(*table).as_string(connection) for table in tables]
     return _long(connection, HOLDING, {"tables": names})
 
 
 def of_slot(connection: Connection) -> list[str]:
-    """Return the long transactions of a server that a new slot will wait for, each as a phrase; oldest first."""
+    """Return the long transactions of a server that a new slot will wait for (driver).
+
+    Args:
+        connection: A session with the store.
+
+    Returns:
+        Phrases, oldest transaction first.
+    """
     return _long(connection, WRITING, {})
 
 
@@ -63,6 +79,6 @@ def _long(connection: Connection, query: str, asked: dict[str, list[str]]) -> li
     if unknown:
         time.sleep(LONG_SECONDS)
         still = unknown & {row[0] for row in connection.execute(query.encode(), asked).fetchall()}
-    long = {name: (age, said) for name, (age, said) in first.items() if name in still or (age is not None and age >= LONG_SECONDS)}
+    long = {name: (age, who) for name, (age, who) in first.items() if name in still or (age is not None and age >= LONG_SECONDS)}
     oldest = sorted(long.values(), key=lambda one: -(one[0] or 0.0))
-    return [f"{said}, open for {f'{age:.0f} s' if age is not None else f'more than {LONG_SECONDS:g} s'}" for age, said in oldest]
+    return [f"{who}, open for {f'{age:.0f} s' if age is not None else f'more than {LONG_SECONDS:g} s'}" for age, who in oldest]

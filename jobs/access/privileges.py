@@ -1,9 +1,11 @@
 """Privileges: what the application's roles need in either store, asked of the server and granted where it is missing.
 
-`[application] roles` names the roles by which the application uses the stores. On a new table they get the rights that they have on
-the old one. A mirrored write runs in the application's own session, with its own rights: the gate's function is no SECURITY
-DEFINER, under which the application's triggers and policies would meet another user and another search_path. So a role gets what
-that function touches, of one table, and in the ledger the authority log and its heartbeat. What can't be granted is named.
+`[application] roles` names the roles by which the application uses the stores. On a new table they
+get the rights that they have on the old one. A mirrored write runs in the application's own
+session, with its own rights. The gate's function is no SECURITY DEFINER: under one, the
+application's triggers and policies would meet another user and another search_path. So a role gets
+what that function touches, of one table, and in the ledger the authority log and its heartbeat.
+What can't be granted is named.
 """
 
 from __future__ import annotations
@@ -64,13 +66,33 @@ FULL = Uses(frozenset(USES[:4]))
 
 
 def present(connection: Connection, roles: Sequence[str]) -> list[str]:
-    """Return the roles that a server has: an application may use another one in each store."""
+    """Return the roles that a server has.
+
+    An application may use another one in each store.
+
+    Args:
+        connection: A session with the store.
+        roles: The roles that the spec names.
+
+    Returns:
+        Those that are there.
+    """
     rows = connection.execute("SELECT rolname FROM pg_roles WHERE rolname = ANY (%s)", [list(roles)]).fetchall()
     return [role for role in roles if (role,) in rows]
 
 
 def uses(connection: Connection, role: str, schema: str, name: str) -> Uses:
-    """Return a role's rights on a table; nothing where there is no such table."""
+    """Return a role's rights on a table; nothing where there is no such table.
+
+    Args:
+        connection: A session with the store.
+        role: A role of the application's.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        The rights; none where there is no such table.
+    """
     row = connection.execute(RELATION, [schema, name]).fetchone()
     if row is None:
         return Uses(frozenset())
@@ -91,7 +113,19 @@ def uses(connection: Connection, role: str, schema: str, name: str) -> Uses:
 def of_table(
     connection: Connection, role: str, schema: str, name: str, used: Uses, carried: Mapping[str, str] | None = None
 ) -> list[Need]:
-    """Return what a role needs to use a table that is there; `carried` has its columns that hold one of the old table's."""
+    """Return what a role needs to use a table that is there.
+
+    Args:
+        connection: A session with the store.
+        role: A role of the application's.
+        schema: The table's schema.
+        name: The table's name.
+        used: Its rights on the old table.
+        carried: Target columns that hold one of the old table's, and which one.
+
+    Returns:
+        What it needs.
+    """
     origins = carried or {}
     needs = [_need(role, "USAGE", "SCHEMA", [schema])]
     needs += [_need(role, right, "TABLE", [schema, name]) for right in USES if right in used.whole]
@@ -107,7 +141,15 @@ def of_table(
 
 
 def of_gate(role: str, table: gate.GatedTable) -> list[Need]:
-    """Return what a role's mirrored writes touch of ours beside a table: its versions, its floor, and the function of the gate."""
+    """Return what a role's mirrored writes need of ours beside a table (pure).
+
+    Args:
+        role: A role of the application's.
+        table: The gated table.
+
+    Returns:
+        What it needs: the versions, the floor, and the function of the gate.
+    """
     function = sql.SQL("{}(integer, pg_lsn, bigint, boolean, {})").format(table.function, table.table)
     asks = sql.SQL("SELECT has_function_privilege({}, {}, 'EXECUTE')").format(
         sql.Literal(role), sql.Literal(function.as_string(None))
@@ -123,7 +165,19 @@ def of_gate(role: str, table: gate.GatedTable) -> list[Need]:
 
 
 def of_mirror(role: str, schema: str, name: str, used: Uses) -> list[Need]:
-    """Return what a role needs on a table that its writes are mirrored to: a row is put there whole, whatever was there."""
+    """Return what a role needs on a table that its writes are mirrored to (pure).
+
+    A row is put there whole, whatever was there.
+
+    Args:
+        role: A role of the application's.
+        schema: The table's schema.
+        name: The table's name.
+        used: Its rights on the table that it writes to.
+
+    Returns:
+        What it needs.
+    """
     if not used.writes:
         return []
     rights = ("SELECT", "INSERT", "UPDATE", *(("DELETE",) if "DELETE" in used.whole else ()))
@@ -131,7 +185,14 @@ def of_mirror(role: str, schema: str, name: str, used: Uses) -> list[Need]:
 
 
 def of_ledger(role: str) -> list[Need]:
-    """Return what a router needs of the ledger: who has authority, and to say at which stage it acts."""
+    """Return what a router needs of the ledger (pure).
+
+    Args:
+        role: A role of the application's.
+
+    Returns:
+        What it needs: to read who has authority, and to say at which stage it acts.
+    """
     return [
         _need(role, "USAGE", "SCHEMA", ["changeover"]),
         _need(role, "SELECT", "TABLE", ["changeover", "authority"]),
@@ -164,7 +225,15 @@ def _grant(role: str, right: sql.Composable, kind: str, thing: sql.Composable) -
 
 
 def lacking(connection: Connection, needs: Iterable[Need]) -> list[Lack]:
-    """Return which rights are missing, each once."""
+    """Return which rights are missing, each once.
+
+    Args:
+        connection: A session with the store.
+        needs: What roles need.
+
+    Returns:
+        What is missing, each once, with the statement that grants it.
+    """
     return list(dict.fromkeys(need.lack(connection) for need in needs if not _has(connection, need)))
 
 
@@ -186,17 +255,30 @@ def _has(connection: Connection, need: Need) -> bool:
 
 
 def missing(spec: Spec, old: Connection, new: Connection, table: Table, source: Sequence[Column]) -> list[tuple[str, Lack]]:
-    """Return what the application's roles lack in either store, as far as can be known before prepare, each with its store."""
+    """Return what the application's roles lack in either store (driver).
+
+    It is asked before prepare, as far as can be known then.
+
+    Args:
+        spec: The migration's spec.
+        old: A session with the old store.
+        new: A session with the new store.
+        table: The table of the spec.
+        source: The source table's columns.
+
+    Returns:
+        (`old` or `new`, what is missing).
+    """
     carried = {name: one.origin for name, one in derivations(table, source).items() if one.origin is not None}
-    known, found = present(old, spec.roles), []
+    known, lacks = present(old, spec.roles), []
     there = new.execute(RELATION, table.target_name).fetchone() is not None
     for role in present(new, spec.roles) if there else ():
         used = uses(old, role, *table.source_name) if role in known else FULL
-        found += [("new", lack) for lack in lacking(new, of_table(new, role, *table.target_name, used, carried))]
+        lacks += [("new", lack) for lack in lacking(new, of_table(new, role, *table.target_name, used, carried))]
     for role in known if spec.flag is not None else ():
         needs = of_mirror(role, *table.source_name, uses(old, role, *table.source_name))
-        found += [("old", lack) for lack in lacking(old, needs)]
-    return found
+        lacks += [("old", lack) for lack in lacking(old, needs)]
+    return lacks
 
 
 def allow_table(spec: Spec, old: Connection, new: Connection, source: tuple[str, str], target: tuple[str, str],
@@ -209,12 +291,23 @@ def allow_table(spec: Spec, old: Connection, new: Connection, source: tuple[str,
 
 
 def allow_gate(spec: Spec, connection: Connection, table: gate.GatedTable) -> None:
-    """Let the application's mirrored writes pass the gate of a table; safe to repeat."""
+    """Let the application's mirrored writes pass the gate of a table; safe to repeat.
+
+    Args:
+        spec: The migration's spec.
+        connection: A session with the store.
+        table: The gated table.
+    """
     for role in present(connection, spec.roles):
         grant(connection, of_gate(role, table))
 
 
 def allow_ledger(spec: Spec, connection: Connection) -> None:
-    """Let the application's routers follow the ledger; safe to repeat."""
+    """Let the application's routers follow the ledger; safe to repeat.
+
+    Args:
+        spec: The migration's spec.
+        connection: A session with the ledger's server.
+    """
     for role in present(connection, spec.roles):
         grant(connection, of_ledger(role))

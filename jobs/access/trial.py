@@ -1,8 +1,9 @@
 """The trial: an application's role writes one row to the store that takes over, as it will, and everything is rolled back.
 
-The row is a copy of one that is there, under a new key. Whatever the old store fills in by itself is left out, as the application
-leaves it out. Where our role may not become the application's, where a trigger of the user's would act, or where no such row can be
-made, nothing is tried, and it says so. Only what the application would meet as well is a failure. No value of a row is told.
+The row is a copy of one that is there, under a new key. Whatever the old store fills in by itself
+is left out, as the application leaves it out. Nothing is tried where our role may not become the
+application's, where a trigger of the user's would act, or where no such row can be made. It then
+says so. Only what the application would meet as well is a failure. No value of a row is told.
 """
 
 from __future__ import annotations
@@ -76,7 +77,16 @@ TEXT = re.compile(r"(?:text|character varying|character)(?:\((\d+)\))?")
 def trial(connection: Connection, role: str, tried: Tried) -> Trial:
     """Insert, update and delete one row as a role, and roll it back; what its sequences have given out is not taken back.
 
-    That does no harm: a number that was drawn and not used is a gap, and the fence moves sequences farther than that.
+    That does no harm: a number that was drawn and not used is a gap, and the fence moves sequences
+    farther than that.
+
+    Args:
+        connection: A session with the store.
+        role: A role of the application's.
+        tried: The table and its columns.
+
+    Returns:
+        What failed, or why nothing was tried.
     """
     asked = {"table": tried.table.as_string(connection)}
     modern = connection.info.server_version >= 160000

@@ -1,9 +1,11 @@
 """The applier: one stream's next batches collapsed, made ready and offered to one target, and how far they reached written down.
 
-A batch is bounded in events and bytes, splits no transaction, and is one change a key. Its position is written down after it is
-committed, so a killed replay offers some changes again, which the gate refuses. A row that can't be carried over ends it, unless a
-later change of its key is there already, such as its correction: then the batch reaches that far, and the row is never offered. It
-knows no direction: the journal says which stream this is. Runs on the driver, what Spark is needed for in tasks.
+A batch is bounded in events and bytes, splits no transaction, and is one change a key. Its position
+is written down after it is committed, so a killed replay offers some changes again, which the gate
+refuses. A row that can't be carried over ends the batch, unless a later change of its key is there
+already, such as its correction. Then the batch reaches that far, and the row is never offered. The
+applier knows no direction: the checkpoint says which stream this is. Runs on the driver, what Spark
+is needed for in tasks.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ import pyarrow.compute as pc
 from changeover import failpoints
 from changeover.errors import RowRefused, TableStopped, TextRefused
 from changeover.jobs.apply.batch import completed, last_of_each_key, passed_on, without
-from changeover.jobs.apply.checkpoint import Journal
+from changeover.jobs.apply.checkpoint import Checkpoint
 from changeover.jobs.apply.rule import caught_up_floor
 from changeover.jobs.ledger.epochs import Interval, Section
 from changeover.jobs.load import badrow
-from changeover.jobs.spool.events import ADDED, DELETE, INSERT, NO_TEXT, RELATION, TRUNCATE, UPDATE, kept
+from changeover.jobs.spool.events import ADDED, DELETE, INSERT, NO_TEXT, RELATION, TRUNCATE, UPDATE, Position, kept
 from changeover.jobs.transform.transform import AT_LSN, AT_ORDINAL, Transform
 from changeover.position import Version, format_lsn
 from changeover.spark.failures import from_spark
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 BATCH_EVENTS, BATCH_BYTES = 250_000, 64 << 20
-"""About how many events, and bytes of the spool's files, one batch takes, so that memory does not grow with the backlog."""
+"""About how many events, and bytes of the spool's files, one batch takes, so that memory does not
+grow with what is behind."""
 
 PART_BYTES = 256 << 20
 """Bytes of rows in memory after which a part ends, whatever it holds: Arrow's texts end at 2 GiB."""
@@ -57,50 +60,66 @@ class Batch:
 
 
 Key = tuple[str | None, ...]
-Place = tuple[int, int]
-"""Commit LSN and ordinal of an event."""
 
 
 class BadChange(Exception):
     """A change that can't be carried over: how it is refused, its source key, and its place in the stream."""
 
-    def __init__(self, refused: RowRefused, key: Key, place: Place) -> None:
+    def __init__(self, refused: RowRefused, key: Key, position: Position) -> None:
         super().__init__(str(refused))
-        self.refused, self.key, self.place = refused, key, place
+        self.refused, self.key, self.position = refused, key, position
 
 
 class Applier:
     """Carries batches of one store's stream into a target (driver)."""
 
-    def __init__(self, spec: Spec, spark: SparkSession, journal: Journal, snapshot: ExportedSnapshot | None) -> None:
+    def __init__(self, spec: Spec, spark: SparkSession, checkpoint: Checkpoint, snapshot: ExportedSnapshot | None) -> None:
         self.spec = spec
         self.spark = spark
-        self.journal = journal
-        self.spool = journal.spool
+        self.checkpoint = checkpoint
+        self.spool = checkpoint.spool
         self.snapshot = snapshot
 
     def catch_up(self, load: Any, section: Section, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
-        """Offer what is left of one section, batch by batch; what lies between two of them is never offered."""
+        """Offer what is left of one section, batch by batch (driver; values are read in tasks).
+
+        What lies between two sections is never offered.
+
+        Args:
+            load: The load, with its position.
+            section: Intervals of one store and the same positions, each of other tenants.
+            end: The LSN below which events are offered, in that store's own log.
+            transform: What a row goes through on its way into the target.
+            store: The target, open.
+
+        Returns:
+            The load at its new position, and how many events were offered and taken.
+
+        Raises:
+            TableStopped: The table was stopped, by an event that this version does not carry or
+                before.
+            RowRefused: A row can't be carried over, and no later change of its key is there.
+        """
         end = min(end, section[0].until)
         events = taken = 0
         while load.applied < end:
-            load, done = self._carry(load, section, end, transform, store)
-            events, taken = events + done.offered, taken + done.taken
+            load, counts = self._carry(load, section, end, transform, store)
+            events, taken = events + counts.offered, taken + counts.taken
         return load, Counts(events, taken)
 
     def _carry(self, load: Any, section: Section, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
         """Offer the next batch, and write down how far it reached."""
         start = max(load.applied, section[0].since)
-        stopped = self.journal.stopped(load)
+        stopped = self.checkpoint.stopped(load)
         # stopped by an event: each target is still brought up to it
         if stopped and first_stop(self._outline(start, self.spool.end(), transform, section), identity_of(transform)) is None:
             raise TableStopped(load.source, stopped)
         self._require_begun(load, start)
         batch, taken = self._offer_next(load, start, end, section, transform, store)
         failpoints.reach("batch-offered", f"{load.source} {load.target} {batch.events}")
-        self.journal.advance(load, batch.until, batch.events)
+        self.checkpoint.advance(load, batch.until, batch.events)
         if batch.stop:
-            self.journal.stop(load, batch.stop)
+            self.checkpoint.stop(load, batch.stop)
             raise TableStopped(load.source, batch.stop)
         return replace(load, applied=batch.until), Counts(batch.events, taken)
 
@@ -108,7 +127,7 @@ class Applier:
         """Stop a table that needs what its stream had before the spool begins: nobody can tell what that was."""
         if start < (begin := self.spool.begin()):
             reason = f"its events from {format_lsn(start)} on are asked for, and the spool begins at {format_lsn(begin)}"
-            self.journal.stop(load, reason)
+            self.checkpoint.stop(load, reason)
             raise TableStopped(load.source, reason)
 
     def _offer_next(
@@ -116,13 +135,13 @@ class Applier:
     ) -> tuple[Batch, int]:
         """Offer the next batch; with a row that can't be carried over it reaches to the last change of its key, before `end`."""
         batch = self._next_batch(start, end, transform, section)
-        passed: dict[Key, Place] = {}
+        passed: dict[Key, Position] = {}
         while True:
             try:
                 return batch, self._offer(load, start, batch, section, transform, store, passed) if batch.events else 0
             except BadChange as bad:
-                last = self._last_place(bad, end, transform, section)
-                if last <= bad.place:
+                last = self._last_position(bad, end, transform, section)
+                if last <= bad.position:
                     raise bad.refused from bad
                 if last[0] >= batch.until:
                     batch = self._batch(start, last[0] + 1, transform, section)
@@ -130,25 +149,26 @@ class Applier:
                     raise bad.refused from bad
                 passed[bad.key] = last
 
-    def _last_place(self, bad: BadChange, end: int, transform: Transform, section: Section) -> Place:
+    def _last_position(self, bad: BadChange, end: int, transform: Transform, section: Section) -> Position:
         """Return the place of the last change of a bad row's key, or of a TRUNCATE; it has all to say of that key."""
         identity = identity_of(transform)
-        last = last_truncate(self._outline(bad.place[0], end, transform, section)) or bad.place
+        last = last_truncate(self._outline(bad.position[0], end, transform, section)) or bad.position
         relation = transform.table.source_relation
-        for events in self.spool.parts(bad.place[0], end, relation, 2 * BATCH_EVENTS, PART_BYTES):
+        for events in self.spool.parts(bad.position[0], end, relation, 2 * BATCH_EVENTS, PART_BYTES):
             changed = offered(kept(events, pc.is_in(events["op"], pa.array(CHANGES))), echo=any(one.echo for one in section))
-            found = last_of_each_key(changed, identity, identity)
-            places = zip(found[AT_LSN].to_pylist(), found[AT_ORDINAL].to_pylist(), strict=True)
-            last = max([last, *(place for key, place in zip(_keys(found, identity), places, strict=True) if key == bad.key)])
+            changes = last_of_each_key(changed, identity, identity)
+            positions = zip(changes[AT_LSN].to_pylist(), changes[AT_ORDINAL].to_pylist(), strict=True)
+            keyed = zip(_keys(changes, identity), positions, strict=True)
+            last = max([last, *(position for key, position in keyed if key == bad.key)])
         return last
 
     def _truncate(self, load: Any, at: tuple[int, int], section: Section, transform: Transform, store: Store) -> None:
         """Offer a TRUNCATE, which is of all rows; both stores refuse one once tenants have moved apart."""
         if section[0].tenants != EVERY:
             reason = f"a TRUNCATE (at {format_lsn(at[0])}), though tenants have moved apart: nobody has authority over all rows"
-            self.journal.stop(load, reason)
+            self.checkpoint.stop(load, reason)
             raise TableStopped(load.source, reason)
-        self.journal.require_truncatable(load)
+        self.checkpoint.require_truncatable(load)
         store.truncate(self.spark, transform.target, Version(section[0].epoch, *at))
 
     def _outline(self, start: int, end: int, transform: Transform, section: Section) -> pa.Table:
@@ -169,8 +189,9 @@ class Applier:
         return Batch(end, ours.num_rows, reason, last_truncate(ours))
 
     def _offer(
-        self, load: Any, start: int, batch: Batch, section: Section, transform: Transform, store: Store, passed: Mapping[Key, Place]
-    ) -> int:
+        self, load: Any, start: int, batch: Batch, section: Section, transform: Transform, store: Store,
+        passed: Mapping[Key, Position],
+    ) -> int:  # fmt: skip
         """Offer the batch's changes; return how many were taken. A batch is one part, unless one transaction outgrew it.
 
         Of the keys in `passed` nothing is offered before their places; raises BadChange. A large one, of a closed table, may
@@ -184,7 +205,7 @@ class Applier:
         parts = self.spool.parts(start, batch.until, relation, 2 * BATCH_EVENTS, PART_BYTES)
         first = list(islice(parts, 2))
         # the floor of a part would refuse the next one
-        alone = len(first) == 1 and batch.events > SMALL_BATCH and self.journal.closed(load)
+        alone = len(first) == 1 and batch.events > SMALL_BATCH and self.checkpoint.closed(load)
         reached = caught_up_floor(section[0].epoch, batch.until) if alone else None
         for events in chain(first, parts):
             changed = kept(events, pc.is_in(events["op"], pa.array(CHANGES)))
@@ -197,13 +218,13 @@ class Applier:
 
     def _offer_part(
         self, load: Any, events: pa.Table, interval: Interval, reached: Version | None, transform: Transform, store: Store,
-        passed: Mapping[Key, Place],
+        passed: Mapping[Key, Position],
     ) -> int:  # fmt: skip
         """Offer the last change of each key that is an interval's."""
         last = last_of_each_key(events, identity_of(transform), [c.name for c in transform.source])
         last = without(last, identity_of(transform), passed)
         if interval.tenants != EVERY:
-            last = of_tenants(last, self.journal.tenant(load), interval.tenants)
+            last = of_tenants(last, self.checkpoint.tenant(load), interval.tenants)
         if not len(last):
             return 0
         try:
@@ -212,10 +233,10 @@ class Applier:
         except (RowRefused, TextRefused) as refused:
             if not badrow.one_alone(refused):
                 raise
-            found = badrow.sought(load.source, lambda: self._refused(last, interval.epoch, transform, store))
-            if found is None:
+            bad = badrow.sought(load.source, lambda: self._refused(last, interval.epoch, transform, store))
+            if bad is None:
                 raise
-            one, why = found
+            one, why = bad
             (key,) = _keys(one, identity_of(transform))
             raise BadChange(why, key, (one[AT_LSN][0].as_py(), one[AT_ORDINAL][0].as_py())) from refused
 
@@ -230,7 +251,7 @@ class Applier:
     @contextmanager
     def _made(self, last: pa.Table, epoch: int, transform: Transform, store: Store, *, lazy: bool = False) -> Iterator[DataFrame]:
         """Yield the target's changes for those of the source; a `lazy` frame evaluates no column that is not asked for."""
-        with completed(self.spec, self.spark, transform, last, self.snapshot, self.journal.dsn) as whole:
+        with completed(self.spec, self.spark, transform, last, self.snapshot, self.checkpoint.dsn) as whole:
             rows = whole.coalesce(1) if lazy else whole  # Spark's optimiser evaluates local rows at once, all columns of them
             yield transform.changes(rows, epoch, transform.moved_in_stream() if store.takes_text else frozenset())
 
@@ -245,10 +266,10 @@ class Applier:
                 with self._made(some, epoch, transform, store) as changes:
                     store.try_changes(transform.target, changes)
 
-        found = badrow.narrowed(last, _halves, lambda some: badrow.met(lambda: attempt(some), source))
-        if found is None or len(found[0]) != 1:
+        bad = badrow.narrowed(last, _halves, lambda some: badrow.met(lambda: attempt(some), source))
+        if bad is None or len(bad[0]) != 1:
             return None
-        one, why = found
+        one, why = bad
         (key,) = _keys(one, identity_of(transform))
         with self._made(one, epoch, transform, store, lazy=True) as changes:
             column = badrow.column_of(transform, why, lambda: changes, (DELETED,))
@@ -268,7 +289,14 @@ def _keys(changes: pa.Table, identity: Sequence[str]) -> list[Key]:
 
 
 def identity_of(transform: Transform) -> list[str]:
-    """Return the columns by which the stream tells a source row from others."""
+    """Return the columns by which the stream tells a source row from others (pure).
+
+    Args:
+        transform: The table's transform.
+
+    Returns:
+        The names of its replica identity, in order.
+    """
     return [c.name for c in transform.identity]
 
 
@@ -308,5 +336,5 @@ def _after(events: pa.Table, lsn: int, ordinal: int) -> pa.ChunkedArray:
 
 def last_truncate(outline: pa.Table) -> tuple[int, int] | None:
     """Return commit LSN and ordinal of the last TRUNCATE, which is all that counts of those before it (pure)."""
-    found = outline.filter(pc.equal(outline["op"], TRUNCATE))
-    return max(zip(found["lsn"].to_pylist(), found["ordinal"].to_pylist(), strict=True), default=None)
+    truncates = outline.filter(pc.equal(outline["op"], TRUNCATE))
+    return max(zip(truncates["lsn"].to_pylist(), truncates["ordinal"].to_pylist(), strict=True), default=None)

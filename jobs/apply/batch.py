@@ -1,12 +1,14 @@
 """A batch: spooled events made ready for the transform, the last one of each key and with whole rows.
 
-Of a key's events in a batch the last one says all, since the key of the target follows from the source's. An update that gave its
-row another key is two changes, the old key's delete and a put of the new one. A large value that an update
-left unchanged, and PostgreSQL therefore out of the stream, is neither NULL nor the target's, it is the source row's. It is read by
-key in one snapshot in which every transaction of the batch is visible: a commit stands in the log before other sessions see it, so
-a row might else be older than its event. The row may be newer; whatever made it so is later in the stream and is offered then. A
-row that is gone by now is deleted later in the stream, so its put is left out. Only the columns that were not sent are taken, in
-the text in which the stream would have sent them.
+Of a key's events in a batch the last one says all, since the key of the target follows from the
+source's. An update that gave its row another key is two changes, the old key's delete and a put of
+the new one. A large value that an update left unchanged, and PostgreSQL therefore out of the
+stream, is neither NULL nor the target's, it is the source row's. It is read by key in one snapshot
+in which every transaction of the batch is visible. A commit stands in the log before other sessions
+see it, so a row might else be older than its event. The row may be newer; whatever made it so is
+later in the stream and is offered then. A row that is gone by now is deleted later in the stream,
+so its put is left out. Only the columns that were not sent are taken, in the text in which the
+stream would have sent them.
 """
 
 from __future__ import annotations
@@ -48,9 +50,19 @@ MISSING, XID = "_changeover_missing", "_changeover_xid"
 
 
 def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequence[str], *, commits: bool = False) -> pa.Table:
-    """Return the last change of each source key, with its source columns as texts; a delete has those of its key (pure).
+    """Return the last change of each source key, with its source columns as texts (pure).
 
-    `events` are inserts, updates and deletes of one table in the spool's schema. With `commits`, it is the last of each commit.
+    A delete has the columns of its key alone.
+
+    Args:
+        events: Inserts, updates and deletes of one table, in the spool's schema.
+        identity: The columns of the replica identity.
+        columns: The source columns to return, as texts.
+        commits: Whether it is the last change of each commit instead.
+
+    Returns:
+        A table: the stamps (version, transaction, columns not sent), then `columns`; a row a
+        change.
     """
     rows, keys = _Maps(events["row"]), _Maps(events["key"])
     op, lsn, ordinal = (events[name].to_numpy() for name in ("op", "lsn", "ordinal"))
@@ -58,16 +70,16 @@ def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequenc
     puts = np.flatnonzero(op != DELETE)
     moved = puts[(op[puts] == UPDATE) & keys.there[puts]]
     # an update that gave its row another key: at its place the old one's delete, and right after it a put
-    gone, place = np.concatenate((deletes, moved)), np.concatenate((deletes, moved, puts))
+    gone, event = np.concatenate((deletes, moved)), np.concatenate((deletes, moved, puts))
     after = np.concatenate((ordinal[gone], ordinal[puts] + np.isin(puts, moved)))
     names = {name: pa.concat_arrays([keys.texts(name, gone), rows.texts(name, puts)]) for name in identity}
-    last = _last(names, lsn[place], after, commits=commits)
+    last = _last(names, lsn[event], after, commits=commits)
     dead, live = last[last < len(gone)], last[last >= len(gone)]
     chosen = np.concatenate((dead, live))
-    of_live = place[live]
+    of_live = event[live]
     texts = {
         name: pa.concat_arrays(
-            [keys.texts(name, place[dead]) if name in identity else pa.nulls(len(dead), pa.string()), rows.texts(name, of_live)]
+            [keys.texts(name, event[dead]) if name in identity else pa.nulls(len(dead), pa.string()), rows.texts(name, of_live)]
         )
         for name in columns
     }
@@ -75,7 +87,7 @@ def last_of_each_key(events: pa.Table, identity: Sequence[str], columns: Sequenc
     unsent = pa.concat_arrays([_empty_lists(len(dead)), missing.take(pa.array(of_live))])
     gone_now = np.arange(len(chosen)) < len(dead)
     xid = events["xid"].to_numpy()
-    stamps = {GONE: gone_now, AT_LSN: lsn[place[chosen]], AT_ORDINAL: after[chosen], MISSING: unsent, XID: xid[place[chosen]]}
+    stamps = {GONE: gone_now, AT_LSN: lsn[event[chosen]], AT_ORDINAL: after[chosen], MISSING: unsent, XID: xid[event[chosen]]}
     return pa.table({**stamps, **texts})
 
 
@@ -167,9 +179,23 @@ def _empty_lists(count: int) -> pa.Array:
 def completed(
     spec: Spec, spark: SparkSession, transform: Transform, changes: pa.Table, snapshot: ExportedSnapshot | None, dsn: str
 ) -> Iterator[DataFrame]:
-    """Yield the changes with whole rows, as Spark has them (driver; what was not sent is read in tasks).
+    """Yield the changes with whole rows, as Spark has them (driver; values are read in tasks).
 
-    The store at `dsn` is read, in `snapshot` where one is given, which must hold all of the updates.
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        transform: The table's transform.
+        changes: What `last_of_each_key` returns.
+        snapshot: Where values that were not sent are read; it must show all of the updates. A new
+            one unless given.
+        dsn: The store whose stream the changes are of.
+
+    Yields:
+        A lazy frame, valid while the block lasts.
+
+    Raises:
+        CouldNotFinish: A transaction of the stream stays invisible, as behind a standby that does
+            not answer.
     """
     from pyspark.sql import functions as F
 
@@ -185,8 +211,8 @@ def completed(
     columns = tuple(c for c in transform.source if c.name in names)
     read = ReadTable(*transform.table.source_name, columns, transform.identity, transform.partitioned)
     with ExitStack() as held:
-        seen = snapshot or held.enter_context(_seeing(dsn, application, pc.unique(partial[XID]).to_pylist()))
-        present = read_texts(spark, dsn, application, read, keys, seen)
+        shown = snapshot or held.enter_context(_seeing(dsn, application, pc.unique(partial[XID]).to_pylist()))
+        present = read_texts(spark, dsn, application, read, keys, shown)
         sent = placed(frame, [c.name for c in transform.source])
         own = dict(zip(frame.columns, sent.columns, strict=True))
         there = present.toDF(*(f"{name}_now" for name in present.columns))

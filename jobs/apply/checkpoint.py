@@ -1,7 +1,8 @@
 """The checkpoint: one store's spooled stream as replay carries it on, and where it writes down how far each load has come.
 
-There are two, the old store's and the new one's; whoever carries a batch asks its journal and knows no direction. A position that
-is written down says that every event below it was offered, in the log of that store. Lives on the driver.
+There are two, the old store's and the new one's. The applier asks its checkpoint and knows no
+direction. A position that is written down says that every event below it was offered, in the log of
+that store. Lives on the driver.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Progress(Protocol):
         ...
 
 
-class Journal(Protocol):
+class Checkpoint(Protocol):
     """What carrying a batch asks of the stream that it is from."""
 
     @property
@@ -60,23 +61,55 @@ class Journal(Protocol):
         ...
 
     def stopped(self, load: Progress) -> str | None:
-        """Return why the table is stopped."""
+        """Return why the table is stopped.
+
+        Args:
+            load: The load, whose table is meant.
+
+        Returns:
+            The reason, None while the table goes on.
+        """
         ...
 
     def stop(self, load: Progress, reason: str) -> None:
-        """Write down why the table is stopped."""
+        """Write down why the table is stopped.
+
+        Args:
+            load: The load, whose table is meant.
+            reason: Why, as a sentence for people.
+        """
         ...
 
     def advance(self, load: Progress, until: int, events: int) -> None:
-        """Write down that every event below `until` was offered."""
+        """Write down that every event below `until` was offered.
+
+        Args:
+            load: The load, whose table is meant.
+            until: The LSN, in the log of the stream's own store.
+            events: How many more events were offered.
+        """
         ...
 
     def closed(self, load: Progress) -> bool:
-        """Return whether the target's table is closed, and needs no version for each key that is written."""
+        """Return whether the target's table is closed, and needs no version for each key that is written.
+
+        Args:
+            load: The load, whose table is meant.
+
+        Returns:
+            Whether a position may stand for the versions of all keys.
+        """
         ...
 
     def tenant(self, load: Progress) -> str:
-        """Return the column of the stream's table that holds a row's tenant; asked where tenants have moved apart."""
+        """Return the column of the stream's table that holds a row's tenant; asked where tenants have moved apart.
+
+        Args:
+            load: The load, whose table is meant.
+
+        Returns:
+            The column's name.
+        """
         ...
 
     def require_truncatable(self, load: Progress) -> None:
@@ -85,7 +118,7 @@ class Journal(Protocol):
 
 
 @dataclass(frozen=True)
-class OldJournal:
+class ForwardCheckpoint:
     """The old store's stream, of the epoch in which the tables were begun."""
 
     spec: Spec
@@ -117,16 +150,14 @@ class OldJournal:
 
     def tenant(self, load: Progress) -> str:
         """Return the old table's column."""
-        column = tenancy.old_column(self.spec)
-        assert column is not None
-        return column
+        return tenancy.required(tenancy.old_column(self.spec), self.spec)
 
     def require_truncatable(self, load: Progress) -> None:
         """Every row of a target is the old table's."""
 
 
 @dataclass(frozen=True)
-class NewJournal:
+class ReverseCheckpoint:
     """The new store's stream; a table that stands still in one target goes on in the others."""
 
     spec: Spec
@@ -156,9 +187,7 @@ class NewJournal:
 
     def tenant(self, load: Progress) -> str:
         """Return the new table's column."""
-        column = tenancy.new_column(self.spec, self.spec.table(load.source))
-        assert column is not None
-        return column
+        return tenancy.required(tenancy.new_column(self.spec, self.spec.table(load.source)), self.spec)
 
     def require_truncatable(self, load: Progress) -> None:
         """The old table may have rows that `where` leaves out, which a TRUNCATE of the new one does not mean."""
@@ -168,30 +197,41 @@ class NewJournal:
             raise TableStopped(load.source, reason)
 
 
-class Back:
+class ReverseStream:
     """The new store's stream of one migration, planned once its path is there; `limit` bounds what is offered (driver)."""
 
     def __init__(self, spec: Spec, spark: SparkSession, ledger: Ledger, transforms: Transforms) -> None:
         self.spec, self.spark, self.ledger, self.forward = spec, spark, ledger, transforms
-        self.journal = NewJournal(spec, ledger, reverse.spool_of(spec))
+        self.checkpoint = ReverseCheckpoint(spec, ledger, reverse.spool_of(spec))
         self.limit: int | None = None
         self._planned: tuple[reverse.Path, Transforms] | None = None
         self._opened: datetime | None = None
 
     def carried(self, changes: Sequence[Authority]) -> frozenset[int]:
-        """Return the epochs that the path on record carries."""
+        """Return the epochs that the path on record carries.
+
+        Args:
+            changes: The moves of authority on record, oldest first.
+
+        Returns:
+            The epochs; none without a flag or before the first fence.
+        """
         if self.spec.flag is None or all(change.store != NEW for change in changes):
             return frozenset()
         path = reverse.recorded(self.ledger)
         if path is not None and path.opened != self._opened:  # its spool may be another one at the same place
-            self.journal.spool.reopen()
+            self.checkpoint.spool.reopen()
             self._opened = path.opened
         return reverse.carried(path, changes)
 
     def plan(self) -> tuple[list[Section], int]:
         """Return the parts of the new store's stream that are offered, and how far it reaches.
 
-        The reach is read in front of the authority log: a tenant whose move is not in the log has written nothing below it.
+        The reach is read in front of the authority log: a tenant whose move is not in the log has
+        written nothing below it.
+
+        Returns:
+            The sections, and an LSN of the new store's log.
         """
         if all(change.store != NEW for change in self.ledger.authorities()):
             return [], 0
@@ -200,18 +240,40 @@ class Back:
         return parts, reach
 
     def reach(self) -> int:
-        """Return how far the stream is offered: to the end of its spool, or to the limit that was set."""
-        end = self.journal.spool.end()
+        """Return how far the stream is offered: to the end of its spool, or to the limit that was set.
+
+        Returns:
+            An LSN of the new store's log.
+        """
+        end = self.checkpoint.spool.end()
         return end if self.limit is None else min(end, self.limit)
 
     def loads(self, target: str) -> list[reverse.ReverseLoad]:
-        """Return the loads into a target."""
+        """Return the loads into a target.
+
+        Args:
+            target: The target's name, `OLD_STORE` for the old store.
+
+        Returns:
+            The loads, with their positions as LSNs of the new store's log.
+        """
         return [load for load in reverse.loads(self.ledger) if load.target == target]
 
     def transform(self, source: str, target: str) -> Transform:
-        """Return what a row of the new table goes through on its way into a target; raises SpecError or UnsafePlan."""
-        path = reverse.recorded(self.ledger)
-        assert path is not None
+        """Return what a row of the new table goes through on its way into a target.
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name, `OLD_STORE` for the old store.
+
+        Returns:
+            The transform, planned once for each path on record.
+
+        Raises:
+            SpecError: A column that the spec names is not there.
+            UnsafePlan: Rows can't be had back exactly.
+        """
+        path = reverse.require_recorded(self.ledger)
         if self._planned is None or self._planned[0] != path:
             self._planned = path, {}
         planned = self._planned[1]
@@ -220,9 +282,8 @@ class Back:
         return self._planned[1][source, target]
 
     def _plan(self, path: reverse.Path, source: str, target: str) -> Transform:
-        assert self.spec.flag is not None
         table = self.spec.table(source)
-        new, forward = reverse.columns_of(path, table), self.forward[source, self.spec.flag.target]
+        new, forward = reverse.columns_of(path, table), self.forward[source, tenancy.flag_of(self.spec).target]
         key = [c.name for c in path.tables[table.target_relation] if c.key]
         if target == reverse.OLD_STORE:
             old = forward.source, [c.name for c in forward.identity]

@@ -1,9 +1,11 @@
 """Retention: row versions that no write can need any more are deleted beside replay, by position and never by time.
 
-Once a table is closed and every event below a position was offered, nothing older than the position has anything to say, so the
-floor may go up to there and stand for all versions below it (`rule.collectable`), in the earliest epoch that any tenant still
-writes under. Replay looks after so many events whether enough rows have gathered, deletes some of them in a run under the target's
-lease, and offers changes before the next batch. What a killed run leaves is right, and is deleted by the next. Runs on the driver.
+Once a table is closed and every event below a position was offered, nothing older than the position
+has anything to say. So the floor may go up to there and stand for all versions below it
+(`rule.collectable`). Its epoch is the earliest that any tenant still writes under. Replay looks
+after so many events whether enough rows have gathered, deletes some of them in a run under the
+target's lease, and offers changes before the next batch. What a killed run leaves is right, and is
+deleted by the next. Runs on the driver.
 """
 
 from __future__ import annotations
@@ -32,31 +34,39 @@ ENOUGH = 250_000
 class Collecting:
     """The collections of one target, table by table (driver).
 
-    `due` may be asked at any time; `collect` runs under the target's lease, so that collection, TRUNCATE and batches take turns.
+    `due` may be asked at any time; `collect` runs under the target's lease, so that of collection,
+    TRUNCATE and batches one runs at a time.
     """
 
     spec: Spec
     ledger: Ledger
     prepared: Prepared
     target: str
-    places: dict[str, int] = field(default_factory=dict)
-    found: dict[str, int] = field(default_factory=dict)
+    starts: dict[str, int] = field(default_factory=dict)
+    removed: dict[str, int] = field(default_factory=dict)
     unseen: int = ENOUGH  # so that the first look finds what an earlier run left
 
     def due(self, events: int) -> bool:
-        """Return whether a run is worth its lease, after so many more events."""
+        """Return whether a run is worth its lease, after so many more events.
+
+        Args:
+            events: How many events were offered since the last call.
+
+        Returns:
+            Whether `collect` has something to do.
+        """
         self.unseen += events
-        if self.unseen >= ENOUGH and not self.places:
+        if self.unseen >= ENOUGH and not self.starts:
             self.unseen = 0
             self._look()
-        return bool(self.places)
+        return bool(self.starts)
 
     def _look(self) -> None:
         """Begin with the tables in which enough rows have gathered."""
         with open_store(self.spec, self.spec.targets[self.target], "collect") as store:
             for source, transform in self._transforms():
                 if store.row_versions(transform.target) >= ENOUGH:
-                    self.places[source] = self.found[source] = 0
+                    self.starts[source] = self.removed[source] = 0
 
     def _transforms(self) -> Iterable[tuple[str, Transform]]:
         return [(source, planned) for (source, target), planned in self.prepared.transforms.items() if target == self.target]
@@ -65,18 +75,18 @@ class Collecting:
         """Delete some rows of each table that has enough; the caller holds the target's lease."""
         with open_store(self.spec, self.spec.targets[self.target], "collect") as store:
             for source, transform in self._transforms():
-                place = self.places.pop(source, None)
+                start = self.starts.pop(source, None)
                 upto = self._bound(source)
-                if place is None or upto is None:
+                if start is None or upto is None:
                     continue
-                done = store.collect(transform.target, upto, place)
-                self.found[source] += done.rows
-                if done.following is not None:
-                    self.places[source] = done.following
+                collected = store.collect(transform.target, upto, start)
+                self.removed[source] += collected.rows
+                if collected.following is not None:
+                    self.starts[source] = collected.following
                     continue
-                told = {"target": self.target, "table": source, "rows": self.found[source], "upto": str(upto)}
-                self.ledger.audit("collect", "done", told)
-                log.info("collected %s row versions of %s in %s up to %s", self.found[source], source, self.target, upto)
+                detail = {"target": self.target, "table": source, "rows": self.removed[source], "upto": str(upto)}
+                self.ledger.audit("collect", "done", detail)
+                log.info("collected %s row versions of %s in %s up to %s", self.removed[source], source, self.target, upto)
 
     def _bound(self, source: str) -> Version | None:
         """Return the version up to which a table's rows may go, None while none may."""

@@ -1,8 +1,9 @@
 """Rounds of replay: spooled changes offered to each target through its gate, in batches, until caught up or for as long as asked.
 
-A round offers a target all between the position that each load has reached and the end of the spool (or a given position), batch
-by batch (`applier`). Rounds and verifications of one target take turns by a lease. An event that this version does not carry stops
-its table by name, after everything before it was applied.
+A round offers a target all between the position that each load has reached and the end of the spool
+(or a given position), batch by batch (`applier`). Rounds and verifications of one target exclude
+each other by a lease. An event that this version does not carry stops its table by name, after
+everything before it was applied.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ldclient.migrations.types import Stage
 
 from changeover.errors import ChangeoverError, RowRefused, TableStopped, TextRefused
 from changeover.jobs.apply.applier import Applier
-from changeover.jobs.apply.checkpoint import Back, OldJournal
+from changeover.jobs.apply.checkpoint import ForwardCheckpoint, ReverseStream
 from changeover.jobs.apply.retention import Collecting
 from changeover.jobs.ledger.chunks import mergeable
 from changeover.jobs.ledger.epochs import NEW, Section, named, sections
@@ -72,41 +73,66 @@ class Replay:
         self.ledger = ledger
         self.prepared = prepared
         self.spool = spool_of(spec, prepared.stream.epoch)
-        self.applier = Applier(spec, spark, OldJournal(spec, ledger, self.spool, prepared.stream.epoch), snapshot)
-        self.back = Back(spec, spark, ledger, prepared.transforms)
-        self.returning = Applier(spec, spark, self.back.journal, None)
+        self.applier = Applier(spec, spark, ForwardCheckpoint(spec, ledger, self.spool, prepared.stream.epoch), snapshot)
+        self.back = ReverseStream(spec, spark, ledger, prepared.transforms)
+        self.returning = Applier(spec, spark, self.back.checkpoint, None)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
-        """Offer everything spooled below `until` to each target, under that target's lease."""
-        done: list[Replayed] = []
+        """Offer everything spooled below `until` to each target, under that target's lease (driver).
+
+        Args:
+            until: An LSN of the old store's log; the spool's end unless given.
+            targets: The targets' names, all unless given.
+
+        Returns:
+            Events offered, changes taken, and the least position reached.
+
+        Raises:
+            TableStopped: A table was stopped; the others are done.
+            RowRefused: A row can't be carried over; the other tables are done.
+            LeaseHeld: Another run holds a target's lease for too long.
+        """
+        results: list[Replayed] = []
         stops: list[ChangeoverError] = []
         for target in targets or list(self.spec.targets):
             with self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS):
                 try:
-                    done.append(self.offer(until, [target]))
+                    results.append(self.offer(until, [target]))
                 except (TableStopped, RowRefused, TextRefused) as stop:
                     stops.append(stop)
         if stops:
             raise stops[0]
-        return total(done)
+        return total(results)
 
     def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
-        """Do a round's work; the caller holds the leases. A table that stops, or a row of it, is named when the others are done."""
+        """Do a round's work (driver); the caller holds the leases.
+
+        Args:
+            until: An LSN of the old store's log; the spool's end unless given.
+            targets: The targets' names, all unless given.
+
+        Returns:
+            Events offered, changes taken, and the least position reached.
+
+        Raises:
+            TableStopped: A table was stopped; the others are done.
+            RowRefused: A row can't be carried over; the other tables are done.
+        """
         end = min([self.spool.end()] + ([until] if until is not None else []))
         authorities = self.ledger.authorities()
         carried = self.back.carried(authorities)
-        done: list[Replayed] = []
+        results: list[Replayed] = []
         stops: list[ChangeoverError] = []
         for source, target in self.prepared.transforms:
             if targets is None or target in targets:
                 parts = sections(authorities, takes_over=self._takes_over(target), carried=carried)
                 try:
-                    done += self._offer_table(source, target, parts, end, apart=bool(named(authorities)))
+                    results += self._offer_table(source, target, parts, end, apart=bool(named(authorities)))
                 except (TableStopped, RowRefused, TextRefused) as stop:
                     stops.append(stop)
         if stops:
             raise stops[0]
-        return total(done)
+        return total(results)
 
     def _offer_table(self, source: str, target: str, parts: Sequence[Section], end: int, *, apart: bool) -> list[Replayed]:
         """Offer what is left of a table to a target; nothing is said of one that may not be merged yet.
@@ -138,10 +164,20 @@ class Replay:
         return self.spec.flag is not None and self.spec.flag.target == target
 
     def bring_back(self) -> Replayed:
-        """Offer what was written to the new store while it had authority to the old store; the caller holds that lease.
+        """Offer to the old store what was written to the new one while it had authority (driver).
 
-        What stands in the way of a table is on record, and raised when the others are done. Once the last stage was reached the old
-        store gets nothing any more.
+        What stands in the way of a table is on record, and raised when the others are done. Once
+        the last stage was reached the old store gets nothing any more.
+
+        The caller holds the old store's lease.
+
+        Returns:
+            Events offered, changes taken, and the least position reached, an LSN of the new store's
+            log.
+
+        Raises:
+            ChangeoverError: What stands in the way of a table, which is on record; the others are
+                done.
         """
         parts, reach = self.back.plan() if self.spec.flag is not None else ([], 0)
         if not parts or self.ledger.stage() == Stage.COMPLETE.value:
@@ -151,8 +187,8 @@ class Replay:
         loads = self.back.loads(reverse.OLD_STORE)
         for load in (load for load in loads if load.applied < end):
             try:
-                done = self._table_back(load.source, parts, reach)
-                counts = Counts(counts.offered + done.offered, counts.taken + done.taken)
+                of_table = self._table_back(load.source, parts, reach)
+                counts = Counts(counts.offered + of_table.offered, counts.taken + of_table.taken)
             except ChangeoverError as error:
                 if not isinstance(error, TableStopped):  # else its own reason is on record
                     reverse.stop(self.ledger, load.target, str(error), load.source)
@@ -190,10 +226,27 @@ def replay(
     spec: Spec, spark: SparkSession, *, follow: bool = False, stop: threading.Event | None = None,
     targets: Sequence[str] | None = None,
 ) -> Replayed:  # fmt: skip
-    """Replay until caught up with the spool, or with `follow` until `stop` is set, back to the old store too (driver).
+    """Replay until caught up with the spool, or with `follow` until `stop` is set (driver).
 
-    Each target is followed in a thread of its own, so that a slow one does not hold up another, and an error in one stops all.
-    Raises StepOrder before prepare, TableStopped, ServerUnavailable.
+    Each target is followed in a thread of its own, so that a slow one does not hold up another, and
+    an error in one stops all.
+
+    The old store is replayed into as well, where reverse replication is open.
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        follow: Whether to go on once it has caught up.
+        stop: Ends it after the batch under way.
+        targets: The targets' names, all unless given.
+
+    Returns:
+        Events offered, changes taken, and the least position reached.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        TableStopped: A table was stopped.
+        ServerUnavailable: A server can't be reached.
     """
     stop = stop or threading.Event()
     with Ledger.open(spec, STEP) as ledger:
@@ -203,11 +256,11 @@ def replay(
         running = [pool.submit(_replay_target, spec, spark, prepared, target, follow, stop) for target in chosen]
         back = pool.submit(_replay_back, spec, spark, prepared, follow, stop) if spec.flag is not None else None
         try:
-            done = total([one.result() for one in as_completed(running)])
+            forward = total([one.result() for one in as_completed(running)])
         finally:
             stop.set()
-        came = back.result() if back is not None else Replayed(0, 0, 0)
-    return replace(done, events=done.events + came.events, taken=done.taken + came.taken)
+        returned = back.result() if back is not None else Replayed(0, 0, 0)
+    return replace(forward, events=forward.events + returned.events, taken=forward.taken + returned.taken)
 
 
 def _replay_target(
@@ -215,29 +268,29 @@ def _replay_target(
 ) -> Replayed:
     """Replay into one target; a scheduler pool of its own keeps a long backfill from starving it."""
     spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(target))
-    with Ledger.open(spec, STEP) as ledger, ledger.recorded(STEP) as told:
-        told["target"] = target
+    with Ledger.open(spec, STEP) as ledger, ledger.recorded(STEP) as report:
+        report["target"] = target
         running = Replay(spec, spark, ledger, prepared)
         collecting = Collecting(spec, ledger, prepared, target)
         until = None if follow else running.spool.end()  # a writer that never rests would otherwise keep it for ever
         events = taken = 0
         while True:
-            done = running.round(until, targets=[target])
-            events, taken = events + done.events, taken + done.taken
-            if collects := collecting.due(done.events):
+            result = running.round(until, targets=[target])
+            events, taken = events + result.events, taken + result.taken
+            if collects := collecting.due(result.events):
                 with ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS):
                     collecting.collect()
-            if stop.is_set() or not (follow or done.events or collects):
-                told.update(events=events, taken=taken, applied=format_lsn(done.applied))
-                return Replayed(events, taken, done.applied)
-            if not (done.events or collects):
+            if stop.is_set() or not (follow or result.events or collects):
+                report.update(events=events, taken=taken, applied=format_lsn(result.applied))
+                return Replayed(events, taken, result.applied)
+            if not (result.events or collects):
                 stop.wait(IDLE_SECONDS)
 
 
 def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bool, stop: threading.Event) -> Replayed:
     """Replay from the new store into the old one; with `follow` whatever goes wrong is tried again, since the others go on."""
     spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(reverse.OLD_STORE))
-    said = ""
+    reported = ""
     while True:
         try:
             with Ledger.open(spec, STEP) as ledger:
@@ -245,9 +298,9 @@ def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bo
         except (ChangeoverError, psycopg.Error) as error:
             if not follow:
                 raise
-            if str(error) != said:
+            if str(error) != reported:
                 log.warning("nothing comes back to the old store: %s", error)
-            said = str(error)
+            reported = str(error)
         if stop.wait(AGAIN_SECONDS):
             return Replayed(0, 0, 0)
 
@@ -256,9 +309,9 @@ def _back_rounds(running: Replay, follow: bool, stop: threading.Event) -> Replay
     events = taken = 0
     while True:
         with running.ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
-            done = running.bring_back()
-        events, taken = events + done.events, taken + done.taken
-        if stop.is_set() if follow else not done.events:
-            return Replayed(events, taken, done.applied)
-        if not done.events:
+            result = running.bring_back()
+        events, taken = events + result.events, taken + result.taken
+        if stop.is_set() if follow else not result.events:
+            return Replayed(events, taken, result.applied)
+        if not result.events:
             stop.wait(IDLE_SECONDS)

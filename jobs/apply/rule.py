@@ -66,8 +66,9 @@ def collected(cell: Version, upto: Version) -> bool:
 def caught_up_floor(epoch: int, applied: int) -> Version:
     """Return the floor of a table where every event below a position was applied in order and nothing else is under way.
 
-    No event of the stream has exactly this version, and every later one lies above it: a batch that raises the floor to it in
-    its own transaction has recorded its position, and needs no version per key (`stores.base.statements.CATCH_UP`).
+    No event of the stream has exactly this version, and every later one lies above it. A batch that
+    raises the floor to it in its own transaction has recorded its position. It needs no version per
+    key (`stores.base.statements.CATCH_UP`).
     """
     return Version(epoch, applied, DUAL_WRITE_ORDINAL)
 
@@ -88,7 +89,7 @@ Image = tuple[Hashable, ...]
 """A row's values in the table's order of columns."""
 
 
-class Change(NamedTuple):
+class KeyChange(NamedTuple):
     """An offer to one key: an image, or None for a delete; `old_key` is what a put's row was called before, if it has a new key."""
 
     key: Key
@@ -97,18 +98,18 @@ class Change(NamedTuple):
     old_key: Key | None = None
 
 
-def apart(version: Version, key: Key, image: Image | None, old_key: Key | None = None) -> tuple[Change, ...]:
+def apart(version: Version, key: Key, image: Image | None, old_key: Key | None = None) -> tuple[KeyChange, ...]:
     """Return what an insert, update or delete offers, by target keys; `version` has the event's even ordinal.
 
     The two changes of a key change have ordinals of their own, since old and new key may be one and the same in the target.
     """
     if old_key is None:
-        return (Change(key, version, image),)
-    put = Change(key, version._replace(ordinal=version.ordinal + 1), image, old_key)
-    return Change(old_key, version, None), put
+        return (KeyChange(key, version, image),)
+    put = KeyChange(key, version._replace(ordinal=version.ordinal + 1), image, old_key)
+    return KeyChange(old_key, version, None), put
 
 
-def after_truncate(changes: Iterable[Change], at: Version | None) -> list[Change]:
+def after_truncate(changes: Iterable[KeyChange], at: Version | None) -> list[KeyChange]:
     """Return the changes that the last TRUNCATE of a batch leaves to be offered: those before it have nothing to say any more."""
     return [change for change in changes if at is None or change.version > at]
 
@@ -118,7 +119,7 @@ def filled(image: Image, row: Image) -> Image:
     return tuple(value if sent is UNSENT else sent for sent, value in zip(image, row, strict=True))
 
 
-def completed(changes: Iterable[Change], rows: Mapping[Key, Image]) -> list[Change]:
+def completed(changes: Iterable[KeyChange], rows: Mapping[Key, Image]) -> list[KeyChange]:
     """Return the changes with whole images; `rows` are the source's, in a snapshot that shows all of the changes.
 
     A row that is gone by then is deleted later in the stream, so its put is left out.
@@ -132,6 +133,6 @@ def completed(changes: Iterable[Change], rows: Mapping[Key, Image]) -> list[Chan
     return whole
 
 
-def last_of_each_key(changes: Iterable[Change]) -> list[Change]:
+def last_of_each_key(changes: Iterable[KeyChange]) -> list[KeyChange]:
     """Return one change a key, the one with the highest version: a cell is the maximum of what it is offered."""
     return list({change.key: change for change in sorted(changes, key=lambda one: one.version)}.values())

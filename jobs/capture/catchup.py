@@ -1,11 +1,13 @@
 """Catching up: what a slot keeps far behind the server's end, read in bounded rounds, faster than it is streamed.
 
-The stream sends each message by itself; here `pg_logical_slot_peek_binary_changes` decodes a stretch of the log, and COPY sends its
-rows together. A round ends at a position that is below the server's end when the round begins, and brings every transaction that
-committed below, whole and in commit order, with the messages that the stream would have sent. Nothing is consumed by it: the slot
-moves only by `acknowledge`, to what its caller holds durably. A round keeps decoded rows in the server, in temporary files beyond
-work_mem, so it is taken only where the log that they can come from is small; what is larger is left to the stream. While a round is
-read the slot is held as the stream would hold it. Runs where capture runs.
+The stream sends each message by itself; here `pg_logical_slot_peek_binary_changes` decodes a
+stretch of the log, and COPY sends its rows together. A round ends at a position that is below the
+server's end when the round begins. It brings every transaction that committed below, whole and in
+commit order, with the messages that the stream would have sent. Nothing is consumed by it: the slot
+moves only by `acknowledge`, to what its caller holds durably. A round keeps decoded rows in the
+server, in temporary files beyond work_mem. So it is taken only where the log that they can come
+from is small, and what is larger is left to the stream. While a round is read the slot is held as
+the stream would hold it. Runs where capture runs.
 """
 
 from __future__ import annotations
@@ -57,8 +59,9 @@ log = logging.getLogger(__name__)
 def round_end(connection: Connection, slot: str, durable: int, least: int) -> int | None:
     """Return where a round from `durable` on may end; None where less than `least` is left, or where it may be too large.
 
-    A round reads again from where the server keeps the log for transactions that were open, so it grows with that: twice as long
-    where there is room, and what is read again costs less than what is new.
+    A round reads again from where the server keeps the log for transactions that were open, so it
+    grows with that. It is twice as long where there is room: what is read again costs less than
+    what is new.
     """
     row = connection.execute(
         "SELECT restart_lsn::text, pg_current_wal_flush_lsn()::text FROM pg_replication_slots WHERE slot_name = %s", [slot]

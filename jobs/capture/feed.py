@@ -43,11 +43,11 @@ def feed_of(spec: Spec, ledger: Ledger, stream: Stream) -> Feed:
     def ask(moment: Moment, old: Connection) -> list[str]:
         try:
             with Ledger.open(spec, "capture") as present:  # a ledger that was restarted has ended the session of the beginning
-                told = assumptions.stop(moment, Asked(spec, old, present))
+                stopped = assumptions.stop(moment, Asked(spec, old, present))
         except ServerUnavailable as error:
             if moment is not Moment.WATCH:
                 raise
             return [f"whether the stream is whole is asked again in a minute: {error}"]
-        return list(dict.fromkeys([*told, *roots.look(old)]))  # which puts new partitions on record
+        return list(dict.fromkeys([*stopped, *roots.look(old)]))  # which puts new partitions on record
 
     return Feed(spec.source.dsn.resolve(), stream, tables, Spool(spool_path(spec.work, stream.epoch)), roots, ask)

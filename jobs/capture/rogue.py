@@ -23,7 +23,7 @@ from changeover.jobs.ledger.records import Authority, VerdictRow
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.spool.events import SCHEMA, TRUNCATE
 from changeover.jobs.spool.table import Spool, spool_of
-from changeover.jobs.transform.tenancy import new_column, old_column
+from changeover.jobs.transform.tenancy import new_column, old_column, required
 from changeover.position import format_lsn, parse_lsn
 from changeover.spec import Spec, Table
 from changeover.tenants import EVERY, Tenants
@@ -67,11 +67,18 @@ class Watch:
 
     spec: Spec
     changes: Sequence[Authority] = ()
-    seen: dict[tuple[str, str, int], tuple[int, pa.Table]] = field(default_factory=dict)
+    scanned: dict[tuple[str, str, int], tuple[int, pa.Table]] = field(default_factory=dict)
     """By store, table and where its stream begins: up to where it was read, and what was found."""
 
     def look(self, ledger: Ledger) -> list[Rogue]:
-        """Return the rogue writes since the last moment at which a verdict found both stores equal."""
+        """Return the rogue writes since a verdict last found both stores equal (driver).
+
+        Args:
+            ledger: The migration's ledger, open.
+
+        Returns:
+            One a store and table in which there are any.
+        """
         if self.spec.flag is None or not ledger.exists():
             return []
         self._take(ledger.authorities())
@@ -79,60 +86,67 @@ class Watch:
         # positions from before the path was opened may be those of another server
         here = reverse.begun_since(path, self.changes) if path is not None else frozenset[int]()
         equal = _equal(ledger.verdicts(), self.spec.flag.target, path)
-        found: list[Rogue] = []
+        rogues: list[Rogue] = []
         for store, spool, since in _watched(self.spec, ledger, path):
             gaps = partial(absences, self.changes, store, counted=None if store == OLD else here)
             for table in self.spec.tables:
                 rows = self._read(store, spool, table, since, equal.get(table.source, {}).get(store, 0), gaps)
-                found += _told(store, _relation(store, table), rows)
-        return found
+                rogues += _summary(store, _relation(store, table), rows)
+        return rogues
 
     def _take(self, changes: Sequence[Authority]) -> None:
         """Forget what was found where the authority log says something else by now."""
         known, more = self.changes, changes[len(self.changes) :]
         if changes[: len(known)] != known or any(one.anew for one in more):
-            self.seen = {}
-        for (store, table, since), (upto, found) in self.seen.items():
+            self.scanned = {}
+        for (store, table, since), (upto, writes) in self.scanned.items():
             start = min([upto, *(one.from_lsn if store == OLD else one.new_lsn for one in more)])
-            self.seen[store, table, since] = start, found.filter(pc.less(found["lsn"], start))
+            self.scanned[store, table, since] = start, writes.filter(pc.less(writes["lsn"], start))
         self.changes = changes
 
     def _read(self, store: str, spool: Spool, table: Table, since: int, equal: int, gaps: Gaps) -> pa.Table:
         """Return what is rogue in one store's table from a position on, reading what is new."""
-        upto, found = self.seen.get((store, table.source, since), (since, PLACES.empty_table()))
+        upto, writes = self.scanned.get((store, table.source, since), (since, PLACES.empty_table()))
         start, end = max(upto, equal), spool.end()
-        parts = [found.filter(pc.greater_equal(found["lsn"], equal))]
-        for first, last, whose in gaps(start):
+        parts = [writes.filter(pc.greater_equal(writes["lsn"], equal))]
+        for first, last, tenants in gaps(start):
             if first < end:
-                parts += self._of(spool, store, table, (first, min(last, end)), whose)
-        self.seen[store, table.source, since] = max(start, end), pa.concat_tables(parts)
-        return self.seen[store, table.source, since][1]
+                parts += self._of(spool, store, table, (first, min(last, end)), tenants)
+        self.scanned[store, table.source, since] = max(start, end), pa.concat_tables(parts)
+        return self.scanned[store, table.source, since][1]
 
-    def _of(self, spool: Spool, store: str, table: Table, place: tuple[int, int], whose: Tenants) -> Iterator[pa.Table]:
+    def _of(self, spool: Spool, store: str, table: Table, bounds: tuple[int, int], tenants: Tenants) -> Iterator[pa.Table]:
         """Yield what somebody wrote there to rows of these tenants; whose a row is, is only read where it is the question."""
-        if whose == EVERY:
-            found = spool.unmarked(*place)
-            yield found.filter(pc.equal(found["relation"], _relation(store, table))).select(PLACES.names)
+        if tenants == EVERY:
+            events = spool.unmarked(*bounds)
+            yield events.filter(pc.equal(events["relation"], _relation(store, table))).select(PLACES.names)
             return
-        column = old_column(self.spec) if store == OLD else new_column(self.spec, table)
-        assert column is not None
-        for part in spool.unmarked_rows(*place, _relation(store, table)):
-            yield part.filter(of_tenants(part, column, whose)).select(PLACES.names)
+        column = required(old_column(self.spec) if store == OLD else new_column(self.spec, table), self.spec)
+        for part in spool.unmarked_rows(*bounds, _relation(store, table)):
+            yield part.filter(of_tenants(part, column, tenants)).select(PLACES.names)
 
 
 def rogue(spec: Spec, ledger: Ledger) -> list[Rogue]:
-    """Return the rogue writes since the last moment at which a verdict found both stores equal (driver; looks only)."""
+    """Return the rogue writes since a verdict last found both stores equal (driver; looks only).
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open.
+
+    Returns:
+        One a store and table in which there are any.
+    """
     return Watch(spec).look(ledger)
 
 
-def of_tenants(events: pa.Table, column: str, whose: Tenants) -> pa.ChunkedArray:
+def of_tenants(events: pa.Table, column: str, tenants: Tenants) -> pa.ChunkedArray:
     """Return which events are of some tenants' rows: by the new row, by the old key, or as a TRUNCATE, which is of all (pure)."""
     mask = pc.equal(events["op"], TRUNCATE)
-    names = pa.array(sorted(whose.names), pa.string())
+    names = pa.array(sorted(tenants.names), pa.string())
     for image in ("row", "key"):
         tenant = pc.map_lookup(events[image], column, "first")
         inside = pc.is_in(tenant, names)
-        mine = pc.and_(pc.is_valid(tenant), pc.invert(inside) if whose.others else inside)
+        mine = pc.and_(pc.is_valid(tenant), pc.invert(inside) if tenants.others else inside)
         mask = pc.or_(mask, mine)
     return mask
 
@@ -143,22 +157,22 @@ def _relation(store: str, table: Table) -> str:
 
 def _watched(spec: Spec, ledger: Ledger, path: reverse.Path | None) -> Iterator[tuple[str, Spool, int]]:
     """Yield each store whose stream there is, its spool, and since where it is read."""
-    places = [(OLD, spool_of(spec, ledger.stream("status").epoch), 0)]  # it had authority from the beginning
-    places += [(NEW, reverse.spool_of(spec), path.stream.l0)] if path is not None else []
-    for place in places:
+    streams = [(OLD, spool_of(spec, ledger.stream("status").epoch), 0)]  # it had authority from the beginning
+    streams += [(NEW, reverse.spool_of(spec), path.stream.l0)] if path is not None else []
+    for stream in streams:
         try:
-            place[1].end()
+            stream[1].end()
         except StepOrder:  # finalized, or the work folder is elsewhere
             continue
-        yield place
+        yield stream
 
 
-def _told(store: str, relation: str, found: pa.Table) -> list[Rogue]:
-    if not len(found):
+def _summary(store: str, relation: str, writes: pa.Table) -> list[Rogue]:
+    if not len(writes):
         return []
-    first, last = (format_lsn(place(found["lsn"]).as_py()) for place in (pc.min, pc.max))
-    transactions = pc.count_distinct(found["lsn"]).as_py()
-    return [Rogue(store, relation, len(found), transactions, first, last, pc.max(found["committed_at"]).as_py())]
+    first, last = (format_lsn(end(writes["lsn"]).as_py()) for end in (pc.min, pc.max))
+    transactions = pc.count_distinct(writes["lsn"]).as_py()
+    return [Rogue(store, relation, len(writes), transactions, first, last, pc.max(writes["committed_at"]).as_py())]
 
 
 def _equal(verdicts: Sequence[VerdictRow], target: str, path: reverse.Path | None) -> Mapping[str, Mapping[str, int]]:
@@ -171,6 +185,6 @@ def _equal(verdicts: Sequence[VerdictRow], target: str, path: reverse.Path | Non
         if one.verdict == "equal" and one.target == target:
             positions = one.detail["positions"]
             here = path is not None and one.at >= path.opened
-            found = {OLD: positions["source_lsn"], **({NEW: parse_lsn(positions["target"])} if here else {})}
-            newest.setdefault(one.source, found)
+            verified = {OLD: positions["source_lsn"], **({NEW: parse_lsn(positions["target"])} if here else {})}
+            newest.setdefault(one.source, verified)
     return newest

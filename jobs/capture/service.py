@@ -1,9 +1,11 @@
 """Capture: the one long-lived service, which brings the source's changes into the spool in commit order.
 
-What is read, from a slot (`slot`) or from a log of triggers (`trigger`), is forgotten by the server only when the spool
-holds it durably, so a kill at any point loses nothing and repeats nothing. Each session first proves that this is still the
-prepared stream, with no gap before the spool's end; else it stops with the reason. A table that no longer looks as it was prepared
-gets an event that says so, at its place in the stream, while the others go on. Runs on one machine, without Spark.
+The service reads from a slot (`slot`) or from a log of triggers (`trigger`). The server forgets
+what was read only when the spool holds it durably, so a kill at any point loses nothing and repeats
+nothing. Each session first proves that this is still the prepared stream, with no gap before the
+spool's end; else it stops with the reason. A table that no longer looks as it was prepared gets an
+event that says so, at its place in the stream, while the others go on. Runs on one machine, without
+Spark.
 """
 
 from __future__ import annotations
@@ -55,12 +57,29 @@ def capture(
     stop: threading.Event | None = None,
     patience: float = 30.0,
 ) -> CaptureResult:
-    """Bring changes into the spool until `until()`, `stop`, Ctrl-C or SIGTERM; what is whole then is durable (driver).
+    """Bring changes into the spool until it is told to end; what is whole then is durable (driver).
 
-    A broken connection is opened anew for up to `patience` seconds, and a work folder that takes nothing is tried again for as
-    long as it takes, at the start for `patience`. `until` is asked after each append and 5 times a second. Raises StepOrder
-    before prepare, LeaseHeld beside another run, SourceChanged or SpoolGap when this is not the prepared stream any more,
-    ServerUnavailable, DatabaseFailed, RowRefused, FolderFailed.
+    A broken connection is opened anew for up to `patience` seconds. A work folder that takes
+    nothing is tried again for as long as it takes, at the start for `patience`. It needs no Spark.
+
+    Args:
+        spec: The migration's spec.
+        until: Ends it; asked after each append and 5 times a second.
+        stop: Ends it, as Ctrl-C and SIGTERM do.
+        patience: How long a broken connection is tried again, in seconds.
+
+    Returns:
+        What the run did: counts, the spool's end as an LSN, seconds.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        LeaseHeld: Another capture runs.
+        SourceChanged: This is not the prepared stream any more.
+        SpoolGap: The stream does not go back to the spool's end.
+        ServerUnavailable: The server can't be reached for longer than `patience`.
+        DatabaseFailed: The server sent what can't be read, or failed otherwise.
+        RowRefused: A row can't be represented in the spool.
+        FolderFailed: The work folder takes nothing from the start on.
     """
     stop = stop or threading.Event()
     started = time.monotonic()
@@ -70,7 +89,7 @@ def capture(
         feed = feed_of(spec, ledger, stream)
         follow = SlotRun if spec.source.capture == SLOT else LogRun
         run = follow(spec, feed, stop, until or (lambda: False), patience, result)
-        with ledger.recorded("capture") as told, asked_to_stop(stop) as asked, new_store_beside(spec):
+        with ledger.recorded("capture") as report, asked_to_stop(stop) as asked, new_store_beside(spec):
             ledger.audit("capture", STARTED, {})  # it may run for weeks, and a kill leaves no other trace
             run.patience.tell = partial(_tell_waiting, spec)
             try:
@@ -78,7 +97,7 @@ def capture(
             finally:
                 result.interrupted = asked()
                 result.seconds = time.monotonic() - started
-                told.update(result.recorded())
+                report.update(result.recorded())
     log.info("capture ended: %s", result)
     return result
 
@@ -112,29 +131,29 @@ def new_store_beside(spec: Spec) -> Iterator[None]:
 
 def _tell_rogue(spec: Spec, ended: threading.Event) -> None:
     """Raise the alarm for writes to a store without authority, each state of affairs once."""
-    said: set[str] = set()
+    reported: set[str] = set()
     watch = Watch(spec)
     while not ended.wait(ROGUE_SECONDS):
         try:
             with Ledger.open(spec, "capture") as ledger:
-                told = {str(one) for one in watch.look(ledger)}
+                lines = {str(one) for one in watch.look(ledger)}
         except (ChangeoverError, psycopg.Error, DeltaError, OSError) as error:
-            told = {f"rogue writes can't be looked for: {str(error).splitlines()[0]}"}
-        for line in sorted(told - said):
+            lines = {f"rogue writes can't be looked for: {str(error).splitlines()[0]}"}
+        for line in sorted(lines - reported):
             log.warning("%s", line)
-        said = told
+        reported = lines
 
 
 def _follow_new_store(spec: Spec, ended: threading.Event) -> None:
-    said = ""
+    reported = ""
     while not ended.is_set():
         try:
             capture_new(spec, ended)
         except (ChangeoverError, psycopg.Error, DeltaError, OSError) as error:
-            told = str(error).splitlines()[0]
-            if told != said:
-                log.warning("the new store's stream: %s", told)
-            said = told
+            message = str(error).splitlines()[0]
+            if message != reported:
+                log.warning("the new store's stream: %s", message)
+            reported = message
         ended.wait(NEW_STORE_SECONDS)
 
 

@@ -1,9 +1,11 @@
 """Capture by a slot: connection after connection, each proved to be the prepared stream, read in rounds or streamed.
 
-The slot is told to forget only what the spool holds durably, and every connection goes on from the spool's end, so a kill at any
-point loses nothing and repeats nothing. A connection that finds the slot far behind catches up in rounds, until it is near;
-the next one proves all anew and streams. A transaction that outgrows one batch goes in by parts, so memory does not grow with it;
-one that is cut off there comes again, and what the spool holds of it is left out. Runs on one machine, without Spark.
+The slot is told to forget only what the spool holds durably, and every connection goes on from the
+spool's end. So a kill at any point loses nothing and repeats nothing. A connection that finds the
+slot far behind catches up in rounds, until it is near; the next one proves all anew and streams. A
+transaction that outgrows one batch goes in by parts, so memory does not grow with it. One that is
+cut off there comes again, and what the spool holds of it is left out. Runs on one machine, without
+Spark.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class SlotRun:
     ) -> None:
         self.spec, self.feed, self.stream, self.tables, self.roots = spec, feed, feed.stream, feed.tables, feed.roots
         self.stop, self.until, self.patience = stop, until, Patience(patience, stop)
-        self.ask_at, self.done = 0.0, False
+        self.ask_at, self.finished = 0.0, False
         self.dsn, self.result = feed.dsn, result
         self.intake = Intake(feed.spool, result, self.patience)
         self.answer_at = self.watch_at = float("inf")
@@ -207,11 +209,11 @@ class SlotRun:
 
     def _ended(self) -> bool:
         if self.stop.is_set():
-            self.done = True
-        if not self.done and time.monotonic() >= self.ask_at:
-            self.done = self.until()
+            self.finished = True
+        if not self.finished and time.monotonic() >= self.ask_at:
+            self.finished = self.until()
             self.ask_at = time.monotonic() + UNTIL_SECONDS
-        return self.done
+        return self.finished
 
     def _watch(self, connection: Connection, moment: Moment = Moment.WATCH) -> None:
         """Ask whether all is as it was, and raise the alarm while the server still keeps what the slot needs."""

@@ -1,10 +1,11 @@
 """Capture by a trigger log: tick after tick brought into the spool, each once and whole, with the guarantees of the slot.
 
-A tick is on record in the source, with its snapshot, before its first event is spooled; the spool's end names the last one that
-is durable, and only what that one shows is taken out of the log. So a kill at any point loses nothing and repeats nothing: the next
-run reads the same tick again and leaves out what the spool holds of it. A tick of any size passes through by parts. A table
-that no longer looks as it was prepared gets an event that says so before the tick's changes, of which its own are left out, while
-the others go on. Runs on one machine, without Spark.
+A tick is on record in the source, with its snapshot, before its first event is spooled. The spool's
+end names the last one that is durable, and only what that one shows is taken out of the log. So a
+kill at any point loses nothing and repeats nothing: the next run reads the same tick again and
+leaves out what the spool holds of it. A tick of any size passes through by parts. A table that no
+longer looks as it was prepared gets an event that says so before the tick's changes. Its own
+changes are left out, while the others go on. Runs on one machine, without Spark.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from changeover.jobs.decode.transactions import ADDED_ANEW, added_anew, addition
 from changeover.jobs.guarantee.assumptions import Moment
 from changeover.jobs.ledger.records import SourceColumn
 from changeover.jobs.source import ticks, triggerlog
-from changeover.jobs.source.ticks import Row, Seen, Tick
+from changeover.jobs.source.ticks import Row, TableState, Tick
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.spool import writer
 from changeover.jobs.spool.events import ADDED, RELATION, Event, Image
@@ -135,9 +136,9 @@ class LogRun:
     def _events(self, rows: Iterable[Row], last: Tick, tick: Tick) -> Iterator[tuple[Event, int]]:
         """Yield a tick's events, each with the length of its texts: how tables have changed, then the log's rows in order."""
         at = int(tick.at.timestamp() * 1_000_000)
-        for source, seen in zip(self.sources, tick.tables, strict=True):
-            if told := source.look(seen):
-                op, note = told
+        for source, state in zip(self.sources, tick.tables, strict=True):
+            if alteration := source.look(state):
+                op, note = alteration
                 yield Event(source.name, last.end, -1, op, None, None, (), 0, at, note), 0
         for index, row in enumerate(rows):
             table = self.sources[row.tab] if row.tab is not None else None
@@ -175,33 +176,33 @@ class Source:
         schema, table = qualified(name)
         columns = tuple(pgoutput.Column(c.name, c.oid, -1, c.key) for c in prepared)
         self.shape = Shape(name, pgoutput.Relation(0, schema, table, "d", columns), prepared)
-        self.key = tuple(self.shape.columns[place] for place in self.shape.keys)
+        self.key = tuple(self.shape.columns[index] for index in self.shape.keys)
         self._load = Transformer().get_loader(RECORD, pq.Format.TEXT).load
-        self._told: str | None = None
+        self._last_note: str | None = None
 
-    def look(self, seen: Seen) -> tuple[str, str] | None:
+    def look(self, now: TableState) -> tuple[str, str] | None:
         """Return (kind of event, what is to be told) where the table looks otherwise than when it was last told."""
-        found, added = self._compared(seen)
-        self.stopped = bool(found)
-        note = "; ".join(filter(None, (found, added)))
-        if not note or note == self._told:
+        problem, added = self._compared(now)
+        self.stopped = bool(problem)
+        note = "; ".join(filter(None, (problem, added)))
+        if not note or note == self._last_note:
             return None
-        self._told = note
+        self._last_note = note
         log.warning("%s: %s", self.name, note)
-        return (RELATION if found else ADDED), note
+        return (RELATION if problem else ADDED), note
 
-    def _compared(self, seen: Seen) -> tuple[str, str]:
-        if seen.relation is None:
+    def _compared(self, now: TableState) -> tuple[str, str]:
+        if now.relation is None:
             return "the table was dropped", ""
-        now = joined(seen.relation.schema, seen.relation.name)
-        found = [] if now == self.name else [f"the table was renamed to {now}"]
-        if not seen.enabled:
-            found.append("its trigger of the log was disabled or dropped, so that changes are missing")
-        different = difference(seen.relation, self.prepared, frozenset())
-        names = [column.name for column in seen.relation.columns[: len(self.prepared)]]
-        if not different and (names != [column.name for column in self.prepared] or added_anew(self.prepared, seen.numbers)):
+        name = joined(now.relation.schema, now.relation.name)
+        problems = [] if name == self.name else [f"the table was renamed to {name}"]
+        if not now.enabled:
+            problems.append("its trigger of the log was disabled or dropped, so that changes are missing")
+        different = difference(now.relation, self.prepared, frozenset())
+        names = [column.name for column in now.relation.columns[: len(self.prepared)]]
+        if not different and (names != [column.name for column in self.prepared] or added_anew(self.prepared, now.numbers)):
             different = ADDED_ANEW
-        return "; ".join([*found, *filter(None, [different])]), additions(seen.relation, self.prepared)
+        return "; ".join([*problems, *filter(None, [different])]), additions(now.relation, self.prepared)
 
     def not_text(self, lsn: int, ordinal: int, xid: int, at: int) -> Event:
         """Return that a row came which is no text, in its place; nothing that follows it counts."""
@@ -217,7 +218,7 @@ class Source:
         if gone is None:
             return row, None
         values = self._values(gone)
-        return row, (self.key, tuple(values[place] for place in shape.keys))
+        return row, (self.key, tuple(values[index] for index in shape.keys))
 
     def _values(self, image: bytes) -> tuple[str | None, ...]:
         """Return a composite text's values as the slot's events have them, of which arrays are JSON."""

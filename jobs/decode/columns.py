@@ -159,23 +159,23 @@ class Changes:
     old: Tuples | None
     new: Tuples | None
 
-    def one(self, place: int) -> Changes:
+    def one(self, index: int) -> Changes:
         """Return one of the changes."""
-        old, new = (part[np.array([place])] if part is not None else None for part in (self.old, self.new))
-        return Changes(self.op, self.numbers[place : place + 1], self.old_kind, old, new)
+        old, new = (part[np.array([index])] if part is not None else None for part in (self.old, self.new))
+        return Changes(self.op, self.numbers[index : index + 1], self.old_kind, old, new)
 
 
 def changes(wire: Wire, numbers: Places, columns: int) -> list[Changes]:
     """Return the inserts, updates and deletes among the messages of those numbers, all of one table, group by group."""
     kind, first = wire.kind[numbers], wire.codes[wire.start[numbers] + 5]
-    found = []
+    groups = []
     for op, old_kind in LAYOUTS:
         chosen = numbers[(kind == op) & (first == (old_kind or NEW))]
         if len(chosen):
-            found.append(_group(wire, chosen, columns, op, old_kind))
-    if sum(len(group.numbers) for group in found) != len(numbers):
+            groups.append(_group(wire, chosen, columns, op, old_kind))
+    if sum(len(group.numbers) for group in groups) != len(numbers):
         raise MalformedMessage("a change that is neither of a new nor of an old row")
-    return found
+    return groups
 
 
 LAYOUTS = ((INSERT, 0), (UPDATE, 0), (UPDATE, OLD_KEY), (UPDATE, OLD_ROW), (DELETE, OLD_KEY), (DELETE, OLD_ROW))

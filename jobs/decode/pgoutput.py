@@ -99,16 +99,26 @@ Read = TypeVar("Read")
 
 def _whole(read: Callable[[bytes], tuple[Read, int]], data: bytes) -> Read:
     try:
-        found, end = read(data)
+        parsed, end = read(data)
     except (struct.error, IndexError, ValueError) as error:
         raise MalformedMessage(f"a message of {len(data)} bytes can't be read: {error}") from error
     if end != len(data):
         raise MalformedMessage(f"a message of {len(data)} bytes reads as one of {end}")
-    return found
+    return parsed
 
 
 def keepalive(data: bytes) -> Keepalive:
-    """Return a keepalive frame; raises MalformedMessage."""
+    """Return a keepalive frame (pure).
+
+    Args:
+        data: The frame's bytes.
+
+    Returns:
+        Up to where the server has sent, an LSN, and whether it asks for an answer.
+
+    Raises:
+        MalformedMessage: The frame can't be read.
+    """
     if len(data) != _keepalive.size:
         raise MalformedMessage(f"a keepalive of {len(data)} bytes")
     wal_end, _, reply = _keepalive.unpack(data)
@@ -116,7 +126,17 @@ def keepalive(data: bytes) -> Keepalive:
 
 
 def feedback(received: int, durable: int, now: datetime, *, ping: bool = False) -> bytes:
-    """Return a status update: all up to `durable` may be forgotten; `ping` asks for an answer at once."""
+    """Return a status update for the server (pure).
+
+    Args:
+        received: Up to where the server's bytes came, an LSN.
+        durable: The LSN up to which all may be forgotten.
+        now: The time that it bears.
+        ping: Whether it asks for an answer at once.
+
+    Returns:
+        The message's bytes.
+    """
     micros = (now - EPOCH) // timedelta(microseconds=1)
     return _feedback.pack(b"r", max(received, durable), durable, durable, micros, ping)
 

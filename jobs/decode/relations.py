@@ -63,14 +63,14 @@ class Shape:
         new = group.new
         if new is not None and group.old is not None and group.old_kind == rows.OLD_ROW:
             new = _supplied(group.old, new)
-        told = np.ones(count, np.bool_) if new is None else self._key_moved(group.old, new)
+        with_key = np.ones(count, np.bool_) if new is None else self._key_moved(group.old, new)
         columns = {
             "relation": pa.repeat(self.name, count),
             "op": pa.repeat(OPS[group.op], count),
             "lsn": pa.array(stamps.lsn),
             "ordinal": pa.array(stamps.ordinal),
             "row": self._images(new, list(range(len(self.columns))), count, np.ones(count, np.bool_)),
-            "key": self._images(group.old, self.keys, count, told),
+            "key": self._images(group.old, self.keys, count, with_key),
             "missing": self._missing(new, count),
             "xid": pa.array(stamps.xid),
             "committed_at": pa.array(stamps.committed_at).cast(events.SCHEMA.field("committed_at").type),
@@ -80,14 +80,14 @@ class Shape:
 
     def not_text(self, change: Changes) -> str:
         """Return which columns of a change hold bytes that are no UTF-8, which no target and no file has a place for."""
-        found = []
-        for place, name in enumerate(self.columns):
+        broken = []
+        for index, name in enumerate(self.columns):
             try:
                 for part in filter(None, (change.old, change.new)):
-                    part.texts(place)
+                    part.texts(index)
             except rows.NotText:
-                found.append(name)
-        return not_utf8(found)
+                broken.append(name)
+        return not_utf8(broken)
 
     def _key_moved(self, old: Tuples | None, new: Tuples) -> Mask:
         """Return which updates gave their row another key; that an old image was sent does not yet say so."""
@@ -116,10 +116,10 @@ class Shape:
         """Return the values that were sent, row by row, arrays as JSON."""
         kinds = chosen.kind[sent]
         values = rows.gathered(chosen.wire, chosen.begin[sent], chosen.end[sent], kinds)
-        place = np.broadcast_to(np.arange(len(columns)), sent.shape)[sent]
+        value_index = np.broadcast_to(np.arange(len(columns)), sent.shape)[sent]
         for index, column in enumerate(columns):
             if column in self.arrays:
-                mask = (place == index) & (kinds == rows.TEXT)
+                mask = (value_index == index) & (kinds == rows.TEXT)
                 texts = values.filter(pa.array(mask)).dictionary_encode()
                 made = [self.as_json(column, text.as_py()) for text in texts.dictionary]
                 values = pc.replace_with_mask(values, pa.array(mask), pa.array(made, pa.string()).take(texts.indices))

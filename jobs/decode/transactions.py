@@ -1,9 +1,10 @@
 """Transactions: the stream's messages put together as spool events, each at its place on the version axis.
 
-Events come out in stream order, with their commit LSN, which the stream tells before the first of them; so a
-transaction of any size passes through. The ordinal of a change is twice its index among all data messages of the transaction,
-counted before anything is left out, so another connection that reads the same log gives the same places, and what is held
-already is known by its place. What follows the mark of our own writes in its transaction has that mark as its note. A table that
+Events come out in stream order, with their commit LSN, which the stream tells before the first of
+them; so a transaction of any size passes through. The ordinal of a change is twice its index among
+all data messages of the transaction, counted before anything is left out. So another connection
+that reads the same log gives the same positions, and what is held already is known by its position.
+What follows the mark of our own writes in its transaction has that mark as its note. A table that
 differs from the prepared one gets an event that says how, at its place.
 """
 
@@ -23,7 +24,7 @@ from changeover.jobs.decode import pgoutput
 from changeover.jobs.decode.columns import Mask, Places, Wire
 from changeover.jobs.decode.relations import Shape, Stamps
 from changeover.jobs.ledger.records import SourceColumn
-from changeover.jobs.spool.events import ADDED, MARKER, MARKER_PREFIX, NOWHERE, RELATION, TRUNCATE, Event, Place, arrow_table
+from changeover.jobs.spool.events import ADDED, MARKER, MARKER_PREFIX, NOWHERE, RELATION, TRUNCATE, Event, Position, arrow_table
 from changeover.names import joined
 from changeover.stores.postgres.gate import OURS
 
@@ -33,21 +34,29 @@ ADDED_ANEW = "a column was dropped and added anew"
 
 
 def difference(relation: pgoutput.Relation, prepared: Sequence[SourceColumn], generated: frozenset[str]) -> str:
-    """Return what a table in the stream lacks of the prepared one, naming each column; empty when it has all of it.
+    """Return what a table in the stream lacks of the prepared one (pure).
 
     Stored generated columns are not part of the stream: their absence is no difference.
+
+    Args:
+        relation: The table as the stream describes it.
+        prepared: The columns that prepare recorded.
+        generated: Its stored generated columns.
+
+    Returns:
+        A phrase that names each column; empty when it has all of it.
     """
     now = {column.name: column for column in relation.columns}
     before = {column.name: column for column in prepared}
-    found = [f"column {name} was dropped" for name in before if name not in now and name not in generated]
+    differences = [f"column {name} was dropped" for name in before if name not in now and name not in generated]
     for name in now.keys() & before.keys():
         if now[name].oid != before[name].oid:
-            found.append(f"column {name} has another type (oid {now[name].oid}, was {before[name].type})")
+            differences.append(f"column {name} has another type (oid {now[name].oid}, was {before[name].type})")
         elif before[name].typmod is not None and now[name].typmod != before[name].typmod:
-            found.append(f"column {name} has another type (modifier {now[name].typmod}, was {before[name].type})")
+            differences.append(f"column {name} has another type (modifier {now[name].typmod}, was {before[name].type})")
         if relation.identity != "f" and now[name].key != before[name].key:
-            found.append(f"column {name} {'became' if now[name].key else 'is no longer'} part of the replica identity")
-    return "; ".join(sorted(found))
+            differences.append(f"column {name} {'became' if now[name].key else 'is no longer'} part of the replica identity")
+    return "; ".join(sorted(differences))
 
 
 def _reordered(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> bool:
@@ -58,12 +67,30 @@ def _reordered(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) ->
 
 
 def added_anew(prepared: Sequence[SourceColumn], numbers: Mapping[str, int]) -> bool:
-    """Return whether a prepared column has another number by now: another one has its name, and no event tells of old rows."""
+    """Return whether a prepared column has another number by now (pure).
+
+    Then another column has its name, and no event tells of old rows.
+
+    Args:
+        prepared: The columns that prepare recorded.
+        numbers: The columns' present numbers, by name.
+
+    Returns:
+        Whether one has.
+    """
     return any(column.number not in (None, numbers.get(column.name, column.number)) for column in prepared)
 
 
 def additions(relation: pgoutput.Relation, prepared: Sequence[SourceColumn]) -> str:
-    """Return the columns that a table has beyond the prepared ones, or an empty text."""
+    """Return the columns that a table has beyond the prepared ones (pure).
+
+    Args:
+        relation: The table as the stream describes it.
+        prepared: The columns that prepare recorded.
+
+    Returns:
+        A phrase that names each column, or an empty text.
+    """
     before = {column.name for column in prepared}
     return "; ".join(f"column {c.name} was added (type oid {c.oid})" for c in relation.columns if c.name not in before)
 
@@ -127,19 +154,20 @@ DESCRIPTION = ord("R")
 class Assembler:
     """Turns the messages of one connection into events, which gather in `events`; table shapes last as long as the connection.
 
-    What lies at or below `held` is left out. The ordinal of a change is twice its index among all data messages of its
-    transaction, whatever comes of them; that a table looks different stands one below the first change in the new shape, and
-    comes with that change. `count` is the number of events that gather.
+    What lies at or below `held` is left out. The ordinal of a change is twice its index among all
+    data messages of its transaction, whatever comes of them. An event that a table looks different
+    stands one below the first change in the new shape, and comes with that change. `count` is the
+    number of events that gather.
     """
 
     tables: Mapping[str, Sequence[SourceColumn]]
     generated: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    held: Place = NOWHERE
+    held: Position = NOWHERE
     events: list[pa.Table] = field(default_factory=list)
     count: int = 0
     marker: bool = False
     shapes: dict[int, Shape] = field(default_factory=dict)
-    told: set[tuple[str, str]] = field(default_factory=set)
+    noted: set[tuple[str, str]] = field(default_factory=set)
     open: Open | None = None
     roots: Partitions = field(default_factory=Unpartitioned)
     numbers: Callable[[], Mapping[str, Mapping[str, int]]] = dict
@@ -154,7 +182,17 @@ class Assembler:
         return self.read(Wire(frames)) if frames else []
 
     def read(self, wire: Wire) -> list[int]:
-        """Take messages; return the end LSNs of the commits among them."""
+        """Take messages of the stream (capture).
+
+        Args:
+            wire: The messages, in the stream's order.
+
+        Returns:
+            The end LSNs of the commits among them.
+
+        Raises:
+            MalformedMessage: A message can't be read, or stands where none may.
+        """
         self._numbers = None  # what was looked up before these messages came may be older than they are
         ends: list[int] = []
         begin = 0
@@ -166,7 +204,11 @@ class Assembler:
         return ends + self._run(wire, np.arange(begin, len(wire.start)))
 
     def taken(self) -> list[pa.Table]:
-        """Return the events so far and begin anew."""
+        """Return the events so far and begin anew.
+
+        Returns:
+            Tables of the spool's schema.
+        """
         events, self.events, self.count, self.marker = self.events, [], 0, False
         return events
 
@@ -187,23 +229,23 @@ class Assembler:
     def _stamps(self, wire: Wire, numbers: Places, kind: rows.Codes, data: Mask) -> Stamps:
         """Return where the data messages stand, and note the transaction that is left open."""
         begin = kind == rows.BEGIN
-        found = rows.begins(wire, numbers[begin])
+        begins = rows.begins(wire, numbers[begin])
         before = self.open or Open(0, 0, 0, 0)
         lsn, xid, at = (
             np.concatenate(([carried], new))
-            for carried, new in zip(before[:3], (found.lsn, found.xid, found.committed_at), strict=True)
+            for carried, new in zip(before[:3], (begins.lsn, begins.xid, begins.committed_at), strict=True)
         )
         inside = int(self.open is not None) + np.cumsum(begin) - np.cumsum(kind == rows.COMMIT)
         if np.any((inside < 0) | (inside > 1)) or np.any(inside[data] != 1):
             raise pgoutput.MalformedMessage("a change, a begin or a commit that is not where a transaction has it")
-        transaction, seen = np.cumsum(begin), np.cumsum(data)
-        first = np.concatenate(([-before.data], seen[begin]))
+        transaction, data_so_far = np.cumsum(begin), np.cumsum(data)
+        first = np.concatenate(([-before.data], data_so_far[begin]))
         if len(numbers):
             last = transaction[-1]
-            left = Open(int(lsn[last]), int(xid[last]), int(at[last]), int(seen[-1] - first[last]))
+            left = Open(int(lsn[last]), int(xid[last]), int(at[last]), int(data_so_far[-1] - first[last]))
             self.open = left if inside[-1] else None
         of = transaction[data]
-        return Stamps(lsn[of], 2 * (seen[data] - 1 - first[of]), xid[of], at[of])
+        return Stamps(lsn[of], 2 * (data_so_far[data] - 1 - first[of]), xid[of], at[of])
 
     def _tell(self, wire: Wire, numbers: Places, row: Mask, stamps: Stamps) -> None:
         """Gather the events of data messages, as far as they are not held."""
@@ -218,21 +260,21 @@ class Assembler:
             shape = self._shape(oid)
             ours = np.flatnonzero(row & new & (relation == oid))
             for group in rows.changes(wire, numbers[ours], len(shape.columns)):
-                places = ours[np.searchsorted(numbers[ours], group.numbers)]
-                self._changed(shape, group, Stamps(*(part[places] for part in stamps)), marks.take(pa.array(places)))
-        for place in np.flatnonzero(~row & new).tolist():
-            at = Stamps(*(part[place : place + 1] for part in stamps))
-            self._other(wire.message(int(numbers[place])), at, marks[place].as_py())
+                indexes = ours[np.searchsorted(numbers[ours], group.numbers)]
+                self._changed(shape, group, Stamps(*(part[indexes] for part in stamps)), marks.take(pa.array(indexes)))
+        for index in np.flatnonzero(~row & new).tolist():
+            at = Stamps(*(part[index : index + 1] for part in stamps))
+            self._other(wire.message(int(numbers[index])), at, marks[index].as_py())
 
     def _changed(self, shape: Shape, group: rows.Changes, stamps: Stamps, notes: pa.Array) -> None:
         """Gather the events of changes; in the place of a row that is no text the table is said to have one."""
         try:
             self._gather(shape.events(group, stamps, notes))
         except rows.NotText:
-            for place in range(len(group.numbers)):
-                one, at = group.one(place), Stamps(*(part[place : place + 1] for part in stamps))
+            for index in range(len(group.numbers)):
+                one, at = group.one(index), Stamps(*(part[index : index + 1] for part in stamps))
                 try:
-                    self._gather(shape.events(one, at, notes[place : place + 1]))
+                    self._gather(shape.events(one, at, notes[index : index + 1]))
                 except rows.NotText:
                     lsn, ordinal, xid, committed_at = (int(part[0]) for part in at)
                     note = shape.not_text(one)
@@ -241,15 +283,15 @@ class Assembler:
 
     def _marks(self, wire: Wire, numbers: Places, other: Mask, stamps: Stamps) -> pa.Array:
         """Return for each data message what the mark of our own writes before it in its transaction says, or NULL."""
-        places, lsns, says = [-1], [self._mark[0]], [self._mark[1]]
-        for place in np.flatnonzero(other & (wire.kind[numbers] == rows.MESSAGE)).tolist():
-            said = pgoutput.message(wire.message(int(numbers[place])))
-            if said.prefix == OURS:
-                places.append(place)
-                lsns.append(int(stamps.lsn[place]))
-                says.append(said.content.decode(errors="backslashreplace"))
+        indexes, lsns, says = [-1], [self._mark[0]], [self._mark[1]]
+        for index in np.flatnonzero(other & (wire.kind[numbers] == rows.MESSAGE)).tolist():
+            emitted = pgoutput.message(wire.message(int(numbers[index])))
+            if emitted.prefix == OURS:
+                indexes.append(index)
+                lsns.append(int(stamps.lsn[index]))
+                says.append(emitted.content.decode(errors="backslashreplace"))
         self._mark = lsns[-1], says[-1]
-        last = np.searchsorted(np.array(places), np.arange(len(numbers)), side="left") - 1
+        last = np.searchsorted(np.array(indexes), np.arange(len(numbers)), side="left") - 1
         return pa.array(says, pa.string()).take(pa.array(last, mask=np.array(lsns)[last] != stamps.lsn))
 
     def _gather(self, events: pa.Table) -> None:
@@ -263,30 +305,30 @@ class Assembler:
     def _other(self, message: bytes, stamps: Stamps, note: str | None) -> None:
         """Take a TRUNCATE or a message of pg_logical_emit_message."""
         lsn, ordinal, xid, committed_at = (int(part[0]) for part in stamps)
-        told: list[tuple[str, str, str | None]] = []
+        events: list[tuple[str, str, str | None]] = []
         if message[0] == rows.TRUNCATE:
-            told = self._truncated(pgoutput.truncate(message).relations, note)
+            events = self._truncated(pgoutput.truncate(message).relations, note)
         else:
-            said = pgoutput.message(message)
-            if said.prefix == MARKER_PREFIX:
+            emitted = pgoutput.message(message)
+            if emitted.prefix == MARKER_PREFIX:
                 self.marker = True
-                told = [("", MARKER, said.content.decode(errors="backslashreplace"))]
-        self._gather_events([Event(name, lsn, ordinal, op, None, None, (), xid, committed_at, note) for name, op, note in told])
+                events = [("", MARKER, emitted.content.decode(errors="backslashreplace"))]
+        self._gather_events([Event(name, lsn, ordinal, op, None, None, (), xid, committed_at, note) for name, op, note in events])
 
     def _truncated(self, relations: Sequence[int], mark: str | None) -> list[tuple[str, str, str | None]]:
         """Return name, kind and note of what a TRUNCATE tells; a partitioned table is truncated where each of its partitions is."""
         emptied: dict[str, set[int]] = {}
         for oid in relations:
             emptied.setdefault(self._shape(oid).name, set()).add(oid)
-        told: list[tuple[str, str, str | None]] = []
+        events: list[tuple[str, str, str | None]] = []
         for name, oids in emptied.items():
             if self.roots.leaves(name) <= oids:
-                told.append((name, TRUNCATE, mark))
+                events.append((name, TRUNCATE, mark))
             else:
                 note = f"the rows of {', '.join(self.roots.called(oids))} alone were truncated: none can tell which"
                 log.warning("%s: %s", name, note)
-                told.append((name, RELATION, note))
-        return told
+                events.append((name, RELATION, note))
+        return events
 
     def _shape(self, relation: int) -> Shape:
         if relation not in self.shapes:
@@ -300,15 +342,15 @@ class Assembler:
         if source is None:
             source = self._lost_partition(name)
         self.shapes[relation.oid] = Shape(source, relation, self.tables[source])
-        found = difference(relation, self.tables[source], self.generated.get(source, frozenset()))
-        if not found and ((name == source and _reordered(relation, self.tables[source])) or self._added_anew(source)):
-            found = ADDED_ANEW
+        problem = difference(relation, self.tables[source], self.generated.get(source, frozenset()))
+        if not problem and ((name == source and _reordered(relation, self.tables[source])) or self._added_anew(source)):
+            problem = ADDED_ANEW
         if name != source and source not in self.roots.names:
-            found = f"the table was renamed to {name}" + (f"; {found}" if found else "")
+            problem = f"the table was renamed to {name}" + (f"; {problem}" if problem else "")
         # a renamed column is one that was dropped and one that was added
-        note = "; ".join(filter(None, (found, additions(relation, self.tables[source]))))
+        note = "; ".join(filter(None, (problem, additions(relation, self.tables[source]))))
         if note:
-            self._note(source, RELATION if found else ADDED, note)
+            self._note(source, RELATION if problem else ADDED, note)
 
     def _added_anew(self, source: str) -> bool:
         if self._numbers is None:
@@ -331,7 +373,7 @@ class Assembler:
         if self.open is None:
             raise pgoutput.MalformedMessage("a table's description outside of a transaction")
         lsn, xid, committed_at, data = self.open
-        if (source, note) not in self.told:
-            self.told.add((source, note))
+        if (source, note) not in self.noted:
+            self.noted.add((source, note))
             log.warning("%s: %s", source, note)
         self._notes.append(Event(source, lsn, 2 * data - 1, op, None, None, (), xid, committed_at, note))

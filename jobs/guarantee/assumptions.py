@@ -1,9 +1,11 @@
 """Assumptions: what the guarantee takes for granted of the world around it, and at which moments each is asked, as one table.
 
-Whatever holds at `check` may cease to hold a minute later: a publication is altered, a policy hides rows, a server fails over. So
-each rule names its moments, and each moment asks the rules that name it, by this table and no other list. A rule that nothing can
-make good again (a gap in the stream) stops the tables that it concerns for good; any other one ends the run with a sentence that
-says what to do, and the same command goes on afterwards. The documents have the same table (`ARCHITECTURE.md`, "The guarantee").
+Whatever holds at `check` may cease to hold a minute later: a publication is altered, a policy hides
+rows, a server fails over. So each rule names its moments, and each moment asks the rules that name
+it, by this table and no other list. A rule that nothing can make good again (a gap in the stream)
+stops the tables that it concerns for good. Any other one ends the run with a sentence that says
+what to do, and the same command goes on afterwards. The documents have the same table
+(`docs/concepts/guarantee.md`).
 """
 
 from __future__ import annotations
@@ -106,7 +108,14 @@ def _server(asked: Asked) -> list[Broken]:
 
 
 def server(connection: Connection) -> list[str]:
-    """Return why a server can't be worked with, old or new."""
+    """Return why a server can't be worked with, old or new.
+
+    Args:
+        connection: A session with the store.
+
+    Returns:
+        Reasons, each a sentence.
+    """
     rows = connection.execute(
         "SELECT format('the server is PostgreSQL %%s: 14 or later is needed', current_setting('server_version'))"
         " WHERE current_setting('server_version_num')::int < %s"
@@ -160,7 +169,17 @@ def _definition(asked: Asked) -> list[Broken]:
 
 
 def present(spec: Spec, old: Connection, publication: str, tables: Mapping[int, str] | None = None) -> tuple[definition.Piece, ...]:
-    """Return the definition of the old store's stream as it is now; of the spec's tables, unless their oids are known."""
+    """Return the definition of the old store's stream as it is now.
+
+    Args:
+        spec: The migration's spec.
+        old: A session with the old store.
+        publication: The publication's name; a trigger log needs none.
+        tables: The tables' oids and names; the spec's unless given.
+
+    Returns:
+        The catalogue's rows that define it.
+    """
     if tables is None:
         tables = definition.relations(old, [table.source_name for table in spec.tables])
     if spec.source.capture == SLOT:
@@ -169,46 +188,55 @@ def present(spec: Spec, old: Connection, publication: str, tables: Mapping[int, 
 
 
 def _partitions(asked: Asked) -> list[Broken]:
-    found = []
+    broken = []
     for table in asked.tables:
         prepared = partitions.recorded(asked.record, table.source)
         if prepared is not None and (reason := partitions.compared(asked.old, table.source_name, prepared)[0]) is not None:
-            found.append(Broken(table.source, reason, stops=True))
-    return found
+            broken.append(Broken(table.source, reason, stops=True))
+    return broken
 
 
 def _file(asked: Asked) -> list[Broken]:
     spool = Spool(spool_path(asked.spec.work, asked.record.stream("status").epoch))
-    found = []
+    broken = []
     for table in asked.tables:
         try:
             require_same_file(asked.record, spool, asked.old, table)
         except TableStopped as stopped:
-            found.append(Broken(table.source, stopped.reason, stops=True))
-    return found
+            broken.append(Broken(table.source, stopped.reason, stops=True))
+    return broken
 
 
 def _row_security(asked: Asked) -> list[Broken]:
-    found = [(table.source, hidden(asked.old, *table.source_name)) for table in asked.tables]
-    return [Broken(source, reason) for source, reason in found if reason is not None]
+    reasons = [(table.source, hidden(asked.old, *table.source_name)) for table in asked.tables]
+    return [Broken(source, reason) for source, reason in reasons if reason is not None]
 
 
 def _target_row_security(asked: Asked) -> list[Broken]:
-    found = []
+    broken = []
     for target in asked.spec.targets.values():
         if target.kind != "postgres":
             continue
         with connect(target.dsn_value, application_name(asked.spec.name, "check")) as new:
-            found += [
+            broken += [
                 Broken(table.source, f"target {target.name}: {reason}")
                 for table in asked.tables
                 if (reason := hidden(new, *table.target_name)) is not None
             ]
-    return found
+    return broken
 
 
 def hidden(connection: Connection, schema: str, name: str) -> str | None:
-    """Return that a table hides rows from our role, and what to do about it; None where it does not, or is not there."""
+    """Return that a table hides rows from our role, and what to do about it.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        A sentence, None where it hides nothing, or is not there.
+    """
     row = connection.execute(
         "SELECT format('%%s.%%s has row-level security that hides rows from the role %%s: ALTER ROLE %%I BYPASSRLS, or make it a"
         " member of the table''s owner, with NO FORCE ROW LEVEL SECURITY', %(schema)s::text, %(name)s::text, current_user,"
@@ -254,7 +282,14 @@ def ask(moment: Moment, asked: Asked, rules: Sequence[Rule] = RULES) -> list[Bro
 
 
 def altered(asked: Asked) -> dict[str, str]:
-    """Return why each table will be stopped for what its stream was altered since prepare (looks only)."""
+    """Return why each table will be stopped for what its stream was altered since prepare (looks only).
+
+    Args:
+        asked: What is asked about.
+
+    Returns:
+        Source table and reason.
+    """
     tables = [table.source for table in asked.spec.tables]
     broken = ask(Moment.FENCE, asked, [rule for rule in RULES if rule.look is _definition])
     return {source: one.reason for one in reversed(broken) for source in ([one.table] if one.table else tables)}
@@ -268,9 +303,18 @@ def _followed(ledger: Ledger | None) -> bool:
 
 
 def stop(moment: Moment, asked: Asked) -> list[str]:
-    """Ask; stop the tables whose stream has a gap, and return which and why. Raises what concerns all of them.
+    """Ask, and stop the tables whose stream has a gap (driver, capture).
 
-    Raises SourceChanged for a gap, CouldNotFinish for what can be made good again.
+    Args:
+        moment: When it is asked.
+        asked: What is asked about.
+
+    Returns:
+        The tables stopped, each with the reason.
+
+    Raises:
+        SourceChanged: The stream as a whole has a gap.
+        CouldNotFinish: Something does not hold that can be made good again.
     """
     broken = ask(moment, asked)
     _stop_tables(asked, broken)
@@ -283,7 +327,17 @@ def stop(moment: Moment, asked: Asked) -> list[str]:
 
 
 def require(moment: Moment, asked: Asked) -> None:
-    """Ask; raise TableStopped, SourceChanged or CouldNotCheck for the first thing that does not hold."""
+    """Ask, and raise for the first thing that does not hold (driver).
+
+    Args:
+        moment: When it is asked.
+        asked: What is asked about.
+
+    Raises:
+        TableStopped: A table's stream has a gap.
+        SourceChanged: The stream as a whole has a gap.
+        CouldNotCheck: Something does not hold that can be made good again.
+    """
     broken = ask(moment, asked)
     _stop_tables(asked, broken)
     for one in broken:
@@ -309,5 +363,13 @@ def _stop_tables(asked: Asked, broken: Sequence[Broken]) -> None:
 
 
 def sentences(moment: Moment, asked: Asked) -> list[str]:
-    """Return what does not hold as sentences, for `check`, `status` and whoever only looks."""
+    """Return what does not hold as sentences, for `check`, `status` and whoever only looks.
+
+    Args:
+        moment: When it is asked.
+        asked: What is asked about.
+
+    Returns:
+        The sentences, none where all holds.
+    """
     return [one.reason if not one.table or one.table in one.reason else f"{one.table}: {one.reason}" for one in ask(moment, asked)]

@@ -44,23 +44,23 @@ class Piece:
     says: Mapping[str, Any]
 
     @property
-    def place(self) -> tuple[str, str]:
+    def identity(self) -> tuple[str, str]:
         """Return by what a row is found again."""
         return self.kind, str(self.relation) if self.kind in (MEMBER, KEY) else self.name
 
 
 @dataclass(frozen=True)
-class Change:
+class DefinitionChange:
     """A row that is not what was recorded: the table concerned, empty for all, what it is of, and how it is now."""
 
     table: str
     what: str
-    found: str
+    now: str
 
     @property
     def reason(self) -> str:
         """Return why the table is stopped."""
-        return f"its change stream's {self.what} is {self.found}: what was written meanwhile may be in no event"
+        return f"its change stream's {self.what} is {self.now}: what was written meanwhile may be in no event"
 
 
 PUBLISHED = """
@@ -110,7 +110,15 @@ WORDS = {
 
 
 def relations(connection: Connection, names: Collection[tuple[str, str]]) -> dict[int, str]:
-    """Return the oids of tables that are there, with the tables' names."""
+    """Return the oids of tables that are there, with the tables' names.
+
+    Args:
+        connection: A session with the store.
+        names: (schema, table) of each.
+
+    Returns:
+        Oid and qualified name; only tables that are there.
+    """
     quoted = [sql.Identifier(*name).as_string(connection) for name in names]
     rows = connection.execute(
         "SELECT c.oid::bigint, n.nspname, c.relname FROM unnest(%s::text[]) AS asked(name)"
@@ -121,11 +129,20 @@ def relations(connection: Connection, names: Collection[tuple[str, str]]) -> dic
 
 
 def of_slot(connection: Connection, publication: str, tables: Mapping[int, str]) -> tuple[Piece, ...]:
-    """Return what a publication is now, and the keys of tables, given by their oids."""
+    """Return what a publication is now, and the keys of tables, given by their oids.
+
+    Args:
+        connection: A session with the store.
+        publication: The publication's name.
+        tables: The tables' oids and names.
+
+    Returns:
+        The catalogue's rows.
+    """
     schemas = SCHEMAS if connection.info.server_version >= SCHEMAS_SINCE else ""
     query = PUBLISHED + schemas
-    found = connection.execute(query.encode(), {"publication": publication}).fetchall()
-    return _pieces(found + _keys(connection, tables), tables)
+    rows = connection.execute(query.encode(), {"publication": publication}).fetchall()
+    return _pieces(rows + _keys(connection, tables), tables)
 
 
 def of_log(connection: Connection, log: Log, tables: Mapping[int, str]) -> tuple[Piece, ...]:
@@ -151,7 +168,13 @@ def _pieces(rows: Sequence[tuple[Any, ...]], tables: Mapping[int, str]) -> tuple
 
 
 def record(ledger: Ledger, store: str, pieces: Sequence[Piece]) -> None:
-    """Record a store's definition, in the transaction that records its stream."""
+    """Record a store's definition, in the transaction that records its stream.
+
+    Args:
+        ledger: The migration's ledger, open.
+        store: `OLD` or `NEW`.
+        pieces: The catalogue's rows.
+    """
     ledger.connection.execute(
         "INSERT INTO changeover.stream_definition (migration, store, pieces) VALUES (%s, %s, %s)"
         " ON CONFLICT (migration, store) DO UPDATE SET pieces = excluded.pieces",
@@ -160,7 +183,15 @@ def record(ledger: Ledger, store: str, pieces: Sequence[Piece]) -> None:
 
 
 def recorded(ledger: Ledger, store: str) -> tuple[Piece, ...]:
-    """Return a store's definition on record; nothing where none is, and then whatever is there is new."""
+    """Return a store's definition on record.
+
+    Args:
+        ledger: The migration's ledger, open.
+        store: `OLD` or `NEW`.
+
+    Returns:
+        The catalogue's rows; none where none is on record, and then whatever is there is new.
+    """
     row = ledger.connection.execute(
         "SELECT pieces FROM changeover.stream_definition WHERE migration = %s AND store = %s", [ledger.migration, store]
     ).fetchone()
@@ -168,41 +199,56 @@ def recorded(ledger: Ledger, store: str) -> tuple[Piece, ...]:
 
 
 def known(prepared: Sequence[Piece]) -> dict[int, str]:
-    """Return the oids of the tables that a definition is of, with their names at that time (pure)."""
+    """Return the oids of the tables that a definition is of, with their names at that time (pure).
+
+    Args:
+        prepared: The definition on record.
+
+    Returns:
+        Oid and name of each table.
+    """
     return {piece.relation: piece.table for piece in prepared if piece.kind in (MEMBER, TRIGGER)}
 
 
 # -- the comparison
 
 
-def compared(prepared: Sequence[Piece], present: Sequence[Piece]) -> list[Change]:
+def compared(prepared: Sequence[Piece], present: Sequence[Piece]) -> list[DefinitionChange]:
     """Return what is not as it was recorded, what concerns all tables first (pure).
 
-    A partition that came or went has rules of its own (`partitions`), so its key alone is no change.
+    A partition that came or went has rules of its own (`partitions`), so its key alone is no
+    change.
+
+    Args:
+        prepared: The definition on record.
+        present: The definition as it is now.
+
+    Returns:
+        The changes; none where the stream is as it was.
     """
-    now, before = {piece.place: piece for piece in present}, {piece.place for piece in prepared}
+    present_rows, before = {piece.identity: piece for piece in present}, {piece.identity for piece in prepared}
     tables = known(prepared)
     changes = []
     for piece in prepared:
-        found = now.get(piece.place)
-        if found is None and piece.kind == KEY and piece.relation not in tables:
+        now = present_rows.get(piece.identity)
+        if now is None and piece.kind == KEY and piece.relation not in tables:
             continue
-        if (how := _otherwise(piece, found)) is not None:
-            changes.append(Change(piece.table, _noun(piece), how))
+        if (how := _otherwise(piece, now)) is not None:
+            changes.append(DefinitionChange(piece.table, _noun(piece), how))
     for piece in present:
-        if piece.place not in before and piece.kind not in (KEY, LOG):
-            changes.append(Change("", _noun(piece), "new since prepare"))
+        if piece.identity not in before and piece.kind not in (KEY, LOG):
+            changes.append(DefinitionChange("", _noun(piece), "new since prepare"))
     return sorted(changes, key=lambda change: change.table != "")
 
 
-def _otherwise(prepared: Piece, found: Piece | None) -> str | None:
+def _otherwise(prepared: Piece, now: Piece | None) -> str | None:
     """Return how a row is now, None where it is as it was (pure)."""
-    if found is None:
+    if now is None:
         return "missing"
-    if differing := sorted(name for name in {*prepared.says, *found.says} if prepared.says.get(name) != found.says.get(name)):
-        told = (f"{WORDS.get(n, n)}: {_value(found, n)}, was {_value(prepared, n)}" for n in differing)
-        return f"altered since prepare ({'; '.join(told)})"
-    if found.row != prepared.row:
+    if differing := sorted(name for name in {*prepared.says, *now.says} if prepared.says.get(name) != now.says.get(name)):
+        differences = (f"{WORDS.get(n, n)}: {_value(now, n)}, was {_value(prepared, n)}" for n in differing)
+        return f"altered since prepare ({'; '.join(differences)})"
+    if now.row != prepared.row:
         return "another one by now (altered and put back, or dropped and made anew)"
     return None
 
@@ -227,7 +273,15 @@ def _noun(piece: Piece) -> str:
     return f"{'trigger log' if piece.kind == LOG else piece.kind} {piece.name}"
 
 
-def gap(change: Change, prepared: Sequence[Piece]) -> SourceChanged:
-    """Return a change that concerns the whole stream as an error."""
+def gap(change: DefinitionChange, prepared: Sequence[Piece]) -> SourceChanged:
+    """Return a change that concerns the whole stream as an error (pure).
+
+    Args:
+        change: The change.
+        prepared: The definition on record.
+
+    Returns:
+        The error, to be raised.
+    """
     tables = ", ".join(sorted(set(known(prepared).values()))) or "no"
-    return SourceChanged(change.what, f"one with {tables}", change.found)
+    return SourceChanged(change.what, f"one with {tables}", change.now)

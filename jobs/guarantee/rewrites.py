@@ -29,31 +29,31 @@ def require_same_file(ledger: Ledger, spool: Spool, old: Connection, table: Tabl
     if stopped:
         raise TableStopped(table.source, stopped)
     require_same_partitions(ledger, old, table)
-    seen = source_table(old, table)
-    rewritten = _rewritten(ledger, table, seen)
+    present = source_table(old, table)
+    rewritten = _rewritten(ledger, table, present)
     if rewritten is None:
         return
-    if seen is None or not _truncated(ledger, spool, old, table.source_relation):
+    if present is None or not _truncated(ledger, spool, old, table.source_relation):
         reason = f"{rewritten} was rewritten since prepare, and a rewritten table reads as empty under an older snapshot"
         ledger.stop_table(table.source, reason)
         raise TableStopped(table.source, reason)
-    ledger.record_file(table.source, seen.filenode)
-    record(ledger, table.source, seen.partitions or ())
+    ledger.record_file(table.source, present.filenode)
+    record(ledger, table.source, present.partitions or ())
 
 
-def _rewritten(ledger: Ledger, table: Table, seen: SourceTable | None) -> str | None:
+def _rewritten(ledger: Ledger, table: Table, present: SourceTable | None) -> str | None:
     """Return what has not the file that was prepared, the table or one of its partitions, None where all have it."""
-    if seen is None or seen.partitions is None:
-        return None if same_file(ledger.source_table(table.source)[0], seen.filenode if seen else None) else "it"
-    files = {part.oid: part.filenode for part in seen.partitions}
+    if present is None or present.partitions is None:
+        return None if same_file(ledger.source_table(table.source)[0], present.filenode if present else None) else "it"
+    files = {part.oid: part.filenode for part in present.partitions}
     parts = recorded(ledger, table.source) or ()
     return next((f"its partition {p.name}" for p in parts if not same_file(p.filenode, files.get(p.oid))), None)
 
 
 def _truncated(ledger: Ledger, spool: Spool, old: Connection, relation: str) -> bool:
     """Return whether the spool, up to this moment, holds a TRUNCATE of the table."""
-    place = mark(old, "file")
-    await_spool(ledger, spool, place, f"the stream, which would tell whether {relation}, which has a new file, was truncated,",
+    position = mark(old, "file")
+    await_spool(ledger, spool, position, f"the stream, which would tell whether {relation}, which has a new file, was truncated,",
                 enough=lambda: _spooled(spool, relation))  # fmt: skip
     return _spooled(spool, relation)
 

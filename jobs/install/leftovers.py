@@ -53,7 +53,14 @@ SELECT 'schema changeover' FROM pg_namespace n WHERE nspname = 'changeover'
 def leftovers(spec: Spec) -> list[str]:
     """Return everything of the migration that is still in the old store, and what is left of its reverse path (driver; looks only).
 
-    Where it is sessions alone it looks again for a while: the server ends one a little after its client has gone.
+    Where it is sessions alone it looks again for a while: the server ends one a little after its
+    client has gone.
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        What is left, each as a phrase; none where the old store is clean.
     """
     deadline = time.monotonic() + SESSION_SECONDS
     while (left := _left(spec)) and all(one.startswith(SESSION) for one in left) and time.monotonic() < deadline:

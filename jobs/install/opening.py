@@ -45,14 +45,25 @@ def _open_slot(spec: Spec) -> Opened:
     return Stream(made.l0, system_id, timeline, spec.slot, spec.slot, names, kept[0].visible), pieces
 
 
-def open_stream(spec: Spec, found: Preflight) -> Opened:
-    """Make the change stream, by slot or by trigger log, and the snapshot that it begins with, held by keepers.
+def open_stream(spec: Spec, findings: Preflight) -> Opened:
+    """Make the change stream, and the snapshot that it begins with, held by keepers (driver).
 
-    What defines it is committed first, then looked at, and then the stream begins: what alters it later is a change.
+    What defines it is committed first, then looked at, and then the stream begins: what alters it
+    later is a change.
+
+    Args:
+        spec: The migration's spec.
+        findings: What the preflight found.
+
+    Returns:
+        The stream as it goes on record, and the catalogue's rows that define it.
+
+    Raises:
+        SlotBlocked: A transaction of the source stays open; it names the oldest.
     """
     if spec.source.capture == SLOT:
         return _open_slot(spec)
-    return _open_log(spec, [found.tables[table.source].identity for table in spec.tables])
+    return _open_log(spec, [findings.tables[table.source].identity for table in spec.tables])
 
 
 def _open_log(spec: Spec, keys: Sequence[Sequence[str]]) -> Opened:
@@ -85,9 +96,15 @@ def _publish(old: Connection, spec: Spec) -> None:
     raise LockNotGranted(server_name(spec.source.dsn.resolve()), "lock for the publication", "a session that alters the table")
 
 
-def record_tables(spec: Spec, ledger: Ledger, found: Preflight) -> None:
-    """Record the source tables, and the partitions that they have, as they were found before the slot was made."""
+def record_tables(spec: Spec, ledger: Ledger, findings: Preflight) -> None:
+    """Record the source tables, and the partitions that they have, as they were found before the slot was made.
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open.
+        findings: What the preflight found.
+    """
     for table in spec.tables:
-        seen = found.tables[table.source]
-        ledger.record_table(table.source, seen.filenode, seen.columns, seen.partitions is not None)
-        partitions.record(ledger, table.source, seen.partitions or ())
+        old_table = findings.tables[table.source]
+        ledger.record_table(table.source, old_table.filenode, old_table.columns, old_table.partitions is not None)
+        partitions.record(ledger, table.source, old_table.partitions or ())

@@ -34,8 +34,8 @@ def create_target(spec: Spec, store: Store, planned: Transform) -> None:
     with connect(old_dsn, application_name(spec.name, "prepare")) as old, store.connection.transaction():
         store.create(planned.target)
         with speaking_to(store.dsn, f"giving {planned.target} its defaults"):
-            found = defaults.of_table(old, *source)
-            own = {name: found[origin] for name, origin in carried.items()}
+            column_defaults = defaults.of_table(old, *source)
+            own = {name: column_defaults[origin] for name, origin in carried.items()}
             defaults.make(store.connection, planned.target, own)
             _name_what_is_not_made(store, planned, own)
             privileges.allow_table(spec, old, store.connection, source, target, carried)

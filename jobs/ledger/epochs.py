@@ -1,8 +1,9 @@
 """Epochs: which store had authority over a row, from where to where in its own log, and what that makes of an event.
 
-The authority log has a row per tenant and move. It stamps every event with the epoch of its interval; what a store's log
-holds outside of its store's intervals is never offered to another store: there it is the echo of our own marked write, or a
-rogue write, which is kept and alarmed. Everything here is pure.
+The authority log has a row per tenant and move. It stamps every event with the epoch of its
+interval. What a store's log holds outside of its store's intervals is never offered to another
+store. It is the echo of our own marked write, or a rogue write, which is kept and alarmed.
+Everything here is pure.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import NamedTuple
 
+from changeover.errors import CouldNotFinish
 from changeover.jobs.ledger.records import Authority
 from changeover.position import Version
 from changeover.tenants import EVERY, Tenants
@@ -41,19 +43,50 @@ class Standing(Enum):
 
 
 def epoch_of(log: Iterable[AuthorityEpoch], tenant: str, store: str, lsn: int) -> int | None:
-    """Return the epoch under which a store had authority over a tenant at a place in its log, or None where it had none."""
+    """Return the epoch under which a store had authority over a tenant at a position in its log (pure).
+
+    Args:
+        log: A tenant's authority log.
+        tenant: The tenant; `EVERYTHING` stands for those that no move has named.
+        store: `OLD` or `NEW`.
+        lsn: The commit LSN, in that store's own log.
+
+    Returns:
+        The epoch, None where the store had no authority.
+    """
     return next((t.epoch for t in log if (t.tenant, t.store) == (tenant, store) and t.since <= lsn < t.until), None)
 
 
 def standing(log: Iterable[AuthorityEpoch], tenant: str, store: str, lsn: int, marked: bool) -> Standing:
-    """Return what an event is, by its place and by whether its transaction carries the mark of our own writes."""
+    """Return what an event is, by its position and by the mark of its transaction (pure).
+
+    Args:
+        log: A tenant's authority log.
+        tenant: The tenant; `EVERYTHING` stands for those that no move has named.
+        store: `OLD` or `NEW`.
+        lsn: The event's commit LSN, in that store's own log.
+        marked: Whether the event's transaction bears the mark of our own writes.
+
+    Returns:
+        Whether it is offered, an echo of ours, or a rogue write.
+    """
     if marked:
         return Standing.ECHO
     return Standing.ROGUE if epoch_of(log, tenant, store, lsn) is None else Standing.OFFERED
 
 
 def stamped(log: Iterable[AuthorityEpoch], tenant: str, store: str, version: Version) -> Version | None:
-    """Return an event's version with the epoch that the log gives it, or None where it is never offered."""
+    """Return an event's version with the epoch that the log gives it (pure).
+
+    Args:
+        log: A tenant's authority log.
+        tenant: The tenant; `EVERYTHING` stands for those that no move has named.
+        store: `OLD` or `NEW`.
+        version: The event's version, its LSN in that store's own log; its epoch is replaced.
+
+    Returns:
+        The version, None where the event is never offered.
+    """
     epoch = epoch_of(log, tenant, store, version.lsn)
     return None if epoch is None else version._replace(epoch=epoch)
 
@@ -96,15 +129,30 @@ Section = tuple[Interval, ...]
 
 
 def named(changes: Iterable[Authority]) -> frozenset[str]:
-    """Return the tenants that have ever moved by name."""
+    """Return the tenants that have ever moved by name.
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+
+    Returns:
+        The tenants' names; empty while all rows have moved at once.
+    """
     return frozenset(name for change in changes for name in change.tenants or ())
 
 
 def authority_epochs(changes: Iterable[Authority], tenant: str = EVERYTHING) -> tuple[AuthorityEpoch, ...]:
     """Return a tenant's authority log of both stores, first to last, from the moves on record.
 
-    A move without names is one of all rows, of which those that are there already have nothing to do; from the old store to the
-    old store it may be a new epoch of the tables as well: nothing from before it counts.
+    A move without names is one of all rows, of which those that are there already have nothing to
+    do. From the old store to the old store it may be a new epoch of the tables as well: nothing
+    from before it counts.
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+        tenant: The tenant; `EVERYTHING` stands for those that no move has named.
+
+    Returns:
+        The epochs of both stores, first to last; positions are commit LSNs of each store's own log.
     """
     log: tuple[AuthorityEpoch, ...] = (AuthorityEpoch(tenant, 0, OLD, 0),)
     for change in changes:
@@ -113,33 +161,57 @@ def authority_epochs(changes: Iterable[Authority], tenant: str = EVERYTHING) -> 
         if change.anew:
             log = (AuthorityEpoch(tenant, change.epoch, OLD, 0),)
         elif change.store != log[-1].store:
-            places = {OLD: change.from_lsn, NEW: change.new_lsn}
-            log = moved(log, tenant, change.store, change.epoch, places[log[-1].store], places[change.store])
+            positions = {OLD: change.from_lsn, NEW: change.new_lsn}
+            log = moved(log, tenant, change.store, change.epoch, positions[log[-1].store], positions[change.store])
     return log
 
 
 def shares(changes: Sequence[Authority]) -> dict[AuthorityEpoch, Tenants]:
-    """Return who has authority now: each present epoch, its tenant left out, and the tenants whose it is (pure)."""
+    """Return who has authority now (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+
+    Returns:
+        Each present epoch, its tenant left out, and the tenants that it is over.
+    """
     names = named(changes)
-    found: dict[AuthorityEpoch, set[str]] = {}
+    held_by: dict[AuthorityEpoch, set[str]] = {}
     for tenant, alike in _alike(changes).items():
-        found.setdefault(authority_epochs(changes, tenant)[-1]._replace(tenant=EVERYTHING), set()).update(alike)
-    return {period: _together(tenants, names) for period, tenants in found.items()}
+        held_by.setdefault(authority_epochs(changes, tenant)[-1]._replace(tenant=EVERYTHING), set()).update(alike)
+    return {period: _together(tenants, names) for period, tenants in held_by.items()}
 
 
 def moving(changes: Sequence[Authority], to: str, names: Collection[str] | None) -> Tenants | None:
-    """Return which rows a move concerns: of the tenants named, or of all, those that are not there yet (pure)."""
-    there = [whose for held, whose in shares(changes).items() if held.store == to]
+    """Return which rows a move concerns: of the tenants named, or of all, those that are not there yet (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+        to: The store that is to have authority.
+        names: The tenants to move, None for all rows.
+
+    Returns:
+        The rows that are not there yet, None where all are.
+    """
+    there = [tenants for held, tenants in shares(changes).items() if held.store == to]
     if names is not None:
-        left = frozenset(name for name in names if not any(name in whose for whose in there))
+        left = frozenset(name for name in names if not any(name in tenants for tenants in there))
         return Tenants(left, others=False) if left else None
     known = named(changes)
-    elsewhere = {name for name in (EVERYTHING, *known) if not any(name in whose for whose in there)}
+    elsewhere = {name for name in (EVERYTHING, *known) if not any(name in tenants for tenants in there)}
     return _together(elsewhere, known) if elsewhere else None
 
 
 def epochs_of(changes: Sequence[Authority], store: str) -> dict[int, int]:
-    """Return the epochs in which a store had authority over anything, and where in its log each began (pure)."""
+    """Return the epochs in which a store had authority over anything, and where in its log each began (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+        store: `OLD` or `NEW`.
+
+    Returns:
+        Epoch and the LSN at which it began, in that store's own log.
+    """
     return {t.epoch: t.since for tenant in _alike(changes) for t in authority_epochs(changes, tenant) if t.store == store}
 
 
@@ -166,7 +238,14 @@ def _together(tenants: Collection[str], names: frozenset[str]) -> Tenants:
 
 
 def histories(changes: Sequence[Authority]) -> list[tuple[tuple[AuthorityEpoch, ...], Tenants]]:
-    """Return each authority log that there is and the tenants that share it (pure)."""
+    """Return each authority log that there is and the tenants that share it (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+
+    Returns:
+        Each log with its tenants; many tenants share one.
+    """
     names = named(changes)
     return [(log, _together(alike, names)) for log, alike in _logs(changes)]
 
@@ -174,20 +253,27 @@ def histories(changes: Sequence[Authority]) -> list[tuple[tuple[AuthorityEpoch, 
 def absences(
     changes: Sequence[Authority], store: str, since: int, *, counted: Collection[int] | None = None
 ) -> list[tuple[int, int, Tenants]]:
-    """Return where in a store's log, from `since` on, it had no authority, and over which tenants, each place once (pure).
+    """Return where in a store's log it had no authority, and over which tenants (pure).
 
-    Only epochs that are `counted` give it any, where some are named.
+    Args:
+        changes: The moves of authority on record, oldest first.
+        store: `OLD` or `NEW`.
+        since: The LSN from which on it is asked, in that store's own log.
+        counted: The epochs that give authority, where only some do; all unless given.
+
+    Returns:
+        (first LSN, LSN after the last, tenants); no position twice.
     """
     names = named(changes)
     gaps = [
         (without([t for t in log if counted is None or t.epoch in counted], store, since), alike) for log, alike in _logs(changes)
     ]
-    cuts = sorted({place for ranges, _ in gaps for gap in ranges for place in gap})
-    found = []
+    cuts = sorted({position for ranges, _ in gaps for gap in ranges for position in gap})
+    absent = []
     for start, end in pairwise(cuts):
         who = {name for ranges, alike in gaps for first, last in ranges if first <= start and end <= last for name in alike}
-        found += [(start, end, _together(who, names))] if who else []
-    return found
+        absent += [(start, end, _together(who, names))] if who else []
+    return absent
 
 
 def without(log: Sequence[AuthorityEpoch], store: str, since: int) -> list[tuple[int, int]]:
@@ -203,25 +289,35 @@ def without(log: Sequence[AuthorityEpoch], store: str, since: int) -> list[tuple
 def sections(changes: Sequence[Authority], *, takes_over: bool, carried: Collection[int] = frozenset()) -> list[Section]:
     """Return `offered_intervals` of all tenants, cut where one of them begins or ends (pure).
 
-    In front the old store's, then the new one's, once tenants have moved one by one: both streams go on then, of other rows each.
+    In front the old store's, then the new one's, once tenants have moved one by one: both streams
+    go on then, of other rows each.
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+        takes_over: Whether the target is the store that takes over, which never gets its own
+            writes.
+        carried: The new store's epochs that its own stream carries.
+
+    Returns:
+        The sections in the order in which they are offered.
     """
     names = named(changes)
     if not names:
         return [(interval,) for interval in offered_intervals(changes, takes_over=takes_over, carried=carried)]
     alike = _alike(changes)
     alone = {one: offered_intervals(changes, takes_over=takes_over, carried=carried, tenant=one) for one in alike}
-    found = []
+    parts = []
     for store in (OLD, NEW):
         of_store = [(tenant, one) for tenant, intervals in alone.items() for one in intervals if one.store == store]
-        cuts = sorted({place for _, one in of_store for place in (one.since, one.until)})
+        cuts = sorted({position for _, one in of_store for position in (one.since, one.until)})
         for since, until in pairwise(cuts):
             kinds: dict[tuple[int, bool], set[str]] = {}
             for tenant, one in of_store:
                 if one.since <= since and until <= one.until:
                     kinds.setdefault((one.epoch, one.echo), set()).update(alike[tenant])
             section = [Interval(epoch, since, until, store, echo, _together(who, names)) for (epoch, echo), who in kinds.items()]
-            found += [tuple(section)] if section else []
-    return found
+            parts += [tuple(section)] if section else []
+    return parts
 
 
 def offered_intervals(
@@ -229,9 +325,10 @@ def offered_intervals(
 ) -> list[Interval]:
     """Return the intervals of both stores' streams of which a target is offered a tenant, in the order of their epochs (pure).
 
-    `carried` are the epochs of the new store that its own stream carries. The target that takes over never gets them, it made them
-    itself. Any other target gets those that are carried; one that is not, it learns by the echo in the old store's stream once
-    authority is back, because then the old store is the truth again.
+    `carried` are the epochs of the new store that its own stream carries. The target that takes
+    over never gets them, it made them itself. Any other target gets those that are carried. One
+    that is not, it learns by the echo in the old store's stream once authority is back, because
+    then the old store is the truth again.
     """
     log = authority_epochs(changes, tenant)
     intervals = []
@@ -243,26 +340,44 @@ def offered_intervals(
         elif period.epoch in carried:
             intervals.append(Interval(period.epoch, period.since, period.until, NEW))
         elif after is not None:
-            assert before is not None  # the old store had authority first
+            if before is None:
+                raise CouldNotFinish(
+                    f"the ledger has epoch {period.epoch} of the new store first, and the old store has authority first"
+                )
             # stamped as what follows it in the same log: a part of the epoch may have come from the other log, at other positions
             intervals.append(Interval(after.epoch, before.until, after.since, echo=True))
     return intervals
 
 
 def at(changes: Sequence[Authority], store: str) -> Tenants | None:
-    """Return whose rows a store has authority over now, None where it has none."""
-    here = [whose for held, whose in shares(changes).items() if held.store == store]
+    """Return whose rows a store has authority over now (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+        store: `OLD` or `NEW`.
+
+    Returns:
+        The tenants, None where it has none.
+    """
+    here = [tenants for held, tenants in shares(changes).items() if held.store == store]
     if not here:
         return None
     names = named(changes)
-    others = any(EVERYTHING in whose for whose in here)
-    mine = frozenset(name for name in names if any(name in whose for whose in here))
+    others = any(EVERYTHING in tenants for tenants in here)
+    mine = frozenset(name for name in names if any(name in tenants for tenants in here))
     return Tenants(names - mine if others else mine, others)
 
 
 def apart(changes: Sequence[Authority]) -> list[str]:
-    """Return the tenants that are not where those without a move of their own are."""
+    """Return the tenants that are not where those without a move of their own are (pure).
+
+    Args:
+        changes: The moves of authority on record, oldest first.
+
+    Returns:
+        Their names, sorted.
+    """
     shared = shares(changes)
-    rest = next(held.store for held, whose in shared.items() if EVERYTHING in whose)
-    elsewhere = [whose for held, whose in shared.items() if held.store != rest]
-    return sorted(name for whose in elsewhere for name in whose.names)
+    rest = next(held.store for held, tenants in shared.items() if EVERYTHING in tenants)
+    elsewhere = [tenants for held, tenants in shared.items() if held.store != rest]
+    return sorted(name for tenants in elsewhere for name in tenants.names)

@@ -6,6 +6,8 @@ held on the driver.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -14,29 +16,29 @@ import psycopg
 from changeover.errors import LeaseHeld
 from changeover.session import Connection, application_name, connect
 
-LEASE_SECONDS = 120.0
-"""How long a batch may wait for its turn: longer than any other batch or alignment takes."""
+LEASE_SECONDS = math.inf
+"""How long a batch waits for the lease of its target: as long as another one has it, however slow the machine is.
+
+The lease ends with its holder's session, so nothing waits for a dead one; who is waited for is logged.
+"""
+
+LOOK_SECONDS = 30.0
+"""After how long of waiting the holder is named, and again each time."""
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0) -> Iterator[None]:
     """Hold the lease of a step of a migration; raises LeaseHeld when another run has it, or has not let go in time (driver)."""
     application = application_name(migration, f"{step}-lease")
-    holder = connect(dsn, application, settings={
-        "idle_session_timeout": "0", "lock_timeout": f"{int(wait_seconds * 1000)}ms",
-    })  # fmt: skip
-    with holder:
-        if wait_seconds:
-            try:
-                holder.execute("SELECT pg_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{migration}/{step}"])
-            except psycopg.errors.LockNotAvailable as error:
-                raise LeaseHeld(step, _holder(holder, application)) from error
-        else:
-            row = holder.execute(
-                "SELECT pg_try_advisory_lock(hashtext('changeover'), hashtext(%s))", [f"{migration}/{step}"]
-            ).fetchone()
-            if row is None or not row[0]:
+    with connect(dsn, application, settings={"idle_session_timeout": "0"}) as holder:
+        waited = 0.0
+        while not _taken(holder, f"{migration}/{step}", look := min(LOOK_SECONDS, wait_seconds - waited)):
+            waited += look
+            if waited >= wait_seconds:
                 raise LeaseHeld(step, _holder(holder, application))
+            log.info("waiting for the lease of %s, which is held: %s", step, _holder(holder, application))
         try:
             yield
         finally:
@@ -45,8 +47,30 @@ def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0) -> Iterat
                 holder.execute("SELECT pg_advisory_unlock_all()")
 
 
+def _taken(session: Connection, name: str, seconds: float) -> bool:
+    """Take a lease, or wait for it; False where it is still held after so many seconds."""
+    if not seconds:
+        row = session.execute("SELECT pg_try_advisory_lock(hashtext('changeover'), hashtext(%s))", [name]).fetchone()
+        return bool(row and row[0])
+    session.execute("SELECT set_config('lock_timeout', %s, false)", [f"{int(seconds * 1000)}ms"])
+    try:
+        session.execute("SELECT pg_advisory_lock(hashtext('changeover'), hashtext(%s))", [name])
+    except psycopg.errors.LockNotAvailable:
+        return False
+    return True
+
+
 def is_held(session: Connection, migration: str, step: str) -> bool:
-    """Return whether a run of a step is alive (a session with the ledger)."""
+    """Return whether a run of a step is alive.
+
+    Args:
+        session: A session with the ledger's server.
+        migration: The migration's name.
+        step: The step, as the lease is named.
+
+    Returns:
+        Whether anybody holds the step's lease.
+    """
     row = session.execute(
         "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
         " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
@@ -66,5 +90,12 @@ def _holder(session: Connection, application: str) -> str:
 
 
 def lease_of(target: str) -> str:
-    """Return the name of the lease under which batches of one target take turns."""
+    """Return the name of the lease that lets one batch of a target run at a time.
+
+    Args:
+        target: The target's name.
+
+    Returns:
+        The lease's name, which `Ledger.lease` takes.
+    """
     return f"replay-{target}"

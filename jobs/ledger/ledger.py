@@ -25,7 +25,7 @@ from changeover.jobs.ledger.chunks import first_token
 from changeover.jobs.ledger.lease import hold
 from changeover.jobs.ledger.records import FORMAT, SCHEMA, Authority, ChunkRow, Heartbeat, Load, SourceColumn, Stream, VerdictRow
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect
+from changeover.session import Connection, application_name, connect, one_row
 from changeover.spec import Spec
 
 LOOKS = frozenset({"status", "history", "explain"})
@@ -42,7 +42,19 @@ class Ledger:
 
     @classmethod
     def open(cls, spec: Spec, step: str) -> Self:
-        """Connect for a step; raises ServerUnavailable, or SecretMissing."""
+        """Connect to the ledger for a step (driver, capture, application).
+
+        Args:
+            spec: The migration's spec.
+            step: The step, which names the session and the record.
+
+        Returns:
+            A context manager: the ledger, whose session ends with the block.
+
+        Raises:
+            ServerUnavailable: The ledger's server can't be reached.
+            SecretMissing: The environment variable of the DSN is not set.
+        """
         dsn = spec.ledger.resolve()
         return cls(connect(dsn, application_name(spec.name, step)), spec.name, dsn)
 
@@ -57,7 +69,14 @@ class Ledger:
         self.connection.execute(SCHEMA)
 
     def exists(self) -> bool:
-        """Return whether this migration was prepared here."""
+        """Return whether this migration was prepared here.
+
+        Returns:
+            Whether its record is there.
+
+        Raises:
+            SourceChanged: The ledger has another format than this version.
+        """
         found = self.connection.execute("SELECT to_regclass('changeover.migration') IS NOT NULL").fetchone()
         if found is None or not found[0]:
             return False
@@ -67,16 +86,24 @@ class Ledger:
         return bool(rows)
 
     def now(self) -> datetime:
-        """Return the ledger's own time, by which heartbeats and verdicts are dated."""
-        row = self.connection.execute("SELECT clock_timestamp()").fetchone()
-        assert row is not None
+        """Return the ledger's own time, by which heartbeats and verdicts are dated.
+
+        Returns:
+            The clock of the ledger's server.
+        """
+        row = one_row(self.connection.execute("SELECT clock_timestamp()"))
         found: datetime = row[0]
         return found
 
     # -- the migration and its stream
 
     def record_migration(self, spec: Spec, stream: Stream) -> None:
-        """Record what prepare made; from here on the migration exists."""
+        """Record what prepare made; from here on the migration exists.
+
+        Args:
+            spec: The migration's spec.
+            stream: What prepare made: slot or log, positions as LSNs, and the kept snapshots.
+        """
         self.connection.execute(
             "INSERT INTO changeover.migration (name, format, spec_digest, spec, l0, system_id, timeline, slot, publication,"
             " snapshot, visible) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
@@ -85,32 +112,56 @@ class Ledger:
         )  # fmt: skip
 
     def stream(self, step: str) -> Stream:
-        """Return the prepared stream; raises StepOrder when prepare did not run, or began anew and did not come to its end."""
+        """Return the prepared stream.
+
+        Args:
+            step: The step, which names the session and the record.
+
+        Returns:
+            The stream, its positions as LSNs of the source.
+
+        Raises:
+            StepOrder: Prepare did not run, or `prepare --anew` did not come to its end.
+        """
         if not self.exists():
             raise StepOrder(step, "prepare")
-        row = self.connection.execute(
-            "SELECT begun, l0::text, system_id, timeline, slot, publication, snapshot, visible, epoch FROM changeover.migration"
-            " WHERE name = %s",
-            [self.migration],
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            self.connection.execute(
+                "SELECT begun, l0::text, system_id, timeline, slot, publication, snapshot, visible, epoch FROM changeover.migration"
+                " WHERE name = %s",
+                [self.migration],
+            )
+        )
         if row[0] is not None and step not in LOOKS:
             raise StepOrder(step, "prepare")
         return Stream(parse_lsn(row[1]), *row[2:])
 
     def begun(self) -> int | None:
-        """Return the epoch that a `prepare --anew` has begun and not brought to its record, None where there is none."""
+        """Return the epoch that a `prepare --anew` has begun and not brought to its record.
+
+        Returns:
+            The epoch, None where there is none.
+        """
         row = self.connection.execute("SELECT begun FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
         return row[0] if row else None
 
     def record_snapshot(self, names: str, visible: str) -> None:
-        """Record the snapshot in which pending chunks are read from now on."""
+        """Record the snapshot in which pending chunks are read from now on.
+
+        Args:
+            names: The exported snapshots' names, separated by spaces; empty where none is kept.
+            visible: What they see, as `pg_current_snapshot()` prints it.
+        """
         self.connection.execute(
             "UPDATE changeover.migration SET snapshot = %s, visible = %s WHERE name = %s", [names, visible, self.migration]
         )
 
     def milestones(self) -> tuple[datetime, datetime | None]:
-        """Return when the migration was prepared, and when it was finalized, None while it is not."""
+        """Return when the migration was prepared, and when it was finalized.
+
+        Returns:
+            (prepared, finalized), the second None while it is not; times of the ledger's server.
+        """
         row = self.connection.execute(
             "SELECT prepared, finalized FROM changeover.migration WHERE name = %s", [self.migration]
         ).fetchone()
@@ -119,19 +170,37 @@ class Ledger:
         return row[0], row[1]
 
     def spec_digest(self) -> str:
-        """Return the hash of the spec that was prepared."""
+        """Return the hash of the spec that was prepared.
+
+        Returns:
+            The hash, as `Spec.digest` makes it.
+        """
         row = self.connection.execute("SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
         return str(row[0]) if row else ""
 
     def record_table(self, source: str, filenode: int, columns: Sequence[SourceColumn], partitioned: bool = False) -> None:
-        """Record a source table as it was before the slot was made."""
+        """Record a source table as it was before the slot was made.
+
+        Args:
+            source: The source table, as the spec names it.
+            filenode: The table's file (`pg_class.relfilenode`).
+            columns: Its columns, in order.
+            partitioned: Whether it is partitioned.
+        """
         self.connection.execute(
             "INSERT INTO changeover.source_table (migration, source, filenode, columns, partitioned) VALUES (%s, %s, %s, %s, %s)",
             [self.migration, source, filenode, json.dumps([column.__dict__ for column in columns]), partitioned],
         )
 
     def source_table(self, source: str) -> tuple[int, tuple[SourceColumn, ...], str | None]:
-        """Return (filenode, columns, reason why it is stopped or None) of a prepared source table."""
+        """Return what is on record of a prepared source table.
+
+        Args:
+            source: The source table, as the spec names it.
+
+        Returns:
+            (filenode, columns, reason why it is stopped or None).
+        """
         row = self.connection.execute(
             "SELECT filenode, columns, stopped FROM changeover.source_table WHERE migration = %s AND source = %s",
             [self.migration, source],
@@ -141,21 +210,35 @@ class Ledger:
         return row[0], tuple(SourceColumn(**column) for column in row[1]), row[2]
 
     def record_file(self, source: str, filenode: int) -> None:
-        """Record the file that a table has since a TRUNCATE."""
+        """Record the file that a table has since a TRUNCATE.
+
+        Args:
+            source: The source table, as the spec names it.
+            filenode: The table's present file (`pg_class.relfilenode`).
+        """
         self.connection.execute(
             "UPDATE changeover.source_table SET filenode = %s WHERE migration = %s AND source = %s",
             [filenode, self.migration, source],
         )
 
     def stop_table(self, source: str, reason: str) -> None:
-        """Record why a table is stopped; the first reason stays."""
+        """Record why a table is stopped; the first reason stays.
+
+        Args:
+            source: The source table, as the spec names it.
+            reason: Why, as a sentence for people.
+        """
         self.connection.execute(
             "UPDATE changeover.source_table SET stopped = coalesce(stopped, %s) WHERE migration = %s AND source = %s",
             [reason, self.migration, source],
         )
 
     def stopped(self) -> dict[str, str]:
-        """Return why each source table is stopped that is."""
+        """Return why each source table is stopped that is.
+
+        Returns:
+            Source table and reason; only tables that are stopped.
+        """
         rows = self.connection.execute(
             "SELECT source, stopped FROM changeover.source_table WHERE migration = %s AND stopped IS NOT NULL ORDER BY source",
             [self.migration],
@@ -165,7 +248,14 @@ class Ledger:
     # -- loads and chunks
 
     def record_load(self, source: str, target: str, l0: int, created: bool) -> None:
-        """Record a table's load into a target as pending."""
+        """Record a table's load into a target as pending.
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name.
+            l0: The LSN at which the stream begins, below which nothing is to be offered.
+            created: Whether prepare made the target table.
+        """
         self.connection.execute(
             "INSERT INTO changeover.load (migration, source, target, state, applied, created)"
             " VALUES (%s, %s, %s, 'pending', %s, %s)",
@@ -173,14 +263,24 @@ class Ledger:
         )
 
     def record_types(self, source: str, target: str, types: Mapping[str, str]) -> None:
-        """Record the type that each column of a target is planned to have."""
+        """Record the type that each column of a target is planned to have.
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name.
+            types: Column name and type, in the store's own words.
+        """
         self.connection.execute(
             "UPDATE changeover.load SET types = %s WHERE migration = %s AND source = %s AND target = %s",
             [json.dumps(types), self.migration, source, target],
         )
 
     def loads(self) -> list[Load]:
-        """Return all loads of the migration, by source and target."""
+        """Return all loads of the migration, by source and target.
+
+        Returns:
+            The loads, with their positions as LSNs of the source.
+        """
         rows = self.connection.execute(
             "SELECT source, target, state, applied::text, created, refused, swept, events, types FROM changeover.load"
             " WHERE migration = %s ORDER BY source, target",
@@ -189,35 +289,72 @@ class Ledger:
         return [Load(r[0], r[1], r[2], parse_lsn(r[3]), *r[4:]) for r in rows]
 
     def load(self, source: str, target: str) -> Load:
-        """Return one load."""
+        """Return one load.
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name.
+
+        Returns:
+            The load, its position as an LSN of the source.
+        """
         for load in self.loads():
             if (load.source, load.target) == (source, target):
                 return load
         raise StepOrder(f"{source} to {target}", "prepare")
 
     def set_state(self, source: str, target: str, state: str, epoch: int, swept: int = 0) -> None:
-        """Move a load of an epoch to a state, adding the rows that its sweep removed."""
+        """Move a load of an epoch to a state, adding the rows that its sweep removed.
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name.
+            state: `PENDING`, `LOADED` or `CLOSED`.
+            epoch: The epoch in which this run began.
+            swept: How many rows the sweep removed.
+
+        Raises:
+            CouldNotFinish: The migration was begun anew since this run began.
+        """
         self._of_epoch(epoch, "state = %s, swept = swept + %s", [state, swept], source, target)
 
     def advance(self, source: str, target: str, applied: int, events: int, epoch: int) -> None:
-        """Record that every event of an epoch's stream below `applied` was offered; the position never goes back."""
+        """Record that every event of an epoch's stream below `applied` was offered; the position never goes back.
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name.
+            applied: The LSN below which every event was offered.
+            events: How many more events were offered.
+            epoch: The epoch in which this run began.
+
+        Raises:
+            CouldNotFinish: The migration was begun anew since this run began.
+        """
         change = "applied = greatest(applied, %s), events = events + %s"
         self._of_epoch(epoch, change, [format_lsn(applied), events], source, target)
 
     def _of_epoch(self, epoch: int, change: LiteralString, values: Sequence[Any], source: str, target: str) -> None:
         """Change a load; raises CouldNotFinish for a run that is left from before `prepare --anew`."""
-        done = self.connection.execute(
+        changed = self.connection.execute(
             sql.SQL("UPDATE changeover.load SET {}, changed = now() WHERE migration = %s AND source = %s AND target = %s"
                     " AND EXISTS (SELECT FROM changeover.migration WHERE name = %s AND epoch = %s)").format(sql.SQL(change)),
             [*values, self.migration, source, target, self.migration, epoch],
         ).rowcount  # fmt: skip
-        if not done:
+        if not changed:
             raise CouldNotFinish(f"{source} in {target} was begun anew since this run began (it is of epoch {epoch}): run again")
 
     def record_chunks(
         self, source: str, target: str, ranges: Sequence[tuple[tuple[str, ...] | None, tuple[str, ...] | None]], epoch: int = 0
     ) -> None:
-        """Record the plan of a load once, in one transaction."""
+        """Record the plan of a load once, in one transaction.
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name.
+            ranges: Key ranges in key order: (lower bound or None, upper bound or None), as texts.
+            epoch: The epoch in which this run began.
+        """
         with self.connection.transaction(), self.connection.cursor() as cursor:
             cursor.executemany(
                 "INSERT INTO changeover.chunk (migration, source, target, token, chunk, lower, upper)"
@@ -230,7 +367,15 @@ class Ledger:
             )  # fmt: skip
 
     def chunks(self, source: str, target: str) -> list[ChunkRow]:
-        """Return the chunks of a load in key order."""
+        """Return the chunks of a load in key order.
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name.
+
+        Returns:
+            The chunks, numbered from 0.
+        """
         rows = self.connection.execute(
             "SELECT chunk, lower, upper, loaded, rows FROM changeover.chunk"
             " WHERE migration = %s AND source = %s AND target = %s ORDER BY chunk",
@@ -239,26 +384,46 @@ class Ledger:
         return [ChunkRow(r[0], *(None if b is None else tuple(b) for b in r[1:3]), *r[3:]) for r in rows]  # type: ignore[arg-type]
 
     def claim(self, source: str, target: str) -> int:
-        """Fence off every earlier attempt at the open chunks of a load (`chunks.claimed`); return this attempt's token."""
-        row = self.connection.execute(
-            "WITH next AS (SELECT coalesce(max(token), 0) + 1 AS token FROM changeover.chunk"
-            " WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s), claimed AS (UPDATE changeover.chunk"
-            " SET token = next.token FROM next WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s"
-            " AND loaded IS NULL) SELECT token FROM next",
-            {"m": self.migration, "s": source, "t": target},
-        ).fetchone()
-        assert row is not None
+        """Fence off every earlier attempt at the open chunks of a load (`chunks.claimed`).
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name.
+
+        Returns:
+            This attempt's fencing token.
+        """
+        row = one_row(
+            self.connection.execute(
+                "WITH next AS (SELECT coalesce(max(token), 0) + 1 AS token FROM changeover.chunk"
+                " WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s), claimed AS (UPDATE changeover.chunk"
+                " SET token = next.token FROM next WHERE migration = %(m)s AND source = %(s)s AND target = %(t)s"
+                " AND loaded IS NULL) SELECT token FROM next",
+                {"m": self.migration, "s": source, "t": target},
+            )
+        )
         return int(row[0])
 
     # -- authority, heartbeats, verdicts, audit
 
     def authority(self) -> Authority:
-        """Return who has authority now, over the rows that have no move of their own; before any fence it is the old store."""
-        found = [change for change in self.authorities() if change.tenants is None]
-        return found[-1] if found else Authority(0, "old", 0, datetime.min, None)
+        """Return who has authority now over the rows that have no move of their own.
+
+        Returns:
+            The last such move; before any fence the old store's authority, in epoch 0.
+        """
+        moves = [change for change in self.authorities() if change.tenants is None]
+        return moves[-1] if moves else Authority(0, "old", 0, datetime.min, None)
 
     def authorities(self, since: int = 0) -> list[Authority]:
-        """Return every change of authority from an epoch on, first to last."""
+        """Return every change of authority from an epoch on, first to last.
+
+        Args:
+            since: The epoch from which on they are asked for.
+
+        Returns:
+            The moves, first to last.
+        """
         rows = self.connection.execute(
             "SELECT epoch, store, from_lsn::text, at, pause_seconds, coalesce(new_lsn, '0/0')::text, tenants"
             " FROM changeover.authority WHERE migration = %s AND epoch >= %s ORDER BY epoch",
@@ -270,7 +435,14 @@ class Ledger:
         ]
 
     def beat(self, process: str, stage: str, epoch: int, counters: Mapping[str, Any]) -> None:
-        """Record a router process's heartbeat (application)."""
+        """Record a router process's heartbeat (application).
+
+        Args:
+            process: The name under which the process is known.
+            stage: The observed stage.
+            epoch: The epoch that the process works under.
+            counters: Its counts since it began, as JSON holds them.
+        """
         self.connection.execute(
             "INSERT INTO changeover.heartbeat VALUES (%s, %s, now(), %s, %s, %s) ON CONFLICT (migration, process) DO UPDATE"
             " SET at = now(), stage = excluded.stage, epoch = excluded.epoch, counters = excluded.counters",
@@ -278,7 +450,11 @@ class Ledger:
         )
 
     def heartbeats(self) -> list[Heartbeat]:
-        """Return the last heartbeat of every router process."""
+        """Return the last heartbeat of every router process.
+
+        Returns:
+            One a process, whether it still runs or not.
+        """
         with self.connection.cursor(row_factory=class_row(Heartbeat)) as cursor:
             return cursor.execute(
                 "SELECT process, at, stage, epoch, counters FROM changeover.heartbeat WHERE migration = %s ORDER BY process",
@@ -286,17 +462,35 @@ class Ledger:
             ).fetchall()
 
     def record_verdict(self, source: str, target: str, verdict: str, stage: str | None, detail: Mapping[str, Any]) -> int:
-        """Record a verdict; return its run number."""
-        row = self.connection.execute(
-            "INSERT INTO changeover.verdict (migration, source, target, verdict, stage, detail)"
-            " VALUES (%s, %s, %s, %s, %s, %s) RETURNING run",
-            [self.migration, source, target, verdict, stage, json.dumps(detail, default=str)],
-        ).fetchone()
-        assert row is not None
+        """Record a verdict.
+
+        Args:
+            source: The source table, as the spec names it.
+            target: The target's name.
+            verdict: The verdict's word.
+            stage: The flag's stage at that time, None without a flag.
+            detail: What was compared, as JSON holds it.
+
+        Returns:
+            The run's number.
+        """
+        row = one_row(
+            self.connection.execute(
+                "INSERT INTO changeover.verdict (migration, source, target, verdict, stage, detail)"
+                " VALUES (%s, %s, %s, %s, %s, %s) RETURNING run",
+                [self.migration, source, target, verdict, stage, json.dumps(detail, default=str)],
+            )
+        )
         return int(row[0])
 
     def verdicts(self) -> list[VerdictRow]:
-        """Return all verdicts on the tables as they were last prepared, newest first; those before say nothing of them."""
+        """Return all verdicts on the tables as they were last prepared.
+
+        Verdicts from before an epoch of the tables say nothing of them.
+
+        Returns:
+            The verdicts, newest first.
+        """
         with self.connection.cursor(row_factory=class_row(VerdictRow)) as cursor:
             return cursor.execute(
                 "SELECT run, at, source, target, verdict, stage, detail FROM changeover.verdict AS v WHERE migration = %s"
@@ -305,7 +499,13 @@ class Ledger:
             ).fetchall()
 
     def audit(self, step: str, outcome: str, detail: Mapping[str, Any]) -> None:
-        """Record what a run did; who and where come with it."""
+        """Record what a run did; who and where come with it.
+
+        Args:
+            step: The step, which names the session and the record.
+            outcome: What came of it, such as `done` or `refused`.
+            detail: More of it, as JSON holds it.
+        """
         whole = {**detail, "host": socket.gethostname(), "pid": os.getpid()}
         self.connection.execute(
             "INSERT INTO changeover.audit (migration, step, outcome, detail) VALUES (%s, %s, %s, %s)",
@@ -313,7 +513,14 @@ class Ledger:
         )
 
     def audits(self, step: str | None = None) -> list[tuple[datetime, str, str, Mapping[str, Any]]]:
-        """Return the record of runs, newest first."""
+        """Return the record of runs, newest first.
+
+        Args:
+            step: The step, all unless given.
+
+        Returns:
+            (when, step, outcome, detail), newest first.
+        """
         rows = self.connection.execute(
             "SELECT at, step, outcome, detail FROM changeover.audit WHERE migration = %s AND (%s::text IS NULL OR step = %s)"
             " ORDER BY entry DESC",
@@ -325,29 +532,40 @@ class Ledger:
     def recorded(self, step: str) -> Iterator[dict[str, Any]]:
         """Put a run on record when the block ends: `done`, or what the block puts under "outcome", or why it failed.
 
-        What the block puts into the dict goes with it. The record is made over a session of its own, because a run may outlive
-        this one; a run that failed raises its own error even where the ledger can't be reached any more.
+        What the block puts into the dict goes with it. The record is made over a session of its
+        own, because a run may outlive this one. A run that failed raises its own error even where
+        the ledger can't be reached any more.
+
+        Args:
+            step: The step, which names the session and the record.
+
+        Yields:
+            The report: a dict that the block fills.
         """
-        told: dict[str, Any] = {}
+        report: dict[str, Any] = {}
         try:
-            yield told
+            yield report
         except BaseException as error:
             why = str(error) if isinstance(error, ChangeoverError) else type(error).__name__
             outcome = "failed" if isinstance(error, Exception) else "interrupted"
             with suppress(ChangeoverError, psycopg.Error):
-                self._record_run(step, {**told, "outcome": outcome, "error": why})
+                self._record_run(step, {**report, "outcome": outcome, "error": why})
             raise
-        self._record_run(step, told)
+        self._record_run(step, report)
 
-    def _record_run(self, step: str, told: Mapping[str, Any]) -> None:
+    def _record_run(self, step: str, report: Mapping[str, Any]) -> None:
         with connect(self.dsn, application_name(self.migration, step)) as session:
             ledger = Ledger(session, self.migration, self.dsn)
             if ledger.exists():  # a step before prepare has no record to go to
-                detail = {name: value for name, value in told.items() if name != "outcome"}
-                ledger.audit(step, str(told.get("outcome", "done")), detail)
+                detail = {name: value for name, value in report.items() if name != "outcome"}
+                ledger.audit(step, str(report.get("outcome", "done")), detail)
 
     def stage(self) -> str | None:
-        """Return the flag's stage as it was last put on record, None before its first turn."""
+        """Return the flag's stage as it was last put on record.
+
+        Returns:
+            The stage, None before its first switch.
+        """
         row = self.connection.execute(
             "SELECT detail->>'to' FROM changeover.audit WHERE migration = %s AND step = 'flags' AND outcome <> 'refused'"
             " ORDER BY entry DESC LIMIT 1",
@@ -356,7 +574,11 @@ class Ledger:
         return row[0] if row else None
 
     def creating(self) -> dict[tuple[str, str], bool]:
-        """Return the loads that a prepare had begun to make, and whether the target table is its own."""
+        """Return the loads that a prepare had begun to make.
+
+        Returns:
+            (source, target), and whether prepare makes the target table.
+        """
         present = self.connection.execute("SELECT to_regclass('changeover.audit') IS NOT NULL").fetchone()
         if present is None or not present[0]:
             return {}
@@ -368,7 +590,18 @@ class Ledger:
         return {(row[0], row[1]): row[2] for row in rows}
 
     def lease(self, step: str, wait_seconds: float = 0) -> AbstractContextManager[None]:
-        """Hold the lease of a step; raises LeaseHeld when another run has it (driver)."""
+        """Hold the lease of a step (driver, capture).
+
+        Args:
+            step: The step, or `lease_of` a target.
+            wait_seconds: How long to wait for another run to end, in seconds.
+
+        Returns:
+            A context manager that holds it.
+
+        Raises:
+            LeaseHeld: Another run has it.
+        """
         return hold(self.dsn, self.migration, step, wait_seconds)
 
 
@@ -376,22 +609,37 @@ def mark_loaded(
     cursor: psycopg.Cursor[Any], migration: str, source: str, target: str, chunk: int, token: int, counts: tuple[int, int],
     seconds: float,
 ) -> bool:  # fmt: skip
-    """Mark a chunk as loaded in the caller's transaction (task or driver); False when the attempt was fenced off.
+    """Mark a chunk as loaded in the caller's transaction (task or driver).
 
-    `counts` is (rows offered, images refused because of a tombstone). A chunk that is already loaded, or that a later attempt
-    has claimed, is left alone (`chunks.markable`), and the caller must roll back.
+    Args:
+        cursor: A cursor of the transaction that holds the chunk's rows, or of one of its own.
+        migration: The migration's name.
+        source: The source table, as the spec names it.
+        target: The target's name.
+        chunk: The chunk's number, from 0.
+        token: The attempt's fencing token, of `Ledger.claim`.
+        counts: (rows offered, images refused because of a tombstone).
+        seconds: How long the chunk took, in seconds.
+
+    Returns:
+        False where the attempt was fenced off: then the caller must roll back.
     """
     with_chunk = [migration, source, target, chunk, token]
-    done = cursor.execute(
+    marked = cursor.execute(
         "UPDATE changeover.chunk SET loaded = clock_timestamp(), rows = %s, refused = %s, seconds = %s WHERE migration = %s"
         " AND source = %s AND target = %s AND chunk = %s AND token = %s AND loaded IS NULL",
         [*counts, seconds, *with_chunk],
     ).rowcount
-    return done == 1
+    return marked == 1
 
 
 def drop_ledger(connection: Connection, migration: str) -> None:
-    """Remove one migration from the ledger."""
+    """Remove one migration from the ledger.
+
+    Args:
+        connection: A session with the ledger's server.
+        migration: The migration's name.
+    """
     for table in ("migration", "authority", "verdict", "heartbeat", "audit"):
         column = "name" if table == "migration" else "migration"
         connection.execute(

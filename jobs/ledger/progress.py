@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from changeover.errors import ChangeoverError
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.session import one_row
 from changeover.spec import Spec
 
 LOG_SECONDS = 60.0
@@ -22,9 +23,17 @@ LOG_SECONDS = 60.0
 
 @contextmanager
 def progress(spec: Spec, title: str) -> Iterator[None]:
-    """Show how far the open chunks are, with rate and time left, until the block ends; the ledger is what is asked.
+    """Show how far the open chunks are, with rate and time left, until the block ends (driver).
 
-    A bar on a terminal, a line a minute in a log; standard output stays free for the command's own answer.
+    A bar on a terminal, a line a minute in a log; standard output stays free for the command's own
+    answer.
+
+    Args:
+        spec: The migration's spec.
+        title: What runs, in a word.
+
+    Yields:
+        Nothing; a thread of its own asks the ledger meanwhile.
     """
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(spec, title, stop), name="progress", daemon=True)
@@ -56,26 +65,27 @@ def _bar(ledger: Ledger, title: str, stop: threading.Event) -> None:
         started = time.monotonic()
         first: int | None = None
         while not stop.wait(0.3):
-            total, done, rows = chunk_progress(ledger)
+            total, loaded, rows = chunk_progress(ledger)
             first = rows if first is None else first
-            bar.update(task, total=total or None, completed=done, rate=(rows - first) / (time.monotonic() - started))
+            bar.update(task, total=total or None, completed=loaded, rate=(rows - first) / (time.monotonic() - started))
 
 
 def _lines(ledger: Ledger, title: str, stop: threading.Event) -> None:
     started = time.monotonic()
     while not stop.wait(LOG_SECONDS):
-        total, done, rows = chunk_progress(ledger)
+        total, loaded, rows = chunk_progress(ledger)
         rate = rows / (time.monotonic() - started)
-        print(f"{title}: {done} of {total} chunks, {rows:,} rows, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+        print(f"{title}: {loaded} of {total} chunks, {rows:,} rows, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
 
 
 def chunk_progress(ledger: Ledger) -> tuple[int, int, int]:
     """Return (chunks, chunks loaded, rows loaded) of a migration."""
     if not ledger.exists():
         return 0, 0, 0
-    row = ledger.connection.execute(
-        "SELECT count(*), count(loaded), coalesce(sum(rows), 0) FROM changeover.chunk WHERE migration = %s",
-        [ledger.migration],
-    ).fetchone()
-    assert row is not None
+    row = one_row(
+        ledger.connection.execute(
+            "SELECT count(*), count(loaded), coalesce(sum(rows), 0) FROM changeover.chunk WHERE migration = %s",
+            [ledger.migration],
+        )
+    )
     return int(row[0]), int(row[1]), int(row[2])

@@ -38,7 +38,15 @@ Tried = Callable[[], object]
 
 
 def met(trying: Tried, table: str) -> RowRefused | None:
-    """Return how a row is refused when something is tried, None where none is."""
+    """Return how a row is refused when something is tried (driver).
+
+    Args:
+        trying: What is tried.
+        table: The table's name, for the error.
+
+    Returns:
+        The refusal, None where there is none.
+    """
     try:
         with from_spark(table, FAILED):
             trying()
@@ -50,16 +58,33 @@ def met(trying: Tried, table: str) -> RowRefused | None:
 
 
 def one_alone(refused: ChangeoverError) -> bool:
-    """Return whether one row by itself may be at fault; two that meet are named already, and each alone is in order (pure)."""
+    """Return whether one row by itself may be at fault (pure).
+
+    Two rows that meet are named already, and each alone is in order.
+
+    Args:
+        refused: The error.
+
+    Returns:
+        Whether a search for one row makes sense.
+    """
     return not (isinstance(refused, RowRefused) and MEET in refused.problem)
 
 
 def narrowed(
     part: Part, halves: Callable[[Part], Sequence[Part]], refused: Callable[[Part], RowRefused | None]
 ) -> tuple[Part, RowRefused] | None:
-    """Return the first of the smallest parts, and how it is refused; None where none is by itself (pure).
+    """Return the first of the smallest parts that is refused by itself (pure).
 
     A second half is not tried: it fails where the first does not.
+
+    Args:
+        part: The whole, which is refused.
+        halves: Cuts a part in two; it gives nothing for a smallest one.
+        refused: Tries a part, and returns how it is refused, or None.
+
+    Returns:
+        The part and its refusal; None where none is refused by itself.
     """
     while two := halves(part):
         first, second = two
@@ -77,7 +102,18 @@ def in_two(things: Sequence[Part]) -> list[Sequence[Part]]:
 def sentence(
     transform: Transform, key: Sequence[str | None], refused: RowRefused, column: str, *, of_target: bool = False
 ) -> RowRefused:  # fmt: skip
-    """Return the refusal of one row, by its key in the source, or in the target; what is sensitive is masked."""
+    """Return the refusal of one row, by its key; what is sensitive is masked (pure).
+
+    Args:
+        transform: The table's transform.
+        key: The row's key, as texts.
+        refused: How the row was refused.
+        column: The column, as a part of the sentence.
+        of_target: Whether it is the target's key.
+
+    Returns:
+        The refusal.
+    """
     names = transform.target.key if of_target else [c.name for c in transform.identity]
     table = transform.table
     mask = masking.of_target(table, transform.derivations) if of_target else masking.of_source(table, names)
@@ -88,17 +124,26 @@ def sentence(
 
 
 def column_of(transform: Transform, refused: RowRefused, row: Callable[[], DataFrame], asked: Sequence[str] = ()) -> str:
-    """Return what of one row is refused: the column that the target named, or the first one whose value can't be made.
+    """Return what of one row is refused (driver).
 
-    `asked` are columns of the frame that say whether the row is kept.
+    It is the column that the target named, or the first one whose value can't be made.
+
+    Args:
+        transform: The table's transform.
+        refused: How the row was refused.
+        row: Makes a frame of the row alone.
+        asked: Columns of the frame that say whether the row is kept.
+
+    Returns:
+        The column, as a part of the sentence.
     """
-    if refused.place.startswith("column "):
-        return refused.place
+    if refused.where.startswith("column "):
+        return refused.where
     if met(lambda: _evaluate(row(), asked), transform.table.source):
         return "where" if transform.table.where and transform.table.function is None else "the row as a whole"
     names: Sequence[str] = transform.target.names
-    found = narrowed(names, in_two, lambda some: met(lambda: _evaluate(row(), some), transform.table.source))
-    return f"column {', '.join(found[0])}" if found else refused.place
+    bad = narrowed(names, in_two, lambda some: met(lambda: _evaluate(row(), some), transform.table.source))
+    return f"column {', '.join(bad[0])}" if bad else refused.where
 
 
 def _evaluate(rows: DataFrame, names: Sequence[str]) -> None:
@@ -108,7 +153,17 @@ def _evaluate(rows: DataFrame, names: Sequence[str]) -> None:
 
 
 def sought(table: str, search: Callable[[], Found | None]) -> Found | None:
-    """Return what a search finds; one that can't be ended leaves the error that it began with."""
+    """Return what a search finds (driver).
+
+    A search that can't be ended leaves the error that it began with.
+
+    Args:
+        table: The table's name, for the log.
+        search: The search.
+
+    Returns:
+        What it found, None where it found nothing or could not end.
+    """
     try:
         return search()
     except ChangeoverError as error:
@@ -131,16 +186,26 @@ def in_ranges(
     with importing(reading.dsn, reading.application, reading.snapshot.name) as (session, _):
         for bounds in ranges:
             halves = partial(_halves, session, reading.table)
-            found = narrowed(bounds, halves, refused) if refused(bounds) is not None else None
-            if found is not None:
-                one, why = found
+            bad = narrowed(bounds, halves, refused) if refused(bounds) is not None else None
+            if bad is not None:
+                one, why = bad
                 (key,) = some_rows(session, reading.table, one, 1)
                 return bounds, sentence(transform, key, why, column_of(transform, why, partial(rows, one)), of_target=of_target)
     return None
 
 
 def in_frozen(spark: SparkSession, transform: Transform, frozen: Frozen, side: str) -> RowRefused | None:
-    """Return the refusal of a row that can't be read where a table is compared, or None (driver)."""
+    """Return the refusal of a row that can't be read where a table is compared (driver).
+
+    Args:
+        spark: The Spark session.
+        transform: The table's transform.
+        frozen: The state that is compared.
+        side: `source` or the target's side, for the sentence.
+
+    Returns:
+        The refusal, None where no row is refused by itself.
+    """
     reading = frozen.reading
     if reading is None:
         return None
@@ -150,14 +215,14 @@ def in_frozen(spark: SparkSession, transform: Transform, frozen: Frozen, side: s
         frame = read_table(spark, reading.dsn, reading.application, reading.table, [bounds], reading.snapshot)
         return transform.uncast(frame) if of_source else frame
 
-    found = sought(
+    bad = sought(
         transform.table.source,
         lambda: in_ranges(transform, reading, frozen.ranges, rows, _evaluate_all, of_target=not of_source),
     )
-    if found is None:
+    if bad is None:
         return None
-    _, row = found
-    return row if of_source else RowRefused(row.table, f"the {side}'s {row.place}", row.problem)
+    _, row = bad
+    return row if of_source else RowRefused(row.table, f"the {side}'s {row.where}", row.problem)
 
 
 def _evaluate_all(rows: DataFrame) -> None:

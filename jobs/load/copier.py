@@ -1,11 +1,12 @@
 """The copier: pending chunks read in the kept snapshot, transformed, and loaded into each target.
 
-A Spark job that may die at any point and be run again: chunks that are marked in the ledger are not repeated, and one that was
-written but not marked is not written twice. A row that can't be carried over is named by key and column; its chunk stays pending,
-and everything else is loaded. The next run reads that chunk in a newer snapshot, as after a lost one, in which the row may be
-corrected; its images bear v0 all the same, since its table keeps its tombstones until it is closed. When the last chunk is in,
-the table is closed: the source's file is compared with the one that was prepared, then barrier and sweep. Only a closed table may
-be verified or read.
+A Spark job that may die at any point and be run again. Chunks that are marked in the ledger are not
+repeated, and one that was written but not marked is not written twice. A row that can't be carried
+over is named by key and column; its chunk stays pending, and everything else is loaded. The next
+run reads that chunk in a newer snapshot, as after a lost one, in which the row may be corrected.
+Its images bear v0 all the same, since its table keeps its tombstones until it is closed. When the
+last chunk is in, the table is closed: the source's file is compared with the one that was prepared,
+then barrier and sweep. Only a closed table may be verified or read.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from changeover.jobs.source.snapshot import exported
 from changeover.jobs.spool.table import spool_of
 from changeover.jobs.transform.transform import Transform
 from changeover.position import Version
-from changeover.session import application_name, connect, speaking_to
+from changeover.session import application_name, connect, one_row, speaking_to
 from changeover.spark.failures import from_spark
 from changeover.spec import SLOT, Spec
 from changeover.stores import open_store
@@ -100,7 +101,7 @@ class LedgerMark:
         )
 
     def afterwards(self, chunk: int, counts: Counts, seconds: float) -> bool:
-        """Mark in a transaction of its own (driver)."""
+        """Mark in a transaction of its own, after an idempotent append (task)."""
         with (
             connect(self.dsn, application_name(self.migration, "backfill")) as connection,
             connection.cursor() as cursor,
@@ -113,14 +114,26 @@ class LedgerMark:
 
 
 def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = None) -> list[Loaded]:
-    """Load all pending chunks of every table into the targets (all unless named) and close them (driver).
+    """Load all pending chunks of every table into the targets and close them (driver).
 
-    Raises StepOrder before prepare, SnapshotLost, TableStopped, RowRefused when the other tables are done, LeaseHeld when another
-    backfill runs.
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        targets: The targets' names, all unless given.
+
+    Returns:
+        One a load: chunks, rows offered and refused, and rows swept.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        SnapshotLost: No snapshot can be imported, and none can take its place.
+        TableStopped: A table was stopped.
+        RowRefused: Rows can't be carried over; the other tables are done.
+        LeaseHeld: Another backfill runs.
     """
     with Ledger.open(spec, "backfill") as ledger:
         prepared = require_prepared(spec, spark, ledger, "backfill")
-        with ledger.lease("backfill"), ledger.recorded("backfill") as told:
+        with ledger.lease("backfill"), ledger.recorded("backfill") as report:
             refused: list[ChangeoverError] = []
             for (source, target), transform in prepared.transforms.items():
                 if targets is None or target in targets:
@@ -133,11 +146,11 @@ def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = No
             if refused:
                 _leave_snapshot(spec, ledger)
                 raise together(refused)
-            done = [_summary(ledger, source, target) for source, target in prepared.transforms]
+            summaries = [_summary(ledger, source, target) for source, target in prepared.transforms]
             if all(load.state == CLOSED for load in ledger.loads()):
                 snapshot.release(spec.source.dsn.resolve(), spec.name)
-            told["loads"] = [loaded.__dict__ for loaded in done]
-            return done
+            report["loads"] = [loaded.__dict__ for loaded in summaries]
+            return summaries
 
 
 def _leave_snapshot(spec: Spec, ledger: Ledger) -> None:
@@ -149,12 +162,13 @@ def _leave_snapshot(spec: Spec, ledger: Ledger) -> None:
 def _summary(ledger: Ledger, source: str, target: str) -> Loaded:
     load = ledger.load(source, target)
     chunks = ledger.chunks(source, target)
-    row = ledger.connection.execute(
-        "SELECT coalesce(sum(rows), 0), coalesce(sum(refused), 0) FROM changeover.chunk"
-        " WHERE migration = %s AND source = %s AND target = %s",
-        [ledger.migration, source, target],
-    ).fetchone()
-    assert row is not None
+    row = one_row(
+        ledger.connection.execute(
+            "SELECT coalesce(sum(rows), 0), coalesce(sum(refused), 0) FROM changeover.chunk"
+            " WHERE migration = %s AND source = %s AND target = %s",
+            [ledger.migration, source, target],
+        )
+    )
     return Loaded(source, target, len(chunks), int(row[0]), int(row[1]), load.swept)
 
 
@@ -193,10 +207,10 @@ class _Load:
     def _read_table(self, columns_of: Sequence[Any]) -> ReadTable:
         schema, name = self.transform.table.source_name
         with connect(self.spec.source.dsn.resolve(), application_name(self.spec.name, "backfill")) as old:
-            seen = source_table(old, self.transform.table)
-        if seen is None:
+            old_table = source_table(old, self.transform.table)
+        if old_table is None:
             raise SourceChanged(f"table {self.transform.table.source}", "a table", "nothing by that name")
-        return ReadTable(schema, name, tuple(columns_of), seen.key, seen.partitions is not None)
+        return ReadTable(schema, name, tuple(columns_of), old_table.key, old_table.partitions is not None)
 
     def _plan(self, source: str, read: ReadTable) -> None:
         """Record the ranges once; a later run goes on with the same ones."""
@@ -225,10 +239,10 @@ class _Load:
                 with from_spark(source, "a chunk of the backfill"):
                     self.store.load(self.transform.target, pending, rows, mark)
             except (RowRefused, TextRefused) as refused:
-                found = self._bad_row(source, read, live, {ranges[n]: n for n in self._pending(source, aside)})
-                if found is None:
+                bad = self._bad_row(source, read, live, {ranges[n]: n for n in self._pending(source, aside)})
+                if bad is None:
                     return [*aside.values(), refused]
-                chunk, row = found
+                chunk, row = bad
                 aside[chunk] = row
                 if len(aside) == MOST_NAMED:
                     break
@@ -259,8 +273,8 @@ class _Load:
                 lambda frame: self.store.try_rows(self.transform.target, frame),
             )  # fmt: skip
 
-        found = badrow.sought(source, search)
-        return None if found is None else (pending[found[0]], found[1])
+        bad = badrow.sought(source, search)
+        return None if bad is None else (pending[bad[0]], bad[1])
 
     def _snapshot(self) -> ExportedSnapshot:
         """Return the kept snapshot, or a new one that shows at least as much: the stream brings whatever lies between the two."""

@@ -36,7 +36,21 @@ class Prepared:
 
 
 def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str) -> Prepared:
-    """Return what prepare recorded; raises StepOrder before it, UsageError when the spec changed since (driver)."""
+    """Return what prepare recorded (driver).
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        ledger: The migration's ledger, open.
+        step: The step, for the error.
+
+    Returns:
+        The stream and the transforms, by source table and target.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        UsageError: The spec changed since prepare.
+    """
     stream = ledger.stream(step)
     if ledger.spec_digest() != spec.digest:
         raise UsageError(
@@ -48,10 +62,10 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
         for stopped in assumptions.stop(Moment.RUN, Asked(spec, old, ledger)):
             log.warning("%s", stopped)
         for table in spec.tables:
-            seen = source_table(old, table)
+            old_table = source_table(old, table)
             filenode, columns, _ = ledger.source_table(table.source)
-            identity = seen.identity if seen else tuple(c.name for c in columns if c.key)
-            rows, parts = (seen.rows, seen.partitions) if seen else (0, None)
+            identity = old_table.identity if old_table else tuple(c.name for c in columns if c.key)
+            rows, parts = (old_table.rows, old_table.partitions) if old_table else (0, None)
             tables[table.source] = SourceTable(table.source, filenode, identity, columns, rows, parts)
     return Prepared(stream, plan_transforms(spec, spark, tables))
 
@@ -59,15 +73,28 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
 def plan_transforms(
     spec: Spec, spark: SparkSession, tables: Mapping[str, SourceTable]
 ) -> dict[tuple[str, str], transform.Transform]:
-    """Plan the transform of every table into every target."""
+    """Plan the transform of every table into every target (driver, reads no row).
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        tables: The source tables, by their names in the spec.
+
+    Returns:
+        The transforms, by source table and target.
+
+    Raises:
+        SpecError: An expression is not valid.
+        UnsafePlan: Something stands against the plan; it has every reason.
+    """
     planned = {}
     for target in spec.targets.values():
         with open_store(spec, target, "plan") as store:
             for table in spec.tables:
-                seen = tables[table.source]
+                old_table = tables[table.source]
                 existing = store.columns(*table.target_name)
-                plan = transform.plan(spark, spec, table, store_columns(seen.columns), seen.identity, existing)
-                planned[table.source, target.name] = replace(plan, partitioned=seen.partitions is not None)
+                plan = transform.plan(spark, spec, table, store_columns(old_table.columns), old_table.identity, existing)
+                planned[table.source, target.name] = replace(plan, partitioned=old_table.partitions is not None)
     return planned
 
 
@@ -76,8 +103,9 @@ def require_reverse(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[s
 
     Raises SpecError or UnsafePlan for an expression that can't be.
     """
-    for table in spec.tables if spec.flag is not None else ():
-        assert spec.flag is not None
+    if spec.flag is None:
+        return
+    for table in spec.tables:
         planned = transforms[table.source, spec.flag.target]
         for lake in (transforms[table.source, name] for name in spec.targets if name != spec.flag.target):
             if reasons := inverse.cut(table, planned.target.columns, lake.target.columns):

@@ -63,10 +63,10 @@ def _unreadable(dsn: str, application: str, read: ReadTable, mask: Mask) -> list
         session.cursor() as cursor,
         cursor.copy(query) as lines,
     ):
-        found = [_named(bytes(line), key, names, mask) for line in lines if not _is_text(bytes(line))]
-    if not found:
+        bad_rows = [_named(bytes(line), key, names, mask) for line in lines if not _is_text(bytes(line))]
+    if not bad_rows:
         return []
-    which = "; ".join(found[:NAMED]) + (f" and {len(found) - NAMED:,} more" if len(found) > NAMED else "")
+    which = "; ".join(bad_rows[:NAMED]) + (f" and {len(bad_rows) - NAMED:,} more" if len(bad_rows) > NAMED else "")
     return [f"{read.schema}.{read.name} holds bytes that are no UTF-8, and no target takes them: {which}: correct them"]
 
 

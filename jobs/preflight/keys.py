@@ -40,8 +40,8 @@ def objections(spec: Spec, target: Target) -> list[str]:
     """Return which key columns of a PostgreSQL target's tables can't tell apart what the source's can (driver; looks only)."""
     application = application_name(spec.name, "check")
     with connect(spec.source.dsn.resolve(), application) as old, connect(target.dsn_value, application) as new:
-        seen = [t for t in spec.tables if all(usable(*at) for at in ((old, t.source_name[0]), (new, t.target_name[0])))]
-        return [f"target {target.name}: {reason}" for table in seen for reason in coarser(old, new, table)]
+        readable = [t for t in spec.tables if all(usable(*at) for at in ((old, t.source_name[0]), (new, t.target_name[0])))]
+        return [f"target {target.name}: {reason}" for table in readable for reason in coarser(old, new, table)]
 
 
 def coarser(old: Connection, new: Connection, table: Table) -> list[str]:

@@ -40,26 +40,26 @@ def notes(old: Connection, new: Connection, table: Table, source: tuple[Column, 
     """Return what the target table lacks beside its source, or will lack once prepare has made it."""
     before, after = defaults.of_table(old, *table.source_name), defaults.of_table(new, *table.target_name)
     carried = {name: one.origin for name, one in derivations(table, source).items() if one.origin is not None}
-    found: list[str] = []
+    lacks: list[str] = []
     for name, origin in carried.items():
         if after:
-            found += _unlike(table, name, before[origin], after.get(name))
+            lacks += _unlike(table, name, before[origin], after.get(name))
         else:
-            found += [*_unmade(new, table, name, before[origin]), *_shared(old, table, before[origin])]
-    found += _generated(table, before, after)
-    return found + _beside(old, new, table, carried)
+            lacks += [*_unmade(new, table, name, before[origin]), *_shared(old, table, before[origin])]
+    lacks += _generated(table, before, after)
+    return lacks + _beside(old, new, table, carried)
 
 
 def _unmade(new: Connection, table: Table, name: str, own: Own) -> Iterator[str]:
     """Yield what prepare can't take over of a column."""
-    place = f"{table.source}.{own.name}"
+    column = f"{table.source}.{own.name}"
     if own.identity == ALWAYS and name not in table.key:
         yield (
-            f"{place} is GENERATED ALWAYS AS IDENTITY outside the key: in the new table it is made BY DEFAULT, because no update"
+            f"{column} is GENERATED ALWAYS AS IDENTITY outside the key: in the new table it is made BY DEFAULT, because no update"
             f" could bring its values otherwise"
         )
     if (why := defaults.why_not(new, own)) is not None:
-        yield f"the default of {place} ({own.expression}) is not made in the new table ({why}): {_left_out(own.not_null)}"
+        yield f"the default of {column} ({own.expression}) is not made in the new table ({why}): {_left_out(own.not_null)}"
 
 
 def _shared(old: Connection, table: Table, own: Own) -> Iterator[str]:
@@ -77,13 +77,13 @@ def _unlike(table: Table, name: str, own: Own, there: Own | None) -> Iterator[st
     """Yield what a column that is there has not of what its source has."""
     if there is None:
         return
-    place, source = f"column {name} of target table {table.target}", f"{table.source}.{own.name}"
+    column, source = f"column {name} of target table {table.target}", f"{table.source}.{own.name}"
     if own.filled and not own.generated and not there.filled:
-        yield f"{place} has no {_called(own)}, as {source} has: {_left_out(there.not_null)}"
+        yield f"{column} has no {_called(own)}, as {source} has: {_left_out(there.not_null)}"
     elif own.expression is not None and not own.draws and there.expression != own.expression and not there.identity:
-        yield f"{place} has the default {there.expression}, and {source} has {own.expression}"
+        yield f"{column} has the default {there.expression}, and {source} has {own.expression}"
     if own.not_null and not there.not_null:
-        yield f"{place} may be NULL, and {source} may not"
+        yield f"{column} may be NULL, and {source} may not"
 
 
 def _called(own: Own) -> str:
@@ -99,11 +99,11 @@ def _generated(table: Table, before: Mapping[str, Own], after: Mapping[str, Own]
     for name, own in before.items():
         if not own.generated or name in table.columns:
             continue
-        place = f"{table.source}.{name} is generated ({own.expression})"
+        column = f"{table.source}.{name} is generated ({own.expression})"
         if after and name in after and not after[name].generated:
-            yield f"{place}, and column {name} of target table {table.target} is not: nothing fills it"
+            yield f"{column}, and column {name} of target table {table.target} is not: nothing fills it"
         elif name not in after:
-            yield f"{place}, and target table {table.target} has no such column"
+            yield f"{column}, and target table {table.target} has no such column"
 
 
 def _beside(old: Connection, new: Connection, table: Table, carried: Mapping[str, str]) -> list[str]:

@@ -1,8 +1,9 @@
 """The rules of the preflight: whether a plan is safe, and why not; it touches nothing.
 
-Each rule is one query or one line whose answer is a sentence, so that `check` prints all reasons at once. The rules are those of
-the way to capture, mostly of PostgreSQL's logical decoding (a table without replica identity makes the application's own UPDATE and
-DELETE fail once a publication holds it), and of what this version carries.
+Each rule is one query or one line whose answer is a sentence, so that `check` prints all reasons at
+once. The rules are those of capture, mostly of PostgreSQL's logical decoding, and of what this
+version carries. One example: a table without replica identity makes the application's own UPDATE
+and DELETE fail once a publication holds it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from changeover.jobs.source.generated import require_not_asked_for
 from changeover.jobs.transform import masking
 from changeover.jobs.transform.derivation import WORDS, derivations, owned
 from changeover.names import NAME_BYTES, qualified, reserved
-from changeover.session import Connection, application_name, connect, server_name
+from changeover.session import Connection, application_name, connect, one_row, server_name
 from changeover.spec import IDENTIFIER, SLOT, TRIGGER, Spec, Table
 from changeover.stores import open_store
 from changeover.stores.base.interface import Store
@@ -44,10 +45,10 @@ class Preflight:
     grants: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def note(self, said: str) -> None:
+    def note(self, remark: str) -> None:
         """Note something once."""
-        if said not in self.notes:
-            self.notes.append(said)
+        if remark not in self.notes:
+            self.notes.append(remark)
 
     def lack(self, rights: Sequence[Lack], where: str = "") -> None:
         """Refuse for want of rights, with the statements that give them; `where` is the store, the old one is not named."""
@@ -117,66 +118,67 @@ def preflight(spec: Spec) -> Preflight:
 
     Raises ServerUnavailable or SecretMissing where a side can't be looked at, SpecError for a column that is not there.
     """
-    found = Preflight()
+    findings = Preflight()
     dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "check")
     with connect(dsn, application) as old:
-        found.reasons += connections.reasons(dsn, application, OLD)
-        found.reasons += connections.streaming(dsn, application, OLD) if spec.source.capture == SLOT else []
+        findings.reasons += connections.reasons(dsn, application, OLD)
+        findings.reasons += connections.streaming(dsn, application, OLD) if spec.source.capture == SLOT else []
         rules = CAPTURE_RULES[spec.source.capture]
         asked = {"slot": spec.slot, "else": ', or capture = "trigger" in the spec\'s [source]'}
-        found.reasons += [row[0] for row in old.execute(rules, asked).fetchall()]
-        found.lack(grants.of_server(old, spec.source.capture))
+        findings.reasons += [row[0] for row in old.execute(rules, asked).fetchall()]
+        findings.lack(grants.of_server(old, spec.source.capture))
         for table in spec.tables:
-            _rights_on_source(spec, old, table, found)
+            _rights_on_source(spec, old, table, findings)
             if not grants.usable(old, table.source_name[0]):
                 continue
-            _source_table(old, table, spec.source.capture, found)
-            _require_columns(spec, table, found.tables.get(table.source))
+            _source_table(old, table, spec.source.capture, findings)
+            _require_columns(spec, table, findings.tables.get(table.source))
             if spec.flag is not None:
-                found.reasons += _not_mirrored(old, found.tables.get(table.source))
-        connections.look_at_settings(old, OLD, found.reasons, found.notes)
-        connections.look_at_limits(old, application, OLD, found.notes)
+                findings.reasons += _not_mirrored(old, findings.tables.get(table.source))
+        connections.look_at_settings(old, OLD, findings.reasons, findings.notes)
+        connections.look_at_limits(old, application, OLD, findings.notes)
         encoding = session.encoding_of(old)
         for table in spec.tables:
-            if (seen := found.tables.get(table.source)) is not None:
-                found.reasons += charsets.unreadable(old, dsn, application, seen.read, masking.of_source(table, seen.identity))
-        found.notes += COSTS[spec.source.capture]
+            if (old_table := findings.tables.get(table.source)) is not None:
+                mask = masking.of_source(table, old_table.identity)
+                findings.reasons += charsets.unreadable(old, dsn, application, old_table.read, mask)
+        findings.notes += COSTS[spec.source.capture]
         if spec.source.capture == SLOT:
-            found.notes += [f"prepare waits for {one}" for one in holders.of_slot(old)]
-    prepared = _is_prepared(spec, found)
+            findings.notes += [f"prepare waits for {one}" for one in holders.of_slot(old)]
+    prepared = _is_prepared(spec, findings)
     for target in spec.targets.values():
         with open_store(spec, target, "check") as store:
             if isinstance(store, PostgresStore):
-                found.reasons += connections.reasons(target.dsn_value, application, f"target {target.name}")
-                connections.look_at_settings(store.connection, f"target {target.name}", found.reasons, found.notes)
-                connections.look_at_limits(store.connection, application, f"target {target.name}", found.notes)
+                findings.reasons += connections.reasons(target.dsn_value, application, f"target {target.name}")
+                connections.look_at_settings(store.connection, f"target {target.name}", findings.reasons, findings.notes)
+                connections.look_at_limits(store.connection, application, f"target {target.name}", findings.notes)
                 there = session.encoding_of(store.connection)
-                found.reasons += charsets.target_reasons(encoding, there, target.name)
-                found.notes += charsets.notes(encoding, there, target.name) if spec.flag is not None else []
+                findings.reasons += charsets.target_reasons(encoding, there, target.name)
+                findings.notes += charsets.notes(encoding, there, target.name) if spec.flag is not None else []
             for table in spec.tables:
                 schema, name = table.target_name
                 if len(name.encode()) > NAME_BYTES:
-                    found.reasons.append(f"the target table's name {name} is too long: {NAME_BYTES} bytes at most")
-                if (seen := found.tables.get(table.source)) is not None:
-                    wanted = derivations(table, seen.store_columns)
-                    found.reasons += store.misfits(table.target, list(wanted), owned=owned(table, wanted, seen.identity))
+                    findings.reasons.append(f"the target table's name {name} is too long: {NAME_BYTES} bytes at most")
+                if (old_table := findings.tables.get(table.source)) is not None:
+                    wanted = derivations(table, old_table.store_columns)
+                    findings.reasons += store.misfits(table.target, list(wanted), owned=owned(table, wanted, old_table.identity))
                 if isinstance(store, PostgresStore):
-                    _rights_on_target(spec, store, schema, name, found)
+                    _rights_on_target(spec, store, schema, name, findings)
                     if not grants.readable(store.connection, schema, name):
                         continue
-                    _beside_the_source(spec, store, table, found)
+                    _beside_the_source(spec, store, table, findings)
                 existing = store.columns(schema, name)
-                if existing is not None and (seen := found.tables.get(table.source)) is not None:
-                    found.reasons += narrower(store, table, seen.store_columns, existing)
+                if existing is not None and (old_table := findings.tables.get(table.source)) is not None:
+                    findings.reasons += narrower(store, table, old_table.store_columns, existing)
                 if prepared:
                     continue
-                found.reasons += [one for one in store.objections(schema, name, table.key) if one not in found.reasons]
-                found.notes += store.remarks(schema, name)
+                findings.reasons += [one for one in store.objections(schema, name, table.key) if one not in findings.reasons]
+                findings.notes += store.remarks(schema, name)
                 if existing is not None and _has_rows(store, schema, name):
-                    found.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
+                    findings.reasons.append(f"target {target.name}: table {table.target} has rows: empty it or name another one")
         if target.kind == "postgres" and not prepared:
-            found.reasons += keys.objections(spec, target)
-    return found
+            findings.reasons += keys.objections(spec, target)
+    return findings
 
 
 def _has_rows(store: Store, schema: str, name: str) -> bool:
@@ -187,39 +189,39 @@ def _has_rows(store: Store, schema: str, name: str) -> bool:
         return False
 
 
-def _rights_on_source(spec: Spec, old: Connection, table: Table, found: Preflight) -> None:
+def _rights_on_source(spec: Spec, old: Connection, table: Table, findings: Preflight) -> None:
     """A publication, triggers and a fence ask for the owner; whatever comes back asks for writes and for sequences."""
     back = spec.flag is not None
-    found.lack(grants.of_table(old, *table.source_name, grants.REFUSE if back else grants.READ, owning=True))
-    found.lack(_drawing(spec, old, *table.source_name))
-    found.lack(grants.of_batches(old) if back else [])
+    findings.lack(grants.of_table(old, *table.source_name, grants.REFUSE if back else grants.READ, owning=True))
+    findings.lack(_drawing(spec, old, *table.source_name))
+    findings.lack(grants.of_batches(old) if back else [])
 
 
-def _rights_on_target(spec: Spec, store: PostgresStore, schema: str, name: str, found: Preflight) -> None:
+def _rights_on_target(spec: Spec, store: PostgresStore, schema: str, name: str, findings: Preflight) -> None:
     """A table that takes over has a fence and a change stream of its own, which ask for its owner; another one is written to."""
     connection, where = store.connection, f"target {store.name}"
     takes_over = spec.flag is not None and spec.flag.target == store.name
-    found.lack(grants.of_server(connection) + grants.of_batches(connection), where)
+    findings.lack(grants.of_server(connection) + grants.of_batches(connection), where)
     if store.columns(schema, name) is None:
-        found.lack(grants.of_schema(connection, schema), where)
+        findings.lack(grants.of_schema(connection, schema), where)
         return
     rights = grants.REFUSE if takes_over else grants.WRITE
-    found.lack(grants.of_table(connection, schema, name, rights, owning=takes_over), where)
-    found.lack(_drawing(spec, connection, schema, name) if takes_over else [], where)
+    findings.lack(grants.of_table(connection, schema, name, rights, owning=takes_over), where)
+    findings.lack(_drawing(spec, connection, schema, name) if takes_over else [], where)
 
 
-def _beside_the_source(spec: Spec, store: PostgresStore, table: Table, found: Preflight) -> None:
+def _beside_the_source(spec: Spec, store: PostgresStore, table: Table, findings: Preflight) -> None:
     """Note what a target table lacks beside its source, and which rights the application's roles lack."""
-    seen = found.tables.get(table.source)
-    if seen is None:
+    old_table = findings.tables.get(table.source)
+    if old_table is None:
         return
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "check")) as old:
-        found.notes += likeness.notes(old, store.connection, table, seen.store_columns)
+        findings.notes += likeness.notes(old, store.connection, table, old_table.store_columns)
         if spec.roles and not privileges.present(store.connection, spec.roles):
-            found.note(f"target {store.name} has none of the application's roles ({', '.join(spec.roles)}): create them")
-        for where, lack in privileges.missing(spec, old, store.connection, table, seen.store_columns):
-            found.note(f"{where} store: {lack}")
-            found.grants.append(lack.grant if where == "old" else f"{lack.grant}  -- in target {store.name}")
+            findings.note(f"target {store.name} has none of the application's roles ({', '.join(spec.roles)}): create them")
+        for where, lack in privileges.missing(spec, old, store.connection, table, old_table.store_columns):
+            findings.note(f"{where} store: {lack}")
+            findings.grants.append(lack.grant if where == "old" else f"{lack.grant}  -- in target {store.name}")
 
 
 def _drawing(spec: Spec, connection: Connection, schema: str, name: str) -> list[Lack]:
@@ -245,56 +247,56 @@ FROM pg_attribute a WHERE a.attrelid = %(table)s::regclass AND a.attidentity = '
 """
 
 
-def _not_mirrored(old: Connection, seen: SourceTable | None) -> list[str]:
+def _not_mirrored(old: Connection, old_table: SourceTable | None) -> list[str]:
     """Return which columns of the old store its mirror could not write once authority has moved."""
-    if seen is None:
+    if old_table is None:
         return []
-    table = sql.Identifier(*qualified(seen.source)).as_string(old)
-    return [row[0] for row in old.execute(UNWRITABLE, {"name": seen.source, "table": table, "key": list(seen.identity)})]
+    table = sql.Identifier(*qualified(old_table.source)).as_string(old)
+    return [row[0] for row in old.execute(UNWRITABLE, {"name": old_table.source, "table": table, "key": list(old_table.identity)})]
 
 
-def _is_prepared(spec: Spec, found: Preflight) -> bool:
+def _is_prepared(spec: Spec, findings: Preflight) -> bool:
     with Ledger.open(spec, "check") as ledger:
         if all(target.dsn is None for target in spec.targets.values()):
-            found.lack(grants.of_server(ledger.connection), "the ledger")
+            findings.lack(grants.of_server(ledger.connection), "the ledger")
         return grants.usable(ledger.connection, "changeover") and ledger.exists()
 
 
-def _source_table(connection: Connection, table: Table, capture: str, found: Preflight) -> None:
+def _source_table(connection: Connection, table: Table, capture: str, findings: Preflight) -> None:
     schema, name = table.source_name
-    seen = source_table(connection, table)
-    if seen is None:
-        found.reasons.append(f"there is no table {table.source} in {connection.info.dbname}")
+    old_table = source_table(connection, table)
+    if old_table is None:
+        findings.reasons.append(f"there is no table {table.source} in {connection.info.dbname}")
         return
     quoted = sql.Identifier(schema, name).as_string(connection)
-    rows = connection.execute("SELECT %s::regclass::oid", [quoted]).fetchone()
-    assert rows is not None
-    named = {"oid": rows[0], "name": seen.source, "identity": ", ".join(sorted(seen.identity)), "keys": list(seen.identity)}
-    found.reasons += [row[0] for row in connection.execute(TABLE_RULES, named).fetchall()]
-    found.reasons += [
-        f"{seen.source}.{c.name} has the type {c.type}, which is not proven exact: this version does not carry it"
-        for c in seen.columns
+    rows = one_row(connection.execute("SELECT %s::regclass::oid", [quoted]))
+    identity = old_table.identity
+    named = {"oid": rows[0], "name": old_table.source, "identity": ", ".join(sorted(identity)), "keys": list(identity)}
+    findings.reasons += [row[0] for row in connection.execute(TABLE_RULES, named).fetchall()]
+    findings.reasons += [
+        f"{old_table.source}.{c.name} has the type {c.type}, which is not proven exact: this version does not carry it"
+        for c in old_table.columns
         if source_type(c.type) is None
     ]
-    names = [c.name for c in seen.columns] + list(table.columns)
-    found.reasons += [
-        f"{seen.source} or its target has a column {name}, a name that changeover needs for itself"
+    names = [c.name for c in old_table.columns] + list(table.columns)
+    findings.reasons += [
+        f"{old_table.source} or its target has a column {name}, a name that changeover needs for itself"
         for name in names
         if reserved(name)
     ]
-    if capture == TRIGGER and (seen.partitions is not None or seen.generated):
-        what = "is partitioned" if seen.partitions is not None else f"has the generated column {min(seen.generated)}"
-        found.reasons.append(f'{seen.source} {what}, which capture by triggers does not carry: capture = "slot" does')
-    found.tables[table.source] = seen
+    if capture == TRIGGER and (old_table.partitions is not None or old_table.generated):
+        what = "is partitioned" if old_table.partitions is not None else f"has the generated column {min(old_table.generated)}"
+        findings.reasons.append(f'{old_table.source} {what}, which capture by triggers does not carry: capture = "slot" does')
+    findings.tables[table.source] = old_table
 
 
-def _require_columns(spec: Spec, table: Table, seen: SourceTable | None) -> None:
+def _require_columns(spec: Spec, table: Table, old_table: SourceTable | None) -> None:
     """Find a column that is misspelt without Spark, which sees every other mistake of an expression at prepare."""
-    if seen is None or table.function is not None:
+    if old_table is None or table.function is not None:
         return
-    for name, expression in seen.generated.items():
+    for name, expression in old_table.generated.items():
         require_not_asked_for(spec, table, name, expression)
-    names = [column.name for column in seen.columns]
+    names = [column.name for column in old_table.columns]
     known = {name.lower() for name in names} | WORDS
     asked = [(f"columns.{name}", text.strip()) for name, text in table.columns.items()]
     misspelt = [(where, name) for where, name in asked if IDENTIFIER.fullmatch(name) and name.lower() not in known]

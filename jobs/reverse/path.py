@@ -15,7 +15,7 @@ from datetime import datetime
 
 from ldclient.migrations.types import Stage
 
-from changeover.errors import SourceChanged, SpoolGap, StepOrder
+from changeover.errors import CouldNotFinish, SourceChanged, SpoolGap, StepOrder
 from changeover.jobs.ledger.epochs import NEW, epochs_of, shares
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Authority, Partition, SourceColumn, Stream
@@ -23,6 +23,7 @@ from changeover.jobs.preflight.obstacles import obstacles
 from changeover.jobs.source.catalog import store_columns
 from changeover.jobs.source.replication import slot_alarm, slot_of, slot_state
 from changeover.jobs.spool.table import Spool
+from changeover.jobs.transform import tenancy
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
 from changeover.spec import Spec, Table, Target
@@ -62,32 +63,51 @@ class ReverseLoad:
 
 
 def spool_of(spec: Spec) -> Spool:
-    """Return the spool of the new store's stream."""
+    """Return the spool of the new store's stream.
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        The spool, which is not opened yet (driver, capture).
+    """
     return Spool(spec.work / "spool-new")
 
 
 def new_dsn(spec: Spec) -> str:
     """Return the DSN of the store that takes over; there is one wherever the spec has a flag."""
-    assert spec.flag is not None
-    return spec.targets[spec.flag.target].dsn_value
+    return spec.targets[tenancy.flag_of(spec).target].dsn_value
 
 
 def old_target(spec: Spec) -> Target:
-    """Return the old store as a target."""
+    """Return the old store as a target (pure).
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        The target, named `OLD_STORE`.
+    """
     return Target(OLD_STORE, "postgres", dsn=spec.source.dsn)
 
 
 def targets_of(spec: Spec) -> list[str]:
     """Return the targets that the new store's stream is offered to: the old store, and every one beside the new store."""
-    assert spec.flag is not None
-    return [OLD_STORE, *sorted(set(spec.targets) - {spec.flag.target})]
+    return [OLD_STORE, *sorted(set(spec.targets) - {tenancy.flag_of(spec).target})]
 
 
 # -- the record
 
 
 def recorded(ledger: Ledger) -> Path | None:
-    """Return the path on record, None where there is none."""
+    """Return the path on record, None where there is none.
+
+    Args:
+        ledger: The migration's ledger, open.
+
+    Returns:
+        The path, its positions LSNs of the new store's log; None where there is none.
+    """
     row = ledger.connection.execute(
         "SELECT l0::text, system_id, timeline, slot, tables, broken, opened FROM changeover.reverse_stream WHERE migration = %s",
         [ledger.migration],
@@ -103,8 +123,33 @@ def recorded(ledger: Ledger) -> Path | None:
     return Path(Stream(parse_lsn(row[0]), row[1], row[2], row[3], row[3], "", ""), tables, row[5], row[6], parts)
 
 
+def require_recorded(ledger: Ledger) -> Path:
+    """Return the path on record, where there must be one.
+
+    Args:
+        ledger: The open ledger.
+
+    Returns:
+        The path.
+
+    Raises:
+        CouldNotFinish: No path was opened yet.
+    """
+    path = recorded(ledger)
+    if path is None:
+        raise CouldNotFinish("the ledger has no reverse path: a fence to the new store opens it")
+    return path
+
+
 def loads(ledger: Ledger) -> list[ReverseLoad]:
-    """Return how far each table has come back into each target."""
+    """Return how far each table has come back into each target.
+
+    Args:
+        ledger: The migration's ledger, open.
+
+    Returns:
+        One a table and target, with its position as an LSN of the new store's log.
+    """
     rows = ledger.connection.execute(
         "SELECT source, target, applied::text, events, stopped FROM changeover.reverse_load WHERE migration = %s"
         " ORDER BY source, target",
@@ -114,7 +159,17 @@ def loads(ledger: Ledger) -> list[ReverseLoad]:
 
 
 def advance(ledger: Ledger, source: str, target: str, applied: int, events: int) -> None:
-    """Record that every event below `applied` was offered, and that nothing stands in the way; the position never goes back."""
+    """Record that every event below a position was offered, and that nothing stands in the way.
+
+    The position never goes back.
+
+    Args:
+        ledger: The migration's ledger, open.
+        source: The source table, as the spec names it.
+        target: The target's name.
+        applied: The position, an LSN of the new store's log.
+        events: How many more events were offered.
+    """
     ledger.connection.execute(
         "UPDATE changeover.reverse_load SET applied = greatest(applied, %s), events = events + %s, stopped = NULL"
         " WHERE migration = %s AND source = %s AND target = %s",
@@ -123,7 +178,16 @@ def advance(ledger: Ledger, source: str, target: str, applied: int, events: int)
 
 
 def stop(ledger: Ledger, target: str, reason: str, source: str | None = None) -> None:
-    """Record why changes do not come back into a target, of one table or of all; the next batch that does takes it away."""
+    """Record why changes do not come back into a target, of one table or of all.
+
+    The next batch that does come takes it away.
+
+    Args:
+        ledger: The migration's ledger, open.
+        target: The target's name.
+        reason: Why, as a sentence for people.
+        source: The source table; all unless given.
+    """
     ledger.connection.execute(
         "UPDATE changeover.reverse_load SET stopped = %s WHERE migration = %s AND target = %s AND source = coalesce(%s, source)",
         [reason, ledger.migration, target, source],
@@ -131,14 +195,27 @@ def stop(ledger: Ledger, target: str, reason: str, source: str | None = None) ->
 
 
 def break_off(ledger: Ledger, reason: str) -> None:
-    """Record that the path is of no use any more; the next fence opens a new one."""
+    """Record that the path is of no use any more; the next fence opens a new one.
+
+    Args:
+        ledger: The migration's ledger, open.
+        reason: Why, as a sentence for people.
+    """
     ledger.connection.execute(
         "UPDATE changeover.reverse_stream SET broken = coalesce(broken, %s) WHERE migration = %s", [reason, ledger.migration]
     )
 
 
 def break_at_gap(ledger: Ledger, gap: SourceChanged | SpoolGap) -> str:
-    """Record that the path has a gap, which nothing can close; return it as a sentence."""
+    """Record that the path has a gap, which nothing can close.
+
+    Args:
+        ledger: The migration's ledger, open.
+        gap: The gap.
+
+    Returns:
+        The reason on record, a sentence.
+    """
     what = gap.what if isinstance(gap, SourceChanged) else "slot"
     reason = f"the new store's change stream has a gap ({what}), and the next fence begins another one"
     break_off(ledger, reason)
@@ -146,12 +223,28 @@ def break_at_gap(ledger: Ledger, gap: SourceChanged | SpoolGap) -> str:
 
 
 def begun_since(path: Path, changes: Sequence[Authority]) -> frozenset[int]:
-    """Return the epochs that began under this path (pure): an earlier one's positions may be those of another server."""
+    """Return the epochs that began under this path (pure): an earlier one's positions may be those of another server.
+
+    Args:
+        path: The path on record.
+        changes: The moves of authority on record, oldest first.
+
+    Returns:
+        The epochs.
+    """
     return frozenset(change.epoch for change in changes if change.at >= path.opened)
 
 
 def carried(path: Path | None, changes: Sequence[Authority]) -> frozenset[int]:
-    """Return the epochs of the new store whose every event the path carries (pure)."""
+    """Return the epochs of the new store whose every event the path carries (pure).
+
+    Args:
+        path: The path on record, None where there is none.
+        changes: The moves of authority on record, oldest first.
+
+    Returns:
+        The epochs.
+    """
     if path is None or path.broken:
         return frozenset()
     since = begun_since(path, changes)
@@ -159,7 +252,16 @@ def carried(path: Path | None, changes: Sequence[Authority]) -> frozenset[int]:
 
 
 def whole(ledger: Ledger) -> str | None:
-    """Return why the old store does not get all that is written to the new one, which has authority; None where it does."""
+    """Return why the old store does not get all that is written to the new one (driver).
+
+    It is asked while the new store has authority.
+
+    Args:
+        ledger: The migration's ledger, open.
+
+    Returns:
+        A sentence, None where the old store gets everything.
+    """
     path = recorded(ledger)
     if path is None:
         return "there is no reverse path"
@@ -206,7 +308,15 @@ CAPTURED = {"active": "captured", "inactive": "not captured", "missing": "gone",
 
 
 def state(spec: Spec, ledger: Ledger) -> State | None:
-    """Return how the path stands, None without a flag (driver; looks only)."""
+    """Return how the path stands (driver; looks only).
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open.
+
+    Returns:
+        The state, None without a flag.
+    """
     if spec.flag is None:
         return None
     path, application = recorded(ledger), application_name(spec.name, "status")
@@ -231,5 +341,13 @@ def state(spec: Spec, ledger: Ledger) -> State | None:
 
 
 def columns_of(path: Path, table: Table) -> tuple[Column, ...]:
-    """Return the new table's columns as frames carry them."""
+    """Return the new table's columns as frames carry them (pure).
+
+    Args:
+        path: The path on record.
+        table: The table of the spec.
+
+    Returns:
+        The columns, in order.
+    """
     return store_columns(path.tables[table.target_relation])

@@ -35,10 +35,21 @@ LEASE_SECONDS = 5.0
 
 
 def open_path(spec: Spec, ledger: Ledger) -> Path | None:
-    """Open the path unless it is open and whole; None, with the reasons in the log, where there can be none.
+    """Open the path unless it is open and whole (driver).
 
-    Waits for open transactions of the new store's server, so it comes before a fence's pause. Raises SlotBlocked, which names the
-    oldest of them, LockNotGranted, and SpecError.
+    Waits for open transactions of the new store's server, so it comes before a fence's pause.
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open.
+
+    Returns:
+        The path; None where there can be none, with the reasons in the log.
+
+    Raises:
+        SlotBlocked: A transaction of the new store's server stays open; it names the oldest.
+        LockNotGranted: The publication's lock was not granted.
+        SpecError: A secret or column of the spec is not there.
     """
     path = recorded(ledger)
     if path is not None and not path.broken and not any(load.stopped for load in loads(ledger)) and _intact(spec, ledger, path):
@@ -52,8 +63,8 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
             return None
         system_id, timeline = snapshot.identify(dsn, application)
         _remove(new, slot_of(spec))
-        seen = [source_table(new, target_as_source(table)) for table in spec.tables]
-        tables = {one.source: one for one in seen if one is not None}
+        new_tables = [source_table(new, target_as_source(table)) for table in spec.tables]
+        tables = {one.source: one for one in new_tables if one is not None}
         with speaking_to(dsn, "creating the publication"):
             _publish(new, slot_of(spec), [qualified(name) for name in tables])
             oids = definition.relations(new, [target_as_source(table).source_name for table in spec.tables])
@@ -80,7 +91,18 @@ def _intact(spec: Spec, ledger: Ledger, path: Path) -> bool:
 
 
 def roots(spec: Spec, ledger: Ledger, path: Path) -> NewRoots:
-    """Return what the partitions in the new store's stream belong to; those that are born are put on record."""
+    """Return what the partitions in the new store's stream belong to (capture).
+
+    Those that are born are put on record.
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open.
+        path: The path on record.
+
+    Returns:
+        The partitions, which look up what they don't know.
+    """
 
     def record(name: str, parts: Sequence[Partition]) -> None:
         ledger.connection.execute(
@@ -92,14 +114,32 @@ def roots(spec: Spec, ledger: Ledger, path: Path) -> NewRoots:
 
 
 def require_definition(spec: Spec, ledger: Ledger, new: Connection) -> None:
-    """Raise SourceChanged unless the new store's publication, and its tables' keys, are the rows that were recorded."""
+    """Raise unless the new store's stream is defined by the rows that were recorded.
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open.
+        new: A session with the new store.
+
+    Raises:
+        SourceChanged: The publication or a table's key is another row.
+    """
     prepared = definition.recorded(ledger, NEW)
     for change in definition.compared(prepared, definition.of_slot(new, slot_of(spec), definition.known(prepared))):
         raise definition.gap(change, prepared)
 
 
 def gap_in(spec: Spec, ledger: Ledger, new: Connection) -> str | None:
-    """Return what came or went in the new store without an event, which breaks the path off; else None."""
+    """Return what came or went in the new store without an event (driver).
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open.
+        new: A session with the new store.
+
+    Returns:
+        A sentence, after which the path is broken off; None where nothing did.
+    """
     path = recorded(ledger)
     try:
         if path is not None and path.broken is None:
@@ -181,7 +221,15 @@ def _record(
 
 
 def remove(spec: Spec, ledger: Ledger | None) -> list[str]:
-    """Take the path away: its record first, so that capture lets go of it; return what was removed."""
+    """Take the path away: its record first, so that capture lets go of it (driver).
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, None where there is none.
+
+    Returns:
+        What was removed, each as a phrase.
+    """
     if spec.flag is None:
         return []
     if ledger is not None:
@@ -204,7 +252,17 @@ def _remove(new: Connection, name: str) -> list[str]:
 
 
 def lacking(spec: Spec, ledger: Ledger) -> str | None:
-    """Return what `whole` does, the new store's server asked too: capture, which tells of a gap by itself, may be down (driver)."""
+    """Return what `whole` does, with the new store's server asked too (driver).
+
+    Capture, which tells of a gap by itself, may be down.
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open.
+
+    Returns:
+        A sentence, None where the old store gets everything.
+    """
     path = recorded(ledger)
     if (reason := whole(ledger)) is not None or path is None:
         return reason
@@ -216,7 +274,14 @@ def lacking(spec: Spec, ledger: Ledger) -> str | None:
 
 
 def leftovers(spec: Spec) -> list[str]:
-    """Return what is left of the path in the new store (looks only)."""
+    """Return what is left of the path in the new store (driver; looks only).
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        What is left, each as a phrase.
+    """
     if spec.flag is None:
         return []
     with connect(new_dsn(spec), application_name(spec.name, "leftovers")) as new:

@@ -52,7 +52,14 @@ class SourceTable:
 
 
 def store_columns(columns: Sequence[SourceColumn]) -> tuple[Column, ...]:
-    """Return catalogue columns as frames carry them; an unproven type has an empty Spark type."""
+    """Return catalogue columns as frames carry them (pure).
+
+    Args:
+        columns: A table's columns, as the catalogue or the ledger has them.
+
+    Returns:
+        The columns; one of an unproven type has an empty Spark type.
+    """
     return tuple(Column(c.name, c.type, carried.spark if (carried := source_type(c.type)) else "", c.not_null) for c in columns)
 
 
@@ -74,7 +81,15 @@ WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated
 
 
 def source_table(connection: Connection, table: Table) -> SourceTable | None:
-    """Return a source table from the catalogue, or None when there is none by that name, or none that the role may look up."""
+    """Return a source table as the catalogue has it (driver, capture).
+
+    Args:
+        connection: A session with the store.
+        table: The table of the spec.
+
+    Returns:
+        The table, None where there is none by that name, or none that the role may look up.
+    """
     schema, name = table.source_name
     if not grants.usable(connection, schema):
         return None

@@ -29,14 +29,26 @@ def generated_of(connection: Connection, oid: int) -> dict[str, str]:
 
 
 def require_not_asked_for(spec: Spec, table: Table, name: str, expression: str) -> None:
-    """Raise SpecError where a table's section speaks of a generated column, whose values reach nobody."""
+    """Raise SpecError where a table's section speaks of a generated column (pure).
+
+    Its values reach nobody.
+
+    Args:
+        spec: The migration's spec.
+        table: The table of the spec.
+        name: The generated column.
+        expression: Its expression, in PostgreSQL's words.
+
+    Raises:
+        SpecError: The section speaks of it.
+    """
     speaks = re.compile(rf"(?<![\w.])`?{re.escape(name)}`?(?!\w|\s*\()", re.IGNORECASE)
     texts = [(f"columns.{column}", text) for column, text in table.columns.items()] + [("where", table.where or "")]
     texts += [("key", column) for column in table.key if column not in table.columns]
-    for place, text in texts:
+    for where, text in texts:
         if speaks.search(LITERAL.sub("", text)):
             raise SpecError(
-                spec.path, f"table {table.source}: {place}",
+                spec.path, f"table {table.source}: {where}",
                 f"{name} is a generated column of {table.source}, which the change stream does not carry: write what it is made of"
                 f" in [table.columns], which in PostgreSQL's words is {name} = {json.dumps(expression, ensure_ascii=False)}",
             )  # fmt: skip

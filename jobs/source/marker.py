@@ -1,20 +1,28 @@
 """Markers: what we write into a store's log so that whoever waits on a position sees it passed, though nobody else writes.
 
-The insert position of an idle server may lie in a page that nobody has begun (after `pg_switch_wal()` it stays 40 bytes beyond all
-that is flushed), so no stream ever reaches it by itself. A marker is written after the position was read and is flushed by its own
-commit, whatever `synchronous_commit` says; it needs no standby. So a position is first read, then marked, then waited for.
+The insert position of an idle server may lie in a page that nobody has begun, so no stream ever
+reaches it by itself. After `pg_switch_wal()` it stays 40 bytes beyond all that is flushed. A marker
+is written after the position was read and is flushed by its own commit, whatever
+`synchronous_commit` says; it needs no standby. So a position is first read, then marked, then
+waited for.
 """
 
 from __future__ import annotations
 
 from changeover.jobs.source import triggerlog
 from changeover.jobs.spool.events import MARKER_PREFIX
-from changeover.position import parse_lsn
-from changeover.session import Connection
+from changeover.session import Connection, wal_position
 
 
 def emit_marker(connection: Connection, note: str) -> None:
-    """Write a marker into a store's logs; it reaches the spools when the transaction commits, the caller's where there is one."""
+    """Write a marker into a store's logs.
+
+    It reaches the spools when the transaction commits, the caller's where there is one.
+
+    Args:
+        connection: A session with the store.
+        note: What the marker says.
+    """
     with connection.transaction():
         connection.execute("SET LOCAL synchronous_commit = local")  # the walsender sends what is flushed, and nothing else
         connection.execute("SELECT pg_logical_emit_message(true, %s::text, %s::text)", [MARKER_PREFIX, note])
@@ -22,8 +30,15 @@ def emit_marker(connection: Connection, note: str) -> None:
 
 
 def mark(connection: Connection, note: str) -> int:
-    """Return where a store's log is now, having written a marker behind it."""
-    row = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    assert row is not None
+    """Return where a store's log is now, having written a marker behind it.
+
+    Args:
+        connection: A session with the store.
+        note: What the marker says.
+
+    Returns:
+        The insert LSN, read before the marker was written.
+    """
+    position = wal_position(connection)
     emit_marker(connection, note)
-    return parse_lsn(row[0])
+    return position

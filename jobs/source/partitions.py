@@ -1,11 +1,12 @@
 """Partitions: a partitioned source table is one table, and what it consists of must be what was prepared, or be born since.
 
-The publication names the root and publishes each change as its partition's own, so partitions to come are in it by themselves, and
-a TRUNCATE of one partition is told (with `publish_via_partition_root` it would not be). The stream does not tell that a partition
-was attached, detached or dropped: what it held then enters or leaves the table without any event. So membership is compared
-with the ledger's at every connect of capture and once a minute, when a table is closed, before a verdict and at the fence. A
-partition that was created as one is empty at first, every row of it is in the stream, and it is recorded; all else stops
-the table.
+The publication names the root and publishes each change as its partition's own, so partitions to
+come are in it by themselves. A TRUNCATE of one partition is told, which with
+`publish_via_partition_root` it would not be. The stream does not tell that a partition was
+attached, detached or dropped: what it held then enters or leaves the table without any event. So
+membership is compared with the ledger's at every connect of capture and once a minute, when a table
+is closed, before a verdict and at the fence. A partition that was created as one is empty at first,
+every row of it is in the stream, and it is recorded; all else stops the table.
 """
 
 from __future__ import annotations
@@ -46,7 +47,15 @@ def partitions_of(connection: Connection, schema: str, name: str) -> tuple[Parti
 
 
 def record(ledger: Ledger, source: str, parts: Sequence[Partition]) -> None:
-    """Record partitions of a prepared source table; of one that is on record the file may be another now."""
+    """Record partitions of a prepared source table.
+
+    Of a partition that is on record the file may be another now.
+
+    Args:
+        ledger: The migration's ledger, open.
+        source: The source table, as the spec names it.
+        parts: The partitions.
+    """
     with ledger.connection.cursor() as cursor:
         cursor.executemany(
             "INSERT INTO changeover.source_partition (migration, source, oid, name, filenode, attached)"
@@ -56,7 +65,15 @@ def record(ledger: Ledger, source: str, parts: Sequence[Partition]) -> None:
 
 
 def recorded(ledger: Ledger, source: str) -> tuple[Partition, ...] | None:
-    """Return the partitions on record, None for a source table that is not partitioned."""
+    """Return the partitions on record.
+
+    Args:
+        ledger: The migration's ledger, open.
+        source: The source table, as the spec names it.
+
+    Returns:
+        The partitions, None for a source table that is not partitioned.
+    """
     row = ledger.connection.execute(
         "SELECT partitioned FROM changeover.source_table WHERE migration = %s AND source = %s", [ledger.migration, source]
     ).fetchone()
@@ -101,7 +118,16 @@ def look(ledger: Ledger, connection: Connection, table: Table) -> str | None:
 def compared(
     connection: Connection, name: tuple[str, str], prepared: Collection[Partition]
 ) -> tuple[str | None, Sequence[Partition]]:
-    """Return why a table's partitions are not those that were recorded, None where they are, and those that were born since."""
+    """Compare a table's partitions with those that were recorded.
+
+    Args:
+        connection: A session with the store.
+        name: (schema, table).
+        prepared: The partitions on record.
+
+    Returns:
+        Why they differ, None where they don't, and the partitions born since.
+    """
     present = partitions_of(connection, *name)
     if present is None:
         return "it is no partitioned table any more", []
@@ -111,7 +137,16 @@ def compared(
 
 
 def require_same_partitions(ledger: Ledger, connection: Connection, table: Table) -> None:
-    """Raise TableStopped where partitions came or went without an event (driver)."""
+    """Raise TableStopped where partitions came or went without an event (driver).
+
+    Args:
+        ledger: The migration's ledger, open.
+        connection: A session with the store.
+        table: The table of the spec.
+
+    Raises:
+        TableStopped: Partitions came or went without an event; it is on record.
+    """
     if (reason := look(ledger, connection, table)) is not None:
         raise TableStopped(table.source, reason)
 
@@ -122,12 +157,12 @@ def _born(connection: Connection, table: tuple[str, str], part: Partition) -> bo
     rows = {row[1]: row for row in connection.execute(PARTITIONS, {"root": root}).fetchall()}
     if part.oid not in rows or not rows[part.oid][5]:
         return False
-    _, _, filenode, attached, place, _, schema, name = rows[part.oid]
+    _, _, filenode, attached, command, _, schema, name = rows[part.oid]
     if not filenode:
         return True
     # of the rows of that one transaction, those that an earlier command wrote; what was updated since is in the stream as a whole
     query = sql.SQL("SELECT EXISTS (SELECT FROM ONLY {} WHERE xmin::text = {} AND cmin::text::bigint < {})")
-    found = connection.execute(query.format(sql.Identifier(schema, name), sql.Literal(attached), sql.Literal(place))).fetchone()
+    found = connection.execute(query.format(sql.Identifier(schema, name), sql.Literal(attached), sql.Literal(command))).fetchone()
     return found is not None and not found[0]
 
 
@@ -176,11 +211,18 @@ class Roots(_Known):
         super().__init__(spec, spec.source.dsn.resolve(), [table.source_relation for table in self.tables])
 
     def look(self, connection: Connection) -> list[str]:
-        """Compare all partitioned tables with the ledger; return which were stopped by it, and why."""
-        found = [(table, look(self.ledger, connection, table)) for table in self.tables]
+        """Compare all partitioned tables with the ledger (capture).
+
+        Args:
+            connection: A session with the store.
+
+        Returns:
+            The tables that were stopped by it, each with the reason.
+        """
+        reasons = [(table, look(self.ledger, connection, table)) for table in self.tables]
         for table in self.tables:
             self.know(table.source_relation, recorded(self.ledger, table.source) or ())
-        return [f"{table.source}: {reason}" for table, reason in found if reason is not None]
+        return [f"{table.source}: {reason}" for table, reason in reasons if reason is not None]
 
 
 class NewRoots(_Known):
@@ -196,7 +238,17 @@ class NewRoots(_Known):
         self.tables, self.record = dict(known), record
 
     def look(self, connection: Connection) -> list[str]:
-        """Compare all partitioned tables with the path's record; raises SourceChanged where one differs."""
+        """Compare all partitioned tables with the record of the reverse path (capture).
+
+        Args:
+            connection: A session with the store.
+
+        Returns:
+            Nothing: what differs breaks the path off.
+
+        Raises:
+            SourceChanged: Partitions came or went without an event.
+        """
         for name, before in self.tables.items():
             reason, born = compared(connection, qualified(name), before)
             if reason is not None:

@@ -1,7 +1,7 @@
 """Replication: the proof that a slot is still the prepared stream, and what it keeps on the server.
 
-The proof is made anew at every connection: the same system and timeline, and the slot there, whole, and not ahead of what is
-durable here; what the publication is, `definition` tells.
+The proof is made anew at every connection: the same system and timeline, and the slot there, whole,
+and not ahead of what is durable here. What the publication is, `definition` tells.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from changeover.jobs.ledger.records import Stream
 from changeover.jobs.source.stream import Replication
 from changeover.names import joined, qualified
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, application_name, connect, speaking_to
+from changeover.session import Connection, application_name, connect, one_row, speaking_to
 from changeover.spec import Spec
 
 LOW_SHARE = 0.25
@@ -33,17 +33,36 @@ FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %s
 
 
 def slot_state(connection: Connection, migration: str, slot: str) -> tuple[str, str, int | None]:
-    """Return the store's position, the slot's state, and the bytes of WAL that it keeps.
+    """Return how a slot stands.
 
-    The state is missing, lost, active or inactive; a slot is active too between two rounds of catch-up, where it is at rest.
+    The state is missing, lost, active or inactive; a slot is active too between two rounds of
+    catch-up, where it is at rest.
+
+    Args:
+        connection: A session with the store.
+        migration: The migration's name.
+        slot: The slot's name.
+
+    Returns:
+        (the store's insert LSN, the slot's state, bytes of WAL that it keeps or None).
     """
-    row = connection.execute(SLOT_STATE, [application_name(migration, CATCHUP), slot]).fetchone()
-    assert row is not None
+    row = one_row(connection.execute(SLOT_STATE, [application_name(migration, CATCHUP), slot]))
     return row[0], row[1], row[2]
 
 
 def require_stream(dsn: str, application: str, stream: Stream, durable: int) -> None:
-    """Raise SourceChanged or SpoolGap unless the prepared stream is still whole from `durable` on (driver)."""
+    """Raise SourceChanged or SpoolGap unless the prepared stream is still whole from `durable` on (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        stream: What prepare made.
+        durable: The LSN up to which all is spooled.
+
+    Raises:
+        SourceChanged: It is another server, or the slot is gone or another one.
+        SpoolGap: The slot is ahead of what is durable.
+    """
     with closing(connect(dsn, application)) as connection, speaking_to(dsn, "checking the change stream"):
         check_slot(connection, stream, durable)
     with closing(connect(dsn, application, replication=True)) as connection:
@@ -51,7 +70,17 @@ def require_stream(dsn: str, application: str, stream: Stream, durable: int) -> 
 
 
 def check_slot(connection: Connection, stream: Stream, durable: int) -> None:
-    """Raise SourceChanged unless the slot is there, ours and whole; SpoolGap when it is ahead of what is durable."""
+    """Raise SourceChanged unless the slot is there, ours and whole; SpoolGap when it is ahead of what is durable.
+
+    Args:
+        connection: A session with the store.
+        stream: What prepare made.
+        durable: The LSN up to which all is spooled.
+
+    Raises:
+        SourceChanged: The slot is gone, another one, or lacks WAL.
+        SpoolGap: The slot is ahead of what is durable.
+    """
     if (change := slot_change(connection, stream)) is not None:
         raise change
     row = connection.execute(
@@ -62,7 +91,15 @@ def check_slot(connection: Connection, stream: Stream, durable: int) -> None:
 
 
 def slot_change(connection: Connection, stream: Stream) -> SourceChanged | None:
-    """Return how the slot is not the one that was made, or lacks WAL; None where it is as it was."""
+    """Return how the slot is not the one that was made, or lacks WAL.
+
+    Args:
+        connection: A session with the store.
+        stream: What prepare made.
+
+    Returns:
+        The change, as the error that may be raised; None where the slot is as it was.
+    """
     row = connection.execute(
         "SELECT coalesce(plugin = 'pgoutput' AND database = current_database() AND NOT temporary, false), two_phase,"
         " wal_status = 'lost' OR confirmed_flush_lsn IS NULL FROM pg_replication_slots WHERE slot_name = %s",
@@ -81,7 +118,15 @@ def slot_change(connection: Connection, stream: Stream) -> SourceChanged | None:
 
 
 def slot_alarm(connection: Connection, slot: str) -> str | None:
-    """Return what to do about a slot that the server will drop, or that fills its disk, unless something changes; else None."""
+    """Return what to do about a slot that the server will drop, or that fills its disk.
+
+    Args:
+        connection: A session with the store.
+        slot: The slot's name.
+
+    Returns:
+        A sentence, None while nothing is to be done.
+    """
     row = connection.execute(
         "SELECT s.wal_status, s.safe_wal_size, pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn)::bigint,"
         " l.setting::bigint << 20 FROM pg_replication_slots s, pg_settings l"
@@ -102,7 +147,15 @@ def slot_alarm(connection: Connection, slot: str) -> str | None:
 
 
 def generated_columns(connection: Connection, publication: str) -> dict[str, frozenset[str]]:
-    """Return the generated columns of the published tables, which the stream leaves out."""
+    """Return the generated columns of the published tables, which the stream leaves out.
+
+    Args:
+        connection: A session with the store.
+        publication: The publication's name.
+
+    Returns:
+        Qualified table name and its generated columns.
+    """
     rows = connection.execute(
         "SELECT p.schemaname, p.tablename, array_agg(a.attname::text) FROM pg_publication_tables p"
         " JOIN pg_namespace n ON n.nspname = p.schemaname"
@@ -115,7 +168,17 @@ def generated_columns(connection: Connection, publication: str) -> dict[str, fro
 
 
 def column_numbers(connection: Connection, tables: Collection[str]) -> dict[str, dict[str, int]]:
-    """Return the numbers of the columns of each table, partitioned ones by their own, not by their partitions'."""
+    """Return the numbers (`attnum`) of the columns of each table.
+
+    A partitioned table's columns have its own numbers, not its partitions'.
+
+    Args:
+        connection: A session with the store.
+        tables: Qualified table names.
+
+    Returns:
+        Table, column and number.
+    """
     rows = connection.execute(
         "SELECT n.nspname, c.relname, jsonb_object_agg(a.attname, a.attnum) FROM pg_class c"
         " JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0"
@@ -127,5 +190,14 @@ def column_numbers(connection: Connection, tables: Collection[str]) -> dict[str,
 
 
 def slot_of(spec: Spec) -> str:
-    """Return the name of the new store's slot and publication; no migration's name begins as its own part does."""
+    """Return the name of the new store's slot and publication (pure).
+
+    No migration's name begins as its own part does.
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        The name.
+    """
     return f"changeover__new_{spec.name}"

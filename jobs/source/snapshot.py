@@ -1,9 +1,10 @@
 """The snapshot: one command makes the slot and the exported snapshot, and keepers hold the snapshot for as long as it is read.
 
-`CREATE_REPLICATION_SLOT … EXPORT_SNAPSHOT` gives an exact pair: every transaction is either visible in the snapshot or in
-the slot's stream with a commit LSN at or above L0. The export itself dies at that session's next command, so a process of its
-own, the keeper, imports it in two sessions and exports it again; a killed backfill finds it there. The keeper's sessions are
-ended from anywhere by `release`, since a snapshot that is held keeps the old store's vacuum back.
+`CREATE_REPLICATION_SLOT … EXPORT_SNAPSHOT` gives an exact pair: every transaction is either visible
+in the snapshot or in the slot's stream with a commit LSN at or above L0. The export itself dies at
+that session's next command. So a process of its own, the keeper, imports it in two sessions and
+exports it again. A killed backfill finds it there. The keeper's sessions are ended from anywhere by
+`release`, since a snapshot that is held keeps the old store's vacuum back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from psycopg import sql
 from changeover.errors import CouldNotFinish, DatabaseFailed, LockNotGranted, SlotBlocked, SnapshotLost
 from changeover.jobs.ledger.records import Stream
 from changeover.position import parse_lsn
-from changeover.session import Connection, application_name, connect, server_name
+from changeover.session import Connection, application_name, connect, one_row, server_name
 from changeover.spec import Spec
 from changeover.stores.base.reader import ExportedSnapshot
 from changeover.stores.postgres.store import exporting, importing
@@ -48,27 +49,49 @@ class CreatedSlot:
 
 
 def identify(dsn: str, application: str) -> tuple[str, int]:
-    """Return (system identifier, timeline) of a server."""
+    """Return which server it is, over a session with its walsender (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+
+    Returns:
+        (system identifier, timeline).
+    """
     with connect(dsn, application, replication=True) as connection:
-        row = connection.execute("IDENTIFY_SYSTEM").fetchone()
-    assert row is not None
+        row = one_row(connection.execute("IDENTIFY_SYSTEM"))
     return str(row[0]), int(row[1])
 
 
 def create_slot(dsn: str, application: str, slot: str, *, temporary: bool = False, seconds: float = SLOT_SECONDS) -> CreatedSlot:
-    """Create a logical slot with an exported snapshot; bounded in time, and nothing is left behind when it fails (driver).
+    """Create a logical slot with an exported snapshot (driver).
 
-    Raises SlotBlocked, which names the oldest open transaction, when the wait for open transactions is over.
+    It is bounded in time, and nothing is left behind when it fails.
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        slot: The slot's name.
+        temporary: Whether the slot ends with its session.
+        seconds: How long to wait for open transactions, in seconds.
+
+    Returns:
+        L0, the snapshot's name, and the session that keeps both, which the caller closes.
+
+    Raises:
+        SlotBlocked: The wait is over; it names the oldest open transaction.
     """
     session = connect(dsn, application, replication=True)
     timer = threading.Timer(seconds, session.cancel_safe)
     timer.start()
     try:
         kind = sql.SQL("TEMPORARY " if temporary else "")
-        row = session.execute(
-            # the older of two forms, which every release from 14 on takes
-            sql.SQL("CREATE_REPLICATION_SLOT {} {}LOGICAL pgoutput EXPORT_SNAPSHOT").format(sql.Identifier(slot), kind)
-        ).fetchone()
+        row = one_row(
+            session.execute(
+                # the older of two forms, which every release from 14 on takes
+                sql.SQL("CREATE_REPLICATION_SLOT {} {}LOGICAL pgoutput EXPORT_SNAPSHOT").format(sql.Identifier(slot), kind)
+            )
+        )
     except psycopg.errors.QueryCanceled as error:
         session.close()
         raise SlotBlocked(server_name(dsn), seconds, _oldest(dsn, application)) from error
@@ -77,7 +100,6 @@ def create_slot(dsn: str, application: str, slot: str, *, temporary: bool = Fals
         raise DatabaseFailed(server_name(dsn), f"creating the slot {slot}", str(error).splitlines()[0]) from error
     finally:
         timer.cancel()
-    assert row is not None
     return CreatedSlot(parse_lsn(row[1]), row[2], session)
 
 
@@ -94,7 +116,18 @@ def _oldest(dsn: str, application: str) -> str:
 
 
 def drop_slot(connection: Connection, slot: str) -> bool:
-    """Drop a slot, ending the capture that still reads it; False where there is none. Raises LockNotGranted (driver)."""
+    """Drop a slot, ending the capture that still reads it (driver).
+
+    Args:
+        connection: A session with the store.
+        slot: The slot's name.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        LockNotGranted: The slot stays in use.
+    """
     for _ in range(50):
         row = connection.execute("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone()
         if row is None:
@@ -111,13 +144,21 @@ def drop_slot(connection: Connection, slot: str) -> bool:
 
 
 def start_keeper(spec: Spec, snapshot: str) -> tuple[ExportedSnapshot, ...]:
-    """Start the keeper as a process of its own and wait until it holds the snapshot (driver, once, in prepare)."""
+    """Start the keeper as a process of its own and wait until it holds the snapshot (driver, once, in prepare).
+
+    Args:
+        spec: The migration's spec.
+        snapshot: The exported snapshot's name.
+
+    Returns:
+        The snapshots that the keeper exports; all of them see the same.
+    """
     keeper = subprocess.Popen(
         [sys.executable, "-m", "changeover.jobs.source.snapshot", spec.path, snapshot],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True,
     )  # fmt: skip
-    assert keeper.stdout is not None
-    assert keeper.stderr is not None
+    if keeper.stdout is None or keeper.stderr is None:  # never with the pipes above
+        raise CouldNotFinish("the snapshot's keeper was started without its pipes")
     line = keeper.stdout.readline()
     keeper.stdout.close()
     if not line:
@@ -138,8 +179,7 @@ def keep(dsn: str, application: str, snapshot: str) -> None:
         session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         session.read_only = True
         session.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
-        row = session.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text").fetchone()
-        assert row is not None
+        row = one_row(session.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text"))
         sessions.append(session)
         exported.append(tuple(row))
     print(json.dumps(exported), flush=True)
@@ -157,7 +197,16 @@ def keep(dsn: str, application: str, snapshot: str) -> None:
 
 
 def release(dsn: str, migration: str, connection: Connection | None = None) -> int:
-    """End the keeper's sessions, wherever its process is, so that vacuum goes on; return how many there were."""
+    """End the keeper's sessions, wherever its process is, so that vacuum goes on (driver).
+
+    Args:
+        dsn: The store's DSN.
+        migration: The migration's name.
+        connection: A session with the source; a new one unless given.
+
+    Returns:
+        How many sessions there were.
+    """
     statement = (
         "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
         " WHERE application_name = %s AND usename = current_user AND pid <> pg_backend_pid()"
@@ -172,7 +221,19 @@ def release(dsn: str, migration: str, connection: Connection | None = None) -> i
 
 
 def kept(dsn: str, application: str, exported: Sequence[ExportedSnapshot]) -> ExportedSnapshot:
-    """Return the first kept snapshot that can still be imported; raises SnapshotLost (driver)."""
+    """Return the first kept snapshot that can still be imported (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        exported: The snapshots on record.
+
+    Returns:
+        The snapshot.
+
+    Raises:
+        SnapshotLost: None can be imported any more.
+    """
     lost = SnapshotLost("?", "none was kept")
     for snapshot in exported:
         try:
@@ -184,10 +245,17 @@ def kept(dsn: str, application: str, exported: Sequence[ExportedSnapshot]) -> Ex
 
 
 def renew(spec: Spec, lost: str) -> tuple[ExportedSnapshot, ...]:
-    """Keep a snapshot of now in place of a lost one, of which `lost` says what it saw; return the kept ones (driver).
+    """Keep a snapshot of now in place of a lost one (driver).
 
-    A pending chunk that is read in it bears v0 all the same: every event since the lost snapshot is in the stream and above v0. It
-    must see all that the lost one saw, which is in no stream.
+    A pending chunk that is read in it bears v0 all the same: every event since the lost snapshot is
+    in the stream and above v0. It must see all that the lost one saw, which is in no stream.
+
+    Args:
+        spec: The migration's spec.
+        lost: What the lost one saw, as `pg_current_snapshot()` prints it.
+
+    Returns:
+        The snapshots that a new keeper exports.
     """
     dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "backfill")
     deadline = time.monotonic() + SLOT_SECONDS
@@ -220,7 +288,14 @@ def main() -> None:
 
 
 def exported(stream: Stream) -> tuple[ExportedSnapshot, ...]:
-    """Return the kept snapshots by name; all of them see the same."""
+    """Return the kept snapshots by name (pure); all of them see the same.
+
+    Args:
+        stream: What prepare made.
+
+    Returns:
+        The snapshots.
+    """
     return tuple(ExportedSnapshot(name, stream.visible) for name in stream.snapshot.split())
 
 

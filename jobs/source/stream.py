@@ -16,14 +16,21 @@ from changeover.errors import LeaseHeld, ServerUnavailable, SourceChanged
 from changeover.jobs.decode import pgoutput
 from changeover.jobs.ledger.records import Stream
 from changeover.position import format_lsn
-from changeover.session import Connection, has_no_encoding, server_name
+from changeover.session import Connection, has_no_encoding, one_row, server_name
 
 FEEDBACK_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
 
 
 def decoding(publication: str) -> dict[str, str]:
-    """Return the options by which a slot is decoded, the same whichever way it is read."""
+    """Return the options by which a slot is decoded, the same whichever way it is read (pure).
+
+    Args:
+        publication: The publication's name.
+
+    Returns:
+        Option and value, as pgoutput takes them.
+    """
     return {"proto_version": "1", "publication_names": f'"{publication}"', "messages": "true"}
 
 
@@ -39,28 +46,46 @@ class CopyStream:
         self._poll.register(connection.pgconn.socket, select.POLLIN)
 
     def frames(self, wait_seconds: float, most: int, *, gather_seconds: float) -> list[bytes]:
-        """Return the frames that are there, up to about `most` bytes, after waiting up to `wait_seconds` when there is none.
+        """Return the frames that are there, waiting for the first one (capture).
 
-        From the first one on it lets more of them gather, for that long: a few cost as much to read as some hundreds.
+        A few frames cost as much to read as some hundreds, so they gather for a while.
+
+        Args:
+            wait_seconds: How long to wait where there is none, in seconds.
+            most: About how many bytes at most.
+            gather_seconds: How long more frames may gather from the first one on, in seconds.
+
+        Returns:
+            The frames, none where nothing came.
+
+        Raises:
+            ServerUnavailable: The server ended the stream.
         """
-        found: list[bytes] = []
+        frames: list[bytes] = []
         take, size, until = self.connection.pgconn.get_copy_data, 0, 0.0
         while size < most and not self.over:
             length, data = take(1)
             if length > 0:
                 until = until or time.monotonic() + gather_seconds
-                found.append(bytes(data))
+                frames.append(bytes(data))
                 size += length
             elif length < 0:
                 self.over = True
-            elif not self.more(max(0.0, until - time.monotonic()) if found else wait_seconds):
+            elif not self.more(max(0.0, until - time.monotonic()) if frames else wait_seconds):
                 break
-        if self.over and not found:  # what came before the end is taken first
+        if self.over and not frames:  # what came before the end is taken first
             self.ended()
-        return found
+        return frames
 
     def more(self, wait_seconds: float) -> bool:
-        """Read what the socket has; return whether it had anything."""
+        """Read what the socket has (capture).
+
+        Args:
+            wait_seconds: How long to wait for anything, in seconds.
+
+        Returns:
+            Whether it had anything.
+        """
         if not self._poll.poll(wait_seconds * 1000):
             return False
         self.connection.pgconn.consume_input()
@@ -82,18 +107,32 @@ class Replication(CopyStream):
     """Up to where the server has sent."""
 
     def identify(self, stream: Stream) -> None:
-        """Raise SourceChanged unless the server has the prepared system identifier and timeline."""
-        found = self.connection.execute("IDENTIFY_SYSTEM").fetchone()
-        assert found is not None
+        """Raise SourceChanged unless the server has the prepared system identifier and timeline.
+
+        Args:
+            stream: What prepare made.
+
+        Raises:
+            SourceChanged: It is another server, or another timeline.
+        """
+        found = one_row(self.connection.execute("IDENTIFY_SYSTEM"))
         pairs = (("system identifier", stream.system_id, found[0]), ("timeline", stream.timeline, found[1]))
         for what, prepared, now in pairs:
             if str(prepared) != str(now):
                 raise SourceChanged(what, str(prepared), str(now))
 
     def start(self, stream: Stream, at: int) -> None:
-        """Begin to stream what committed at `at` or later; raises LeaseHeld while another session has the slot.
+        """Begin to stream what committed at a position or later (capture).
 
-        A server without an encoding sends its bytes as they are, so that one row which is no text does not end the stream.
+        A server without an encoding sends its bytes as they are, so that one row which is no text
+        does not end the stream.
+
+        Args:
+            stream: What prepare made.
+            at: The LSN.
+
+        Raises:
+            LeaseHeld: Another session has the slot.
         """
         if has_no_encoding(self.connection):
             self.connection.pgconn.exec_(b"SET client_encoding TO 'SQL_ASCII'")
@@ -109,7 +148,15 @@ class Replication(CopyStream):
             raise error
 
     def answer(self, durable: int, *, ping: bool = False) -> None:
-        """Tell the server what is durable; with `ping` it answers at once, which shows that it is alive. Raises as `ended`."""
+        """Tell the server what is durable (capture).
+
+        Args:
+            durable: The LSN up to which all is spooled.
+            ping: Whether the server is to answer at once, which shows that it is alive.
+
+        Raises:
+            ServerUnavailable: The server ended the stream.
+        """
         if self.over:
             self.ended()
         wire = self.connection.pgconn
@@ -123,7 +170,13 @@ class Replication(CopyStream):
 
 
 def answer_interval(connection: Connection) -> float:
-    """Return how often to answer, in seconds, so that the server's wal_sender_timeout never strikes."""
-    row = connection.execute("SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'").fetchone()
-    assert row is not None
+    """Return how often to answer, so that the server's wal_sender_timeout never strikes.
+
+    Args:
+        connection: A session with the store.
+
+    Returns:
+        Seconds between two answers.
+    """
+    row = one_row(connection.execute("SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'"))
     return min(FEEDBACK_SECONDS, row[0] / 1000 / 3) if row[0] else FEEDBACK_SECONDS

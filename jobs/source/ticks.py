@@ -1,15 +1,17 @@
 """Ticks: in which order a trigger log is read, tick by tick, so that each commit comes once and every position has one meaning.
 
-A tick is the log's rows of the transactions that one snapshot shows and the tick before it does not: each commit is in
-exactly one, however late it comes (`sequence > last` would lose those that commit out of order). A tick's end is what PgQ calls
-a tick, whose way to read a log it is. Positions are LSNs, so whoever asks the spool for one is answered as from a slot.
+A tick is the log's rows of the transactions that one snapshot shows and the tick before it does
+not. Each commit is in exactly one, however late it comes; `sequence > last` would lose those that
+commit out of order. A tick's end is what PgQ calls a tick, whose way to read a log it is. Positions
+are LSNs, so whoever asks the spool for one is answered as from a slot.
 
-Tick n is recorded, under a lock and flushed, with its snapshot S(n) and its end E(n), one byte below P(n), the insert LSN read
-before S(n) was taken; its events stand at the end of the tick before, E(n-1), in the order of the log's sequence. Hence, for an
-event e of tick n:
+Tick n is recorded, under a lock and flushed, with its snapshot S(n) and its end E(n). The end is
+one byte below P(n), the insert LSN read before S(n) was taken. The tick's events stand at the end
+of the tick before, E(n-1), in the order of the log's sequence. Hence, for an event e of tick n:
 
-- *Complete.* Where X was read after e was visible and the spool ends at E(m) >= X, P(m) was read after X, so S(m) shows e, and
-  n <= m: e is in the spool. S(n-1) hides e, so P(n-1) was read before X, and e stands at E(n-1) < X.
+- *Complete.* Let X be read after e was visible, and let the spool end at E(m) >= X. Then P(m) was
+  read after X, so S(m) shows e, and n <= m: e is in the spool. S(n-1) hides e, so P(n-1) was read
+  before X, and e stands at E(n-1) < X.
 - *Ordered.* A row's later write waits for the earlier one's commit: it is in a later tick, or in the same with a higher sequence.
 - *Exact.* The first tick's snapshot is the one that is loaded, and a verification's is the one that it compares. Ends grow,
   because the record of a tick is itself in the log of the server before the next P is read.
@@ -34,7 +36,7 @@ from changeover.jobs.ledger.records import Stream
 from changeover.jobs.source.snapshot import contains
 from changeover.jobs.source.triggerlog import TRIGGERS, Log, exists
 from changeover.position import format_lsn, parse_lsn
-from changeover.session import Connection, connect, has_no_encoding, speaking_to
+from changeover.session import Connection, connect, has_no_encoding, one_row, speaking_to, wal_position
 from changeover.stores.base.reader import ExportedSnapshot
 from changeover.stores.postgres.store import exporting
 
@@ -44,7 +46,7 @@ SESSION = {
 
 
 @dataclass(frozen=True)
-class Seen:
+class TableState:
     """A source table as a tick's snapshot shows it, None for one that is gone; whether its triggers always fire.
 
     `numbers` are those of its columns by name.
@@ -61,7 +63,7 @@ class Tick:
 
     end: int
     snapshot: str
-    tables: tuple[Seen, ...]
+    tables: tuple[TableState, ...]
     at: datetime
 
 
@@ -85,7 +87,7 @@ class Aligned:
     snapshot: ExportedSnapshot
 
 
-SEEN = """
+TABLE_STATES = """
 SELECT pg_current_snapshot()::text, (SELECT jsonb_agg(jsonb_build_object('oid', asked.oid::bigint, 'schema', n.nspname,
     'name', c.relname, 'enabled', (SELECT count(*) = %(triggers)s FROM pg_trigger t WHERE t.tgrelid = c.oid
         AND t.tgname = ANY (%(names)s) AND t.tgenabled = 'A'),
@@ -117,16 +119,13 @@ def _opened(connection: Connection, log: Log, sources: Sequence[tuple[str, str]]
                 ).format(log.ticks)
             ).fetchall()
         )
-        row = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        yield parse_lsn(row[0]) - 1, [oid for (oid,) in oids]
+        yield wal_position(connection) - 1, [oid for (oid,) in oids]
 
 
 def _look(connection: Connection, log: Log, oids: Sequence[int]) -> tuple[str, str]:
     """Return the snapshot of this statement, and what the catalogue says of the tables in it."""
     names = [log.trigger + suffix for suffix, _, _ in TRIGGERS]
-    row = connection.execute(SEEN, {"oids": list(oids), "names": names, "triggers": len(names)}).fetchone()
-    assert row is not None
+    row = one_row(connection.execute(TABLE_STATES, {"oids": list(oids), "names": names, "triggers": len(names)}))
     return row[0], row[1]
 
 
@@ -138,9 +137,18 @@ def _record(connection: Connection, log: Log, end: int, snapshot: str, tables: s
 
 
 def cut(connection: Connection, log: Log) -> int:
-    """Record a tick of this moment (a session by `log_session`, outside a transaction); return its end.
+    """Record a tick of this moment.
 
     What is visible now stands below the end, and whatever commits later at the end or above it.
+
+    The session is one by `log_session`, outside a transaction.
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+
+    Returns:
+        The tick's end, an LSN.
     """
     with _opened(connection, log) as (end, oids):
         _record(connection, log, end, *_look(connection, log, oids))
@@ -149,9 +157,19 @@ def cut(connection: Connection, log: Log) -> int:
 
 @contextmanager
 def aligned(dsn: str, application: str, log: Log, sources: Sequence[tuple[str, str]] = ()) -> Iterator[Aligned]:
-    """Record a tick and hold its snapshot for others to import (driver); `sources` name the tables of the very first tick.
+    """Record a tick and hold its snapshot for others to import (driver).
 
-    What is in the spool below the tick's end is then exactly what the snapshot shows beyond the first one.
+    What is in the spool below the tick's end is then exactly what the snapshot shows beyond the
+    first one.
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        log: The trigger log.
+        sources: The tables of the very first tick, as (schema, table).
+
+    Yields:
+        The tick's end, and the snapshot with the session that holds it.
     """
     with log_session(dsn, application) as connection, ExitStack() as held:
         with speaking_to(dsn, "recording a tick of the trigger log"), _opened(connection, log, sources) as (end, oids):
@@ -162,30 +180,47 @@ def aligned(dsn: str, application: str, log: Log, sources: Sequence[tuple[str, s
 
 @contextmanager
 def log_session(dsn: str, application: str) -> Iterator[Connection]:
-    """Open a session that reads the log and records ticks."""
+    """Open a session that reads the log and records ticks (driver, capture).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+
+    Yields:
+        The session.
+    """
     with connect(dsn, application, settings=SESSION) as connection:
         yield connection
 
 
 def ticks(connection: Connection, log: Log, since: int) -> list[Tick]:
-    """Return the ticks that end at `since` or later, in order: that of positions, which their texts do not have."""
+    """Return the ticks that end at a position or later, in order of their positions.
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+        since: The LSN.
+
+    Returns:
+        The ticks; the first is the one that ends there, where it is still on record.
+    """
     rows = connection.execute(
         sql.SQL(
             'SELECT w."end"::text, w.snapshot::text, w.tables, w.at FROM {} w WHERE w."end" >= %s::pg_lsn ORDER BY w."end"'
         ).format(log.ticks),
         [format_lsn(since)],
     ).fetchall()
-    return [Tick(parse_lsn(row[0]), row[1], tuple(map(_seen, row[2])), row[3]) for row in rows]
+    return [Tick(parse_lsn(row[0]), row[1], tuple(map(_table_state, row[2])), row[3]) for row in rows]
 
 
-def _seen(told: dict[str, Any]) -> Seen:
-    if told["name"] is None:
-        return Seen(None, False, {})
-    columns = told["columns"] or []
+def _table_state(entry: dict[str, Any]) -> TableState:
+    if entry["name"] is None:
+        return TableState(None, False, {})
+    columns = entry["columns"] or []
     relation = pgoutput.Relation(
-        told["oid"], told["schema"], told["name"], "d", tuple(pgoutput.Column(*column[:4]) for column in columns)
+        entry["oid"], entry["schema"], entry["name"], "d", tuple(pgoutput.Column(*column[:4]) for column in columns)
     )
-    return Seen(relation, told["enabled"], {column[0]: number for column in columns for number in column[4:]})
+    return TableState(relation, entry["enabled"], {column[0]: number for column in columns for number in column[4:]})
 
 
 ROWS = """
@@ -206,8 +241,19 @@ def _bounds(before: str, now: str) -> dict[str, Any]:
 
 @contextmanager
 def reading(connection: Connection, log: Log, before: Tick, tick: Tick) -> Iterator[Iterable[Row]]:
-    """Yield a tick's rows in the log's order, the same ones each time."""
-    assert contains(tick.snapshot, before.snapshot), (before, tick)
+    """Yield a tick's rows in the log's order, the same ones each time (capture).
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+        before: The tick before.
+        tick: The tick.
+
+    Yields:
+        The rows, which are fetched as they are asked for.
+    """
+    if not contains(tick.snapshot, before.snapshot):
+        raise SourceChanged("snapshot of the trigger log's ticks", before.snapshot, tick.snapshot)
     with connection.transaction(), connection.cursor("changeover_tick", row_factory=args_row(Row)) as cursor:
         cursor.itersize = 2000
         encoding = sql.Literal("SQL_ASCII" if has_no_encoding(connection) else "UTF8")
@@ -216,21 +262,38 @@ def reading(connection: Connection, log: Log, before: Tick, tick: Tick) -> Itera
 
 
 def waiting(connection: Connection, log: Log, last: Tick) -> tuple[bool, int]:
-    """Return whether the log holds what the last tick did not show, and the source's position."""
+    """Return whether the log holds what the last tick did not show (capture).
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+        last: The last tick.
+
+    Returns:
+        (whether it does, the source's insert LSN).
+    """
     bounds = _bounds(last.snapshot, last.snapshot)
-    row = connection.execute(
-        sql.SQL(
-            "SELECT EXISTS (SELECT FROM {rows} WHERE xid >= %(next)s::text::xid8) OR EXISTS (SELECT FROM {rows}"
-            " WHERE xid = ANY (%(running)s::text[]::xid8[])), pg_current_wal_insert_lsn()::text"
-        ).format(rows=log.rows),
-        bounds,
-    ).fetchone()
-    assert row is not None
+    row = one_row(
+        connection.execute(
+            sql.SQL(
+                "SELECT EXISTS (SELECT FROM {rows} WHERE xid >= %(next)s::text::xid8) OR EXISTS (SELECT FROM {rows}"
+                " WHERE xid = ANY (%(running)s::text[]::xid8[])), pg_current_wal_insert_lsn()::text"
+            ).format(rows=log.rows),
+            bounds,
+        )
+    )
     return row[0], parse_lsn(row[1])
 
 
 def prune(connection: Connection, log: Log, tick: Tick, before: Tick | None = None) -> None:
-    """Delete what a tick shows, and the ticks before it: the caller has it durably. `before` spares a look at all."""
+    """Delete what a tick shows, and the ticks before it; the caller has it durably (capture).
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+        tick: The tick.
+        before: The tick before, which spares a look at all rows.
+    """
     statement = sql.SQL("DELETE FROM {rows} WHERE {own} pg_visible_in_snapshot(xid, %(now)s::pg_snapshot)").format(
         rows=log.rows,
         own=sql.SQL("(xid >= %(next)s::text::xid8 OR xid = ANY (%(running)s::text[]::xid8[])) AND" if before else ""),
@@ -244,28 +307,59 @@ def prune(connection: Connection, log: Log, tick: Tick, before: Tick | None = No
 
 
 def identify(connection: Connection) -> tuple[str, int]:
-    """Return (system identifier, timeline) of a server, for a role that may not replicate."""
-    row = connection.execute(
-        "SELECT system_identifier::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) FROM pg_control_system()"
-    ).fetchone()
-    assert row is not None
+    """Return which server it is, for a role that may not replicate.
+
+    Args:
+        connection: A session with the store.
+
+    Returns:
+        (system identifier, timeline).
+    """
+    row = one_row(
+        connection.execute(
+            "SELECT system_identifier::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) FROM pg_control_system()"
+        )
+    )
     return row[0], int(row[1], 16)
 
 
 def require(connection: Connection, stream: Stream, log: Log, durable: int) -> None:
-    """Raise SourceChanged or SpoolGap unless this is the prepared log on the prepared server, whole from `durable` on."""
+    """Raise unless this is the prepared log on the prepared server, whole from a position on.
+
+    Args:
+        connection: A session with the store.
+        stream: What prepare made.
+        log: The trigger log.
+        durable: The LSN up to which all is spooled.
+
+    Raises:
+        SourceChanged: It is another server, or the log is gone.
+        SpoolGap: The log does not go back to what is durable.
+    """
     system_id, timeline = identify(connection)
     for what, prepared, now in (("system identifier", stream.system_id, system_id), ("timeline", stream.timeline, timeline)):
         if str(prepared) != str(now):
             raise SourceChanged(what, str(prepared), str(now))
     if not exists(connection, log):
         raise SourceChanged("trigger log", str(log), "missing")
-    found = ticks(connection, log, 0)
-    if not any(tick.end == durable for tick in found):
-        raise SpoolGap(format_lsn(found[0].end) if found else "everything", format_lsn(durable))
+    kept = ticks(connection, log, 0)
+    if not any(tick.end == durable for tick in kept):
+        raise SpoolGap(format_lsn(kept[0].end) if kept else "everything", format_lsn(durable))
 
 
 def require_log(dsn: str, application: str, stream: Stream, migration: str, durable: int) -> None:
-    """Raise SourceChanged or SpoolGap unless the log is still whole from `durable` on (driver)."""
+    """Raise unless the log is still whole from a position on (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        stream: What prepare made.
+        migration: The migration's name.
+        durable: The LSN up to which all is spooled.
+
+    Raises:
+        SourceChanged: It is another server, or the log is gone.
+        SpoolGap: The log does not go back to what is durable.
+    """
     with connect(dsn, application) as connection, speaking_to(dsn, "checking the trigger log"):
         require(connection, stream, Log(migration), durable)

@@ -1,8 +1,9 @@
 """The trigger log: every change of a source without logical decoding, written by triggers into a table beside it.
 
-A trigger on each table writes each change with its transaction's id, under settings of its own, so that a row reads as it does from
-a slot whatever the application's session has set. No name or type that the application changes makes its writes fail: a row is its
-composite text, and what an altered table brings is for capture to stop at. How the log is read is said in `ticks`.
+A trigger on each table writes each change with its transaction's id, under settings of its own. So
+a row reads as it does from a slot, whatever the application's session has set. No name or type that
+the application changes makes its writes fail: a row is its composite text, and what an altered
+table brings is for capture to stop at. How the log is read is said in `ticks`.
 """
 
 from __future__ import annotations
@@ -41,9 +42,16 @@ class Log:
         """Return the table of ticks."""
         return sql.Identifier("changeover", f"capture_tick_{self.migration}")
 
-    def function(self, place: int) -> sql.Identifier:
-        """Return the function of the triggers on the spec's table at a place."""
-        return sql.Identifier("changeover", f"capture_{self.migration}_{place}")
+    def function(self, number: int) -> sql.Identifier:
+        """Return the function of the triggers on one of the spec's tables.
+
+        Args:
+            number: The table's number in the spec, from 0.
+
+        Returns:
+            Its qualified name.
+        """
+        return sql.Identifier("changeover", f"capture_{self.migration}_{number}")
 
     @property
     def trigger(self) -> str:
@@ -72,12 +80,12 @@ BODY = """
 DECLARE image text; gone text;
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
-        INSERT INTO {rows} (tab, op) VALUES ({place}, 'T');
+        INSERT INTO {rows} (tab, op) VALUES ({number}, 'T');
         RETURN NULL;
     END IF;
     IF TG_OP = 'INSERT' THEN
         IF NEW.xmax = '0'::xid THEN
-            INSERT INTO {rows} (tab, op, image) VALUES ({place}, 'I', NEW::text);
+            INSERT INTO {rows} (tab, op, image) VALUES ({number}, 'I', NEW::text);
             RETURN NULL;
         END IF;
     END IF;
@@ -99,7 +107,7 @@ BEGIN
     END;
     IF image IS NOT NULL OR gone IS NOT NULL THEN
         INSERT INTO {rows} (tab, op, image, gone)
-        VALUES ({place}, CASE WHEN image IS NULL THEN 'D' ELSE substr(TG_OP, 1, 1) END::"char", image, gone);
+        VALUES ({number}, CASE WHEN image IS NULL THEN 'D' ELSE substr(TG_OP, 1, 1) END::"char", image, gone);
     END IF;
     RETURN NULL;
 END
@@ -114,41 +122,50 @@ TRIGGERS = (("", "INSERT OR UPDATE OR DELETE", "ROW"), ("_truncate", "TRUNCATE",
 
 
 def install(connection: Connection, spec: Spec, keys: Sequence[Sequence[str]]) -> None:
-    """Make log, ticks and triggers in the source; `keys` are the tables' own. Locks are asked for briefly, table by table.
+    """Make log, ticks and triggers in the source (driver); locks are asked for briefly.
 
-    Creating a trigger waits for the transactions that wrote without it, so each of those is visible in a snapshot taken later.
+    Creating a trigger waits for the transactions that wrote without it, so each of those is visible
+    in a snapshot taken later.
+
+    Args:
+        connection: A session with the store.
+        spec: The migration's spec.
+        keys: The key columns of each table, in the spec's order.
+
+    Raises:
+        LockNotGranted: A transaction that uses a table stays open.
     """
     log = Log(spec.name)
     with connection.transaction():
         for statement in TABLES.strip().split(";\n"):
             connection.execute(sql.SQL(statement).format(rows=log.rows, ticks=log.ticks))
-    for place, (table, key) in enumerate(zip(spec.tables, keys, strict=True)):
-        statements = [_function(connection, log, place, table.source_name, key), *_triggers(log, place, table.source_name)]
+    for number, (table, key) in enumerate(zip(spec.tables, keys, strict=True)):
+        statements = [_function(connection, log, number, table.source_name, key), *_triggers(log, number, table.source_name)]
         _patiently(connection, f"lock for the triggers on {table.source}", statements)
 
 
-def _function(connection: Connection, log: Log, place: int, table: tuple[str, str], key: Sequence[str]) -> sql.Composed:
+def _function(connection: Connection, log: Log, number: int, table: tuple[str, str], key: Sequence[str]) -> sql.Composed:
     def all_of(template: str, joint: str) -> sql.Composed:
         return sql.SQL(joint).join(sql.SQL(template).format(k=sql.Identifier(column)) for column in key)
 
     same = '(r.{{k}} = {0}.{{k}} AND r.{{k}}::text COLLATE "C" = {0}.{{k}}::text)'
     body = sql.SQL(BODY).format(
-        rows=log.rows, place=sql.Literal(place), table=sql.Identifier(*table),
+        rows=log.rows, number=sql.Literal(number), table=sql.Identifier(*table),
         same_as_new=all_of(same.format("NEW"), " AND "), same_as_old=all_of(same.format("OLD"), " AND "),
         moved=all_of('OLD.{k}::text COLLATE "C" IS DISTINCT FROM NEW.{k}::text', " OR "),
     )  # fmt: skip
     pinned = {**pins.output(), "row_security": "off", "search_path": "pg_catalog, pg_temp"}
     settings = sql.SQL(" ").join(sql.SQL("SET {}").format(pins.assignment(name, value)) for name, value in pinned.items())
     return sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER {} AS {}").format(
-        log.function(place), settings, sql.Literal(body.as_string(connection))
+        log.function(number), settings, sql.Literal(body.as_string(connection))
     )
 
 
-def _triggers(log: Log, place: int, table: tuple[str, str]) -> Iterator[sql.Composed]:
+def _triggers(log: Log, number: int, table: tuple[str, str]) -> Iterator[sql.Composed]:
     for suffix, events, level in TRIGGERS:
         named = {"trigger": sql.Identifier(log.trigger + suffix), "table": sql.Identifier(*table)}
         yield sql.SQL("CREATE TRIGGER {trigger} AFTER {events} ON {table} FOR EACH {level} EXECUTE FUNCTION {function}()").format(
-            **named, events=sql.SQL(events), level=sql.SQL(level), function=log.function(place)
+            **named, events=sql.SQL(events), level=sql.SQL(level), function=log.function(number)
         )
         yield sql.SQL("ALTER TABLE {table} ENABLE ALWAYS TRIGGER {trigger}").format(**named)
 
@@ -168,16 +185,27 @@ def _patiently(connection: Connection, wanted: str, statements: Sequence[sql.Com
 
 
 def remove(connection: Connection, migration: str) -> list[str]:
-    """Remove triggers, functions, log and ticks of a migration, wherever its tables are now; return what was removed."""
+    """Remove triggers, functions, log and ticks of a migration, wherever its tables are now (driver).
+
+    Args:
+        connection: A session with the store.
+        migration: The migration's name.
+
+    Returns:
+        What was removed, each as a phrase.
+
+    Raises:
+        LockNotGranted: A transaction that uses a table stays open.
+    """
     log = Log(migration)
     removed = []
     names = [log.trigger + suffix for suffix, _, _ in TRIGGERS]
-    found = connection.execute(
+    triggers = connection.execute(
         "SELECT t.tgname, n.nspname, c.relname FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid"
         " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE t.tgname = ANY (%s) ORDER BY 2, 3, 1",
         [names],
     ).fetchall()
-    for name, schema, table in found:
+    for name, schema, table in triggers:
         drop = sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(sql.Identifier(name), sql.Identifier(schema, table))
         _patiently(connection, f"lock to remove the trigger on {joined(schema, table)}", [drop])
         removed.append(f"trigger {name} on {joined(schema, table)}")
@@ -196,7 +224,15 @@ def remove(connection: Connection, migration: str) -> list[str]:
 
 
 def exists(connection: Connection, log: Log) -> bool:
-    """Return whether the log is there."""
+    """Return whether the log is there.
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+
+    Returns:
+        Whether its table is.
+    """
     row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [log.rows.as_string(connection)]).fetchone()
     return bool(row and row[0])
 
@@ -216,21 +252,37 @@ def mark(connection: Connection, note: str) -> None:
 
 
 def state(connection: Connection, migration: str) -> tuple[str, int | None, str | None]:
-    """Return (no log, inactive or active, the log's bytes, an alarm or None) for status."""
+    """Return how the log stands, for status.
+
+    Args:
+        connection: A session with the store.
+        migration: The migration's name.
+
+    Returns:
+        (`no log`, `inactive` or `active`; the log's bytes; an alarm or None).
+    """
     log = Log(migration)
     if not exists(connection, log):
         return "no log", None, None
     row = connection.execute("SELECT pg_total_relation_size(to_regclass(%s))", [log.rows.as_string(connection)]).fetchone()
     size = int(row[0] or 0) if row else 0
-    told = (
+    alarm = (
         f"the trigger log {log} has {size:,} bytes: see that capture runs, that no transaction stays open for long, and that the"
         " copy ends, since until then vacuum can't give its space back"
     )
-    return "active" if capturing(connection, migration) else "inactive", size, told if size > ALARM_BYTES else None
+    return "active" if capturing(connection, migration) else "inactive", size, alarm if size > ALARM_BYTES else None
 
 
 def capturing(connection: Connection, migration: str) -> bool:
-    """Return whether a capture of this migration is connected."""
+    """Return whether a capture of this migration is connected.
+
+    Args:
+        connection: A session with the store.
+        migration: The migration's name.
+
+    Returns:
+        Whether a session of its capture is open.
+    """
     row = connection.execute(
         "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = %s AND datname = current_database())",
         [application_name(migration, "capture")],

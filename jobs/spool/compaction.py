@@ -1,7 +1,8 @@
 """Compaction: which of the spool's small files become one, and how their rows are put together.
 
-Each event comes to a file at least twice as large as the one that it was in, so it is written as often as the logarithm of the
-number of merges, and large files never again. What one merge takes is bounded, because the stream waits for it meanwhile.
+Each event comes to a file at least twice as large as the one that it was in. So it is written as
+often as the logarithm of the number of merges, and large files never again. What one merge takes is
+bounded, because the stream waits for it meanwhile.
 """
 
 from __future__ import annotations

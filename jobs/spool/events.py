@@ -1,7 +1,8 @@
 """Events: what a stream says, one row of the spool for each, and their form in Arrow.
 
-An event is one change of one row, a TRUNCATE, a marker, or that a table looks different; its place is its commit LSN and its
-ordinal, by which events are in stream order. Everything here is pure.
+An event is one change of one row, a TRUNCATE, a marker, or that a table looks different. Its
+position is its commit LSN and its ordinal, by which events are in stream order. Everything here is
+pure.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ SCHEMA = pa.schema(
 Image = tuple[tuple[str, ...], tuple[str | None, ...]]
 """Column names and, place by place, their values; events of one table share the names, so that a row costs no dict."""
 
-Place = tuple[int, int]
+Position = tuple[int, int]
 """Commit LSN and ordinal, by which events are in stream order."""
 
-NOWHERE: Place = (0, -2)
+NOWHERE: Position = (0, -2)
 """Before every event: the first ordinal of a transaction is 0, or -1 for what is told of a table before it."""
 
 
 class Event(NamedTuple):
-    """One change of one row (or a TRUNCATE, a marker, a changed relation) and its place on the version axis.
+    """One change of one row, a TRUNCATE, a marker or a changed relation, and its position.
 
     `lsn` is the commit LSN (start of the commit record), `ordinal` twice the index of the change inside its transaction,
     `committed_at` microseconds since 1970. Values are PostgreSQL's text; those of array columns are JSON arrays of element
@@ -73,7 +74,14 @@ class Event(NamedTuple):
 
 
 def arrow_table(batch: Sequence[Event]) -> pa.Table:
-    """Return the events as Arrow, in the spool's schema."""
+    """Return the events as Arrow, in the spool's schema (pure).
+
+    Args:
+        batch: The events, in any order.
+
+    Returns:
+        A table with the columns of `SCHEMA`, a row an event.
+    """
     if not batch:
         return SCHEMA.empty_table()
     relation, lsn, ordinal, op, row, key, missing, xid, committed_at, note = zip(*batch, strict=True)
@@ -85,12 +93,29 @@ def arrow_table(batch: Sequence[Event]) -> pa.Table:
 
 
 def kept(events: pa.Table, mask: pa.ChunkedArray) -> pa.Table:
-    """Return the events of a mask, the very table where that is all of them: to copy the rows' maps costs more than all else."""
+    """Return the events of a mask, the very table where that is all of them (pure).
+
+    To copy the rows' maps costs more than all else.
+
+    Args:
+        events: Events, in the spool's schema.
+        mask: A boolean for each.
+
+    Returns:
+        Those of which the mask is true.
+    """
     return events if pc.all(mask).as_py() else events.filter(mask)
 
 
-def last_place(events: pa.Table) -> Place:
-    """Return the place of the last event in stream order; that before every event without one."""
+def last_position(events: pa.Table) -> Position:
+    """Return the position of the last event in stream order; NOWHERE without any event (pure).
+
+    Args:
+        events: Events with `lsn` and `ordinal`, in any order.
+
+    Returns:
+        Commit LSN and ordinal.
+    """
     if not len(events):
         return NOWHERE
     lsn = pc.max(events["lsn"])

@@ -1,11 +1,13 @@
 """The spool: every captured change of the source, durable, in commit order, in one Delta table.
 
-An append is one Delta commit that carries the rows and, as the application transaction `capture`, the commit END LSN up to which
-the spool is complete; so data and resume position can't part, and an append that was made before is left out. A large transaction
-comes in parts: the end stays below it until it is whole, no reader takes what lies beyond the end, and the place of the last event
-is in the same commits, so no part comes twice. An append returns only when the data file, then the log entry, then their folders
-are on stable storage, because the slot is told to forget what the spool says it holds. One writer at a time (the lease `capture`),
-which also merges small files; any number of readers. No event is ever removed before `finalize`, since a replay may begin anew.
+An append is one Delta commit that carries the rows. As the application transaction `capture` it
+carries the commit END LSN up to which the spool is complete. So data and resume position can't
+part, and an append that was made before is left out. A large transaction comes in parts. The end
+stays below it until it is whole, and no reader takes what lies beyond the end. The position of the
+last event is in the same commits, so no part comes twice. An append returns only when the data
+file, then the log entry, then their folders are on stable storage. The slot is told to forget what
+the spool says it holds. One writer at a time (the lease `capture`), which also merges small files;
+any number of readers. No event is ever removed before `finalize`, since a replay may begin anew.
 """
 
 from __future__ import annotations
@@ -39,10 +41,10 @@ from changeover.jobs.spool.events import (
     TRUNCATE,
     UPDATE,
     Event,
-    Place,
+    Position,
     arrow_table,
     kept,
-    last_place,
+    last_position,
 )
 from changeover.spec import Spec
 
@@ -80,16 +82,33 @@ LAYOUT: dict[str, Any] = {
 
 
 def spool_path(work: Path, epoch: int) -> Path:
-    """Return where the spool of an epoch's stream is: another source's positions are never beside those of an earlier one."""
+    """Return where the spool of an epoch's stream is (pure).
+
+    Another source's positions are never beside those of an earlier one.
+
+    Args:
+        work: The work folder.
+        epoch: The epoch in which the tables were begun.
+
+    Returns:
+        The path; nothing need be there.
+    """
     return work / (f"spool-{epoch}" if epoch else "spool")
 
 
 def remove_spools(work: Path) -> bool:
-    """Remove the spools of all epochs; return whether there was any."""
-    found = [path for path in (work / "spool", *work.glob("spool-[0-9]*")) if path.is_dir()]
-    for path in found:
+    """Remove the spools of all epochs (driver).
+
+    Args:
+        work: The work folder.
+
+    Returns:
+        Whether there was any.
+    """
+    folders = [path for path in (work / "spool", *work.glob("spool-[0-9]*")) if path.is_dir()]
+    for path in folders:
         shutil.rmtree(path)
-    return bool(found)
+    return bool(folders)
 
 
 class Spool:
@@ -102,9 +121,14 @@ class Spool:
         self._doubtful: int | None = None
 
     def create(self, begin: int = 0) -> None:
-        """Create the table durably unless it is there; raises SourceChanged on another format, FolderFailed.
+        """Create the table durably unless it is there (driver).
 
-        `begin` is where its stream begins: what lies below is in no event of it.
+        Args:
+            begin: The LSN at which its stream begins: what lies below is in no event of it.
+
+        Raises:
+            SourceChanged: The spool has another format than this version's.
+            FolderFailed: The work folder can't be written.
         """
         with working(self.path):
             self._create(begin)
@@ -134,20 +158,34 @@ class Spool:
         self._handle = None
 
     def end(self) -> int:
-        """Return the commit END LSN up to which all is durable, 0 before the first append.
+        """Return the commit END LSN up to which all is durable (driver, capture).
 
-        Raises StepOrder without a spool, FolderFailed.
+        Returns:
+            The LSN in bytes, 0 before the first append.
+
+        Raises:
+            StepOrder: There is no spool.
+            FolderFailed: The work folder can't be read.
         """
         return self._marked(self._latest(), APPLICATION)
 
     def begin(self) -> int:
-        """Return where the stream begins; a reader that needs what lies below has a gap in front of it."""
+        """Return where the stream begins; a reader that needs what lies below has a gap in front of it.
+
+        Returns:
+            The LSN that `create` was given.
+        """
         return int(self._table().metadata().configuration.get(BEGIN_KEY, "0"))
 
     def proved(self, least: int, require: Callable[[int], None]) -> None:
-        """Require something of where the spool ends, at `least` a position; capture may append, and acknowledge, meanwhile.
+        """Require something of where the spool ends; capture may append, and acknowledge, meanwhile.
 
-        Raises SpoolGap where what it acknowledged is not there either.
+        Args:
+            least: The LSN that it is asked with at least.
+            require: Raises SpoolGap where the stream is not whole from a position on.
+
+        Raises:
+            SpoolGap: The stream is not whole, and capture has not moved the spool's end since.
         """
         while True:
             end = self.end()
@@ -157,23 +195,40 @@ class Spool:
                 if self.end() == end:
                     raise
 
-    def held(self) -> Place:
-        """Return the place up to which events are durable: that of the last part, where it lies beyond the end."""
+    def held(self) -> Position:
+        """Return the position up to which events are durable (driver, capture).
+
+        It is that of the last part of a large transaction, where that lies beyond the end.
+
+        Returns:
+            Commit LSN and ordinal.
+
+        Raises:
+            StepOrder: There is no spool.
+            FolderFailed: The work folder can't be read.
+        """
         table = self._latest()
         end, lsn, ordinal = (self._marked(table, name) for name in (APPLICATION, PART_LSN, PART_ORDINAL))
         return max((end, NOWHERE[1]), (lsn, ordinal) if lsn else NOWHERE)
 
     def append(self, batch: Sequence[Event] | pa.Table, end_lsn: int) -> None:
-        """Append whole transactions that end at `end_lsn`, and of the next one what is there, durably and once.
+        """Append whole transactions durably and once, and what is there of the next one (capture).
 
-        A table has the spool's schema; its rows are in any order. After FolderFailed `settle` comes before the next append.
-        An append that reaches no further than the spool does is left out. Raises LeaseHeld when another writer has
-        committed meanwhile.
+        A table has the spool's schema; its rows are in any order. After FolderFailed `settle` comes
+        before the next append. An append that reaches no further than the spool does is left out.
+
+        Args:
+            batch: Events, or a table of the spool's schema with rows in any order.
+            end_lsn: The commit END LSN of the last whole transaction.
+
+        Raises:
+            LeaseHeld: Another writer has committed meanwhile.
+            FolderFailed: The work folder can't be written.
         """
         events = batch if isinstance(batch, pa.Table) else arrow_table(batch)
         reach = (end_lsn, NOWHERE[1])
         marks = [Transaction(APPLICATION, end_lsn)]
-        last = last_place(events)
+        last = last_position(events)
         if last[0] >= end_lsn:
             reach = last
             marks += [Transaction(PART_LSN, reach[0]), Transaction(PART_ORDINAL, reach[1])]
@@ -220,15 +275,43 @@ class Spool:
         return len(small)
 
     def events(self, after: int = 0, until: int = 2**63 - 1) -> pa.Table:
-        """Return the events of whole transactions with ``after <= lsn < until`` in stream order, without Spark."""
+        """Return the events of whole transactions with ``after <= lsn < until`` in stream order, without Spark.
+
+        Args:
+            after: The first commit LSN.
+            until: The commit LSN in front of which it ends.
+
+        Returns:
+            A table of the spool's schema.
+        """
         return self._scan(after, until, SCHEMA.names).sort_by([("lsn", "ascending"), ("ordinal", "ascending")])
 
     def outline(self, after: int, until: int) -> pa.Table:
-        """Return relation, lsn, ordinal, op, key, missing and note of the events with ``after <= lsn < until``."""
+        """Return relation, lsn, ordinal, op, key, missing and note of the events with ``after <= lsn < until``.
+
+        Args:
+            after: The first commit LSN.
+            until: The commit LSN in front of which it ends.
+
+        Returns:
+            A table of these columns, in no order.
+        """
         return self._scan(after, until, ["relation", "lsn", "ordinal", "op", "key", "missing", "note"])
 
     def reach(self, after: int, until: int, events: int, size: int) -> int:
-        """Return a position above `after` up to which about so many events, or bytes of files, lie; it splits no transaction."""
+        """Return a position up to which about so many events, or bytes of files, lie (driver).
+
+        It splits no transaction.
+
+        Args:
+            after: The first commit LSN.
+            until: The commit LSN in front of which it ends.
+            events: About how many events at most.
+            size: About how many bytes of the spool's files at most.
+
+        Returns:
+            A commit LSN above `after`, at most `until`.
+        """
         table = self._latest()
         until = min(until, self._marked(table, APPLICATION))
         for file in self._met(table, after, until):
@@ -240,9 +323,19 @@ class Spool:
     def parts(
         self, after: int, until: int, relation: str, events: int, size: int, *, noted: bool | None = None
     ) -> Iterator[pa.Table]:
-        """Yield a relation's events with ``after <= lsn < until``, about so many, or bytes in memory, at a time and in no order.
+        """Yield a relation's events, about so many, or bytes in memory, at a time and in no order.
 
-        With `noted`, only those of files that hold a note, or something without one.
+        Args:
+            after: The first commit LSN.
+            until: The commit LSN in front of which it ends.
+            relation: The table's qualified name in its own store.
+            events: How many events a part has at least, but for the last.
+            size: Bytes in memory after which a part ends.
+            noted: Only files that hold a note, or only those with something without one; all unless
+                given.
+
+        Yields:
+            Tables of the spool's schema, with ``after <= lsn < until``.
         """
         table = self._latest()
         until = min(until, self._marked(table, APPLICATION))
@@ -261,21 +354,42 @@ class Spool:
             yield pa.concat_tables(held)
 
     def notes(self) -> list[tuple[str, int, str]]:
-        """Return (relation, commit LSN, note) of how tables changed, each note of a table once, where it was first told."""
-        found = self._scan(0, 2**63 - 1, ["relation", "lsn", "op", "note"], noted=True)
-        told = found.filter(pc.is_in(found["op"], pa.array([RELATION, ADDED]))).sort_by("lsn")
+        """Return how tables changed, each note of a table once.
+
+        Returns:
+            (relation, commit LSN of the first time, note).
+        """
+        events = self._scan(0, 2**63 - 1, ["relation", "lsn", "op", "note"], noted=True)
+        reports = events.filter(pc.is_in(events["op"], pa.array([RELATION, ADDED]))).sort_by("lsn")
         first: dict[tuple[str, str], int] = {}
-        for event in told.to_pylist():
+        for event in reports.to_pylist():
             first.setdefault((event["relation"], event["note"]), event["lsn"])
         return [(relation, lsn, note) for (relation, note), lsn in first.items()]
 
     def unmarked(self, after: int, until: int) -> pa.Table:
-        """Return relation, lsn, xid and committed_at of what with ``after <= lsn < until`` bears no mark of ours."""
-        found = self._scan(after, until, ["relation", "lsn", "op", "xid", "committed_at", "note"], noted=False)
-        return found.filter(_unmarked(found)).drop_columns(["op", "note"])
+        """Return what of a range bears no mark of our own writes, without the rows.
+
+        Args:
+            after: The first commit LSN.
+            until: The commit LSN in front of which it ends.
+
+        Returns:
+            A table of relation, lsn, xid and committed_at.
+        """
+        events = self._scan(after, until, ["relation", "lsn", "op", "xid", "committed_at", "note"], noted=False)
+        return events.filter(_unmarked(events)).drop_columns(["op", "note"])
 
     def unmarked_rows(self, after: int, until: int, relation: str) -> Iterator[pa.Table]:
-        """Yield a relation's events with ``after <= lsn < until`` that bear no mark of ours, whole, some at a time."""
+        """Yield a relation's events that bear no mark of our own writes, whole, some at a time.
+
+        Args:
+            after: The first commit LSN.
+            until: The commit LSN in front of which it ends.
+            relation: The table's qualified name in its own store.
+
+        Yields:
+            Tables of the spool's schema, with ``after <= lsn < until``.
+        """
         for part in self.parts(after, until, relation, ROWS_AT_ONCE, ROWS_BYTES, noted=False):
             yield part.filter(_unmarked(part))
 
@@ -311,9 +425,9 @@ class Spool:
                     table = DeltaTable(self.path)
                 except TableNotFoundError as error:
                     raise StepOrder(f"reading the spool {self.path}", "prepare") from error
-            found = table.metadata().configuration.get(FORMAT_KEY)
-            if found != FORMAT:
-                raise SourceChanged(f"spool format ({self.path})", FORMAT, str(found))
+            version = table.metadata().configuration.get(FORMAT_KEY)
+            if version != FORMAT:
+                raise SourceChanged(f"spool format ({self.path})", FORMAT, str(version))
             self._handle, self._opened = table, table.version()
         return self._handle
 
@@ -421,5 +535,13 @@ def _sync(path: Path) -> None:
 
 
 def spool_of(spec: Spec, epoch: int = 0) -> Spool:
-    """Return the migration's spool of the epoch in which its tables were begun (`Stream.epoch`)."""
+    """Return the migration's spool of the epoch in which its tables were begun (`Stream.epoch`).
+
+    Args:
+        spec: The migration's spec.
+        epoch: The epoch in which the tables were begun, `Stream.epoch`.
+
+    Returns:
+        The spool, which is not opened yet (driver, capture).
+    """
     return Spool(spool_path(spec.work, epoch))

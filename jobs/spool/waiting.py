@@ -25,15 +25,24 @@ STILL_SECONDS = 60.0
 def await_spool(
     ledger: Ledger, spool: Spool, position: int, what: str, *, step: str = "capture", enough: Callable[[], bool] = lambda: False
 ) -> None:
-    """Wait until a spool has reached a position, or `enough` is there (driver); `step` is the lease of its capture.
+    """Wait until a spool has reached a position, or `enough` is there (driver).
 
-    Raises CouldNotFinish where no capture is alive, or it makes no progress.
+    Args:
+        ledger: The migration's ledger, open.
+        spool: The spool that is waited for.
+        position: The LSN that its end has to reach.
+        what: What is waited for, as a part of the error's sentence.
+        step: The lease of the capture that fills it.
+        enough: Ends the wait sooner.
+
+    Raises:
+        CouldNotFinish: No capture is alive, or it makes no progress.
     """
-    place, moved, alive = spool.held(), time.monotonic(), time.monotonic()
+    held, moved, alive = spool.held(), time.monotonic(), time.monotonic()
     while spool.end() < position and not enough():
         now = time.monotonic()
-        if (at := spool.held()) != place:
-            place, moved = at, now
+        if (at := spool.held()) != held:
+            held, moved = at, now
         if is_held(ledger.connection, ledger.migration, step):
             alive = now
         where = f"it has {what} up to {format_lsn(spool.end())} and not {format_lsn(position)}"

@@ -53,7 +53,7 @@ class Patience:
     def __init__(self, seconds: float, stop: threading.Event) -> None:
         self.seconds, self.stop = seconds, stop
         self.tell: Callable[[str | None], None] = lambda why: None
-        self.said: str | None = None
+        self.reported: str | None = None
         self._since: float | None = None
         self._delay = 0.1
         self._folder = self._spooled = False
@@ -79,17 +79,17 @@ class Patience:
         self._folder = folder
         if now - self._since > self.seconds and not (folder and self._spooled):
             raise error
-        if str(error) != self.said:
-            self.said = str(error)
+        if str(error) != self.reported:
+            self.reported = str(error)
             log.warning("%s; tried again until it does", error)
-            self.tell(self.said)
+            self.tell(self.reported)
         self.stop.wait(self._delay)
 
     def _over(self) -> None:
         self._since, self._folder = None, False
-        if self.said is not None:
+        if self.reported is not None:
             log.info("capture goes on")
-            self.said = None
+            self.reported = None
             self.tell(None)
 
 
@@ -107,8 +107,8 @@ class CaptureResult:
 
     def recorded(self) -> dict[str, Any]:
         """Return what goes on record."""
-        told = {"events": self.events, "transactions": self.transactions, "end": format_lsn(self.end_lsn)}
-        return {**told, "seconds": round(self.seconds, 1), **({"outcome": "interrupted"} if self.interrupted else {})}
+        counts = {"events": self.events, "transactions": self.transactions, "end": format_lsn(self.end_lsn)}
+        return {**counts, "seconds": round(self.seconds, 1), **({"outcome": "interrupted"} if self.interrupted else {})}
 
 
 class Intake:
@@ -163,7 +163,17 @@ class Intake:
         return time.monotonic() >= self.flush_at
 
     def flush(self, events: Sequence[pa.Table]) -> bool:
-        """Make everything so far durable: the whole transactions, and what there is of the next one; tell whether there was any."""
+        """Make everything so far durable, and what there is of the next transaction (capture).
+
+        Args:
+            events: Tables of the spool's schema.
+
+        Returns:
+            Whether there was anything.
+
+        Raises:
+            FolderFailed: The work folder takes nothing.
+        """
         self.bytes, self.flush_at = 0, float("inf")
         batch = pa.concat_tables([SCHEMA.empty_table(), *events])
         if not len(batch) and self.whole <= self.durable:
@@ -172,7 +182,15 @@ class Intake:
         return True
 
     def append(self, batch: Sequence[Event] | pa.Table, end: int) -> None:
-        """Append to the spool, which is durable when this returns, and merge small files every so often."""
+        """Append to the spool, which is durable when this returns, and merge small files every so often.
+
+        Args:
+            batch: Events, or a table of the spool's schema.
+            end: The commit END LSN of the last whole transaction.
+
+        Raises:
+            FolderFailed: The work folder takes nothing.
+        """
         self.spool.append(batch, end)
         self.patience.spooled()
         self.result.events += len(batch)

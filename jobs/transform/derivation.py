@@ -39,29 +39,56 @@ def reference(text: str) -> str | None:
 
 
 def origin(table: Table, name: str) -> str | None:
-    """Return the source column that a target column of this name holds as it is, None where it holds something else."""
+    """Return the source column that a target column of this name holds as it is (pure).
+
+    Args:
+        table: The table of the spec.
+        name: The target column.
+
+    Returns:
+        The source column, None where the target column holds something else.
+    """
     if table.function is not None:
         return None
     return reference(table.columns[name]) if name in table.columns else name
 
 
 def derivations(table: Table, source: Sequence[Column]) -> dict[str, Derivation]:
-    """Return what fills each target column, in order: the spec's own, then what is carried over by name.
+    """Return what fills each target column, in order (pure).
 
-    After a function no column is known to be what it was.
+    The spec's own come first, then what is carried over by name. After a function no column is
+    known to be what it was.
+
+    Args:
+        table: The table of the spec.
+        source: The source table's columns.
+
+    Returns:
+        Target column and what fills it.
     """
     names = [c.name for c in source]
     own = {name: _stated(text, names) for name, text in table.columns.items()}
     moved = {one.origin for one in own.values()}
     carried = [name for name in names if name not in moved and name not in table.columns and name not in table.drop]
-    found = {**own, **{name: Derivation(quoted(name), name) for name in carried}}
-    return found if table.function is None else {name: Derivation(one.expression) for name, one in found.items()}
+    all_columns = {**own, **{name: Derivation(quoted(name), name) for name in carried}}
+    return all_columns if table.function is None else {name: Derivation(one.expression) for name, one in all_columns.items()}
 
 
 def owned(table: Table, wanted: Mapping[str, Derivation], identity: Collection[str]) -> bool:
-    """Return whether source keys are kept beside the target's, because nothing proves that no two of them make one of its keys.
+    """Return whether source keys are kept beside the target's (pure).
 
-    What a function makes is not known, and whether it keeps a column of ours is not either: verification alone looks at its keys.
+    What a function makes is not known, and whether it keeps a column of ours is not either:
+    verification alone looks at its keys.
+
+    They are where nothing proves that no two of them make one of the target's keys.
+
+    Args:
+        table: The table of the spec.
+        wanted: What fills each target column.
+        identity: The columns of the replica identity.
+
+    Returns:
+        Whether each live row's source key is kept.
     """
     return table.function is None and not set(identity) <= {wanted[column].origin for column in table.key if column in wanted}
 
@@ -70,8 +97,8 @@ def _stated(text: str, names: Sequence[str]) -> Derivation:
     """Return the derivation of a column that the spec states; Spark finds a column by its name in any case."""
     name = reference(text)
     alike = [] if name is None else [one for one in names if folded(one) == folded(name)]
-    found = name if name in alike else alike[0] if len(alike) == 1 else None
-    return Derivation(text) if found is None else Derivation(quoted(found), found)
+    origin = name if name in alike else alike[0] if len(alike) == 1 else None
+    return Derivation(text) if origin is None else Derivation(quoted(origin), origin)
 
 
 TOKEN = re.compile(r"""'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|`(?:[^`]|``)+`|\w+""", re.DOTALL)
@@ -85,11 +112,11 @@ def resolved(text: str, held: Mapping[str, str]) -> str:
     """
     apart = {name: other for name, other in held.items() if name != other}
 
-    def named(found: re.Match[str]) -> str:
-        token = found[0]
+    def named(match: re.Match[str]) -> str:
+        token = match[0]
         name = token[1:-1].replace("``", "`") if token.startswith("`") else token
-        called = token == name and re.match(r"\s*\(", text[found.end() :])
-        inside = text[: found.start()].rstrip().endswith(".")
+        called = token == name and re.match(r"\s*\(", text[match.end() :])
+        inside = text[: match.start()].rstrip().endswith(".")
         return token if name not in apart or called or inside else apart[name]
 
     return TOKEN.sub(named, text) if apart else text

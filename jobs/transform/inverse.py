@@ -1,9 +1,10 @@
 """The inverse: one table's transform the other way round, from the row of the store that took over to the old store's row.
 
-A column that was only given another name goes back under its old one, where the values can't have changed on the way; every
-other column of the old table is stated in the spec (`[table.reverse]`), or there is no reverse replication and `missing` says
-for which column. The result is an ordinary transform, built and analysed like the one it undoes, so that replay knows no
-direction. Plans are made on the driver.
+A column that was only given another name goes back under its old one, where the values can't have
+changed on the way. Every other column of the old table is stated in the spec (`[table.reverse]`).
+Otherwise there is no reverse replication, and `missing` says for which column. The result is an
+ordinary transform, built and analysed like the one it undoes, so that replay knows no direction.
+Plans are made on the driver.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ def derived(table: Table, old: Sequence[Column], new: Sequence[Column] | None) -
 
     `new` are the new table's columns, or None where it is not there yet: `prepare` then gives a moved column its old type.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     by_name = {c.name: c for c in old}
     for name, derivation in derivations(table, old).items():
         if derivation.origin is not None and _held(by_name[derivation.origin], name, new):
-            found.setdefault(derivation.origin, quoted(name))
-    return found
+            values.setdefault(derivation.origin, quoted(name))
+    return values
 
 
 def _held(origin: Column, name: str, new: Sequence[Column] | None) -> bool:
@@ -59,9 +60,19 @@ def expressions(table: Table, old: Sequence[Column], new: Sequence[Column] | Non
 
 
 def missing(spec: Spec, table: Table, old: Sequence[Column], new: Sequence[Column] | None) -> str | None:
-    """Return why a table has no reverse replication, in a sentence that says what to write, or None (pure).
+    """Return why a table has no reverse replication (pure).
 
-    Raises SpecError for a column that the old table does not have.
+    Args:
+        spec: The migration's spec.
+        table: The table of the spec.
+        old: The old table's columns.
+        new: The new table's columns, None where it is not there yet.
+
+    Returns:
+        A sentence that says what to write, None where every column can be had back.
+
+    Raises:
+        SpecError: `[table.reverse]` names a column that the old table does not have.
     """
     names = [c.name for c in old]
     unknown = sorted(set(table.reverse) - set(names))
@@ -84,9 +95,22 @@ def plan(
     spark: SparkSession, spec: Spec, table: Table, old: tuple[Sequence[Column], Sequence[str]], new: Sequence[Column],
     new_key: Sequence[str],
 ) -> Transform:  # fmt: skip
-    """Return the transform from the new table's rows to the old one's (driver, reads no row); `old` are columns and identity.
+    """Return the transform from the new table's rows to the old one's (driver, reads no row).
 
-    Raises SpecError or UnsafePlan as `transform.plan` does.
+    Args:
+        spark: The Spark session.
+        spec: The migration's spec.
+        table: The table of the spec.
+        old: The old table's columns, and the names of its identity.
+        new: The new table's columns.
+        new_key: The names of the new table's key.
+
+    Returns:
+        The transform.
+
+    Raises:
+        SpecError: An expression is not valid.
+        UnsafePlan: Something stands against the plan; it has every reason.
     """
     columns, identity = old
     back = Table(
@@ -99,7 +123,19 @@ def plan(
 def same(
     spark: SparkSession, spec: Spec, table: Table, new: Sequence[Column], new_key: Sequence[str], columns: Sequence[Column]
 ) -> Transform:
-    """Return the transform from the new table's rows to another target's, whose `columns` are the same (driver, reads no row)."""
+    """Return the transform from the new table's rows to another target's (driver, reads no row).
+
+    Args:
+        spark: The Spark session.
+        spec: The migration's spec.
+        table: The table of the spec.
+        new: The new table's columns.
+        new_key: The names of the new table's key.
+        columns: The other target's columns, of the same names.
+
+    Returns:
+        The transform.
+    """
     kept = {c.name for c in columns}
     wanted = replace(
         table, source=table.target, columns={}, drop=tuple(c.name for c in new if c.name not in kept), where=None, function=None
@@ -108,7 +144,18 @@ def same(
 
 
 def cut(table: Table, new: Sequence[Column], columns: Sequence[Column]) -> list[str]:
-    """Return which columns of another target would cut values of the new table in silence, once it follows that one (pure)."""
+    """Return which columns of another target would cut the new table's values in silence (pure).
+
+    It is asked of a target that follows the new store once that has authority.
+
+    Args:
+        table: The table of the spec.
+        new: The new table's columns.
+        columns: The other target's columns.
+
+    Returns:
+        The columns' names.
+    """
     there = {c.name: c for c in columns}
     return [
         f"{table.target}.{own.name} is {own.type} in the new store and {there[own.name].spark_type} in a lake, which would not hold"

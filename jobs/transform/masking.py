@@ -33,13 +33,28 @@ class Mask:
     bounds: bool = False
 
     def shown(self, name: str, value: Any) -> Any:
-        """Return a value as it may be shown; NULL stays visible, it is no value."""
+        """Return a value as it may be shown; NULL stays visible, it is no value (pure).
+
+        Args:
+            name: The column.
+            value: Its value.
+
+        Returns:
+            The value, or what stands for a hidden one.
+        """
         if name not in self.columns or value is None:
             return value
         return hashed(value) if name in self.key else MASK
 
     def row(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a row, or the columns of it that are there, as they may be shown."""
+        """Return a row, or the columns of it that are there, as they may be shown (pure).
+
+        Args:
+            values: Column and value.
+
+        Returns:
+            Column, and the value or what stands for it.
+        """
         return {name: self.shown(name, value) for name, value in values.items()}
 
 
@@ -49,7 +64,15 @@ def hashed(value: object) -> str:
 
 
 def of_source(table: Table, identity: Iterable[str] = ()) -> Mask:
-    """Return what of a source row is hidden."""
+    """Return what of a source row is hidden (pure).
+
+    Args:
+        table: The table of the spec.
+        identity: The columns of the replica identity.
+
+    Returns:
+        The mask of its columns.
+    """
     return Mask(frozenset(table.sensitive), tuple(identity))
 
 
@@ -61,6 +84,9 @@ def of_target(table: Table, derivations: Mapping[str, Derivation]) -> Mask:
         derivations: What fills each target column.
 
     In doubt a column is hidden: where a function of the spec's makes the rows, all are.
+
+    Returns:
+        The mask of its columns.
     """
     if not table.sensitive:
         return Mask()

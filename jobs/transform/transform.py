@@ -1,9 +1,10 @@
 """The transform: one set of Spark SQL expressions that serves backfill, replay and verification, so that they can't drift.
 
-A source row is decoded by its PostgreSQL types, reshaped by the spec's optional function and expressions, and cast to the
-target's types under ANSI rules: a value that does not fit is an error that names the table, never a NULL. A column that is
-given a new name alone (`entity_a = "from_user"`) is moved; every other source column is carried over unless `drop` names it.
-Plans are made on the driver, expressions run in tasks.
+A source row is decoded by its PostgreSQL types, and reshaped by the spec's optional function and
+expressions. Then it is cast to the target's types under ANSI rules. A value that does not fit is an
+error that names the table, never a NULL. A column that is given a new name alone (`entity_a =
+"from_user"`) is moved; every other source column is carried over unless `drop` names it. Plans are
+made on the driver, expressions run in tasks.
 """
 
 from __future__ import annotations
@@ -64,16 +65,31 @@ class Transform:
     """Target columns whose type is another one than what fills them has, and that one, Spark's."""
 
     def rows(self, frame: DataFrame, carry: Sequence[str] = (), moved: Collection[str] = ()) -> DataFrame:
-        """Return target rows for decoded source rows, those that `where` leaves out left out, and the columns in `carry`.
+        """Return target rows for decoded source rows, without those that `where` leaves out.
 
-        Source columns in `moved` hold PostgreSQL's text, which is passed on as it is.
+        Args:
+            frame: Decoded source rows.
+            carry: Further columns of the frame to keep.
+            moved: Source columns that hold PostgreSQL's text, which is passed on as it is.
+
+        Returns:
+            A lazy frame of the target's columns, then `carry`.
         """
         shaped, names = self._shaped(frame)
         kept = shaped.where(_expr(self.table.where, names)) if self.table.where else shaped
         return kept.select(*carry, *(column.alias(name) for name, column in self._columns(names, moved).items()))
 
     def images(self, frame: DataFrame, moved: Collection[str] = ()) -> DataFrame:
-        """Return target rows for decoded source rows, with the source key of each where that is kept."""
+        """Return target rows for decoded source rows, as a backfill loads them.
+
+        Args:
+            frame: Decoded source rows.
+            moved: Source columns that hold PostgreSQL's text, which is passed on as it is.
+
+        Returns:
+            A lazy frame of the target's columns, with the source key of each row where that is
+            kept.
+        """
         if not self.target.owned:
             return self.rows(frame, moved=moved)
         whole = hold(frame, self._held).withColumn(OWNER, self._owner(self._held))
@@ -90,9 +106,18 @@ class Transform:
         return F.to_json(F.struct(*(text.alias(name) for name, text in shown.items())))
 
     def uncast(self, frame: DataFrame, carry: Sequence[str] = ()) -> DataFrame:
-        """Return what `rows` does, and in `CUT` by place the texts of the values that the cast to the target's types changes.
+        """Return what `rows` does, and in `CUT` the texts of the values that the cast changes.
 
-        So a comparison with the target is one of what the source holds, though it meets the target's values in their own type.
+        So a comparison with the target is one of what the source holds, though it meets the
+        target's values in their own type.
+
+        Args:
+            frame: Decoded source rows.
+            carry: Further columns of the frame to keep.
+
+        Returns:
+            A lazy frame of the target's columns, then `carry`, then `CUT` where a cast can change
+            values, with a text for each such column by its number.
         """
         from pyspark.sql import functions as F
 
@@ -108,7 +133,11 @@ class Transform:
         return kept.select(*carry, *cut, *(column.alias(name) for name, column in self._columns(names).items()))
 
     def only_moved(self) -> frozenset[str]:
-        """Return the source columns of which one target column of the same type is all that is made."""
+        """Return the source columns of which one target column of the same type is all that is made.
+
+        Returns:
+            The columns' names.
+        """
         types = {c.name: c.type for c in self.source}
         times = Counter(one.origin for one in self.derivations.values())
         asked = self._asked(self.derivations)
@@ -121,7 +150,14 @@ class Transform:
         )  # fmt: skip
 
     def keys(self, frame: DataFrame) -> DataFrame:
-        """Return target keys for decoded source keys."""
+        """Return target keys for decoded source keys.
+
+        Args:
+            frame: Decoded source keys.
+
+        Returns:
+            A lazy frame of the target's key.
+        """
         columns = self._columns(self._held)
         return hold(frame, self._held).select(*(column.alias(name) for name, column in columns.items() if name in self.target.key))
 
@@ -135,16 +171,32 @@ class Transform:
         }
 
     def source_key(self, identity: Sequence[str]) -> tuple[str, ...] | None:
-        """Return the target key columns that hold the identity's columns unchanged, in its order, or None where one does not."""
+        """Return the target key columns that hold the identity's columns unchanged (pure).
+
+        Args:
+            identity: The columns of the replica identity.
+
+        Returns:
+            The columns, in the identity's order; None where one does not.
+        """
         moved = {self.derivations[name].origin: name for name in self.target.key}
         return tuple(moved[name] for name in identity) if set(identity) <= set(moved) else None
 
     def changes(self, events: DataFrame, epoch: int, moved: Collection[str] = (), *, every: bool = False) -> DataFrame:
-        """Return changes of the target for those of the source (`batch.last_of_each_key`): one row a key, the last by version.
+        """Return the target's changes for those of the source: one row a key, the last by version.
 
-        A delete carries the key alone. A row that `where` leaves out is a delete of its key; as in a backfill, nothing of it is
-        evaluated but the key and what `where` asks for. Source columns in `moved`, of `moved_in_stream`, are passed on as text.
-        With `every`, the events may have several of a key, and each is a row.
+        A delete carries the key alone. A row that `where` leaves out is a delete of its key; as in
+        a backfill, nothing of it is evaluated but the key and what `where` asks for.
+
+        Args:
+            events: What `batch.completed` yields.
+            epoch: The epoch of authority that stamps them.
+            moved: Source columns, of `moved_in_stream`, that are passed on as text.
+            every: Whether the events may have several of a key, each of which is a row then.
+
+        Returns:
+            A lazy frame of the target's columns, the version (epoch, LSN, ordinal), and whether the
+            key is gone.
         """
         from pyspark.sql import functions as F
 
@@ -185,18 +237,25 @@ class Transform:
         """Return the source columns outside the key of which one target column of the same type is all that is made.
 
         Arrays are not among them: the stream's are JSON.
+
+        Returns:
+            The columns' names.
         """
         asked = self._asked_of_every_row()
         return frozenset(c.name for c in self.source if c.name in self.only_moved() - asked and not c.type.endswith("[]"))
 
     def passed_on(self) -> dict[str, str] | None:
-        """Return target column -> source column where every row goes on as it is, under other names at most; None elsewhere."""
+        """Return how rows go on as they are, under other names at most (pure).
+
+        Returns:
+            Target column and source column; None where a row is reshaped.
+        """
         if self.table.where is not None or not self._one_to_one():
             return None
         types = {c.name: c.type for c in self.source}
-        found = {c.name: origin for c in self.target.columns if (origin := self.derivations[c.name].origin) is not None}
-        whole = all(c.name in found and types[found[c.name]] == c.type and passable(c.type) for c in self.target.columns)
-        return found if whole else None
+        origins = {c.name: origin for c in self.target.columns if (origin := self.derivations[c.name].origin) is not None}
+        whole = all(c.name in origins and types[origins[c.name]] == c.type and passable(c.type) for c in self.target.columns)
+        return origins if whole else None
 
     def _one_to_one(self) -> bool:
         """Return whether no two keys of the source that differ as texts can be one key of the target."""
@@ -204,7 +263,15 @@ class Transform:
         return self.source_key(names) is not None and all(WRITTEN_ONE_WAY.fullmatch(c.type) for c in self.identity)
 
     def kept(self, frame: DataFrame) -> DataFrame:
-        """Return the source rows that `where` keeps, or all of them where it speaks of what the spec's function makes."""
+        """Return the source rows that `where` keeps.
+
+        Args:
+            frame: Decoded source rows.
+
+        Returns:
+            A lazy frame of the source's columns; all rows where `where` speaks of what a function
+            makes.
+        """
         if not self.table.where or self.table.function is not None:
             return frame
         return hold(frame, self._held).where(_expr(self.table.where, self._held))
@@ -292,9 +359,22 @@ def plan(
     spark: SparkSession, spec: Spec, table: Table, source: Sequence[Column], replica_identity: Sequence[str],
     existing: Sequence[Column] | None,
 ) -> Transform:  # fmt: skip
-    """Return the transform of a table, its target's columns found by Spark's own analysis (driver, reads no row).
+    """Return the transform of a table, its types found by Spark's own analysis (driver, reads no row).
 
-    `existing` are the columns of a target table that is already there; raises SpecError or UnsafePlan with every reason.
+    Args:
+        spark: The Spark session.
+        spec: The migration's spec.
+        table: The table of the spec.
+        source: The source table's columns.
+        replica_identity: The columns by which the stream tells a row from others.
+        existing: The columns of a target table that is there already, None where there is none.
+
+    Returns:
+        The transform.
+
+    Raises:
+        SpecError: An expression is not valid, or not the same at each run.
+        UnsafePlan: Something stands against the plan; it has every reason.
     """
     wanted = derivations(table, source)
     _require_stable(spec, table, wanted)
@@ -302,19 +382,19 @@ def plan(
     shaped = load_function(table.function)(frame) if table.function else frame
     names = held(shaped.columns)
     row = hold(shaped, names)
-    found = {name: _spark_type(spec, table, f"columns.{name}", row, names, one) for name, one in wanted.items()}
+    spark_types = {name: _spark_type(spec, table, f"columns.{name}", row, names, one) for name, one in wanted.items()}
     if table.where is not None:
         _spark_type(spec, table, "where", row, names, Derivation(table.where))
     schema, name = table.target_name
     columns = (
-        _existing_columns(spec, table, existing, found)
+        _existing_columns(spec, table, existing, spark_types)
         if existing is not None
-        else _new_columns(spec, table, source, wanted, found)
+        else _new_columns(spec, table, source, wanted, spark_types)
     )
     _require_key(spark, spec, table, source, replica_identity, wanted, [c.name for c in columns])
     by_name = {c.name: c for c in source}
     whole = TargetTable(schema, name, tuple(columns), table.key, owned(table, wanted, replica_identity))
-    casts = {c.name: given for c in columns if (given := found[c.name]) != c.spark_type and given not in PARSED}
+    casts = {c.name: given for c in columns if (given := spark_types[c.name]) != c.spark_type and given not in PARSED}
     return Transform(table, tuple(source), whole, wanted, tuple(by_name[name] for name in replica_identity), casts=casts)
 
 
@@ -359,28 +439,28 @@ def _filled(derivation: Derivation, names: Mapping[str, str]) -> SparkColumn:
 
 
 def _require_stable(spec: Spec, table: Table, wanted: Mapping[str, Derivation]) -> None:
-    for place, text in [*((name, one.expression) for name, one in wanted.items()), ("where", table.where or "")]:
+    for setting, text in [*((name, one.expression) for name, one in wanted.items()), ("where", table.where or "")]:
         bare = re.sub(r"'(?:[^']|'')*'|`[^`]*`", "", text)  # a literal or a quoted column may say now
         match = UNSTABLE.search(bare)
         if match:
-            raise SpecError(spec.path, f"table {table.source}: {place}", f"{match[1]} gives another value at each run")
+            raise SpecError(spec.path, f"table {table.source}: {setting}", f"{match[1]} gives another value at each run")
 
 
-def _existing_columns(spec: Spec, table: Table, existing: Sequence[Column], found: Mapping[str, str]) -> list[Column]:
+def _existing_columns(spec: Spec, table: Table, existing: Sequence[Column], spark_types: Mapping[str, str]) -> list[Column]:
     """The target's own columns and types count; every one that the transform does not fill must be able to stay empty."""
     names = {c.name for c in existing}
-    reasons = [f"target table {table.target} has no column {name}" for name in found if name not in names]
+    reasons = [f"target table {table.target} has no column {name}" for name in spark_types if name not in names]
     reasons += [f"column {c.name} of target table {table.target} is NOT NULL and nothing fills it" for c in existing
-                if c.not_null and c.name not in found]  # fmt: skip
+                if c.not_null and c.name not in spark_types]  # fmt: skip
     reasons += [f"column {c.name} of target table {table.target} has the type {c.type}, which is not proven exact"
-                for c in existing if c.name in found and not c.spark_type]  # fmt: skip
+                for c in existing if c.name in spark_types and not c.spark_type]  # fmt: skip
     if reasons:
         raise UnsafePlan(tuple(reasons))
-    return [c for c in existing if c.name in found]
+    return [c for c in existing if c.name in spark_types]
 
 
 def _new_columns(
-    spec: Spec, table: Table, source: Sequence[Column], wanted: Mapping[str, Derivation], found: Mapping[str, str]
+    spec: Spec, table: Table, source: Sequence[Column], wanted: Mapping[str, Derivation], spark_types: Mapping[str, str]
 ) -> list[Column]:
     """A moved or carried column keeps its PostgreSQL type; a computed one gets the type of its Spark result."""
     by_name = {c.name: c for c in source}
@@ -390,10 +470,11 @@ def _new_columns(
             raise SpecError(spec.path, f"table {table.source}: key", f"nothing fills the key column {name}")
         derived = wanted[name].origin
         origin = by_name[derived] if derived is not None else None
-        type_name = origin.type if origin else postgres_type(found[name])
+        type_name = origin.type if origin else postgres_type(spark_types[name])
         if type_name is None:
-            raise SpecError(spec.path, f"table {table.source}: columns.{name}", f"gives {found[name]}, which no column can hold")
-        spark_type = origin.spark_type if origin else found[name]
+            problem = f"gives {spark_types[name]}, which no column can hold"
+            raise SpecError(spec.path, f"table {table.source}: columns.{name}", problem)
+        spark_type = origin.spark_type if origin else spark_types[name]
         not_null = name in table.key or (origin is not None and origin.not_null)
         columns.append(Column(name, type_name, spark_type, not_null))
     return columns

@@ -77,6 +77,8 @@ __all__ = [
 def spark_session(name: str, *, cores: int | None = None, memory: str = "2g", scratch: Path | None = None) -> SparkSession:
     """Return the Spark session that the other functions take, with Delta and the settings that correctness needs.
 
+    Runs on the driver.
+
     Args:
         name: The application's name in Spark.
         cores: Cores of a local Spark, all unless given; under spark-submit the cluster's count.
@@ -100,6 +102,8 @@ def spark_session(name: str, *, cores: int | None = None, memory: str = "2g", sc
 def init(dsn: str, table: str) -> str:
     """Return a spec for a live table, ready to be edited.
 
+    Runs on the driver, without Spark.
+
     Args:
         dsn: `env:NAME`, the environment variable that holds the DSN, or a DSN without a password.
         table: The table, as `schema.name`.
@@ -119,6 +123,8 @@ def init(dsn: str, table: str) -> str:
 def check(spec: Spec, spark: Callable[[], SparkSession]) -> Preflight:
     """Look at both sides, bring no row the whole way, and say whether the plan is safe; nothing is changed.
 
+    Runs on the driver.
+
     Args:
         spec: The spec.
         spark: Gives the Spark session; it is asked only where nothing stands against the plan so far.
@@ -136,7 +142,19 @@ def check(spec: Spec, spark: Callable[[], SparkSession]) -> Preflight:
 
 
 def notes(spec: Spec) -> list[str]:
-    """Return what a person should know of reverse replication of each table, each a sentence."""
+    """Return what a person should know of reverse replication of each table.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec.
+
+    Returns:
+        Sentences: why a table has no reverse replication, and what acts on its rows.
+
+    Raises:
+        ServerUnavailable: A server can't be reached.
+    """
     from changeover.jobs.preflight import obstacles
 
     return obstacles.notes(spec)
@@ -144,6 +162,11 @@ def notes(spec: Spec) -> list[str]:
 
 def prove(spec: Spec) -> list[Outcome]:
     """Replay the races on both servers, in a scratch schema, with tombstones and without; no table of yours is touched.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec.
 
     Returns:
         One outcome a race; `with_tombstones` is empty wherever the gate holds.
@@ -158,7 +181,13 @@ def prove(spec: Spec) -> list[Outcome]:
 
 
 def plan() -> tuple[Step, ...]:
-    """Return the steps that `run` walks, with the locks that each takes in the old store."""
+    """Return the steps that `run` walks, with the locks that each takes in the old store.
+
+    Runs anywhere: no store is asked.
+
+    Returns:
+        The steps in their order.
+    """
     from changeover.pipeline import STEPS
 
     return STEPS
@@ -170,13 +199,19 @@ def plan() -> tuple[Step, ...]:
 def run(spec: Spec, spark: Callable[[], SparkSession], *, say: Callable[[str], None] = lambda line: None) -> Run:
     """Do everything from check to verify; run it again after whatever stopped it, and nothing is done twice.
 
+    Runs on the driver.
+
     Args:
         spec: The spec.
         spark: Gives the Spark session.
-        say: Is told a line as each step begins and ends.
+        say: Gets a line as each step begins and ends.
 
     Returns:
         The seconds of each step, and the verdicts.
+
+    Raises:
+        UnsafePlan: The plan is not safe.
+        ChangeoverError: What a step raises; the steps before it are done.
     """
     from changeover.pipeline import run as act
 
@@ -185,6 +220,8 @@ def run(spec: Spec, spark: Callable[[], SparkSession], *, say: Callable[[str], N
 
 def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False) -> Prepared:
     """Make publication, slot, kept snapshot, ledger, target tables and gates; a second call changes nothing.
+
+    Runs on the driver.
 
     Args:
         spec: The spec.
@@ -209,6 +246,8 @@ def capture(
 ) -> CaptureResult:
     """Bring the change stream into the spool until stopped: the one long-lived service.
 
+    Runs on the driver, without Spark.
+
     Args:
         spec: The spec.
         until: Is asked after each append and five times a second, and ends the service when it is true.
@@ -231,6 +270,8 @@ def capture(
 
 def backfill(spec: Spec, spark: SparkSession, targets: Sequence[str] | None = None) -> list[Loaded]:
     """Load all pending chunks and close the tables.
+
+    Runs on the driver; the chunks are loaded in tasks.
 
     Args:
         spec: The spec.
@@ -260,6 +301,8 @@ def replay(
 ) -> Replayed:
     """Offer what was spooled to each target, and back to the old store, until caught up.
 
+    Runs on the driver; what is offered to a lake is merged in tasks.
+
     Args:
         spec: The spec.
         spark: The Spark session.
@@ -284,15 +327,17 @@ def verify(
     spark: SparkSession,
     *,
     targets: Sequence[str] | None = None,
-    found: Callable[[Verdict], object] | None = None,
+    on_verdict: Callable[[Verdict], object] | None = None,
 ) -> list[Verdict]:
     """Compare every row of both sides at one position, and put the verdicts on record.
+
+    Runs on the driver; the rows are compared in tasks.
 
     Args:
         spec: The spec.
         spark: The Spark session.
         targets: Names of targets, all unless given.
-        found: Is told each verdict when it is on record.
+        on_verdict: Gets each verdict when it is on record.
 
     Returns:
         One verdict a table and target; a row that differs is data in it, and no error.
@@ -303,11 +348,22 @@ def verify(
     """
     from changeover.verifiers.verification import verify as act
 
-    return act(spec, spark, targets=targets, found=found)
+    return act(spec, spark, targets=targets, on_verdict=on_verdict)
 
 
 def write_report(path: Path, verdicts: Sequence[Verdict]) -> None:
-    """Write verdicts as one HTML page; the folder is made where it is not there."""
+    """Write verdicts as one HTML page; the folder is made where it is not there.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        path: The page's file.
+        verdicts: What `verify` returned, one at least.
+
+    Raises:
+        ValueError: There is no verdict, which is not the same as equal.
+        OSError: The file can't be written.
+    """
     from changeover.verifiers.report import write_html
 
     write_html(path, verdicts)
@@ -318,6 +374,14 @@ def write_report(path: Path, verdicts: Sequence[Verdict]) -> None:
 
 def status(spec: Spec) -> Status:
     """Return where the migration is: chunks, positions, lag, authority and verdicts.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec.
+
+    Returns:
+        Counts of rows, chunks and seconds; positions as LSNs; lag in bytes of WAL; the verdicts.
 
     Raises:
         StepOrder: Nothing was prepared.
@@ -331,9 +395,14 @@ def status(spec: Spec) -> Status:
 def problems(status: Status, behind: int | None = None) -> list[str]:
     """Return what needs somebody's attention, each a line; none means that all is well.
 
+    Runs on the driver.
+
     Args:
         status: What `status` returned.
         behind: How far capture and replay may be behind, in bytes of WAL.
+
+    Returns:
+        The lines.
     """
     from changeover.jobs.health import LAG_BYTES
     from changeover.jobs.health import problems as act
@@ -344,10 +413,15 @@ def problems(status: Status, behind: int | None = None) -> list[str]:
 def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Story:
     """Tell the story of one row: its chunk, its cell, its spooled events, its images and its stage.
 
+    Runs on the driver.
+
     Args:
         spec: The spec.
         key: The target's key, a text for each column.
         table: The table, where several have a key of as many columns.
+
+    Returns:
+        The story, with its parts by name; values of sensitive columns are left out.
 
     Raises:
         SpecError: No table has such a key, or a value is none of its column's type.
@@ -360,6 +434,14 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
 
 def history(spec: Spec) -> list[tuple[datetime, str, str, Mapping[str, Any]]]:
     """Return the record of all runs, newest first: when, which step, how it ended, and what it put on record.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec.
+
+    Returns:
+        One entry a run: the moment, the step, the outcome, and the details on record.
 
     Raises:
         StepOrder: Nothing was prepared.
@@ -375,7 +457,20 @@ def history(spec: Spec) -> list[tuple[datetime, str, str, Mapping[str, Any]]]:
 
 
 def show(spec: Spec) -> Shown:
-    """Return the stage, who has authority, and go or no-go for the next step with every reason."""
+    """Return where the hand-over stands, and what is missing for the next step.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec, with a `[flag]`.
+
+    Returns:
+        The stage, who has authority, and every reason against the next step.
+
+    Raises:
+        SpecError: The spec has no flag, or the flag's file can't be read.
+        ServerUnavailable: A server can't be reached.
+    """
     from changeover.flags.cutover.commands import show as act
 
     return act(spec)
@@ -386,15 +481,20 @@ def advance(
 ) -> Advanced:
     """Go one stage up, if the evidence says that it is ready.
 
+    Runs on the driver, without Spark.
+
     Args:
         spec: The spec.
         to: The stage that is meant, where it has to be that one.
         override: Why to go without the evidence; it is logged.
         tenants: Only the rows of these, from shadow to live.
 
+    Returns:
+        The stages before and after, the epoch, and the seconds for which writers waited.
+
     Raises:
-        GateClosed: The evidence does not hold; the error has every reason.
-        FenceCalledOff: Writers would have waited too long, so they go on, and the flag is turned back.
+        NotReady: The evidence does not hold; the error has every reason.
+        FenceCalledOff: Writers would have waited too long, so they go on, and the flag is switched back.
     """
     from changeover.flags.cutover.commands import advance as act
 
@@ -404,13 +504,18 @@ def advance(
 def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanced:
     """Go one stage down; no evidence is asked for.
 
+    Runs on the driver, without Spark.
+
     Args:
         spec: The spec.
         tenants: Only the rows of these, from live to shadow.
 
+    Returns:
+        The stages before and after, the epoch, and the seconds for which writers waited.
+
     Raises:
         Refused: The stage is off, or complete was reached.
-        FenceCalledOff: Writers would have waited too long, so they go on, and the flag is turned back.
+        FenceCalledOff: Writers would have waited too long, so they go on, and the flag is switched back.
     """
     from changeover.flags.cutover.commands import rollback as act
 
@@ -418,16 +523,22 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
 
 
 def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:
-    """Follow a flag that is turned elsewhere: ask for readiness, fence, and write the epoch, until stopped.
+    """Follow a flag that is switched elsewhere: ask for readiness, fence, and write the epoch, until stopped.
+
+    Runs on the driver, without Spark.
 
     Args:
         spec: The spec.
         stop: Ends it when it is set, as Ctrl-C and SIGTERM do.
         every: Seconds between two looks at the flag.
-        say: Is told a sentence for each turn, and for each reason against one.
+        say: Gets a sentence for each switch, and for each reason against one.
 
     Returns:
         Whether a signal ended it.
+
+    Raises:
+        StepOrder: Nothing was prepared.
+        SpecError: The spec has no flag, or the flag's file can't be read.
     """
     from changeover.flags.cutover.commands import watch as act
 
@@ -439,6 +550,11 @@ def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callabl
 
 def finalize(spec: Spec) -> list[str]:
     """End the migration: everything of ours is dropped, and no table of yours.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec.
 
     Returns:
         What was removed, each a line.
@@ -454,6 +570,11 @@ def finalize(spec: Spec) -> list[str]:
 def abort(spec: Spec) -> list[str]:
     """Undo all that prepare made; the old store is as it was.
 
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec.
+
     Returns:
         What was removed, each a line.
 
@@ -466,14 +587,38 @@ def abort(spec: Spec) -> list[str]:
 
 
 def leftovers(spec: Spec) -> list[str]:
-    """Return everything of the migration that is still in the old store, and what is left of its reverse replication."""
+    """Return what of the migration is still in the stores.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec.
+
+    Returns:
+        Lines: each object in the old store, and what reverse replication left in the new one.
+
+    Raises:
+        ServerUnavailable: A server can't be reached.
+    """
     from changeover.jobs.install.leftovers import leftovers as act
 
     return act(spec)
 
 
 def kept(spec: Spec) -> Kept:
-    """Return what rows are still kept after the end: differences, samples, scratch, old files of a lake."""
+    """Return what rows are still kept after the end: differences, samples, scratch, old files of a lake.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec.
+
+    Returns:
+        Folders, verdicts, chunks and files of lakes that hold rows.
+
+    Raises:
+        ServerUnavailable: A server can't be reached.
+    """
     from changeover.jobs.purge import kept as act
 
     return act(spec)
@@ -481,6 +626,11 @@ def kept(spec: Spec) -> Kept:
 
 def purge(spec: Spec) -> Kept:
     """Remove the rows that are still kept after the end.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec.
 
     Returns:
         What was removed.

@@ -1,8 +1,9 @@
 """Everything that can go wrong, as one tree of exceptions.
 
-Each class carries its inputs as fields, builds one sentence from them (what, where, what to do), knows the exit code of the
-command line and whether a retry may help (`transient`), and survives a pickle round trip, because Spark sends exceptions
-from tasks to the driver. A wrong row is never an exception: it is data in a verdict.
+Each class carries its inputs as fields and builds one sentence from them: what, where, what to do.
+It knows the exit code of the command line and whether a retry may help (`transient`). It survives a
+pickle round trip, because Spark sends exceptions from tasks to the driver. A wrong row is never an
+exception: it is data in a verdict.
 
     ChangeoverError                    3
     ├── UsageError                     2   the request itself is wrong
@@ -12,7 +13,7 @@ from tasks to the driver. A wrong row is never an exception: it is data in a ver
     ├── Refused                        1   the answer is no
     │   ├── UnsafePlan                     the preflight found reasons
     │   ├── TargetNotEmpty                 a target table had rows before prepare
-    │   ├── GateClosed                     the evidence for the next stage does not hold
+    │   ├── NotReady                       the evidence for the next stage does not hold
     │   └── TableStopped                   a table met what this version does not carry
     ├── CouldNotFinish                 3   nothing is lost, run it again
     │   ├── ServerUnavailable              a connection failed or broke
@@ -26,7 +27,7 @@ from tasks to the driver. A wrong row is never an exception: it is data in a ver
     │   ├── SpoolGap                       the slot is ahead of the durable spool
     │   ├── LeaseHeld                      another run of the same step is alive
     │   ├── CouldNotCheck                  a comparison that has no answer
-    │   ├── FenceCalledOff                 the hand-over took longer than max_pause
+    │   ├── FenceCalledOff                 the handover took longer than max_pause
     │   ├── RowRefused                     a row can't be represented in the target
     │   ├── FolderFailed                   a folder is full, read-only, gone or not ours
     │   ├── JavaMissing                    Spark can't start
@@ -235,11 +236,11 @@ class LockNotGranted(CouldNotFinish):
     """A bounded wait for a lock ended without it."""
 
     server: str
-    wanted: str
+    lock: str
     holder: str
 
     def __str__(self) -> str:
-        return f"{self.server}: no {self.wanted} within the limit, held up by {self.holder}: run again when that has ended"
+        return f"{self.server}: no {self.lock} within the limit, held up by {self.holder}: run again when that has ended"
 
 
 @dataclass(eq=False)
@@ -326,7 +327,7 @@ class CouldNotCheck(CouldNotFinish):
 
 @dataclass(eq=False)
 class FenceCalledOff(CouldNotFinish):
-    """The hand-over took longer than allowed; writers went on where they were."""
+    """The handover took longer than allowed; writers went on where they were."""
 
     seconds: float
     waiting_for: str
@@ -343,13 +344,13 @@ class RowRefused(CouldNotFinish):
     """A row can't be represented in the target."""
 
     table: str
-    place: str
+    where: str
     problem: str
     transient: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return (
-            f"table {self.table}, {self.place}: a row can't be carried over ({self.problem}): correct it in the source, then run"
+            f"table {self.table}, {self.where}: a row can't be carried over ({self.problem}): correct it in the source, then run"
             f" the same command again, which goes on from there"
         )
 
@@ -372,12 +373,12 @@ class FolderFailed(CouldNotFinish):
 class JavaMissing(CouldNotFinish):
     """Spark needs a Java runtime and none fits."""
 
-    found: str
+    problem: str
     command: str
     transient: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        return f"Spark needs Java 17 or later and {self.found}: install it with `{self.command}` or set JAVA_HOME"
+        return f"Spark needs Java 17 or later and {self.problem}: install it with `{self.command}` or set JAVA_HOME"
 
 
 @dataclass(eq=False)

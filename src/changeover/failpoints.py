@@ -1,7 +1,7 @@
 """Failpoints: named points of the pipeline at which a test stops a run to kill it, as its users' machines will.
 
 `reach` does nothing unless the environment names the point: then it writes a file, so that the test knows, and waits to be
-killed. The points are part of the resume contract (ARCHITECTURE.md), so their names do not change lightly.
+killed. The points are part of the resume contract (`docs/internals/invariants.md`), so their names do not change lightly.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ VARIABLE = "CHANGEOVER_WAIT_AT"
 
 def reach(point: str, detail: object = "") -> None:
     """Pass a named point (driver or task)."""
-    wanted, _, file = os.environ.get(VARIABLE, "").partition(":")
-    if wanted != point:
+    chosen, _, file = os.environ.get(VARIABLE, "").partition(":")
+    if chosen != point:
         return
     with Path(file).open("a", encoding="utf-8") as reached:  # tasks of one run may arrive together
         reached.write(f"{point} {detail}\n")

@@ -1,7 +1,8 @@
 """Names: how a user's column or table of any name stands beside ours, in Spark, in the catalogue, in a spec and in a folder.
 
-Whatever PostgreSQL takes for a name may have been taken. So everything of ours that can stand beside a user's columns bears one
-reserved prefix, frames of ours know columns by their places, and every spelling has one reader: two tables are never one.
+Whatever PostgreSQL takes for a name may have been taken. So everything of ours that can stand
+beside a user's columns bears one reserved prefix. Frames of ours know columns by their positions.
+Every spelling has one reader: two tables are never one.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def segment(name: str) -> str:
 
     It is percent-encoded, but with a tilde for the percent sign, which delta-rs decodes once more when it reads a table.
     """
-    safe = re.sub(r"[^A-Za-z0-9_.-]", lambda found: "".join(f"~{byte:02X}" for byte in found[0].encode()), name)
+    safe = re.sub(r"[^A-Za-z0-9_.-]", lambda match: "".join(f"~{byte:02X}" for byte in match[0].encode()), name)
     return f"~2E{safe[1:]}" if safe.startswith(".") else safe
 
 
@@ -90,10 +91,10 @@ def qualified(name: str) -> tuple[str, str]:
     quotes as in SQL: ``public."a.b"``.
     """
     parts, at = [], 0
-    while (found := PART.match(name, at)) is not None:
-        parts.append(found["plain"] or found["quoted"].replace('""', '"'))
-        at = found.end() + 1
-        if name[found.end() : at] != ".":
+    while (match := PART.match(name, at)) is not None:
+        parts.append(match["plain"] or match["quoted"].replace('""', '"'))
+        at = match.end() + 1
+        if name[match.end() : at] != ".":
             break
     if at <= len(name) or "\0" in name or len(parts) not in (1, 2):
         raise UsageError(f'{name!r} names no table: write schema.table, a part with a dot or a quote in it as in public."a.b"')

@@ -53,7 +53,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     say: Callable[[str], None] = lambda line: None
-    done: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Step:
 
 
 def _check(run: Run) -> None:
-    found = rehearsed(run.spec, run.spark)
-    run.done["estimate"] = sum(table.rows for table in found.tables.values())
-    if found.reasons and not _prepared(run.spec):
-        raise UnsafePlan(tuple(found.reasons))
+    checked = rehearsed(run.spec, run.spark)
+    run.results["estimate"] = sum(table.rows for table in checked.tables.values())
+    if checked.reasons and not _prepared(run.spec):
+        raise UnsafePlan(tuple(checked.reasons))
 
 
 def _prepared(spec: Spec) -> bool:
@@ -85,13 +85,13 @@ def prepare(spec: Spec, spark: SparkSession, *, anew: bool = False, rehearse: bo
     was begun so and did not come to its end is brought there in any case. Without `rehearse` the caller has done so.
     """
     with Ledger.open(spec, "prepare") as ledger:
-        there = ledger.exists()
-        again = there and (anew or ledger.begun() is not None)
-    if rehearse and not there and (reasons := rehearsed(spec, lambda: spark).reasons):
+        exists = ledger.exists()
+        again = exists and (anew or ledger.begun() is not None)
+    if rehearse and not exists and (reasons := rehearsed(spec, lambda: spark).reasons):
         raise UnsafePlan(tuple(reasons))
     made = restarting.restart(spec, spark) if again else preparing.prepare(spec, spark)
     if spec.flag is not None:
-        flag, file = cutover.flag_of(spec)
+        flag, file = cutover.flag_and_file(spec)
         if not file.exists():
             with working(file.parent):
                 folders.made(file.parent, spec.mode)
@@ -104,24 +104,24 @@ def _prepare(run: Run) -> None:
 
 
 def _capture(run: Run) -> None:
-    run.done["capture_pid"] = start_capture(run.spec)
+    run.results["capture_pid"] = start_capture(run.spec)
 
 
 def _backfill(run: Run) -> None:
-    """Load with replay beside it; the first turn of replay comes before the first chunk, so that tombstones are there."""
+    """Load with replay beside it; the first round of replay comes before the first chunk, so that tombstones are there."""
     with replay_beside(run.spec, run.spark()), progress(run.spec, run.spec.name):
-        run.done["loads"] = backfilling.backfill(run.spec, run.spark())
+        run.results["loads"] = backfilling.backfill(run.spec, run.spark())
 
 
 def _replay(run: Run) -> None:
-    run.done["replayed"] = replaying.replay(run.spec, run.spark())
+    run.results["replayed"] = replaying.replay(run.spec, run.spark())
 
 
 def _verify(run: Run) -> None:
-    def found(verdict: Verdict) -> None:
+    def report(verdict: Verdict) -> None:
         run.say(f"verify: {verdict.table} in {verdict.target}: {verdict.word}, {verdict.source_rows:,} rows")
 
-    run.verdicts = verify(run.spec, run.spark(), found=found)
+    run.verdicts = verify(run.spec, run.spark(), on_verdict=report)
 
 
 STEPS: tuple[Step, ...] = (

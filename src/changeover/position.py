@@ -1,9 +1,10 @@
 """The version axis: every image and every event has one place on it.
 
-A version is `(epoch, lsn, ordinal)`, compared in that order. Events of the change stream carry the commit LSN of their
-transaction and an even or odd ordinal from 0 up; a backfill image carries `(epoch, L0, -1)`, of the epoch in which the copy
-began, and so lies below every event of its stream, whatever snapshot it was read under; a direct dual write carries the LSN
-read in its own source transaction and ordinal -1. An LSN is an `int` in Python and Spark and `pg_lsn` in PostgreSQL.
+A version is `(epoch, lsn, ordinal)`, compared in that order. Events of the change stream carry the
+commit LSN of their transaction and an even or odd ordinal from 0 up. A backfill image carries
+`(epoch, L0, -1)`, of the epoch in which the copy began. So it lies below every event of its stream,
+whatever snapshot it was read under. A direct dual write carries the LSN read in its own source
+transaction and ordinal -1. An LSN is an `int` in Python and Spark and `pg_lsn` in PostgreSQL.
 """
 
 from __future__ import annotations

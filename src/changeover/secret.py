@@ -1,7 +1,7 @@
 """A DSN as the spec has it: a name of an environment variable, or a DSN that holds no secret.
 
-The variable is read when the DSN is used, and its value is never kept, printed or hashed; what is no DSN is refused in a sentence
-that repeats none of it.
+The variable is read when the DSN is used, and its value is never kept, printed or hashed. What is
+no DSN is refused in a sentence that repeats none of it.
 """
 
 from __future__ import annotations

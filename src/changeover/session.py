@@ -1,8 +1,9 @@
 """Sessions with PostgreSQL: the one place where they are made and pinned.
 
-Every PostgreSQL session of ours, the walsender's and Spark's JDBC ones too, has the values of `settings.PINNED`, so that nothing of
-what it reads, writes or waits for depends on a server's, a role's or the environment's settings; one that does not hold them is
-refused. It bears `changeover:<migration>:<step>` as its application name. Nothing here runs at import.
+Every PostgreSQL session of ours, the walsender's and Spark's JDBC ones too, has the values of
+`settings.PINNED`. So what it reads, writes or waits for depends on no setting of a server, a role
+or the environment. A session that does not hold them is refused. It bears
+`changeover:<migration>:<step>` as its application name. Nothing here runs at import.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from changeover import settings as pins
 from changeover.errors import ChangeoverError, DatabaseFailed, LockNotGranted, RowsHidden, ServerUnavailable, TextRefused
+from changeover.position import parse_lsn
 from changeover.settings import Kind
 
 Row = tuple[Any, ...]
@@ -56,7 +58,7 @@ def server_name(dsn: str) -> str:
 
 def _defaults() -> dict[str, str]:
     """Return what libpq takes from the environment where a DSN says nothing."""
-    return {one.keyword.decode(): one.val.decode() for one in pq.Conninfo.get_defaults() if one.val and one.envvar}
+    return {option.keyword.decode(): option.val.decode() for option in pq.Conninfo.get_defaults() if option.val and option.envvar}
 
 
 def connect(
@@ -72,21 +74,21 @@ def connect(
 
     `kind` says whose statements it runs: what is pinned goes by that.
     """
-    wanted = {**pins.pinned(kind), **(settings or {})}
+    values = {**pins.pinned(kind), **(settings or {})}
     conninfo = make_conninfo(
         dsn,
         application_name=application,
         connect_timeout=str(CONNECT_TIMEOUT),
-        client_encoding=wanted["client_encoding"],
-        options=options_of(dsn, wanted),
+        client_encoding=values["client_encoding"],
+        options=options_of(dsn, values),
         **({"replication": "database"} if replication else {}),
     )
     try:
         connection = psycopg.connect(conninfo, autocommit=autocommit)
     except psycopg.OperationalError as error:
-        said = _first_line(error)
-        hint = f"; {NO_POOLER}" if "unsupported startup parameter" in said else ""  # pgbouncer's words
-        raise ServerUnavailable(server_name(dsn), f"{said}{hint}") from error
+        message = _first_line(error)
+        hint = f"; {NO_POOLER}" if "unsupported startup parameter" in message else ""  # pgbouncer's words
+        raise ServerUnavailable(server_name(dsn), f"{message}{hint}") from error
     try:
         _pin(connection, dsn, kind, settings or {})
     except BaseException:
@@ -108,9 +110,9 @@ def _given_options(dsn: str) -> str | None:
     if "options" in parts or not (parts.get("service") or os.environ.get("PGSERVICE")):
         return str(parts.get("options") or os.environ.get("PGOPTIONS") or "") or None
     begun = pq.PGconn.connect_start(dsn.encode())  # it reads the service file first
-    found = next((one.val for one in begun.info if one.keyword == b"options"), None)
+    options = next((option.val for option in begun.info if option.keyword == b"options"), None)
     begun.finish()
-    return found.decode() if found else None
+    return options.decode() if options else None
 
 
 OURS_OR_FILES = frozenset(
@@ -122,9 +124,10 @@ OURS_OR_FILES = frozenset(
 def settled(dsn: str, connection: Connection) -> str:
     """Return the DSN of a session in words that mean the same elsewhere: tasks have not the driver's files and environment."""
     wire = connection.pgconn
-    told = {one.keyword.decode(): one.val.decode() for one in wire.info if one.val and one.val != one.compiled}
-    told |= {"password": wire.password.decode(), "options": _given_options(dsn) or ""}
-    return make_conninfo("", **{name: value for name, value in told.items() if value and name not in OURS_OR_FILES})
+    options = [option for option in wire.info if option.val and option.val != option.compiled]
+    parameters = {option.keyword.decode(): option.val.decode() for option in options if option.val}
+    parameters |= {"password": wire.password.decode(), "options": _given_options(dsn) or ""}
+    return make_conninfo("", **{name: value for name, value in parameters.items() if value and name not in OURS_OR_FILES})
 
 
 FROM_ENVIRONMENT = ("TimeZone", "DateStyle")
@@ -135,15 +138,15 @@ def _pin(connection: Connection, dsn: str, kind: Kind, given: Mapping[str, str])
     """Pin what the options could not, and look whether all of it holds, in one round trip; `given` is the caller's own."""
     first = pins.pinned(kind)
     after = {**{name: first[name] for name in FROM_ENVIRONMENT}, **pins.later(connection.info.server_version, kind)}
-    wanted = {name: value for name, value in {**first, **after}.items() if name not in given}
+    expected = {name: value for name, value in {**first, **after}.items() if name not in given}
     after = {name: value for name, value in after.items() if name not in given}
-    query = sql.SQL("{}; {}").format(pins.statements(after), pins.deviations(wanted))
+    query = sql.SQL("{}; {}").format(pins.statements(after), pins.deviations(expected))
     with speaking_to(dsn, "pinning a session's settings"):
         result = connection.pgconn.exec_(query.as_bytes(connection))
         if result.status != pq.ExecStatus.TUPLES_OK:
             raise psycopg.errors.error_from_result(result)
     if result.ntuples:
-        name, value = ((result.get_value(0, place) or b"").decode() for place in (0, 1))
+        name, value = ((result.get_value(0, column) or b"").decode() for column in (0, 1))
         raise ServerUnavailable(server_name(dsn), f"the session has {name} = {value} whatever we set: {NO_POOLER}")
 
 
@@ -161,18 +164,18 @@ def speaking_to(dsn: str, doing: str) -> Iterator[None]:
 
 def failure(dsn: str, doing: str, error: psycopg.Error) -> ChangeoverError:
     """Return an error of psycopg as ours."""
-    server, said = server_name(dsn), _first_line(error)
+    server, message = server_name(dsn), _first_line(error)
     if isinstance(error, psycopg.errors.LockNotAvailable):
-        return LockNotGranted(server, f"lock for {doing}", said)
+        return LockNotGranted(server, f"lock for {doing}", message)
     if isinstance(error, psycopg.errors.AdminShutdown | psycopg.errors.CrashShutdown | psycopg.errors.CannotConnectNow):
-        return ServerUnavailable(server, said)
+        return ServerUnavailable(server, message)
     if error.sqlstate is None:  # no answer of a server: the connection itself failed
-        return ServerUnavailable(server, said)
+        return ServerUnavailable(server, message)
     if hides_rows(error):
-        return RowsHidden(server, role_of(dsn), said)
+        return RowsHidden(server, role_of(dsn), message)
     if isinstance(error, psycopg.errors.CharacterNotInRepertoire | psycopg.errors.UntranslatableCharacter):
-        return TextRefused(server, doing, "; ".join([said, *WHERE.findall(error.diag.context or "")]))
-    return DatabaseFailed(server, doing, said)
+        return TextRefused(server, doing, "; ".join([message, *WHERE.findall(error.diag.context or "")]))
+    return DatabaseFailed(server, doing, message)
 
 
 WHERE = re.compile(r"column \S+(?=:)|associated LSN \S+")
@@ -203,3 +206,38 @@ def encoding_of(connection: Connection) -> str:
 def has_no_encoding(connection: Connection) -> bool:
     """Return whether a server takes any bytes as text."""
     return encoding_of(connection) == NO_ENCODING
+
+
+def one_row(cursor: psycopg.Cursor[Row]) -> Row:
+    """Return the row of a statement that always has one (driver, task or application).
+
+    Args:
+        cursor: What `execute` returned.
+
+    Returns:
+        The next row, as a tuple of the statement's columns.
+
+    Raises:
+        DatabaseFailed: The statement returned no row.
+    """
+    row = cursor.fetchone()
+    if row is None:
+        raise DatabaseFailed(
+            server_name(cursor.connection.info.dsn), "answering a query that has one row", f"there is none ({cursor.statusmessage})"
+        )
+    return row
+
+
+def wal_position(connection: Connection) -> int:
+    """Return where a server's log is now.
+
+    Args:
+        connection: An open session with the server; it must not be a standby.
+
+    Returns:
+        The insert LSN in bytes. What is visible now lies below it; what commits later lies at it or above.
+
+    Raises:
+        DatabaseFailed: The server gave no position.
+    """
+    return parse_lsn(one_row(connection.execute("SELECT pg_current_wal_insert_lsn()::text"))[0])

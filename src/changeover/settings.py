@@ -172,17 +172,17 @@ LEFT: Mapping[str, tuple[str, ...]] = {
 
 def pinned(kind: Kind = Kind.OURS) -> dict[str, str]:
     """Return what a session pins as it begins: all that every server knows."""
-    return {one.name: one.value for one in PINNED if not one.since and kind in one.kinds}
+    return {setting.name: setting.value for setting in PINNED if not setting.since and kind in setting.kinds}
 
 
 def later(version: int, kind: Kind = Kind.OURS) -> dict[str, str]:
     """Return what a session pins once its server's version is known."""
-    return {one.name: one.value for one in PINNED if 0 < one.since <= version and kind in one.kinds}
+    return {setting.name: setting.value for setting in PINNED if 0 < setting.since <= version and kind in setting.kinds}
 
 
 def output() -> dict[str, str]:
     """Return the settings by which carried values read as text."""
-    return {one.name: one.value for one in PINNED if one.name in OUTPUT}
+    return {setting.name: setting.value for setting in PINNED if setting.name in OUTPUT}
 
 
 def statements(settings: Mapping[str, str]) -> sql.Composed:
@@ -195,10 +195,10 @@ def assignment(name: str, value: str) -> sql.Composed:
     return sql.SQL("{} TO {}").format(sql.Identifier(name), sql.SQL(", ").join(map(sql.Literal, value.split(", "))))
 
 
-def deviations(wanted: Mapping[str, str]) -> sql.Composed:
+def deviations(expected: Mapping[str, str]) -> sql.Composed:
     """Return a query for the settings that a session has otherwise than wanted: name, value; whatever the search_path is."""
     rows: Sequence[sql.Composed] = [
-        sql.SQL("({}, {})").format(sql.Literal(name), sql.Literal(value)) for name, value in wanted.items()
+        sql.SQL("({}, {})").format(sql.Literal(name), sql.Literal(value)) for name, value in expected.items()
     ]
     return sql.SQL(
         "SELECT name, pg_catalog.current_setting(name, true) FROM (VALUES {}) AS wanted (name, value)"

@@ -1,4 +1,4 @@
-"""Tenants: tenants of a table's rows whose write authority moves together, told by name (pure).
+"""Tenants: groups of a table's rows whose write authority moves together, known by name (pure).
 
 Some of them are those that are named, or all but those: every row is of either, one of a tenant that nobody has seen yet too.
 """

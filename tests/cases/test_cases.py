@@ -14,7 +14,7 @@ from psycopg import sql
 from pyspark.sql import SparkSession
 
 from changeover.embedded.server import EmbeddedServer
-from changeover.jobs.apply.rule import Change
+from changeover.jobs.apply.rule import KeyChange
 from changeover.session import Connection, connect
 from changeover.stores.delta.store import DeltaStore
 from changeover.stores.postgres import gate
@@ -166,7 +166,7 @@ BROKEN: dict[str, tuple[str, Any, int]] = {
         lambda changes: list({change.key: change for change in changes}.values()),
         10,
     ),
-    "a new key is a put alone": ("tests.cases.playing.apart", lambda at, key, row, old=None: (Change(key, at, row, old),), 2),
+    "a new key is a put alone": ("tests.cases.playing.apart", lambda at, key, row, old=None: (KeyChange(key, at, row, old),), 2),
 }
 """What a wrong rule would be, and how many cases tell at least."""
 

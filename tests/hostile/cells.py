@@ -164,7 +164,7 @@ CARRIED = (
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedCell:
     """A table that `check` refuses: what is made on either side, as `{table}`, and the sentence."""
 
     name: str
@@ -176,24 +176,24 @@ class Refused:
 PLAIN = "CREATE TABLE {table} (id integer PRIMARY KEY, v text)"
 
 
-def narrowed(source: str, target: str) -> Refused:
+def narrowed(source: str, target: str) -> RefusedCell:
     """Return a cell whose column is there in the new store with a type that does not hold every value."""
     table = "CREATE TABLE {table} (id integer PRIMARY KEY, v TYPE)"
     sentence = "does not hold every value"
-    return Refused(f"{source} into {target}", (table.replace("TYPE", source),), sentence, (table.replace("TYPE", target),))
+    return RefusedCell(f"{source} into {target}", (table.replace("TYPE", source),), sentence, (table.replace("TYPE", target),))
 
 
 REFUSED = (
-    Refused("no key", ("CREATE TABLE {table} (id integer NOT NULL, v text)",), "has no primary key and no replica identity"),
-    Refused("a view", (PLAIN.replace("{table}", "base"), "CREATE VIEW {table} AS SELECT * FROM base"), "is a view"),
-    Refused("unlogged", (PLAIN.replace("TABLE", "UNLOGGED TABLE"),), "is not a permanent table"),
-    Refused("deferrable key", ("CREATE TABLE {table} (id integer PRIMARY KEY DEFERRABLE, v text)",), "is deferrable"),
-    Refused("identity of nothing", (PLAIN, "ALTER TABLE {table} REPLICA IDENTITY NOTHING"), "no replica identity"),
-    Refused("a type that is not proven", ("CREATE TABLE {table} (id integer PRIMARY KEY, v tsvector)",), "not proven exact"),
-    Refused("rows in the target", (PLAIN,), "has rows", (PLAIN, "INSERT INTO {table} VALUES (1, 'v')")),
-    Refused("no key in the target", (PLAIN,), "no primary key or unique", ("CREATE TABLE {table} (id integer, v text)",)),
-    Refused("a second unique rule", (PLAIN,), "unique", (PLAIN, "CREATE UNIQUE INDEX ON {table} (v)")),
-    Refused("a trigger on the target", (PLAIN,), "trigger", (
+    RefusedCell("no key", ("CREATE TABLE {table} (id integer NOT NULL, v text)",), "has no primary key and no replica identity"),
+    RefusedCell("a view", (PLAIN.replace("{table}", "base"), "CREATE VIEW {table} AS SELECT * FROM base"), "is a view"),
+    RefusedCell("unlogged", (PLAIN.replace("TABLE", "UNLOGGED TABLE"),), "is not a permanent table"),
+    RefusedCell("deferrable key", ("CREATE TABLE {table} (id integer PRIMARY KEY DEFERRABLE, v text)",), "is deferrable"),
+    RefusedCell("identity of nothing", (PLAIN, "ALTER TABLE {table} REPLICA IDENTITY NOTHING"), "no replica identity"),
+    RefusedCell("a type that is not proven", ("CREATE TABLE {table} (id integer PRIMARY KEY, v tsvector)",), "not proven exact"),
+    RefusedCell("rows in the target", (PLAIN,), "has rows", (PLAIN, "INSERT INTO {table} VALUES (1, 'v')")),
+    RefusedCell("no key in the target", (PLAIN,), "no primary key or unique", ("CREATE TABLE {table} (id integer, v text)",)),
+    RefusedCell("a second unique rule", (PLAIN,), "unique", (PLAIN, "CREATE UNIQUE INDEX ON {table} (v)")),
+    RefusedCell("a trigger on the target", (PLAIN,), "trigger", (
         PLAIN, "CREATE TRIGGER t BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
     )),
     *(narrowed(source, target) for source, target in (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from changeover.jobs.apply.rule import UNSENT, Change, Image, Key, filled
+from changeover.jobs.apply.rule import UNSENT, Image, Key, KeyChange, filled
 from changeover.position import Version
 
 
@@ -28,16 +28,16 @@ class Held(NamedTuple):
     version: Version | None
 
 
-Carried = tuple[Change, Origin | None]
+Carried = tuple[KeyChange, Origin | None]
 """A change, and where its unsent values come from if not from its own key."""
 
 
-def origin_of(change: Change) -> Origin | None:
+def origin_of(change: KeyChange) -> Origin | None:
     """Return where a put's row was before, if it has another key now."""
     return None if change.old_key is None else Origin(change.old_key, change.version)
 
 
-def collapsed(changes: Iterable[Change]) -> list[Carried]:
+def collapsed(changes: Iterable[KeyChange]) -> list[Carried]:
     """Return one change a key, the last by version, with the unsent values that earlier changes of the batch have."""
     last: dict[Key, Carried] = {}
     left: dict[Key, Carried | None] = {}
@@ -66,7 +66,7 @@ def supplies(held: Held, origin: Origin | None, exact: bool) -> bool:
     return exact if held.version is None else held.version < origin.left
 
 
-def completed(change: Change, origin: Origin | None, held: Mapping[Key, Held], exact: bool, read: Image | None) -> Change:
+def completed(change: KeyChange, origin: Origin | None, held: Mapping[Key, Held], exact: bool, read: Image | None) -> KeyChange:
     """Return a change with every value; where the source has no row either, it is a delete until its real one comes."""
     if change.image is None or UNSENT not in change.image:
         return change
@@ -75,6 +75,6 @@ def completed(change: Change, origin: Origin | None, held: Mapping[Key, Held], e
     return change._replace(image=None if image is None else filled(change.image, image))
 
 
-def batch(changes: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:
+def batch(changes: Iterable[KeyChange], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[KeyChange]:
     """Return what a batch offers."""
     return [completed(change, origin, held, exact, read.get(change.key)) for change, origin in collapsed(changes)]

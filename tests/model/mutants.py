@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from changeover.jobs.apply import rule
-from changeover.jobs.apply.rule import UNSENT, Change, Image, Key
+from changeover.jobs.apply.rule import UNSENT, Image, Key, KeyChange
 from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.epochs import FOR_EVER, NEW, OLD, Interval, Section
 from changeover.jobs.ledger.records import Authority
@@ -48,21 +48,21 @@ def _no_floor(procedure: Procedure) -> Procedure:
     return tuple(transaction for transaction in procedure if transaction != ((Part.RAISE_FLOOR,),))
 
 
-def _new_key_only(version: Version, key: Key, image: Image | None, old_key: Key | None = None) -> tuple[Change, ...]:
+def _new_key_only(version: Version, key: Key, image: Image | None, old_key: Key | None = None) -> tuple[KeyChange, ...]:
     return rule.apart(version, key, image)
 
 
-def _one_ordinal(version: Version, key: Key, image: Image | None, old_key: Key | None = None) -> tuple[Change, ...]:
+def _one_ordinal(version: Version, key: Key, image: Image | None, old_key: Key | None = None) -> tuple[KeyChange, ...]:
     return tuple(change._replace(version=version) for change in rule.apart(version, key, image, old_key))
 
 
-def _unsent_is_null(found: Iterable[Change], *_: object) -> list[Change]:
+def _unsent_is_null(found: Iterable[KeyChange], *_: object) -> list[KeyChange]:
     """Take what was not sent for NULL."""
     nulls = (change._replace(image=change.image and rule.filled(change.image, (None, None))) for change in found)
     return rule.last_of_each_key(nulls)
 
 
-def _whole_row(found: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:
+def _whole_row(found: Iterable[KeyChange], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[KeyChange]:
     """Read the whole row where a value is missing, in a snapshot that need not show the change."""
     whole = [
         change if change.image is None or UNSENT not in change.image else change._replace(image=read.get(change.key))
@@ -71,13 +71,13 @@ def _whole_row(found: Iterable[Change], held: Mapping[Key, Held], exact: bool, r
     return carried.batch(whole, held, exact, read)
 
 
-def _last_event(found: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:
+def _last_event(found: Iterable[KeyChange], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[KeyChange]:
     """Keep the last event of each key and complete it from the cell: what the events before it said is lost."""
     last = rule.last_of_each_key(found)
     return [carried.completed(change, carried.origin_of(change), held, exact, read.get(change.key)) for change in last]
 
 
-def _any_old_key(found: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:
+def _any_old_key(found: Iterable[KeyChange], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[KeyChange]:
     """Trust any row that stands under the old key, however young."""
     return carried.batch(found, held, True, read)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
 
-from changeover.jobs.apply.rule import UNSENT, Cell, Change, Image, Key
+from changeover.jobs.apply.rule import UNSENT, Cell, Image, Key, KeyChange
 from changeover.jobs.ledger.chunks import Chunk
 from changeover.position import Version
 from tests.model.carried import Held
@@ -209,17 +209,17 @@ class Offers:
         """Ask the product's rule, in PostgreSQL's text for a snapshot."""
         return all(self.rules.visible(xid, shown_as(snapshot)) for xid in transactions)
 
-    def changes(self, number: int) -> list[Change]:
+    def changes(self, number: int) -> list[KeyChange]:
         """Return what a transaction of the stream offers."""
         one, script = self.script.transactions[number - 1], self.script
-        found: list[Change] = []
+        found: list[KeyChange] = []
         for index, write in enumerate(() if one.aborted else one.writes):
             if write.key is not None:
                 old = None if write.old_key is None else script.key(write.old_key)
                 found += self.rules.apart(script.version(number, index), script.key(write.key), write.image, old)
         return found
 
-    def _apply(self, state: State, changes: list[Change], read: dict[str, Image]) -> tuple[Stored, ...]:
+    def _apply(self, state: State, changes: list[KeyChange], read: dict[str, Image]) -> tuple[Stored, ...]:
         """Offer a batch's changes, one a key."""
         held: dict[Key, Held] = {
             key: Held(cast(Image, stored.row.image), stored.row_versions)

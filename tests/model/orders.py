@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple, cast
 
-from changeover.jobs.apply.rule import Cell, Change, Image, Key
+from changeover.jobs.apply.rule import Cell, Image, Key, KeyChange
 from tests.model.carried import Held
 from tests.model.rules import RULES, Rules
 from tests.model.script import Script
@@ -35,7 +35,7 @@ class Orders:
     times: int = 2
 
     @property
-    def units(self) -> list[list[Change]]:
+    def units(self) -> list[list[KeyChange]]:
         """Return what is offered at a time."""
         script, units = self.script, []
         for number in range(script.prepared + 1, len(script.transactions) + 1):
@@ -67,7 +67,7 @@ class Orders:
         """Replay goes on where it was, or begins again from an earlier place: nothing is offered before what precedes it."""
         return all(offered[place] or place in batch for place in range(max(batch)))
 
-    def _apply(self, cells: tuple[Cell | None, ...], changes: list[Change]) -> tuple[Cell | None, ...]:
+    def _apply(self, cells: tuple[Cell | None, ...], changes: list[KeyChange]) -> tuple[Cell | None, ...]:
         held: dict[Key, Held] = {
             key: Held(cast(Image, cell.image), None if cell.version == self.script.v0 else cell.version)
             for key, cell in zip(self.script.keys, cells, strict=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from changeover.jobs.apply import batch as batching
 from changeover.jobs.apply import rule
-from changeover.jobs.apply.rule import Cell, Change, Image, Key
+from changeover.jobs.apply.rule import Cell, Image, Key, KeyChange
 from changeover.jobs.guarantee import definition
 from changeover.jobs.guarantee.definition import Piece
 from changeover.jobs.ledger import chunks, epochs
@@ -33,7 +33,7 @@ def _application(chunk: int, token: int) -> tuple[str, int]:
     return LedgerMark("", "migration", "source", "target", token, image_version(15)).identity(chunk), APPEND_VERSION
 
 
-def _batch(changes: Iterable[Change], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[Change]:
+def _batch(changes: Iterable[KeyChange], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[KeyChange]:
     """Return what a batch offers, as replay makes it; what the target holds is not asked."""
     return rule.last_of_each_key(rule.completed(changes, read))
 
@@ -74,9 +74,9 @@ class Rules:
     mergeable: Callable[[bool, bool], bool] = chunks.mergeable
     appended: Callable[[int | None, int], bool] = appended
     application: Callable[[int, int], tuple[str, int]] = _application
-    apart: Callable[[Version, Key, Image | None, Key | None], tuple[Change, ...]] = rule.apart
-    after_truncate: Callable[[Iterable[Change], Version | None], list[Change]] = rule.after_truncate
-    batch: Callable[[Iterable[Change], Mapping[Key, Held], bool, Mapping[Key, Image]], list[Change]] = _batch
+    apart: Callable[[Version, Key, Image | None, Key | None], tuple[KeyChange, ...]] = rule.apart
+    after_truncate: Callable[[Iterable[KeyChange], Version | None], list[KeyChange]] = rule.after_truncate
+    batch: Callable[[Iterable[KeyChange], Mapping[Key, Held], bool, Mapping[Key, Image]], list[KeyChange]] = _batch
     visible: Callable[[int, str], bool] = batching.visible
     contains: Callable[[str, str], bool] = snapshot.contains
     acknowledged: Callable[[int, int], int] = chunks.acknowledged

@@ -14,18 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from itertools import count
 from pathlib import Path
 
 import pytest
 
-from changeover.demo import patience, tour
+from changeover.demo import tour
 from changeover.demo.damage import KINDS, Damaged
-from changeover.demo.patience import Patience
 from changeover.demo.place import Place
 from changeover.embedded.server import EmbeddedServer
-from changeover.errors import CouldNotFinish
 from changeover.jobs.install.leftovers import leftovers
 from changeover.verifiers.compare.verdict import Difference
 from tests.support.fix_demo import ROWS, DemoRun, RunDemo
@@ -44,6 +40,22 @@ def test_the_object_says_what_was_done(kept_demo: DemoRun) -> None:
     assert list(told["seconds"]) == STEPS
     assert told["writes_during"] > 0
     assert told["ghosts_prevented"] > 0
+
+
+def test_what_was_written_to_the_new_store_alone_came_back(kept_demo: DemoRun) -> None:
+    assert kept_demo.document["came_back"] > 0
+    assert re.search(r"^reverse .* flags show: .*bytes behind, the stream is captured; ", kept_demo.err, re.MULTILINE)
+    with kept_demo.connect("old") as old:
+        row = old.execute("SELECT note FROM follows WHERE (from_user, to_channel) = (%s, %s)", list(tour.COMES_BACK)).fetchone()
+    assert row == (tour.CHANGED,)
+
+
+def test_a_step_up_says_what_kept_it_waiting_and_no_other_stage(kept_demo: DemoRun) -> None:
+    switched = re.findall(r"^(\w+) .* s  (\w+) → (\w+), (?:first not ready: .*; then )?ready", kept_demo.err, re.MULTILINE)
+    assert switched == [
+        ("dualwrite", "off", "dualwrite"), ("shadow", "dualwrite", "shadow"), ("live", "shadow", "live"),
+        ("rampdown", "live", "rampdown"), ("complete", "rampdown", "complete"),
+    ]  # fmt: skip
 
 
 def test_the_application_met_no_error_and_no_mismatch(kept_demo: DemoRun) -> None:
@@ -121,16 +133,6 @@ def test_damage_is_told_by_class_user_and_column_alone() -> None:
     assert [[one.is_told(found) for found in (back, older)] for one in (ghost, note)] == [[True, False], [False, True]]
     assert not note.is_told(replace(older, columns=("note", "weight")))
     assert not note.is_told(replace(older, key={"entity_a": "5"}))
-
-
-def test_a_wait_lasts_while_anything_moves_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "STILL_SECONDS", 0.0)
-    moving, still = Patience(partial(next, count())), Patience(lambda: 1)
-    for one in (moving, moving, still):
-        one.require("the lake is behind")
-        time.sleep(0.01)
-    with pytest.raises(CouldNotFinish, match=r"the lake is behind, and nothing has moved for 0 s"):
-        still.require("the lake is behind")
 
 
 @pytest.mark.parametrize("arguments", [("--rows", "10"), ("--break", "nonsense")])

@@ -187,7 +187,7 @@ class Stores:
     def refuse_tenants(self, origin: Origin, epoch: int, tenants: Tenants) -> None:
         """Make a store refuse what is of some tenants and doesn't come through its gate, as the product does."""
         table = {Origin.OLD: "follows", Origin.NEW: "associations"}[origin]
-        held = refusal.Refusal((refusal.Refused(epoch, tenants),), column=TENANT[origin])
+        held = refusal.Refusal((refusal.TenantEpoch(epoch, tenants),), column=TENANT[origin])
         assert refusal.install(self._admin(origin), "public", table, held, time.monotonic() + 5)
 
     def fence_to_new(self) -> None:

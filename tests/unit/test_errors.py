@@ -12,7 +12,7 @@ from changeover.errors import ChangeoverError
 
 EXIT_CODES = {
     "UsageError": 2, "SpecError": 2, "SecretMissing": 2, "StepOrder": 2,
-    "Refused": 1, "UnsafePlan": 1, "TargetNotEmpty": 1, "GateClosed": 1, "TableStopped": 1,
+    "Refused": 1, "UnsafePlan": 1, "TargetNotEmpty": 1, "NotReady": 1, "TableStopped": 1,
     "CouldNotFinish": 3, "ServerUnavailable": 3, "DatabaseFailed": 3, "LockNotGranted": 3, "SlotBlocked": 3, "SnapshotLost": 3,
     "SourceChanged": 3, "SpoolGap": 3, "LeaseHeld": 3, "CouldNotCheck": 3, "FenceCalledOff": 3, "RowRefused": 3,
     "RowsHidden": 3, "TextRefused": 3, "FolderFailed": 3,

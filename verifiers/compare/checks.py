@@ -35,8 +35,8 @@ def _rows(table: str, check: Check, side: str, frozen: Frozen) -> list[tuple[Any
     try:
         return frozen.query(check.source if side == "source" else check.target)
     except (DatabaseFailed, PySparkException, Py4JError) as error:
-        said = error.problem if isinstance(error, DatabaseFailed) else str(error).strip().partition("\n")[0]
-        problem = f"the {side}'s query of the check {check.name} failed ({said}): correct it in the spec"
+        message = error.problem if isinstance(error, DatabaseFailed) else str(error).strip().partition("\n")[0]
+        problem = f"the {side}'s query of the check {check.name} failed ({message}): correct it in the spec"
         raise CouldNotCheck(table, problem) from error
 
 
@@ -59,5 +59,5 @@ def _value(value: Any) -> Any:
         number = Decimal(str(value))
         return EXACT.normalize(number) if number else Decimal(0)
     if isinstance(value, list | tuple):
-        return [_value(one) for one in value]
+        return [_value(element) for element in value]
     return str(value) if isinstance(value, UUID) else value

@@ -1,10 +1,11 @@
 """Coverage: the proof that a comparison left out no key range and no row.
 
-A comparison counts by class and range on each side. It holds only if the ranges partition the key's order from minus to
-plus infinity, every row belongs to exactly one of them, and the classes add up to what was read; a range without a row
-is accounted for with 0. Where no side had any row, each range must have been read to its end by a task of its own, which
-says so after its last row. Whatever does not hold raises `CouldNotCheck`, so a gap, an overlap or a read that did not
-end is never read as "equal".
+A comparison counts by class and range on each side. It holds only under three conditions. The ranges partition the key's
+order from minus to plus infinity, every row belongs to exactly one of them, and the classes add up
+to what was read. A range without a row is accounted for with 0. Where no side had any row, each
+range must have been read to its end by a task of its own, which says so after its last row.
+Whatever does not hold raises `CouldNotCheck`, so a gap, an overlap or a read that did not end is
+never read as "equal".
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def _read_to_end(frame: DataFrame) -> dict[int, int]:
     """Return partition -> rows, as each task tells after its last row; no value of a row is asked for."""
     from pyspark.sql import functions as F
 
-    found = frame.select(F.lit(1)).mapInArrow(_count_rows, "partition int, rows bigint").collect()
-    return {row["partition"]: row["rows"] for row in found}
+    counts = frame.select(F.lit(1)).mapInArrow(_count_rows, "partition int, rows bigint").collect()
+    return {row["partition"]: row["rows"] for row in counts}
 
 
 def _count_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -129,11 +130,11 @@ def _count_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 def rows_by_range(tallies: Sequence[Tally], side: int, kinds: Sequence[str] = (EQUAL, *CLASSES)) -> dict[int, int]:
     """Return a side's rows of some classes by the number of their range."""
-    found: dict[int, int] = {}
+    rows: dict[int, int] = {}
     for tally in tallies:
         if tally.side == side and tally.range is not None and tally.kind in kinds:
-            found[tally.range] = found.get(tally.range, 0) + tally.rows
-    return found
+            rows[tally.range] = rows.get(tally.range, 0) + tally.rows
+    return rows
 
 
 def keys_of(tallies: Sequence[Tally], kind: str, twice: str | None = None) -> int:

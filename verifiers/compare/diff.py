@@ -1,8 +1,9 @@
 """The comparison of two frames: every key of either side gets exactly one class, by its typed values and no digest.
 
-Both sides are read once, in one Spark job: their rows are brought together by key in one shuffle and one sort, and a
-window over each key's rows pairs what is on both sides and counts what is there twice, which an outer join would
-multiply or hide. The result is proved before it is given (`coverage`); what can't be proved raises `CouldNotCheck`.
+Both sides are read once, in one Spark job: one shuffle and one sort bring their rows together by
+key. A window over each key's rows pairs what is on both sides and counts what is there twice. An
+outer join would multiply or hide that. The result is proved before it is given (`coverage`); what
+can't be proved raises `CouldNotCheck`.
 """
 
 from __future__ import annotations
@@ -105,16 +106,16 @@ def compare(
     ensure_table(differences)
     labels = {"run": run, "table": table, "store": store}
     with from_spark(table, f"comparison with {store}"):
-        found = _found(
+        compared = _found(
             source,
             target,
             fields,
             max(map(len, sides)),
             lambda rows, count: keep(rows, count, limit, differences, labels, sensitive),
         )
-    tallies = found.tallies
-    require_complete(tallies, found.rows_read, table=table)
-    counts = _covered(found.tallies, sides, table)
+    tallies = compared.tallies
+    require_complete(tallies, compared.rows_read, table=table)
+    counts = _covered(compared.tallies, sides, table)
     return TableDiff(
         table=table,
         store=store,
@@ -123,13 +124,13 @@ def compare(
         target_rows=sum(count.rows for count in counts[TARGET]),
         equal_rows=keys_of(tallies, EQUAL),
         counts={kind: keys_of(tallies, kind) for kind in CLASSES},
-        columns=found.columns,
+        columns=compared.columns,
         duplicates={side: keys for side in (*SIDES, "both") if (keys := keys_of(tallies, DUPLICATE, side))},
-        sample=found.sample,
+        sample=compared.sample,
         source_ranges=counts[SOURCE],
         target_ranges=counts[TARGET],
         found=rows_found(tallies),
-        kept=found.kept,
+        kept=compared.kept,
         seconds=time.monotonic() - started,
     )
 
@@ -137,8 +138,8 @@ def compare(
 def _covered(tallies: Sequence[Tally], sides: tuple[Sequence[Range], Sequence[Range]], table: str) -> list[tuple[RangeCount, ...]]:
     """Prove for each side that its ranges account for every row, and return their counts."""
     return [
-        coverage(its, rows_by_range(tallies, place), table=table, side=SIDES[place], different=rows_by_range(tallies, place, REAL))
-        for place, its in enumerate(sides)
+        coverage(its, rows_by_range(tallies, n), table=table, side=SIDES[n], different=rows_by_range(tallies, n, REAL))
+        for n, its in enumerate(sides)
     ]
 
 
@@ -186,8 +187,8 @@ def shared_fields(
     left, right = dict(source.dtypes), dict(target.dtypes)
     for name in [*left, *right]:
         if name != CUT and left.get(name) != right.get(name):
-            found = f"{left.get(name, 'absent')} in the source and {right.get(name, 'absent')} in the target"
-            raise CouldNotCheck(table, f"column {name} is {found}")
+            types = f"{left.get(name, 'absent')} in the source and {right.get(name, 'absent')} in the target"
+            raise CouldNotCheck(table, f"column {name} is {types}")
     for name in (*key, RANGE):
         if name not in left or not key:
             raise CouldNotCheck(table, f"there is no column {name}" if key else "it has no key")
@@ -209,11 +210,11 @@ def classified(source: DataFrame, target: DataFrame, fields: Sequence[Field], pa
 
     cast = source.schema[CUT].dataType if CUT in source.columns else None
     both = _side(source, fields, SOURCE, cast).unionByName(_side(target, fields, TARGET, cast))
-    keys = [f"c{place}" for place, column in enumerate(fields) if column.key]
+    keys = [f"c{number}" for number, column in enumerate(fields) if column.key]
     partitions = max(partitions, int(both.sparkSession.conf.get("spark.sql.shuffle.partitions") or 1))
     rows_of_key = Window.partitionBy(*keys).orderBy("side")
     whole = rows_of_key.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
-    partners = [F.lead(f"c{place}").over(rows_of_key).alias(f"p{place}") for place in range(len(fields))]
+    partners = [F.lead(f"c{number}").over(rows_of_key).alias(f"p{number}") for number in range(len(fields))]
     brought_together = both.repartition(partitions, *keys).select(
         "*",
         F.lead("range").over(rows_of_key).alias("partner_range"),
@@ -243,9 +244,9 @@ def _class_columns(fields: Sequence[Field], paired: Column, cut: frozenset[str])
 
     # what a cast changed is no longer what the source holds, whatever the target holds
     equal = [
-        equal & F.col(f"cut.{nth(place)}").isNull() if nth(place) in cut else equal
-        for place, column in enumerate(fields)
-        for equal in [same(F.col(f"c{place}"), F.col(f"p{place}"), column.spark_type)]
+        equal & F.col(f"cut.{nth(number)}").isNull() if nth(number) in cut else equal
+        for number, column in enumerate(fields)
+        for equal in [same(F.col(f"c{number}"), F.col(f"p{number}"), column.spark_type)]
     ]
     kind = (
         F.when((F.col("in_source") > 1) | (F.col("in_target") > 1), DUPLICATE)
@@ -280,10 +281,10 @@ def _texts(fields: Sequence[Field | None], prefix: str, cut: frozenset[str] = fr
     from pyspark.sql import functions as F
 
     pairs = []
-    for place, column in enumerate(fields):
+    for number, column in enumerate(fields):
         if column is not None:
-            value = text(F.col(f"{prefix}{place}"), column.spark_type)
-            own = F.coalesce(F.col(f"cut.{nth(place)}"), value) if nth(place) in cut else value
+            value = text(F.col(f"{prefix}{number}"), column.spark_type)
+            own = F.coalesce(F.col(f"cut.{nth(number)}"), value) if nth(number) in cut else value
             pairs.append((F.lit(column.name), own))
     return F.create_map(*(part for pair in pairs for part in pair))
 
@@ -344,9 +345,10 @@ def _on_disk(frame: DataFrame) -> Iterator[DataFrame]:
 def _settings(spark: SparkSession) -> Iterator[None]:
     """Put what is kept on disk there in small pieces, and plan without constraints, until the block ends.
 
-    Java's object stream holds on to its last hundred pieces (`spark.serializer.objectStreamReset`), a piece being so
-    many rows or 4 MB: at Spark's 10,000 rows that is 400 MB a task for rows that differ, whose values are kept. What Spark
-    infers of columns that are equal to casts of others grows with the square of their number, and is of no use here.
+    Java's object stream holds on to its last hundred pieces (`spark.serializer.objectStreamReset`),
+    a piece being so many rows or 4 MB. At Spark's 10,000 rows that is 400 MB a task for rows that
+    differ, whose values are kept. What Spark infers of columns that are equal to casts of others
+    grows with the square of their number, and is of no use here.
     """
     before = {name: spark.conf.get(name) for name in WHILE_COMPARING}
     try:

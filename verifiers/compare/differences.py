@@ -1,8 +1,8 @@
 """The table of differences: every key that a comparison found to differ, whole, for notebooks, recheck and repair.
 
-One Delta table holds the differences of all runs, one row a differing key, and of a duplicate key one row a copy; all
-values are text and NULL stays NULL. A run's rows for one table and store are one commit. The sample that a verdict
-prints is cut from the same rows.
+One Delta table holds the differences of all runs, one row a differing key, and of a duplicate key
+one row a copy. All values are text and NULL stays NULL. A run's rows for one table and store are
+one commit. The sample that a verdict prints is cut from the same rows.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ def ensure_table(differences: Path) -> None:
 
 
 def keep(
-    differing: DataFrame, found: int, limit: int, differences: Path, labels: Mapping[str, str], sensitive: Collection[str] = ()
+    differing: DataFrame, count: int, limit: int, differences: Path, labels: Mapping[str, str], sensitive: Collection[str] = ()
 ) -> int:
-    """Append the differing rows, at most `limit` of the `found` ones, and return how many (driver)."""
+    """Append the differing rows, at most `limit` of the `count` ones, and return how many (driver)."""
     from pyspark.sql import functions as F
 
-    kept = differing.limit(limit) if found > limit else differing
+    kept = differing.limit(limit) if count > limit else differing
     kept.select(
         *(F.lit(value).alias(name) for name, value in labels.items()),
         F.array(*map(F.lit, sorted(sensitive))).cast("array<string>").alias("sensitive"),
         F.col("kind").alias("class"), F.col("twice").alias("side"), "key", "columns", "source", "target",
     ).write.format("delta").mode("append").save(str(differences))  # fmt: skip
-    return min(found, limit)
+    return min(count, limit)
 
 
 def column_counts(differing: DataFrame) -> dict[str, int]:

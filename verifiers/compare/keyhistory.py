@@ -33,16 +33,17 @@ PART_EVENTS = 50_000
 WRITTEN_ALIKE = re.compile(r"smallint|integer|bigint|uuid|text|character varying(\(\d+\))?")
 """Types of a key that the stream and an image write alike, so that other keys' changes need not be looked at."""
 
-Told = tuple[Key, Image] | None
+KeyChange = tuple[Key, Image] | None
 """A key, and what a commit left of it; None where something was passed over, after which nobody knows what a key was last."""
 
 
 class History:
-    """A table's stream from a position on, told in the order of its commits.
+    """A table's stream from a position on, read in the order of its commits.
 
-    It tells nothing of a table where several source keys may make one target key, or where a cast to the target's types may
-    change a value. It passes over a change that came without one of its large values, a part with a row that can't be carried
-    over, and a transaction that is too large: there are the looks alone.
+    It tells nothing of a table where several source keys may make one target key, or where a cast
+    to the target's types may change a value. It passes over a change that came without one of its
+    large values, a part with a row that can't be carried over, and a transaction that is too large.
+    Of those the looks alone judge.
     """
 
     def __init__(self, spark: SparkSession, transform: Transform, spool: Spool, since: int) -> None:
@@ -51,8 +52,8 @@ class History:
         self.spool = spool
         self.until = since
 
-    def told(self, keys: Sequence[Key]) -> Iterator[Told]:
-        """Yield what came since the last call, of some target keys; what a replay brings that begins afterwards is all told."""
+    def changes(self, keys: Sequence[Key]) -> Iterator[KeyChange]:
+        """Yield what came since the last call, of some target keys; what a replay brings that begins afterwards comes whole."""
         transform = self.transform
         if transform.target.owned or transform.casts or transform.table.function is not None:
             return
@@ -68,7 +69,7 @@ class History:
             if len(events) > 1 or sum(map(len, whole)) < sum(map(len, events)):
                 yield None
 
-    def _images(self, events: pa.Table, keys: Sequence[Key]) -> Iterator[Told]:
+    def _images(self, events: pa.Table, keys: Sequence[Key]) -> Iterator[KeyChange]:
         transform = self.transform
         identity, columns = identity_of(transform), [column.name for column in transform.source]
         commits = last_of_each_key(events, identity, columns, commits=True).drop_columns([XID, MISSING])
@@ -95,6 +96,6 @@ def _whole(events: pa.Table) -> pa.ChunkedArray:
 
 def _of_keys(commits: pa.Table, identity: Sequence[str], places: Sequence[int], keys: Sequence[Key]) -> pa.Table:
     """Return the changes of some target keys, which have the source key's columns unchanged at these places."""
-    asked = {tuple(key[place] for place in places) for key in keys}
+    asked = {tuple(key[position] for position in places) for key in keys}
     own = zip(*(commits[name].to_pylist() for name in identity), strict=True)
-    return commits.filter(pa.array([one in asked for one in own], pa.bool_()))
+    return commits.filter(pa.array([commit_key in asked for commit_key in own], pa.bool_()))

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from changeover.verifiers.compare.verdict import TypeDifference
 
 
-def changed_types(side: str, planned: Mapping[str, str], seen: Sequence[Mapping[str, str]]) -> list[TypeDifference]:
+def changed_types(side: str, planned: Mapping[str, str], looks: Sequence[Mapping[str, str]]) -> list[TypeDifference]:
     """Return the columns that had another type than planned in any of the looks at a table, or were not there."""
     return [
         TypeDifference(side, name, kind, others[0])
         for name, kind in planned.items()
-        if (others := [types.get(name) for types in seen if types.get(name) != kind])
+        if (others := [types.get(name) for types in looks if types.get(name) != kind])
     ]

@@ -1,10 +1,12 @@
 """Recheck: keys that differed while both stores were being written are judged again until they stand still.
 
-A target may be ahead of the aligned position, because a dual write reaches it before the stream does, or behind, because a mirror
-is under way. A key passes when the target holds an image that the source held at or after the comparison, as a look found it, or,
-however often it is written, as a commit left it that the stream tells of: the last one that replay had offered before the target
-was looked at, or one that was told since. A key that differs and stands still is a difference; one that never stands still leaves
-the question open, which is `CouldNotCheck`, not "equal". So do more keys than are judged again: none is left out.
+A target may be ahead of the aligned position, because a dual write reaches it before the stream
+does, or behind, because a mirror is under way. A key passes when the target holds an image that the
+source held at or after the comparison. Either a look found that image, or the stream has the commit
+that left it, however often the key is written. That commit is the last one that replay had offered
+before the target was looked at, or one that came since. A key that differs and stands still is a
+difference; one that never stands still leaves the question open, which is `CouldNotCheck`, not
+"equal". So do more keys than are judged again: none is left out.
 """
 
 from __future__ import annotations
@@ -71,13 +73,13 @@ class Trail:
         if self.last != (old, new):
             self.last, self.since = (old, new), now
         known = self.source if self.commit is None else [*self.source, self.commit]
-        return any(alike(seen, new, types) for seen in known)
+        return any(alike(image, new, types) for image in known)
 
 
 def dual_written(ledger: Ledger, changes: Sequence[Authority]) -> bool:
     """Return whether any application has written to both stores: a router beyond off, or authority that moved."""
     begun = ledger.stream("verify").epoch
-    return any(one.epoch > begun for one in changes) or any(beat.stage != "off" for beat in ledger.heartbeats())
+    return any(change.epoch > begun for change in changes) or any(beat.stage != "off" for beat in ledger.heartbeats())
 
 
 def last_stage(ledger: Ledger) -> str | None:
@@ -92,12 +94,13 @@ def judge(
 ) -> tuple[TableDiff, Recheck]:  # fmt: skip
     """Return the diff with the keys left out that were in flight (driver).
 
-    `source` and `target` read the present rows of some target keys, and `history` what the source's stream told of them;
-    `between` is called before each round, to let changes arrive; `pg_types` are those that the comparison went by. Raises
-    CouldNotCheck when more keys differ than are judged again, and when none is left but those that never stood still.
+    `source` and `target` read the present rows of some target keys, and `history` what the source's
+    stream has of them. `between` is called before each round, to let changes through. `pg_types`
+    are those that the comparison went by. Raises CouldNotCheck when more keys differ than are
+    judged again, and when none is left but those that never stood still.
     """
-    found = _rows(differences, run)
-    keys = sorted({_key(row, diff.key) for row in found if row["class"] != CANONICALISATION})
+    rows = _rows(differences, run)
+    keys = sorted({_key(row, diff.key) for row in rows if row["class"] != CANONICALISATION})
     if len(keys) > LIMIT or diff.kept < diff.found:
         problem = (
             f"{max(len(keys), diff.differing_keys):,} keys differ while both stores are written, and no more than {LIMIT:,} are"
@@ -105,13 +108,13 @@ def judge(
         )
         raise CouldNotCheck(diff.table, problem)
     passed, hot = _settle(keys, _Sides(diff, pg_types, source, target, history), between)
-    left = [row for row in found if _key(row, diff.key) not in passed]
+    left = [row for row in rows if _key(row, diff.key) not in passed]
     if hot and not set(keys) - passed - hot:
         problem = f"{len(hot):,} {'key' if len(hot) == 1 else 'keys'} kept changing while both stores were written"
         raise CouldNotCheck(diff.table, f"{problem}: run verify again in a quieter moment")
     if passed:
         _replace_rows(differences, run, left)
-    return _without(diff, found, passed), Recheck(rechecked=len(keys), in_flight=len(passed), hot=len(hot))
+    return _without(diff, rows, passed), Recheck(rechecked=len(keys), in_flight=len(passed), hot=len(hot))
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class _Sides:
 
 def _another_notation(key: Key, asked: Sequence[Key], types: Sequence[str]) -> bool:
     """Return whether a key was asked for, but is written otherwise since: then what was asked for is gone."""
-    return any(all(map(notation_only, types, key, one)) for one in asked)
+    return any(all(map(notation_only, types, key, known)) for known in asked)
 
 
 def _settle(keys: Sequence[Key], sides: _Sides, between: Callable[[], object]) -> tuple[set[Key], set[Key]]:
@@ -178,21 +181,21 @@ def _settle(keys: Sequence[Key], sides: _Sides, between: Callable[[], object]) -
 def _hear(trails: Mapping[Key, Trail], sides: _Sides) -> set[Key]:
     """Take what the stream told of keys; return those whose target held at the last look what a commit has left since."""
     passed = set()
-    for told in sides.history(sorted(trails)):
-        if told is None:
+    for change in sides.history(sorted(trails)):
+        if change is None:
             for trail in trails.values():
                 trail.commit = None
-        elif told[0] in trails and trails[told[0]].hears(told[1], sides.types):
-            passed.add(told[0])
+        elif change[0] in trails and trails[change[0]].hears(change[1], sides.types):
+            passed.add(change[0])
     return passed
 
 
 def images(frame: DataFrame, names: Sequence[str], key: Sequence[str]) -> dict[Key, Image]:
     """Return each key's rows as exact texts of the named columns, in their order."""
-    found: dict[Key, Image] = {}
+    held: dict[Key, Image] = {}
     for row in sorted(texts(frame, names, key).collect(), key=repr):
-        found[tuple(row["key"])] = (*found.get(tuple(row["key"]), ()), tuple(row["row"]))
-    return found
+        held[tuple(row["key"])] = (*held.get(tuple(row["key"]), ()), tuple(row["row"]))
+    return held
 
 
 def only(rows: DataFrame, names: Sequence[str], keys: Sequence[Key]) -> DataFrame:
@@ -202,9 +205,12 @@ def only(rows: DataFrame, names: Sequence[str], keys: Sequence[Key]) -> DataFram
     types = dict(rows.dtypes)
     own = [nth(number) for number in range(len(names))]
     asked = [f"{name}_asked" for name in own]
-    wanted = rows.sparkSession.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in asked))
-    same = [text(F.col(here), types[name]) == F.col(one) for here, name, one in zip(own, names, asked, strict=True)]
-    return placed(rows, names).join(wanted, same, "left_semi").toDF(*rows.columns)
+    keys_asked = rows.sparkSession.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in asked))
+    same = [
+        text(F.col(own_column), types[name]) == F.col(asked_for)
+        for own_column, name, asked_for in zip(own, names, asked, strict=True)
+    ]
+    return placed(rows, names).join(keys_asked, same, "left_semi").toDF(*rows.columns)
 
 
 def texts(frame: DataFrame, names: Sequence[str], key: Sequence[str], *more: str) -> DataFrame:
@@ -215,9 +221,9 @@ def texts(frame: DataFrame, names: Sequence[str], key: Sequence[str], *more: str
     keys, values = ([text(F.col(nth(columns.index(name))), types[name]) for name in chosen] for chosen in (key, names))
     if CUT in types:
         plain, cut = [name for name in columns if not reserved(name)], nth(columns.index(CUT))
-        there = frame.select(f"{CUT}.*").columns
+        cuts = frame.select(f"{CUT}.*").columns
         values = [
-            F.coalesce(F.col(f"{cut}.{place}"), value) if (place := nth(plain.index(name))) in there else value
+            F.coalesce(F.col(f"{cut}.{position}"), value) if (position := nth(plain.index(name))) in cuts else value
             for name, value in zip(names, values, strict=True)
         ]
     own = [F.col(nth(columns.index(name))).alias(name) for name in more]
@@ -253,16 +259,16 @@ def _replace_rows(differences: Path, run: str, rows: list[dict[str, Any]]) -> No
         write_deltalake(table, pa.Table.from_pylist(rows, schema=schema), mode="append")
 
 
-def _without(diff: TableDiff, found: list[dict[str, Any]], passed: set[Key]) -> TableDiff:
+def _without(diff: TableDiff, rows: list[dict[str, Any]], passed: set[Key]) -> TableDiff:
     """Return the diff as it is without the keys that passed, of the rows that were found."""
-    gone = [row for row in found if _key(row, diff.key) in passed]
+    gone = [row for row in rows if _key(row, diff.key) in passed]
     classes = Counter(row["class"] for row in {_key(row, diff.key): row for row in gone}.values())
     columns = Counter(name for row in gone if row["class"] == MISMATCHED for name in row["columns"] or ())
     left = {name: count - columns[name] for name, count in diff.columns.items() if count > columns[name]}
     nothing = diff.found == len(gone)
 
-    def stays(one: Difference) -> bool:
-        return tuple(str(one.key[name]) for name in diff.key) not in passed
+    def stays(difference: Difference) -> bool:
+        return tuple(str(difference.key[name]) for name in diff.key) not in passed
 
     def settled(ranges: tuple[RangeCount, ...]) -> tuple[RangeCount, ...]:
         return tuple(replace(each, different=0) for each in ranges) if nothing else ranges

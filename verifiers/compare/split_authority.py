@@ -1,7 +1,8 @@
 """Split authority, as a verification sees it: which stores have some, and what must hold for a comparison to mean anything.
 
-While tenants are at both stores each store is the truth of its own, and what it writes must reach the other one: where it does not,
-the question can't be answered, which is no "equal". Runs on the driver.
+While tenants are at both stores each store is the truth of its own, and what it writes must reach
+the other one. Where it does not, the question can't be answered, which is no "equal". Runs on the
+driver.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ def rows(
 ) -> tuple[DataFrame, DataFrame]:
     """Return both frames without the keys that the old store's gate has seen since authority moved (driver).
 
-    Where both sides are `aligned` at one position of the new store's stream, only those are left out which a mirrored write has
-    brought there ahead of it: what the stream has brought bears its event's place, which is no direct write's.
+    Where both sides are `aligned` at one position of the new store's stream, only those are left
+    out which a mirrored write has brought there ahead of it. What the stream has brought bears its
+    event's position, which is no direct write's.
     """
     gated = GatedTable(*transform.table.source_name, tuple(c.name for c in transform.identity), ())
     texts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in gated.key)
@@ -46,7 +47,7 @@ def rows(
 
 
 def _without(frame: DataFrame, keys: DataFrame, names: Sequence[str]) -> DataFrame:
-    """Return the rows whose key, the columns of these names, is not among the keys, which stand by their places."""
+    """Return the rows whose key, the columns of these names, is not among the keys, which stand by their positions."""
     rows = placed(frame, names)
     same = [rows[nth(number)] == keys[nth(number)] for number in range(len(names))]
     return rows.join(keys, same, "left_anti").toDF(*frame.columns)

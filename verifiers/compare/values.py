@@ -1,9 +1,10 @@
 """Values: when two of them are the same, when they are the same but for notation, and how they read as text.
 
-`same` is exact: typed and null-safe, it tells NULL from '', and one zero from the other. What it calls different may
-still be one value in two notations (1.50 and 1.5, the key order of json): `form` says so for the types that have
-notations, in plain Python over the text of the few values that differ. Where a text can't be read as its type says, its
-form is the text itself, so a doubt is a difference and never an equality.
+`same` is exact: typed and null-safe, it tells NULL from '', and one zero from the other. What it
+calls different may still be one value in two notations (1.50 and 1.5, the key order of json).
+`form` says so for the types that have notations, in plain Python over the text of the few values
+that differ. Where a text can't be read as its type says, its form is the text itself, so a doubt is
+a difference and never an equality.
 """
 
 from __future__ import annotations

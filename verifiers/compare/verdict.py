@@ -193,7 +193,7 @@ class Verdict:
 
         What `mask` hides is in no sample, no bound of a range, and no answer of a check.
         """
-        shown_checks = tuple(replace(one, first_difference=None) if mask.bounds else one for one in checks)
+        shown_checks = tuple(replace(check, first_difference=None) if mask.bounds else check for check in checks)
         return cls(
             run=run, table=diff.table, target=diff.store, positions=positions, checked_at=checked_at, seconds=seconds,
             key=diff.key, source_rows=diff.source_rows, target_rows=diff.target_rows, equal_rows=diff.equal_rows,

@@ -13,11 +13,13 @@ import click
 
 from changeover.cli.command import HELP, Command
 from changeover.demo.damage import KINDS
-from changeover.demo.schema import LEAST_ROWS
+from changeover.demo.schema import LEAST_ROWS, ROWS_BY_DEFAULT
 
 
-@click.command(cls=Command, context_settings=HELP, example="changeover demo --rows 50000 --keep")
-@click.option("--rows", default=200_000, show_default=True, type=click.IntRange(min=LEAST_ROWS), help="Rows of the old table.")
+@click.command(cls=Command, context_settings=HELP, example="changeover demo --rows 200000 --keep")
+@click.option(
+    "--rows", default=ROWS_BY_DEFAULT, show_default=True, type=click.IntRange(min=LEAST_ROWS), help="Rows of the old table."
+)
 @click.option(
     "--break", "broken", type=click.Choice(list(KINDS)), multiple=True, help="Damage the new store; verify finds it; exit 1."
 )

@@ -218,7 +218,7 @@ def verify(spec: str, targets: tuple[str, ...], report: str | None, as_json: boo
     unchecked: list[str] = []
     try:
         with running(spec, "verify", debug) as loaded:
-            api.verify(loaded, spark_for(loaded, "verify", targets), targets=targets or None, found=verdicts.append)
+            api.verify(loaded, spark_for(loaded, "verify", targets), targets=targets or None, on_verdict=verdicts.append)
             if report:
                 api.write_report(Path(report), verdicts)
     except ChangeoverError as error:

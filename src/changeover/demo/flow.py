@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from changeover.demo import place as places
 from changeover.demo import tour as tours
 from changeover.demo.follow import Follower
 from changeover.demo.outcome import Outcome
 from changeover.demo.processes import ApplicationProcess
-from changeover.demo.schema import LEAST_ROWS, Shape
+from changeover.demo.schema import LEAST_ROWS, ROWS_BY_DEFAULT, Shape
+from changeover.demo.screen import Reading, Screen
 from changeover.errors import Interrupted, UsageError
 from changeover.files.runlog import log_file
 from changeover.interrupt import STOPPING
@@ -36,7 +37,7 @@ CORES = 2
 
 def demo(
     *,
-    rows: int = 200_000,
+    rows: int = ROWS_BY_DEFAULT,
     broken: Sequence[str] = (),
     keep: bool = False,
     work: Path | None = None,
@@ -64,32 +65,34 @@ def _moved(
     shape: Shape, broken: Sequence[str], keep: bool, work: Path | None, console: Console, left: places.Left
 ) -> Outcome:  # fmt: skip
     started = time.monotonic()
+    screen = Screen(console)
     with ExitStack() as held:
-        place = held.enter_context(places.made(work, shape, keep, left))
-        spark = held.enter_context(_session())
-        tour = begin(place, spark, shape)
-        held.callback(tours.end, tour)
-        held.enter_context(log_file(tour.spec, "demo"))
+        with screen.step("set-up"):
+            screen.at(Reading(f"a PostgreSQL server with {shape.rows:,} rows"))
+            place = held.enter_context(places.made(work, shape, keep, left))
+            screen.at(Reading("Spark starts"))
+            spark = held.enter_context(_session())
+            screen.at(Reading("the application starts to write"))
+            tour = begin(place, spark, shape, screen)
+            held.callback(tours.end, tour)
+            held.enter_context(log_file(tour.spec, "demo"))
         set_up = time.monotonic() - started
-        console.print(f"set-up {set_up:.1f} s: {shape.rows:,} rows in the old store, which the application writes to;"
-                      f" everything is in {place.root}", **PLAIN)  # fmt: skip
+        screen.line(f"{'set-up':<12} {set_up:6.1f} s  {shape.rows:,} rows in the old store, which the application writes to;"
+                    f" everything is in {place.root}")  # fmt: skip
         for step in tours.steps(broken):
             line = tour.run(step)
-            console.print(f"{step.name:<12} {tour.seconds[step.name]:6.1f} s  {line}", **PLAIN)
+            screen.line(f"{step.name:<12} {tour.seconds[step.name]:6.1f} s  {line}")
         outcome = Outcome.of(tour, set_up, keep)
         outcome.write_report()
         outcome.show(console)
         return outcome
 
 
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
-
-
-def begin(place: places.Place, spark: SparkSession, shape: Shape) -> tours.Tour:
+def begin(place: places.Place, spark: SparkSession, shape: Shape, screen: Screen) -> tours.Tour:
     """Start the application, before anything of the migration exists."""
     spec = place.spec()
     application = ApplicationProcess.start(place.spec_file, place.root, shape.rows)
-    return tours.Tour(place, spec, spark, shape, application, Follower(spec, spark))
+    return tours.Tour(place, spec, spark, shape, application, Follower(spec, spark), screen)
 
 
 @contextmanager

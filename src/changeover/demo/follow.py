@@ -6,14 +6,19 @@ raised where the demo looks next, so that nothing goes on without it.
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 
+from changeover.errors import LeaseHeld
 from changeover.jobs.apply.rounds import replay
 from changeover.spec import Spec
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+
+log = logging.getLogger(__name__)
 
 
 class Follower:
@@ -45,7 +50,11 @@ class Follower:
             raise self._error
 
     def _run(self) -> None:
-        try:
-            replay(self.spec, self.spark, follow=True, stop=self._stop)
-        except Exception as error:  # kept for the demo's own thread, which raises it
-            self._error = error
+        while not self._stop.is_set():
+            try:
+                replay(self.spec, self.spark, follow=True, stop=self._stop)
+            except LeaseHeld as held:  # a batch or a verification goes on for long: on a slow machine that is progress
+                log.info("replay goes on: %s", held)
+            except Exception as error:  # kept for the demo's own thread, which raises it
+                self._error = error
+                return

@@ -73,6 +73,7 @@ class Outcome:
             "rows": self.rows,
             "writes_during": self.application["writes"],
             "ghosts_prevented": self.figures.ghosts_prevented,
+            "came_back": self.figures.came_back,
             "seconds": self.seconds,
             "stage": self.stage,
             "mismatches": self.mismatches,
@@ -118,6 +119,7 @@ class Outcome:
             ("writes meanwhile", f"{app['writes']:,}: {app['inserts']:,} follows, {app['updates']:,} updates,"
              f" {app['deletes']:,} unfollows, {app['transient']:,} taken back at once"),
             ("mirrored writes", f"{sum(mirror['mirrored'] for mirror in mirrors):,}, of which {lost} lost on the way"),
+            ("reverse replication", f"{self.figures.came_back:,} changes of the new store came back to the old one"),
             ("shadow reads", f"{router['comparisons']['compared']:,} compared, {self.mismatches} mismatched"),
             ("ghosts prevented", f"{self.figures.ghosts_prevented:,}"),
             ("errors of the application", f"{app['errors']}" + (f" ({app['last_error']})" if app["errors"] else "")),

@@ -28,7 +28,9 @@ from changeover.interrupt import deferred
 from changeover.session import connect
 from changeover.spec import Spec, load
 
-SETTINGS = {"max_wal_size": "4GB", "shared_buffers": "256MB"}
+SETTINGS = {"max_wal_size": "4GB", "shared_buffers": "256MB", "wal_sender_timeout": "10min"}
+"""Beside those of every server of ours: on a machine with other work capture may not get the processor for a minute."""
+
 VARIABLES = {"OLD_DSN": "old", "NEW_DSN": "new"}
 """Environment variable that the spec names -> database."""
 

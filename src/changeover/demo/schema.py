@@ -21,6 +21,9 @@ FLAG = "follows-store"
 RESERVED_USERS = 10
 """Users 1 to 10 are left alone by the application."""
 
+ROWS_BY_DEFAULT = 50_000
+"""Enough for chunks, races and a rate, and few enough for a coffee."""
+
 LEAST_ROWS = 500
 """Fewer rows would leave the application nothing to meet the backfill with."""
 
@@ -76,6 +79,10 @@ entity_a = "from_user"
 kind = "'follows'"
 entity_b = "to_channel"
 blocked_on = "to_timestamp(blocked_on)"
+
+[table.reverse]
+# What the application writes to the new store comes back through this; the other columns only changed their names.
+blocked_on = "date_format(blocked_on, 'yyyy-MM-dd HH:mm:ss')"
 
 [flag]
 key = "{flag}"

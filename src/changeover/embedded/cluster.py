@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +18,18 @@ from pathlib import Path
 from changeover.errors import EmbeddedServerFailed
 
 SUPERUSER = "embedded"
+
+PROGRAMS_LOG = "programs.log"
+"""Where initdb, pg_ctl and the rest write, in the server's folder."""
+
+SIGNS = re.compile(
+    r"(FATAL|PANIC|ERROR|error|fatal): |configuration parameter|parameter \"|could not |cannot |can't |[Pp]ermission denied|"
+    r"No space left|No such file|not found"
+)
+"""What the first line of trouble holds: later lines tell of the cleaning up, as initdb's last one does."""
+
+BEFORE = re.compile(r"^(.* \.\.\. )?(.*?(LOG|FATAL|PANIC|ERROR): +|(initdb|pg_ctl|postgres): +(error: +)?)?")
+"""What stands in front of it: a step of initdb's that was under way, a log's time and level, the program's own name."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ def run_as(account: Account | None, command: Sequence[str], root: Path) -> subpr
     environ = {"PATH": os.defpath, "LC_ALL": "C"}
     if "TZ" in os.environ:
         environ["TZ"] = os.environ["TZ"]
-    output = root / "programs.log"
+    output = root / PROGRAMS_LOG
     with output.open("ab") as sink:
         return subprocess.run(
             command,
@@ -59,6 +72,35 @@ def run_as(account: Account | None, command: Sequence[str], root: Path) -> subpr
         )
 
 
+def programs_output(root: Path) -> str:
+    """Return what the server's programs have written so far, such as initdb and pg_ctl; empty before the first.
+
+    Args:
+        root: The server's folder.
+
+    Returns:
+        The whole text of the log of programs.
+    """
+    log = root / PROGRAMS_LOG
+    return log.read_text(errors="replace") if log.exists() else ""
+
+
+def first_error(output: str) -> str:
+    """Return the line of a program's output that names the cause, which is the first error and not the last line (pure).
+
+    A refused setting is a LOG line in front of a FATAL one that names the file only. initdb ends by cleaning up.
+
+    Args:
+        output: What initdb, pg_ctl or the server wrote in the attempt that failed.
+
+    Returns:
+        The first line that tells of an error, without time, level and program; the last line where none does.
+    """
+    lines = output.strip().splitlines() or ["no output"]
+    line = next(filter(SIGNS.search, lines), lines[-1])
+    return BEFORE.sub("", line).strip()
+
+
 def _can_run(account: Account, command: Sequence[str], root: Path) -> bool:
     try:
         return run_as(account, command, root).returncode == 0
@@ -66,7 +108,7 @@ def _can_run(account: Account, command: Sequence[str], root: Path) -> bool:
         return False  # the program itself, or a folder above it, is closed to this user
 
 
-LEFT_BY_A_KILLED_START = frozenset({"data", "copied", "password", "programs.log", "server.new", "server.log"})
+LEFT_BY_A_KILLED_START = frozenset({"data", "copied", "password", PROGRAMS_LOG, "server.new", "server.log"})
 """What a start that was killed before its state file may leave; the next start makes it anew."""
 
 
@@ -121,13 +163,14 @@ def initialise(root: Path, bin_dir: Path, password: str, account: Account | None
             os.chown(path, account.uid, account.gid)
     command = [str(bin_dir / "initdb"), "-D", str(data), "-U", SUPERUSER, "--pwfile", str(secret)]
     options = ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"]
+    begun = len(programs_output(root))
     try:
         done = run_as(account, [*command, *options], root)
     finally:
         secret.unlink()
     if done.returncode:
-        said = (root / "programs.log").read_text(errors="replace").strip().splitlines()
-        raise EmbeddedServerFailed(str(root), f"initdb failed: {said[-1] if said else 'no output'}")
+        reason = first_error(programs_output(root)[begun:])
+        raise EmbeddedServerFailed(str(root), f"initdb failed ({reason}), see {root / PROGRAMS_LOG}")
     with (data / "postgresql.conf").open("a") as conf:
         conf.write("include 'changeover.conf'\n")
     (data / "changeover.conf").touch()

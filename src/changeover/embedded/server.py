@@ -25,14 +25,16 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from changeover.embedded.binaries import find_binaries
-from changeover.embedded.cluster import SUPERUSER, initialise, prepare_root, run_as, server_account
+from changeover.embedded.cluster import SUPERUSER, first_error, initialise, prepare_root, programs_output, run_as, server_account
 from changeover.errors import EmbeddedServerFailed
 from changeover.session import application_name, connect, speaking_to
 
 LOOPBACK = "127.0.0.1"
 PORT_ATTEMPTS = 8
-START_WITHIN = 60
-STOP_WITHIN = 60
+START_WITHIN = 300
+STOP_WITHIN = 300
+"""Seconds in which a server comes up and goes down: many times what a busy machine takes. One that fails says so at once."""
+
 CHILDREN_END_WITHIN = 15.0
 STATE_FILE = "server.json"
 
@@ -186,14 +188,15 @@ class EmbeddedServer:
     def _launch(self, *, fixed_port: bool) -> None:
         self._clear_stale_pid()
         for attempt in range(PORT_ATTEMPTS):
-            seen = self.log.stat().st_size
+            seen, told = self.log.stat().st_size, len(programs_output(self.root))
             done = self._pg_ctl("start", "-w", "-t", str(START_WITHIN), "-l", str(self.log), "-o", f"-p {self.port}")
             if done.returncode == 0:
                 self._save(self.port)
                 return
-            said = self.log.read_text(errors="replace")[seen:]
-            if "could not bind" not in said:
-                raise EmbeddedServerFailed(str(self.root), f"it did not start ({_reason(said)}), see {self.log}")
+            # pg_ctl's own trouble comes before the server has written anything
+            output = self.log.read_text(errors="replace")[seen:] or programs_output(self.root)[told:]
+            if "could not bind" not in output:
+                raise EmbeddedServerFailed(str(self.root), f"it did not start ({first_error(output)}), see {self.log}")
             if fixed_port:
                 time.sleep(0.25 * (attempt + 1))
             else:
@@ -235,16 +238,6 @@ def _free_port() -> int:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _reason(said: str) -> str:
-    """Return the line that tells most: a refused setting is a LOG line before a FATAL one that names the file only."""
-    lines = said.strip().splitlines() or ["no output"]
-    for sign in ("configuration parameter", 'parameter "', "FATAL:", "PANIC:"):
-        for line in lines:
-            if sign in line:
-                return re.sub(r"^.*?(LOG|FATAL|PANIC): +", "", line)
-    return lines[-1]
 
 
 def _state_path(root: Path) -> Path:

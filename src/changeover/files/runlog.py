@@ -35,8 +35,8 @@ class RunLog(logging.FileHandler):
         """Say it once, and go on without the file."""
         if not self.failed:
             self.failed = True
-            said = sys.exc_info()[1]
-            print(f"changeover: the log file {self.baseFilename} can't be written ({said}); the run goes on", file=sys.stderr)
+            error = sys.exc_info()[1]
+            print(f"changeover: the log file {self.baseFilename} can't be written ({error}); the run goes on", file=sys.stderr)
 
 
 class Line(logging.Formatter):
@@ -57,8 +57,8 @@ class JsonLine(Line):
     def format(self, record: logging.LogRecord) -> str:
         """Return the object."""
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        told = {"time": at, "level": record.levelname.lower(), "logger": record.name, **self.fixed, "message": record.getMessage()}
-        return json.dumps(told, ensure_ascii=False)
+        line = {"time": at, "level": record.levelname.lower(), "logger": record.name, **self.fixed, "message": record.getMessage()}
+        return json.dumps(line, ensure_ascii=False)
 
 
 @contextmanager

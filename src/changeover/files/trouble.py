@@ -42,7 +42,7 @@ def trouble(error: BaseException) -> str | None:
 
 def trouble_in(text: str) -> str | None:
     """Return what the system said of a folder in a text of the JVM's (pure)."""
-    return next((said for said in IN_JAVA if said in text), None)
+    return next((message for message in IN_JAVA if message in text), None)
 
 
 @contextmanager
@@ -51,9 +51,9 @@ def working(folder: Path | str) -> Iterator[None]:
     try:
         yield
     except (OSError, DeltaError) as error:
-        said = trouble(error)
-        if said is None and isinstance(error, DeltaError) and not Path(folder).exists():
-            said = os.strerror(errno.ENOENT)  # its writer may speak of a version that is none
-        if said is None:
+        message = trouble(error)
+        if message is None and isinstance(error, DeltaError) and not Path(folder).exists():
+            message = os.strerror(errno.ENOENT)  # its writer may speak of a version that is none
+        if message is None:
             raise
-        raise FolderFailed(str(folder), said) from error
+        raise FolderFailed(str(folder), message) from error

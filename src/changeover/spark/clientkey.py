@@ -53,8 +53,8 @@ def as_der(path: str, password: str | None = None) -> str:
 @lru_cache(maxsize=8)
 def _converted(path: str, changed: int, password: str | None, pid: int) -> str:
     """Convert a file once in a process, and again when it has changed."""
-    found = PEM.search(Path(path).read_bytes())
-    return _kept(_der(path, found[1].decode(), found[2], password), pid) if found else path
+    pem = PEM.search(Path(path).read_bytes())
+    return _kept(_der(path, pem[1].decode(), pem[2], password), pid) if pem else path
 
 
 def _der(path: str, label: str, body: bytes, password: str | None) -> bytes:
@@ -77,10 +77,10 @@ def _encrypted(path: str, password: str | None) -> bytes:
         lack = "openssl is not here to convert it" if program is None else "the DSN has no sslpassword"
         raise UsageError(f"the client key {path} is encrypted and {lack}: install it, or name a key that is not encrypted")
     asked = f"{password}\n{password}\n".encode()
-    done = subprocess.run([program, *ENCRYPT, path], input=asked, capture_output=True, timeout=OPENSSL_SECONDS, check=False)
-    if done.returncode:
+    process = subprocess.run([program, *ENCRYPT, path], input=asked, capture_output=True, timeout=OPENSSL_SECONDS, check=False)
+    if process.returncode:
         raise UsageError(f"the client key {path} does not open with the DSN's sslpassword: check both")
-    return done.stdout
+    return process.stdout
 
 
 def _pkcs8(algorithm: bytes, key: bytes) -> bytes:

@@ -77,7 +77,7 @@ class Answer:
 
 
 @contextmanager
-def from_spark(table: str, place: str) -> Iterator[None]:
+def from_spark(table: str, location: str) -> Iterator[None]:
     """Turn errors of Spark actions into ours (driver)."""
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
@@ -85,14 +85,14 @@ def from_spark(table: str, place: str) -> Iterator[None]:
     try:
         yield
     except (PySparkException, Py4JError) as error:
-        raise as_ours(error, table, place) from error
+        raise as_ours(error, table, location) from error
 
 
-def as_ours(error: Any, table: str, place: str) -> ChangeoverError:
+def as_ours(error: Any, table: str, location: str) -> ChangeoverError:
     """Return an error of Spark's, or of the bridge to it, as ours (driver)."""
     below = list(_causes(error))
-    answer = next((_answer(one) for one in below if one.getClass().getName() == EXCEPTION), None)
-    return translated("\n".join((str(error), *(str(one.toString()) for one in below))), table, place, answer)
+    answer = next((_answer(cause) for cause in below if cause.getClass().getName() == EXCEPTION), None)
+    return translated("\n".join((str(error), *(str(cause.toString()) for cause in below))), table, location, answer)
 
 
 def _causes(error: Any) -> Iterator[Any]:
@@ -104,34 +104,36 @@ def _causes(error: Any) -> Iterator[Any]:
 
 
 def _answer(refusal: Any) -> Answer:
-    said = refusal.getServerErrorMessage()  # None where the driver refused by itself
-    words = said.getMessage() if said is not None else refusal.getMessage()
-    return Answer(refusal.getSQLState() or "", (said.getRoutine() or "") if said is not None else "", words or "no reason given")
+    message = refusal.getServerErrorMessage()  # None where the driver refused by itself
+    words = message.getMessage() if message is not None else refusal.getMessage()
+    return Answer(
+        refusal.getSQLState() or "", (message.getRoutine() or "") if message is not None else "", words or "no reason given"
+    )
 
 
-def translated(text: str, table: str, place: str, answer: Answer | None = None) -> ChangeoverError:
+def translated(text: str, table: str, location: str, answer: Answer | None = None) -> ChangeoverError:
     """Return the error of ours that a stack trace, and what the server answered where that is known, tell of."""
-    said, written = trouble_in(text), WRITING.search(text)
-    if said or written:
-        folder = written[1] if written else f"table {table}, {place}: Spark's scratch folder (spark.local.dir)"
-        return FolderFailed(folder, said or "Spark's task failed while it wrote there")
+    trouble, written = trouble_in(text), WRITING.search(text)
+    if trouble or written:
+        folder = written[1] if written else f"table {table}, {location}: Spark's scratch folder (spark.local.dir)"
+        return FolderFailed(folder, trouble or "Spark's task failed while it wrote there")
     if SOCKETS_MISSING in text:
         return JarsMissing(
             "junixsocket, by which Java reaches a server at a socket, is not there: run"
             " `python -m changeover.spark.jars`, or give Spark"
-            f" the packages {','.join(one.coordinates for one in (SOCKETS, NATIVE))}; then run the same command again"
+            f" the packages {','.join(package.coordinates for package in (SOCKETS, NATIVE))}; then run the same command again"
         )
-    found = _answered(answer, table, place) if answer and NOT_CONNECTED not in text else _told(text, table, place)
-    if found is not None:
-        return found
+    failure = _answered(answer, table, location) if answer and NOT_CONNECTED not in text else _told(text, table, location)
+    if failure is not None:
+        return failure
     if match := VALUE.search(text):
-        said = GIVEN.sub("A value of the type", match[2].split(" SQLSTATE")[0])
-        return RowRefused(table, place, f"{match[1]}: {said.strip()}")
+        problem = GIVEN.sub("A value of the type", match[2].split(" SQLSTATE")[0])
+        return RowRefused(table, location, f"{match[1]}: {problem.strip()}")
     lines = [line for line in text.splitlines() if line.strip()]
-    return CouldNotFinish(f"table {table}, {place}: Spark failed: {lines[0] if lines else 'no reason given'}")
+    return CouldNotFinish(f"table {table}, {location}: Spark failed: {lines[0] if lines else 'no reason given'}")
 
 
-def _answered(answer: Answer, table: str, place: str) -> ChangeoverError | None:
+def _answered(answer: Answer, table: str, location: str) -> ChangeoverError | None:
     """Return what an answer means, None for what an expression of ours raised; it does not go by the words."""
     server, words = f"the server of table {table}", answer.words.strip().partition("\n")[0]
     if GONE.fullmatch(answer.state):
@@ -139,18 +141,18 @@ def _answered(answer: Answer, table: str, place: str) -> ChangeoverError | None:
     if answer.routine == "check_enable_rls":
         return RowsHidden(server, "ROLE", words)
     if answer.state in NO_TEXT:
-        return TextRefused(server, f"reading {place}", words)
+        return TextRefused(server, f"reading {location}", words)
     if answer.routine in IMPORTING or SNAPSHOT_LOOK in words:
         return SnapshotLost("of this migration", words)
     if OURS in words:
         return None
     if answer.state.startswith("22"):
         known = ROW.match(f"PSQLException: {words}")  # in another language a value may stand anywhere
-        return RowRefused(table, place, known[1].strip() if known else f"a value can't be read (SQLSTATE {answer.state})")
-    return CouldNotFinish(f"table {table}, {place}: the server refused: {words}")
+        return RowRefused(table, location, known[1].strip() if known else f"a value can't be read (SQLSTATE {answer.state})")
+    return CouldNotFinish(f"table {table}, {location}: the server refused: {words}")
 
 
-def _told(text: str, table: str, place: str) -> ChangeoverError | None:
+def _told(text: str, table: str, location: str) -> ChangeoverError | None:
     """Return what a text alone tells of a server's answer."""
     if match := UNREACHABLE.search(text):
         return ServerUnavailable("the source or target server", match[1].strip())
@@ -160,13 +162,13 @@ def _told(text: str, table: str, place: str) -> ChangeoverError | None:
     if match := HIDDEN.search(text):
         return RowsHidden(f"the server of table {table}", "ROLE", match[1].strip())
     if match := NOT_TEXT.search(text):
-        return TextRefused(f"the server of table {table}", f"reading {place}", match[1].strip())
+        return TextRefused(f"the server of table {table}", f"reading {location}", match[1].strip())
     if match := SNAPSHOT.search(text):
         return SnapshotLost("of this migration", match[1].strip())
     if OURS not in text and (match := ROW.search(text)):
-        return RowRefused(table, place, match[1].strip())
+        return RowRefused(table, location, match[1].strip())
     if OURS not in text and (match := DATABASE.search(text)):
-        return CouldNotFinish(f"table {table}, {place}: the server refused: {match[1].strip()}")
+        return CouldNotFinish(f"table {table}, {location}: the server refused: {match[1].strip()}")
     return None
 
 

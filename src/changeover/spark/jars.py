@@ -1,8 +1,8 @@
 """The Java archives that Spark does not ship: Delta Lake, the PostgreSQL driver and its way to a socket, beside Spark's own.
 
-They are resolved once by Spark's own resolver and moved into pyspark's `jars` folder by rename, so that an archive is
-there whole or not at all, and no session needs a network or a setting afterwards. What is there is not fetched again,
-and then no JVM is started.
+Spark's own resolver fetches them once, and a rename moves them into pyspark's `jars` folder. So an
+archive is there whole or not at all, and no session needs a network or a setting afterwards. What
+is there is not fetched again, and then no JVM is started.
 """
 
 from __future__ import annotations
@@ -83,20 +83,20 @@ def folder() -> Path:
 
 def missing(into: Path | None = None) -> tuple[Artifact, ...]:
     """Return the archives that are not in the folder yet; an empty tuple means that no network is needed any more."""
-    place = folder() if into is None else into
-    return tuple(artifact for artifact in NEEDED if not (place / artifact.file_name).is_file())
+    jars = folder() if into is None else into
+    return tuple(artifact for artifact in NEEDED if not (jars / artifact.file_name).is_file())
 
 
 def fetch(into: Path | None = None) -> tuple[Artifact, ...]:
     """Fetch what is missing and return it (application, once per installation); raises JarsMissing or JavaMissing."""
-    place = folder() if into is None else into
-    absent = missing(place)
+    jars = folder() if into is None else into
+    absent = missing(jars)
     if not absent:
         return ()
     with tempfile.TemporaryDirectory(prefix="changeover-jars-") as ivy:
         _resolve(Path(ivy))
         for artifact in absent:
-            _put(Path(ivy) / "jars" / artifact.file_name, place)
+            _put(Path(ivy) / "jars" / artifact.file_name, jars)
     return absent
 
 
@@ -105,12 +105,12 @@ def _resolve(ivy: Path) -> None:
     environ = {**os.environ, "JAVA_HOME": str(java.find())}
     command = [sys.executable, "-c", _RESOLVE, ",".join(root.coordinates for root in ROOTS), str(ivy)]
     try:
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=RESOLVE_WITHIN, check=False)
+        process = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=RESOLVE_WITHIN, check=False)
     except subprocess.TimeoutExpired as error:
         raise JarsMissing(f"its resolver took more than {RESOLVE_WITHIN:g} s, run again") from error
-    if done.returncode:
+    if process.returncode:
         raise JarsMissing(
-            f"its resolver could not fetch {' and '.join(root.coordinates for root in ROOTS)} ({_reason(done.stderr)}): "
+            f"its resolver could not fetch {' and '.join(root.coordinates for root in ROOTS)} ({_reason(process.stderr)}): "
             f"check the network and run `{sys.executable} -m changeover.spark.jars` again"
         )
 
@@ -121,14 +121,14 @@ def _reason(output: str) -> str:
     return (telling or [line for line in lines if line] or ["no output"])[-1]
 
 
-def _put(resolved: Path, place: Path) -> None:
+def _put(resolved: Path, jars: Path) -> None:
     """Copy into the folder under a passing name, then rename: a reader sees a whole archive or none."""
     if not resolved.is_file():
         raise JarsMissing(f"the resolver brought no {resolved.name}: run again")
-    passing = place / f".{resolved.name}.{os.getpid()}"
+    passing = jars / f".{resolved.name}.{os.getpid()}"
     try:
         shutil.copyfile(resolved, passing)
-        passing.replace(place / resolved.name)
+        passing.replace(jars / resolved.name)
     finally:
         passing.unlink(missing_ok=True)
 

@@ -1,8 +1,9 @@
 """The Java runtime that Spark needs: found, never guessed.
 
-JAVA_HOME is looked at first, then the path, then the folder where Linux distributions put their runtimes. A runtime
-counts when it starts and says that it is Java 17 or later; otherwise the answer is one sentence that says what was
-found and the one command that helps. Nothing is installed unless asked for by `--install`.
+JAVA_HOME is looked at first, then the path, then the folder where Linux distributions put their
+runtimes. A runtime counts when it starts and says that it is Java 17 or later. Otherwise the answer
+is one sentence that says what was found and the one command that helps. Nothing is installed unless
+asked for by `--install`.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class Runtime(NamedTuple):
 
 def find(environ: Mapping[str, str] | None = None, search_root: Path = SEARCH_ROOT) -> Path:
     """Return the home of the first fitting Java runtime (driver); raises JavaMissing, which names what was found."""
-    seen: list[Runtime] = []
+    runtimes: list[Runtime] = []
     for home in _homes(os.environ if environ is None else environ, search_root):
         release = _release(home)
         if release is None:
             continue
         if release >= OLDEST:
             return home
-        seen.append(Runtime(home, release))
-    raise JavaMissing(_found(seen), install_command())
+        runtimes.append(Runtime(home, release))
+    raise JavaMissing(_found(runtimes), install_command())
 
 
 def require() -> Path:
@@ -83,17 +84,17 @@ def _release(home: Path) -> int | None:
     if not java.is_file():
         return None
     try:
-        done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=ANSWER_WITHIN, check=False)
+        process = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=ANSWER_WITHIN, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None  # a file that does not run is no runtime; the sentence of JavaMissing says what was found instead
-    version = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
+    version = re.search(r'version "(?:1\.)?(\d+)', process.stderr + process.stdout)
     return int(version[1]) if version else None
 
 
-def _found(seen: list[Runtime]) -> str:
-    if not seen:
+def _found(runtimes: list[Runtime]) -> str:
+    if not runtimes:
         return "none was found in JAVA_HOME, the path or " + str(SEARCH_ROOT)
-    return "only " + ", ".join(f"Java {runtime.release} in {runtime.home}" for runtime in seen) + " was found"
+    return "only " + ", ".join(f"Java {runtime.release} in {runtime.home}" for runtime in runtimes) + " was found"
 
 
 def _install() -> None:

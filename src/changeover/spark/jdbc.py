@@ -46,60 +46,60 @@ def options(dsn: str, application: str) -> dict[str, str]:
     """
     with closing(connect(dsn, application)) as session:
         wire = session.pgconn
-        told = {one.keyword.decode(): one.val.decode() for one in wire.info if one.val}
-        told.update(
+        parameters = {option.keyword.decode(): option.val.decode() for option in wire.info if option.val}
+        parameters.update(
             host=wire.host.decode(), hostaddr=wire.hostaddr.decode(), port=wire.port.decode(), password=wire.password.decode(),
             user=wire.user.decode(), dbname=wire.db.decode(),
         )  # fmt: skip
-    _require_known(dsn, told)
+    _require_known(dsn, parameters)
     return {
-        "url": f"jdbc:postgresql://{_host(dsn, told)}:{told['port']}/{quote(told['dbname'], safe='')}",
+        "url": f"jdbc:postgresql://{_host(dsn, parameters)}:{parameters['port']}/{quote(parameters['dbname'], safe='')}",
         "driver": "org.postgresql.Driver",
         "ApplicationName": application,
         "options": options_of(dsn, _pinned()),
-        "user": told["user"],
-        "tcpKeepAlive": "false" if told.get("keepalives") == "0" else "true",
-        **({"password": told["password"]} if told["password"] else {}),
-        **{SAME[name]: told[name] for name in SAME if name in told},
-        **({"gssEncMode": told["gssencmode"]} if told.get("gssencmode") in ("disable", "require") else {}),
-        **(_by_socket(told) if _socket(told) else _tls(told)),
+        "user": parameters["user"],
+        "tcpKeepAlive": "false" if parameters.get("keepalives") == "0" else "true",
+        **({"password": parameters["password"]} if parameters["password"] else {}),
+        **{SAME[name]: parameters[name] for name in SAME if name in parameters},
+        **({"gssEncMode": parameters["gssencmode"]} if parameters.get("gssencmode") in ("disable", "require") else {}),
+        **(_by_socket(parameters) if _socket(parameters) else _tls(parameters)),
     }
 
 
-def _require_known(dsn: str, told: Mapping[str, str]) -> None:
+def _require_known(dsn: str, parameters: Mapping[str, str]) -> None:
     for name, lack in UNKNOWN.items():
-        if name in told:
+        if name in parameters:
             raise UsageError(f"{server_name(dsn)}: the DSN has {name}, and {JAVA} {lack}: leave it out")
-    if not _socket(told):
+    if not _socket(parameters):
         return
-    if told["host"].startswith("@"):
+    if parameters["host"].startswith("@"):
         raise UsageError(
-            f"{server_name(dsn)}: the DSN names the abstract socket {told['host']}, and {JAVA} takes a folder's alone: write"
+            f"{server_name(dsn)}: the DSN names the abstract socket {parameters['host']}, and {JAVA} takes a folder's alone: write"
             " host=/FOLDER or host=localhost"
         )
-    if "requirepeer" in told:
+    if "requirepeer" in parameters:
         raise UsageError(
             f"{server_name(dsn)}: the DSN has requirepeer, and {JAVA} can't ask whose process a server is: leave it out"
         )
 
 
-def _socket(told: Mapping[str, str]) -> bool:
+def _socket(parameters: Mapping[str, str]) -> bool:
     """Return whether libpq reached the server by a socket of its machine; an address comes before one."""
-    return told["host"].startswith(("/", "@")) and not told["hostaddr"]
+    return parameters["host"].startswith(("/", "@")) and not parameters["hostaddr"]
 
 
-def _by_socket(told: Mapping[str, str]) -> dict[str, str]:
+def _by_socket(parameters: Mapping[str, str]) -> dict[str, str]:
     """Return what the driver of Java is told about a socket, at which libpq uses no TLS either, whatever the DSN says."""
-    path = f"{told['host'].rstrip('/')}/.s.PGSQL.{told['port']}"
+    path = f"{parameters['host'].rstrip('/')}/.s.PGSQL.{parameters['port']}"
     return {"sslmode": "disable", "socketFactory": SOCKETS, "socketFactoryArg": path}
 
 
-def _host(dsn: str, told: Mapping[str, str]) -> str:
+def _host(dsn: str, parameters: Mapping[str, str]) -> str:
     """Return the host for the URL: the address, where one is given and the name is not what TLS proves."""
-    if _socket(told):
+    if _socket(parameters):
         return "localhost"  # which the factory of sockets takes for its own
-    host, address = told["host"], told["hostaddr"]
-    if told.get("sslmode") != "verify-full":
+    host, address = parameters["host"], parameters["hostaddr"]
+    if parameters.get("sslmode") != "verify-full":
         host = address or host
     elif address and address not in _addresses(host):
         raise UsageError(
@@ -111,25 +111,26 @@ def _host(dsn: str, told: Mapping[str, str]) -> str:
 
 def _addresses(host: str) -> set[str]:
     try:
-        return {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+        return {str(answer[4][0]) for answer in socket.getaddrinfo(host, None)}
     except OSError:
         return set()
 
 
-def _tls(told: Mapping[str, str]) -> dict[str, str]:
+def _tls(parameters: Mapping[str, str]) -> dict[str, str]:
     """Return what the driver of Java is told about TLS, by which it is as strict as libpq was."""
-    mode, root = told.get("sslmode", "prefer"), told.get("sslrootcert", "")
+    mode, root = parameters.get("sslmode", "prefer"), parameters.get("sslrootcert", "")
     if root == "system":
         return {"sslmode": mode, "sslfactory": "org.postgresql.ssl.DefaultJavaSSLFactory"}
-    found = root or _default("root.crt")
-    if mode == "require" and found and Path(found).exists():
+    authority = root or _default("root.crt")
+    if mode == "require" and authority and Path(authority).exists():
         mode = "verify-ca"  # as libpq does where it has a root certificate
     given = {"sslmode": mode, **({"sslrootcert": root} if root else {})}
-    certificate, key = told.get("sslcert") or _default("postgresql.crt"), told.get("sslkey") or _default("postgresql.key")
-    if told.get("sslcertmode") == "disable" or not Path(certificate).exists():
+    certificate = parameters.get("sslcert") or _default("postgresql.crt")
+    key = parameters.get("sslkey") or _default("postgresql.key")
+    if parameters.get("sslcertmode") == "disable" or not Path(certificate).exists():
         return given
-    password = {"sslpassword": told["sslpassword"]} if "sslpassword" in told else {}
-    return {**given, "sslcert": certificate, "sslkey": clientkey.as_der(key, told.get("sslpassword")), **password}
+    password = {"sslpassword": parameters["sslpassword"]} if "sslpassword" in parameters else {}
+    return {**given, "sslcert": certificate, "sslkey": clientkey.as_der(key, parameters.get("sslpassword")), **password}
 
 
 def _default(name: str) -> str:
@@ -149,10 +150,10 @@ def start(transaction: sql.Composable) -> sql.Composed:
     first = _pinned()
     late = sql.SQL(" ").join(
         sql.SQL("IF current_setting('server_version_num')::int >= {} THEN SET {}; END IF;").format(
-            sql.Literal(one.since), pins.assignment(one.name, one.value)
+            sql.Literal(setting.since), pins.assignment(setting.name, setting.value)
         )
-        for one in pins.PINNED
-        if one.since
+        for setting in pins.PINNED
+        if setting.since
     )
     return sql.SQL(
         "{sets}; {transaction}; DO $pins$ DECLARE other record; BEGIN {late} FOR other IN {deviations} LOOP"

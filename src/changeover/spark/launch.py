@@ -1,9 +1,10 @@
 """The launch of Spark: one session with the settings that correctness needs, on a JVM without a word about itself.
 
-Spark's logging is told by `log4j2.properties` to speak of errors alone, and not of those that reach Python as exceptions anyway;
-an environment that names a configuration of its own is left alone. What the runtime prints before any logging is there is taken
-out of the JVM's standard error, line by line. Under spark-submit the JVM is there before us, and `start` does nothing. Whatever
-else it says passes through.
+`log4j2.properties` has Spark log errors alone, and not those that reach Python as exceptions
+anyway. An environment that names a configuration of its own is left alone. What the runtime prints
+before any logging is there is taken out of the JVM's standard error, line by line. Under
+spark-submit the JVM is there before us, and `start` does nothing. Whatever else it says passes
+through.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def start(options: Mapping[str, object]) -> None:
 
 def _pass_on(pipe: int) -> None:
     """Write what the JVM says to our own standard error, as if it had inherited it."""
-    with open(pipe, "rb") as said:
-        for line in said:
+    with open(pipe, "rb") as output:
+        for line in output:
             if not OF_ITSELF.match(line):
                 os.write(2, line)
 

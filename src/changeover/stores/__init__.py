@@ -14,7 +14,19 @@ from changeover.stores.base.interface import Store
 
 
 def open_store(spec: Spec, target: Target, step: str) -> AbstractContextManager[Store]:
-    """Open a target store for a step (driver)."""
+    """Open a target store for a step (driver).
+
+    Args:
+        spec: The migration's spec.
+        target: The target.
+        step: The step, which names the session.
+
+    Returns:
+        A context manager: the store, whose session ends with the block.
+
+    Raises:
+        ServerUnavailable: The store's server can't be reached.
+    """
     if target.kind == "postgres":
         from changeover.stores.postgres.store import PostgresStore
 

@@ -19,6 +19,7 @@ import pytest
 
 from changeover.embedded import binaries
 from changeover.embedded import server as embedded
+from changeover.embedded.cluster import first_error
 from changeover.embedded.server import EmbeddedServer
 from changeover.errors import EmbeddedServerFailed, ServerUnavailable
 from changeover.session import connect
@@ -174,6 +175,39 @@ def test_a_taken_port_is_changed_for_another(place: Path, monkeypatch: pytest.Mo
 def test_a_refused_setting_is_named_with_the_log(place: Path) -> None:
     with pytest.raises(EmbeddedServerFailed, match=r"did not start .*no_such_setting.*server\.log"):
         EmbeddedServer.start(place, settings={"no_such_setting": "1"}, bin_dir=default_binaries())
+
+
+def test_an_initdb_that_failed_names_its_first_error(place: Path) -> None:
+    """The program is real, and its installation damaged; its last line tells of cleaning up, as wherever it fails midway."""
+    package = default_binaries().parents[1]
+    for folder in (package, package.with_name(f"{package.name}.libs")):
+        subprocess.run(["cp", "-a", str(folder), str(place.parent)], check=True)
+    installation = place.parent / package.name / "pginstall"
+    with next(installation.rglob("postgres.bki")).open("a") as script:
+        script.write("nonsense\n")
+    with pytest.raises(EmbeddedServerFailed, match=r"initdb failed \(syntax error at line \d+\), see .*programs\.log"):
+        EmbeddedServer.start(place, bin_dir=installation / "bin")
+    assert (place / "programs.log").read_text().splitlines()[-1].startswith("initdb: removing contents of data directory")
+
+
+@pytest.mark.parametrize(
+    ("output", "cause"),
+    [
+        (
+            'selecting default "max_connections" ... sh: 1: cannot create /dev/null: Permission denied\n20\n'
+            'child process exited with exit code 2\ninitdb: removing contents of data directory "/data"\n',
+            "sh: 1: cannot create /dev/null: Permission denied",
+        ),
+        (
+            "LOG:  starting PostgreSQL 18.6\n2026-01-01 00:00:00 UTC [7] FATAL:  could not map memory\nHINT:  less\n",
+            "could not map memory",
+        ),
+        ("all is well\nand ended\n", "and ended"),
+        ("", "no output"),
+    ],
+)
+def test_the_first_error_of_an_output_is_its_cause(output: str, cause: str) -> None:
+    assert first_error(output) == cause
 
 
 @pytest.mark.parametrize("settings", [{"a b": "1"}, {"work_mem": "1\nport = 1"}])

@@ -107,7 +107,7 @@ def test_every_privilege_that_is_missing_is_named_and_the_grants_are_enough(stor
     stores.obey(missing)
     again = rights(stores.spec())
     assert again.reasons == []
-    assert again.told == [
+    assert again.notes == [
         f"{stores.role} on Goods in the new store: tried: a row inserted, updated, deleted and rolled back"
     ]  # fmt: skip
     assert stores.new.execute('SELECT count(*) FROM "Goods"').fetchall() == [(9,)]
@@ -148,7 +148,7 @@ def test_rights_on_single_columns_and_for_the_mirror(stores: Stores) -> None:
     assert not any("DELETE" in reason or "TRUNCATE" in reason for reason in found.reasons)
     [mirror] = [reason for reason in found.reasons if reason.startswith("old store")]
     assert "has no UPDATE on public.wares" in mirror
-    assert any("asked, and not tried" in one for one in found.told)
+    assert any("asked, and not tried" in one for one in found.notes)
     noted = [note for note in examined(spec).notes if "UPDATE on public.wares" in note]
     assert len(noted) == 1
     stores.obey(found.reasons)
@@ -161,4 +161,4 @@ def test_roles_that_nobody_has_and_none(stores: Stores, tmp_path: Path) -> None:
     assert "none of the application's roles (nobody)" in reason
     path = tmp_path / "unnamed.toml"
     path.write_text(SPEC.replace("[application]\nroles = {roles}\n", ""))
-    assert rights(load(path)).told == [UNNAMED]
+    assert rights(load(path)).notes == [UNNAMED]

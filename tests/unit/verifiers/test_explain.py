@@ -73,7 +73,7 @@ def test_every_kind_of_row_has_its_story(followed: Migration) -> None:
     assert lines(followed, "9999", "follows", "1") == [
         "associations 9999/follows/1", "source row: none", f"chunk: {LAKE}: chunk 2, {loaded_at(never, 0)}",
         f"chunk: {STORE}: chunk 2, {loaded_at(never, 1)}", "spooled events: none", "store row: none",
-        "store cell: no live write touched it", "lake row: none", "lake cell: none", "differences: none", "stage: never turned",
+        "store cell: no live write touched it", "lake row: none", "lake cell: none", "differences: none", "stage: never switched",
         "authority: old store, epoch 0",
     ]  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_a_bad_key_is_one_sentence(make_migration: MakeMigration) -> None:
         assert done.exit_code == 2, done.output
         assert problem in done.stderr
         assert len(done.stderr.splitlines()) == 1
-    assert told(made, "7")["stage"] == "never turned"
+    assert told(made, "7")["stage"] == "never switched"
 
 
 def test_an_event_is_told_for_what_it_is() -> None:

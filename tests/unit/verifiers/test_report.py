@@ -24,7 +24,7 @@ EQUAL = Verdict(
     target_ranges=(RangeCount(Range(0, None, None), 3),), found=0, kept=0,
 )  # fmt: skip
 DIFFERENT = replace(
-    EQUAL, target="lake", positions=Positions(0x16B374D848, "version 7"), equal_rows=0, found=12, kept=10,
+    EQUAL, target="lake", positions=Positions(0x16B374D848, "version 7"), equal_rows=2, found=12, kept=10,
     counts=dict.fromkeys(CLASSES, 1), columns={"name": 1}, duplicates={"target": 1},
     sample=(
         Difference("mismatched", {"id": "1"}, ("name",), {"id": "1", "name": EVIL}, {"id": "1", "name": None}),
@@ -101,6 +101,14 @@ def test_keys_that_were_judged_again_are_told_beside_rows_that_were_counted_befo
     counted = replace(EQUAL, target_rows=4, recheck=Recheck(1, ahead=1))
     assert "both stores are written, so keys that differed were judged again: 1" in terminal(counted)
     assert "judged again" not in terminal(EQUAL, replace(EQUAL, recheck=Recheck()))
+
+
+def test_equal_keys_never_exceed_the_rows_of_a_side() -> None:
+    """A row that was on its way when the sides were counted is equal when it is judged again, and in no count of rows."""
+    in_flight = replace(EQUAL, source_rows=3, target_rows=2, equal_rows=4, recheck=Recheck(2, in_flight=2))
+    assert report.equal_keys(in_flight) == 2
+    assert "2 keys equal, 2 more when judged again," in " ".join(Tags(report.to_html([in_flight])).text.split())
+    assert "3 keys equal, as of" in " ".join(Tags(report.to_html([EQUAL])).text.split())
 
 
 def test_null_absent_and_empty_look_different() -> None:

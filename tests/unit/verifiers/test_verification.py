@@ -40,7 +40,7 @@ def failing(migration: Migration, error: type[Exception], match: str) -> list[Ve
     """Verify, beside a running capture, with an error that is raised when all is done; return the verdicts that were told."""
     told: list[Verdict] = []
     with migration.capturing(), pytest.raises(error, match=match):
-        verify(migration.spec, migration.spark, found=told.append)
+        verify(migration.spec, migration.spark, on_verdict=told.append)
     return told
 
 

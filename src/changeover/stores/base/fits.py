@@ -43,7 +43,15 @@ class _Type:
 
 
 def holds(source: str, target: str) -> bool:
-    """Return whether a column of the target type holds every value of the source type as it is."""
+    """Return whether the target type holds every value of the source type as it is (pure).
+
+    Args:
+        source: The source's type, as `format_type` prints it.
+        target: The target's type, as `format_type` prints it.
+
+    Returns:
+        Whether it does; in doubt not.
+    """
     if source == target:
         return True
     if source.endswith("[]") or target.endswith("[]"):
@@ -76,7 +84,7 @@ def _holds(given: _Type, wanted: _Type) -> bool:
 
 
 def _in_text(given: _Type, limit: tuple[int, ...]) -> bool:
-    """A char(n) is not held: its pad, which means nothing there, would be part of the text."""
+    """A char(n) is not wanted: its pad, which means nothing there, would be part of the text."""
     if given.base == "character varying" and given.modifiers:
         return not limit or given.modifiers <= limit
     if given.base in AS_TEXT:
@@ -100,14 +108,22 @@ def _sixths(given: _Type) -> int:
 
 def _read(name: str) -> _Type:
     """``numeric(12,4)`` -> numeric, (12, 4); ``timestamp(3) with time zone`` -> timestamp with time zone, (3,)."""
-    found = re.search(r"\(([-\d, ]+)\)", name)
-    if found is None:
+    match = re.search(r"\(([-\d, ]+)\)", name)
+    if match is None:
         return _Type(name)
-    return _Type(name[: found.start()] + name[found.end() :], tuple(int(part) for part in found[1].split(",")))
+    return _Type(name[: match.start()] + name[match.end() :], tuple(int(part) for part in match[1].split(",")))
 
 
 def refuses(source: str, target: str) -> bool:
-    """Return whether every value of the source type either fits the target type as it is, or is an error there."""
+    """Return whether a value of the source type fits the target type as it is, or is an error (pure).
+
+    Args:
+        source: The source's type, as `format_type` prints it.
+        target: The target's type, as `format_type` prints it.
+
+    Returns:
+        Whether no value is changed in silence.
+    """
     given, wanted = _read(source), _read(target)
     if holds(source, target) or (given.base in INTEGERS and wanted.base in INTEGERS):
         return True
@@ -117,7 +133,15 @@ def refuses(source: str, target: str) -> bool:
 
 
 def lake_holds(source: str, target: str) -> bool:
-    """Return whether a lake's column of one Spark type holds every value of another Spark type as it is."""
+    """Return whether a lake's type holds every value of another Spark type as it is (pure).
+
+    Args:
+        source: The source's Spark type.
+        target: The Spark type of the lake's column.
+
+    Returns:
+        Whether it does; in doubt not.
+    """
     if source == target:
         return True
     arrays = re.fullmatch(r"array<(.+)>", source), re.fullmatch(r"array<(.+)>", target)
@@ -125,17 +149,27 @@ def lake_holds(source: str, target: str) -> bool:
         return lake_holds(arrays[0][1], arrays[1][1])
     if source in LAKE_INTEGERS and target in LAKE_INTEGERS:
         return LAKE_INTEGERS[source] <= LAKE_INTEGERS[target]
-    wanted = re.fullmatch(r"decimal\((\d+),(\d+)\)", target)
-    if wanted is None:
+    decimal = re.fullmatch(r"decimal\((\d+),(\d+)\)", target)
+    if decimal is None:
         return target in LAKE_FLOATS.get(source, ())
-    limit = int(wanted[1]), int(wanted[2])
+    limit = int(decimal[1]), int(decimal[2])
     given = re.fullmatch(r"decimal\((\d+),(\d+)\)", source)
     own = (LAKE_INTEGERS.get(source), 0) if given is None else (int(given[1]), int(given[2]))
     return own[0] is not None and own[1] <= limit[1] and own[0] - own[1] <= limit[0] - limit[1]
 
 
 def loss(name: str, source: str, target: str, spark_type: str) -> str | None:
-    """Return an expression in Spark SQL that makes of a column what the target type holds; None where no short one does."""
+    """Return an expression that makes of a column what the target type holds (pure).
+
+    Args:
+        name: The column, as Spark SQL.
+        source: The source's type, as `format_type` prints it.
+        target: The target's type, as `format_type` prints it.
+        spark_type: The target's Spark type, empty where it has none.
+
+    Returns:
+        The expression, in Spark SQL; None where no short one does.
+    """
     given, wanted = _read(source), _read(target)
     if wanted.base in ("text", "character varying", "character") and given.base in ("text", "character varying", "character"):
         whole = f"rtrim({name})" if given.base == "character" else name

@@ -1,9 +1,11 @@
 """Types: how PostgreSQL's values become Spark's and come back, without a loss anywhere.
 
-One table says for each PostgreSQL type which Spark type holds all of its values exactly, and how a value is read: `native` by
-the JDBC driver, or as PostgreSQL's own `text`, which Spark then casts under ANSI rules, so that what does not fit (a timestamp
-infinity, a numeric NaN) is an error with a name and never a changed value. A type whose values Spark can't hold exactly
-travels as its text from end to end. The change stream delivers the same text, so snapshot and stream meet in one decoder.
+One table says for each PostgreSQL type which Spark type holds all of its values exactly, and how a
+value is read. It is read `native` by the JDBC driver, or as PostgreSQL's own `text`. Spark casts a
+text under ANSI rules, so what does not fit (a timestamp infinity, a numeric NaN) is an error with a
+name. It is never a changed value. A type whose values Spark can't hold exactly travels as its text
+from end to end. The change stream delivers the same text, so snapshot and stream meet in one
+decoder.
 """
 
 from __future__ import annotations
@@ -82,7 +84,14 @@ class SourceType:
 
 
 def source_type(type_name: str) -> SourceType | None:
-    """Return how a type (as `format_type` prints it) is carried, or None when that is not proven exact."""
+    """Return how a type is carried (pure).
+
+    Args:
+        type_name: The PostgreSQL type, as `format_type` prints it.
+
+    Returns:
+        How it is read and which Spark type holds it; None where that is not proven exact.
+    """
     if type_name.endswith("[]"):
         element = source_type(type_name.removesuffix("[]"))
         if element is None or element.form in (JSON, ARRAY) or element.spark == "binary":
@@ -108,7 +117,14 @@ def form_of(type_name: str) -> str:
 
 
 def postgres_type(spark_type: str) -> str | None:
-    """Return the PostgreSQL type that holds a computed column of a Spark type, or None."""
+    """Return the PostgreSQL type that holds a computed column (pure).
+
+    Args:
+        spark_type: The column's Spark type.
+
+    Returns:
+        The type, None where none does.
+    """
     array = re.fullmatch(r"array<(.+)>", spark_type)
     if array:
         element = postgres_type(array[1])
@@ -118,9 +134,17 @@ def postgres_type(spark_type: str) -> str | None:
 
 
 def moved(value: SparkColumn, type_name: str) -> SparkColumn:
-    """Return a value's text as PostgreSQL wrote it, for a column of the same type; raises for what `decode` would not take.
+    """Return a value's text as PostgreSQL wrote it, for a column of the same type (lazy).
 
-    So a value that is only moved is neither parsed nor printed on its way, and yet no step takes more than another one.
+    So a value that is only moved is neither parsed nor printed on its way, and yet no step takes
+    more than another one.
+
+    Args:
+        value: The text.
+        type_name: The PostgreSQL type, as `format_type` prints it.
+
+    Returns:
+        A column of text; it raises for what `decode` would not take.
     """
     from pyspark.sql import functions as F
 
@@ -132,9 +156,16 @@ def moved(value: SparkColumn, type_name: str) -> SparkColumn:
 
 
 def unmovable(texts: pa.Array, type_name: str) -> str | None:
-    """Return a text of the stream for which `moved` and `decode` would raise, with the reason, or None (pure, by Arrow).
+    """Return a text of the stream for which `moved` and `decode` would raise (pure, by Arrow).
 
     The rules are those of `moved`; arrays are JSON, as the stream has them.
+
+    Args:
+        texts: The texts, NULLs among them.
+        type_name: The PostgreSQL type, as `format_type` prints it.
+
+    Returns:
+        The type, the reason and the text as one sentence; None where all can be moved.
     """
     import pyarrow.compute as pc
 
@@ -142,8 +173,8 @@ def unmovable(texts: pa.Array, type_name: str) -> str | None:
     if refused is None:
         return None
     pattern, problem = refused
-    found = texts.filter(pc.match_substring_regex(texts, pattern))
-    return f"{type_name}: {problem}: {found[0].as_py()}" if len(found) else None
+    bad = texts.filter(pc.match_substring_regex(texts, pattern))
+    return f"{type_name}: {problem}: {bad[0].as_py()}" if len(bad) else None
 
 
 def _family(type_name: str) -> str:
@@ -167,13 +198,27 @@ UNMOVABLE: dict[str, tuple[str, str] | None] = {
 
 
 def passable(type_name: str) -> bool:
-    """Return whether a value goes on in PostgreSQL's text with nothing lost of what `decode` checks."""
+    """Return whether a value goes on in PostgreSQL's text with nothing lost of what `decode` checks.
+
+    Args:
+        type_name: The PostgreSQL type, as `format_type` prints it.
+
+    Returns:
+        Whether it does (pure).
+    """
     carried = source_type(type_name)
     return carried is not None and (not type_name.endswith("[]") or movable(type_name))
 
 
 def movable(type_name: str) -> bool:
-    """Return whether moving the text of a type saves work, and what `decode` would not take shows in it unparsed."""
+    """Return whether moving the text of a type saves work, and shows unparsed what `decode` refuses.
+
+    Args:
+        type_name: The PostgreSQL type, as `format_type` prints it.
+
+    Returns:
+        Whether it does (pure).
+    """
     if type_name.endswith("[]"):  # an element's infinity or NaN does not show
         element = source_type(type_name.removesuffix("[]"))
         return element is not None and not DATED.match(element.spark) and not element.spark.startswith("decimal")
@@ -182,7 +227,16 @@ def movable(type_name: str) -> bool:
 
 
 def decode(value: SparkColumn, type_name: str, *, native: bool) -> SparkColumn:
-    """Return a column decoded from its read form: native by the JDBC driver, or text as the change stream has it."""
+    """Return a column decoded from its read form (lazy).
+
+    Args:
+        value: The column as it was read.
+        type_name: The PostgreSQL type, as `format_type` prints it.
+        native: Whether the JDBC driver has decoded it; else it is text as the change stream has it.
+
+    Returns:
+        A column of the type's Spark type; it raises for what that can't hold.
+    """
     from pyspark.sql import functions as F
 
     carried = source_type(type_name)

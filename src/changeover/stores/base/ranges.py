@@ -25,12 +25,34 @@ SAMPLE_LEAST = 10_000
 
 
 def chunk_count(connection: Connection, schema: str, name: str, rows_per_chunk: int, at_least: int) -> int:
-    """Return how many chunks a table gets, from the catalogue's estimate of its rows."""
+    """Return how many chunks a table gets, from the catalogue's estimate of its rows (driver).
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        rows_per_chunk: About how many rows a chunk is to have.
+        at_least: The least number of chunks.
+
+    Returns:
+        The number.
+    """
     return max(at_least, math.ceil(estimated_rows(connection, schema, name) / rows_per_chunk))
 
 
 def estimated_rows(connection: Connection, schema: str, name: str) -> int:
-    """Return the planner's estimate of a table's rows, scaled to its present size; never a count(*)."""
+    """Return the planner's estimate of a table's rows, scaled to its present size.
+
+    It is never a count(*).
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        About how many rows.
+    """
     row = connection.execute(
         "SELECT sum(CASE WHEN c.reltuples > 0 AND c.relpages > 0"
         " THEN c.reltuples / c.relpages * (pg_relation_size(c.oid) / current_setting('block_size')::int)"
@@ -42,7 +64,18 @@ def estimated_rows(connection: Connection, schema: str, name: str) -> int:
 
 
 def plan_ranges(connection: Connection, schema: str, name: str, key: Sequence[str], count: int) -> list[KeyRange]:
-    """Return `count` ranges, or fewer for a small table, that partition the key's order."""
+    """Return ranges that partition the key's order (driver).
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        key: The key's columns, in its order.
+        count: How many ranges; a small table has fewer.
+
+    Returns:
+        (lower bound or None, upper bound or None) in key order, bounds as texts.
+    """
     estimate = max(estimated_rows(connection, schema, name), 1)
     percent = min(100.0, 100.0 * max(count * SAMPLE_PER_CHUNK, SAMPLE_LEAST) / estimate)
     columns = sql.SQL(", ").join(sql.Identifier(column) for column in key)
@@ -71,12 +104,18 @@ def ranges_between(bounds: Sequence[tuple[str, ...]]) -> list[KeyRange]:
     return list(pairwise(edges))
 
 
-def require_partition(table: str, ranges: Sequence[KeyRange], whose: str = "") -> None:
-    """Prove that ranges partition the key's order: no gap, no overlap, open at both ends; raises CouldNotCheck.
+def require_partition(table: str, ranges: Sequence[KeyRange], owner: str = "") -> None:
+    """Prove that ranges partition the key's order: no gap, no overlap, open at both ends (pure).
 
-    `whose` says in the sentence to what the ranges belong, such as a side of a comparison.
+    Args:
+        table: The table's name, for the error.
+        ranges: The ranges, in key order.
+        owner: To what they belong, such as a side of a comparison, for the error.
+
+    Raises:
+        CouldNotCheck: They do not.
     """
-    named = f"{whose} ranges".lstrip()
+    named = f"{owner} ranges".lstrip()
     if not ranges or ranges[0][0] is not None or ranges[-1][1] is not None:
         raise CouldNotCheck(table, f"the {named} do not reach from minus to plus infinity")
     for number, (left, right) in enumerate(pairwise(ranges)):

@@ -81,9 +81,20 @@ def read_table(
     keys: Sequence[tuple[str, ...]] | None = None,
     moved: Collection[str] = (),
 ) -> DataFrame:
-    """Return the table's rows as of the snapshot, one partition a range, decoded (lazy: read in tasks, on each action).
+    """Return the table's rows as of the snapshot, one partition a range, decoded.
 
-    With `keys` (in PostgreSQL's text form), the rows of those alone, some keys a partition. Columns in `moved` are read as text.
+    Args:
+        spark: The Spark session.
+        dsn: The store's DSN.
+        application: The application's name of the tasks' sessions.
+        table: The table, with the columns to read and its key.
+        ranges: The key ranges.
+        snapshot: The exported snapshot that each task imports.
+        keys: Keys in PostgreSQL's text form: then the rows of those alone, some keys a partition.
+        moved: Columns that are read as text.
+
+    Returns:
+        A lazy frame, read in tasks, on each action.
     """
     columns = [_form(c, TEXT if c.name in moved else form_of(c.type)) for c in table.columns]
     conditions = [_predicate(table.key, bounds) for bounds in ranges] if keys is None else _some_of(table.key, keys)
@@ -100,9 +111,19 @@ def read_table(
 def read_texts(
     spark: SparkSession, dsn: str, application: str, table: ReadTable, keys: Sequence[tuple[str, ...]], snapshot: ExportedSnapshot
 ) -> DataFrame:  # fmt: skip
-    """Return the rows of some keys in the texts in which the change stream has them: the key, then the columns, by their places.
+    """Return the rows of some keys in the texts in which the change stream has them.
 
-    Lazy: read in tasks, on each action, some keys a partition.
+    Args:
+        spark: The Spark session.
+        dsn: The store's DSN.
+        application: The application's name of the tasks' sessions.
+        table: The table, with the columns to read and its key.
+        keys: Keys in PostgreSQL's text form.
+        snapshot: The exported snapshot that each task imports.
+
+    Returns:
+        A lazy frame, read in tasks, some keys a partition: the key, then the columns, by their
+        numbers.
     """
     columns = [_streamed(column) for column in (*table.key, *table.columns)]
     frame = _read(spark, dsn, application, table, columns, _some_of(table.key, keys), snapshot)
@@ -123,7 +144,7 @@ def _read(
     }
     url = options.pop("url")
     inner = _subquery(table, columns).as_string(None)
-    return spark.read.jdbc(url, inner, predicates=[one.as_string(None) for one in conditions], properties=options)
+    return spark.read.jdbc(url, inner, predicates=[condition.as_string(None) for condition in conditions], properties=options)
 
 
 def _raw(number: int) -> str:
@@ -185,7 +206,18 @@ def _predicate(key: Sequence[Column], bounds: KeyRange) -> sql.Composable:
 def some_rows(
     session: Connection, table: ReadTable, bounds: KeyRange, limit: int, *, middle: bool = False
 ) -> list[tuple[str, ...]]:  # fmt: skip
-    """Return the first keys of a range, as texts, or those from its middle on; the session's own snapshot counts (driver)."""
+    """Return the first keys of a range, or those from its middle on (driver).
+
+    Args:
+        session: The session, whose own snapshot counts.
+        table: The table, with the columns to read and its key.
+        bounds: The range.
+        limit: How many keys at most.
+        middle: Whether to begin in the middle of the range.
+
+    Returns:
+        Keys, as texts.
+    """
     rows = _subquery(table, [])
     keys = [sql.Identifier(_raw(number)) for number in range(len(table.key))]
     # a text has another name than its key, by which the rows would be ordered else
@@ -193,12 +225,12 @@ def some_rows(
     texts, order = (sql.SQL(", ").join(parts) for parts in (named, keys))
     inside = _predicate(table.key, bounds)
     skip = sql.SQL("(SELECT count(*) / 2 FROM {} WHERE {})").format(rows, inside) if middle else sql.SQL("0")
-    found = session.execute(
+    result = session.execute(
         sql.SQL("SELECT {} FROM {} WHERE {} ORDER BY {} LIMIT {} OFFSET {}").format(
             texts, rows, inside, order, sql.Literal(limit), skip
         )
     )
-    return [tuple(row) for row in found.fetchall()]
+    return [tuple(row) for row in result.fetchall()]
 
 
 def _some_of(key: Sequence[Column], values: Sequence[tuple[str, ...]]) -> list[sql.Composable]:

@@ -24,7 +24,7 @@ class Part(Enum):
     UPSERT = "upserts"
     """Write the rows of winners that are puts, always ON CONFLICT."""
     REFUSE = "refuses images of"
-    """Drop the images of touched keys, to count those that a tombstone refused."""
+    """Drop the images of keys that have a row version, to count those that a tombstone refused."""
     INSERT = "inserts the image of"
     """Insert images by `rule.image_applies`, floor and cell from the snapshot, ON CONFLICT DO NOTHING."""
     MARK = "marks the chunk"
@@ -39,7 +39,8 @@ class Part(Enum):
     In whatever portions and order; a row that a writer holds may be passed over. A row that stays is never wrong.
     """
     LIST = "lists"
-    """Make a batch of deletes at a TRUNCATE's version, one for each row that the snapshot shows and nothing newer has touched."""
+    """Make a batch of deletes at a TRUNCATE's version, one for each row that the snapshot shows and
+    that has no newer row version."""
     APPEND = "appends the chunk"
     """Commit a chunk's file to a Delta table under its application id, unless `appends.appended` says that it was."""
     DROP_OLDER = "compares"
@@ -75,9 +76,10 @@ CATCH_UP: Procedure = (
 )  # fmt: skip
 """A batch of replay on a closed table whose position, as `rule.caught_up_floor`, is the gate: no version is written per key.
 
-The lock is taken where it is free, so replay waits for nobody; a direct write that appears meanwhile waits for the batch, and then
-finds the floor above what it must not overwrite. TRUNCATE and collection exclude each other by the target's lease; a sweep that is
-repeated finds no tombstone of a key that the batch wrote.
+The lock is taken where it is free, so replay waits for nobody. A direct write that appears
+meanwhile waits for the batch, and then finds the floor above what it must not overwrite. TRUNCATE
+and collection exclude each other by the target's lease; a sweep that is repeated finds no tombstone
+of a key that the batch wrote.
 """
 
 
@@ -92,14 +94,15 @@ class Move(Enum):
     """Under the refusal, where nobody writes any more: a change that was taken back before this moment is still seen."""
     AWAIT = "sees everything below it applied"
     RECORD = "records the new epoch"
-    """The one commit by which authority moves; before it a hand-over can be called off, or killed, and nothing has changed."""
+    """The one commit by which authority moves; before it a handover can be called off, or killed, and nothing has changed."""
     RAISE_FLOOR = "raises the floor to the new epoch"
 
 
 HAND_OVER: tuple[Move, ...] = (Move.FREEZE, Move.POSITION, Move.COMPARE, Move.AWAIT, Move.RECORD, Move.RAISE_FLOOR)
-"""The order is the proof (`flags.fence`): a position read before the freeze may be overtaken by a write that nobody carries, a
-stream that is compared before it may lose one afterwards, and a floor that was raised for a hand-over which is then called off
-silently refuses whatever the old authority goes on to write."""
+"""The order is the proof (`flags.fence`). A position read before the freeze may be overtaken by a
+write that nobody carries. A stream that is compared before the freeze may lose one afterwards. A
+floor may be raised for a hand-over which is then called off: it silently refuses whatever the old
+authority goes on to write."""
 
 AUTHORITY_READ = "catalogue"
 """Where the refusing trigger has its list of tenants from: its own function; a plain read of a table sees that of its snapshot."""

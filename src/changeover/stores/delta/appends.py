@@ -1,9 +1,11 @@
 """Appends to a Delta table from Spark's tasks: one Parquet file and one commit a chunk, once whatever happens.
 
-A task writes its chunk's file beside the table's others, where no reader can see it, and then commits it under the chunk's
-own application id (`txn`, Delta's transaction protocol, Transaction Identifiers). Delta's Python writer checks no application
-id by itself: the id is looked up in the version that the commit must follow directly, and again after each conflict. The
-ledger's mark comes last, so a chunk that is marked is in the table; a task that dies leaves at most a file that nobody reads.
+A task writes its chunk's file beside the table's others, where no reader can see it. Then it
+commits the file under the chunk's own application id (`txn`, Delta's transaction protocol,
+Transaction Identifiers). Delta's Python writer checks no application id by itself: the id is looked
+up in the version that the commit must follow directly, and again after each conflict. The ledger's
+mark comes last, so a chunk that is marked is in the table; a task that dies leaves at most a file
+that nobody reads.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from changeover.names import RESERVED, folded
 from changeover.position import Version
 from changeover.spark.failures import failure_of
 from changeover.stores.base.interface import Counts, Mark
-from changeover.stores.base.taskresult import outcome
+from changeover.stores.base.taskresult import outcome, partition
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,31 +78,27 @@ class AppendTask:
     mark: Mark
     marks: tuple[str, str] = MARKS
     columns: tuple[str, ...] = ()
-    """What the rows' columns are called in the table, where they come by their places."""
+    """What the rows' columns are called in the table, where they come by their positions."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Write, commit, mark."""
-        from pyspark import TaskContext
-
-        context = TaskContext.get()
-        assert context is not None
         try:
             with working(self.path):
-                yield outcome(self.append(self.chunks[context.partitionId()], batches))
+                yield outcome(self.append(self.chunks[partition()], batches))
         except ChangeoverError as error:
             yield outcome(None, failure_of(error))
 
     def append(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> Counts:
         """Append one chunk once and mark it."""
         started = time.monotonic()
-        place = f"{self.path} {chunk}"
+        point = f"{self.path} {chunk}"
         added = self._write(chunk, batches)
-        failpoints.reach("chunk-read", place)
+        failpoints.reach("chunk-read", point)
         rows = commit_once(self.path, self.mark.identity(chunk), added)
-        failpoints.reach("target-committed", place)
+        failpoints.reach("target-committed", point)
         counts = Counts(rows, rows)
         self.mark.afterwards(chunk, counts, time.monotonic() - started)
-        failpoints.reach("between-chunks", place)
+        failpoints.reach("between-chunks", point)
         return counts
 
     def _write(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> list[AddAction]:
@@ -137,7 +135,7 @@ class TryTask:
     path: str
     required: tuple[str, ...]
     columns: tuple[str, ...]
-    """The names of the columns that arrive by their places."""
+    """The names of the columns that come by their positions."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Look at every row and write none."""
@@ -170,7 +168,7 @@ def row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
     for batch in batches:
         if batch.num_rows:
             gathered.append(batch)
-        if sum(one.num_rows for one in gathered) >= ROW_GROUP:
+        if sum(group.num_rows for group in gathered) >= ROW_GROUP:
             yield pa.Table.from_batches(gathered)
             gathered = []
     if gathered:
@@ -182,7 +180,7 @@ class Bounds:
 
     def __init__(self, key: Sequence[str]) -> None:
         self.rows = 0
-        self._seen: dict[str, list[Any]] = {name: [] for name in key}
+        self._extremes: dict[str, list[Any]] = {name: [] for name in key}
 
     def add(self, rows: pa.Table) -> None:
         """Take in a row group."""
@@ -190,22 +188,22 @@ class Bounds:
         import pyarrow.compute as pc
 
         self.rows += rows.num_rows
-        for name, seen in self._seen.items():
+        for name, values in self._extremes.items():
             column = rows.column(name)
             if pa.types.is_integer(column.type) or pa.types.is_string(column.type):
-                seen += pc.min_max(column).as_py().values()
+                values += pc.min_max(column).as_py().values()
 
     def statistics(self) -> dict[str, Any]:
         """Return them as Delta's log has them; a bound that is left out only makes a reader look into the file."""
         short = {
-            name: seen
-            for name, seen in self._seen.items()
-            if seen and not any(isinstance(value, str) and len(value) > LONGEST_BOUND for value in seen)
+            name: values
+            for name, values in self._extremes.items()
+            if values and not any(isinstance(value, str) and len(value) > LONGEST_BOUND for value in values)
         }
         return {
             "numRecords": self.rows,
-            "minValues": {name: min(seen) for name, seen in short.items()},
-            "maxValues": {name: max(seen) for name, seen in short.items()},
+            "minValues": {name: min(values) for name, values in short.items()},
+            "maxValues": {name: max(values) for name, values in short.items()},
             "nullCount": dict.fromkeys(short, 0),
         }
 

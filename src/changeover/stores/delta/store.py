@@ -130,31 +130,33 @@ class DeltaStore:
     def misfits(self, table: str, names: Sequence[str], *, owned: bool = False) -> list[str]:
         """Return which names Delta does not take: two that differ in case alone, and those with a character of its own."""
         there: dict[str, str] = {}
-        found = []
+        misfits = []
         for name in names:
             if (other := there.setdefault(folded(name), name)) != name:
-                found.append(f"two columns that differ in case alone, {_told(other)} and {_told(name)}")
+                misfits.append(f"two columns that differ in case alone, {_escaped(other)} and {_escaped(name)}")
             if NOT_TAKEN & set(name):
-                found.append(f"a column {_told(name)}")
+                misfits.append(f"a column {_escaped(name)}")
         return [
             f"target table {table} would have {one}, which Delta does not take: give another name in [table.columns]"
-            for one in found
+            for one in misfits
         ]
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
         """Return what stands against a folder: an existing table must have our versions, and files that an append can write."""
         table = self._open(name)
-        place = f"target {self.name}: {self.path(name)}"
+        subject = f"target {self.name}: {self.path(name)}"
         if table is None:
-            return [f"{place} {reason}" for reason in unwritable(self.path(name))]
+            return [f"{subject} {reason}" for reason in unwritable(self.path(name))]
         if marks_among([field.name for field in table.schema().fields]) is None:
-            return [f"{place} is a Delta table without {VERSION} and {DELETED}: name another one"]
+            return [f"{subject} is a Delta table without {VERSION} and {DELETED}: name another one"]
         metadata = table.metadata()
         columns = json.loads(table.schema().to_json())["fields"]
-        found = [f"is partitioned by {', '.join(metadata.partition_columns)}"] if metadata.partition_columns else []
-        found += [f"has the property {name}" for name in metadata.configuration if name.startswith(NOT_WRITTEN)]
-        found += [f"has the column {c['name']} with {rule}" for c in columns for rule in c["metadata"] if rule.startswith("delta.")]
-        return [f"{place} {reason}, which the backfill's append does not keep: name another one" for reason in found]
+        reasons = [f"is partitioned by {', '.join(metadata.partition_columns)}"] if metadata.partition_columns else []
+        reasons += [f"has the property {name}" for name in metadata.configuration if name.startswith(NOT_WRITTEN)]
+        reasons += [
+            f"has the column {c['name']} with {kind}" for c in columns for kind in c["metadata"] if kind.startswith("delta.")
+        ]
+        return [f"{subject} {reason}, which the backfill's append does not keep: name another one" for reason in reasons]
 
     def remarks(self, schema: str, name: str) -> list[str]:
         """Return nothing: all that there is to be said of a folder stands against it."""
@@ -243,13 +245,13 @@ class DeltaStore:
         """Refuse a put that would overwrite the live row of another source key, which this batch does not delete (see `owners`)."""
         from pyspark.sql import functions as F
 
-        there = spark.read.format("delta").load(str(self.path(table.name))).where(~F.col(deleted))
-        here = there.select(F.col(OWNER).alias(HOLDER), F.col(version).alias(HELD), *map(quoted, table.key)).alias("t")
+        live = spark.read.format("delta").load(str(self.path(table.name))).where(~F.col(deleted))
+        matched = live.select(F.col(OWNER).alias(HOLDER), F.col(version).alias(HELD), *map(quoted, table.key)).alias("t")
         same = " AND ".join(f"t.{quoted(name)} = s.{quoted(name)}" for name in table.key)
         met = (
             offered.where(~F.col(deleted) & (F.col(f"{version}.epoch") == self.floors[table.name].epoch))
             .alias("s")
-            .join(here, F.expr(same))
+            .join(matched, F.expr(same))
             .where((F.col(version) > F.col(HELD)) & (F.col(HOLDER) != F.col(OWNER)) & ~F.array_contains(LEFT, F.col(HOLDER)))
             .where(F.col(HOLDER).contains(HASHED) == F.col(OWNER).contains(HASHED))
             .select(HOLDER, OWNER)
@@ -275,7 +277,7 @@ class DeltaStore:
         everything = {quoted(name): f"s.{quoted(name)}" for name in (*table.names, *owner, version, deleted)}
         if not owner and self._has_owner(table):  # what another store's stream brings has no source key of this one's
             everything[OWNER] = "NULL"
-        done = (
+        result = (
             SparkDeltaTable.forPath(changes.sparkSession, str(self.path(table.name)))
             .alias("t")
             .merge(offered.alias("s"), same)
@@ -283,8 +285,8 @@ class DeltaStore:
             .whenNotMatchedInsert(values=everything)  # type: ignore[arg-type]
             .execute()
         )
-        taken = done.first()
-        affected = int(taken["num_affected_rows"]) if taken is not None else 0
+        first = result.first()
+        affected = int(first["num_affected_rows"]) if first is not None else 0
         return Counts(affected, affected)
 
     def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:
@@ -301,7 +303,7 @@ class DeltaStore:
         """Return 0: versions are columns of the rows, and tombstones are rows that stay until `finalize`."""
         return 0
 
-    def collect(self, table: TargetTable, upto: Version, place: int) -> Collected:
+    def collect(self, table: TargetTable, upto: Version, start: int) -> Collected:
         """Collect nothing: no floor in the table would turn away a MERGE of a replay that lost its lease without knowing."""
         return Collected(0, None)
 
@@ -320,14 +322,14 @@ class DeltaStore:
             if keys is None:
                 return live
             names = [nth(number) for number in range(len(table.key))]
-            wanted = spark.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in names))
-            same = [live[quoted(name)].cast("string") == wanted[asked] for name, asked in zip(table.key, names, strict=True)]
-            return live.join(wanted, same, "left_semi")
+            asked_keys = spark.createDataFrame([tuple(key) for key in keys], ", ".join(f"{name} string" for name in names))
+            same = [live[quoted(name)].cast("string") == asked_keys[asked] for name, asked in zip(table.key, names, strict=True)]
+            return live.join(asked_keys, same, "left_semi")
 
         def query(text: str) -> list[tuple[Any, ...]]:
             live.createOrReplaceTempView(quoted(table.name))
-            found = spark.sql(text).toArrow()  # which keeps zones; a row's timestamps would be the machine's local time
-            return list(zip(*(column.to_pylist() for column in found.columns), strict=True))
+            answer = spark.sql(text).toArrow()  # which keeps zones; a row's timestamps would be the machine's local time
+            return list(zip(*(column.to_pylist() for column in answer.columns), strict=True))
 
         # a version names its files, and one that is gone is an error of the read
         return Frozen(f"version {version}", EVERYTHING, frame, query, same_file=lambda: True)
@@ -355,9 +357,9 @@ class DeltaStore:
 
     def finalize(self, table: TargetTable) -> None:
         """Remove the tombstones; the columns of ours stay, dropping them would rewrite the table."""
-        found = self._open(table.name)
-        if found is not None:
-            found.delete(_marks(found)[1])
+        delta = self._open(table.name)
+        if delta is not None:
+            delta.delete(_marks(delta)[1])
 
     def abort(self, table: TargetTable, created: bool) -> None:
         """Remove the table where prepare created it."""
@@ -365,10 +367,10 @@ class DeltaStore:
             shutil.rmtree(self.path(table.name))
 
     def _existing(self, name: str) -> DeltaTable:
-        found = self._open(name)
-        if found is None:
+        delta = self._open(name)
+        if delta is None:
             raise CouldNotFinish(f"target {self.name}: there is no Delta table at {self.path(name)}")
-        return found
+        return delta
 
     def _open(self, name: str) -> DeltaTable | None:
         if not self.path(name).is_dir():
@@ -380,28 +382,28 @@ class DeltaStore:
 
 
 @contextmanager
-def passing_folder(place: Path) -> Iterator[Path]:
+def passing_folder(parent: Path) -> Iterator[Path]:
     """Make a folder for the block, and above it what is missing; all of it is removed at the end."""
-    missing = [one for one in (place, *place.parents) if not one.exists()]
-    place.mkdir(parents=True, exist_ok=True)
+    missing = [one for one in (parent, *parent.parents) if not one.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="check-", dir=place) as folder:
+        with tempfile.TemporaryDirectory(prefix="check-", dir=parent) as folder:
             yield Path(folder)
     finally:
-        for one in missing:
-            one.rmdir()
+        for folder_above in missing:
+            folder_above.rmdir()
 
 
 def unwritable(path: Path) -> list[str]:
     """Return why no Delta table can be made in a folder that has none (looks only)."""
     if path.exists() and not path.is_dir():
         return ["is a file: name another one"]
-    if any(found.is_file() for found in path.rglob("*") if "_delta_log" not in found.parts):  # whose own is a creation's, killed
+    if any(file.is_file() for file in path.rglob("*") if "_delta_log" not in file.parts):  # whose own is a creation's, killed
         return ["is a folder with files and no Delta table: empty it or name another one"]
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not there.is_dir():
-        return [f"can't be made: {there} is a file"]
-    return [] if os.access(there, os.W_OK | os.X_OK) else [f"can't be made: {there} is not writable"]
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir():
+        return [f"can't be made: {nearest} is a file"]
+    return [] if os.access(nearest, os.W_OK | os.X_OK) else [f"can't be made: {nearest} is not writable"]
 
 
 def live_rows(spark: SparkSession, path: Path | str, version: int | None = None) -> DataFrame:
@@ -419,7 +421,7 @@ def _marks(table: DeltaTable) -> tuple[str, str]:
     return marks_among([field.name for field in table.schema().fields]) or MARKS
 
 
-def _told(name: str) -> str:
+def _escaped(name: str) -> str:
     """Return a name as a sentence has it, whatever characters it is made of."""
     return json.dumps(name, ensure_ascii=False)
 

@@ -1,6 +1,6 @@
 """Batches at the gate of a PostgreSQL store: many changes or a chunk's images, offered in one transaction of the caller's.
 
-A batch arrives by COPY in a temporary table and goes through the parts that `statements` names, in that order: changes by GATE or
+A batch comes by COPY in a temporary table and goes through the parts that `statements` names, in that order: changes by GATE or
 CATCH_UP, a chunk's images by LOAD. What each part does is said here, once. Only READ COMMITTED is accepted. Runs where the
 cursor's session runs, in tasks mostly.
 """
@@ -15,6 +15,7 @@ from psycopg import sql
 
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.position import Version
+from changeover.session import one_row
 from changeover.stores.base import interface
 from changeover.stores.base.interface import LEFT, OWNER, VERSION_COLUMNS, Counts
 from changeover.stores.base.statements import CATCH_UP, GATE, LOAD, Part
@@ -22,7 +23,7 @@ from changeover.stores.postgres import owners
 from changeover.stores.postgres.gate import GATE_EPOCH, MARK, NO_VERSION, OURS, GatedTable, raise_floor, version_of
 
 BATCH = sql.Identifier("pg_temp", "changeover_batch")
-"""The session's temporary table in which a batch of images or changes arrives by COPY."""
+"""The session's temporary table in which a batch of images or changes comes by COPY."""
 
 WIDEST = 1600 - len(VERSION_COLUMNS)
 """How many columns of a table fit into a batch beside the versions: PostgreSQL's tables have 1,600 at most."""
@@ -32,12 +33,12 @@ OWNED = (OWNER, LEFT)
 
 
 def image_columns(table: GatedTable) -> tuple[str, ...]:
-    """Return the columns in which images arrive."""
+    """Return the columns in which images come."""
     return (*table.columns, *([OWNER] if table.owned else []))
 
 
 def change_columns(table: GatedTable) -> tuple[str, ...]:
-    """Return the columns in which changes arrive."""
+    """Return the columns in which changes come."""
     return (*VERSION_COLUMNS, *table.columns, *(OWNED if table.owned else []))
 
 
@@ -76,16 +77,16 @@ def require_read_committed(cursor: psycopg.Cursor[Any]) -> None:
 def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version | None = None) -> Counts:
     """Offer the batch table's changes, one row a key as texts, through the gate, in the caller's transaction.
 
-    With `reached` the batch has every change up to that version that was not offered before, and the position is the gate
-    (`statements.CATCH_UP`), unless another session holds the table's lock: then each key's version is, as always.
+    With `reached` the batch has every change up to that version that was not offered before, and
+    the position is the gate (`statements.CATCH_UP`). Where another session holds the table's lock,
+    each key's version is, as always.
     """
-    found = cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)).fetchone()
-    assert found is not None
+    offered = one_row(cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)))
     if table.loose:
         _collapse(cursor, table)
     cursor.execute(MARK, [OURS, "changes"])
     # a store that has lost authority lets the gate of the present epoch pass, see refusal
-    cursor.execute("SELECT set_config('changeover.epoch', %s, true)", [found[1]])
+    cursor.execute("SELECT set_config('changeover.epoch', %s, true)", [offered[1]])
     steps: dict[Part, Step] = OF_CHANGES
     procedure = GATE
     if reached is not None and _lock_exclusive(cursor, table):
@@ -94,7 +95,7 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     owners.require_sole(cursor, table, BATCH)
     taken = sum(steps[part](cursor, table).taken for (part,) in procedure)
     owners.record_changes(cursor, table, BATCH)
-    return Counts(int(found[0]), taken)
+    return Counts(int(offered[0]), taken)
 
 
 def _collapse(cursor: psycopg.Cursor[Any], table: GatedTable) -> None:
@@ -180,23 +181,27 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     cursor.execute(GATE_EPOCH, [table.target])
     found = cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(BATCH)).fetchone()
     offered = int(found[0]) if found else 0
-    done = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
-    row_versions, inserted = done[Part.REFUSE].offered, done[Part.INSERT].taken
+    counts = {part: OF_IMAGES[part](cursor, table) for (part,) in LOAD if part is not Part.MARK}
+    row_versions, inserted = counts[Part.REFUSE].offered, counts[Part.INSERT].taken
     if offered - row_versions > inserted and (met := collisions(cursor, table)):
         raise RowRefused(table.target, owners.meeting(cursor, table, BATCH) or f"target key {met[0]}", interface.MEET)
     owners.record_images(cursor, table, BATCH)
-    return Counts(offered, inserted, done[Part.REFUSE].refused)
+    return Counts(offered, inserted, counts[Part.REFUSE].refused)
 
 
 def _refuse_changed(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
-    """Take images of touched keys out of the batch; count them and those that a tombstone refused."""
-    gone = cursor.execute(
-        sql.SQL(
-            "WITH gone AS (DELETE FROM {batch} AS b USING {row_versions} AS t WHERE {same} RETURNING t._changeover_deleted)"
-            " SELECT count(*), count(*) FILTER (WHERE _changeover_deleted) FROM gone"
-        ).format(batch=BATCH, row_versions=table.row_versions, same=table.same_key("t", "b"))
-    ).fetchone()
-    assert gone is not None
+    """Take images of keys that have a row version out of the batch.
+
+    Counts them, and those that a tombstone refused.
+    """
+    gone = one_row(
+        cursor.execute(
+            sql.SQL(
+                "WITH gone AS (DELETE FROM {batch} AS b USING {row_versions} AS t WHERE {same} RETURNING t._changeover_deleted)"
+                " SELECT count(*), count(*) FILTER (WHERE _changeover_deleted) FROM gone"
+            ).format(batch=BATCH, row_versions=table.row_versions, same=table.same_key("t", "b"))
+        )
+    )
     return Counts(int(gone[0]), 0, int(gone[1]))
 
 

@@ -1,9 +1,11 @@
 """Garbage collection of row versions in a PostgreSQL target, by position: the floor goes up first, and answers for their keys.
 
-A row version up to a version may go once no writer can still judge by a floor below that version. So the new floor is
-committed, then every gated statement that began under the old one has ended (the barrier), and only then rows are deleted, a
-few of the table's blocks a transaction. The order is `statements.COLLECT`. A run that dies between any two steps leaves a floor
-that is right and rows that the next one deletes. The caller holds the target's lease; runs where its session runs (driver).
+A row version up to a version may go once no writer can still judge by a floor below that version.
+So the new floor is committed first. Then every gated statement that began under the old one has
+ended (the barrier). Only then rows are deleted, a few of the table's blocks a transaction. The
+order is `statements.COLLECT`. A run that dies between any two steps leaves a floor that is right
+and rows that the next one deletes. The caller holds the target's lease; runs where its session runs
+(driver).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from psycopg import sql
 
 from changeover import failpoints
 from changeover.position import Version, format_lsn
-from changeover.session import Connection
+from changeover.session import Connection, one_row
 from changeover.stores.base.interface import Collected
 from changeover.stores.base.statements import COLLECT, Part
 from changeover.stores.postgres.gate import GatedTable, barrier, raise_floor, version_of
@@ -58,11 +60,12 @@ class _Collection:
 
     def end(self) -> int:
         """Return the table's length in blocks."""
-        row = self.connection.execute(
-            "SELECT pg_relation_size(%s::regclass) / current_setting('block_size')::integer",
-            [self.table.row_versions.as_string(self.connection)],
-        ).fetchone()
-        assert row is not None
+        row = one_row(
+            self.connection.execute(
+                "SELECT pg_relation_size(%s::regclass) / current_setting('block_size')::integer",
+                [self.table.row_versions.as_string(self.connection)],
+            )
+        )
         return int(row[0])
 
 
@@ -77,8 +80,8 @@ def _barrier(run: _Collection) -> None:
 def _purge(run: _Collection) -> None:
     """Delete by blocks: a row up to the floor stays where it is, for what the gate takes instead is above the floor.
 
-    A row that a writer holds is passed over, to be left or found by the next collection: so this one waits for no row, and
-    can't be part of a deadlock.
+    A row that a writer holds is passed over, and left to the next collection. So this one waits for
+    no row, and can't be part of a deadlock.
     """
     end = run.end()
     while run.block < end and run.batches > 0:
@@ -114,8 +117,9 @@ STEPS: dict[Part, Callable[[_Collection], None]] = {
 
 def row_versions(connection: Connection, table: GatedTable) -> int:
     """Return about how many row versions there are, as the server's statistics have it; costs nothing, 0 without the table."""
-    row = connection.execute(
-        "SELECT coalesce(pg_stat_get_live_tuples(to_regclass(%s)), 0)", [table.row_versions.as_string(connection)]
-    ).fetchone()
-    assert row is not None
+    row = one_row(
+        connection.execute(
+            "SELECT coalesce(pg_stat_get_live_tuples(to_regclass(%s)), 0)", [table.row_versions.as_string(connection)]
+        )
+    )
     return int(row[0])

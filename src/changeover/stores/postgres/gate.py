@@ -1,11 +1,13 @@
 """The gate of a PostgreSQL store: the version rule in SQL, as separate statements of one READ COMMITTED transaction.
 
-A key's cell is its row in the user's table plus a row in `changeover."versions_<schema>.<table>"` (key, version, deleted),
-which exists only for keys that live writes touched. Each table has one floor in `changeover.gate`. A change is taken if and
-only if its version is above the floor and above the cell's (`changeover.jobs.apply.rule.applies` is the same rule in Python).
-The order of statements is part of the rule: the shared advisory lock alone, then the row versions, then deletes, then upserts;
-in one statement, or under REPEATABLE READ, a row survives its tombstone. That order stands in `statements`: `batches` and the
-application's function are composed from it, and the model checker runs it too. Everything runs where the caller's session runs.
+A key's cell is its row in the user's table plus a row in `changeover."versions_<schema>.<table>"`
+(key, version, deleted), which exists only for keys that live writes have changed. Each table has
+one floor in `changeover.gate`. A change is taken if and only if its version is above the floor and
+above the cell's (`changeover.jobs.apply.rule.applies` is the same rule in Python). The order of
+statements is part of the rule: the shared advisory lock alone, then the row versions, then deletes,
+then upserts. In one statement, or under REPEATABLE READ, a row survives its tombstone. That order
+stands in `statements`: `batches` and the application's function are composed from it, and the model
+checker runs it too. Everything runs where the caller's session runs.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ CREATE TABLE IF NOT EXISTS changeover.gate (
 
 
 GATE_EPOCH = "SELECT set_config('changeover.epoch', epoch::text, true) FROM changeover.gate WHERE target = %s"
-"""Lets the epoch of the table's own floor past a refusal, which a hand-over to the other store has left there."""
+"""Lets the epoch of the table's own floor past a refusal, which a handover to the other store has left there."""
 
 
 NO_VERSION = sql.SQL("0::integer AS {}, '0/0'::pg_lsn AS {}, 0::bigint AS {}, false AS {}").format(
@@ -158,8 +160,9 @@ class GatedTable:
     def upsert(self, source: sql.Composable) -> sql.Composed:
         """Statement 4: the winners that are rows, always by ON CONFLICT.
 
-        A key column stays out of SET unless its notation may differ: it would be locked against foreign keys, and one that is
-        GENERATED ALWAYS, which is never of such a type, takes no value there.
+        A key column stays out of SET unless its notation may differ: it would be locked against
+        foreign keys. One that is GENERATED ALWAYS, which is never of such a type, takes no value
+        there.
         """
         rest = [name for name in self.columns if name not in self.key or name in self.loose]
         action = sql.SQL("DO UPDATE SET {}").format(_excluded(rest)) if rest else sql.SQL("DO NOTHING")
@@ -201,7 +204,13 @@ def loose_columns(connection: Connection, schema: str, name: str, key: Sequence[
 
 
 def install(connection: Connection, table: GatedTable, image: Version) -> None:
-    """Create the floor, the table of row versions and the application's gate function; idempotent, the floor is never lowered."""
+    """Create the floor, the table of row versions and the application's gate function; idempotent, the floor is never lowered.
+
+    Args:
+        connection: A session with the store.
+        table: The gated table.
+        image: v0, at which a new floor begins.
+    """
     with connection.transaction():
         # two sessions that replace one function at a time would make one of them fail: replay and a fence do meet here
         connection.execute("SELECT pg_advisory_xact_lock(hashtext('changeover.install'), 0)")
@@ -235,7 +244,15 @@ def has_owners(connection: Connection, table: GatedTable) -> bool:
 
 
 def installed(connection: Connection, table: GatedTable) -> bool:
-    """Return whether a table has a gate."""
+    """Return whether a table has a gate.
+
+    Args:
+        connection: A session with the store.
+        table: The gated table.
+
+    Returns:
+        Whether it has.
+    """
     if connection.execute("SELECT FROM pg_class WHERE oid = to_regclass('changeover.gate')").fetchone() is None:
         return False
     return connection.execute("SELECT FROM changeover.gate WHERE target = %s", [table.target]).fetchone() is not None
@@ -309,7 +326,22 @@ def _function(table: GatedTable) -> sql.Composed:
 
 
 def barrier(connection: Connection, table: GatedTable, server: str, tries: int = 60) -> int:
-    """Wait until every gated statement that began before has ended, without queueing long before writers; removes no row."""
+    """Wait until every gated statement that began before has ended; it removes no row (driver).
+
+    It never queues long before writers.
+
+    Args:
+        connection: A session with the store.
+        table: The gated table.
+        server: The server's name, for the error.
+        tries: How often the lock is asked for.
+
+    Returns:
+        0, the number of rows removed.
+
+    Raises:
+        LockNotGranted: A gated statement stays open.
+    """
     for _ in range(tries):
         try:
             with connection.transaction():
@@ -354,7 +386,15 @@ def _put_floor(connection: Connection, table: GatedTable, image: Version) -> Non
 
 
 def sweep(connection: Connection, table: GatedTable) -> int:
-    """Remove rows whose key has a tombstone: the ghosts that the write skew of loader and writer can leave."""
+    """Remove rows whose key has a tombstone: the ghosts that the write skew of loader and writer can leave.
+
+    Args:
+        connection: A session with the store.
+        table: The gated table.
+
+    Returns:
+        How many rows were removed.
+    """
     with connection.transaction():
         connection.execute(MARK, [OURS, "sweep"])
         connection.execute(GATE_EPOCH, [table.target])
@@ -368,7 +408,16 @@ def sweep(connection: Connection, table: GatedTable) -> int:
 
 
 def raise_floor(connection: Connection, table: GatedTable, floor: Version) -> Version:
-    """Raise the floor, never lower it, commit, and return the floor that stands then."""
+    """Raise the floor and commit; it is never lowered.
+
+    Args:
+        connection: A session with the store.
+        table: The gated table.
+        floor: The floor that is wanted.
+
+    Returns:
+        The floor that stands then.
+    """
     row = connection.execute(
         "UPDATE changeover.gate SET (epoch, lsn, ordinal) = (SELECT g.epoch, g.lsn, g.ordinal FROM (VALUES (epoch, lsn, ordinal),"
         " (%(e)s, %(l)s::pg_lsn, %(o)s::bigint)) AS g (epoch, lsn, ordinal) ORDER BY g DESC LIMIT 1)"
@@ -381,7 +430,16 @@ def raise_floor(connection: Connection, table: GatedTable, floor: Version) -> Ve
 
 
 def remove(connection: Connection, schema: str, name: str) -> list[str]:
-    """Remove function, row versions and floor of one table; the floors' table goes with the last one."""
+    """Remove function, row versions and floor of one table; the floors' table goes with the last one.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        What was removed, each as a phrase.
+    """
     if connection.execute("SELECT FROM pg_class WHERE oid = to_regclass('changeover.gate')").fetchone() is None:
         return []
     table = GatedTable(schema, name, (), ())

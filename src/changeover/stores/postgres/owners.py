@@ -1,9 +1,11 @@
 """Owners: the source key of each live row, kept where nothing proves that no other source row has its target key.
 
-An expression may make one target key of two source rows (`lower(email)`). Of two that are alive one would overwrite the other
-without a trace, so each batch and chunk is held against the owners first, and what meets is refused with both source keys. The
-owners decide nothing about a cell. Once authority has moved the application itself writes here, so whose a row is is no longer
-known: then verification alone looks, which counts the source's rows under each target key. Runs in the transaction of the rows.
+An expression may make one target key of two source rows (`lower(email)`). Of two that are alive one
+would overwrite the other without a trace. So each batch and chunk is held against the owners first,
+and what meets is refused with both source keys. The owners decide nothing about a cell. Once
+authority has moved the application itself writes here, so the source key of a row is no longer
+known. Then verification alone looks: it counts the source's rows under each target key. Runs in the
+transaction of the rows.
 """
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ def _composed(statement: str, table: GatedTable, batch: sql.Composable) -> sql.C
 
 
 def require_sole(cursor: psycopg.Cursor[Any], table: GatedTable, batch: sql.Composable) -> None:
-    """Raise RowRefused where a batch of changes, before any is touched, would overwrite the live row of another source key."""
+    """Raise RowRefused where a batch of changes would overwrite the live row of another source key.
+
+    It is asked before any change is applied.
+    """
     if table.owned and (met := cursor.execute(_composed(SOLE, table, batch)).fetchone()) is not None:
         raise RowRefused(table.target, f"source keys {met[0]} and {met[1]}", MEET)
 

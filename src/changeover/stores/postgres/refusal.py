@@ -1,10 +1,12 @@
-"""The refusal: how a store turns writes away over whose rows it has no authority.
+"""The refusal: how a store rejects writes to rows over which it has no authority.
 
-An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present epoch: of all rows, or of some
-tenants. Creating it, or replacing it with another list, takes SHARE ROW EXCLUSIVE, so once that is granted every older writing
-transaction has ended: the lock is the drain as well. It is asked for with a short lock_timeout and again, so that writers never
-queue long behind it. The list stands in the trigger's function, which every session looks up anew in the catalogue: a transaction
-with an old snapshot meets the list of today, where from a table it would read that of its snapshot.
+An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present
+epoch: of all rows, or of some tenants. Creating it, or replacing it with another list, takes SHARE
+ROW EXCLUSIVE, so once that is granted every older writing transaction has ended: the lock is the
+drain as well. It is asked for with a short lock_timeout and again, so that writers never queue long
+behind it. The list stands in the trigger's function, which every session looks up anew in the
+catalogue. A transaction with an old snapshot meets the list of today; from a table it would read
+that of its snapshot.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import LiteralString
 import psycopg
 from psycopg import sql
 
-from changeover.session import Connection
+from changeover.session import Connection, one_row
 from changeover.stores.postgres.gate import FENCED, body_of, ours
 from changeover.tenants import EVERY, Tenants
 
@@ -31,8 +33,11 @@ TRIGGERS: tuple[tuple[str, LiteralString, LiteralString], ...] = (
 
 
 @dataclass(frozen=True)
-class Refused:
-    """Rows whose writes a store refuses, but for those that come through its gate in this epoch or a later one."""
+class TenantEpoch:
+    """An epoch of authority, and the tenants whose rows it is over.
+
+    What does not come through the gate in this epoch or a later one is refused.
+    """
 
     epoch: int
     tenants: Tenants = EVERY
@@ -42,16 +47,27 @@ class Refused:
 class Refusal:
     """What a store refuses: `standing` for good, `begun` up to a deadline; `column` holds the tenant where there are some."""
 
-    standing: tuple[Refused, ...] = ()
-    begun: Refused | None = None
+    standing: tuple[TenantEpoch, ...] = ()
+    begun: TenantEpoch | None = None
     column: str | None = None
 
 
 def install(connection: Connection, schema: str, name: str, refusal: Refusal, deadline: float) -> bool:
     """Refuse from now on; False when the lock was not granted before `deadline` (monotonic seconds).
 
-    Once this returns True, no transaction that could write without the refusal is alive. What is begun ends by itself at the
-    deadline, so that a fence that died gives the writers back, until it is among what stands.
+    Once this returns True, no transaction that could write without the refusal is alive. What is
+    begun ends by itself at the deadline, so that a fence that died gives the writers back, until it
+    is among what stands.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        refusal: What is refused, and to whom.
+        deadline: Until when the lock may be asked for, in monotonic seconds.
+
+    Returns:
+        Whether the lock was granted in time; if not, nothing is refused.
     """
     table, function = sql.Identifier(schema, name), ours("refuse", schema, name)
     while (left := deadline - time.monotonic()) > 0:
@@ -62,8 +78,8 @@ def install(connection: Connection, schema: str, name: str, refusal: Refusal, de
                 connection.execute(_function(function, refusal, _server_time(connection, left)))
                 for suffix, event, level in TRIGGERS:
                     # a row's trigger is every partition's, present and to come; a statement's is the table's own alone
-                    for one in (table, *(_partitions(connection, table) if level == "STATEMENT" else ())):
-                        _refuse(connection, one, sql.Identifier(f"changeover_refusal{suffix}"), event, level, function)
+                    for relation in (table, *(_partitions(connection, table) if level == "STATEMENT" else ())):
+                        _refuse(connection, relation, sql.Identifier(f"changeover_refusal{suffix}"), event, level, function)
             return True
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.05)
@@ -74,6 +90,12 @@ def replace(connection: Connection, schema: str, name: str, refusal: Refusal) ->
     """Refuse something else, at once and without a lock: for a deadline that is taken away, and for writers that are let in.
 
     The caller makes sure that no deadline has passed.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        refusal: What is refused, and to whom.
     """
     connection.execute(_function(ours("refuse", schema, name), refusal, "infinity"))
 
@@ -102,8 +124,7 @@ def _partitions(connection: Connection, table: sql.Identifier) -> list[sql.Ident
 
 def _server_time(connection: Connection, seconds: float) -> str:
     """Return a moment of the server's own clock, which is the one that the refusal goes by."""
-    row = connection.execute("SELECT (clock_timestamp() + make_interval(secs => %s))::text", [seconds]).fetchone()
-    assert row is not None
+    row = one_row(connection.execute("SELECT (clock_timestamp() + make_interval(secs => %s))::text", [seconds]))
     return str(row[0])
 
 
@@ -113,7 +134,7 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
     A row that changes its tenant is a write to both. A TRUNCATE is one to all, so no store takes it where tenants are told apart.
     The writer's search_path counts for nothing: every name says its schema, operators too.
     """
-    epochs = [one.epoch for one in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
+    epochs = [refused.epoch for refused in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
     body = sql.SQL(
         """
         DECLARE since integer := -1; given pg_catalog.text; epoch integer := -1;
@@ -142,12 +163,12 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
 def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
     """Return the expression of the epoch since which a row is refused, -1 for one that is not."""
     begun = sql.SQL("pg_catalog.clock_timestamp() OPERATOR(pg_catalog.<) {}::pg_catalog.timestamptz").format(sql.Literal(ends))
-    arms: list[tuple[Refused, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
+    arms: list[tuple[TenantEpoch, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
     arms += [(refusal.begun, begun)] if refusal.begun else []
     return sql.SQL("CASE {} ELSE -1 END").format(
         sql.SQL(" ").join(
             sql.SQL("WHEN {} AND {} THEN {}").format(belongs(row, refusal.column, one.tenants), when, sql.Literal(one.epoch))
-            for one, when in (*arms, (Refused(-1), sql.SQL("false")))
+            for one, when in (*arms, (TenantEpoch(-1), sql.SQL("false")))
         )
     )
 
@@ -155,8 +176,8 @@ def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
 def belongs(row: str, column: str | None, tenants: Tenants) -> sql.Composable:
     """Return the condition that a trigger's row is one of some tenants, by the column that holds them.
 
-    The names are the keys of one JSON constant, which a session reads once and then searches by halves: of an array it would make a
-    table in each transaction anew.
+    The names are the keys of one JSON constant, which a session reads once and then searches by
+    halves. Of an array it would make a table in each transaction anew.
     """
     if column is None or tenants == EVERY:
         return sql.SQL("true")
@@ -168,21 +189,30 @@ def belongs(row: str, column: str | None, tenants: Tenants) -> sql.Composable:
 
 
 def remove(connection: Connection, schema: str, name: str) -> list[str]:
-    """Let every write pass again: remove the triggers, the mirror's gate, and our schema when nothing else is in it."""
+    """Let every write pass again: remove the triggers, the mirror's gate, and our schema when nothing else is in it.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        What was removed, each as a phrase.
+    """
     if connection.execute("SELECT FROM pg_namespace WHERE nspname = 'changeover'").fetchone() is None:
         return []
     removed = []
     with connection.transaction():
         table = sql.Identifier(schema, name)
-        for one in (table, *_partitions(connection, table)):
-            found = connection.execute(
+        for relation in (table, *_partitions(connection, table)):
+            triggers = connection.execute(
                 "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgparentid = 0"
                 " AND tgname LIKE 'changeover_refusal%%'",
-                [one.as_string(connection)],
+                [relation.as_string(connection)],
             ).fetchall()
-            for row in found:
-                connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), one))
-                removed.append(f"trigger {row[0]} on {one.as_string(connection).replace(chr(34), '')}")
+            for row in triggers:
+                connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), relation))
+                removed.append(f"trigger {row[0]} on {relation.as_string(connection).replace(chr(34), '')}")
         connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("refuse", schema, name)))
     return removed
 

@@ -7,7 +7,7 @@ fire all the same: the store's refusal, the trigger log, and whatever the user m
 
 from __future__ import annotations
 
-from changeover.session import Connection
+from changeover.session import Connection, one_row
 
 PARAMETER = "session_replication_role"
 GRANTED_SINCE = 150000
@@ -60,8 +60,7 @@ def acting(connection: Connection, table: str) -> tuple[list[str], list[str]]:
     ordinary = [(what, name) for what, name, fires in live if not fires]
     if not ordinary or allowed(connection):
         return [], always
-    row = connection.execute("SELECT quote_ident(current_user)").fetchone()
-    assert row is not None
+    row = one_row(connection.execute("SELECT quote_ident(current_user)"))
     way = f"GRANT SET ON PARAMETER {PARAMETER} TO {row[0]}"
     if connection.info.server_version < GRANTED_SINCE:
         way = "before PostgreSQL 15 only a superuser may"

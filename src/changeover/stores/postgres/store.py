@@ -17,8 +17,8 @@ from psycopg import sql
 
 from changeover.errors import SnapshotLost
 from changeover.names import NAME_BYTES, chosen, nth
-from changeover.position import Version
-from changeover.session import Connection, application_name, connect, server_name, settled, speaking_to
+from changeover.position import Version, format_lsn
+from changeover.session import Connection, application_name, connect, one_row, server_name, settled, speaking_to, wal_position
 from changeover.spark.failures import raise_failures
 from changeover.spec import Target
 from changeover.stores.base.fits import holds
@@ -81,18 +81,18 @@ class PostgresStore:
 
     def misfits(self, table: str, names: Sequence[str], *, owned: bool = False) -> list[str]:
         """Return which names are too long for PostgreSQL, which would cut them, and whether there are too many columns."""
-        found = [
+        reasons = [
             f"target table {table} would have the column {name}, whose name is too long: {NAME_BYTES} bytes at most"
             for name in names
             if len(name.encode()) > NAME_BYTES
         ]
         widest = WIDEST - len(OWNED) * owned
         if len(names) > widest:
-            found.append(
+            reasons.append(
                 f"target table {table} would be filled in {len(names):,} columns, and {widest:,} is the most that a batch"
                 f" holds beside its versions{' and the keys of their rows' * owned}: leave columns out by `drop`"
             )
-        return found
+        return reasons
 
     def objections(self, schema: str, name: str, key: Sequence[str]) -> list[str]:
         """Return what stands against the relation as a target: its key, and whatever acts by itself when rows are written."""
@@ -122,8 +122,8 @@ class PostgresStore:
     def gated(self, table: TargetTable) -> gate.GatedTable:
         """Return the table as the gate's statements need it."""
         loose = gate.loose_columns(self.connection, table.schema, table.name, table.key)
-        found = gate.GatedTable(table.schema, table.name, table.key, table.names, loose)
-        return replace(found, owned=table.owned and gate.has_owners(self.connection, found))
+        gated = gate.GatedTable(table.schema, table.name, table.key, table.names, loose)
+        return replace(gated, owned=table.owned and gate.has_owners(self.connection, gated))
 
     def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
         """Load all chunks in one Spark job, a task a chunk."""
@@ -193,11 +193,11 @@ class PostgresStore:
         """Return the server's own estimate of the row versions."""
         return garbage.row_versions(self.connection, self.gated(table))
 
-    def collect(self, table: TargetTable, upto: Version, place: int) -> Collected:
+    def collect(self, table: TargetTable, upto: Version, start: int) -> Collected:
         """Collect row versions by `statements.COLLECT`, in a run of about a second."""
         with speaking_to(self.dsn, f"collecting row versions of {table}"):
             return garbage.collect(
-                self.connection, self.gated(table), upto, server_name(self.dsn), block=place, batches=BATCHES_PER_RUN
+                self.connection, self.gated(table), upto, server_name(self.dsn), block=start, batches=BATCHES_PER_RUN
             )
 
     @contextmanager
@@ -212,11 +212,11 @@ class PostgresStore:
     def _read(self, table: TargetTable) -> ReadTable:
         """Return a table as readers take it."""
         key = tuple(column for name in table.key for column in table.columns if column.name == name)
-        found = self.connection.execute(
+        row = self.connection.execute(
             "SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass(%s)",
             [sql.Identifier(table.schema, table.name).as_string(self.connection)],
         ).fetchone()
-        return ReadTable(table.schema, table.name, table.columns, key, partitioned=bool(found and found[0]))
+        return ReadTable(table.schema, table.name, table.columns, key, partitioned=bool(row and row[0]))
 
     @contextmanager
     def rehearsing(
@@ -299,15 +299,8 @@ def freeze(
     with connect(dsn, application) as watch:
         same_file = {table: file_watch(watch, table) for table in tables}
         with exporting(dsn, application) as (holder, snapshot):
-            position = position_of(holder)
+            position = format_lsn(wal_position(holder))
             yield lambda table: frozen_at(spark, dsn, application, table, snapshot, position, holder, parts, same_file[table])
-
-
-def position_of(holder: Connection) -> str:
-    """Return where the server's log is."""
-    row = holder.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    assert row is not None
-    return str(row[0])
 
 
 FILES = """
@@ -320,7 +313,15 @@ ORDER BY oid
 def file_watch(connection: Connection, table: ReadTable) -> Callable[[], bool]:
     """Return what tells whether a table and its partitions have the files that they have now (driver).
 
-    It is asked for before a snapshot is taken: a file that is replaced later reads as empty in it, without an error.
+    It is asked for before a snapshot is taken: a file that is replaced later reads as empty in it,
+    without an error.
+
+    Args:
+        connection: A session with the store.
+        table: The table.
+
+    Returns:
+        A function that tells whether the files are still the same.
     """
     named = {"table": sql.Identifier(table.schema, table.name).as_string(connection)}
     before = connection.execute(FILES, named).fetchall()
@@ -329,12 +330,19 @@ def file_watch(connection: Connection, table: ReadTable) -> Callable[[], bool]:
 
 @contextmanager
 def exporting(dsn: str, application: str) -> Iterator[tuple[Connection, ExportedSnapshot]]:
-    """Hold a snapshot of this moment open for others to import (driver)."""
+    """Hold a snapshot of this moment open for others to import (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+
+    Yields:
+        The session that holds it, and the snapshot.
+    """
     with connect(dsn, application, autocommit=False) as holder:
         holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         holder.read_only = True
-        row = holder.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text").fetchone()
-        assert row is not None
+        row = one_row(holder.execute("SELECT pg_export_snapshot(), pg_current_snapshot()::text"))
         yield holder, ExportedSnapshot(*row)
 
 
@@ -380,7 +388,19 @@ def _spark_type(type_name: str) -> str:
 
 @contextmanager
 def importing(dsn: str, application: str, snapshot: str) -> Iterator[tuple[Connection, ExportedSnapshot]]:
-    """Open a session inside an exported snapshot, and tell what it sees; raises SnapshotLost (driver)."""
+    """Open a session inside an exported snapshot, and tell what it sees (driver).
+
+    Args:
+        dsn: The store's DSN.
+        application: The session's application name.
+        snapshot: The exported snapshot's name.
+
+    Yields:
+        The session, and the snapshot with what it sees.
+
+    Raises:
+        SnapshotLost: The snapshot can't be imported any more.
+    """
     with connect(dsn, application, autocommit=False) as session:
         session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         session.read_only = True
@@ -388,6 +408,5 @@ def importing(dsn: str, application: str, snapshot: str) -> Iterator[tuple[Conne
             session.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
         except psycopg.Error as error:
             raise SnapshotLost(snapshot, str(error).splitlines()[0]) from error
-        row = session.execute("SELECT pg_current_snapshot()::text").fetchone()
-        assert row is not None
+        row = one_row(session.execute("SELECT pg_current_snapshot()::text"))
         yield session, ExportedSnapshot(snapshot, row[0])

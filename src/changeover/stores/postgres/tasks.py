@@ -23,7 +23,7 @@ from changeover.position import Version
 from changeover.session import connect, speaking_to
 from changeover.spark.failures import failure_of
 from changeover.stores.base.interface import Counts, Mark
-from changeover.stores.base.taskresult import outcome
+from changeover.stores.base.taskresult import outcome, partition
 from changeover.stores.postgres import gate, replica
 from changeover.stores.postgres.batches import BATCH, apply_batch, change_columns, image_columns, load_batch, prepare_batch
 
@@ -50,11 +50,7 @@ class LoadTask:
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Copy, gate and mark in one transaction; a fenced-off attempt rolls back."""
-        from pyspark import TaskContext
-
-        context = TaskContext.get()
-        assert context is not None
-        chunk = self.chunks[context.partitionId()]
+        chunk = self.chunks[partition()]
         try:
             yield outcome(self.load(chunk, batches))
         except ChangeoverError as error:
@@ -176,8 +172,8 @@ def refusing(cursor: psycopg.Cursor[Any], table: gate.GatedTable) -> Iterator[No
         if not (error.sqlstate or "").startswith(ROWS_FAULT):
             raise
         cursor.connection.rollback()
-        said = _without_value(error.diag.message_primary or "", error.sqlstate or "")
-        raise RowRefused(table.target, _column_of(cursor, table, error.diag), f"{said}, SQLSTATE {error.sqlstate}") from error
+        message = _without_value(error.diag.message_primary or "", error.sqlstate or "")
+        raise RowRefused(table.target, _column_of(cursor, table, error.diag), f"{message}, SQLSTATE {error.sqlstate}") from error
 
 
 FOREIGN = re.compile("[»«„“”「」『』].*", re.DOTALL)
@@ -190,18 +186,18 @@ def _without_value(message: str, state: str) -> str:
     return (re.sub(r'"[^"]*" ?', "", cut) if state == OUT_OF_RANGE else cut).rstrip(" :")
 
 
-def _column_of(cursor: psycopg.Cursor[Any], table: gate.GatedTable, said: psycopg.errors.Diagnostic) -> str:
+def _column_of(cursor: psycopg.Cursor[Any], table: gate.GatedTable, diagnostic: psycopg.errors.Diagnostic) -> str:
     """Return the columns that a server's refusal is about, as far as it tells."""
-    names = [said.column_name] if said.column_name else []
-    if copied := re.search(r"COPY changeover_batch, line \d+, column (.*)", said.context or "", re.DOTALL):
+    names = [diagnostic.column_name] if diagnostic.column_name else []
+    if copied := re.search(r"COPY changeover_batch, line \d+, column (.*)", diagnostic.context or "", re.DOTALL):
         names = [name for name in sorted(table.columns, key=len, reverse=True) if copied[1].startswith(name)][:1]
-    if said.constraint_name and not names:
+    if diagnostic.constraint_name and not names:
         names = [
             row[0]
             for row in cursor.execute(
                 "SELECT a.attname FROM pg_constraint c JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey)"
                 " WHERE c.conrelid = to_regclass(%s) AND c.conname = %s ORDER BY a.attnum",
-                [table.table.as_string(cursor), said.constraint_name],
+                [table.table.as_string(cursor), diagnostic.constraint_name],
             )
         ]
         cursor.connection.rollback()
@@ -242,5 +238,5 @@ def _line_bytes(lines: pa.StringArray) -> memoryview:
     import pyarrow as pa
 
     _, offsets, data = lines.buffers()
-    places = memoryview(offsets).cast("q") if pa.types.is_large_string(lines.type) else memoryview(offsets).cast("i")
-    return memoryview(data)[places[lines.offset] : places[lines.offset + len(lines)]]
+    ends = memoryview(offsets).cast("q") if pa.types.is_large_string(lines.type) else memoryview(offsets).cast("i")
+    return memoryview(data)[ends[lines.offset] : ends[lines.offset + len(lines)]]

@@ -1,9 +1,10 @@
 """A tenant's floor: the epoch below which a gated table takes nothing for its rows any more.
 
-The table's own floor is one for all rows, so it can't rise while some of them go on under an earlier epoch. Each tenant has a
-floor therefore: a trigger on our own table of row versions leaves out what is of an epoch before the tenant's present one, and what
-was not touched is not written. The trigger is made in front of a fence's pause, because it waits for gated statements; a floor that
-rises is another function, which waits for nobody.
+The table's own floor is one for all rows, so it can't rise while some of them go on under an
+earlier epoch. So each tenant has a floor: a trigger on our own table of row versions leaves out
+what is of an epoch before the tenant's present one. What has no row version after that is not
+written. The trigger is made in front of a fence's pause, because it waits for gated statements; a
+floor that rises is another function, which waits for nobody.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from changeover.errors import LockNotGranted
 from changeover.session import Connection
 from changeover.stores.base.interface import EPOCH
 from changeover.stores.postgres.gate import GatedTable, body_of, ours
-from changeover.stores.postgres.refusal import LOCK_TIMEOUT, Refused, belongs
+from changeover.stores.postgres.refusal import LOCK_TIMEOUT, TenantEpoch, belongs
 
 TRIES = 100
 
 
-def put(connection: Connection, table: GatedTable, column: str, floors: Sequence[Refused]) -> None:
+def put(connection: Connection, table: GatedTable, column: str, floors: Sequence[TenantEpoch]) -> None:
     """Take nothing any more of an epoch before that of its tenant; `column` is the key column that holds the tenant."""
     connection.execute(_function(ours("floor", table.schema, table.name), column, floors))
 
 
-def install(connection: Connection, table: GatedTable, column: str, floors: Sequence[Refused], server: str) -> None:
+def install(connection: Connection, table: GatedTable, column: str, floors: Sequence[TenantEpoch], server: str) -> None:
     """Put the floors and have the table ask for them from now on; safe to repeat. Raises LockNotGranted."""
     put(connection, table, column, floors)
-    found = "SELECT FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname = 'changeover_floor'"
-    if connection.execute(found, [table.row_versions.as_string(connection)]).fetchone() is not None:
+    installed = "SELECT FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname = 'changeover_floor'"
+    if connection.execute(installed, [table.row_versions.as_string(connection)]).fetchone() is not None:
         return
     trigger = sql.SQL("CREATE TRIGGER changeover_floor BEFORE INSERT ON {} FOR EACH ROW EXECUTE FUNCTION {}()")
     for _ in range(TRIES):
@@ -46,7 +47,7 @@ def install(connection: Connection, table: GatedTable, column: str, floors: Sequ
     raise LockNotGranted(server, f"floor of {table.target}", "gated writes that do not end")
 
 
-def _function(function: sql.Identifier, column: str, floors: Sequence[Refused]) -> sql.Composed:
+def _function(function: sql.Identifier, column: str, floors: Sequence[TenantEpoch]) -> sql.Composed:
     arms = [sql.SQL("WHEN {} THEN {}").format(belongs("NEW", column, one.tenants), sql.Literal(one.epoch)) for one in floors]
     body = sql.SQL("BEGIN IF NEW.{} OPERATOR(pg_catalog.<) (CASE {} ELSE 0 END) THEN RETURN NULL; END IF; RETURN NEW; END").format(
         sql.Identifier(EPOCH), sql.SQL(" ").join(arms)

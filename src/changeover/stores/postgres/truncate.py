@@ -2,7 +2,7 @@
 
 One DELETE would take a newer row with it: it waits for a writer's row, and then judges by what its own snapshot knew of that
 row's version. So every key goes through the row versions, whose row lock a writer takes first. The floor is committed, and all
-earlier gated statements have ended, before the first row is looked at, so no older image or change can arrive behind the
+earlier gated statements have ended, before the first row is looked at, so no older image or change can come behind the
 deletes.
 """
 
@@ -51,7 +51,7 @@ def _delete_some(connection: Connection, table: GatedTable, version: Version) ->
     """Offer deletes of some rows that no change at or above the version has touched; return how many rows there were."""
     with connection.transaction(), connection.cursor() as cursor:
         prepare_batch(cursor, table, versions=True)
-        found = cursor.execute(
+        deleted = cursor.execute(
             sql.SQL(
                 "INSERT INTO {batch} ({names}, {key})"
                 " SELECT {epoch}, {lsn}, {ordinal}, true, {t_key} FROM {table} AS t"
@@ -73,4 +73,4 @@ def _delete_some(connection: Connection, table: GatedTable, version: Version) ->
             )
         ).rowcount
         apply_batch(cursor, table)
-        return found
+        return deleted

@@ -76,7 +76,7 @@ class Own:
     @property
     def whole(self) -> bool:
         """Return whether every sequence that the default asks for is known."""
-        return BY_NAME.search(self.written({one.literal: "" for one in self.draws}).replace("nextval()", "")) is None
+        return BY_NAME.search(self.written({draw.literal: "" for draw in self.draws}).replace("nextval()", "")) is None
 
 
 COLUMNS = """
@@ -102,7 +102,16 @@ WHERE n.nspname = %s AND c.relname = %s
 
 
 def of_table(connection: Connection, schema: str, name: str) -> dict[str, Own]:
-    """Return what a table's columns do by themselves, by name and in order; nothing where there is no such table."""
+    """Return what a table's columns do by themselves.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        By column, in order; nothing where there is no such table.
+    """
     with _qualified(connection):
         draws: dict[str, list[Drawn]] = {}
         for column, *drawn in connection.execute(DRAWS, [schema, name]).fetchall():
@@ -120,12 +129,22 @@ def _qualified(connection: Connection) -> Iterator[None]:
 
 
 def why_not(connection: Connection, own: Own) -> str | None:
-    """Return why a server can't have a column's default, None where it can; it parses the expression and runs nothing."""
+    """Return why a server can't have a column's default.
+
+    It parses the expression and runs nothing.
+
+    Args:
+        connection: A session with the store.
+        own: What the column does in the other store.
+
+    Returns:
+        A phrase, None where the server can have it.
+    """
     if own.identity or own.expression is None or own.generated:
         return None
     if not own.whole:
         return "names its sequence by a text"
-    text = own.written({one.literal: "'pg_catalog.pg_class'::pg_catalog.regclass" for one in own.draws})
+    text = own.written({draw.literal: "'pg_catalog.pg_class'::pg_catalog.regclass" for draw in own.draws})
     try:
         with _qualified(connection):
             probe = sql.SQL("PREPARE changeover_default AS SELECT CAST({} AS {})").format(sql.SQL(text), sql.SQL(own.type))
@@ -136,12 +155,18 @@ def why_not(connection: Connection, own: Own) -> str | None:
     return None
 
 
-def make(connection: Connection, table: TargetTable, wanted: Mapping[str, Own]) -> None:
+def make(connection: Connection, table: TargetTable, owns: Mapping[str, Own]) -> None:
     """Give a table's columns the defaults and identities of others, as far as the server can have them, in one transaction.
 
-    An identity that is always generated is made so in the key alone: elsewhere no update could bring its value.
+    An identity that is always generated is made so in the key alone: elsewhere no update could
+    bring its value.
+
+    Args:
+        connection: A session with the store.
+        table: The target table.
+        wanted: What each column is to do.
     """
-    possible = {name: own for name, own in wanted.items() if why_not(connection, own) is None}
+    possible = {name: own for name, own in owns.items() if why_not(connection, own) is None}
     with _qualified(connection):
         for name, own in possible.items():
             if own.identity:
@@ -187,8 +212,8 @@ def _free_name(connection: Connection, table: TargetTable, column: str) -> sql.I
     while True:
         end = f"_seq{number or ''}"
         begin = f"{table.name}_{column}".encode()[: NAME_BYTES - len(end)].decode(errors="ignore")
-        found = sql.Identifier(table.schema, begin + end)
-        row = connection.execute("SELECT to_regclass(%s) IS NULL", [found.as_string(connection)]).fetchone()
+        name = sql.Identifier(table.schema, begin + end)
+        row = connection.execute("SELECT to_regclass(%s) IS NULL", [name.as_string(connection)]).fetchone()
         if row and row[0]:
-            return found
+            return name
         number += 1

@@ -93,20 +93,39 @@ WHERE (n.nspname, c.relname) = (%(schema)s, %(table)s) AND c.relpersistence = 'u
 
 
 def objections(connection: Connection, schema: str, name: str, key: Sequence[str]) -> list[str]:
-    """Return what stands against a table as a target, or against making one of that name."""
+    """Return what stands against a table as a target, or against making one of that name.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        key: The key columns that the spec names.
+
+    Returns:
+        Reasons, each a sentence.
+    """
     asked = {"schema": schema, "table": name, "name": f"{schema}.{name}", "key": sorted(key)}
-    found = connection.execute(PLACE, asked).fetchall()
+    rows = connection.execute(PLACE, asked).fetchall()
     row = connection.execute(
         "SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE (n.nspname, c.relname) = (%s, %s) AND c.relkind IN ('r', 'p')",
         [schema, name],
     ).fetchone()
     if row is not None:
-        found += connection.execute(TABLE, {**asked, "oid": row[0]}).fetchall()
-    return [reason for (reason,) in found]
+        rows += connection.execute(TABLE, {**asked, "oid": row[0]}).fetchall()
+    return [reason for (reason,) in rows]
 
 
 def remarks(connection: Connection, schema: str, name: str) -> list[str]:
-    """Return what a person should know of a target table, though it can be one."""
+    """Return what a person should know of a target table, though it can be one.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        Remarks, each a sentence.
+    """
     asked = {"schema": schema, "table": name, "name": f"{schema}.{name}"}
     return [remark for (remark,) in connection.execute(REMARKS, asked).fetchall()]

@@ -20,7 +20,7 @@ from changeover.session import Connection
 LOCK_TIMEOUT = "300ms"
 
 MARGIN = 10_000
-"""How far a sequence goes past what a table holds while rows still arrive: those find their place below."""
+"""How far a sequence goes past what a table holds while rows still come: those stay below it."""
 
 MOVE_SECONDS = 5.0
 """How long to wait for transactions that have drawn from a sequence; each try holds up others for LOCK_TIMEOUT at most."""
@@ -66,19 +66,46 @@ class Sequence:
 
 
 def sequences(connection: Connection, schema: str, name: str) -> list[Sequence]:
-    """Return the sequences from which a table's columns draw."""
+    """Return the sequences from which a table's columns draw.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        The sequences, one a column that draws.
+    """
     table = sql.Identifier(schema, name).as_string(connection)
     return [Sequence(*row) for row in connection.execute(SEQUENCES, [table]).fetchall()]
 
 
 def drawn(connection: Connection, sequence: Sequence) -> int | None:
-    """Return the last value that may have been drawn, None of a sequence that nobody used."""
+    """Return the last value that may have been drawn, None of a sequence that nobody used.
+
+    Args:
+        connection: A session with the store.
+        sequence: The sequence.
+
+    Returns:
+        The value, None of a sequence that nobody used.
+    """
     row = connection.execute(sql.SQL("SELECT last_value, is_called FROM {}").format(sequence.identifier)).fetchone()
     return int(row[0]) if row is not None and row[1] else None
 
 
 def held(connection: Connection, schema: str, name: str, sequence: Sequence) -> int | None:
-    """Return the farthest value that stands in the column, None without rows or where the column holds something else."""
+    """Return the farthest value that stands in the column, None without rows or where the column holds something else.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        sequence: The sequence.
+
+    Returns:
+        The value, None without rows or where the column holds something else.
+    """
     if not sequence.counts:
         return None
     function = sql.SQL("max" if sequence.increment > 0 else "min")
@@ -89,20 +116,37 @@ def held(connection: Connection, schema: str, name: str, sequence: Sequence) -> 
 
 
 def ahead(sequence: Sequence, held: int | None) -> int | None:
-    """Return where a sequence has the margin beyond a value, or that value where it could not count so far (pure)."""
+    """Return where a sequence has the margin beyond a value, or that value where it could not count so far (pure).
+
+    Args:
+        sequence: The sequence.
+        held: The farthest value that stands in the column, None without any.
+
+    Returns:
+        Where to move the sequence to, None where there is no value.
+    """
     if held is None:
         return None
-    wanted = held + MARGIN * sequence.increment
-    return wanted if sequence.least <= wanted < sequence.most else held
+    raised = held + MARGIN * sequence.increment
+    return raised if sequence.least <= raised < sequence.most else held
 
 
 def move_past(connection: Connection, sequence: Sequence, *values: int | None, seconds: float = MOVE_SECONDS) -> None:
     """Let the next value drawn lie beyond all of these; a sequence that is further already stays where it is.
 
-    Sessions may draw meanwhile: while it is looked at and moved nobody can, so it is never taken back behind a value of theirs.
-    That waits for transactions that have drawn and are open; raises LockNotGranted after so many seconds. A role that does not
-    own the sequence moves it without the wait, which is the same only while nobody draws (`jobs.preflight.division` asks for the
-    owner).
+    Sessions may draw meanwhile: while it is looked at and moved nobody can, so it is never taken
+    back behind a value of theirs. That waits for transactions that have drawn and are open; raises
+    LockNotGranted after so many seconds. A role that does not own the sequence moves it without the
+    wait, which is the same only while nobody draws (`jobs.preflight.division` asks for the owner).
+
+    Args:
+        connection: A session with the store.
+        sequence: The sequence.
+        *values: The values that the next one must lie beyond; None counts for nothing.
+        seconds: How long to wait for transactions that have drawn, in seconds.
+
+    Raises:
+        LockNotGranted: A transaction that drew from the sequence stays open.
     """
     if not _needs_moving(connection, sequence, values):
         return
@@ -144,7 +188,7 @@ def owned(connection: Connection, sequence: Sequence) -> bool:
 
 def _set_past(connection: Connection, sequence: Sequence, values: Iterable[int | None]) -> None:
     now = drawn(connection, sequence)
-    wanted = sequence.farthest(now, *values)
-    if wanted is not None and wanted != now:
-        bounded = max(sequence.least, min(sequence.most, wanted))
+    farthest = sequence.farthest(now, *values)
+    if farthest is not None and farthest != now:
+        bounded = max(sequence.least, min(sequence.most, farthest))
         connection.execute("SELECT setval(%s, %s)", [sequence.identifier.as_string(connection), bounded])

@@ -106,10 +106,11 @@ def taken(migration: Migration, write: str) -> bool:
 
 def test_a_refusal_whose_fence_died_ends_by_itself(moved: Migration) -> None:
     write = "UPDATE accounts SET note = 'x' WHERE id = 1"
-    assert refusal.install(moved.old, "public", "accounts", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 120)
+    assert refusal.install(moved.old, "public", "accounts", refusal.Refusal(begun=refusal.TenantEpoch(1)), time.monotonic() + 120)
     with pytest.raises(psycopg.Error, match="no authority"):
         moved.old.execute(write)
-    while not refusal.install(moved.old, "public", "accounts", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 1.0):
+    begun = refusal.Refusal(begun=refusal.TenantEpoch(1))
+    while not refusal.install(moved.old, "public", "accounts", begun, time.monotonic() + 1.0):
         pass  # the machine stood still for that long
     wait_until(lambda: taken(moved, write))
 
@@ -164,8 +165,8 @@ def test_a_fence_whose_record_was_made_though_nobody_heard_it_stands(moved: Migr
 
 
 def test_the_next_command_lets_the_store_with_authority_write_after_a_fence_was_killed(moved: Migration) -> None:
-    assert refusal.install(moved.old, "public", "accounts", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 120)
-    refusal.replace(moved.old, "public", "accounts", refusal.Refusal((refusal.Refused(1),)))
+    assert refusal.install(moved.old, "public", "accounts", refusal.Refusal(begun=refusal.TenantEpoch(1)), time.monotonic() + 120)
+    refusal.replace(moved.old, "public", "accounts", refusal.Refusal((refusal.TenantEpoch(1),)))
     with pytest.raises(psycopg.Error, match="no authority"):
         moved.old.execute("UPDATE accounts SET note = 'x' WHERE id = 1")
     assert cutover.rollback(moved.spec).after is Stage.DUALWRITE

@@ -14,7 +14,7 @@ from changeover.names import joined
 from changeover.position import Version, image_version
 from changeover.session import Connection, connect
 from changeover.stores.postgres import gate, refusal, tenantfloor
-from changeover.stores.postgres.refusal import Refusal, Refused
+from changeover.stores.postgres.refusal import Refusal, TenantEpoch
 from changeover.tenants import Tenants
 
 PLACE = ("a.b%s", 'odd %d "t" $body$')
@@ -46,7 +46,7 @@ def test_a_table_of_any_name_is_gated_refused_and_floored(new_dsn: str) -> None:
         assert rows(new) == [("x", "k", *["second"] * 9)]
         assert present(new, *PLACE, TENANT, 5) == ["x"]
         table = gate.gated(new, *PLACE, NAMES[:2])
-        x = Refused(2, Tenants(frozenset({"x"}), others=False))
+        x = TenantEpoch(2, Tenants(frozenset({"x"}), others=False))
         tenantfloor.install(new, table, TENANT, [x], "test")
         assert not offer("below the tenant's floor", Version(1, 20, 0))
         assert offer("another's", Version(1, 20, 0), tenant="y")

@@ -138,7 +138,7 @@ def _do_what_the_rights_are_for(shop: Shop, capture: str) -> None:
     with shop.as_mover(0) as mover:
         if capture == "slot":
             mover.execute('CREATE PUBLICATION changeover_test FOR TABLE ONLY "Shop".wares')
-        what = refusal.Refusal(standing=(refusal.Refused(1),))
+        what = refusal.Refusal(standing=(refusal.TenantEpoch(1),))
         gate.install_gate(mover, "Shop", "wares", ["id"], Version(0, 1, -1))
         assert refusal.install(mover, "Shop", "wares", what, time.monotonic() + 60)
         with shop.as_application(0) as application, pytest.raises(psycopg.Error, match="has no authority"):

@@ -8,7 +8,7 @@ from typing import cast
 from pyspark.sql import SparkSession
 
 from changeover.jobs.apply.batch import last_of_each_key as last_in_arrow
-from changeover.jobs.apply.rule import UNSENT, Change, Image, Key, after_truncate, apart, completed, last_of_each_key
+from changeover.jobs.apply.rule import UNSENT, Image, Key, KeyChange, after_truncate, apart, completed, last_of_each_key
 from changeover.jobs.spool.events import Event as SpoolEvent
 from changeover.jobs.spool.events import Image as SpoolImage
 from changeover.jobs.spool.events import arrow_table
@@ -73,13 +73,13 @@ def test_a_batch_offers_what_the_rule_says(spark: SparkSession) -> None:
 
 def test_only_what_was_not_sent_is_taken_and_a_row_that_is_gone_is_left_out() -> None:
     at = Version(0, 100, 0)
-    sent, partial = Change("a", at, ("a", None, "sent")), Change("b", at, ("b", UNSENT, "sent"))
+    sent, partial = KeyChange("a", at, ("a", None, "sent")), KeyChange("b", at, ("b", UNSENT, "sent"))
     rows: dict[Key, Image] = {"a": ("a", "newer", "newer"), "b": ("b", "large", "newer")}
-    assert completed([sent, partial], rows) == [sent, Change("b", at, ("b", "large", "sent"))]
-    assert completed([partial, Change("b", at, None)], {}) == [Change("b", at, None)]
+    assert completed([sent, partial], rows) == [sent, KeyChange("b", at, ("b", "large", "sent"))]
+    assert completed([partial, KeyChange("b", at, None)], {}) == [KeyChange("b", at, None)]
 
 
 def test_a_truncate_leaves_what_comes_after_it() -> None:
-    changes = [Change("a", Version(0, 100, ordinal), None) for ordinal in (0, 2, 3, 4)]
+    changes = [KeyChange("a", Version(0, 100, ordinal), None) for ordinal in (0, 2, 3, 4)]
     assert after_truncate(changes, Version(0, 100, 2)) == changes[2:]
     assert after_truncate(changes, None) == changes

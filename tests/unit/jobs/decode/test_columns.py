@@ -17,7 +17,7 @@ from changeover.jobs.decode import pgoutput
 from changeover.jobs.decode.pgoutput import MalformedMessage
 from changeover.jobs.decode.transactions import Assembler, difference
 from changeover.jobs.ledger.records import SourceColumn
-from changeover.jobs.spool.events import NOWHERE, Place
+from changeover.jobs.spool.events import NOWHERE, Position
 from changeover.stores.postgres.gate import OURS
 
 WHEN = datetime(2026, 11, 21, 12, 30, 0, 123456, tzinfo=UTC)
@@ -201,7 +201,7 @@ def test_any_stream_taken_in_any_parts_gives_the_same_events(done: list[list[Cha
 @given(transactions, st.data())
 def test_what_is_held_is_left_out(done: list[list[Change]], data: st.DataObject) -> None:
     frames, events = stream(done)
-    held: Place = NOWHERE
+    held: Position = NOWHERE
     if events:
         last = data.draw(st.sampled_from(events))
         held = (last["lsn"], last["ordinal"])

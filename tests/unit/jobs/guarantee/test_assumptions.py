@@ -185,7 +185,7 @@ def test_every_moment_is_asked_by_the_product(moment: Moment) -> None:
     places = [
         path
         for folder in ("jobs", "verifiers", "flags")
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
         if path.stem != "assumptions" and re.search(rf"Moment\.{moment.name}\b", path.read_text())
     ]
     assert places, f"{moment} is asked nowhere"
@@ -193,7 +193,7 @@ def test_every_moment_is_asked_by_the_product(moment: Moment) -> None:
 
 
 def test_the_documents_have_the_same_table() -> None:
-    text = (ROOT / "ARCHITECTURE.md").read_text()
+    text = (ROOT / "docs/concepts/guarantee.md").read_text()
     for rule in RULES:
         moments = ", ".join(moment.value for moment in Moment if moment in rule.moments)
         assert f"| {rule.name} | {rule.says} | {moments} |" in text, rule.name

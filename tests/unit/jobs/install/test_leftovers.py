@@ -64,7 +64,7 @@ def made(old: Connection, stack: ExitStack, folder: Path, name: str) -> Spec:
     snapshot.create_slot(dsn, f"changeover:{name}:prepare", spec.slot).session.close()
     triggerlog.install(old, spec, [["id"]])
     gate.install_gate(old, "public", table, ["id"], Version(0, 1, -1))
-    assert refusal.install(old, "public", table, refusal.Refusal((refusal.Refused(1),)), time.monotonic() + 60)
+    assert refusal.install(old, "public", table, refusal.Refusal((refusal.TenantEpoch(1),)), time.monotonic() + 60)
     stack.enter_context(connect(dsn, f"changeover:{name}:capture"))
     return spec
 

@@ -342,7 +342,7 @@ def test_a_partition_alone_is_refused(prepared: Prepared) -> None:
 
 
 def test_the_refusal_of_a_partitioned_table_is_all_its_partitions(prepared: Prepared) -> None:
-    assert refusal.install(prepared.old, "public", "events", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 120)
+    assert refusal.install(prepared.old, "public", "events", refusal.Refusal(begun=refusal.TenantEpoch(1)), time.monotonic() + 120)
     prepared.run("CREATE TABLE june PARTITION OF events FOR VALUES FROM ('2026-06-01') TO ('2026-07-01')")
     for statement in (
         "INSERT INTO events VALUES (1, '2026-01-05', 'a')", "INSERT INTO january VALUES (1, '2026-01-05', 'a')", "TRUNCATE events",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from changeover.errors import Refused
-from changeover.jobs.apply.checkpoint import Back
+from changeover.jobs.apply.checkpoint import ReverseStream
 from changeover.jobs.apply.retention import epoch_to_come
 from changeover.jobs.finalize import abort, finalize
 from changeover.jobs.ledger import epochs
@@ -171,7 +171,7 @@ def test_what_a_tenant_writes_right_after_its_move_is_not_passed_by(split: Split
     place = path.stream.l0
     split.move("new", 100, place + 10, "1")
     split.write("new", place + 20, INSERT, {"a": "1", "b": "1"})
-    back = Back(split.spec, cast(Any, None), split.ledger, {})
+    back = ReverseStream(split.spec, cast(Any, None), split.ledger, {})
     read = back.reach
 
     def a_move_later() -> int:

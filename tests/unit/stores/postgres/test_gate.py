@@ -188,8 +188,8 @@ def test_a_closed_tables_position_is_as_good_a_gate(kept: Kept, stream: list[Off
 
 
 def test_a_new_epoch_begins_on_a_table_that_refuses_since_authority_went_back(kept: Kept) -> None:
-    assert refusal.install(kept.connection, "public", "kept", refusal.Refusal(begun=refusal.Refused(2)), time.monotonic() + 120)
-    refusal.replace(kept.connection, "public", "kept", refusal.Refusal((refusal.Refused(2),)))
+    assert refusal.install(kept.connection, "public", "kept", refusal.Refusal(begun=refusal.TenantEpoch(2)), time.monotonic() + 120)
+    refusal.replace(kept.connection, "public", "kept", refusal.Refusal((refusal.TenantEpoch(2),)))
     gate.begin_anew(kept.connection, TABLE, Version(3, 50, -1), "the server")
     assert kept.load([(1, "image")]).taken == 1
     kept.batch([(2, Cell(Version(3, 60, 0), None))])

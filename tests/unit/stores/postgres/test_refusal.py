@@ -26,7 +26,7 @@ def namesakes(new_dsn: str) -> Iterator[Connection]:
     with connect(new_dsn, "test") as connection:
         for schema in ("one", "two"):
             connection.execute(sql.SQL("CREATE SCHEMA {0}; CREATE TABLE {0}.kept (id integer)").format(sql.Identifier(schema)))
-            refusal.install(connection, schema, "kept", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 600)
+            refusal.install(connection, schema, "kept", refusal.Refusal(begun=refusal.TenantEpoch(1)), time.monotonic() + 600)
         yield connection
 
 
@@ -36,7 +36,7 @@ def refused(connection: Connection, schema: str) -> bool:
 
 
 def test_a_refusal_that_ends_leaves_the_namesakes(namesakes: Connection) -> None:
-    while not refusal.install(namesakes, "two", "kept", refusal.Refusal(begun=refusal.Refused(1)), time.monotonic() + 0.2):
+    while not refusal.install(namesakes, "two", "kept", refusal.Refusal(begun=refusal.TenantEpoch(1)), time.monotonic() + 0.2):
         pass  # the machine stood still for that long
     while refused(namesakes, "two"):
         time.sleep(0.02)
@@ -73,9 +73,9 @@ def tenants(new_dsn: str) -> Iterator[Connection]:
         yield connection
 
 
-def losing(names: list[str], standing: tuple[refusal.Refused, ...] = ()) -> refusal.Refusal:
+def losing(names: list[str], standing: tuple[refusal.TenantEpoch, ...] = ()) -> refusal.Refusal:
     """Return the refusal of some tenants' rows, the third epoch's."""
-    return refusal.Refusal(standing, refusal.Refused(3, Tenants(frozenset(names), others=False)), "whose")
+    return refusal.Refusal(standing, refusal.TenantEpoch(3, Tenants(frozenset(names), others=False)), "whose")
 
 
 def is_refused(connection: Connection, statement: LiteralString | sql.Composed) -> bool:
@@ -105,7 +105,7 @@ def test_a_gate_of_the_tenants_own_epoch_passes(tenants: Connection) -> None:
 
 
 def test_all_but_some_are_refused(tenants: Connection) -> None:
-    rest = refusal.Refusal((refusal.Refused(0, Tenants(frozenset({"1"}))),), None, "whose")
+    rest = refusal.Refusal((refusal.TenantEpoch(0, Tenants(frozenset({"1"}))),), None, "whose")
     assert refusal.install(tenants, "public", "kept", rest, time.monotonic() + 60)
     assert not is_refused(tenants, "UPDATE kept SET id = 5 WHERE whose = 1")
     assert is_refused(tenants, "UPDATE kept SET id = 5 WHERE whose = 2")
@@ -119,7 +119,7 @@ def test_a_transaction_of_before_meets_the_list_of_today(tenants: Connection, ne
         stale.execute("UPDATE kept SET id = 2 WHERE whose = 2")  # the trigger has run in this session, with the list of then
         stale.commit()
         stale.execute("SELECT count(*) FROM kept")  # a snapshot of before the second tenant's move
-        before = (refusal.Refused(3, Tenants(frozenset({"1"}), others=False)),)
+        before = (refusal.TenantEpoch(3, Tenants(frozenset({"1"}), others=False)),)
         assert refusal.install(tenants, "public", "kept", losing(["2"], before), time.monotonic() + 60)
         with pytest.raises(psycopg.Error) as caught:
             stale.execute("UPDATE kept SET id = 4 WHERE whose = 2")
@@ -144,7 +144,10 @@ def test_a_tenants_floor_leaves_the_others(tenants: Connection) -> None:
     gate.install_gate(tenants, "public", "kept", ("whose", "id"), Version(0, 10, -1))
     table = gate.GatedTable("public", "kept", ("whose", "id"), ("whose", "id"))
     for _ in range(2):
-        floors = [refusal.Refused(3, Tenants(frozenset({"1"}), others=False)), refusal.Refused(0, Tenants(frozenset({"1"})))]
+        floors = [
+            refusal.TenantEpoch(3, Tenants(frozenset({"1"}), others=False)),
+            refusal.TenantEpoch(0, Tenants(frozenset({"1"}))),
+        ]
         tenantfloor.install(tenants, table, "whose", floors, "the server")
 
     def taken(whose: int, epoch: int) -> bool:

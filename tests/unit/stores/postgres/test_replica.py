@@ -84,7 +84,7 @@ def test_a_refusal_and_an_always_trigger_fire_all_the_same(session: Connection, 
     ]
     offer(session, any_dsn, "0,0/200,0,f,1,again")
     assert state(session)[:2] == (2, "again")
-    assert refusal.install(session, "public", "parent", refusal.Refusal((refusal.Refused(1),)), time.monotonic() + 30)
+    assert refusal.install(session, "public", "parent", refusal.Refusal((refusal.TenantEpoch(1),)), time.monotonic() + 30)
     with pytest.raises(DatabaseFailed, match="no authority"):
         offer(session, any_dsn, "0,0/300,0,f,1,under the old authority")
     assert len(replica.acting(session, "parent")[1]) == 1, "ours is not told"

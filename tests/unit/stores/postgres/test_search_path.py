@@ -94,7 +94,7 @@ def test_the_gate_decides_as_it_did(hostile: Connection, any_dsn: str) -> None:
 @pytest.mark.parametrize("tenants", [False, True])
 def test_a_refusal_refuses_what_it_did(hostile: Connection, any_dsn: str, tenants: bool) -> None:
     whom = Tenants(frozenset(["a"]), others=False)
-    one = refusal.Refused(3, whom) if tenants else refusal.Refused(3)
+    one = refusal.TenantEpoch(3, whom) if tenants else refusal.TenantEpoch(3)
     with connect(any_dsn, "test") as admin:
         gate.install_gate(admin, "public", "kept", ["whose", "id"], INSIDE)
         for refused in (refusal.Refusal((), one, "whose"), refusal.Refusal((one,), None, "whose")):
@@ -117,6 +117,6 @@ def test_a_tenant_s_floor_leaves_out_what_it_did(hostile: Connection, any_dsn: s
     with connect(any_dsn, "test") as admin:
         gate.install_gate(admin, "public", "kept", ["whose", "id"], INSIDE)
         table = gate.gated(admin, "public", "kept", ["whose", "id"])
-        floors = [refusal.Refused(2, Tenants(frozenset(["a"]), others=False))]
+        floors = [refusal.TenantEpoch(2, Tenants(frozenset(["a"]), others=False))]
         tenantfloor.install(admin, table, "whose", floors, "test")
     assert [offer(hostile, 300, "v", whose, epoch) for whose, epoch in (("a", 1), ("b", 1), ("a", 2))] == [False, True, True]

@@ -16,7 +16,7 @@ from changeover.spec import Table
 from changeover.stores.base.interface import TargetTable
 from changeover.stores.base.pgtypes import Column
 from changeover.verifiers.compare import keyhistory
-from changeover.verifiers.compare.keyhistory import History, Told
+from changeover.verifiers.compare.keyhistory import History, KeyChange
 
 KEPT = Table("public.kept", "public.kept", ("id",))
 
@@ -42,12 +42,12 @@ def gone(lsn: int, ordinal: int, key: str) -> Event:
 
 def told(
     spark: SparkSession, tmp_path: Path, events: list[Event], given: Transform = NUMBERED, keys: tuple[str, ...] = ("1", "2")
-) -> list[Told]:
+) -> list[KeyChange]:
     spool = Spool(tmp_path / "spool")
     spool.create()
     for lsn in sorted({event.lsn for event in events}):
         spool.append([event for event in events if event.lsn == lsn], lsn + 1)
-    return list(History(spark, given, spool, 100).told([(key,) for key in keys]))
+    return list(History(spark, given, spool, 100).changes([(key,) for key in keys]))
 
 
 def row(key: str, day: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
