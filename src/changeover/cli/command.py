@@ -113,15 +113,15 @@ def unforeseen(error: Exception, log: Path | None = None) -> CouldNotFinish:
     """Return one sentence for an error that no part of ours has named; `log` holds the whole of it."""
     if isinstance(error, OSError) and error.filename is not None and (problem := trouble(error)) is not None:
         return FolderFailed(str(error.filename), problem)
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    message = str(error).strip().partition("\n")[0] or type(error).__name__
     details = f"; {log} has the details" if log else ""
     if not isinstance(error, psycopg.Error):
-        return CouldNotFinish(f"unexpected {type(error).__name__}: {said}{details}")
+        return CouldNotFinish(f"unexpected {type(error).__name__}: {message}{details}")
     if error.sqlstate is None or error.sqlstate.startswith("57P"):  # no answer of a server, or its last one
-        return CouldNotFinish(f"a database broke off ({said}): check the servers, then run the same command again{details}")
+        return CouldNotFinish(f"a database broke off ({message}): check the servers, then run the same command again{details}")
     if hides_rows(error):
-        return RowsHidden("a database", "ROLE", said)
-    return CouldNotFinish(f"a database refused a statement ({said}, SQLSTATE {error.sqlstate}){details}")
+        return RowsHidden("a database", "ROLE", message)
+    return CouldNotFinish(f"a database refused a statement ({message}, SQLSTATE {error.sqlstate}){details}")
 
 
 def fail(error: ChangeoverError) -> NoReturn:

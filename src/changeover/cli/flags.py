@@ -31,22 +31,22 @@ def show(spec: str, as_json: bool) -> None:
     """Go or no-go, with every reason."""
     from changeover.flags.cutover.moves import some
 
-    seen = api.show(opened(spec))
-    desired = f", the flag asks for {seen.desired.value}" if seen.desired is not seen.stage else ""
-    lines = [f"stage {seen.stage.value}{desired}, authority {seen.authority.store} (epoch {seen.authority.epoch})"]
-    if seen.apart is not None:
-        epochs = ", ".join(map(str, seen.apart.epochs))
-        lines.append(f"at the {seen.apart.store} store: {some(seen.apart.first, seen.apart.count)}, epoch {epochs}")
-    if seen.next is not None:
-        lines += [f"next: {seen.next.value}: {'go' if seen.go else 'no-go'}", *(f"  {reason}" for reason in seen.reasons)]
-    if seen.back is not None:
-        lines.append(f"back: {seen.back.value}: {_loses(seen.loses, 'would be lost')}")
-    if seen.reverse_path is not None:
-        lines.append(f"reverse path: {seen.reverse_path.line}")
-    lines += [f"note: {one}" for one in seen.notes]
-    lines += [f"rogue: {one}" for one in seen.rogue]
-    stages = {name: stage.value if (stage := getattr(seen, name)) else None for name in ("stage", "desired", "next", "back")}
-    answer({**plain(seen), **stages, "go": seen.go}, as_json, lambda: "\n".join(lines))
+    shown = api.show(opened(spec))
+    desired = f", the flag asks for {shown.desired.value}" if shown.desired is not shown.stage else ""
+    lines = [f"stage {shown.stage.value}{desired}, authority {shown.authority.store} (epoch {shown.authority.epoch})"]
+    if shown.apart is not None:
+        epochs = ", ".join(map(str, shown.apart.epochs))
+        lines.append(f"at the {shown.apart.store} store: {some(shown.apart.first, shown.apart.count)}, epoch {epochs}")
+    if shown.next is not None:
+        lines += [f"next: {shown.next.value}: {'go' if shown.go else 'no-go'}", *(f"  {reason}" for reason in shown.reasons)]
+    if shown.back is not None:
+        lines.append(f"back: {shown.back.value}: {_loses(shown.loses, 'would be lost')}")
+    if shown.reverse_path is not None:
+        lines.append(f"reverse path: {shown.reverse_path.line}")
+    lines += [f"note: {line}" for line in shown.notes]
+    lines += [f"rogue: {line}" for line in shown.rogue]
+    stages = {name: stage.value if (stage := getattr(shown, name)) else None for name in ("stage", "desired", "next", "back")}
+    answer({**plain(shown), **stages, "go": shown.go}, as_json, lambda: "\n".join(lines))
 
 
 def _loses(writes: int, verb: str) -> str:
@@ -77,22 +77,23 @@ def rollback(spec: str, tenants: tuple[str, ...], as_json: bool) -> None:
     _step(api.rollback(opened(spec), tenants=tenants or None), as_json, back=True)
 
 
-def _step(done: Any, as_json: bool, *, back: bool = False) -> None:
+def _step(step: Any, as_json: bool, *, back: bool = False) -> None:
     from changeover.flags.cutover.moves import some
 
-    told = {"from": done.before.value, "to": done.after.value, "epoch": done.epoch, "pause_seconds": done.pause_seconds}
-    told |= {"lost": done.lost, "lacking": done.lacking} if back else {}
-    told |= {"tenants": list(done.tenants), "unknown": list(done.unknown)} if done.tenants is not None else {}
-    told |= {"notes": list(done.notes)} if done.notes else {}
-    notes = "".join(f"\n{note}" for note in done.notes)
-    pause = f", writers were held up {done.pause_seconds:.2f} s at most" if done.pause_seconds is not None else ""
-    lost = f"; {_loses(done.lost, 'lost')}" if back else ""
+    document = {"from": step.before.value, "to": step.after.value, "epoch": step.epoch, "pause_seconds": step.pause_seconds}
+    document |= {"lost": step.lost, "lacking": step.lacking} if back else {}
+    document |= {"tenants": list(step.tenants), "unknown": list(step.unknown)} if step.tenants is not None else {}
+    document |= {"notes": list(step.notes)} if step.notes else {}
+    notes = "".join(f"\n{note}" for note in step.notes)
+    pause = f", writers were held up {step.pause_seconds:.2f} s at most" if step.pause_seconds is not None else ""
+    lost = f"; {_loses(step.lost, 'lost')}" if back else ""
     lost += (
-        f" as far as routers know: their mirrors alone brought the old store up to date ({done.lacking})" if done.lacking else ""
+        f" as far as routers know: their mirrors alone brought the old store up to date ({step.lacking})" if step.lacking else ""
     )
-    whose = f"{some(done.tenants)}: " if done.tenants is not None else ""
-    unknown = f"\nno row as yet, in either store, of {some(done.unknown)}" if done.unknown else ""
-    answer(told, as_json, lambda: f"{whose}{told['from']} → {told['to']} (epoch {told['epoch']}{pause}){lost}{unknown}{notes}")
+    names = f"{some(step.tenants)}: " if step.tenants is not None else ""
+    unknown = f"\nno row as yet, in either store, of {some(step.unknown)}" if step.unknown else ""
+    stages = f"{step.before.value} → {step.after.value} (epoch {step.epoch}{pause})"
+    answer(document, as_json, lambda: f"{names}{stages}{lost}{unknown}{notes}")
 
 
 @flags.command(example="changeover flags watch follows.toml")

@@ -72,13 +72,13 @@ def check(spec: str, as_json: bool) -> None:
     Looks at both sides, brings no row the whole way, and changes nothing. Exit code 1 means no.
     """
     loaded = opened(spec)
-    found = api.check(loaded, lambda: api.spark_session(f"changeover:{loaded.name}"))  # no row, so no scratch folder is made
-    notes = [*found.notes, *api.notes(loaded)]
-    told = {"refused": found.reasons, "grant": found.grants, "note": notes}
-    lines = [f"{kind}: {line}" for kind, said in told.items() for line in said]
-    answer({"safe": not found.reasons, "reasons": found.reasons, "grants": found.grants, "notes": notes}, as_json,
-           lambda: "\n".join([*lines, "unsafe" if found.reasons else "safe"]))  # fmt: skip
-    sys.exit(1 if found.reasons else 0)
+    preflight = api.check(loaded, lambda: api.spark_session(f"changeover:{loaded.name}"))  # no row, so no scratch folder is made
+    notes = [*preflight.notes, *api.notes(loaded)]
+    kinds = {"refused": preflight.reasons, "grant": preflight.grants, "note": notes}
+    lines = [f"{kind}: {line}" for kind, sentences in kinds.items() for line in sentences]
+    answer({"safe": not preflight.reasons, "reasons": preflight.reasons, "grants": preflight.grants, "notes": notes}, as_json,
+           lambda: "\n".join([*lines, "unsafe" if preflight.reasons else "safe"]))  # fmt: skip
+    sys.exit(1 if preflight.reasons else 0)
 
 
 @main.command(section="Plan", example="changeover plan follows.toml")
@@ -146,8 +146,8 @@ def prepare(spec: str, anew: bool, as_json: bool, debug: bool) -> None:
     with running(spec, "prepare", debug) as loaded:
         made = api.prepare(loaded, spark_for(loaded), anew=anew)
     stream = made.stream
-    told = {"l0": format_lsn(stream.l0), "slot": stream.slot, "snapshot": stream.snapshot, "epoch": stream.epoch}
-    answer(told, as_json, lambda: f"prepared: slot {told['slot']} at {told['l0']}, epoch {told['epoch']}")
+    document = {"l0": format_lsn(stream.l0), "slot": stream.slot, "snapshot": stream.snapshot, "epoch": stream.epoch}
+    answer(document, as_json, lambda: f"prepared: slot {document['slot']} at {document['l0']}, epoch {document['epoch']}")
 
 
 @main.command(section="Move", example="changeover capture follows.toml --log-format json")
@@ -180,10 +180,10 @@ def backfill(spec: str, targets: tuple[str, ...], as_json: bool, debug: bool) ->
     from changeover.jobs.ledger.progress import progress
 
     with running(spec, "backfill", debug) as loaded, progress(loaded, loaded.name):
-        done = api.backfill(loaded, spark_for(loaded, "backfill", targets), targets or None)
-    answer({"loads": done}, as_json, lambda: "\n".join(
-        f"{one.source} into {one.target}: {one.rows:,} rows in {one.chunks} chunks, {one.refused} refused by a tombstone,"
-        f" {one.swept} swept" for one in done))  # fmt: skip
+        loads = api.backfill(loaded, spark_for(loaded, "backfill", targets), targets or None)
+    answer({"loads": loads}, as_json, lambda: "\n".join(
+        f"{load.source} into {load.target}: {load.rows:,} rows in {load.chunks} chunks, {load.refused} refused by a tombstone,"
+        f" {load.swept} swept" for load in loads))  # fmt: skip
 
 
 @main.command(section="Move", example="changeover replay follows.toml --follow")
@@ -199,8 +199,8 @@ def replay(spec: str, targets: tuple[str, ...], follow: bool, log_format: str, a
 
     with running(spec, "replay", debug, log_format if follow else None) as loaded:
         spark = spark_for(loaded, "replay", targets)
-        done = api.replay(loaded, spark, follow=follow, targets=targets or None)
-    answer(done, as_json, lambda: f"replayed: {done.events:,} events, applied up to {format_lsn(done.applied)}")
+        replayed = api.replay(loaded, spark, follow=follow, targets=targets or None)
+    answer(replayed, as_json, lambda: f"replayed: {replayed.events:,} events, applied up to {format_lsn(replayed.applied)}")
 
 
 @main.command(section="Move", example="changeover verify follows.toml --report report.html")
@@ -244,8 +244,8 @@ def explain(spec: str, key: tuple[str, ...], table: str | None, as_json: bool) -
 
     KEY is the target's: chunk, cell, spooled events, images, stage.
     """
-    told = api.explain(opened(spec), key, table=table)
-    answer(told, as_json, lambda: "\n".join(told.lines()))
+    story = api.explain(opened(spec), key, table=table)
+    answer(story, as_json, lambda: "\n".join(story.lines()))
 
 
 @main.command(section="Look", example="changeover status follows.toml --check")
@@ -259,11 +259,11 @@ def status(spec: str, check: bool, max_behind: int, as_json: bool) -> None:
 
     Chunks, positions, lag, authority, verdicts.
     """
-    told = api.status(opened(spec))
-    found = api.problems(told, max_behind)
-    lines = [f"attention {one}" for one in found] or ["healthy"] if check else list(told.lines())
-    answer({**plain(told), "healthy": not found, "problems": found}, as_json, lambda: "\n".join(lines))
-    sys.exit(1 if check and found else 0)
+    progress = api.status(opened(spec))
+    problems = api.problems(progress, max_behind)
+    lines = [f"attention {line}" for line in problems] or ["healthy"] if check else list(progress.lines())
+    answer({**plain(progress), "healthy": not problems, "problems": problems}, as_json, lambda: "\n".join(lines))
+    sys.exit(1 if check and problems else 0)
 
 
 @main.command(section="Look", example="changeover history follows.toml")
@@ -279,12 +279,12 @@ def history(spec: str, as_json: bool) -> None:
 
 def details(run: Mapping[str, Any]) -> str:
     """Return what a run put on record beside its outcome, as a line's end."""
-    said = []
+    entries = []
     for name, value in run.items():
         if name not in ("at", "step", "outcome", "host", "pid") and value not in (None, [], ""):
             parts = value if isinstance(value, list) else [value]
-            said.append(f"{name} {'; '.join(map(nested, parts))}")
-    return f": {', '.join(said)}" if said else ""
+            entries.append(f"{name} {'; '.join(map(nested, parts))}")
+    return f": {', '.join(entries)}" if entries else ""
 
 
 def nested(part: Any) -> str:
@@ -333,8 +333,8 @@ def abort(spec: str, as_json: bool) -> None:
 def _removed(removed: list[str], left: list[str], rows: list[str], as_json: bool) -> None:
     last = [f"left of ours in the old store: {', '.join(left) or 'nothing'}"]
     last += [f"rows are still kept: {', '.join(rows)}: `changeover purge SPEC` removes them"] if rows else []
-    told = {"removed": removed, "left": left, "kept": rows}
-    answer(told, as_json, lambda: "\n".join([*(f"removed: {one}" for one in removed), *last]))
+    document = {"removed": removed, "left": left, "kept": rows}
+    answer(document, as_json, lambda: "\n".join([*(f"removed: {line}" for line in removed), *last]))
 
 
 @main.command(section="Try", context_settings={"ignore_unknown_options": True, "help_option_names": []})
