@@ -53,7 +53,7 @@ COMPARED_READS = 200
 """Compared reads to wait for at shadow and at live: twice what readiness asks for."""
 
 VERIFY_TRIES = 5
-"""Verdicts that are asked for before a question counts as left open, or rows that were judged again as different."""
+"""Verdicts that are asked for before a question counts as left open."""
 
 SWITCH_TRIES = 20
 """Tries of what may be run again, and of one step up.
@@ -404,24 +404,15 @@ def _said(verdicts: list[Verdict]) -> str:
 
 
 def _verified(tour: Tour, targets: list[str] | None = None) -> list[Verdict]:
-    """Verify, and again where rows that were written all the while left the question open.
-
-    Rows that differ while both stores are written are judged again by the product, within seconds. On a slow machine such a row
-    may be under way for longer, so another verdict is asked for: a difference that is one is found by every verdict.
-    """
-    for last in (*[False] * (VERIFY_TRIES - 1), True):
+    """Verify, and again where the product says that a question is open; a verdict is taken as it is."""
+    for _ in range(VERIFY_TRIES - 1):
         try:
-            verdicts = _verify_once(tour, targets)
+            return _verify_once(tour, targets)
         except CouldNotFinish as error:
-            if last or not error.transient:
+            if not error.transient:
                 raise
             tour.screen.line(f"{'':<12}           verify goes on: {error}")
-            continue
-        moving = [one for one in verdicts if not one.equal and one.recheck.rechecked]
-        if last or not moving:
-            break
-        tour.screen.line(f"{'':<12}           verify goes on: {moving[0].target} has {moving[0].differing_keys:,} rows under way")
-    return verdicts
+    return _verify_once(tour, targets)
 
 
 def _verify_once(tour: Tour, targets: list[str] | None) -> list[Verdict]:
