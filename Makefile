@@ -7,7 +7,7 @@ JARS := $(VENV)/.changeover-jars
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java second demo test majors chaos stress check docs bench wheel clean
+.PHONY: help setup java second demo quick linters types units test majors chaos stress check docs bench wheel clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +36,21 @@ $(JARS): $(STAMP) src/changeover/spark/jars.py | java
 demo: setup ## Move a live table end to end; ARGS="--rows 50000 --keep"
 	@$(BIN)/changeover demo $(ARGS)
 
-test: setup ## Run all tests; ARGS="-k ghost -x"
-	@$(BIN)/python -m pytest $(ARGS)
+quick: setup ## Lint, types, and all tests without a server and Spark, in a minute; ARGS="-k spec -x"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target linters types units
+
+linters:
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types:
+	@$(BIN)/mypy
+
+units:
+	@$(BIN)/python -m pytest -q --part quick $(ARGS)
+
+test: setup ## Run all tests, in two parts side by side; ARGS="-k ghost -x" runs those alone
+	@$(BIN)/python -m $(if $(ARGS),pytest $(ARGS),tests.parts)
 
 majors: setup ## Capture, copy, gate, fence and the hostile matrix on each PostgreSQL; ARGS="14 16 -x"
 	@$(BIN)/python -m tests.majors $(ARGS)
@@ -49,9 +62,7 @@ stress: setup ## Everybody on one gated table at once, 500 trials; ARGS="--mutan
 	@$(BIN)/python -m tests.stress $(ARGS)
 
 check: setup ## Lint, format check and types
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(MAKE) --no-print-directory linters types
 
 docs: setup ## Make the reference pages anew, check all prose, build the site into docs/_build/html
 	@$(BIN)/python docs/generate.py

@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import tenants, triggers
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[1]
 PEERS = {"identity": {"psql_pipe", "spark_jdbc"}, "transformed": {"spark_jdbc"}, "delta": {"spark_jdbc"}}
 

@@ -11,6 +11,8 @@ from tests.model.kernel import explore
 from tests.model.rules import RULES
 from tests.model.worlds import WORLDS
 
+pytestmark = pytest.mark.heavy
+
 OTHER_WAY = replace(RULES, batch=carried.batch, keeps_order=True)
 WORLDS_OF_UNSENT = [name for name in WORLDS if "unsent" in name and "apart" not in name and "used again" not in name]
 

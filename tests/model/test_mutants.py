@@ -9,6 +9,8 @@ from tests.model.mutants import DESIGN, MUTANTS
 from tests.model.rules import RULES
 from tests.model.worlds import WORLDS
 
+pytestmark = pytest.mark.heavy
+
 NAMED = """no tombstone; no gate; no floor; stamp = current LSN; gate in one statement; lock inside the statement; no sweep;
 sweep without barrier; floor without barrier; TRUNCATE without barrier; TRUNCATE by one DELETE; ledger before data;
 acknowledge before durable; collection by time; collection without floor; collection before close; no fencing token;

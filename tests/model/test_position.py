@@ -15,6 +15,8 @@ from tests.model.kernel import explore
 from tests.model.rules import RULES
 from tests.model.table_worlds import LOADED, Table, caught_up, caught_up_twice, gone, put
 
+pytestmark = pytest.mark.heavy
+
 WHOLE: Transaction = CATCH_UP[0]
 LOCK, COMPARE, RAISE = (Part.LOCK_EXCLUSIVE,), (Part.DROP_OLDER,), (Part.RAISE_FLOOR,)
 

@@ -206,6 +206,7 @@ def processes_of(folder: Path) -> list[bytes]:
     return found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "when",
     [
@@ -221,6 +222,7 @@ def test_an_interrupted_demo_leaves_nothing_and_says_so(temporary: Path, when: C
     assert processes_of(temporary) == []
 
 
+@pytest.mark.heavy
 def test_an_interrupted_demo_that_is_to_be_kept_says_what_stays_and_how_it_ends(temporary: Path) -> None:
     said = interrupted(temporary, lambda place, said: any(line.startswith("set-up") for line in said), "--keep")
     (place,) = temporary.glob("changeover-demo-*")

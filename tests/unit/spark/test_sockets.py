@@ -61,6 +61,7 @@ def test_java_connects_by_the_socket_as_psycopg_does(
             assert spark.read.format("jdbc").options(**told, query=WHO).load().collect()[0] == row, dsn
 
 
+@pytest.mark.heavy
 def test_what_java_can_t_do_at_a_socket_is_refused_by_name(socket_server: EmbeddedServer) -> None:
     dsn = local(socket_server, socket_server.dsn())
     peer = socket_server.data.owner()

@@ -38,6 +38,7 @@ def test_a_pooler_that_changes_sessions_is_found_and_named(pooled_dsn: str, old_
     assert "the old store is reached through a pooler that changes sessions between transactions: name the server" in told[0]
 
 
+@pytest.mark.heavy
 def test_a_server_that_gives_no_session_for_replication_is_refused(tmp_path: Path) -> None:
     with passing_server(default_binaries(), max_wal_senders="0") as server, fresh_database(server, "old") as dsn:
         assert connections.reasons(dsn, "test", "the old store") == []

@@ -122,6 +122,7 @@ def test_small_files_become_one_and_nothing_else_changes(spool: Spool) -> None:
     assert Spool(spool.path).events().num_rows == 37
 
 
+@pytest.mark.heavy
 def test_an_event_is_written_a_few_times_at_most(spool: Spool) -> None:
     written, files = 0, {}
     for number in range(1, 401):
@@ -177,6 +178,7 @@ def test_a_merge_is_as_durable_as_an_append(spool: Spool, monkeypatch: pytest.Mo
     assert synced == [(str(path), committed) for path, committed in expected]
 
 
+@pytest.mark.heavy
 def test_old_log_entries_go_and_a_reader_that_slept_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("changeover.jobs.spool.table.LOG_RETENTION", "interval 0 seconds")
     spool, reader = Spool(tmp_path / "spool"), Spool(tmp_path / "spool")
@@ -194,6 +196,7 @@ def test_old_log_entries_go_and_a_reader_that_slept_goes_on(tmp_path: Path, monk
         assert Spool(spool.path).held() == reader.held() == (10 * end, ordinal)
 
 
+@pytest.mark.heavy
 def test_the_end_and_the_events_survive_checkpoints(spool: Spool) -> None:
     reader = Spool(spool.path)
     for lsn in range(10, 10 * (CHECKPOINT_EVERY + 8), 10):
