@@ -156,7 +156,7 @@ def watched(migration: Migration) -> Iterator[list[str]]:
 def test_tenants_go_there_and_back_one_by_one_and_no_acknowledged_write_is_lost_or_doubled(members: Migration) -> None:
     with following(members):
         with application(members) as (router, done), watched(members) as said:
-            wait_for(lambda: any("turned from off to shadow" in line for line in said), "the stage on record", said)
+            wait_for(lambda: any("switched from off to shadow" in line for line in said), "the stage on record", said)
             wait_for(lambda: router.counters()["comparisons"]["at_stage"]["compared"] >= COMPARISONS, "compared reads")
             assert [verdict.word for verdict in verify(members.spec, members.spark)] == ["equal"]
             told = flags("advance", members, "--tenant", "ann", "--tenant", "Zoë ☂", "--tenant", "nobody", "--json")
@@ -171,8 +171,8 @@ def test_tenants_go_there_and_back_one_by_one_and_no_acknowledged_write_is_lost_
             assert "at the new store: 3 tenants (Zoë ☂, ann, nobody), epoch 1" in flags("show", members).stdout
 
             flagfile.write_tenants(members.spec.work / "flags.json", FLAG, "org", ["bob"], Stage.LIVE)
-            wait_for(lambda: router.stage_of("bob") is Stage.LIVE, "a tenant that was turned elsewhere", said)
-            wait_for(lambda: any("turned to live for 1 tenant (bob)" in line for line in said), "what watch says", said)
+            wait_for(lambda: router.stage_of("bob") is Stage.LIVE, "a tenant that was switched elsewhere", said)
+            wait_for(lambda: any("switched to live for 1 tenant (bob)" in line for line in said), "what watch says", said)
             assert router.stage_of("dan") is Stage.SHADOW
 
             back = flags("rollback", members, "--tenant", "ann")

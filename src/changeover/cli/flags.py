@@ -101,7 +101,7 @@ def _step(step: Any, as_json: bool, *, back: bool = False) -> None:
 @LOG_FORMAT
 @DEBUG
 def watch(spec: str, log_format: str, debug: bool) -> None:
-    """Follow a flag that is turned elsewhere.
+    """Follow a flag that is switched elsewhere.
 
     Asks for readiness, fences, writes the epoch; until stopped.
     """

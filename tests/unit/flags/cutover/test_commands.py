@@ -78,13 +78,13 @@ def watching(migration: Migration) -> Iterator[tuple[subprocess.Popen[str], list
             child.stderr.close()
 
 
-def test_somebody_elses_turn_waits_for_the_gate_and_then_for_the_fence(moved: Migration) -> None:
+def test_somebody_elses_switch_waits_for_readiness_and_then_for_the_fence(moved: Migration) -> None:
     def heard(words: str) -> bool:
         return any(words in line for line in said)
 
     hushed = threading.Event()
     with following(moved), application(moved, hushed=hushed) as router, watching(moved) as (child, said):
-        wait_for(lambda: heard("turned from off to shadow"), "the stage on record")
+        wait_for(lambda: heard("switched from off to shadow"), "the stage on record")
         switch(moved, Stage.LIVE)
         wait_for(lambda: heard("not ready for live"), "a refusal")
         assert heard("public.accounts was never verified in store")
