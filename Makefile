@@ -7,7 +7,7 @@ JARS := $(VENV)/.changeover-jars
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java second demo quick linters types units test majors chaos stress check docs bench wheel clean
+.PHONY: help setup java second demo quick units test majors chaos stress check docs bench wheel clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,14 +37,7 @@ demo: setup ## Move a live table end to end; ARGS="--rows 50000 --keep"
 	@$(BIN)/changeover demo $(ARGS)
 
 quick: setup ## Lint, types, and all tests without a server and Spark, in a minute; ARGS="-k spec -x"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target linters types units
-
-linters:
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-
-types:
-	@$(BIN)/mypy
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check units
 
 units:
 	@$(BIN)/python -m pytest -q --part quick $(ARGS)
@@ -62,7 +55,9 @@ stress: setup ## Everybody on one gated table at once, 500 trials; ARGS="--mutan
 	@$(BIN)/python -m tests.stress $(ARGS)
 
 check: setup ## Lint, format check and types
-	@$(MAKE) --no-print-directory linters types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 docs: setup ## Make the reference pages anew, check all prose, build the site into docs/_build/html
 	@$(BIN)/python docs/generate.py

@@ -150,6 +150,7 @@ def pairs(text: str) -> dict[str, str]:
     return dict(re.findall(r"^\| `([^`]+)` \| (`[^`]+`) \|$", text, re.M))
 
 
+@pytest.mark.heavy
 def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "sphinx", "-q", "-n", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path)]
