@@ -11,6 +11,7 @@ import argparse
 import fcntl
 import os
 import pty
+import shlex
 import shutil
 import signal
 import struct
@@ -30,14 +31,17 @@ if TYPE_CHECKING:
 
 IMAGES = Path(__file__).parent / "images"
 
-COLUMNS, LINES = 200, 200
-"""The terminal of the demo: so large that nothing is wrapped and nothing scrolls away."""
+WIDTH, LINES = 104, 200
+"""The terminal that the demo is told of: tables fit it, and nothing scrolls away."""
 
-WIDTH, INDENT = 104, 23
-"""What of it is drawn: longer lines are folded at a space, and go on below the text of their step."""
+COLUMNS = 400
+"""The columns in which its output is replayed: no line is broken there, for a terminal would break it within a word."""
+
+INDENT = 23
+"""Where a line that is folded at a space goes on: below the text of its step."""
 
 PAGE = (1280, 1010)
-"""What of the report is shown, in CSS pixels: the verdict, the stores, the run, and the row that differs."""
+"""What of the report is shown, in CSS pixels: the verdict, the stores, and the row that differs."""
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -218,8 +222,8 @@ def demo(rows: int, *more: str) -> list[str]:
 def on_terminal(command: Sequence[str]) -> tuple[int, bytes]:
     """Run a command on a pseudo-terminal of our size; return its exit code and all that it wrote."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(LINES), "COLORTERM": "truecolor"}
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, WIDTH, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(WIDTH), "LINES": str(LINES), "COLORTERM": "truecolor"}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     written = bytearray()
@@ -302,7 +306,7 @@ def own_fonts() -> str:
 
 
 def report(rows: int) -> Path:
-    """Run the demo with damage in the new store and photograph its report.
+    """Damage the new store of a demo, verify it, and photograph the report.
 
     Args:
         rows: Rows of the old table.
@@ -315,21 +319,42 @@ def report(rows: int) -> Path:
         raise SystemExit(f"report: none of {', '.join(BROWSERS)} is installed")
     path = IMAGES / "report.png"
     with passable_folder() as folder:
-        work = folder / "demo"
-        process = subprocess.Popen(demo(rows, "--break", "timezone", "--work", str(work)))
-        with ended(process):
-            code = process.wait()
-        if code != 1:
-            raise SystemExit(f"the demo ended with {code} and not with 1, which says that rows differ")
+        page = verified(folder / "demo", rows)
         width, height = PAGE
         subprocess.run(
             [
                 browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/browser",
-                f"--window-size={width},{height}", f"--screenshot={path}", (work / "report.html").as_uri(),
+                f"--window-size={width},{height}", f"--screenshot={path}", page.as_uri(),
             ],
             check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
     return path
+
+
+def verified(work: Path, rows: int) -> Path:
+    """Keep a damaged demo in a folder, verify it by the commands that it leaves to try, and return the report."""
+    from changeover.embedded.server import EmbeddedServer
+
+    try:
+        differs(demo(rows, "--break", "timezone", "--keep", "--work", str(work)), dict(os.environ))
+        exported = (line.removeprefix("export ") for line in (work / "demo.env").read_text(encoding="utf-8").splitlines())
+        environment = {**os.environ, **dict(shlex.split(line)[0].split("=", 1) for line in exported)}
+        command, spec = [sys.executable, "-m", "changeover.cli.main"], str(work / "follows.toml")
+        with ended(subprocess.Popen([*command, "capture", spec], env=environment, stderr=subprocess.DEVNULL)):
+            differs([*command, "verify", spec, "--report", str(work / "verify.html")], environment)
+        return work / "verify.html"
+    finally:
+        if (work / "server").exists():
+            EmbeddedServer.attach(work / "server").remove()
+
+
+def differs(command: Sequence[str], environment: dict[str, str]) -> None:
+    """Run a command that has to find rows that differ."""
+    process = subprocess.Popen(command, env=environment)
+    with ended(process):
+        code = process.wait()
+    if code != 1:
+        raise SystemExit(f"{command[-1]} ended with {code} and not with 1, which says that rows differ")
 
 
 PICTURES: dict[str, Callable[[int], Path]] = {"pipeline": pipeline, "terminal": terminal, "report": report}
