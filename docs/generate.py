@@ -241,7 +241,7 @@ def takes(value: Mapping[str, Any]) -> str:
 
 # -- errors
 
-ADVICE = next(path for path in (ROOT / "docs/operations/troubleshooting.md", ROOT / "README.md") if path.exists())
+ADVICE = ROOT / "docs/operations/troubleshooting.md"
 """The page whose table says what to do about each sentence."""
 
 KINDS: Sequence[tuple[type[Any], str, str]] = (

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psycopg
 from ldclient.migrations.types import Stage
@@ -38,6 +38,8 @@ from changeover.stores.base.reader import ExportedSnapshot
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+Part = TypeVar("Part")
 
 log = logging.getLogger(__name__)
 
@@ -90,19 +92,13 @@ class Replay:
         Raises:
             TableStopped: A table was stopped; the others are done.
             RowRefused: A row can't be carried over; the other tables are done.
-            LeaseHeld: Another run holds a target's lease for too long.
         """
-        results: list[Replayed] = []
-        stops: list[ChangeoverError] = []
-        for target in targets or list(self.spec.targets):
+
+        def of_target(target: str) -> list[Replayed]:
             with self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS):
-                try:
-                    results.append(self.offer(until, [target]))
-                except (TableStopped, RowRefused, TextRefused) as stop:
-                    stops.append(stop)
-        if stops:
-            raise stops[0]
-        return total(results)
+                return [self.offer(until, [target])]
+
+        return each(of_target, targets or list(self.spec.targets))
 
     def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Do a round's work (driver); the caller holds the leases.
@@ -121,18 +117,12 @@ class Replay:
         end = min([self.spool.end()] + ([until] if until is not None else []))
         authorities = self.ledger.authorities()
         carried = self.back.carried(authorities)
-        results: list[Replayed] = []
-        stops: list[ChangeoverError] = []
-        for source, target in self.prepared.transforms:
-            if targets is None or target in targets:
-                parts = sections(authorities, takes_over=self._takes_over(target), carried=carried)
-                try:
-                    results += self._offer_table(source, target, parts, end, apart=bool(named(authorities)))
-                except (TableStopped, RowRefused, TextRefused) as stop:
-                    stops.append(stop)
-        if stops:
-            raise stops[0]
-        return total(results)
+
+        def of_load(load: tuple[str, str]) -> list[Replayed]:
+            parts = sections(authorities, takes_over=self._takes_over(load[1]), carried=carried)
+            return self._offer_table(*load, parts, end, apart=bool(named(authorities)))
+
+        return each(of_load, [one for one in self.prepared.transforms if targets is None or one[1] in targets])
 
     def _offer_table(self, source: str, target: str, parts: Sequence[Section], end: int, *, apart: bool) -> list[Replayed]:
         """Offer what is left of a table to a target; nothing is said of one that may not be merged yet.
@@ -214,6 +204,33 @@ class Replay:
         transform = self.back.transform(source, target)
         load, counts = self.returning.catch_up(load, section, reach, transform, store)
         return load.applied >= section[0].until, counts
+
+
+def each(action: Callable[[Part], list[Replayed]], parts: Iterable[Part]) -> Replayed:
+    """Replay part after part; what stops one is raised when all others are done.
+
+    Args:
+        action: Replays one part.
+        parts: Targets, or loads.
+
+    Returns:
+        What was done in all of them together.
+
+    Raises:
+        TableStopped: A table was stopped.
+        RowRefused: A row can't be carried over.
+        TextRefused: A text can't be.
+    """
+    results: list[Replayed] = []
+    stops: list[ChangeoverError] = []
+    for part in parts:
+        try:
+            results += action(part)
+        except (TableStopped, RowRefused, TextRefused) as stop:
+            stops.append(stop)
+    if stops:
+        raise stops[0]
+    return total(results)
 
 
 def total(rounds: Sequence[Replayed]) -> Replayed:

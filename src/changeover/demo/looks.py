@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from changeover.demo.screen import Reading
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.progress import chunk_progress
+from changeover.session import one_row
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -23,12 +24,13 @@ def backfilled(ledger: Ledger) -> Reading:
         ledger: A session of its own, since the step's is in use.
     """
     chunks, loaded, rows = chunk_progress(ledger)
-    row = ledger.connection.execute(
-        "SELECT count(DISTINCT (source, target)), (SELECT count(*) FROM changeover.load WHERE migration = %(m)s)"
-        " FROM changeover.chunk WHERE migration = %(m)s",
-        {"m": ledger.migration},
-    ).fetchone()
-    begun, loads = row if row is not None else (0, 0)
+    begun, loads = one_row(
+        ledger.connection.execute(
+            "SELECT count(DISTINCT (source, target)), (SELECT count(*) FROM changeover.load WHERE migration = %(m)s)"
+            " FROM changeover.chunk WHERE migration = %(m)s",
+            {"m": ledger.migration},
+        )
+    )
     if begun:
         chunks = chunks // begun * loads  # the next target has as many, and its chunks come on record when it begins
     return Reading("the snapshot is loaded", loaded, chunks or None, "chunks", rows, "rows")

@@ -55,7 +55,7 @@ COMPARED_READS = 200
 VERIFY_TRIES = 5
 """Verdicts that are asked for before a question counts as left open."""
 
-SWITCH_TRIES = 20
+TRIES = 20
 """Tries of what may be run again, and of one step up.
 
 A fence gives the writers back after ten seconds, however slow the machine, and asks to be run again.
@@ -195,20 +195,30 @@ def plan(tour: Tour) -> str:
 def prepare_both(tour: Tour) -> str:
     """Make slot and snapshot, ledger, target tables and gates."""
     with tour.working("slot, snapshot, tables and gates"):
-        made = _again(lambda: prepare.prepare(tour.spec, tour.spark))
+        made = _again(lambda: prepare.prepare(tour.spec, tour.spark), _logged)
     return f"slot {made.stream.slot} and snapshot from one command, at {format_lsn(made.stream.l0)}"
 
 
-def _again(action: Callable[[], Result]) -> Result:
-    """Do what the product says may be run again, such as where writers held a lock for longer than it waits for one."""
-    for _ in range(SWITCH_TRIES - 1):
+def _again(action: Callable[[], Result], heard: Callable[[CouldNotFinish], None], tries: int = TRIES) -> Result:
+    """Do what the product says may be run again, such as where writers held a lock for longer than it waits for one.
+
+    Args:
+        action: One try.
+        heard: Gets what ended a try that is not the last.
+        tries: How many there are; what ends the last one is raised.
+    """
+    for _ in range(tries - 1):
         try:
             return action()
         except CouldNotFinish as error:
             if not error.transient:
                 raise
-            log.info("once more: %s", error)
+            heard(error)
     return action()
+
+
+def _logged(error: CouldNotFinish) -> None:
+    log.info("once more: %s", error)
 
 
 def start_capture(tour: Tour) -> str:
@@ -338,7 +348,7 @@ def finalize(tour: Tour) -> str:
         tour.capture.end()
         tour.capture = None
     tour.screen.at(Reading("slots, publications, triggers and gates are removed"))
-    removed = _again(lambda: finalizing.finalize(tour.spec))
+    removed = _again(lambda: finalizing.finalize(tour.spec), _logged)
     writes = tour.application.status()["writes"]
     tour.until("writes after finalize", lambda seen: seen["writes"] > writes)
     tour.application.end()
@@ -405,14 +415,11 @@ def _said(verdicts: list[Verdict]) -> str:
 
 def _verified(tour: Tour, targets: list[str] | None = None) -> list[Verdict]:
     """Verify, and again where the product says that a question is open; a verdict is taken as it is."""
-    for _ in range(VERIFY_TRIES - 1):
-        try:
-            return _verify_once(tour, targets)
-        except CouldNotFinish as error:
-            if not error.transient:
-                raise
-            tour.screen.line(f"{'':<12}           verify goes on: {error}")
-    return _verify_once(tour, targets)
+
+    def heard(error: CouldNotFinish) -> None:
+        tour.screen.line(f"{'':<12}           verify goes on: {error}")
+
+    return _again(lambda: _verify_once(tour, targets), heard, VERIFY_TRIES)
 
 
 def _verify_once(tour: Tour, targets: list[str] | None) -> list[Verdict]:
@@ -450,17 +457,16 @@ def _advance(tour: Tour, stage: Stage) -> str:
 
 def _switched(tour: Tour, stage: Stage, asked: list[str]) -> cutover.Advanced:
     """Switch the flag, and again where the product says that another try may do; `asked` gets what stood against it at first."""
-    for last in (*[False] * (SWITCH_TRIES - 1), True):
+
+    def attempt() -> cutover.Advanced:
         _become_ready(tour, stage, asked)
         tour.screen.at(Reading(f"the flag is switched to {stage.value}"))
         try:
             return cutover.advance(tour.spec, to=stage)
-        except (NotReady, CouldNotFinish) as error:
-            if last or (isinstance(error, CouldNotFinish) and not error.transient):
-                raise
-            if not asked:
-                asked.append(str(error))
-    raise CouldNotFinish(f"the flag was not switched to {stage.value} in {SWITCH_TRIES} tries")
+        except NotReady as error:  # it was ready a moment ago
+            raise CouldNotFinish(str(error)) from error
+
+    return _again(attempt, lambda error: asked.extend([] if asked else [str(error)]))
 
 
 def what_helps(reasons: Sequence[str]) -> tuple[list[str], bool]:

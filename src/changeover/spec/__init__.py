@@ -156,20 +156,20 @@ def load(path: str | Path) -> Spec:
         raise SpecError(text_path, "file", f"can't be read ({error.strerror}): `changeover init` writes one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError(text_path, "syntax", f"not valid TOML: {error}") from error
-    found: Document = read(text_path, Document, document)
-    targets = {name: _target(text_path, name, section) for name, section in found.target.items()}
+    whole: Document = read(text_path, Document, document)
+    targets = {name: _target(text_path, name, section) for name, section in whole.target.items()}
     return Spec(
         path=text_path,
-        name=found.name,
-        source=Source(secret(text_path, "source.dsn", found.source.dsn), found.source.capture),
+        name=whole.name,
+        source=Source(secret(text_path, "source.dsn", whole.source.dsn), whole.source.capture),
         targets=targets,
-        tables=_tables(text_path, found.table),
-        work=Path(_folder(text_path, "work", found.work.path)),
-        mode=int(found.work.mode, 8),
+        tables=_tables(text_path, whole.table),
+        work=Path(_folder(text_path, "work", whole.work.path)),
+        mode=int(whole.work.mode, 8),
         digest=_digest(document),
-        ledger=_ledger(text_path, found.ledger, targets),
-        flag=found.flag and _flag(text_path, found.flag, targets),
-        roles=tuple(dict.fromkeys(found.application.roles)),
+        ledger=_ledger(text_path, whole.ledger, targets),
+        flag=whole.flag and _flag(text_path, whole.flag, targets),
+        roles=tuple(dict.fromkeys(whole.application.roles)),
         document=document,
     )
 

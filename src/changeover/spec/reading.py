@@ -27,29 +27,33 @@ def read(path: str, model: Any, given: Any, where: str = "") -> Any:
     except ValidationError as error:
         for key, part_model, part in _parts(model, given):
             read(path, part_model, part, (where + key).removeprefix("."))
-        said, _, below = str(error).partition(" - at `$")
-        field = said.split("`")[1] if said.startswith("Object") else below.removeprefix(".").removesuffix("`")
+        message, _, below = str(error).partition(" - at `$")
+        field = message.split("`")[1] if message.startswith("Object") else below.removeprefix(".").removesuffix("`")
         where = f"{where}.{field}".strip(".")
         raise SpecError(
-            path, where, NOT_CARRIED.get(where) or _problem(model, given[field] if below else given, said, field)
+            path, where, NOT_CARRIED.get(where) or _problem(model, given[field] if below else given, message, field)
         ) from error
 
 
-def _problem(model: Any, given: Any, said: str, field: str) -> str:
-    """Return in a sentence what a model has against a value, where msgspec `said` so of the value or a `field` of it."""
-    if said.startswith("Object missing"):
+def _problem(model: Any, given: Any, message: str, field: str) -> str:
+    """Return in a sentence what a model has against a value.
+
+    `message` is what msgspec says, of the value or of its key `field`.
+    """
+    if message.startswith("Object missing"):
         description = _meta(_fields(model).get(field, TAG), "description")
         return f"is missing: {description[0].lower()}{description[1:].partition('.')[0]}" if description else "is missing"
-    if said.startswith("Object contains unknown"):
+    if message.startswith("Object contains unknown"):
         near = difflib.get_close_matches(field, _fields(model), n=1)
         return "unknown key: " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(_fields(model))}")
-    if said.startswith("Expected `object"):
+    if message.startswith("Expected `object"):
         return "must be a section"
-    if said.startswith("Expected `str") and ", got" in said:
+    if message.startswith("Expected `str") and ", got" in message:
         return f"must be a string, not {type(given).__name__}"
-    if given == "" and "length" in said:
+    if given == "" and "length" in message:
         return "is empty"
-    return str((_meta(model, "extra") or {"problem": said})["problem"]).format(given)
+    extra = _meta(model, "extra")
+    return str(extra["problem"]).format(given) if extra else message
 
 
 def _parts(model: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -80,4 +84,4 @@ def _fields(model: Any) -> dict[str, Any]:
 
 def _meta(model: Any, name: str) -> Any:
     """Return what a model's outermost annotation says under a name, or nothing."""
-    return next((said for meta in reversed(getattr(model, "__metadata__", ())) if (said := getattr(meta, name))), None)
+    return next((value for meta in reversed(getattr(model, "__metadata__", ())) if (value := getattr(meta, name))), None)
