@@ -53,10 +53,10 @@ class Child:
     def require_alive(self) -> None:
         """Raise CouldNotFinish, with the last line that the process wrote, when it has ended."""
         if self.process.poll() is not None:
-            said = self.log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+            lines = self.log.read_text(errors="replace").strip().splitlines() or ["nothing"]
             raise CouldNotFinish(
                 f"the demo's {self.name} ended by itself with code {self.process.returncode}: its last words in"
-                f" {self.log} are {said[-1]!r}"
+                f" {self.log} are {lines[-1]!r}"
             )
 
     def signal(self, number: signal.Signals) -> None:
@@ -95,7 +95,7 @@ class ApplicationProcess:
         )
         started = cls(child, status)
         try:
-            started.wait_for("its first writes", lambda seen: seen["writes"] > 0)
+            started.wait_for("its first writes", lambda status: status["writes"] > 0)
         except BaseException:
             child.end()
             raise
@@ -104,23 +104,23 @@ class ApplicationProcess:
     def status(self) -> dict[str, Any]:
         """Return what it says of itself; empty before it has said anything."""
         try:
-            found: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
+            status: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        return found
+        return status
 
     def wait_for(self, what: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Wait until its status fulfils a condition; raises CouldNotFinish when it says nothing new, or has written much since."""
         patience = Patience(self.status)
         begun = self.status().get("writes", 0)
-        while not ((seen := self.status()) and condition(seen)):
+        while not ((status := self.status()) and condition(status)):
             self.child.require_alive()
             sign = f"the demo's application: no sign of {what}, see {self.child.log}"
             patience.require(sign)
-            if seen and (more := seen["writes"] - begun) > MOST_WRITES:
+            if status and (more := status["writes"] - begun) > MOST_WRITES:
                 raise CouldNotFinish(f"{sign}; it has made {more:,} writes meanwhile")
             time.sleep(0.05)
-        return seen
+        return status
 
     def end(self) -> dict[str, Any]:
         """End it; return its last status."""

@@ -181,9 +181,9 @@ class Step:
 
 def check(tour: Tour) -> str:
     """Ask whether the plan is safe."""
-    found = examined(tour.spec)
-    if found.reasons:
-        raise UnsafePlan(tuple(found.reasons))
+    preflight = examined(tour.spec)
+    if preflight.reasons:
+        raise UnsafePlan(tuple(preflight.reasons))
     return "the plan is safe: key, replica identity, types, rights and targets"
 
 
@@ -258,16 +258,16 @@ def first_verify(tour: Tour) -> str:
 
 def dualwrite(tour: Tour) -> str:
     """Let the application write to both, and replay pass what was written to the old store alone."""
-    said = _advance(tour, Stage.DUALWRITE)
+    step = _advance(tour, Stage.DUALWRITE)
     _pass_marker(tour, ["store"])
-    return f"{said}; replay has passed the last write that was not mirrored"
+    return f"{step}; replay has passed the last write that was not mirrored"
 
 
 def shadow(tour: Tour) -> str:
     """Let the application read from both and compare."""
-    said = _advance(tour, Stage.SHADOW)
+    step = _advance(tour, Stage.SHADOW)
     reads = _compared(tour, Stage.SHADOW)
-    return f"{said}; {reads['compared']:,} shadow reads compared, {reads['mismatched']} mismatched"
+    return f"{step}; {reads['compared']:,} shadow reads compared, {reads['mismatched']} mismatched"
 
 
 def _compared(tour: Tour, stage: Stage) -> dict[str, int]:
@@ -280,17 +280,17 @@ def _compared(tour: Tour, stage: Stage) -> dict[str, int]:
         tour.screen.at(Reading(f"the application: {what}", min(compared, COMPARED_READS), COMPARED_READS, "reads"))
         return bool(compared >= COMPARED_READS)
 
-    found: dict[str, int] = tour.until(what, enough)["router"]["comparisons"]["at_stage"]
-    return found
+    reads_at_stage: dict[str, int] = tour.until(what, enough)["router"]["comparisons"]["at_stage"]
+    return reads_at_stage
 
 
 def live(tour: Tour) -> str:
     """Fence: authority moves to the new store."""
     _require_equal(_verified(tour, ["store"]), Stage.LIVE)
-    said = _advance(tour, Stage.LIVE)
+    step = _advance(tour, Stage.LIVE)
     _reach_fence(tour)
     wait = tour.application.status()["router"]["longest_wait_seconds"]
-    return f"{said}; fenced in {tour.figures.pause or 0:.2f} s, the longest wait of a writer was {wait:.2f} s"
+    return f"{step}; fenced in {tour.figures.pause or 0:.2f} s, the longest wait of a writer was {wait:.2f} s"
 
 
 def come_back(tour: Tour) -> str:
@@ -334,10 +334,10 @@ def last_verify(tour: Tour) -> str:
 def complete(tour: Tour) -> str:
     """Stop mirroring. The application goes on; it takes back what it writes from here, so that anyone can compare."""
     tour.application.child.signal(signal.SIGUSR1)
-    tour.until("an empty mirror", lambda seen: seen["traceless"] and not seen["router"]["mirror_old"]["depth"])
+    tour.until("an empty mirror", lambda status: status["traceless"] and not status["router"]["mirror_old"]["depth"])
     _pass_back(tour)
-    said = _advance(tour, Stage.COMPLETE)
-    return f"{said}; until then {_came_back(tour):,} changes of the new store came back to the old one"
+    step = _advance(tour, Stage.COMPLETE)
+    return f"{step}; until then {_came_back(tour):,} changes of the new store came back to the old one"
 
 
 def finalize(tour: Tour) -> str:
@@ -350,7 +350,7 @@ def finalize(tour: Tour) -> str:
     tour.screen.at(Reading("slots, publications, triggers and gates are removed"))
     removed = _again(lambda: finalizing.finalize(tour.spec), _logged)
     writes = tour.application.status()["writes"]
-    tour.until("writes after finalize", lambda seen: seen["writes"] > writes)
+    tour.until("writes after finalize", lambda status: status["writes"] > writes)
     tour.application.end()
     tour.figures.leftovers = leftovers(tour.spec)
     left = ", ".join(tour.figures.leftovers) or "nothing"
@@ -382,7 +382,7 @@ def steps(broken: Sequence[str]) -> tuple[Step, ...]:
     if not broken:
         return STEPS
     broken = tuple(dict.fromkeys(broken))  # what is done already can't be done again
-    upto = next(place for place, step in enumerate(STEPS) if step.action is first_verify)
+    upto = next(index for index, step in enumerate(STEPS) if step.action is first_verify)
     return (*STEPS[: upto + 1], Step(f"break {', '.join(broken)}", lambda tour: damage(tour, broken)))
 
 
@@ -392,15 +392,19 @@ def damage(tour: Tour, kinds: Sequence[str]) -> str:
     Raises CouldNotFinish where the verdict does not name all that was done, or names anything else.
     """
     with connect(tour.place.dsns["old"], "demo:damage") as old, connect(tour.place.dsns["new"], "demo:damage") as new:
-        done = [KINDS[kind](old, new, tour.wait) for kind in kinds]
+        damages = [KINDS[kind](old, new, tour.wait) for kind in kinds]
     tour.verdicts = _verified(tour)
-    found = [d for v in tour.verdicts if v.target == "store" for d in v.sample]
-    told = [next(filter(one.is_told, found), None) for one in done]
-    others = [d for d in found if not any(one.is_told(d) for one in done)]
-    if None in told or others:
-        wrong = f"verify did not name it: {done[told.index(None)].done}" if None in told else f"verify named {_named(others[0])}"
+    differences = [d for v in tour.verdicts if v.target == "store" for d in v.sample]
+    named = [next(filter(one.is_told, differences), None) for one in damages]
+    unexplained = [d for d in differences if not any(one.is_told(d) for one in damages)]
+    if None in named or unexplained:
+        wrong = (
+            f"verify did not name it: {damages[named.index(None)].done}"
+            if None in named
+            else f"verify named {_named(unexplained[0])}"
+        )
         raise CouldNotFinish(f"{wrong}: this is a defect of changeover, please report it")
-    return "; ".join(f"{one.done}: {_named(d)}" for one, d in zip(done, told, strict=True) if d is not None)
+    return "; ".join(f"{one.done}: {_named(d)}" for one, d in zip(damages, named, strict=True) if d is not None)
 
 
 def _named(difference: Difference) -> str:
@@ -424,13 +428,13 @@ def _verified(tour: Tour, targets: list[str] | None = None) -> list[Verdict]:
 
 def _verify_once(tour: Tour, targets: list[str] | None) -> list[Verdict]:
     """Verify, with the verdicts that are there already on the screen."""
-    found: list[str] = []
+    verdicts: list[str] = []
 
     def waiting() -> str:
-        return "; ".join(["every row is compared", *found])
+        return "; ".join(["every row is compared", *verdicts])
 
     def tell(verdict: Verdict) -> None:
-        found.append(f"{verdict.target}: {verdict.word}")
+        verdicts.append(f"{verdict.target}: {verdict.word}")
 
     with tour.screen.looking(Tasks(tour.spark, waiting)):
         return verify(tour.spec, tour.spark, targets=targets, on_verdict=tell)
@@ -447,12 +451,12 @@ def _require_equal(verdicts: list[Verdict], stage: Stage) -> None:
 def _advance(tour: Tour, stage: Stage) -> str:
     """Go one stage up once it is ready, and wait for the application to be there; return what was said of it."""
     asked: list[str] = []
-    done = _switched(tour, stage, asked)
+    advanced = _switched(tour, stage, asked)
     tour.stage = stage
-    tour.figures.pause = done.pause_seconds if done.pause_seconds is not None else tour.figures.pause
-    tour.until(f"stage {stage.value}", lambda seen: seen["stage"] == stage.value)
+    tour.figures.pause = advanced.pause_seconds if advanced.pause_seconds is not None else tour.figures.pause
+    tour.until(f"stage {stage.value}", lambda status: status["stage"] == stage.value)
     ready = f"first not ready: {'; '.join(asked)}; then ready" if asked else "ready"
-    return f"{done.before.value} → {done.after.value}, {ready}"
+    return f"{advanced.before.value} → {advanced.after.value}, {ready}"
 
 
 def _switched(tour: Tour, stage: Stage, asked: list[str]) -> cutover.Advanced:

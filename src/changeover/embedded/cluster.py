@@ -134,15 +134,15 @@ def prepare_root(root: Path, bin_dir: Path, account: Account | None) -> Path:
 
 def _copy_binaries(bin_dir: Path, root: Path, account: Account) -> Path:
     """Copy a closed installation (such as one in a home folder) to where the server's user may read it."""
-    place = root / "copied"
-    shutil.rmtree(place, ignore_errors=True)
+    copies = root / "copied"
+    shutil.rmtree(copies, ignore_errors=True)
     package, installation = bin_dir.parents[1], bin_dir.parent
-    copied = place / package.name / installation.name
+    copied = copies / package.name / installation.name
     shutil.copytree(installation, copied, symlinks=True)
     libraries = package.with_name(f"{package.name}.libs")  # a wheel keeps its shared libraries beside the package
     if libraries.is_dir():
-        shutil.copytree(libraries, place / libraries.name, symlinks=True)
-    for path in (place, *place.rglob("*")):
+        shutil.copytree(libraries, copies / libraries.name, symlinks=True)
+    for path in (copies, *copies.rglob("*")):
         if not path.is_symlink():
             os.chown(path, 0, account.gid)
             path.chmod(0o750 if path.is_dir() or os.access(path, os.X_OK) else 0o640)
@@ -165,10 +165,10 @@ def initialise(root: Path, bin_dir: Path, password: str, account: Account | None
     options = ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"]
     begun = len(programs_output(root))
     try:
-        done = run_as(account, [*command, *options], root)
+        completed = run_as(account, [*command, *options], root)
     finally:
         secret.unlink()
-    if done.returncode:
+    if completed.returncode:
         reason = first_error(programs_output(root)[begun:])
         raise EmbeddedServerFailed(str(root), f"initdb failed ({reason}), see {root / PROGRAMS_LOG}")
     with (data / "postgresql.conf").open("a") as conf:

@@ -148,8 +148,8 @@ class EmbeddedServer:
         """Stop the server and wait for its end; does nothing where it does not run. The folder stays."""
         if self.running:
             mode = "immediate" if immediate else "fast"
-            done = self._pg_ctl("stop", "-w", "-t", str(STOP_WITHIN), "-m", mode)
-            if done.returncode and self.running:
+            stopped = self._pg_ctl("stop", "-w", "-t", str(STOP_WITHIN), "-m", mode)
+            if stopped.returncode and self.running:
                 raise EmbeddedServerFailed(str(self.root), f"it did not stop within {STOP_WITHIN} s, see {self.log}")
         self._save(self.port)
 
@@ -188,13 +188,13 @@ class EmbeddedServer:
     def _launch(self, *, fixed_port: bool) -> None:
         self._clear_stale_pid()
         for attempt in range(PORT_ATTEMPTS):
-            seen, told = self.log.stat().st_size, len(programs_output(self.root))
-            done = self._pg_ctl("start", "-w", "-t", str(START_WITHIN), "-l", str(self.log), "-o", f"-p {self.port}")
-            if done.returncode == 0:
+            log_size, programs_size = self.log.stat().st_size, len(programs_output(self.root))
+            started = self._pg_ctl("start", "-w", "-t", str(START_WITHIN), "-l", str(self.log), "-o", f"-p {self.port}")
+            if started.returncode == 0:
                 self._save(self.port)
                 return
             # pg_ctl's own trouble comes before the server has written anything
-            output = self.log.read_text(errors="replace")[seen:] or programs_output(self.root)[told:]
+            output = self.log.read_text(errors="replace")[log_size:] or programs_output(self.root)[programs_size:]
             if "could not bind" not in output:
                 raise EmbeddedServerFailed(str(self.root), f"it did not start ({first_error(output)}), see {self.log}")
             if fixed_port:
@@ -224,13 +224,13 @@ class EmbeddedServer:
 
 def _processes_in(folder: Path) -> list[int]:
     """Return the processes that work in a folder, as all of a PostgreSQL server's do in its data directory."""
-    found = []
+    processes = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):  # it ended meanwhile, or belongs to a user that is none of our server's
                 if (entry / "cwd").resolve(strict=True) == folder.resolve():
-                    found.append(int(entry.name))
-    return found
+                    processes.append(int(entry.name))
+    return processes
 
 
 def _free_port() -> int:
