@@ -12,13 +12,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import psycopg
 from ldclient.migrations.types import Stage
 
-from changeover.errors import ChangeoverError, RowRefused, TableStopped, TextRefused
+from changeover.errors import ChangeoverError, LeaseHeld, RowRefused, TableStopped, TextRefused
 from changeover.jobs.apply.applier import Applier
 from changeover.jobs.apply.checkpoint import ForwardCheckpoint, ReverseStream
 from changeover.jobs.apply.retention import Collecting
@@ -68,16 +69,22 @@ class Replay:
     """
 
     def __init__(
-        self, spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared, snapshot: ExportedSnapshot | None = None
-    ) -> None:
+        self, spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared, snapshot: ExportedSnapshot | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:  # fmt: skip
         self.spec = spec
         self.spark = spark
         self.ledger = ledger
         self.prepared = prepared
+        self.stop = stop or threading.Event()
         self.spool = spool_of(spec, prepared.stream.epoch)
         self.applier = Applier(spec, spark, ForwardCheckpoint(spec, ledger, self.spool, prepared.stream.epoch), snapshot)
         self.back = ReverseStream(spec, spark, ledger, prepared.transforms)
         self.returning = Applier(spec, spark, self.back.checkpoint, None)
+
+    def lease(self, target: str) -> AbstractContextManager[None]:
+        """Hold a target's lease, however long it takes; `stop` calls the wait off, which is LeaseHeld (driver)."""
+        return self.ledger.lease(lease_of(target), LEASE_SECONDS, self.stop)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Offer everything spooled below `until` to each target, under that target's lease (driver).
@@ -95,7 +102,7 @@ class Replay:
         """
 
         def of_target(target: str) -> list[Replayed]:
-            with self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS):
+            with self.lease(target):
                 return [self.offer(until, [target])]
 
         return each(of_target, targets or list(self.spec.targets))
@@ -287,16 +294,19 @@ def _replay_target(
     spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(target))
     with Ledger.open(spec, STEP) as ledger, ledger.recorded(STEP) as report:
         report["target"] = target
-        running = Replay(spec, spark, ledger, prepared)
+        running = Replay(spec, spark, ledger, prepared, stop=stop)
         collecting = Collecting(spec, ledger, prepared, target)
         until = None if follow else running.spool.end()  # a writer that never rests would otherwise keep it for ever
-        events = taken = 0
+        events = taken = applied = 0
         while True:
-            result = running.round(until, targets=[target])
-            events, taken = events + result.events, taken + result.taken
-            if collects := collecting.due(result.events):
-                with ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS):
-                    collecting.collect()
+            try:
+                result = running.round(until, targets=[target])
+                if collects := collecting.due(result.events):
+                    with running.lease(target):
+                        collecting.collect()
+            except LeaseHeld:  # `stop` has called the wait off
+                result, collects = Replayed(0, 0, applied), False
+            events, taken, applied = events + result.events, taken + result.taken, result.applied
             if stop.is_set() or not (follow or result.events or collects):
                 report.update(events=events, taken=taken, applied=format_lsn(result.applied))
                 return Replayed(events, taken, result.applied)
@@ -311,7 +321,7 @@ def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bo
     while True:
         try:
             with Ledger.open(spec, STEP) as ledger:
-                return _back_rounds(Replay(spec, spark, ledger, prepared), follow, stop)
+                return _back_rounds(Replay(spec, spark, ledger, prepared, stop=stop), follow, stop)
         except (ChangeoverError, psycopg.Error) as error:
             if not follow:
                 raise
@@ -325,8 +335,11 @@ def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bo
 def _back_rounds(running: Replay, follow: bool, stop: threading.Event) -> Replayed:
     events = taken = 0
     while True:
-        with running.ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
-            result = running.bring_back()
+        try:
+            with running.lease(reverse.OLD_STORE):
+                result = running.bring_back()
+        except LeaseHeld:  # `stop` has called the wait off
+            result = Replayed(0, 0, 0)
         events, taken = events + result.events, taken + result.taken
         if stop.is_set() if follow else not result.events:
             return Replayed(events, taken, result.applied)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 
 import psycopg
 
@@ -22,23 +24,41 @@ LEASE_SECONDS = math.inf
 The lease ends with its holder's session, so nothing waits for a dead one; who is waited for is logged.
 """
 
-LOOK_SECONDS = 30.0
-"""After how long of waiting the holder is named, and again each time."""
+LOOK_SECONDS = 1.0
+"""How often a wait looks whether it is called off, in seconds; short, since Ctrl-C waits for it."""
+
+NAMED_EVERY = 30
+"""After how many looks the holder is named, and again each time."""
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0) -> Iterator[None]:
-    """Hold the lease of a step of a migration; raises LeaseHeld when another run has it, or has not let go in time (driver)."""
-    application = application_name(migration, f"{step}-lease")
+def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0, stop: threading.Event | None = None) -> Iterator[None]:
+    """Hold the lease of a step of a migration (driver).
+
+    Args:
+        dsn: The ledger's database.
+        migration: The migration's name.
+        step: The step, or `lease_of` a target.
+        wait_seconds: How long to wait for another run to let go, in seconds.
+        stop: Calls the wait off when it is set.
+
+    Raises:
+        LeaseHeld: Another run has it, has not let go in time, or had it when the wait was called off.
+    """
+    application, name = application_name(migration, f"{step}-lease"), f"{migration}/{step}"
     with connect(dsn, application, settings={"idle_session_timeout": "0"}) as holder:
         waited = 0.0
-        while not _taken(holder, f"{migration}/{step}", look := min(LOOK_SECONDS, wait_seconds - waited)):
-            waited += look
-            if waited >= wait_seconds:
+        for look in count(1):
+            seconds = min(LOOK_SECONDS, wait_seconds - waited)
+            if _taken(holder, name, seconds):
+                break
+            waited += seconds
+            if waited >= wait_seconds or (stop is not None and stop.is_set()):
                 raise LeaseHeld(step, _holder(holder, application))
-            log.info("waiting for the lease of %s, which is held: %s", step, _holder(holder, application))
+            if look % NAMED_EVERY == 0:
+                log.info("waiting for the lease of %s, which is held: %s", step, _holder(holder, application))
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
@@ -589,12 +590,13 @@ class Ledger:
         ).fetchall()
         return {(row[0], row[1]): row[2] for row in rows}
 
-    def lease(self, step: str, wait_seconds: float = 0) -> AbstractContextManager[None]:
+    def lease(self, step: str, wait_seconds: float = 0, stop: threading.Event | None = None) -> AbstractContextManager[None]:
         """Hold the lease of a step (driver, capture).
 
         Args:
             step: The step, or `lease_of` a target.
-            wait_seconds: How long to wait for another run to end, in seconds.
+            wait_seconds: How long to wait for another run to let go, in seconds.
+            stop: Calls the wait off when it is set.
 
         Returns:
             A context manager that holds it.
@@ -602,7 +604,7 @@ class Ledger:
         Raises:
             LeaseHeld: Another run has it.
         """
-        return hold(self.dsn, self.migration, step, wait_seconds)
+        return hold(self.dsn, self.migration, step, wait_seconds, stop)
 
 
 def mark_loaded(

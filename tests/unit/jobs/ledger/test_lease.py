@@ -29,6 +29,7 @@ def test_a_batch_waits_for_as_long_as_another_one_takes(
     new_dsn: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "NAMED_EVERY", 2)
     caplog.set_level(logging.INFO, lease.__name__)
     taken = threading.Event()
 
@@ -48,3 +49,25 @@ def test_a_batch_waits_for_as_long_as_another_one_takes(
         assert taken.is_set()
         assert not is_held(session, "m", "replay-lake")
     assert math.inf == lease.LEASE_SECONDS, "no batch is given up because the machine is slow"
+
+
+def test_a_wait_without_end_is_called_off(new_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    stop = threading.Event()
+    refused: list[LeaseHeld] = []
+
+    def wait() -> None:
+        try:
+            with hold(new_dsn, "m", "replay-lake", lease.LEASE_SECONDS, stop):
+                pytest.fail("two have one lease")
+        except LeaseHeld as error:
+            refused.append(error)
+
+    waiter = threading.Thread(target=wait)
+    with hold(new_dsn, "m", "replay-lake"):
+        waiter.start()
+        waiter.join(0.5)
+        assert waiter.is_alive()
+        stop.set()
+        waiter.join()
+    assert len(refused) == 1
