@@ -183,6 +183,7 @@ class Application:
                 return
             if self.traceless.is_set() and write != self._leave_no_trace:
                 write = self._leave_no_trace
+                self._see_mirrored()
                 self._count("traceless")
             self._tried(write, rng, gone)
             if turn % READ_EVERY == 0:
@@ -195,8 +196,19 @@ class Application:
         return self.stop.is_set()
 
     def _depths(self) -> list[int]:
+        return [mirror["depth"] for mirror in self._mirrors().values()]
+
+    def _mirrors(self) -> dict[str, Any]:
         counters = self.router.counters()
-        return [counters[name]["depth"] for name in ("mirror_new", "mirror_old") if name in counters]
+        return {name: counters[name] for name in ("mirror_new", "mirror_old") if name in counters}
+
+    def _see_mirrored(self) -> None:
+        """Wait until the mirror has dealt with all that it has got by now; what comes meanwhile is not waited for."""
+        until = {name: mirror["mirrored"] for name, mirror in self._mirrors().items()}
+        while not self.stop.is_set() and any(
+            mirror["mirrored"] - mirror["depth"] < until.get(name, 0) for name, mirror in self._mirrors().items()
+        ):
+            self.stop.wait(0.05)
 
     def _tried(self, action: Callable[..., None], *arguments: object) -> None:
         """An application has a request to answer for each of these: whatever goes wrong is counted, and the next comes."""
