@@ -31,13 +31,14 @@ from pyspark.sql import SparkSession
 
 from changeover import api
 from changeover.cli.main import main
+from changeover.jobs.ledger.lease import is_held
 from changeover.stores.postgres.gate import FENCED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir())
 FILES = {"README.md", "app.py", "changeover.toml", "schema.sql"}
 
-BACKGROUND = re.compile(r"(?P<command>.+) & (?P<name>\w+)=\$!")
+BACKGROUND = re.compile(r"(?P<command>.+) & (?P<name>\w+)=\$!( *#.*)?")
 REFUSED = "# refused"
 """A comment that begins so says that the command ends with exit code 1."""
 
@@ -139,7 +140,8 @@ class Example:
             case ["python", script]:
                 self.background[name] = Process.start(script)
             case ["changeover", "capture", spec]:
-                self.background[name] = Process.start("-m", "changeover.cli.main", "capture", spec)
+                self.background[name] = capture = Process.start("-m", "changeover.cli.main", "capture", spec)
+                await_capture(spec, capture)
             case ["changeover", "replay", spec, "--follow"]:
                 self.background[name] = Following(spec, self.spark)
             case other:
@@ -182,6 +184,17 @@ class Example:
         """Return the live rows of a table in the lake, read by Arrow."""
         read = DeltaTable(str(self.folder / "lake" / table)).to_pyarrow_table().to_pylist()
         return sorted(tuple(row[name] for name in columns) for row in read if not row.get("_deleted"))
+
+
+def await_capture(spec: str, capture: Process) -> None:
+    """Wait until capture holds its lease, as the README's comment says: `run` would start one of its own before."""
+    loaded = api.load(spec)
+    while capture.child.poll() is None:
+        with session(loaded.ledger.resolve()) as ledger:
+            if is_held(ledger, loaded.name, "capture"):
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"capture ended with {capture.child.returncode}")
 
 
 def commands(readme: str, section: str) -> list[str]:

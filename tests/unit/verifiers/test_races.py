@@ -64,8 +64,8 @@ def test_one_database_for_both_sides(spec: Path, old_dsn: str, monkeypatch: pyte
     monkeypatch.setenv("NEW_DSN", old_dsn)
     done = CliRunner().invoke(main, ["prove", str(spec)])
     assert done.exit_code == 0, done.output
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    assert f"```text\n{done.output}```" in readme, "what the README shows is what it prints"
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "cutover.md").read_text(encoding="utf-8")
+    assert f"```text\n{done.output}```" in guide, "what the guide shows is what it prints"
     assert_nothing_left(old_dsn)
 
 
