@@ -169,7 +169,7 @@ class Applier:
             self.checkpoint.stop(load, reason)
             raise TableStopped(load.source, reason)
         self.checkpoint.require_truncatable(load)
-        store.truncate(self.spark, transform.target, Version(section[0].epoch, *at))
+        store.truncate(transform.target, Version(section[0].epoch, *at))
 
     def _outline(self, start: int, end: int, transform: Transform, section: Section) -> pa.Table:
         """Return what of the table's events is offered, without their rows."""

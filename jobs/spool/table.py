@@ -29,6 +29,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from changeover.errors import FolderFailed, LeaseHeld, SourceChanged, SpoolGap, StepOrder
+from changeover.files.folders import sync
 from changeover.files.trouble import working
 from changeover.jobs.spool.compaction import grouped, mergeable
 from changeover.jobs.spool.events import (
@@ -151,7 +152,7 @@ class Spool:
             )
             log = self.path / "_delta_log"
             for path in (*log.glob("*.json"), log, self.path, self.path.parent):
-                _sync(path)
+                sync(path)
 
     def reopen(self) -> None:
         """Forget what is known of the table: it may be another one at the same path."""
@@ -248,9 +249,9 @@ class Spool:
             entry = self.path / "_delta_log" / f"{self._doubtful:020d}.json"
             fresh = entry.with_suffix(".settling")
             fresh.write_bytes(entry.read_bytes())
-            _sync(fresh)
+            sync(fresh)
             fresh.replace(entry)
-            _sync(entry.parent)
+            sync(entry.parent)
         self._doubtful = None
 
     def compact(self) -> int:
@@ -486,8 +487,8 @@ class Spool:
                     writer.write_table(table)
                     count += table.num_rows
                     without += table["note"].null_count
-            _sync(path)
-            _sync(self.path)
+            sync(path)
+            sync(self.path)
         except OSError:
             path.unlink(missing_ok=True)  # or what did not fit would keep what comes next from fitting
             raise
@@ -503,14 +504,14 @@ class Spool:
 
     def _sync_log(self, table: DeltaTable) -> None:
         log = self.path / "_delta_log"
-        _sync(log / f"{table.version():020d}.json")
+        sync(log / f"{table.version():020d}.json")
         if table.version() % CHECKPOINT_EVERY == 0:
             table.create_checkpoint()
             for path in log.glob(f"{table.version():020d}.checkpoint*"):
-                _sync(path)
-            _sync(log / "_last_checkpoint")
+                sync(path)
+            sync(log / "_last_checkpoint")
             table.cleanup_metadata()
-        _sync(log)
+        sync(log)
 
 
 def _unmarked(events: pa.Table) -> pa.ChunkedArray:
@@ -523,15 +524,6 @@ def _holding(files: list[dict[str, Any]], noted: bool | None) -> list[dict[str, 
     if noted is None:
         return files
     return [file for file in files if (file["null_count.note"] < file["num_records"] if noted else file["null_count.note"] > 0)]
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or a folder's entries, to stable storage."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def spool_of(spec: Spec, epoch: int = 0) -> Spool:

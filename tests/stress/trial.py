@@ -201,7 +201,7 @@ class Trial:
             share = (version.lsn - L0) / (self.source.lsn - L0) + self.chance.uniform(-0.3, 0.3)
             while len(tasks) > whole * max(0.0, 1 - share) and not self.over.is_set():
                 time.sleep(0.002)
-            self._once(partial(self.place.truncater.truncate, None, TABLE, version))  # type: ignore[arg-type]
+            self._once(partial(self.place.truncater.truncate, TABLE, version))
             with self.lock:
                 del self.pending[version]
 

@@ -47,3 +47,19 @@ def umask() -> int:
 def keep_private(spec: Spec) -> None:
     """Have every file that this process or a child of it makes from now on be as private as the spec says (a command)."""
     os.umask(0o777 & ~spec.mode)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's entries, to stable storage.
+
+    Args:
+        path: The file or folder.
+
+    Raises:
+        OSError: The system can't.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

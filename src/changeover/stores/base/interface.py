@@ -350,11 +350,10 @@ class Store(Protocol):
         """Return what offers changes whose values are PostgreSQL's texts, versions in front; None where they are not taken."""
         ...
 
-    def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:
+    def truncate(self, table: TargetTable, version: Version) -> None:
         """Delete every row older than a TRUNCATE, and refuse what is older from then on (replay).
 
         Args:
-            spark: The Spark session.
             table: The target table.
             version: The TRUNCATE's version.
         """

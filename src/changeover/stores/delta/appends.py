@@ -11,7 +11,6 @@ that nobody reads.
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
@@ -19,18 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
-from deltalake.exceptions import CommitFailedError
+from deltalake import DeltaTable, Transaction
 from deltalake.transaction import AddAction
 
 from changeover import failpoints
 from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused
+from changeover.files.folders import sync
 from changeover.files.trouble import working
 from changeover.names import RESERVED, folded
 from changeover.position import Version
 from changeover.spark.failures import failure_of
 from changeover.stores.base.interface import Counts, Mark
 from changeover.stores.base.taskresult import outcome, partition
+from changeover.stores.delta.merges import HOOKS, committed, properties
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,9 +61,6 @@ LONGEST_BOUND = 32
 
 APPEND_VERSION = 1
 """Every chunk has an application id of its own, the same for all attempts, and is appended under it once."""
-
-COMMIT_TRIES = 200
-"""Every other chunk may commit first; more lost races than this are not races."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +114,12 @@ class AppendTask:
             whole = rows.append_column(version, pa.repeat(_version(self.image), rows.num_rows)).append_column(
                 deleted, pa.repeat(pa.scalar(False), rows.num_rows)
             )
-            writer = writer or pq.ParquetWriter(path, whole.schema, compression="snappy")
+            writer = writer or pq.ParquetWriter(path, whole.schema, compression="snappy", store_decimal_as_integer=True)
             writer.write_table(whole)
         if writer is None:
             return []
         writer.close()
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         size, now = path.stat().st_size, int(time.time() * 1000)
         return [AddAction(path.name, size, {}, now, True, json.dumps(bounds.statistics()))]
 
@@ -218,41 +214,32 @@ def appended(recorded: int | None, version: int = APPEND_VERSION) -> bool:
 
 def commit_once(path: str, identity: str, added: list[AddAction]) -> int:
     """Commit files under an application id unless that was done before; return the rows that stand under it (task)."""
-    table = DeltaTable(path)
-    for _ in range(COMMIT_TRIES):
+
+    def commit(table: DeltaTable) -> int:
         if appended(table.transaction_version(identity)):
             return appended_rows(Path(path), identity)
-        try:
-            table.create_write_transaction(
-                list(added), mode="append", schema=table.schema(),
-                # no retry: the commit must follow the version in which the id was looked up
-                commit_properties=CommitProperties(max_commit_retries=0, app_transactions=[Transaction(identity, APPEND_VERSION)]),
-                post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
-            )  # fmt: skip
-        except CommitFailedError:
-            table.update_incremental()
-            continue
+        _append(table, added, [identity])
         return sum(json.loads(action.stats)["numRecords"] for action in added)
-    raise CouldNotFinish(f"{path}: another writer committed before each of {COMMIT_TRIES} tries: end it and run again")
+
+    return committed(path, commit)
 
 
 def claim(path: str, identities: Sequence[str]) -> None:
     """Take application ids by a commit without files, so that an append that is still to come under one of them is skipped."""
-    table = DeltaTable(path)
-    for _ in range(COMMIT_TRIES):
-        if all(appended(table.transaction_version(identity)) for identity in identities):
-            return
-        try:
-            table.create_write_transaction(
-                [], mode="append", schema=table.schema(),
-                commit_properties=CommitProperties(
-                    max_commit_retries=0, app_transactions=[Transaction(identity, APPEND_VERSION) for identity in identities]
-                ),
-            )  # fmt: skip
-            return
-        except CommitFailedError:
-            table.update_incremental()
-    raise CouldNotFinish(f"{path}: another writer committed before each of {COMMIT_TRIES} tries: end it and run again")
+
+    def commit(table: DeltaTable) -> None:
+        if not all(appended(table.transaction_version(identity)) for identity in identities):
+            _append(table, [], identities)
+
+    committed(path, commit)
+
+
+def _append(table: DeltaTable, added: list[AddAction], identities: Sequence[str]) -> None:
+    """Commit files; the commit must follow the version in which the ids were looked up."""
+    ids = [Transaction(identity, APPEND_VERSION) for identity in identities]
+    table.create_write_transaction(
+        list(added), mode="append", schema=table.schema(), commit_properties=properties(*ids), post_commithook_properties=HOOKS
+    )
 
 
 def appended_rows(path: Path, identity: str) -> int:

@@ -26,6 +26,7 @@ from deltalake.schema import Schema
 
 from changeover.errors import CouldNotFinish, RowRefused
 from changeover.files import folders
+from changeover.files.trouble import working
 from changeover.names import RESERVED, chosen, folded, nth, quoted, segment
 from changeover.position import Version, image_version
 from changeover.spark.failures import raise_failures
@@ -48,7 +49,18 @@ from changeover.stores.base.interface import (
 from changeover.stores.base.pgtypes import Column, postgres_type
 from changeover.stores.base.reader import EVERYTHING
 from changeover.stores.base.taskresult import OUTCOME
-from changeover.stores.delta.appends import DELETED, MARKS, VERSION, AppendTask, TryTask, claim, marks, marks_among
+from changeover.stores.delta import merges
+from changeover.stores.delta.appends import (
+    DELETED,
+    MARKS,
+    VERSION,
+    AppendTask,
+    TryTask,
+    claim,
+    marks,
+    marks_among,
+    require_values,
+)
 
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
@@ -261,8 +273,11 @@ class DeltaStore:
             raise RowRefused(str(table), f"source keys {met[0]} and {met[1]}", MEET)
 
     def merge(self, table: TargetTable, changes: DataFrame, reached: Version | None = None) -> Counts:
-        """Offer changes by one MERGE: an older one changes nothing, a delete of an absent key leaves a tombstone."""
-        from delta.tables import DeltaTable as SparkDeltaTable
+        """Offer changes by one MERGE: an older one changes nothing, a delete of an absent key leaves a tombstone.
+
+        The driver has them all: a batch is bounded, and Spark's own MERGE costs seconds for a single row.
+        """
+        import pyarrow.compute as pc
         from pyspark.sql import functions as F
 
         version, deleted = _marks(self._existing(table.name))
@@ -273,31 +288,22 @@ class DeltaStore:
         offered = offered.where(F.col(version) > _literal(self.floors[table.name]))
         if owner:
             self._require_sole(changes.sparkSession, table, offered, version, deleted)
-        same = " AND ".join(f"t.{quoted(name)} = s.{quoted(name)}" for name in table.key)
-        everything = {quoted(name): f"s.{quoted(name)}" for name in (*table.names, *owner, version, deleted)}
-        if not owner and self._has_owner(table):  # what another store's stream brings has no source key of this one's
-            everything[OWNER] = "NULL"
-        result = (
-            SparkDeltaTable.forPath(changes.sparkSession, str(self.path(table.name)))
-            .alias("t")
-            .merge(offered.alias("s"), same)
-            .whenMatchedUpdate(f"s.{version} > t.{version}", everything)  # type: ignore[arg-type]
-            .whenNotMatchedInsert(values=everything)  # type: ignore[arg-type]
-            .execute()
-        )
-        first = result.first()
-        affected = int(first["num_affected_rows"]) if first is not None else 0
-        return Counts(affected, affected)
+        elif self._has_owner(table):  # what another store's stream brings has no source key of this one's
+            offered = offered.withColumn(OWNER, F.lit(None).cast("string"))
+        rows = offered.drop(LEFT).toArrow()
+        path = str(self.path(table.name))
+        require_values(path, table.key, rows)
+        require_values(path, self._required(table), rows.filter(pc.invert(rows[deleted])))
+        with working(path):
+            taken = merges.merge(path, rows, table.key, version) if rows.num_rows else 0
+        return Counts(taken, taken)
 
-    def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:
+    def truncate(self, table: TargetTable, version: Version) -> None:
         """Make a tombstone of every older row. Older changes find it: events come in order, so each has a row by now."""
-        from delta.tables import DeltaTable as SparkDeltaTable
-        from pyspark.sql import functions as F
-
         at, deleted = _marks(self._existing(table.name))
-        gone: dict[str, str | SparkColumn] = {at: _literal(version), deleted: F.lit(True)}
-        gone |= {quoted(name): F.lit(None) for name in table.names if name not in table.key}
-        SparkDeltaTable.forPath(spark, str(self.path(table.name))).update(F.col(at) < _literal(version), gone)
+        rest = [name for name in table.names if name not in table.key]
+        with working(self.path(table.name)):
+            merges.bury(str(self.path(table.name)), rest, at, deleted, version)
 
     def row_versions(self, table: TargetTable) -> int:
         """Return 0: versions are columns of the rows, and tombstones are rows that stay until `finalize`."""

@@ -184,7 +184,7 @@ class PostgresStore:
         task = MergeTask(self.dsn, self.application, self.gated(table), reached, write)
         return task.merge([memoryview(lines.getvalue())])
 
-    def truncate(self, spark: SparkSession, table: TargetTable, version: Version) -> None:
+    def truncate(self, table: TargetTable, version: Version) -> None:
         """Raise the floor, then delete what is older, in batches."""
         with speaking_to(self.dsn, f"truncating {table}"):
             truncating.truncate(self.connection, self.gated(table), version, server_name(self.dsn))
