@@ -120,7 +120,7 @@ class Router:
             to_new: What makes the new store's row of an old one.
             to_old: What makes the old store's row of a new one.
             client: An SDK client that follows the flag; None follows the spec's file.
-            process: This process's name in its heartbeats; None makes one.
+            process: This process's name in its heartbeats; None is the host's.
             limits: Bounds of queues, pauses and waits; None takes the defaults.
 
         Returns:

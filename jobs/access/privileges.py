@@ -291,7 +291,7 @@ def allow_table(spec: Spec, old: Connection, new: Connection, source: tuple[str,
         new: A session with the new store, which gives the rights.
         source: The old table, as (schema, name).
         target: The new table, as (schema, name).
-        carried: For each column of the new table that one is carried to, the old column.
+        carried: By column of the new table the old one that is carried to it.
     """
     known = present(old, spec.roles)
     for role in present(new, spec.roles):

@@ -121,7 +121,7 @@ class Partitions(Protocol):
             name: The table, as the spec names it.
 
         Returns:
-            The partitions' OIDs.
+            The partitions' OIDs, none for a table that is not partitioned.
         """
         ...
 

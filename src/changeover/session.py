@@ -213,6 +213,9 @@ def speaking_to(dsn: str, doing: str) -> Iterator[None]:
 
     Raises:
         ServerUnavailable: The connection broke.
+        LockNotGranted: A bounded wait for a lock ended.
+        RowsHidden: A policy would hide rows from our role.
+        TextRefused: The encoding has no place for a text.
         DatabaseFailed: The server refused a statement.
     """
     try:

@@ -59,7 +59,7 @@ class History:
             keys: The target keys, their values as texts.
 
         Yields:
-            One change at a time, in the stream's order.
+            A key and its row, which a delete has none of; None for changes that it can't tell.
 
         Raises:
             FolderFailed: The spool can't be read.

@@ -74,7 +74,7 @@ class EmbeddedServer:
 
         Args:
             root: The server's folder.
-            settings: Settings of the server, as postgresql.conf has them.
+            settings: Settings of the server, as postgresql.conf has them; they win over ours.
             bin_dir: The folder of the programs; None looks for one.
 
         Returns:

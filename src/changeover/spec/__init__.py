@@ -143,7 +143,7 @@ class Spec:
         """Return the table whose source or target bears the name.
 
         Args:
-            name: The source's or the target's name, with its schema or without.
+            name: The source's name, with its schema or without, or the target's.
 
         Returns:
             The table.

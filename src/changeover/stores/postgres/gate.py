@@ -75,7 +75,7 @@ def our_name(kind: str, schema: str, name: str) -> str:
     """Return its name there: that of schema and table, where too long cut and told apart by a hash.
 
     Args:
-        kind: What it is, such as `row_versions`.
+        kind: What it is, such as `versions`.
         schema: The table's schema.
         name: The table's name.
 
