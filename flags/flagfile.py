@@ -37,9 +37,20 @@ MTIME_STEP_NS = 1_000_000
 
 
 def read_stage(path: str | Path, key: str) -> Stage:
-    """Return the stage that a flag asks of everyone; raises SpecError, naming what in the file is wrong.
+    """Return the stage that a flag asks of everyone.
 
-    Of a percentage rollout over tenants that is the first of its variations, as for any context of another kind.
+    Of a percentage rollout over tenants that is the first of its variations, as for any context of
+    another kind.
+
+    Args:
+        path: The flag file.
+        key: The flag's key.
+
+    Returns:
+        The stage.
+
+    Raises:
+        SpecError: The file can't be read, or what it asks is no stage.
     """
     flag = read_flag(path, key)
     index = _asked(flag.get("fallthrough", {})) if flag.get("on") else flag.get("offVariation")
@@ -56,15 +67,38 @@ def read_stage(path: str | Path, key: str) -> Stage:
 
 
 def read_flag(path: str | Path, key: str) -> dict[str, Any]:
-    """Return a flag as the file has it; raises SpecError."""
+    """Return a flag as the file has it.
+
+    Args:
+        path: The flag file.
+        key: The flag's key.
+
+    Returns:
+        The flag's own object.
+
+    Raises:
+        SpecError: The file can't be read, or has no such flag.
+    """
     return _flag(_load(Path(path)), path, key)
 
 
 def write_stage(path: str | Path, key: str, stage: Stage, kind: str | None = None) -> int:
     """Make a flag ask for a stage, creating flag and file where missing; return the flag's new version.
 
-    With a `kind` of context no tenant is asked for anything else from now on. Raises SpecError when the file is there and isn't a
-    flag file: what can't be read is never overwritten.
+    With a `kind` of context no tenant is asked for anything else from now on.
+
+    Args:
+        path: The flag file.
+        key: The flag's key.
+        stage: The stage that it asks for.
+        kind: The kind of context that tenants are; None leaves individual targets alone.
+
+    Returns:
+        The flag's new version, counted from 1.
+
+    Raises:
+        SpecError: The file is there and is no flag file; what can't be read is never overwritten.
+        OSError: The folder can't be written.
     """
     target = Path(path)
     with _folder_locked(target.parent) as folder:
@@ -84,8 +118,21 @@ def write_stage(path: str | Path, key: str, stage: Stage, kind: str | None = Non
 def write_tenants(path: str | Path, key: str, kind: str, tenants: Collection[str], stage: Stage) -> int:
     """Make a flag ask for a stage of some tenants, contexts of a `kind`; return the flag's new version.
 
-    They are individual targets then, or none where everybody is asked for that stage anyway. Raises SpecError for a flag that is
-    switched off, which would ask the same of all of them, or lacks the stage.
+    They are individual targets then, or none where everybody is asked for that stage anyway.
+
+    Args:
+        path: The flag file.
+        key: The flag's key.
+        kind: The kind of context that tenants are.
+        tenants: The tenants' keys, as texts.
+        stage: The stage that it asks of them.
+
+    Returns:
+        The flag's new version.
+
+    Raises:
+        SpecError: The flag is switched off, which asks the same of all, or it lacks the stage.
+        OSError: The folder can't be written.
     """
     target = Path(path)
     with _folder_locked(target.parent) as folder:
@@ -105,7 +152,19 @@ def write_tenants(path: str | Path, key: str, kind: str, tenants: Collection[str
 
 
 def write_flag(path: str | Path, key: str, former: dict[str, Any]) -> int:
-    """Put a flag back as `read_flag` had it; return its new version, above those that there were meanwhile."""
+    """Put a flag back as `read_flag` had it; return its new version, above those that there were meanwhile.
+
+    Args:
+        path: The flag file.
+        key: The flag's key.
+        former: What `read_flag` returned.
+
+    Returns:
+        The flag's new version.
+
+    Raises:
+        SpecError: The file can't be read, or has no such flag.
+    """
     target = Path(path)
     with _folder_locked(target.parent) as folder:
         document = _load(target)
@@ -151,8 +210,15 @@ def _aim(flag: dict[str, Any], kind: str, tenants: frozenset[str] | None, variat
 def client(path: str | Path, poll_seconds: float = POLL_SECONDS) -> LDClient:
     """Return an SDK client that follows the file within `poll_seconds`; the caller closes it (application).
 
-    It never connects anywhere. `offline` would ignore the file; watching by `watchdog` would reload without end and
-    miss renames.
+    It never connects anywhere. `offline` would ignore the file; watching by `watchdog` would reload
+    without end and miss renames.
+
+    Args:
+        path: The flag file.
+        poll_seconds: After how many seconds at most a change is seen.
+
+    Returns:
+        The client, whose threads run until it is closed.
     """
     return LDClient(
         Config(
@@ -166,7 +232,14 @@ def client(path: str | Path, poll_seconds: float = POLL_SECONDS) -> LDClient:
 
 @contextmanager
 def loaded(path: str | Path) -> Iterator[LDClient]:
-    """Lend an SDK client of the file as it is now, which follows nothing."""
+    """Lend an SDK client of the file as it is now, which follows nothing.
+
+    Args:
+        path: The flag file.
+
+    Yields:
+        The client, closed when the block ends.
+    """
     source = Files.new_data_source([str(path)])
     held = LDClient(Config(SDK_KEY, update_processor_class=source, send_events=False, diagnostic_opt_out=True))
     try:

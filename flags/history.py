@@ -38,20 +38,45 @@ class Switch:
 
 
 def switches(ledger: Ledger) -> list[Switch]:
-    """Return the switches on record, newest first."""
+    """Return the switches on record, newest first.
+
+    Args:
+        ledger: The migration's ledger.
+
+    Returns:
+        The switches, positions as LSNs in bytes.
+    """
     entries = [(at, detail) for at, _, outcome, detail in ledger.audits(STEP) if outcome in SWITCHED and "from" in detail]
     return [Switch(at, Stage(d["from"]), Stage(d["to"]), parse_lsn(d["mirror_lsn"]) if d.get("mirror_lsn") else None)
             for at, d in entries]  # fmt: skip
 
 
 def record(ledger: Ledger, outcome: str, before: Stage, after: Stage, mirror_lsn: int | None, more: Mapping[str, Any]) -> None:
-    """Put a switch on record."""
+    """Put a switch on record.
+
+    Args:
+        ledger: The migration's ledger.
+        outcome: How the switch ended, as the record says it.
+        before: The stage before.
+        after: The stage after.
+        mirror_lsn: The old store's LSN, in bytes, once every process mirrored; None where the
+            switch did not begin that.
+        more: What else goes on record, as JSON takes it.
+    """
     entry = {"from": before.value, "to": after.value, **more}
     ledger.audit(STEP, outcome, entry if mirror_lsn is None else {**entry, "mirror_lsn": format_lsn(mirror_lsn)})
 
 
 def record_tenants(ledger: Ledger, outcome: str, before: Stage, after: Stage, more: Mapping[str, Any]) -> None:
-    """Put a switch for some tenants on record, which is none of the flag's stage: everybody else stays where they are."""
+    """Put a switch for some tenants on record, which is none of the flag's stage: everybody else stays where they are.
+
+    Args:
+        ledger: The migration's ledger.
+        outcome: How the switch ended, as the record says it.
+        before: The stage before.
+        after: The stage after.
+        more: What else goes on record, as JSON takes it.
+    """
     ledger.audit(TENANTS, outcome, {"from": before.value, "to": after.value, **more})
 
 
@@ -72,5 +97,12 @@ def mirrored_since(switches: Sequence[Switch], prepared: datetime | None = None,
 
 
 def completed(switches: Sequence[Switch]) -> bool:
-    """Return whether the last stage was ever reached: the old store lacks writes since, wherever the flag points now (pure)."""
+    """Return whether the last stage was ever reached: the old store lacks writes since, wherever the flag points now (pure).
+
+    Args:
+        switches: The switches on record.
+
+    Returns:
+        True once complete was reached.
+    """
     return any(switch.after is Stage.COMPLETE for switch in switches)

@@ -24,7 +24,14 @@ class Observation:
     store: Origin
 
     def after(self, move: Authority) -> Observation:
-        """Return what holds after a move of these rows: those that are there already have nothing to do."""
+        """Return what holds after a move of these rows: those that are there already have nothing to do.
+
+        Args:
+            move: A move of authority over these rows.
+
+        Returns:
+            The observation after it, which is this one where nothing moved.
+        """
         return Observation(move.epoch, Origin(move.store)) if move.anew or self.store.value != move.store else self
 
 
@@ -40,11 +47,26 @@ class Observations:
     named: Mapping[str, Observation] = field(default_factory=dict)
 
     def of(self, tenant: str) -> Observation:
-        """Return the observed authority of a tenant's rows, or of all that have not moved by name."""
+        """Return the observed authority of a tenant's rows, or of all that have not moved by name.
+
+        Args:
+            tenant: The tenant's key as text.
+
+        Returns:
+            Who has authority, and since which epoch.
+        """
         return self.named.get(tenant, self.rest)
 
     def epochs(self, store: Origin, tenants: Collection[str] | None = None) -> frozenset[int]:
-        """Return the epochs under which a store has authority now over some tenants, or over anything."""
+        """Return the epochs under which a store has authority now over some tenants, or over anything.
+
+        Args:
+            store: The store.
+            tenants: The tenants' keys as texts; None is everything.
+
+        Returns:
+            The epochs, none where the store has no authority there.
+        """
         held = [self.rest, *self.named.values()] if tenants is None else map(self.of, tenants)
         return frozenset(observation.epoch for observation in held if observation.store is store)
 
@@ -60,7 +82,15 @@ class Observations:
 
 
 def observations(moves: Iterable[Authority], before: Observations | None = None) -> Observations:
-    """Return what holds after moves, first to last: all that are on record, or those that came since what held `before`."""
+    """Return what holds after moves, first to last: all that are on record, or those that came since what held `before`.
+
+    Args:
+        moves: The moves as the ledger has them, first to last.
+        before: What held before them; None where they are all on record.
+
+    Returns:
+        What holds now, for the rest and by name.
+    """
     start = before or Observations()
     epoch, rest, named = start.epoch, start.rest, dict(start.named)
     for move in moves:

@@ -81,7 +81,22 @@ class Evidence:
 
 
 def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys: Stage | None = None) -> Evidence:
-    """Read the evidence for a step between two stages, of everybody or of some tenants (driver; starts no JVM)."""
+    """Read the evidence for a step between two stages, of everybody or of some tenants (driver; starts no JVM).
+
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger.
+        before: The stage before the step.
+        after: The stage after the step.
+        everybodys: The stage of everybody else, where the step is that of some tenants.
+
+    Returns:
+        The evidence, positions as LSNs in bytes.
+
+    Raises:
+        ServerUnavailable: The old store or the ledger can't be reached.
+        SecretMissing: The environment variable of a DSN is not set.
+    """
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "readiness")) as old:
         source_position, slot, _ = slot_state(old, spec.name, spec.slot)
         log_read = spec.source.capture == TRIGGER and capturing(old, spec.name)
@@ -108,7 +123,15 @@ def _nothing_stopped(e: Evidence) -> list[str]:
 
 
 def takes_over(before: Stage, after: Stage) -> bool:
-    """Return whether a step hands authority to the new store (pure)."""
+    """Return whether a step hands authority to the new store (pure).
+
+    Args:
+        before: The stage before the step.
+        after: The stage after the step.
+
+    Returns:
+        True where the new store takes the writes afterwards and the old one did before.
+    """
     return TABLE[before].writes is Origin.OLD and TABLE[after].writes is Origin.NEW
 
 
@@ -150,7 +173,15 @@ def last_failure(heartbeats: Sequence[Heartbeat]) -> datetime | None:
 
 
 def mirrors(beat: Heartbeat, origin: Origin | None = None) -> list[dict[str, Any]]:
-    """Return the counters of a process's mirrors, to one store or to both."""
+    """Return the counters of a process's mirrors, to one store or to both.
+
+    Args:
+        beat: The last heartbeat of a process.
+        origin: The store that is mirrored to; None is both.
+
+    Returns:
+        The counters, one mapping a mirror.
+    """
     names = [f"mirror_{store.value}" for store in Origin if origin in (None, store)]
     return [beat.counters[name] for name in names if name in beat.counters]
 
@@ -163,7 +194,15 @@ def _processes_present(e: Evidence) -> list[str]:
 
 
 def alive(beat: Heartbeat, now: datetime) -> bool:
-    """Return whether a process was heard lately; `now` is the ledger's own time (pure)."""
+    """Return whether a process was heard lately; `now` is the ledger's own time (pure).
+
+    Args:
+        beat: The last heartbeat of a process.
+        now: The ledger's own time.
+
+    Returns:
+        True for one of the last HEARTBEAT_SECONDS.
+    """
     return (now - beat.at).total_seconds() <= HEARTBEAT_SECONDS
 
 
@@ -223,8 +262,17 @@ def _mirror_whole(e: Evidence) -> list[str]:
 def lost(heartbeats: Sequence[Heartbeat], epochs: Collection[int], now: datetime) -> int:
     """Return how many writes of rows under some epochs of the new store never reached the old one (pure).
 
-    That is what a rollback over the fence loses. What a dead process had queued when it was last heard counts too. Tenants that
-    moved together share an epoch: of one of them alone these are no fewer than its own.
+    That is what a rollback over the fence loses. What a dead process had queued when it was last
+    heard counts too. Tenants that moved together share an epoch: of one of them alone these are no
+    fewer than its own.
+
+    Args:
+        heartbeats: The last heartbeat of each process.
+        epochs: The epochs under which the rows were written.
+        now: The ledger's own time.
+
+    Returns:
+        The number of writes.
     """
     return sum(
         int(mirror.get("lost", {}).get(str(epoch), 0))
@@ -265,14 +313,28 @@ RULES: tuple[Callable[[Evidence], list[str]], ...] = (
 
 
 def objections(evidence: Evidence) -> list[str]:
-    """Return every reason against the step; none means go."""
+    """Return every reason against the step; none means go.
+
+    Args:
+        evidence: The evidence for the step.
+
+    Returns:
+        The reasons, each a sentence.
+    """
     if ORDER.index(evidence.after) != ORDER.index(evidence.before) + 1:
         return [f"{evidence.before.value} to {evidence.after.value} is not one step up"]
     return [reason for rule in RULES for reason in rule(evidence)]
 
 
 def require(evidence: Evidence) -> None:
-    """Raise NotReady with every reason against the step."""
+    """Raise NotReady with every reason against the step.
+
+    Args:
+        evidence: The evidence for the step.
+
+    Raises:
+        NotReady: There is a reason against the step; every one is named.
+    """
     reasons = objections(evidence)
     if reasons:
         raise NotReady(evidence.after.value, tuple(reasons))

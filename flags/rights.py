@@ -108,14 +108,34 @@ def _old(old: Connection, table: Table, source: SourceTable, role: str, used: pr
 
 
 def held_up_by(losing: Connection, tables: list[tuple[str, str]], new: Connection | None) -> list[str]:
-    """Return the long transactions that a fence will wait for: for its lock, and for a slot where a reverse path may be opened."""
+    """Return the long transactions that a fence will wait for: for its lock, and for a slot where a reverse path may be opened.
+
+    Args:
+        losing: A session with the store that loses authority.
+        tables: Its tables, as (schema, name).
+        new: A session with the new store where a reverse path may be opened, else None.
+
+    Returns:
+        A sentence for each transaction.
+    """
     waits = [f"the fence waits for {holder}" for holder in holders.of_tables(losing, tables)]
     later = holders.of_slot(new) if new is not None else []
     return waits + [f"the reverse path waits for {holder}, on the new store's server" for holder in later]
 
 
 def waits(spec: Spec) -> list[str]:
-    """Return the long transactions that the fence to the new store would wait for now (driver)."""
+    """Return the long transactions that the fence to the new store would wait for now (driver).
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        A sentence for each transaction.
+
+    Raises:
+        ServerUnavailable: A store can't be reached.
+        SecretMissing: The environment variable of a DSN is not set.
+    """
     name = application_name(spec.name, "readiness")
     with connect(spec.source.dsn.resolve(), name) as old, connect(reverse.new_dsn(spec), name) as new:
         return held_up_by(old, [table.source_name for table in spec.tables], new)

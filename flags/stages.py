@@ -75,13 +75,27 @@ ORDER: tuple[Stage, ...] = tuple(TABLE)
 
 
 def next_stage(stage: Stage) -> Stage | None:
-    """Return the stage above, None after complete."""
+    """Return the stage above, None after complete.
+
+    Args:
+        stage: A stage.
+
+    Returns:
+        The stage above, or None.
+    """
     position = ORDER.index(stage) + 1
     return ORDER[position] if position < len(ORDER) else None
 
 
 def previous_stage(stage: Stage) -> Stage | None:
-    """Return the stage that a rollback leads to; None at off, and at complete, which is final."""
+    """Return the stage that a rollback leads to; None at off, and at complete, which is final.
+
+    Args:
+        stage: A stage.
+
+    Returns:
+        The stage below, or None.
+    """
     return ORDER[ORDER.index(stage) - 1] if TABLE[stage].reversible else None
 
 
@@ -94,12 +108,27 @@ def needs_fence(start: Stage, end: Stage) -> bool:
 
 
 def other(origin: Origin) -> Origin:
-    """Return the other store."""
+    """Return the other store.
+
+    Args:
+        origin: A store.
+
+    Returns:
+        The old one for the new, the new one for the old.
+    """
     return Origin.NEW if origin is Origin.OLD else Origin.OLD
 
 
 def effective(desired: Stage, authority: Origin) -> Stage:
-    """Return the stage at which a process acts: the desired one, or the stage nearest to it whose writes go to `authority`."""
+    """Return the stage at which a process acts: the desired one, or the stage nearest to it whose writes go to `authority`.
+
+    Args:
+        desired: The stage that the flag asks for.
+        authority: The store that has authority.
+
+    Returns:
+        The stage at which it acts.
+    """
     return _EFFECTIVE[desired, authority]
 
 

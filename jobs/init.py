@@ -21,7 +21,18 @@ from changeover.spec import IDENTIFIER, Table
 def draft(dsn: str, table: str) -> str:
     """Return a spec for a live table, ready to be edited: names and key from the catalogue, no secret (driver).
 
-    Raises Refused for a table that is not there or has no key, SpecError for a DSN with a password.
+    Args:
+        dsn: The old store's DSN without a password, or `env:NAME`.
+        table: The table, as schema.table.
+
+    Returns:
+        The spec's text, in TOML.
+
+    Raises:
+        Refused: The table is not there, or has no key.
+        SpecError: The DSN has a password in it, or is none.
+        SecretMissing: The environment variable of the DSN is not set.
+        ServerUnavailable: The old store can't be reached.
     """
     schema, name = qualified(table)
     source = joined(schema, name)

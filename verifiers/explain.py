@@ -59,7 +59,11 @@ class Story:
     parts: dict[str, Any] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
-        """Return the story for a person, a line a part."""
+        """Return the story for a person, a line a part.
+
+        Yields:
+            One line at a time.
+        """
         yield f"{self.table} {'/'.join(self.key)}"
         for name, value in self.parts.items():
             for line in (value or [NONE]) if isinstance(value, list) else [value]:
@@ -67,9 +71,20 @@ class Story:
 
 
 def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Story:
-    """Tell the story of the row with this target key (driver); `table` names the table where several have as many key columns.
+    """Tell the story of the row with this target key (driver).
 
-    Raises SpecError where no table has such a key, or where a value is none of its column's type; StepOrder before prepare.
+    Args:
+        spec: The migration's spec.
+        key: The target key's values as texts, in the spec's order.
+        table: The table, where several have as many key columns; None is the only one.
+
+    Returns:
+        The story: what both stores, the stream and the ledger have of the row.
+
+    Raises:
+        SpecError: No table has such a key, or a value is none of its column's type.
+        StepOrder: Prepare did not run.
+        ServerUnavailable: A store or the ledger can't be reached.
     """
     planned = _table(spec, key, table)
     story = Story(planned.target, tuple(key))

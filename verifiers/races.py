@@ -187,7 +187,14 @@ class Outcome:
 
 
 def as_table(outcomes: Sequence[Outcome]) -> str:
-    """Return the outcomes for a person, and the sentence for a colleague in doubt."""
+    """Return the outcomes for a person, and the sentence for a colleague in doubt.
+
+    Args:
+        outcomes: How each race ended.
+
+    Returns:
+        The lines, with line breaks between.
+    """
     lines = []
     for outcome in outcomes:
         with_tombstones, without = (", ".join(wrong) or "equal" for wrong in (outcome.with_tombstones, outcome.without))
@@ -203,7 +210,16 @@ def as_table(outcomes: Sequence[Outcome]) -> str:
 def prove(spec: Spec) -> list[Outcome]:
     """Run every race both ways on the spec's old store and its PostgreSQL target (driver).
 
-    Raises UsageError where no target is PostgreSQL, ServerUnavailable, DatabaseFailed where a role may not create a schema.
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        How each race ended, with tombstones and without.
+
+    Raises:
+        UsageError: No target is PostgreSQL.
+        ServerUnavailable: A store can't be reached.
+        DatabaseFailed: A role may not create a schema.
     """
     target = next((candidate for candidate in spec.targets.values() if candidate.kind == "postgres"), None)
     if target is None:

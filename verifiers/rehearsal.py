@@ -43,7 +43,17 @@ NO_KEYS: tuple[tuple[str, ...], ...] = ()
 def rehearsed(spec: Spec, spark: Callable[[], SparkSession]) -> Preflight:
     """Return what the preflight finds, and before prepare, where that is nothing, what the whole way finds (driver).
 
-    Raises JavaMissing where Spark can't start, SpecError, and what else `division.examined` raises.
+    Args:
+        spec: The migration's spec.
+        spark: What starts the Spark session; called only where it is needed.
+
+    Returns:
+        Reasons against the plan, remarks, and statements that are lacking.
+
+    Raises:
+        JavaMissing: Spark can't start.
+        SpecError: An expression of the spec can't be analysed.
+        ServerUnavailable: A store can't be reached.
     """
     checked = examined(spec)
     if not checked.reasons and not _prepared(spec):

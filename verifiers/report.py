@@ -37,7 +37,11 @@ class RunSummary:
     mismatches: int | None = None
 
     def figures(self) -> Iterator[tuple[str, str]]:
-        """Yield what is known as label and text."""
+        """Yield what is known as label and text.
+
+        Returns:
+            (label, text) of each figure that is known.
+        """
         labels: dict[str, tuple[float | None, str]] = {
             "rows": (self.rows, "{:,}"),
             "rows a second": (self.rate, "{:,.0f}"),
@@ -66,7 +70,13 @@ def to_json(verdicts: Sequence[Verdict], summary: RunSummary | None = None) -> s
 
 
 def write_html(path: Path, verdicts: Sequence[Verdict], summary: RunSummary | None = None) -> None:
-    """Write the page; the folder is made where it is not there."""
+    """Write the page; the folder is made where it is not there.
+
+    Args:
+        path: The page's file.
+        verdicts: The verdicts, one a table and store.
+        summary: Figures of the whole run; None leaves them out.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_html(verdicts, summary), encoding="utf-8")
 
@@ -90,7 +100,13 @@ def to_html(verdicts: Sequence[Verdict], summary: RunSummary | None = None) -> s
 
 
 def print_terminal(verdicts: Sequence[Verdict], summary: RunSummary | None = None, console: Console | None = None) -> None:
-    """Print the word, a line a table and store, and for each different one its classes, columns and sample."""
+    """Print the word, a line a table and store, and for each different one its classes, columns and sample.
+
+    Args:
+        verdicts: The verdicts, one a table and store.
+        summary: Figures of the whole run; None leaves them out.
+        console: Where it prints; None is standard output.
+    """
     from rich.console import Console
 
     console = console or Console()

@@ -60,10 +60,24 @@ def verify(
 ) -> list[Verdict]:
     """Compare every row of every table with each target (all unless named) and record the verdicts (driver).
 
-    `on_verdict` is called with each verdict once it is on record. Once all tables have theirs that
-    can, it raises for the others. That is CouldNotCheck where there is no answer, StepOrder before
-    the backfill is closed, TableStopped or RowRefused. It is CouldNotFinish with all reasons where
-    there are several.
+    Once all tables have theirs that can, it raises for the others.
+
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        targets: The targets' names; None is all.
+        on_verdict: What is called with each verdict once it is on record.
+
+    Returns:
+        The verdicts, one a table and target.
+
+    Raises:
+        CouldNotCheck: A comparison has no answer.
+        StepOrder: The backfill is not closed.
+        TableStopped: A table met what is not carried.
+        RowRefused: A row can't be in a target.
+        CouldNotFinish: Several tables have no verdict; all reasons are named.
+        LeaseHeld: Another verification is under way.
     """
     with Ledger.open(spec, "verify") as ledger, ledger.lease("verify"), ledger.recorded("verify") as entry:
         prepared = require_prepared(spec, spark, ledger, "verify")

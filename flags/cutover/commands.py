@@ -81,7 +81,19 @@ class Shown:
 
 
 def show(spec: Spec) -> Shown:
-    """Return where the migration stands and what is missing for the next step (driver; starts no JVM)."""
+    """Return where the migration stands and what is missing for the next step (driver; starts no JVM).
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        The stages, every reason against the next one, and what each step costs.
+
+    Raises:
+        ServerUnavailable: A store or the ledger can't be reached.
+        StepOrder: Prepare did not run.
+        SpecError: The spec has no flag, or its flag file can't be read.
+    """
     flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger:
         ledger.stream("flags")
@@ -106,8 +118,22 @@ def advance(
 ) -> Advanced:
     """Go one stage up if the evidence says that it is ready, or if `override` says why not to ask (driver).
 
-    With `tenants` these alone go from shadow to live, as many as 10,000 at once. Raises NotReady with every reason, and
-    FenceCalledOff with the flag switched back.
+    With `tenants` these alone go from shadow to live, as many as 10,000 at once.
+
+    Args:
+        spec: The migration's spec.
+        to: The stage to go to; None is the one above.
+        override: Why the evidence is not asked for; it goes on record.
+        tenants: The tenants that go alone; None is everybody.
+
+    Returns:
+        The step that was done: both stages, the epoch, and the fence's pause in seconds.
+
+    Raises:
+        NotReady: The evidence does not hold; every reason is named.
+        FenceCalledOff: The handover took too long; the flag is switched back.
+        Refused: There is no stage above, or tenants stand in the way.
+        LeaseHeld: Another change of stage is under way.
     """
     flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
@@ -130,9 +156,22 @@ def advance(
 
 
 def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanced:
-    """Go one stage down; asks for no evidence (driver). Raises Refused at off and once complete was reached, and FenceCalledOff.
+    """Go one stage down; asks for no evidence (driver).
 
-    With `tenants` these alone go from live to shadow. Without, while some are live and the others are not, it is those that go.
+    With `tenants` these alone go from live to shadow. Without, while some are live and the others
+    are not, it is those that go.
+
+    Args:
+        spec: The migration's spec.
+        tenants: The tenants that go alone; None is everybody, or those that are live alone.
+
+    Returns:
+        The step that was done: both stages, the epoch, and what a fence left behind.
+
+    Raises:
+        Refused: The stage is off, complete was reached, or tenants stand in the way.
+        FenceCalledOff: The handover took too long; the flag is switched back.
+        LeaseHeld: Another change of stage is under way.
     """
     flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger, ledger.lease("flags"):
@@ -184,10 +223,22 @@ def _mirror_lsn(spec: Spec, ledger: Ledger, stage: Stage) -> int:
 def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:
     """Follow a flag that is switched elsewhere until `stop`, Ctrl-C or SIGTERM: ask for readiness, fence, write the epoch (driver).
 
-    `say` gets a sentence for each switch, and for each reason against one; what is not ready is asked again. Where the spec names
-    a column of tenants, those of which the flag asks something else than of everybody move by name, together. Returns whether a
-    signal ended it; a fence that is under way then is brought to its end. Raises what is wrong at the start: StepOrder,
-    SpecError.
+    What is not ready is asked again. Where the spec names a column of tenants, those of which the
+    flag asks something else than of everybody move by name, together. A fence that is under way at
+    the end is brought to its own end.
+
+    Args:
+        spec: The migration's spec.
+        stop: What ends it when it is set.
+        every: For how many seconds it waits between two looks at the flag.
+        say: What gets a sentence for each switch, and for each reason against one.
+
+    Returns:
+        Whether a signal ended it.
+
+    Raises:
+        StepOrder: Prepare did not run.
+        SpecError: The spec has no flag, or its flag file can't be read at the start.
     """
     with Ledger.open(spec, "flags watch") as ledger:
         ledger.stream("flags watch")

@@ -46,7 +46,15 @@ def apart(known: Observations) -> Apart | None:
 
 
 def some(names: Sequence[str], count: int | None = None) -> str:
-    """Return the first of some tenants and how many they are, as a part of a sentence (pure)."""
+    """Return the first of some tenants and how many they are, as a part of a sentence (pure).
+
+    Args:
+        names: The tenants, in any order.
+        count: How many they are in all; None where `names` has each of them.
+
+    Returns:
+        The count, and the first names in brackets.
+    """
     whole = len(names) if count is None else count
     first = ", ".join(sorted(names)[:NAMED])
     return f"{whole:,} tenant{'s' * (whole != 1)} ({first}{', …' * (whole > NAMED)})"

@@ -73,8 +73,24 @@ class Fenced:
 def fence(spec: Spec, to: Origin, *, max_pause: float = MAX_PAUSE, tenants: Collection[str] | None = None) -> Fenced:
     """Move authority to a store, over all rows that it has none over yet, or those of some tenants (driver).
 
-    Capture and replay must be running. Raises FenceCalledOff, with writers back where they were, TableStopped, and SlotBlocked
-    before anything was held up; Refused for tenants where they can't move one by one.
+    Capture and replay must be running.
+
+    Args:
+        spec: The migration's spec.
+        to: The store that gets authority.
+        max_pause: For how many seconds writers may be held up.
+        tenants: The tenants that move; None moves all rows that it has no authority over.
+
+    Returns:
+        The new epoch, the store, from which LSN in bytes, and the pause in seconds.
+
+    Raises:
+        FenceCalledOff: It took longer than `max_pause`; writers are back where they were.
+        TableStopped: A table is stopped, so nothing moves to the new store.
+        SlotBlocked: Open transactions keep the reverse path's slot from being made; nothing was
+            held up.
+        Refused: Tenants can't move one by one here.
+        LeaseHeld: Another fence is under way.
     """
     _require_nameable(spec, to, tenants)
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), ExitStack() as held:
@@ -152,7 +168,15 @@ def _move(handover: Handover, max_pause: float) -> Fenced:
 
 
 def settle(spec: Spec) -> None:
-    """Do what a fence that was killed may have left: the store that has authority takes writes, behind its floor (driver)."""
+    """Do what a fence that was killed may have left: the store that has authority takes writes, behind its floor (driver).
+
+    Args:
+        spec: The migration's spec.
+
+    Raises:
+        ServerUnavailable: A store or the ledger can't be reached.
+        LeaseHeld: Another fence is under way.
+    """
     with Ledger.open(spec, "fence") as ledger, ledger.lease("fence"), fenced_stores(spec) as (old, new):
         _finish(new if ledger.authority().store == Origin.NEW.value else old, old, new, ledger.authorities())
 

@@ -41,6 +41,13 @@ class Alarm:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error's class and SQLSTATE: a server's message may hold a row's values."""
+    """Return an error's class and SQLSTATE: a server's message may hold a row's values.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The class, and the SQLSTATE where a server gave one.
+    """
     state = error.sqlstate if isinstance(error, psycopg.Error) else None
     return f"{type(error).__name__} {state}" if state else type(error).__name__

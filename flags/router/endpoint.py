@@ -59,7 +59,15 @@ class Change:
 
 
 def returned(cursor: Cursor, *, deleted: bool = False) -> list[Change]:
-    """Return the rows of a statement with `RETURNING *` as changes."""
+    """Return the rows of a statement with `RETURNING *` as changes.
+
+    Args:
+        cursor: The cursor that ran the statement (application).
+        deleted: Whether the statement deleted the rows.
+
+    Returns:
+        One change a row, in the statement's order.
+    """
     names = [column.name for column in cursor.description or ()]
     return [Change(row if isinstance(row, dict) else dict(zip(names, row, strict=True)), deleted) for row in cursor.fetchall()]
 
@@ -69,7 +77,14 @@ Tenant = str | int | UUID
 
 
 def as_text(value: Any) -> str | None:
-    """Return a tenant as PostgreSQL prints it, None for a value that is of no type of a tenant (pure)."""
+    """Return a tenant as PostgreSQL prints it, None for a value that is of no type of a tenant (pure).
+
+    Args:
+        value: The tenant as the application has it.
+
+    Returns:
+        The text, None for a value that is no tenant.
+    """
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, (int, UUID)) and not isinstance(value, bool) else None
@@ -105,7 +120,19 @@ class PgEndpoint:
         return f"{server_name(self.dsn)} {self.table}"
 
     def open(self, application: str, settings: Mapping[str, str] | None = None, kind: Kind = Kind.CALLERS) -> Connection:
-        """Open a session by the DSN; raises ServerUnavailable."""
+        """Open a session by the DSN.
+
+        Args:
+            application: The session's name in pg_stat_activity.
+            settings: What the session sets besides what is pinned.
+            kind: Whose statements it runs.
+
+        Returns:
+            The session, at READ COMMITTED; the caller closes it.
+
+        Raises:
+            ServerUnavailable: The store can't be reached.
+        """
         connection = connect(self.dsn, application, settings=settings, kind=kind)
         connection.isolation_level = READ_COMMITTED
         return connection

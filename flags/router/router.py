@@ -112,7 +112,25 @@ class Router:
         cls, spec: Spec, table: str, *, to_new: RowMapping, to_old: RowMapping, client: LDClient | None = None,
         process: str | None = None, limits: Limits | None = None,
     ) -> Self:  # fmt: skip
-        """Return the router of one table of a spec; without an SDK client it follows the spec's flag file."""
+        """Return the router of one table of a spec; without an SDK client it follows the spec's flag file.
+
+        Args:
+            spec: The migration's spec.
+            table: The table, by its source's or its target's name.
+            to_new: What makes the new store's row of an old one.
+            to_old: What makes the old store's row of a new one.
+            client: An SDK client that follows the flag; None follows the spec's file.
+            process: This process's name in its heartbeats; None is the host's.
+            limits: Bounds of queues, pauses and waits; None takes the defaults.
+
+        Returns:
+            The router, which connects at its first call (application).
+
+        Raises:
+            SpecError: The spec has no flag, no flag file without a client, or a context that is no
+                key column.
+            SecretMissing: The environment variable of a DSN is not set.
+        """
         if spec.flag is None:
             raise SpecError(spec.path, "flag", "is missing: the router follows a flag, so name its key and target")
         planned = spec.table(table)
@@ -147,9 +165,22 @@ class Router:
         so does a COMMIT of unknown outcome, after which nothing is mirrored: the change stream
         tells.
 
-        `tenant` is the rows' own, all of one: a returned row of another one rolls back and raises Refused, because it would be
-        written under another's authority. A key change from one tenant to another is a delete and an insert, each a write of its
-        own tenant.
+        `tenant` is the rows' own, all of one: a returned row of another one rolls back and raises
+        Refused, because it would be written under another's authority. A key change from one tenant
+        to another is a delete and an insert, each a write of its own tenant.
+
+        Args:
+            old: What writes to the old store.
+            new: What writes to the new store.
+            tenant: The tenant of the rows; None where the spec names no tenants.
+
+        Returns:
+            What was written, and where.
+
+        Raises:
+            Refused: A returned row is of another tenant.
+            LockNotGranted: A fence did not end within the limits' pause.
+            ServerUnavailable: The store that has authority can't be reached.
         """
         tenant_name = self._tenant(tenant)
         runtime = self._running()
@@ -185,6 +216,18 @@ class Router:
         list of them, or anything else that the experiment's `clean` and `compare` understand.
         `to_new` maps the old store's rows. `tenant` is that of the rows asked for; a read over
         several tenants is one read of each.
+
+        Args:
+            old: What reads the old store.
+            new: What reads the new store.
+            experiment: How two answers are compared; None compares them as they are.
+            tenant: The tenant of the rows; None where the spec names no tenants.
+
+        Returns:
+            The answer of the store that has authority.
+
+        Raises:
+            ServerUnavailable: That store can't be reached.
         """
         tenant_name = self._tenant(tenant)
         runtime = self._running()
@@ -203,7 +246,14 @@ class Router:
     def pinned(self, tenant: Tenant | None = None) -> Iterator[Stage]:
         """Keep one stage for all calls of a request (thread or task); only a fence's refusal moves it on.
 
-        Each tenant has a stage of its own, kept from its first call on; the one given, or everybody's, is kept at once.
+        Each tenant has a stage of its own, kept from its first call on; the one given, or
+        everybody's, is kept at once.
+
+        Args:
+            tenant: The tenant whose stage is kept at once; None is everybody's.
+
+        Yields:
+            The stage that is kept.
         """
         tenant_name = EVERYTHING if tenant is None else self._tenant(tenant)
         token = self._pinned.set(dict(self._pinned.get() or {}))
@@ -218,11 +268,22 @@ class Router:
         return self._pin(self._running(), EVERYTHING).stage
 
     def stage_of(self, tenant: Tenant) -> Stage:
-        """Return the stage at which this process acts now for a tenant."""
+        """Return the stage at which this process acts now for a tenant.
+
+        Args:
+            tenant: The tenant.
+
+        Returns:
+            The stage, which follows the flag and authority.
+        """
         return self._pin(self._running(), self._tenant(tenant)).stage
 
     def counters(self) -> dict[str, Any]:
-        """Return the counts of this process, as its heartbeat has them; values of rows are never in it."""
+        """Return the counts of this process, as its heartbeat has them; values of rows are never in it.
+
+        Returns:
+            The counters by name, as JSON takes them.
+        """
         return dict(self._running().counters())
 
     @property
@@ -231,7 +292,14 @@ class Router:
         return list(self._running().comparisons.mismatches)
 
     def drain(self, seconds: float) -> bool:
-        """Wait until this process's mirrored writes and comparisons are dealt with; False when time is up first."""
+        """Wait until this process's mirrored writes and comparisons are dealt with; False when time is up first.
+
+        Args:
+            seconds: How many seconds to wait at most.
+
+        Returns:
+            Whether all was dealt with in time.
+        """
         return self._running().drain(seconds)
 
     def close(self) -> None:

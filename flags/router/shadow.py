@@ -85,26 +85,62 @@ class Experiment:
     name = "read"
 
     def clean(self, value: Any) -> Any:
-        """Return what is to be compared of a store's answer."""
+        """Return what is to be compared of a store's answer.
+
+        Args:
+            value: What a read function returned.
+
+        Returns:
+            What is compared in its place.
+        """
         return value
 
     def compare(self, old: Any, new: Any) -> bool:
-        """Return whether two cleaned answers are the same."""
+        """Return whether two cleaned answers are the same.
+
+        Args:
+            old: The old store's answer, cleaned.
+            new: The new store's answer, cleaned.
+
+        Returns:
+            Whether they count as equal.
+        """
         return bool(old == new)
 
     def ignore(self, old: Any, new: Any) -> bool:
-        """Return whether this difference is known and doesn't count."""
+        """Return whether this difference is known and doesn't count.
+
+        Args:
+            old: The old store's answer, cleaned.
+            new: The new store's answer, cleaned.
+
+        Returns:
+            Whether the difference is left out of the counts.
+        """
         return False
 
     def run_if(self) -> bool:
-        """Return whether this read is compared at all (caller's thread: be quick)."""
+        """Return whether this read is compared at all (caller's thread: be quick).
+
+        Returns:
+            Whether the other store is asked.
+        """
         return True
 
     def publish(self, result: Result) -> None:
-        """Take the end of one comparison."""
+        """Take the end of one comparison.
+
+        Args:
+            result: Both answers, and how they compare; it may hold values of rows.
+        """
 
     def raised(self, operation: str, error: Exception) -> None:
-        """Take a failure of one of the hooks above; raising here would hurt the caller in `run_if` alone."""
+        """Take a failure of one of the hooks above; raising here would hurt the caller in `run_if` alone.
+
+        Args:
+            operation: The hook that raised.
+            error: What it raised.
+        """
         log.error("experiment %s: %s raised %s", self.name, operation, reason_of(error))
 
 

@@ -283,7 +283,16 @@ def missing(spec: Spec, old: Connection, new: Connection, table: Table, source: 
 
 def allow_table(spec: Spec, old: Connection, new: Connection, source: tuple[str, str], target: tuple[str, str],
                 carried: Mapping[str, str]) -> None:  # fmt: skip
-    """Give the application's roles the rights on a new table that they have on the old one."""
+    """Give the application's roles the rights on a new table that they have on the old one.
+
+    Args:
+        spec: The migration's spec.
+        old: A session with the old store.
+        new: A session with the new store, which gives the rights.
+        source: The old table, as (schema, name).
+        target: The new table, as (schema, name).
+        carried: By column of the new table the old one that is carried to it.
+    """
     known = present(old, spec.roles)
     for role in present(new, spec.roles):
         used = uses(old, role, *source) if role in known else FULL

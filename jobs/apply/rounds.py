@@ -83,7 +83,17 @@ class Replay:
         self.returning = Applier(spec, spark, self.back.checkpoint, None)
 
     def lease(self, target: str) -> AbstractContextManager[None]:
-        """Hold a target's lease, however long it takes; `stop` calls the wait off, which is LeaseHeld (driver)."""
+        """Hold a target's lease, however long it takes; `stop` calls the wait off, which is LeaseHeld (driver).
+
+        Args:
+            target: The target's name.
+
+        Returns:
+            A context manager: the lease ends with the block.
+
+        Raises:
+            LeaseHeld: `stop` was set while it waited.
+        """
         return self.ledger.lease(lease_of(target), LEASE_SECONDS, self.stop)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:

@@ -53,14 +53,29 @@ class Wire:
         self.kind: Codes = self.codes[self.start]
 
     def unsigned(self, size: int, at: Places) -> Places:
-        """Return the big-endian numbers of that many bytes at each place; those of 8 bytes as int64."""
+        """Return the big-endian numbers of that many bytes at each place; those of 8 bytes as int64.
+
+        Args:
+            size: How many bytes a number has: 1, 2, 4 or 8.
+            at: The places, in bytes from the begin of the run.
+
+        Returns:
+            The numbers, as many as the places.
+        """
         kind = f">i{size}" if size == 8 else f">u{size}"
         # a view that begins at every byte
         view = np.ndarray((len(self._padded) - size + 1,), kind, self._padded, strides=(1,))
         return view[np.minimum(at, len(view) - 1)].astype(np.int64)
 
     def message(self, number: int) -> bytes:
-        """Return one message."""
+        """Return one message.
+
+        Args:
+            number: The message's number, from 0.
+
+        Returns:
+            Its bytes.
+        """
         return self.bytes[int(self.start[number]) : int(self.end[number])]
 
 

@@ -58,7 +58,20 @@ class Shape:
         }
 
     def events(self, group: Changes, stamps: Stamps, notes: pa.Array) -> pa.Table:
-        """Return a group of changes as spool events, in their order; raises RowRefused, MalformedMessage."""
+        """Return a group of changes as spool events, in their order.
+
+        Args:
+            group: Changes of one kind of this relation.
+            stamps: Where each change stands: commit LSN in bytes, ordinal, transaction and time.
+            notes: What the mark of our own writes before each change says, or NULL.
+
+        Returns:
+            The events, one a change, in the spool's columns.
+
+        Raises:
+            RowRefused: A value can't be carried.
+            MalformedMessage: A message can't be read.
+        """
         count = len(group.numbers)
         new = group.new
         if new is not None and group.old is not None and group.old_kind == rows.OLD_ROW:
@@ -79,7 +92,14 @@ class Shape:
         return pa.table([columns[name] for name in events.SCHEMA.names], schema=events.SCHEMA)
 
     def not_text(self, change: Changes) -> str:
-        """Return which columns of a change hold bytes that are no UTF-8, which no target and no file has a place for."""
+        """Return which columns of a change hold bytes that are no UTF-8, which no target and no file has a place for.
+
+        Args:
+            change: One change.
+
+        Returns:
+            The sentence that names the columns.
+        """
         broken = []
         for index, name in enumerate(self.columns):
             try:
@@ -126,7 +146,18 @@ class Shape:
         return values
 
     def as_json(self, column: int, text: str) -> str:
-        """Return an array's text as JSON; raises RowRefused."""
+        """Return an array's text as JSON.
+
+        Args:
+            column: The column's number, from 0.
+            text: The array as PostgreSQL prints it.
+
+        Returns:
+            The JSON; an array with bounds of its own is only marked.
+
+        Raises:
+            RowRefused: The text is no array literal.
+        """
         if text.startswith("["):  # bounds of its own, which the loader would lose: marked as the snapshot's reader marks them
             return f"[[{text}"
         try:
@@ -143,7 +174,14 @@ class Shape:
 
 
 def not_utf8(columns: Sequence[str]) -> str:
-    """Return what is said of a row with such bytes."""
+    """Return what is said of a row with such bytes.
+
+    Args:
+        columns: The columns' names; none where they are not known.
+
+    Returns:
+        The sentence.
+    """
     return f"a row came whose {', '.join(columns) or 'values'} {events.NO_TEXT}: correct it"
 
 

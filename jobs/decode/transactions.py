@@ -104,15 +104,36 @@ class Partitions(Protocol):
         ...
 
     def of(self, oid: int) -> str | None:
-        """Return the table of which a relation is or was a partition."""
+        """Return the table of which a relation is or was a partition.
+
+        Args:
+            oid: The relation's OID.
+
+        Returns:
+            The table as the spec names it, None for any other relation.
+        """
         ...
 
     def leaves(self, name: str) -> frozenset[int]:
-        """Return the partitions of a table that hold rows."""
+        """Return the partitions of a table that hold rows.
+
+        Args:
+            name: The table, as the spec names it.
+
+        Returns:
+            The partitions' OIDs, none for a table that is not partitioned.
+        """
         ...
 
     def called(self, oids: Collection[int]) -> Sequence[str]:
-        """Return the names of some partitions."""
+        """Return the names of some partitions.
+
+        Args:
+            oids: The partitions' OIDs.
+
+        Returns:
+            The names of those that are known.
+        """
         ...
 
 
@@ -178,7 +199,18 @@ class Assembler:
     """The last mark of our own writes: its transaction's commit LSN, and what it says."""
 
     def take(self, frames: Sequence[bytes]) -> list[int]:
-        """Take the messages of some frames of the stream; return the end LSNs of the commits among them."""
+        """Take the messages of some frames of the stream; return the end LSNs of the commits among them.
+
+        Args:
+            frames: The frames' bytes, each with one message of the stream.
+
+        Returns:
+            The end LSNs in bytes, in the stream's order.
+
+        Raises:
+            RowRefused: A value can't be carried.
+            MalformedMessage: A message can't be read, or stands where none may.
+        """
         return self.read(Wire(frames)) if frames else []
 
     def read(self, wire: Wire) -> list[int]:

@@ -22,7 +22,18 @@ from changeover.stores.postgres import gate, refusal
 
 
 def remove_unfinished(spec: Spec, ledger: Ledger) -> list[str]:
-    """Remove from both stores what a prepare made that never came to its record."""
+    """Remove from both stores what a prepare made that never came to its record.
+
+    Args:
+        spec: The migration's spec.
+        ledger: The ledger that the prepare has begun.
+
+    Returns:
+        What was removed, each in a few words.
+
+    Raises:
+        ServerUnavailable: A store can't be reached.
+    """
     removed = reverse_setup.remove(spec, None) + remove_from_source(spec)
     creating = ledger.creating()
     removed += abort_targets(spec, creating)
@@ -33,7 +44,18 @@ def remove_unfinished(spec: Spec, ledger: Ledger) -> list[str]:
 
 
 def remove_from_source(spec: Spec) -> list[str]:
-    """Remove keeper, slot, publication, trigger log, refusal and gate from the old store; return what was removed."""
+    """Remove keeper, slot, publication, trigger log, refusal and gate from the old store.
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        What was removed, each in a few words.
+
+    Raises:
+        ServerUnavailable: The old store can't be reached.
+        DatabaseFailed: It refuses a statement.
+    """
     dsn = spec.source.dsn.resolve()
     removed = []
     with connect(dsn, application_name(spec.name, "remove")) as old, speaking_to(dsn, "removing what prepare made"):
@@ -53,7 +75,18 @@ def remove_from_source(spec: Spec) -> list[str]:
 
 
 def abort_targets(spec: Spec, created: Mapping[tuple[str, str], bool]) -> list[str]:
-    """Remove the gates of loads, and the tables that prepare created."""
+    """Remove the gates of loads, and the tables that prepare created.
+
+    Args:
+        spec: The migration's spec.
+        created: Whether prepare created the target of a load, by (source, target's name).
+
+    Returns:
+        What was removed, each in a few words.
+
+    Raises:
+        ServerUnavailable: A target can't be reached.
+    """
     return [
         line
         for table in spec.tables
@@ -74,7 +107,11 @@ def _abort_target(spec: Spec, table: Table, target: Target, created: bool) -> li
 
 
 def drop_empty_schema(connection: Connection) -> None:
-    """Drop the ledger's own tables when no migration is left in them, then the schema if nothing else is in it."""
+    """Drop the ledger's own tables when no migration is left in them, then the schema if nothing else is in it.
+
+    Args:
+        connection: A session with the ledger's server.
+    """
     row = connection.execute("SELECT to_regclass('changeover.migration') IS NOT NULL").fetchone()
     if row and row[0] and connection.execute("SELECT FROM changeover.migration LIMIT 1").fetchone() is None:
         for table in LEDGER_TABLES:

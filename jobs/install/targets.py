@@ -25,7 +25,17 @@ log = logging.getLogger(__name__)
 
 
 def create_target(spec: Spec, store: Store, planned: Transform) -> None:
-    """Create a target table; in PostgreSQL its columns do by themselves what the old ones do, and the application may use it."""
+    """Create a target table; in PostgreSQL its columns do by themselves what the old ones do, and the application may use it.
+
+    Args:
+        spec: The migration's spec.
+        store: The target's store, open.
+        planned: The transform of the table.
+
+    Raises:
+        ServerUnavailable: A store can't be reached.
+        DatabaseFailed: A store refuses a statement.
+    """
     if not isinstance(store, PostgresStore):
         store.create(planned.target)
         return
@@ -48,7 +58,14 @@ def _name_what_is_not_made(store: PostgresStore, planned: Transform, own: Mappin
 
 
 def install_gate(spec: Spec, store: Store, planned: Transform, stream: Stream) -> None:
-    """Install a target's gate, and let the application's mirrored writes pass it."""
+    """Install a target's gate, and let the application's mirrored writes pass it.
+
+    Args:
+        spec: The migration's spec.
+        store: The target's store, open.
+        planned: The transform of the table.
+        stream: The prepared stream, whose position the images bear.
+    """
     store.install(planned.target, stream.image)
     if isinstance(store, PostgresStore) and spec.flag is not None and spec.flag.target == store.name:
         privileges.allow_gate(spec, store.connection, store.gated(planned.target))

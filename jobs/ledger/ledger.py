@@ -162,6 +162,9 @@ class Ledger:
 
         Returns:
             (prepared, finalized), the second None while it is not; times of the ledger's server.
+
+        Raises:
+            StepOrder: Prepare did not run.
         """
         row = self.connection.execute(
             "SELECT prepared, finalized FROM changeover.migration WHERE name = %s", [self.migration]
@@ -201,6 +204,9 @@ class Ledger:
 
         Returns:
             (filenode, columns, reason why it is stopped or None).
+
+        Raises:
+            StepOrder: The table is not prepared.
         """
         row = self.connection.execute(
             "SELECT filenode, columns, stopped FROM changeover.source_table WHERE migration = %s AND source = %s",
@@ -298,6 +304,9 @@ class Ledger:
 
         Returns:
             The load, its position as an LSN of the source.
+
+        Raises:
+            StepOrder: The load is not prepared.
         """
         for load in self.loads():
             if (load.source, load.target) == (source, target):

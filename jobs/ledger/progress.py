@@ -79,7 +79,14 @@ def _lines(ledger: Ledger, title: str, stop: threading.Event) -> None:
 
 
 def chunk_progress(ledger: Ledger) -> tuple[int, int, int]:
-    """Return (chunks, chunks loaded, rows loaded) of a migration."""
+    """Return (chunks, chunks loaded, rows loaded) of a migration.
+
+    Args:
+        ledger: The migration's ledger.
+
+    Returns:
+        The counts, all 0 before prepare.
+    """
     if not ledger.exists():
         return 0, 0, 0
     row = one_row(

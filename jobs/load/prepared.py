@@ -101,7 +101,14 @@ def plan_transforms(
 def require_reverse(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[str, str], transform.Transform]) -> None:
     """Analyse the expressions by which rows will come back; that some are missing is said, and no error: the mirror is left.
 
-    Raises SpecError or UnsafePlan for an expression that can't be.
+    Args:
+        spec: The migration's spec.
+        spark: The Spark session.
+        transforms: The transform of each load, by (source, target's name).
+
+    Raises:
+        UnsafePlan: A target cuts what the new store's rows hold.
+        SpecError: An expression can't be analysed.
     """
     if spec.flag is None:
         return

@@ -46,12 +46,21 @@ class Preflight:
     notes: list[str] = field(default_factory=list)
 
     def note(self, remark: str) -> None:
-        """Note something once."""
+        """Note something once.
+
+        Args:
+            remark: What a person should know, as a sentence.
+        """
         if remark not in self.notes:
             self.notes.append(remark)
 
     def lack(self, rights: Sequence[Lack], where: str = "") -> None:
-        """Refuse for want of rights, with the statements that give them; `where` is the store, the old one is not named."""
+        """Refuse for want of rights, with the statements that give them; `where` is the store, the old one is not named.
+
+        Args:
+            rights: The rights that are missing.
+            where: The store's name; empty for the old one.
+        """
         for one in rights:
             statement = f"{one.grant}  -- in {where}" if where else one.grant
             if statement not in self.grants:

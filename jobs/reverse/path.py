@@ -75,7 +75,17 @@ def spool_of(spec: Spec) -> Spool:
 
 
 def new_dsn(spec: Spec) -> str:
-    """Return the DSN of the store that takes over; there is one wherever the spec has a flag."""
+    """Return the DSN of the store that takes over; there is one wherever the spec has a flag.
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        The DSN, which may hold a password.
+
+    Raises:
+        SecretMissing: The environment variable of the DSN is not set.
+    """
     return spec.targets[tenancy.flag_of(spec).target].dsn_value
 
 
@@ -92,7 +102,14 @@ def old_target(spec: Spec) -> Target:
 
 
 def targets_of(spec: Spec) -> list[str]:
-    """Return the targets that the new store's stream is offered to: the old store, and every one beside the new store."""
+    """Return the targets that the new store's stream is offered to: the old store, and every one beside the new store.
+
+    Args:
+        spec: The migration's spec.
+
+    Returns:
+        The targets' names, the old store's first.
+    """
     return [OLD_STORE, *sorted(set(spec.targets) - {tenancy.flag_of(spec).target})]
 
 

@@ -152,6 +152,9 @@ def start_keeper(spec: Spec, snapshot: str) -> tuple[ExportedSnapshot, ...]:
 
     Returns:
         The snapshots that the keeper exports; all of them see the same.
+
+    Raises:
+        CouldNotFinish: The keeper did not start, or did not hold the snapshot.
     """
     keeper = subprocess.Popen(
         [sys.executable, "-m", "changeover.jobs.source.snapshot", spec.path, snapshot],
@@ -256,6 +259,10 @@ def renew(spec: Spec, lost: str) -> tuple[ExportedSnapshot, ...]:
 
     Returns:
         The snapshots that a new keeper exports.
+
+    Raises:
+        CouldNotFinish: No new snapshot shows all that the lost one did.
+        ServerUnavailable: The source can't be reached.
     """
     dsn, application = spec.source.dsn.resolve(), application_name(spec.name, "backfill")
     deadline = time.monotonic() + SLOT_SECONDS

@@ -93,7 +93,12 @@ class CopyStream:
         return True
 
     def ended(self) -> None:
-        """Look how the data ended; raises psycopg.Error, or ServerUnavailable where it has no end."""
+        """Look how the data ended.
+
+        Raises:
+            psycopg.Error: The server says what went wrong.
+            ServerUnavailable: The data has no end.
+        """
         result = self.connection.pgconn.get_result()
         if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
             raise psycopg.errors.error_from_result(result)
@@ -164,7 +169,11 @@ class Replication(CopyStream):
         wire.flush()
 
     def check_alive(self) -> None:
-        """Raise ServerUnavailable when nothing has come for SILENCE_SECONDS, although we ask for answers."""
+        """Raise ServerUnavailable when nothing has come for SILENCE_SECONDS, although we ask for answers.
+
+        Raises:
+            ServerUnavailable: The server has been silent for that long.
+        """
         if time.monotonic() - self.heard > SILENCE_SECONDS:
             raise ServerUnavailable(server_name(self.dsn), f"nothing heard for {SILENCE_SECONDS:g} s")
 

@@ -251,6 +251,9 @@ def reading(connection: Connection, log: Log, before: Tick, tick: Tick) -> Itera
 
     Yields:
         The rows, which are fetched as they are asked for.
+
+    Raises:
+        SourceChanged: The tick does not see all that the one before saw.
     """
     if not contains(tick.snapshot, before.snapshot):
         raise SourceChanged("snapshot of the trigger log's ticks", before.snapshot, tick.snapshot)

@@ -257,8 +257,15 @@ class Spool:
     def compact(self) -> int:
         """Merge the newest small files into one, as durably as an append, and return how many they were (capture alone).
 
-        Events, end and place stay as they are, and the merged files stay on disk for RETAIN_SECONDS. Each event comes to a file
-        at least twice as large as the one that it was in, so it is written a few times at most.
+        Events, end and place stay as they are, and the merged files stay on disk for
+        RETAIN_SECONDS. Each event comes to a file at least twice as large as the one that it was
+        in, so it is written a few times at most.
+
+        Returns:
+            The number of files that were merged.
+
+        Raises:
+            FolderFailed: The spool's folder can't be written.
         """
         with working(self.path):
             return self._compact()

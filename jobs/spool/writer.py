@@ -69,7 +69,14 @@ class Patience:
         self._over()
 
     def wait(self, error: ChangeoverError) -> None:
-        """Wait before the next try, or raise the error when there is no patience left."""
+        """Wait before the next try, or raise the error when there is no patience left.
+
+        Args:
+            error: What went wrong.
+
+        Raises:
+            ChangeoverError: That error, when patience has run out.
+        """
         now, folder = time.monotonic(), isinstance(error, FolderFailed)
         longest = FOLDER_DELAY if folder else LONGEST_DELAY
         if self._since is None or folder != self._folder:
@@ -106,7 +113,11 @@ class CaptureResult:
     interrupted: bool = False
 
     def recorded(self) -> dict[str, Any]:
-        """Return what goes on record."""
+        """Return what goes on record.
+
+        Returns:
+            Counts, the end as text of an LSN, and seconds, as JSON takes them.
+        """
         counts = {"events": self.events, "transactions": self.transactions, "end": format_lsn(self.end_lsn)}
         return {**counts, "seconds": round(self.seconds, 1), **({"outcome": "interrupted"} if self.interrupted else {})}
 
@@ -128,7 +139,14 @@ class Intake:
         self.whole = self.durable = self.end()
 
     def end(self) -> int:
-        """Return where the spool ends; a prepared migration that has none has lost it, or its folder is elsewhere for now."""
+        """Return where the spool ends; a prepared migration that has none has lost it, or its folder is elsewhere for now.
+
+        Returns:
+            The end, as an LSN in bytes.
+
+        Raises:
+            FolderFailed: No spool is there.
+        """
         try:
             return self.spool.end()
         except StepOrder as error:
@@ -136,13 +154,23 @@ class Intake:
             raise FolderFailed(str(self.spool.path), lost) from error
 
     def took(self, size: int, events: int) -> None:
-        """Count bytes that were taken, and events that are held; a full batch is due at once."""
+        """Count bytes that were taken, and events that are held; a full batch is due at once.
+
+        Args:
+            size: How many bytes were taken.
+            events: How many events are held now.
+        """
         self.bytes += size
         if events >= BATCH_EVENTS or self.bytes >= BATCH_BYTES:
             self.flush_at = 0.0
 
     def committed(self, ends: Sequence[int], *, marker: bool) -> None:
-        """Take note of commits by their end LSNs; a marker is due at once, anything else soon."""
+        """Take note of commits by their end LSNs; a marker is due at once, anything else soon.
+
+        Args:
+            ends: The commits' end LSNs in bytes, rising.
+            marker: Whether a marker is among them.
+        """
         news = [end for end in ends if end > self.durable]
         if not news:
             return
@@ -154,7 +182,11 @@ class Intake:
             self.flush_at = time.monotonic() + BATCH_SECONDS
 
     def passed(self, position: int) -> None:
-        """Take note that all which committed below a position was taken, and that whatever comes later lies above."""
+        """Take note that all which committed below a position was taken, and that whatever comes later lies above.
+
+        Args:
+            position: The position, as an LSN in bytes.
+        """
         self.whole = max(self.whole, position)
 
     @property

@@ -76,13 +76,27 @@ class CouldNotFinish(ChangeoverError):
 
 
 def together(reasons: Sequence[Exception]) -> Exception:
-    """Return what is raised for several errors that were gathered: the one reason, or all in one sentence."""
+    """Return what is raised for several errors that were gathered: the one reason, or all in one sentence.
+
+    Args:
+        reasons: The errors, one at least.
+
+    Returns:
+        The error to raise.
+    """
     sentences = list(dict.fromkeys(map(sentence, reasons)))
     return reasons[0] if len(sentences) == 1 else CouldNotFinish("; ".join(sentences))
 
 
 def sentence(error: Exception) -> str:
-    """Return an error's sentence; that of somebody else's error may hold a row, so it is the name alone."""
+    """Return an error's sentence; that of somebody else's error may hold a row, so it is the name alone.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The sentence, or the class's name.
+    """
     return str(error) if isinstance(error, ChangeoverError) else type(error).__name__
 
 

@@ -15,7 +15,12 @@ VARIABLE = "CHANGEOVER_WAIT_AT"
 
 
 def reach(point: str, detail: object = "") -> None:
-    """Pass a named point (driver or task)."""
+    """Pass a named point (driver or task).
+
+    Args:
+        point: The point's name.
+        detail: What is told of it in the file, where the point is the chosen one.
+    """
     chosen, _, file = os.environ.get(VARIABLE, "").partition(":")
     if chosen != point:
         return

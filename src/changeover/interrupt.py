@@ -33,7 +33,14 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def asked_to_stop(stop: threading.Event) -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C or SIGTERM set `stop` while the block runs; yields what tells whether one came."""
+    """Let the first Ctrl-C or SIGTERM set `stop` while the block runs.
+
+    Args:
+        stop: The event that is set.
+
+    Yields:
+        What tells whether one came.
+    """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

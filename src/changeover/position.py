@@ -29,21 +29,50 @@ class Version(NamedTuple):
 
 
 def image_version(l0: int, epoch: int = 0) -> Version:
-    """Return v0, the version of every backfill image, given the slot's consistent point in bytes and the copy's epoch."""
+    """Return v0, the version of every backfill image, given the slot's consistent point in bytes and the copy's epoch.
+
+    Args:
+        l0: The slot's consistent point, an LSN in bytes.
+        epoch: The copy's epoch.
+
+    Returns:
+        The version.
+    """
     return Version(epoch, l0, DUAL_WRITE_ORDINAL)
 
 
 def epoch_floor(epoch: int) -> Version:
-    """Return the floor of a tenant from the switch to `epoch` on: below all of its versions, above all earlier ones."""
+    """Return the floor of a tenant from the switch to `epoch` on: below all of its versions, above all earlier ones.
+
+    Args:
+        epoch: The epoch that the switch began.
+
+    Returns:
+        The floor, a version that no row bears.
+    """
     return Version(epoch, ZERO_LSN, 0)
 
 
 def parse_lsn(text: str) -> int:
-    """Return the LSN in bytes from PostgreSQL's text form, such as ``16/B374D848``."""
+    """Return the LSN in bytes from PostgreSQL's text form, such as ``16/B374D848``.
+
+    Args:
+        text: The text, two hexadecimal numbers around a slash.
+
+    Returns:
+        The LSN in bytes.
+    """
     high, _, low = text.partition("/")
     return (int(high, 16) << 32) | int(low, 16)
 
 
 def format_lsn(lsn: int) -> str:
-    """Return PostgreSQL's text form of an LSN in bytes."""
+    """Return PostgreSQL's text form of an LSN in bytes.
+
+    Args:
+        lsn: The LSN in bytes.
+
+    Returns:
+        The text.
+    """
     return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"

@@ -23,7 +23,15 @@ class Secret:
     reference: str
 
     def resolve(self) -> str:
-        """Return the DSN; raises SecretMissing when the environment variable is not set, UsageError for what is no DSN."""
+        """Look the DSN up.
+
+        Returns:
+            The DSN, which may hold a password.
+
+        Raises:
+            SecretMissing: The environment variable is not set.
+            UsageError: Its value is no DSN.
+        """
         if not self.reference.startswith("env:"):
             return self.reference
         variable = self.reference.removeprefix("env:")
@@ -48,7 +56,19 @@ def dsn_problem(value: str) -> str | None:
 
 
 def secret(path: str, key: str, value: str) -> Secret:
-    """Return a DSN as a reference; raises SpecError for what is no DSN, and for a password that isn't in the environment."""
+    """Return a DSN as a reference.
+
+    Args:
+        path: The spec's path, for messages.
+        key: The key in the spec, for messages.
+        value: A DSN, or `env:NAME`.
+
+    Returns:
+        The reference, which is resolved when it is used.
+
+    Raises:
+        SpecError: The value is no DSN, or holds a password.
+    """
     if not value.startswith("env:"):
         if problem := dsn_problem(value):
             raise SpecError(path, key, problem)

@@ -37,17 +37,39 @@ CONNECT_TIMEOUT = 10
 
 
 def application_name(migration: str, step: str) -> str:
-    """Return the name that all sessions of a step bear in pg_stat_activity."""
+    """Return the name that all sessions of a step bear in pg_stat_activity.
+
+    Args:
+        migration: The migration's name.
+        step: The step.
+
+    Returns:
+        The name.
+    """
     return f"changeover:{migration}:{step}"
 
 
 def escaped(statement: sql.Composable) -> sql.SQL:
-    """Return composed SQL that gets parameters: psycopg takes a percent sign, in a name too, for the beginning of one."""
+    """Return composed SQL that gets parameters: psycopg takes a percent sign, in a name too, for the beginning of one.
+
+    Args:
+        statement: The SQL, which needs no connection to be written.
+
+    Returns:
+        The SQL, each percent sign doubled.
+    """
     return sql.SQL(statement.as_string(None).replace("%", "%%"))
 
 
 def server_name(dsn: str) -> str:
-    """Return host, port and database of a DSN for messages: never a user or a secret."""
+    """Return host, port and database of a DSN for messages: never a user or a secret.
+
+    Args:
+        dsn: The DSN.
+
+    Returns:
+        `host:port/database`, or the service's name.
+    """
     given = conninfo_to_dict(dsn)
     parts = {**_defaults(), **given}
     if parts.get("service") and not (given.get("host") or given.get("hostaddr")):
@@ -70,9 +92,21 @@ def connect(
     settings: Mapping[str, str] | None = None,
     kind: Kind = Kind.OURS,
 ) -> Connection:
-    """Open a pinned session; raises ServerUnavailable in one sentence (driver, task or application).
+    """Open a pinned session (driver, task or application).
 
-    `kind` says whose statements it runs: what is pinned goes by that.
+    Args:
+        dsn: The DSN.
+        application: The session's name in pg_stat_activity.
+        autocommit: Whether each statement is a transaction.
+        replication: Whether it speaks the replication protocol.
+        settings: What it sets besides what is pinned; these win.
+        kind: Whose statements it runs: what is pinned goes by that.
+
+    Returns:
+        The session; the caller closes it.
+
+    Raises:
+        ServerUnavailable: The server can't be reached, or refuses the session.
     """
     values = {**pins.pinned(kind), **(settings or {})}
     conninfo = make_conninfo(
@@ -98,7 +132,15 @@ def connect(
 
 
 def options_of(dsn: str, settings: Mapping[str, str]) -> str:
-    """Return the options of a session: ours come behind those of the DSN, and win."""
+    """Return the options of a session: ours come behind those of the DSN, and win.
+
+    Args:
+        dsn: The DSN.
+        settings: Our settings, by name.
+
+    Returns:
+        The text of libpq's `options`.
+    """
     given = _given_options(dsn)
     ours = " ".join(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in settings.items())
     return f"{given} {ours}" if given else ours
@@ -122,7 +164,15 @@ OURS_OR_FILES = frozenset(
 
 
 def settled(dsn: str, connection: Connection) -> str:
-    """Return the DSN of a session in words that mean the same elsewhere: tasks have not the driver's files and environment."""
+    """Return the DSN of a session in words that mean the same elsewhere: tasks have not the driver's files and environment.
+
+    Args:
+        dsn: The DSN by which the session was opened.
+        connection: A session with the server.
+
+    Returns:
+        The DSN, which holds the password.
+    """
     wire = connection.pgconn
     options = [option for option in wire.info if option.val and option.val != option.compiled]
     parameters = {option.keyword.decode(): option.val.decode() for option in options if option.val}
@@ -155,7 +205,19 @@ NO_POOLER = "name the server itself in the DSN, and no pooler that keeps setting
 
 @contextmanager
 def speaking_to(dsn: str, doing: str) -> Iterator[None]:
-    """Turn psycopg's errors into ours: a broken connection is not a refused statement."""
+    """Turn psycopg's errors into ours: a broken connection is not a refused statement.
+
+    Args:
+        dsn: The server's DSN.
+        doing: What the block does, for the message.
+
+    Raises:
+        ServerUnavailable: The connection broke.
+        LockNotGranted: A bounded wait for a lock ended.
+        RowsHidden: A policy would hide rows from our role.
+        TextRefused: The encoding has no place for a text.
+        DatabaseFailed: The server refused a statement.
+    """
     try:
         yield
     except psycopg.Error as error:
@@ -183,7 +245,14 @@ WHERE = re.compile(r"column \S+(?=:)|associated LSN \S+")
 
 
 def hides_rows(error: psycopg.Error) -> bool:
-    """Return whether the server refused a statement because a policy would have hidden rows, whatever language it speaks."""
+    """Return whether the server refused a statement because a policy would have hidden rows, whatever language it speaks.
+
+    Args:
+        error: The server's error.
+
+    Returns:
+        True for that refusal alone.
+    """
     return error.sqlstate == "42501" and error.diag.source_function == "check_enable_rls"
 
 
@@ -199,12 +268,26 @@ def _first_line(error: BaseException) -> str:
 
 
 def encoding_of(connection: Connection) -> str:
-    """Return a server's encoding."""
+    """Return a server's encoding.
+
+    Args:
+        connection: A session with the server.
+
+    Returns:
+        The encoding as PostgreSQL names it, or `unknown`.
+    """
     return connection.info.parameter_status("server_encoding") or "unknown"
 
 
 def has_no_encoding(connection: Connection) -> bool:
-    """Return whether a server takes any bytes as text."""
+    """Return whether a server takes any bytes as text.
+
+    Args:
+        connection: A session with the server.
+
+    Returns:
+        True for SQL_ASCII.
+    """
     return encoding_of(connection) == NO_ENCODING
 
 

@@ -171,7 +171,14 @@ LEFT: Mapping[str, tuple[str, ...]] = {
 
 
 def pinned(kind: Kind = Kind.OURS) -> dict[str, str]:
-    """Return what a session pins as it begins: all that every server knows."""
+    """Return what a session pins as it begins: all that every server knows.
+
+    Args:
+        kind: Whose statements the session runs.
+
+    Returns:
+        The settings' values by name.
+    """
     return {setting.name: setting.value for setting in PINNED if not setting.since and kind in setting.kinds}
 
 
@@ -181,22 +188,48 @@ def later(version: int, kind: Kind = Kind.OURS) -> dict[str, str]:
 
 
 def output() -> dict[str, str]:
-    """Return the settings by which carried values read as text."""
+    """Return the settings by which carried values read as text.
+
+    Returns:
+        The settings' values by name.
+    """
     return {setting.name: setting.value for setting in PINNED if setting.name in OUTPUT}
 
 
 def statements(settings: Mapping[str, str]) -> sql.Composed:
-    """Return SET statements for a session; lists are written as their parts."""
+    """Return SET statements for a session; lists are written as their parts.
+
+    Args:
+        settings: The values by name.
+
+    Returns:
+        One SET a setting, with semicolons between.
+    """
     return sql.SQL("; ").join(sql.SQL("SET {}").format(assignment(name, value)) for name, value in settings.items())
 
 
 def assignment(name: str, value: str) -> sql.Composed:
-    """Return `name TO value`, as SET and the SET of a function take it."""
+    """Return `name TO value`, as SET and the SET of a function take it.
+
+    Args:
+        name: The setting.
+        value: Its value; a list has commas between.
+
+    Returns:
+        The clause.
+    """
     return sql.SQL("{} TO {}").format(sql.Identifier(name), sql.SQL(", ").join(map(sql.Literal, value.split(", "))))
 
 
 def deviations(expected: Mapping[str, str]) -> sql.Composed:
-    """Return a query for the settings that a session has otherwise than wanted: name, value; whatever the search_path is."""
+    """Return a query for the settings that a session has otherwise than wanted: name, value; whatever the search_path is.
+
+    Args:
+        expected: The wanted values by name.
+
+    Returns:
+        The query.
+    """
     rows: Sequence[sql.Composed] = [
         sql.SQL("({}, {})").format(sql.Literal(name), sql.Literal(value)) for name, value in expected.items()
     ]
@@ -210,5 +243,12 @@ ASK = sql.SQL("SELECT format('%s %s', setting, unit) FROM pg_settings WHERE name
 
 
 def question(asked: Asked) -> sql.Composed:
-    """Return the query that has a row where a setting stands against the plan."""
+    """Return the query that has a row where a setting stands against the plan.
+
+    Args:
+        asked: The setting, and the condition that stands against the plan.
+
+    Returns:
+        The query, which has one row or none.
+    """
     return ASK.format(sql.Literal(asked.name), sql.SQL(asked.wrong))

@@ -29,7 +29,14 @@ NAMED = 5
 
 
 def describe(tenants: Tenants) -> str:
-    """Return tenants as a person reads them; of many, how many and the first few."""
+    """Return tenants as a person reads them; of many, how many and the first few.
+
+    Args:
+        tenants: The tenants.
+
+    Returns:
+        A part of a sentence.
+    """
     if tenants == EVERY:
         return "all rows"
     names, count = listed(sorted(tenants.names)), len(tenants.names)
@@ -38,5 +45,12 @@ def describe(tenants: Tenants) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first few names."""
+    """Return the first few names.
+
+    Args:
+        names: The tenants' names.
+
+    Returns:
+        NAMED of them at most, with commas between.
+    """
     return ", ".join([*names[:NAMED], *(["…"] if len(names) > NAMED else [])])

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from changeover import api
 from changeover.cli.main import main
+from tests.support.docstrings import sections
 
 FUNCTIONS = {
     name: value for name in api.__all__ if inspect.isfunction(value := getattr(api, name)) and value.__module__ == api.__name__
 }
 
 
-def sections(function: Callable[..., Any]) -> dict[str, list[str]]:
-    """Return the sections of a docstring, each with the names or the first words of its entries."""
-    text = inspect.getdoc(function) or ""
-    parts = re.split(r"^(Args|Returns|Raises):\n", text, flags=re.M)
-    return {name: re.findall(r"^    (\w[\w.*]*)", body, flags=re.M) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+def said(name: str) -> dict[str, list[str]]:
+    """Return the sections of a function's docstring, each with the names or the first words of its entries."""
+    return sections(inspect.getdoc(FUNCTIONS[name]))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_argument_is_described_in_its_order(name: str) -> None:
-    assert sections(FUNCTIONS[name]).get("Args", []) == list(inspect.signature(FUNCTIONS[name]).parameters)
+    assert said(name).get("Args", []) == list(inspect.signature(FUNCTIONS[name]).parameters)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_is_returned_and_raised_is_described(name: str) -> None:
     returns = inspect.signature(FUNCTIONS[name]).return_annotation != "None"
-    assert ("Returns" in sections(FUNCTIONS[name])) is returns
-    assert sections(FUNCTIONS[name]).get("Raises") or name in ("plan", "problems"), "these two ask nobody"
+    assert ("Returns" in said(name)) is returns
+    assert said(name).get("Raises") or name in ("plan", "problems"), "these two ask nobody"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -43,7 +40,7 @@ def test_where_it_runs_is_said(name: str) -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_an_error_that_is_named_is_there(name: str) -> None:
-    named = sections(FUNCTIONS[name]).get("Raises", [])
+    named = said(name).get("Raises", [])
     known = {*vars(__import__("changeover.errors").errors), "ValueError", "OSError"}
     assert not set(named) - known
 

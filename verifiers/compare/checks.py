@@ -24,7 +24,20 @@ EXACT = decimal.Context(prec=decimal.MAX_PREC, Emax=decimal.MAX_EMAX, Emin=decim
 
 
 def run(table: str, checks: Sequence[Check], old: Frozen, new: Frozen) -> list[CheckResult]:
-    """Run every check of a table on both frozen sides (driver); raises CouldNotCheck where a query fails."""
+    """Run every check of a table on both frozen sides (driver).
+
+    Args:
+        table: The table, for messages.
+        checks: The spec's checks of it.
+        old: The source, frozen.
+        new: The target, frozen.
+
+    Returns:
+        One result a check, in their order.
+
+    Raises:
+        CouldNotCheck: A query fails.
+    """
     return [_compare(check, _rows(table, check, "source", old), _rows(table, check, "target", new)) for check in checks]
 
 

@@ -101,7 +101,18 @@ def require_complete(tallies: Sequence[Tally], rows_read: Sequence[int], *, tabl
 def require_read(frame: DataFrame, ranges: int, *, table: str, side: str, empty: bool) -> None:
     """Prove that every range of a side is read to its end, and with `empty` that no row is in any of them (driver).
 
-    The partition i of the frame is range i; a store without an order of keys has one range in any number of partitions.
+    The partition i of the frame is range i; a store without an order of keys has one range in any
+    number of partitions.
+
+    Args:
+        frame: A side's frame.
+        ranges: How many ranges were planned.
+        table: The table, for messages.
+        side: `source` or `target`, for messages.
+        empty: Whether the side gave no row at first.
+
+    Raises:
+        CouldNotCheck: A range is not read to its end, or an empty side has rows.
     """
     read = _read_to_end(frame)
     if ranges > 1 and sorted(read) != list(range(ranges)):

@@ -91,12 +91,30 @@ def compare(
 ) -> TableDiff:
     """Compare two frames of the same columns and types, each with `RANGE`; reads each side once (driver).
 
-    `pg_types` names PostgreSQL's type of a column, for those that travel as text. `target_ranges` are the target's own
-    where it was not read in the source's ranges; a store without an order of keys has one infinite range. At most
-    `limit` rows that differ are kept in the Delta table `differences`, made where it is not there yet, under `run`, with the
-    names of `sensitive` columns.
-    Two empty sides are equal, which says no more than that both frames gave no row (`coverage.require_read`). Raises
-    CouldNotCheck when the sides have not the same columns, or when the counts do not add up.
+    Two empty sides are equal, which says no more than that both frames gave no row
+    (`coverage.require_read`).
+
+    Args:
+        source: The source's frame.
+        target: The target's frame.
+        table: The table, for messages.
+        store: The target's name.
+        key: The key's columns.
+        pg_types: PostgreSQL's type of a column, for those that travel as text.
+        ranges: The ranges in which the source was read.
+        differences: The folder of a Delta table for the rows that differ; made where it is not
+            there.
+        run: The run's name, under which they are kept.
+        target_ranges: The target's own ranges; None where it was read in the source's. A store
+            without an order of keys has one infinite range.
+        limit: How many rows that differ are kept at most.
+        sensitive: The columns whose values nobody is shown; their names are kept beside the rows.
+
+    Returns:
+        Counts by class, by column and by range, and a sample.
+
+    Raises:
+        CouldNotCheck: The sides have not the same columns, or the counts do not add up.
     """
     started = time.monotonic()
     fields = shared_fields(source, target, table, key, pg_types)
@@ -183,7 +201,21 @@ def _found(
 def shared_fields(
     source: DataFrame, target: DataFrame, table: str, key: Sequence[str], pg_types: Mapping[str, str]
 ) -> tuple[Field, ...]:
-    """Return the columns of both frames; raises CouldNotCheck where the two have not the same ones (driver)."""
+    """Return the columns of both frames (driver).
+
+    Args:
+        source: The source's frame.
+        target: The target's frame.
+        table: The table, for messages.
+        key: The key's columns.
+        pg_types: PostgreSQL's type of a column, for those that travel as text.
+
+    Returns:
+        The columns, without `RANGE` and `CUT`, in the source's order.
+
+    Raises:
+        CouldNotCheck: The two have not the same columns and types, or there is no key.
+    """
     left, right = dict(source.dtypes), dict(target.dtypes)
     for name in [*left, *right]:
         if name != CUT and left.get(name) != right.get(name):
@@ -202,7 +234,17 @@ def shared_fields(
 def classified(source: DataFrame, target: DataFrame, fields: Sequence[Field], partitions: int) -> DataFrame:
     """Return one row for each pair and each unpaired row: its class, its ranges, and if it differs its values (lazy).
 
-    Keys meet as Spark groups them, null-safe, so that a NULL in a key or a zero's sign is compared like any value.
+    Keys meet as Spark groups them, null-safe, so that a NULL in a key or a zero's sign is compared
+    like any value.
+
+    Args:
+        source: The source's frame.
+        target: The target's frame.
+        fields: The columns that are compared.
+        partitions: Into how many partitions the rows go at least.
+
+    Returns:
+        The frame; nothing is read yet.
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as F

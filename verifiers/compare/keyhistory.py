@@ -53,7 +53,17 @@ class History:
         self.until = since
 
     def changes(self, keys: Sequence[Key]) -> Iterator[KeyChange]:
-        """Yield what came since the last call, of some target keys; what a replay brings that begins afterwards comes whole."""
+        """Yield what came since the last call, of some target keys; what a replay brings that begins afterwards comes whole.
+
+        Args:
+            keys: The target keys, their values as texts.
+
+        Yields:
+            A key and its row, which a delete has none of; None for changes that it can't tell.
+
+        Raises:
+            FolderFailed: The spool can't be read.
+        """
         transform = self.transform
         if transform.target.owned or transform.casts or transform.table.function is not None:
             return

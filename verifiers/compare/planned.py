@@ -12,7 +12,16 @@ from changeover.verifiers.compare.verdict import TypeDifference
 
 
 def changed_types(side: str, planned: Mapping[str, str], looks: Sequence[Mapping[str, str]]) -> list[TypeDifference]:
-    """Return the columns that had another type than planned in any of the looks at a table, or were not there."""
+    """Return the columns that had another type than planned in any of the looks at a table, or were not there.
+
+    Args:
+        side: `source` or `target`.
+        planned: The planned type of each column.
+        looks: The types that each look saw, by column.
+
+    Returns:
+        One difference a column.
+    """
     return [
         TypeDifference(side, name, kind, others[0])
         for name, kind in planned.items()

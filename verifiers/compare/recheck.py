@@ -77,13 +77,28 @@ class Trail:
 
 
 def dual_written(ledger: Ledger, changes: Sequence[Authority]) -> bool:
-    """Return whether any application has written to both stores: a router beyond off, or authority that moved."""
+    """Return whether any application has written to both stores: a router beyond off, or authority that moved.
+
+    Args:
+        ledger: The migration's ledger.
+        changes: The moves of authority.
+
+    Returns:
+        True where both may have been written.
+    """
     begun = ledger.stream("verify").epoch
     return any(change.epoch > begun for change in changes) or any(beat.stage != "off" for beat in ledger.heartbeats())
 
 
 def last_stage(ledger: Ledger) -> str | None:
-    """Return the stage of the router that was heard last, None without any."""
+    """Return the stage of the router that was heard last, None without any.
+
+    Args:
+        ledger: The migration's ledger.
+
+    Returns:
+        The stage's name, or None.
+    """
     beats = ledger.heartbeats()
     return max(beats, key=lambda beat: beat.at).stage if beats else None
 
@@ -94,10 +109,22 @@ def judge(
 ) -> tuple[TableDiff, Recheck]:  # fmt: skip
     """Return the diff with the keys left out that were in flight (driver).
 
-    `source` and `target` read the present rows of some target keys, and `history` what the source's
-    stream has of them. `between` is called before each round, to let changes through. `pg_types`
-    are those that the comparison went by. Raises CouldNotCheck when more keys differ than are
-    judged again, and when none is left but those that never stood still.
+    Args:
+        diff: What the comparison found.
+        differences: The Delta table of the rows that differ.
+        run: The run's name there.
+        pg_types: PostgreSQL's types that the comparison went by.
+        source: What reads the source's present rows of some target keys.
+        target: What reads the target's present rows of them.
+        history: What the source's stream has of them.
+        between: What is called before each round, to let changes through.
+
+    Returns:
+        The diff without the keys in flight, and how many they were.
+
+    Raises:
+        CouldNotCheck: More keys differ than are judged again, or only those are left that never
+            stood still.
     """
     rows = _rows(differences, run)
     keys = sorted({_key(row, diff.key) for row in rows if row["class"] != CANONICALISATION})
@@ -199,7 +226,16 @@ def images(frame: DataFrame, names: Sequence[str], key: Sequence[str]) -> dict[K
 
 
 def only(rows: DataFrame, names: Sequence[str], keys: Sequence[Key]) -> DataFrame:
-    """Return the rows of some target keys."""
+    """Return the rows of some target keys (driver).
+
+    Args:
+        rows: The rows.
+        names: The key's columns.
+        keys: The keys, their values as texts.
+
+    Returns:
+        A frame of the same columns.
+    """
     from pyspark.sql import functions as F
 
     types = dict(rows.dtypes)

@@ -36,12 +36,28 @@ class Split:
         return epochs.at(self.changes, NEW) is not None
 
     def require_unmoved(self, ledger: Ledger, source: str) -> None:
-        """Raise CouldNotCheck where authority has moved since it was looked up; it can't while the leases are held."""
+        """Raise CouldNotCheck where authority has moved since it was looked up; it can't while the leases are held.
+
+        Args:
+            ledger: The migration's ledger.
+            source: The source table, for the message.
+
+        Raises:
+            CouldNotCheck: Authority has moved.
+        """
         if ledger.authorities() != self.changes:
             raise CouldNotCheck(source, "authority moved while the verification began: run it again")
 
     def require_reverse(self, ledger: Ledger, source: str) -> None:
-        """Raise CouldNotCheck where the old store does not get what is written to the new one, while it gets some itself."""
+        """Raise CouldNotCheck where the old store does not get what is written to the new one, while it gets some itself.
+
+        Args:
+            ledger: The migration's ledger.
+            source: The source table, for the message.
+
+        Raises:
+            CouldNotCheck: The reverse path does not follow.
+        """
         gone = epochs.at(self.changes, NEW)
         if gone is not None and (lacking := reverse.whole(ledger)) is not None:
             problem = f"{describe(gone)}: the new store has authority, and the old one, held against it, does not follow"

@@ -31,6 +31,16 @@ def rows(
     Where both sides are `aligned` at one position of the new store's stream, only those are left
     out which a mirrored write has brought there ahead of it. What the stream has brought bears its
     event's position, which is no direct write's.
+
+    Args:
+        spark: The Spark session.
+        transform: The table's transform.
+        old: The old store, frozen.
+        frames: The source's and the target's frame.
+        aligned: Whether both sides are at one position of the new store's stream.
+
+    Returns:
+        Both frames, without those keys.
     """
     gated = GatedTable(*transform.table.source_name, tuple(c.name for c in transform.identity), ())
     texts = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in gated.key)

@@ -191,7 +191,19 @@ class Verdict:
     ) -> Verdict:  # fmt: skip
         """Bind what a comparison found to its moment.
 
-        What `mask` hides is in no sample, no bound of a range, and no answer of a check.
+        Args:
+            diff: What the comparison found.
+            run: The run's name.
+            positions: The source's LSN in bytes, and the target's position as text.
+            checked_at: When it was, in ISO 8601.
+            seconds: How long it took.
+            checks: The checks' results.
+            recheck: What came of keys that were in flight.
+            mask: What it hides is in no sample, no bound of a range, and no answer of a check.
+            types: The columns of another type than planned.
+
+        Returns:
+            The verdict.
         """
         shown_checks = tuple(replace(check, first_difference=None) if mask.bounds else check for check in checks)
         return cls(
@@ -226,11 +238,19 @@ class Verdict:
         return self.kept < self.found
 
     def to_json(self) -> str:
-        """Return the verdict as a JSON object, what it says in one word included."""
+        """Return the verdict as a JSON object, what it says in one word included.
+
+        Returns:
+            The JSON, on one line.
+        """
         return json.dumps(self.document(), ensure_ascii=False)
 
     def document(self) -> dict[str, Any]:
-        """Return what `to_json` writes, as plain dicts and lists."""
+        """Return what `to_json` writes, as plain dicts and lists.
+
+        Returns:
+            The object, as `json.dumps` takes it.
+        """
         return {
             "verdict": self.word,
             "canonicalisation_note": self.canonicalisation_note,
@@ -248,7 +268,14 @@ class Verdict:
 
     @classmethod
     def from_json(cls, text: str) -> Verdict:
-        """Return the verdict that `to_json` wrote."""
+        """Return the verdict that `to_json` wrote.
+
+        Args:
+            text: The JSON.
+
+        Returns:
+            The verdict.
+        """
         given = json.loads(text)
         derived = ("verdict", "canonicalisation_note", "source_position")
         plain = {name: value for name, value in given.items() if name not in derived}

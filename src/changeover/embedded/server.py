@@ -72,8 +72,17 @@ class EmbeddedServer:
     def start(cls, root: Path, *, settings: Mapping[str, str] | None = None, bin_dir: Path | None = None) -> Self:
         """Make a server in `root` (a folder for it alone, made here) and start it, or start the one that stopped there.
 
-        Raises EmbeddedServerFailed where one runs there already, where `root` holds anything else, or where
-        the unprivileged user can't reach it.
+        Args:
+            root: The server's folder.
+            settings: Settings of the server, as postgresql.conf has them; they win over ours.
+            bin_dir: The folder of the programs; None looks for one.
+
+        Returns:
+            The running server.
+
+        Raises:
+            EmbeddedServerFailed: One runs there, `root` holds anything else or is out of reach, or
+                it does not start.
         """
         root = root.absolute()
         account = server_account()
@@ -93,7 +102,17 @@ class EmbeddedServer:
 
     @classmethod
     def attach(cls, root: Path) -> Self:
-        """Return the server that lives in `root`, running or not: also one whose parent was killed."""
+        """Return the server that lives in `root`, running or not: also one whose parent was killed.
+
+        Args:
+            root: The server's folder.
+
+        Returns:
+            The server.
+
+        Raises:
+            EmbeddedServerFailed: No server lives there.
+        """
         root = root.absolute()
         try:
             return cls(root, State(**json.loads(_state_path(root).read_text())))
@@ -131,11 +150,29 @@ class EmbeddedServer:
         return self.pid is not None
 
     def dsn(self, database: str = "postgres") -> str:
-        """Return the DSN of the superuser; it carries the password, so keep it out of logs and arguments."""
+        """Return the DSN of the superuser; it carries the password, so keep it out of logs and arguments.
+
+        Args:
+            database: The database's name.
+
+        Returns:
+            The DSN, on this machine alone.
+        """
         return make_conninfo(host=LOOPBACK, port=self.port, user=SUPERUSER, password=self._state.password, dbname=database)
 
     def create_database(self, name: str) -> str:
-        """Create a database and return its DSN."""
+        """Create a database and return its DSN.
+
+        Args:
+            name: The database's name.
+
+        Returns:
+            The DSN of the superuser there.
+
+        Raises:
+            DatabaseFailed: The server refuses, as where it is there already.
+            ServerUnavailable: The server can't be reached.
+        """
         admin = self.dsn()
         with (
             connect(admin, application_name("embedded", "admin")) as connection,
@@ -145,7 +182,14 @@ class EmbeddedServer:
         return self.dsn(name)
 
     def stop(self, *, immediate: bool = False) -> None:
-        """Stop the server and wait for its end; does nothing where it does not run. The folder stays."""
+        """Stop the server and wait for its end; does nothing where it does not run. The folder stays.
+
+        Args:
+            immediate: Whether it stops without a checkpoint.
+
+        Raises:
+            EmbeddedServerFailed: It did not stop in time.
+        """
         if self.running:
             mode = "immediate" if immediate else "fast"
             stopped = self._pg_ctl("stop", "-w", "-t", str(STOP_WITHIN), "-m", mode)
@@ -154,7 +198,14 @@ class EmbeddedServer:
         self._save(self.port)
 
     def restart(self, *, immediate: bool = True) -> None:
-        """Stop and start on the same port, `immediate` without a checkpoint: connections break, WAL is recovered."""
+        """Stop and start on the same port, `immediate` without a checkpoint: connections break, WAL is recovered.
+
+        Args:
+            immediate: Whether it stops without a checkpoint.
+
+        Raises:
+            EmbeddedServerFailed: It did not stop in time, or does not start.
+        """
         self.stop(immediate=immediate)
         self._launch(fixed_port=True)
 

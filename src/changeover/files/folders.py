@@ -33,19 +33,38 @@ def made(path: Path, mode: int) -> Path:
 
 
 def work(spec: Spec, *parts: str) -> Path:
-    """Return a folder inside the work folder, both made where they are not there yet."""
+    """Return a folder inside the work folder, both made where they are not there yet.
+
+    Args:
+        spec: The migration's spec.
+        *parts: The folder's path inside the work folder, a name each.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: The folder can't be made.
+    """
     return made(made(spec.work, spec.mode).joinpath(*parts), spec.mode)
 
 
 def umask() -> int:
-    """Return this process's umask, which can only be read by setting it."""
+    """Return this process's umask, which can only be read by setting it.
+
+    Returns:
+        The mask, as `os.umask` takes it.
+    """
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def keep_private(spec: Spec) -> None:
-    """Have every file that this process or a child of it makes from now on be as private as the spec says (a command)."""
+    """Have every file that this process or a child of it makes from now on be as private as the spec says (a command).
+
+    Args:
+        spec: The migration's spec.
+    """
     os.umask(0o777 & ~spec.mode)
 
 

@@ -65,7 +65,17 @@ class JsonLine(Line):
 def log_file(spec: Spec, step: str, debug: bool = False, stream: str | None = None) -> Iterator[Path | None]:
     """Log this run into a file of its own under the work folder, and with `stream` to standard error, as text or as JSON.
 
-    Raises FolderFailed where there can be no file, unless there is a stream; then None is yielded.
+    Args:
+        spec: The migration's spec.
+        step: The step, which names the file.
+        debug: Whether messages at debug level are logged too.
+        stream: `text` or `json` for standard error besides; None leaves it alone.
+
+    Yields:
+        The file; None where there can be none and there is a stream.
+
+    Raises:
+        FolderFailed: There can be no file, and there is no stream.
     """
     handlers: list[logging.Handler] = []
     path = None

@@ -32,7 +32,14 @@ IN_JAVA = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT
 
 
 def trouble(error: BaseException) -> str | None:
-    """Return what the system said of a folder, None for an error of another kind (pure)."""
+    """Return what the system said of a folder, None for an error of another kind (pure).
+
+    Args:
+        error: The error.
+
+    Returns:
+        The system's message, or None.
+    """
     number = error.errno if isinstance(error, OSError) else None
     if number is None and isinstance(error, OSError | DeltaError):
         match = TOLD.search(str(error))
@@ -41,13 +48,27 @@ def trouble(error: BaseException) -> str | None:
 
 
 def trouble_in(text: str) -> str | None:
-    """Return what the system said of a folder in a text of the JVM's (pure)."""
+    """Return what the system said of a folder in a text of the JVM's (pure).
+
+    Args:
+        text: What the JVM said.
+
+    Returns:
+        The system's message, or None.
+    """
     return next((message for message in IN_JAVA if message in text), None)
 
 
 @contextmanager
 def working(folder: Path | str) -> Iterator[None]:
-    """Turn what goes wrong with a folder while the block works there into FolderFailed."""
+    """Turn what goes wrong with a folder while the block works there into FolderFailed.
+
+    Args:
+        folder: The folder that the block works in.
+
+    Raises:
+        FolderFailed: The folder is full, read-only, gone or not ours.
+    """
     try:
         yield
     except (OSError, DeltaError) as error:

@@ -78,7 +78,15 @@ class Answer:
 
 @contextmanager
 def from_spark(table: str, location: str) -> Iterator[None]:
-    """Turn errors of Spark actions into ours (driver)."""
+    """Turn errors of Spark actions into ours (driver).
+
+    Args:
+        table: The table, for the message.
+        location: Where it is read or written, for the message.
+
+    Raises:
+        ChangeoverError: An action failed, as `as_ours` tells it.
+    """
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
@@ -89,7 +97,16 @@ def from_spark(table: str, location: str) -> Iterator[None]:
 
 
 def as_ours(error: Any, table: str, location: str) -> ChangeoverError:
-    """Return an error of Spark's, or of the bridge to it, as ours (driver)."""
+    """Return an error of Spark's, or of the bridge to it, as ours (driver).
+
+    Args:
+        error: What pyspark or py4j raised.
+        table: The table, for the message.
+        location: Where it is read or written, for the message.
+
+    Returns:
+        Our error, not yet raised.
+    """
     below = list(_causes(error))
     answer = next((_answer(cause) for cause in below if cause.getClass().getName() == EXCEPTION), None)
     return translated("\n".join((str(error), *(str(cause.toString()) for cause in below))), table, location, answer)
@@ -173,12 +190,26 @@ def _told(text: str, table: str, location: str) -> ChangeoverError | None:
 
 
 def failure_of(error: ChangeoverError) -> bytes:
-    """Return an error as bytes that a task can yield (task)."""
+    """Return an error as bytes that a task can yield (task).
+
+    Args:
+        error: The error.
+
+    Returns:
+        The bytes, which `raise_failures` reads.
+    """
     return pickle.dumps(error)
 
 
 def raise_failures(failures: Iterable[bytes | bytearray | None]) -> None:
-    """Raise the first error that a task yielded (driver)."""
+    """Raise the first error that a task yielded (driver).
+
+    Args:
+        failures: What each task yielded, None where it went well.
+
+    Raises:
+        ChangeoverError: The error of the first task that failed.
+    """
     for failure in failures:
         if failure is not None:
             error = pickle.loads(bytes(failure))

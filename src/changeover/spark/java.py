@@ -50,7 +50,14 @@ def find(environ: Mapping[str, str] | None = None, search_root: Path = SEARCH_RO
 
 
 def require() -> Path:
-    """Point Spark's launcher at a fitting Java: set JAVA_HOME of this process and return it (driver, before Spark)."""
+    """Point Spark's launcher at a fitting Java: set JAVA_HOME of this process and return it (driver, before Spark).
+
+    Returns:
+        JAVA_HOME.
+
+    Raises:
+        JavaMissing: No fitting Java is there.
+    """
     home = find()
     os.environ["JAVA_HOME"] = str(home)
     return home

@@ -42,7 +42,16 @@ FROM_JDBC = (*FROM_ENVIRONMENT, "extra_float_digits")
 def options(dsn: str, application: str) -> dict[str, str]:
     """Return Spark's JDBC options for a DSN of psycopg (driver).
 
-    Raises ServerUnavailable, and UsageError for what Java can't be told.
+    Args:
+        dsn: The DSN.
+        application: The session's name in pg_stat_activity.
+
+    Returns:
+        The options, which hold the password.
+
+    Raises:
+        ServerUnavailable: The server can't be reached.
+        UsageError: The DSN has what Java can't be told.
     """
     with closing(connect(dsn, application)) as session:
         wire = session.pgconn
@@ -145,7 +154,12 @@ def _pinned() -> dict[str, str]:
 def start(transaction: sql.Composable) -> sql.Composed:
     """Return the statements with which a JDBC session begins: it pins what the driver sets, begins, and looks that all holds.
 
-    `transaction` makes the transaction what it is; it comes before anything that takes a snapshot.
+    Args:
+        transaction: What makes the transaction what it is; it comes before anything that takes a
+            snapshot.
+
+    Returns:
+        The statements, with semicolons between.
     """
     first = _pinned()
     late = sql.SQL(" ").join(

@@ -63,8 +63,22 @@ def spark_session(
 ) -> SparkSession:
     """Return a Spark session with Delta and the pinned settings (driver).
 
-    What Spark spills, which are rows, goes to the folder `scratch`, else to where Spark's own default is.
-    Under spark-submit the cluster's master and memory win; the SQL settings that correctness needs are set in any case.
+    What Spark spills, which are rows, goes to the folder `scratch`, else to where Spark's own
+    default is. Under spark-submit the cluster's master and memory win; the SQL settings that
+    correctness needs are set in any case.
+
+    Args:
+        app_name: The application's name.
+        cores: On how many cores a session of our own runs; None takes all.
+        memory: The driver's memory, as Spark reads it.
+        shuffle_partitions: Into how many partitions a shuffle goes.
+        scratch: The folder for what Spark spills.
+
+    Returns:
+        The session, which may have been there before.
+
+    Raises:
+        JavaMissing: No fitting Java is there.
     """
     from pyspark import SparkContext
     from pyspark.logger import PySparkLogger

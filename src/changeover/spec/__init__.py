@@ -140,7 +140,17 @@ class Spec:
         return f"changeover_{self.name}"
 
     def table(self, name: str) -> Table:
-        """Return the table whose source or target bears the name."""
+        """Return the table whose source or target bears the name.
+
+        Args:
+            name: The source's name, with its schema or without, or the target's.
+
+        Returns:
+            The table.
+
+        Raises:
+            SpecError: No table bears the name.
+        """
         for table in self.tables:
             if name in (table.source, table.target, table.source_relation, table.source_name[1]):
                 return table
@@ -148,7 +158,17 @@ class Spec:
 
 
 def load(path: str | Path) -> Spec:
-    """Read a spec file; raises SpecError, naming the line or key."""
+    """Read a spec file.
+
+    Args:
+        path: The spec's file.
+
+    Returns:
+        The spec, every key checked; no secret is resolved.
+
+    Raises:
+        SpecError: The file can't be read, or a line or key of it is wrong, which is named.
+    """
     text_path = str(path)
     try:
         document = tomllib.loads(Path(path).read_text(encoding="utf-8"))

@@ -21,6 +21,9 @@ OUTCOME = "offered bigint, taken bigint, failure binary"
 def partition() -> int:
     """Return the number of the partition that this task works on (task).
 
+    Returns:
+        The number, from 0.
+
     Raises:
         CouldNotFinish: No Spark task is running here.
     """

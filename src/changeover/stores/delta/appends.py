@@ -51,7 +51,14 @@ def marks(own: Collection[str]) -> tuple[str, str]:
 
 
 def marks_among(columns: Collection[str]) -> tuple[str, str] | None:
-    """Return what our columns are called among all of a table's, None where they are not there (pure)."""
+    """Return what our columns are called among all of a table's, None where they are not there (pure).
+
+    Args:
+        columns: All columns' names.
+
+    Returns:
+        Both names, or None.
+    """
     return next((pair for pair in (APART, MARKS) if set(pair) <= set(columns)), None)
 
 

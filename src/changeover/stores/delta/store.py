@@ -114,7 +114,14 @@ class DeltaStore:
         self.floors: dict[str, Version] = {}
 
     def path(self, name: str) -> Path:
-        """Return the folder of a table."""
+        """Return the folder of a table.
+
+        Args:
+            name: The table, as schema.table.
+
+        Returns:
+            The folder, whether it is there or not.
+        """
         return self.folder / segment(name)
 
     def columns(self, schema: str, name: str) -> tuple[Column, ...] | None:

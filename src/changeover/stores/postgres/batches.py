@@ -45,7 +45,14 @@ def change_columns(table: GatedTable) -> tuple[str, ...]:
 def prepare_batch(cursor: psycopg.Cursor[Any], table: GatedTable, versions: bool, *, keep: bool = False) -> None:
     """Create the session's batch table: the table's columns, with versions in front for changes.
 
-    It lasts for this transaction, or where it is kept as long as the session, for a transaction that may have to be repeated.
+    It lasts for this transaction, or where it is kept as long as the session, for a transaction
+    that may have to be repeated.
+
+    Args:
+        cursor: A cursor in the caller's transaction (task or driver).
+        table: The gated table.
+        versions: Whether the batch holds changes, which bear versions; images do not.
+        keep: Whether it lasts as long as the session.
     """
     cursor.execute(
         sql.SQL(
@@ -80,6 +87,17 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     With `reached` the batch has every change up to that version that was not offered before, and
     the position is the gate (`statements.CATCH_UP`). Where another session holds the table's lock,
     each key's version is, as always.
+
+    Args:
+        cursor: A cursor in the caller's transaction (task or driver).
+        table: The gated table.
+        reached: Up to which version the batch has every change; None promises nothing.
+
+    Returns:
+        How many rows were offered, taken and refused.
+
+    Raises:
+        RowRefused: Two rows meet in one key of the target.
     """
     offered = one_row(cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)))
     if table.loose:
@@ -176,6 +194,16 @@ def load_batch(cursor: psycopg.Cursor[Any], table: GatedTable) -> Counts:
     """Insert the batch table's images where no cell is, in the caller's transaction; count those that a tombstone refused.
 
     The chunk's mark, the last part of `statements.LOAD`, is the caller's, in the same transaction.
+
+    Args:
+        cursor: A cursor in the caller's transaction (task or driver).
+        table: The gated table.
+
+    Returns:
+        How many rows were offered, taken and refused.
+
+    Raises:
+        RowRefused: Two rows meet in one key of the target.
     """
     cursor.execute(MARK, [OURS, "images"])
     cursor.execute(GATE_EPOCH, [table.target])

@@ -72,7 +72,16 @@ def ours(kind: str, schema: str, name: str) -> sql.Identifier:
 
 
 def our_name(kind: str, schema: str, name: str) -> str:
-    """Return its name there: that of schema and table, where too long cut and told apart by a hash."""
+    """Return its name there: that of schema and table, where too long cut and told apart by a hash.
+
+    Args:
+        kind: What it is, such as `versions`.
+        schema: The table's schema.
+        name: The table's name.
+
+    Returns:
+        The name, of NAME_BYTES bytes at most.
+    """
     whole = f"{kind}_{joined(schema, name)}"
     if len(whole.encode()) > NAME_BYTES:
         mark = hashlib.sha256(whole.encode()).hexdigest()[:10]
@@ -126,12 +135,28 @@ class GatedTable:
         return sql.SQL("pg_catalog.hashtext('changeover.gate'), pg_catalog.hashtext({})").format(sql.Literal(self.target))
 
     def list(self, names: Sequence[str], prefix: str = "") -> sql.Composed:
-        """Return the columns as a list, each behind a table alias if given."""
+        """Return the columns as a list, each behind a table alias if given.
+
+        Args:
+            names: The columns' names.
+            prefix: The alias; empty for none.
+
+        Returns:
+            The list, with commas between.
+        """
         parts = [sql.Identifier(prefix, name) if prefix else sql.Identifier(name) for name in names]
         return sql.SQL(", ").join(parts)
 
     def same_key(self, left: str, right: str) -> sql.Composed:
-        """Return the condition that two aliases have the same key."""
+        """Return the condition that two aliases have the same key.
+
+        Args:
+            left: One alias.
+            right: The other alias.
+
+        Returns:
+            The condition.
+        """
         return sql.SQL(" AND ").join(
             sql.SQL("{} OPERATOR(pg_catalog.=) {}").format(sql.Identifier(left, name), sql.Identifier(right, name))
             for name in self.key
@@ -140,7 +165,14 @@ class GatedTable:
     # -- the gate's statements; `source` yields the version's columns and the table's own
 
     def touch(self, source: sql.Composable) -> sql.Composed:
-        """Statement 2: the versions that win, recorded; rows locked in key order, so that two batches can't deadlock."""
+        """Statement 2: the versions that win, recorded; rows locked in key order, so that two batches can't deadlock.
+
+        Args:
+            source: The table or query of the changes.
+
+        Returns:
+            The statement.
+        """
         return sql.SQL(
             "INSERT INTO {row_versions} AS t ({key}, {names}) SELECT {b_key}, {b_names} FROM {source} AS b, changeover.gate AS g"
             " WHERE g.target OPERATOR(pg_catalog.=) {target} AND {b} OPERATOR(pg_catalog.>) (g.epoch, g.lsn, g.ordinal)"
@@ -152,7 +184,14 @@ class GatedTable:
         )  # fmt: skip
 
     def delete(self, source: sql.Composable) -> sql.Composed:
-        """Statement 3: the winners that are deletes."""
+        """Statement 3: the winners that are deletes.
+
+        Args:
+            source: The table or query of the winners.
+
+        Returns:
+            The statement.
+        """
         return sql.SQL("DELETE FROM {table} AS t USING {source} AS b WHERE b._changeover_deleted AND {same}").format(
             table=self.table, source=source, same=self.same_key("t", "b")
         )
@@ -163,6 +202,12 @@ class GatedTable:
         A key column stays out of SET unless its notation may differ: it would be locked against
         foreign keys. One that is GENERATED ALWAYS, which is never of such a type, takes no value
         there.
+
+        Args:
+            source: The table or query of the winners.
+
+        Returns:
+            The statement.
         """
         rest = [name for name in self.columns if name not in self.key or name in self.loose]
         action = sql.SQL("DO UPDATE SET {}").format(_excluded(rest)) if rest else sql.SQL("DO NOTHING")
@@ -259,7 +304,15 @@ def installed(connection: Connection, table: GatedTable) -> bool:
 
 
 def install_gate(connection: Connection, schema: str, name: str, key: Sequence[str], image: Version) -> None:
-    """Install the gate on an existing table, whose columns are read from the catalogue."""
+    """Install the gate on an existing table, whose columns are read from the catalogue.
+
+    Args:
+        connection: A session with the store.
+        schema: The table's schema.
+        name: The table's name.
+        key: The columns of its key.
+        image: The version that backfill images bear.
+    """
     install(connection, gated(connection, schema, name, key), image)
 
 
@@ -417,6 +470,9 @@ def raise_floor(connection: Connection, table: GatedTable, floor: Version) -> Ve
 
     Returns:
         The floor that stands then.
+
+    Raises:
+        CouldNotFinish: The table has no gate.
     """
     row = connection.execute(
         "UPDATE changeover.gate SET (epoch, lsn, ordinal) = (SELECT g.epoch, g.lsn, g.ordinal FROM (VALUES (epoch, lsn, ordinal),"

@@ -218,7 +218,11 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
 
 
 def drop_empty_schema(connection: Connection) -> None:
-    """Drop our schema where no table and no function is left in it."""
+    """Drop our schema where no table and no function is left in it.
+
+    Args:
+        connection: A session with the store.
+    """
     connection.execute(
         "DO $body$ BEGIN IF NOT EXISTS (SELECT FROM pg_class WHERE relnamespace = to_regnamespace('changeover'))"
         " AND NOT EXISTS (SELECT FROM pg_proc WHERE pronamespace = to_regnamespace('changeover'))"

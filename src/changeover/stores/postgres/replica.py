@@ -49,7 +49,15 @@ def take(connection: Connection) -> bool:
 
 
 def acting(connection: Connection, table: str) -> tuple[list[str], list[str]]:
-    """Return sentences on a table, named as SQL names it, whose rows come back: what forbids that, and what is to be known."""
+    """Return sentences on a table, named as SQL names it, whose rows come back: what forbids that, and what is to be known.
+
+    Args:
+        connection: A session with the store.
+        table: The table, as SQL names it.
+
+    Returns:
+        (what forbids it, what is to be known), each a list of sentences.
+    """
     live = connection.execute(LIVE, {"table": table}).fetchall()
     always = [
         f"{name} has the {what} as ENABLE ALWAYS or REPLICA, so it fires for what comes back, too: ALTER TABLE {name} ENABLE {what}"

@@ -61,7 +61,20 @@ class PostgresStore:
     @classmethod
     @contextmanager
     def open(cls, target: Target, migration: str, step: str) -> Iterator[Self]:
-        """Connect for a step; raises ServerUnavailable, or SecretMissing."""
+        """Connect for a step.
+
+        Args:
+            target: The target's section of the spec.
+            migration: The migration's name.
+            step: The step, which names the session.
+
+        Yields:
+            The store, whose session ends with the block.
+
+        Raises:
+            ServerUnavailable: The server can't be reached.
+            SecretMissing: The environment variable of the DSN is not set.
+        """
         dsn = target.dsn_value
         with connect(dsn, application_name(migration, step)) as connection:
             replica.take(connection)
@@ -120,7 +133,14 @@ class PostgresStore:
             gate.install(self.connection, replace(self.gated(table), owned=table.owned), image)
 
     def gated(self, table: TargetTable) -> gate.GatedTable:
-        """Return the table as the gate's statements need it."""
+        """Return the table as the gate's statements need it.
+
+        Args:
+            table: The target table.
+
+        Returns:
+            The gated table, as the catalogue has it now.
+        """
         loose = gate.loose_columns(self.connection, table.schema, table.name, table.key)
         gated = gate.GatedTable(table.schema, table.name, table.key, table.names, loose)
         return replace(gated, owned=table.owned and gate.has_owners(self.connection, gated))
@@ -175,7 +195,21 @@ class PostgresStore:
         return Counts(sum(row.offered for row in rows), sum(row.taken for row in rows))
 
     def pass_on(self, table: TargetTable, changes: pa.Table, reached: Version | None = None, *, write: bool = True) -> Counts:
-        """Offer changes as texts through the gate, in one transaction of this process: no task, no JVM."""
+        """Offer changes as texts through the gate, in one transaction of this process: no task, no JVM.
+
+        Args:
+            table: The target table.
+            changes: One change a key, its values as texts.
+            reached: Up to which version they are complete; None promises nothing.
+            write: Whether the rows are written; else what was done is rolled back.
+
+        Returns:
+            How many changes were offered, taken and refused.
+
+        Raises:
+            ServerUnavailable: The store can't be reached.
+            RowRefused: A row can't be in the table.
+        """
         import pyarrow as pa
         from pyarrow import csv
 
@@ -294,7 +328,21 @@ def freeze(
 ) -> Iterator[Callable[[ReadTable], Frozen]]:  # fmt: skip
     """Hold one state of tables in PostgreSQL, by two sessions however many they are (driver).
 
-    What it yields plans a table's ranges in the same snapshot, and raises what stands against that table alone.
+    What it yields plans a table's ranges in the same snapshot, and raises what stands against that
+    table alone.
+
+    Args:
+        spark: The Spark session.
+        dsn: The store's DSN.
+        application: The sessions' name in pg_stat_activity.
+        tables: The tables.
+        parts: Into how many ranges a table is divided at most.
+
+    Yields:
+        What plans one of the tables.
+
+    Raises:
+        ServerUnavailable: The store can't be reached.
     """
     with connect(dsn, application) as watch:
         same_file = {table: file_watch(watch, table) for table in tables}
@@ -353,6 +401,24 @@ def frozen_at(
     """Return a frozen state whose snapshot `holder` holds; `holder` runs the user's own queries (driver).
 
     What fails of one table is undone, so that the others' snapshot stays.
+
+    Args:
+        spark: The Spark session.
+        dsn: The store's DSN.
+        application: The sessions' name in pg_stat_activity.
+        table: The table.
+        snapshot: The exported snapshot.
+        position: What it shows, an LSN as text.
+        holder: The session that holds the snapshot.
+        parts: Into how many ranges the table is divided at most.
+        same_file: What tells whether the table has the file that it had.
+
+    Returns:
+        The frozen state, good for as long as the holder's transaction.
+
+    Raises:
+        ServerUnavailable: The store can't be reached.
+        DatabaseFailed: The store refuses a read.
     """
     with speaking_to(dsn, f"planning the reads of {table.schema}.{table.name}"), holder.transaction():
         ranges = plan_ranges(holder, table.schema, table.name, [c.name for c in table.key], parts)

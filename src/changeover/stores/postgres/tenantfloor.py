@@ -25,12 +25,30 @@ TRIES = 100
 
 
 def put(connection: Connection, table: GatedTable, column: str, floors: Sequence[TenantEpoch]) -> None:
-    """Take nothing any more of an epoch before that of its tenant; `column` is the key column that holds the tenant."""
+    """Take nothing any more of an epoch before that of its tenant.
+
+    Args:
+        connection: A session with the store.
+        table: The gated table.
+        column: The key column that holds the tenant.
+        floors: Each tenant, and the epoch that is its floor.
+    """
     connection.execute(_function(ours("floor", table.schema, table.name), column, floors))
 
 
 def install(connection: Connection, table: GatedTable, column: str, floors: Sequence[TenantEpoch], server: str) -> None:
-    """Put the floors and have the table ask for them from now on; safe to repeat. Raises LockNotGranted."""
+    """Put the floors and have the table ask for them from now on; safe to repeat.
+
+    Args:
+        connection: A session with the store.
+        table: The gated table.
+        column: The key column that holds the tenant.
+        floors: Each tenant, and the epoch that is its floor.
+        server: The server's name, for the message.
+
+    Raises:
+        LockNotGranted: Others hold the table's versions too long.
+    """
     put(connection, table, column, floors)
     installed = "SELECT FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname = 'changeover_floor'"
     if connection.execute(installed, [table.row_versions.as_string(connection)]).fetchone() is not None:

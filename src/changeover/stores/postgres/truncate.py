@@ -23,7 +23,20 @@ ROWS_PER_BATCH = 50_000
 
 
 def truncate(connection: Connection, table: GatedTable, version: Version, server: str) -> int:
-    """Delete every row older than a TRUNCATE of that version; return their number. Safe to repeat (driver)."""
+    """Delete every row older than a TRUNCATE of that version; safe to repeat (driver).
+
+    Args:
+        connection: A session with the store.
+        table: The gated table.
+        version: The TRUNCATE's version.
+        server: The server's name, for messages.
+
+    Returns:
+        The number of rows that were deleted.
+
+    Raises:
+        LockNotGranted: Others hold the table too long.
+    """
     with alone(connection, table):
         # one below: the deletes themselves bear the version, and nothing else can
         floor = version._replace(ordinal=version.ordinal - 1)

@@ -67,7 +67,14 @@ class Own:
         return bool(self.identity) or self.expression is not None
 
     def written(self, literals: Mapping[str, str]) -> str:
-        """Return the default with other sequences in place of its own."""
+        """Return the default with other sequences in place of its own.
+
+        Args:
+            literals: For each sequence's literal in the default, the one to put there.
+
+        Returns:
+            The expression, empty where there is none.
+        """
         text = self.expression or ""
         for drawn in self.draws:
             text = text.replace(drawn.literal, literals[drawn.literal])
@@ -164,7 +171,7 @@ def make(connection: Connection, table: TargetTable, owns: Mapping[str, Own]) ->
     Args:
         connection: A session with the store.
         table: The target table.
-        wanted: What each column is to do.
+        owns: What each column is to do.
     """
     possible = {name: own for name, own in owns.items() if why_not(connection, own) is None}
     with _qualified(connection):
