@@ -17,7 +17,7 @@ from changeover.files import folders
 from changeover.jobs.access import privileges
 from changeover.jobs.guarantee import definition
 from changeover.jobs.guarantee.assumptions import Moment
-from changeover.jobs.install.opening import open_stream, record_tables
+from changeover.jobs.install.opening import open_stream
 from changeover.jobs.install.removal import remove_unfinished
 from changeover.jobs.install.targets import create_target, install_gate
 from changeover.jobs.ledger.epochs import OLD
@@ -26,6 +26,7 @@ from changeover.jobs.ledger.records import Stream
 from changeover.jobs.load.prepared import Prepared, plan_transforms, require_prepared, require_reverse
 from changeover.jobs.preflight.division import examined
 from changeover.jobs.preflight.rules import Preflight
+from changeover.jobs.source.catalog import record_tables
 from changeover.jobs.spool.table import spool_of
 from changeover.jobs.transform import transform
 from changeover.spec import Spec
@@ -124,7 +125,7 @@ def _record(
     """Record, in the caller's transaction, what was made."""
     ledger.record_migration(spec, stream)
     definition.record(ledger, OLD, pieces)
-    record_tables(spec, ledger, findings)
+    record_tables(ledger, findings.tables)
     for (source, target), made in created.items():
         ledger.record_load(source, target, stream.l0, made)
     ledger.audit("prepare", "done", {"l0": stream.l0, "slot": stream.slot, "spec": spec.digest})

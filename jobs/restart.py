@@ -22,7 +22,7 @@ from changeover import failpoints
 from changeover.errors import ChangeoverError, Refused, UnsafePlan, UsageError
 from changeover.jobs.guarantee import definition
 from changeover.jobs.guarantee.assumptions import Moment
-from changeover.jobs.install.opening import open_stream, record_tables
+from changeover.jobs.install.opening import open_stream
 from changeover.jobs.install.removal import remove_from_source
 from changeover.jobs.install.targets import create_target, install_gate
 from changeover.jobs.ledger import epochs
@@ -35,6 +35,7 @@ from changeover.jobs.load.prepared import Prepared, plan_transforms, require_rev
 from changeover.jobs.preflight.division import examined
 from changeover.jobs.preflight.rules import Preflight
 from changeover.jobs.reverse import setup as reverse_setup
+from changeover.jobs.source.catalog import record_tables
 from changeover.jobs.spool.table import remove_spools, spool_of
 from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
@@ -135,7 +136,7 @@ def _make(spec: Spec, ledger: Ledger, findings: Preflight, transforms: Transform
     with ledger.connection.transaction():
         _record(ledger, stream)
         definition.record(ledger, OLD, pieces)
-        record_tables(spec, ledger, findings)
+        record_tables(ledger, findings.tables)
         for (source, target), planned_types in types.items():
             ledger.record_types(source, target, planned_types)
         emptied = [f"{planned.target} in {target}" for (_, target), planned in transforms.items()]
@@ -166,15 +167,13 @@ def _begin(ledger: Ledger) -> int:
 def _record(ledger: Ledger, stream: Stream) -> None:
     """Record, in the caller's transaction, what an epoch begins with: its stream, no chunk, no event offered, no table."""
     ledger.connection.execute(
-        "UPDATE changeover.migration SET l0 = %s, system_id = %s, timeline = %s, slot = %s, publication = %s, snapshot = %s,"
-        " visible = %s, epoch = %s, begun = NULL, prepared = now() WHERE name = %s",
-        [format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, stream.publication, stream.snapshot,
-         stream.visible, stream.epoch, ledger.migration],
-    )  # fmt: skip
+        "UPDATE changeover.migration SET epoch = %s, begun = NULL, prepared = now() WHERE name = %s",
+        [stream.epoch, ledger.migration],
+    )
+    ledger.record_stream(OLD, stream)
     ledger.connection.execute("DELETE FROM changeover.chunk WHERE migration = %s", [ledger.migration])
-    ledger.connection.execute("DELETE FROM changeover.source_table WHERE migration = %s", [ledger.migration])
     ledger.connection.execute(
-        "UPDATE changeover.load SET state = %s, applied = %s, refused = 0, swept = 0, events = 0, changed = now()"
+        "UPDATE changeover.load SET state = %s, applied = %s, refused = 0, swept = 0, events = 0, stopped = NULL, changed = now()"
         " WHERE migration = %s",
         [PENDING, format_lsn(stream.l0), ledger.migration],
     )

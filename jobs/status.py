@@ -233,7 +233,7 @@ def _loads(ledger: Ledger, source_lsn: str | None, row_versions: Mapping[tuple[s
     return [
         {**load.__dict__, **_chunks(ledger, load), "applied": format_lsn(load.applied),
          "behind_bytes": None if source_lsn is None else max(0, parse_lsn(source_lsn) - load.applied),
-         "stopped": ledger.source_table(load.source)[2], "row_versions": row_versions.get((load.source, load.target), 0)}
+         "row_versions": row_versions.get((load.source, load.target), 0)}
         for load in ledger.loads()
     ]  # fmt: skip
 

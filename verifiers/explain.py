@@ -28,7 +28,7 @@ from pyarrow.dataset import dataset as dataset_of
 from changeover.errors import SpecError
 from changeover.jobs.ledger.epochs import EVERYTHING, NEW, OLD, AuthorityEpoch, Standing, authority_epochs, stamped, standing
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import Authority, ChunkRow
+from changeover.jobs.ledger.records import Authority, ChunkRow, Stream
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.spool.events import TRUNCATE
@@ -107,7 +107,7 @@ def explain(spec: Spec, key: Sequence[str], *, table: str | None = None) -> Stor
             kept = _gone(finalized) or _begun(ledger.begun())
             story.parts["spooled events"] = kept or _events(spool_of(spec, epoch), planned.source_name, own, OLD, log)
         if (path := reverse.recorded(ledger)) is not None:
-            story.parts["events of the new store"] = _new_events(spec, planned, given, path, changes, log)
+            story.parts["events of the new store"] = _new_events(spec, ledger, planned, given, path, log)
         for target in spec.targets.values():
             told_by = _in_lake if target.kind == "delta" else _in_postgres
             story.parts.update(told_by(spec, planned, target, given, finalized))
@@ -272,15 +272,15 @@ def _inside(old: Connection, source: SourceTable, own: Sequence[str], chunk: Chu
 
 
 def _new_events(
-    spec: Spec, table: Table, given: Key, path: reverse.Path, changes: Sequence[Authority], log: Sequence[AuthorityEpoch]
+    spec: Spec, ledger: Ledger, table: Table, given: Key, path: Stream, log: Sequence[AuthorityEpoch]
 ) -> list[dict[str, Any]]:
     """Return the events of the key in the new store's stream, as far as the path on record has brought them."""
-    types = {column.name: column.type for column in path.tables[table.target_relation] if column.key}
+    types = {column.name: column.type for column in ledger.source_table(table.target_relation, NEW)[1] if column.key}
     if not set(types) <= set(given) or not reverse.spool_of(spec).path.exists():
         return []
     with connect(reverse.new_dsn(spec), application_name(spec.name, "explain")) as new:
         own = _as_written(spec, new, given, types)
-    in_stream = reverse.begun_since(path, changes)
+    in_stream = reverse.begun_since(path, ledger.authorities())
     carried = [period for period in log if period.store == OLD or period.epoch in in_stream]
     return _events(reverse.spool_of(spec), table.target_name, own, NEW, carried)
 

@@ -219,8 +219,7 @@ def look_closed(ledger: Ledger, chosen: Chosen, unchecked: Unchecked) -> None:
     """Take down which tables stopped, or are not loaded yet."""
     for source, target in unchecked.left(chosen):
         with unchecked.at([(source, target)]):
-            _, _, stopped = ledger.source_table(source)
-            if stopped:
+            if stopped := ledger.stopped().get(source):
                 raise TableStopped(source, stopped)
             if ledger.load(source, target).state != CLOSED:
                 raise StepOrder("verify", "backfill")

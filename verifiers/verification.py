@@ -156,7 +156,7 @@ class _Comparison:
         with open_store(self.spec, self.spec.targets[self.target], "verify") as store:
             looks = [table.columns, store.columns(table.schema, table.name) or ()]
             now = [{column.name: store.type_of(column) for column in columns} for columns in looks]
-        _, recorded, _ = self.ledger.source_table(self.source)
+        _, recorded = self.ledger.source_table(self.source)
         planned = {column.name: column.type for column in recorded}
         source = self.moment.tables.get(self.source)
         own = [{column.name: column.type for column in source.columns}] if source is not None else []

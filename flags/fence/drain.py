@@ -21,6 +21,7 @@ from changeover.flags.readiness import mirrors
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import NEW
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.source.marker import emit_marker
@@ -117,7 +118,7 @@ def _frozen(handover: Handover, pause: Pause) -> int:
 
 def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str | None:
     """Return what is missing in the old store; in a pause what stands in the way ends the wait: the next try goes without it."""
-    late = [load for load in reverse.loads(ledger) if load.target == reverse.OLD_STORE and load.applied < position]
+    late = [load for load in ledger.loads(NEW) if load.target == reverse.OLD_STORE and load.applied < position]
     for load in late:
         if load.stopped and pause is not None:
             raise FenceCalledOff(pause.seconds, f"{load.source} to come back to the old store, which stands still: {load.stopped}")

@@ -281,6 +281,6 @@ def _offer_again(handover: Handover) -> None:
     begun = max((number for number, row in enumerate(handover.before) if row.anew), default=0)
     left = [row.from_lsn for row in handover.before[begun:] if row.store == Origin.NEW.value]
     handover.ledger.connection.execute(
-        "UPDATE changeover.load SET applied = least(applied, %s) WHERE migration = %s AND target <> %s",
+        "UPDATE changeover.load SET applied = least(applied, %s) WHERE migration = %s AND store = 'old' AND target <> %s",
         [format_lsn(min(left)), handover.spec.name, flag_of(handover.spec).target],
     )

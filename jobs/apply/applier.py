@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +25,7 @@ from changeover.jobs.apply.batch import completed, last_of_each_key, passed_on, 
 from changeover.jobs.apply.checkpoint import Checkpoint
 from changeover.jobs.apply.rule import caught_up_floor
 from changeover.jobs.ledger.epochs import Interval, Section
+from changeover.jobs.ledger.records import Load
 from changeover.jobs.load import badrow
 from changeover.jobs.spool.events import ADDED, DELETE, INSERT, NO_TEXT, RELATION, TRUNCATE, UPDATE, Position, kept
 from changeover.jobs.transform.transform import AT_LSN, AT_ORDINAL, Transform
@@ -80,7 +81,7 @@ class Applier:
         self.spool = checkpoint.spool
         self.snapshot = snapshot
 
-    def catch_up(self, load: Any, section: Section, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
+    def catch_up(self, load: Load, section: Section, end: int, transform: Transform, store: Store) -> tuple[Load, Counts]:
         """Offer what is left of one section, batch by batch (driver; values are read in tasks).
 
         What lies between two sections is never offered.
@@ -107,7 +108,7 @@ class Applier:
             events, taken = events + counts.offered, taken + counts.taken
         return load, Counts(events, taken)
 
-    def _carry(self, load: Any, section: Section, end: int, transform: Transform, store: Store) -> tuple[Any, Counts]:
+    def _carry(self, load: Load, section: Section, end: int, transform: Transform, store: Store) -> tuple[Load, Counts]:
         """Offer the next batch, and write down how far it reached."""
         start = max(load.applied, section[0].since)
         stopped = self.checkpoint.stopped(load)
@@ -123,7 +124,7 @@ class Applier:
             raise TableStopped(load.source, batch.stop)
         return replace(load, applied=batch.until), Counts(batch.events, taken)
 
-    def _require_begun(self, load: Any, start: int) -> None:
+    def _require_begun(self, load: Load, start: int) -> None:
         """Stop a table that needs what its stream had before the spool begins: nobody can tell what that was."""
         if start < (begin := self.spool.begin()):
             reason = f"its events from {format_lsn(start)} on are asked for, and the spool begins at {format_lsn(begin)}"
@@ -131,7 +132,7 @@ class Applier:
             raise TableStopped(load.source, reason)
 
     def _offer_next(
-        self, load: Any, start: int, end: int, section: Section, transform: Transform, store: Store
+        self, load: Load, start: int, end: int, section: Section, transform: Transform, store: Store
     ) -> tuple[Batch, int]:
         """Offer the next batch; with a row that can't be carried over it reaches to the last change of its key, before `end`."""
         batch = self._next_batch(start, end, transform, section)
@@ -162,7 +163,7 @@ class Applier:
             last = max([last, *(position for key, position in keyed if key == bad.key)])
         return last
 
-    def _truncate(self, load: Any, at: tuple[int, int], section: Section, transform: Transform, store: Store) -> None:
+    def _truncate(self, load: Load, at: tuple[int, int], section: Section, transform: Transform, store: Store) -> None:
         """Offer a TRUNCATE, which is of all rows; both stores refuse one once tenants have moved apart."""
         if section[0].tenants != EVERY:
             reason = f"a TRUNCATE (at {format_lsn(at[0])}), though tenants have moved apart: nobody has authority over all rows"
@@ -189,7 +190,7 @@ class Applier:
         return Batch(end, ours.num_rows, reason, last_truncate(ours))
 
     def _offer(
-        self, load: Any, start: int, batch: Batch, section: Section, transform: Transform, store: Store,
+        self, load: Load, start: int, batch: Batch, section: Section, transform: Transform, store: Store,
         passed: Mapping[Key, Position],
     ) -> int:  # fmt: skip
         """Offer the batch's changes; return how many were taken. A batch is one part, unless one transaction outgrew it.
@@ -217,7 +218,7 @@ class Applier:
         return taken
 
     def _offer_part(
-        self, load: Any, events: pa.Table, interval: Interval, reached: Version | None, transform: Transform, store: Store,
+        self, load: Load, events: pa.Table, interval: Interval, reached: Version | None, transform: Transform, store: Store,
         passed: Mapping[Key, Position],
     ) -> int:  # fmt: skip
         """Offer the last change of each key that is an interval's."""

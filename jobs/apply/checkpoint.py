@@ -1,8 +1,8 @@
 """The checkpoint: one store's spooled stream as replay carries it on, and where it writes down how far each load has come.
 
-There are two, the old store's and the new one's. The applier asks its checkpoint and knows no
-direction. A position that is written down says that every event below it was offered, in the log of
-that store. Lives on the driver.
+There are two, the old store's and the new one's, and they differ in a few rules alone, which stand
+here. The applier asks its checkpoint and knows no direction. A position that is written down says
+that every event below it was offered, in the log of that store. Lives on the driver.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from changeover.errors import TableStopped
-from changeover.jobs.ledger.epochs import NEW, Section, sections
+from changeover.jobs.ledger.epochs import NEW, OLD, Section, sections
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import CLOSED, Authority
+from changeover.jobs.ledger.records import CLOSED, Authority, Load, Stream
 from changeover.jobs.reverse import path as reverse
+from changeover.jobs.source.catalog import store_columns
 from changeover.jobs.spool.table import Spool
 from changeover.jobs.transform import inverse, tenancy
 from changeover.jobs.transform.transform import Transform
@@ -28,80 +29,72 @@ if TYPE_CHECKING:
 Transforms = Mapping[tuple[str, str], Transform]
 
 
-class Progress(Protocol):
-    """A load of one of the two streams, as far as carrying needs it."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A store's stream, in the epoch in which the tables were begun: what carrying a batch asks of it."""
 
-    @property
-    def source(self) -> str:
-        """Return the source table's name in the spec."""
-        ...
-
-    @property
-    def target(self) -> str:
-        """Return the target's name."""
-        ...
-
-    @property
-    def applied(self) -> int:
-        """Return the position below which every event was offered."""
-        ...
-
-
-class Checkpoint(Protocol):
-    """What carrying a batch asks of the stream that it is from."""
-
-    @property
-    def spool(self) -> Spool:
-        """Return where the stream is spooled."""
-        ...
+    spec: Spec
+    ledger: Ledger
+    spool: Spool
+    epoch: int
+    store: str = OLD
 
     @property
     def dsn(self) -> str:
         """Return where the values are read that an update did not send."""
-        ...
+        return self.spec.source.dsn.resolve() if self.store == OLD else reverse.new_dsn(self.spec)
 
-    def stopped(self, load: Progress) -> str | None:
-        """Return why the table is stopped.
+    def stopped(self, load: Load) -> str | None:
+        """Return why a load stands still for ever.
+
+        Nothing that stands in the way of the new store's stream is for ever: it is tried again.
 
         Args:
-            load: The load, whose table is meant.
+            load: The load.
 
         Returns:
-            The reason, None while the table goes on.
+            The reason, None while it goes on.
         """
-        ...
+        return self.ledger.stopped().get(load.source) if self.store == OLD else None
 
-    def stop(self, load: Progress, reason: str) -> None:
-        """Write down why the table is stopped.
+    def stop(self, load: Load, reason: str) -> None:
+        """Write down what stands in the way: of the old stream in all targets, of the new one in this target alone.
 
         Args:
             load: The load, whose table is meant.
             reason: Why, as a sentence for people.
         """
-        ...
+        self.ledger.stop(reason, load.source, None if self.store == OLD else load.target, self.store)
 
-    def advance(self, load: Progress, until: int, events: int) -> None:
+    def advance(self, load: Load, until: int, events: int) -> None:
         """Write down that every event below `until` was offered.
 
         Args:
             load: The load, whose table is meant.
             until: The LSN, in the log of the stream's own store.
             events: How many more events were offered.
-        """
-        ...
 
-    def closed(self, load: Progress) -> bool:
-        """Return whether the target's table is closed, and needs no version for each key that is written.
+        Raises:
+            CouldNotFinish: The migration was begun anew since this run began.
+        """
+        self.ledger.advance(load.source, load.target, until, events, self.epoch, self.store)
+
+    def closed(self, load: Load) -> bool:
+        """Return whether a position may stand for the versions of all keys.
+
+        While tenants move apart no position is above all epochs. Of the new store's stream a
+        verification asks which keys were written since authority moved, so each has its version.
 
         Args:
             load: The load, whose table is meant.
 
         Returns:
-            Whether a position may stand for the versions of all keys.
+            Whether all chunks are loaded and swept, and nothing of that is the case.
         """
-        ...
+        apart = self.spec.flag is not None and self.spec.flag.context is not None
+        return self.store == OLD and not apart and self.ledger.load(load.source, load.target).state == CLOSED
 
-    def tenant(self, load: Progress) -> str:
+    def tenant(self, load: Load) -> str:
         """Return the column of the stream's table that holds a row's tenant; asked where tenants have moved apart.
 
         Args:
@@ -109,88 +102,25 @@ class Checkpoint(Protocol):
 
         Returns:
             The column's name.
+
+        Raises:
+            SpecError: The spec names none.
         """
-        ...
-
-    def require_truncatable(self, load: Progress) -> None:
-        """Raise TableStopped where a TRUNCATE would take rows with it that are none of the stream's."""
-        ...
-
-
-@dataclass(frozen=True)
-class ForwardCheckpoint:
-    """The old store's stream, of the epoch in which the tables were begun."""
-
-    spec: Spec
-    ledger: Ledger
-    spool: Spool
-    epoch: int
-
-    @property
-    def dsn(self) -> str:
-        """Return the old store's DSN."""
-        return self.spec.source.dsn.resolve()
-
-    def stopped(self, load: Progress) -> str | None:
-        """Return why the table is stopped, in all targets."""
-        return self.ledger.source_table(load.source)[2]
-
-    def stop(self, load: Progress, reason: str) -> None:
-        """Stop the table in all targets."""
-        self.ledger.stop_table(load.source, reason)
-
-    def advance(self, load: Progress, until: int, events: int) -> None:
-        """Write down the position in the old store's log."""
-        self.ledger.advance(load.source, load.target, until, events, self.epoch)
-
-    def closed(self, load: Progress) -> bool:
-        """Return whether all chunks are loaded and swept; while tenants move apart no position is above all epochs."""
-        apart = self.spec.flag is not None and self.spec.flag.context is not None
-        return not apart and self.ledger.load(load.source, load.target).state == CLOSED
-
-    def tenant(self, load: Progress) -> str:
-        """Return the old table's column."""
-        return tenancy.required(tenancy.old_column(self.spec), self.spec)
-
-    def require_truncatable(self, load: Progress) -> None:
-        """Every row of a target is the old table's."""
-
-
-@dataclass(frozen=True)
-class ReverseCheckpoint:
-    """The new store's stream; a table that stands still in one target goes on in the others."""
-
-    spec: Spec
-    ledger: Ledger
-    spool: Spool
-
-    @property
-    def dsn(self) -> str:
-        """Return the new store's DSN."""
-        return reverse.new_dsn(self.spec)
-
-    def stopped(self, load: Progress) -> str | None:
-        """Nothing that stands in the way is for ever: it is tried again."""
-        return None
-
-    def stop(self, load: Progress, reason: str) -> None:
-        """Write down what stands in the way."""
-        reverse.stop(self.ledger, load.target, reason, load.source)
-
-    def advance(self, load: Progress, until: int, events: int) -> None:
-        """Write down the position in the new store's log."""
-        reverse.advance(self.ledger, load.source, load.target, until, events)
-
-    def closed(self, load: Progress) -> bool:
-        """A verification asks which keys were written since authority moved, so each has its version."""
-        return False
-
-    def tenant(self, load: Progress) -> str:
-        """Return the new table's column."""
+        if self.store == OLD:
+            return tenancy.required(tenancy.old_column(self.spec), self.spec)
         return tenancy.required(tenancy.new_column(self.spec, self.spec.table(load.source)), self.spec)
 
-    def require_truncatable(self, load: Progress) -> None:
-        """The old table may have rows that `where` leaves out, which a TRUNCATE of the new one does not mean."""
+    def require_truncatable(self, load: Load) -> None:
+        """Raise where a TRUNCATE would take rows with it that are none of the stream's.
+
+        The old table may have rows that `where` leaves out, which a TRUNCATE of the new one does not mean.
+
+        Args:
+            load: The load, whose table is meant.
+
+        Raises:
+            TableStopped: It would.
+        """
         if load.target == reverse.OLD_STORE and self.spec.table(load.source).where is not None:
             reason = "a TRUNCATE of the new table, which would empty the old one of the rows too that `where` leaves out"
             self.stop(load, reason)
@@ -200,11 +130,11 @@ class ReverseCheckpoint:
 class ReverseStream:
     """The new store's stream of one migration, planned once its path is there; `limit` bounds what is offered (driver)."""
 
-    def __init__(self, spec: Spec, spark: SparkSession, ledger: Ledger, transforms: Transforms) -> None:
+    def __init__(self, spec: Spec, spark: SparkSession, ledger: Ledger, transforms: Transforms, epoch: int = 0) -> None:
         self.spec, self.spark, self.ledger, self.forward = spec, spark, ledger, transforms
-        self.checkpoint = ReverseCheckpoint(spec, ledger, reverse.spool_of(spec))
+        self.checkpoint = Checkpoint(spec, ledger, reverse.spool_of(spec), epoch, NEW)
         self.limit: int | None = None
-        self._planned: tuple[reverse.Path, Transforms] | None = None
+        self._planned: tuple[Stream, Transforms] | None = None
         self._opened: datetime | None = None
 
     def carried(self, changes: Sequence[Authority]) -> frozenset[int]:
@@ -248,17 +178,6 @@ class ReverseStream:
         end = self.checkpoint.spool.end()
         return end if self.limit is None else min(end, self.limit)
 
-    def loads(self, target: str) -> list[reverse.ReverseLoad]:
-        """Return the loads into a target.
-
-        Args:
-            target: The target's name, `OLD_STORE` for the old store.
-
-        Returns:
-            The loads, with their positions as LSNs of the new store's log.
-        """
-        return [load for load in reverse.loads(self.ledger) if load.target == target]
-
     def transform(self, source: str, target: str) -> Transform:
         """Return what a row of the new table goes through on its way into a target.
 
@@ -278,14 +197,15 @@ class ReverseStream:
             self._planned = path, {}
         planned = self._planned[1]
         if (source, target) not in planned:
-            self._planned = path, {**planned, (source, target): self._plan(path, source, target)}
+            self._planned = path, {**planned, (source, target): self._plan(source, target)}
         return self._planned[1][source, target]
 
-    def _plan(self, path: reverse.Path, source: str, target: str) -> Transform:
+    def _plan(self, source: str, target: str) -> Transform:
         table = self.spec.table(source)
-        new, forward = reverse.columns_of(path, table), self.forward[source, tenancy.flag_of(self.spec).target]
-        key = [c.name for c in path.tables[table.target_relation] if c.key]
+        columns = self.ledger.source_table(table.target_relation, NEW)[1]
+        new, key = store_columns(columns), [column.name for column in columns if column.key]
         if target == reverse.OLD_STORE:
+            forward = self.forward[source, tenancy.flag_of(self.spec).target]
             old = forward.source, [c.name for c in forward.identity]
             return inverse.plan(self.spark, self.spec, table, old, new, key)
         return inverse.same(self.spark, self.spec, table, new, key, self.forward[source, target].target.columns)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -21,20 +21,21 @@ from ldclient.migrations.types import Stage
 
 from changeover.errors import ChangeoverError, LeaseHeld, RowRefused, TableStopped, TextRefused
 from changeover.jobs.apply.applier import Applier
-from changeover.jobs.apply.checkpoint import ForwardCheckpoint, ReverseStream
+from changeover.jobs.apply.checkpoint import Checkpoint, ReverseStream
 from changeover.jobs.apply.retention import Collecting
 from changeover.jobs.ledger.chunks import mergeable
-from changeover.jobs.ledger.epochs import NEW, Section, named, sections
+from changeover.jobs.ledger.epochs import NEW, OLD, Section, named, sections
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED
 from changeover.jobs.load.prepared import Prepared, require_prepared
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.spool.table import spool_of
+from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
 from changeover.spec import Spec
 from changeover.stores import open_store
-from changeover.stores.base.interface import Counts, Store
+from changeover.stores.base.interface import Store
 from changeover.stores.base.reader import ExportedSnapshot
 
 if TYPE_CHECKING:
@@ -78,9 +79,12 @@ class Replay:
         self.prepared = prepared
         self.stop = stop or threading.Event()
         self.spool = spool_of(spec, prepared.stream.epoch)
-        self.applier = Applier(spec, spark, ForwardCheckpoint(spec, ledger, self.spool, prepared.stream.epoch), snapshot)
-        self.back = ReverseStream(spec, spark, ledger, prepared.transforms)
-        self.returning = Applier(spec, spark, self.back.checkpoint, None)
+        epoch = prepared.stream.epoch
+        self.back = ReverseStream(spec, spark, ledger, prepared.transforms, epoch)
+        self.appliers = {
+            OLD: Applier(spec, spark, Checkpoint(spec, ledger, self.spool, epoch), snapshot),
+            NEW: Applier(spec, spark, self.back.checkpoint, None),
+        }
 
     def lease(self, target: str) -> AbstractContextManager[None]:
         """Hold a target's lease, however long it takes; `stop` calls the wait off, which is LeaseHeld (driver).
@@ -133,39 +137,48 @@ class Replay:
         """
         end = min([self.spool.end()] + ([until] if until is not None else []))
         authorities = self.ledger.authorities()
-        carried = self.back.carried(authorities)
+        carried, apart = self.back.carried(authorities), bool(named(authorities))
 
-        def of_load(load: tuple[str, str]) -> list[Replayed]:
-            parts = sections(authorities, takes_over=self._takes_over(load[1]), carried=carried)
-            return self._offer_table(*load, parts, end, apart=bool(named(authorities)))
+        def of_load(names: tuple[str, str]) -> list[Replayed]:
+            source, target = names
+            load = self.ledger.load(source, target)
+            parts = sections(authorities, takes_over=self._takes_over(target), carried=carried)
+            comes_back = any(section[0].store == NEW for section in parts)
+            if load.applied >= end and not comes_back:
+                return [Replayed(0, 0, load.applied)]
+            with open_store(self.spec, self.spec.targets[target], "replay") as store:
+                if not mergeable(store.merges_while_loading, load.state == CLOSED):
+                    return []
+                store.install(self.prepared.transforms[names].target, self.prepared.stream.image)
+                # the target's lease, which a fence has, keeps tenants from moving meanwhile
+                reach = {OLD: end, NEW: self.back.reach() if comes_back else 0}
+                return [self._offer_table(source, target, store, parts, reach, apart=apart)]
 
         return each(of_load, [one for one in self.prepared.transforms if targets is None or one[1] in targets])
 
-    def _offer_table(self, source: str, target: str, parts: Sequence[Section], end: int, *, apart: bool) -> list[Replayed]:
-        """Offer what is left of a table to a target; nothing is said of one that may not be merged yet.
+    def _offer_table(
+        self, source: str, target: str, store: Store, parts: Sequence[Section], reach: Mapping[str, int], *, apart: bool = False
+    ) -> Replayed:  # fmt: skip
+        """Offer what is left of a table to a target, whichever store's stream it is from; the position is in the first one's log.
 
         Epochs are offered one after the other, unless tenants have moved `apart`: then both streams go on, of other rows each.
         """
-        load = self.ledger.load(source, target)
-        if load.applied >= end and all(section[0].store != NEW for section in parts):
-            return [Replayed(0, 0, load.applied)]
-        transform = self.prepared.transforms[source, target]
-        with open_store(self.spec, self.spec.targets[target], "replay") as store:
-            if not mergeable(store.merges_while_loading, load.state == CLOSED):
-                return []
-            store.install(transform.target, self.prepared.stream.image)
-            events = taken = 0
-            for section in parts:
-                if section[0].store == NEW:
-                    # the target's lease, which a fence has, keeps tenants from moving meanwhile
-                    there, offered = self._bring_back(section, source, target, store, self.back.reach())
-                else:
-                    load, offered = self.applier.catch_up(load, section, end, transform, store)
-                    there = load.applied >= section[0].until
-                events, taken = events + offered.offered, taken + offered.taken
-                if not there and not apart:
-                    break
-            return [Replayed(events, taken, load.applied)]
+        events = taken = 0
+        applied: dict[str, int] = {}
+        for section in parts:
+            stream = section[0].store
+            load = self.ledger.load(source, target, stream)
+            load, offered = self.appliers[stream].catch_up(
+                load, section, reach[stream], self._transform(stream, source, target), store
+            )
+            applied[stream] = load.applied
+            events, taken = events + offered.offered, taken + offered.taken
+            if load.applied < section[0].until and not apart:
+                break
+        return Replayed(events, taken, applied.get(OLD, max(applied.values(), default=0)))
+
+    def _transform(self, stream: str, source: str, target: str) -> Transform:
+        return self.prepared.transforms[source, target] if stream == OLD else self.back.transform(source, target)
 
     def _takes_over(self, target: str) -> bool:
         return self.spec.flag is not None and self.spec.flag.target == target
@@ -189,38 +202,20 @@ class Replay:
         parts, reach = self.back.plan() if self.spec.flag is not None else ([], 0)
         if not parts or self.ledger.stage() == Stage.COMPLETE.value:
             return Replayed(0, 0, 0)
-        end, counts = min(reach, parts[-1][0].until), Counts(0, 0)
+        end = min(reach, parts[-1][0].until)
+        results: list[Replayed] = []
         failed: list[ChangeoverError] = []
-        loads = self.back.loads(reverse.OLD_STORE)
-        for load in (load for load in loads if load.applied < end):
+        for load in [one for one in self.ledger.loads(NEW) if one.target == reverse.OLD_STORE and one.applied < end]:
             try:
-                of_table = self._table_back(load.source, parts, reach)
-                counts = Counts(counts.offered + of_table.offered, counts.taken + of_table.taken)
+                with open_store(self.spec, reverse.old_target(self.spec), "replay") as store:
+                    results.append(self._offer_table(load.source, load.target, store, parts, {NEW: reach}))
             except ChangeoverError as error:
                 if not isinstance(error, TableStopped):  # else its own reason is on record
-                    reverse.stop(self.ledger, load.target, str(error), load.source)
+                    self.back.checkpoint.stop(load, str(error))
                 failed.append(error)
         if failed:
             raise failed[0]
-        return Replayed(counts.offered, counts.taken, min((load.applied for load in loads), default=0))
-
-    def _table_back(self, source: str, parts: Sequence[Section], reach: int) -> Counts:
-        """Offer one table's changes of all sections to the old store."""
-        events = taken = 0
-        with open_store(self.spec, reverse.old_target(self.spec), "replay") as store:
-            for section in parts:
-                there, offered = self._bring_back(section, source, reverse.OLD_STORE, store, reach)
-                events, taken = events + offered.offered, taken + offered.taken
-                if not there:
-                    break
-        return Counts(events, taken)
-
-    def _bring_back(self, section: Section, source: str, target: str, store: Store, reach: int) -> tuple[bool, Counts]:
-        """Offer what is left of one section of the new store's stream; tell whether all of it was."""
-        load = next(load for load in self.back.loads(target) if load.source == source)
-        transform = self.back.transform(source, target)
-        load, counts = self.returning.catch_up(load, section, reach, transform, store)
-        return load.applied >= section[0].until, counts
+        return total(results)
 
 
 def each(action: Callable[[Part], list[Replayed]], parts: Iterable[Part]) -> Replayed:
@@ -307,21 +302,17 @@ def _replay_target(
         running = Replay(spec, spark, ledger, prepared, stop=stop)
         collecting = Collecting(spec, ledger, prepared, target)
         until = None if follow else running.spool.end()  # a writer that never rests would otherwise keep it for ever
-        events = taken = applied = 0
-        while True:
-            try:
-                result = running.round(until, targets=[target])
-                if collects := collecting.due(result.events):
-                    with running.lease(target):
-                        collecting.collect()
-            except LeaseHeld:  # `stop` has called the wait off
-                result, collects = Replayed(0, 0, applied), False
-            events, taken, applied = events + result.events, taken + result.taken, result.applied
-            if stop.is_set() or not (follow or result.events or collects):
-                report.update(events=events, taken=taken, applied=format_lsn(result.applied))
-                return Replayed(events, taken, result.applied)
-            if not (result.events or collects):
-                stop.wait(IDLE_SECONDS)
+
+        def once() -> tuple[Replayed, bool]:
+            result = running.round(until, targets=[target])
+            if collects := collecting.due(result.events):
+                with running.lease(target):
+                    collecting.collect()
+            return result, bool(result.events or collects)
+
+        result = _rounds(once, follow, stop)
+        report.update(events=result.events, taken=result.taken, applied=format_lsn(result.applied))
+        return result
 
 
 def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bool, stop: threading.Event) -> Replayed:
@@ -331,7 +322,14 @@ def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bo
     while True:
         try:
             with Ledger.open(spec, STEP) as ledger:
-                return _back_rounds(Replay(spec, spark, ledger, prepared, stop=stop), follow, stop)
+                running = Replay(spec, spark, ledger, prepared, stop=stop)
+
+                def once(running: Replay = running) -> tuple[Replayed, bool]:
+                    with running.lease(reverse.OLD_STORE):
+                        result = running.bring_back()
+                    return result, bool(result.events)
+
+                return _rounds(once, follow, stop)
         except (ChangeoverError, psycopg.Error) as error:
             if not follow:
                 raise
@@ -342,16 +340,17 @@ def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bo
             return Replayed(0, 0, 0)
 
 
-def _back_rounds(running: Replay, follow: bool, stop: threading.Event) -> Replayed:
-    events = taken = 0
+def _rounds(once: Callable[[], tuple[Replayed, bool]], follow: bool, stop: threading.Event) -> Replayed:
+    """Do round after round until one did nothing, or with `follow` until `stop` is set; return what all did together."""
+    events = taken = applied = 0
     while True:
         try:
-            with running.lease(reverse.OLD_STORE):
-                result = running.bring_back()
+            result, moved = once()
+            applied = result.applied
         except LeaseHeld:  # `stop` has called the wait off
-            result = Replayed(0, 0, 0)
+            result, moved = Replayed(0, 0, applied), False
         events, taken = events + result.events, taken + result.taken
-        if stop.is_set() if follow else not result.events:
-            return Replayed(events, taken, result.applied)
-        if not result.events:
+        if stop.is_set() or not (follow or moved):
+            return Replayed(events, taken, applied)
+        if not moved:
             stop.wait(IDLE_SECONDS)

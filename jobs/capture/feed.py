@@ -13,9 +13,12 @@ from changeover.jobs.decode.transactions import Partitions, Unpartitioned
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import SourceColumn, Stream
+from changeover.jobs.ledger.records import NEW, OLD, SourceColumn, Stream
+from changeover.jobs.reverse import path as reverse
+from changeover.jobs.reverse import setup as reverse_setup
+from changeover.jobs.source.catalog import tables_of
 from changeover.jobs.source.partitions import Roots
-from changeover.jobs.spool.table import Spool, spool_path
+from changeover.jobs.spool.table import Spool, spool_of
 from changeover.session import Connection
 from changeover.spec import Spec
 
@@ -35,11 +38,31 @@ class Feed:
     ask: Callable[[Moment, Connection], Sequence[str]] = lambda moment, connection: ()
 
 
-def feed_of(spec: Spec, ledger: Ledger, stream: Stream) -> Feed:
-    """Return the old store's stream as capture follows it (driver)."""
-    tables = {table.source_relation: ledger.source_table(table.source)[1] for table in spec.tables}
-    roots = Roots(spec, ledger)
+def feed_of(spec: Spec, ledger: Ledger, stream: Stream, store: str = OLD) -> Feed:
+    """Return a store's stream as capture follows it (driver).
 
+    Args:
+        spec: The migration's spec.
+        ledger: The migration's ledger, open as long as the feed is used.
+        stream: The stream on record.
+        store: `OLD` or `NEW`.
+
+    Returns:
+        The feed.
+
+    Raises:
+        StepOrder: A table of the stream is not on record.
+        SecretMissing: The environment variable of the DSN is not set.
+    """
+    tables = {table.source_relation: ledger.source_table(table.source, store)[1] for table in tables_of(spec, store)}
+    if store == NEW:
+        roots = reverse_setup.roots(spec, ledger)
+        return Feed(reverse.new_dsn(spec), stream, tables, reverse.spool_of(spec), roots, _asked_of_new(spec, ledger, roots))
+    roots, dsn = Roots(ledger, spec.source.dsn.resolve(), spec.tables), spec.source.dsn.resolve()
+    return Feed(dsn, stream, tables, spool_of(spec, stream.epoch), roots, _asked_of_old(spec, roots))
+
+
+def _asked_of_old(spec: Spec, roots: Roots) -> Callable[[Moment, Connection], Sequence[str]]:
     def ask(moment: Moment, old: Connection) -> list[str]:
         try:
             with Ledger.open(spec, "capture") as present:  # a ledger that was restarted has ended the session of the beginning
@@ -50,4 +73,12 @@ def feed_of(spec: Spec, ledger: Ledger, stream: Stream) -> Feed:
             return [f"whether the stream is whole is asked again in a minute: {error}"]
         return list(dict.fromkeys([*stopped, *roots.look(old)]))  # which puts new partitions on record
 
-    return Feed(spec.source.dsn.resolve(), stream, tables, Spool(spool_path(spec.work, stream.epoch)), roots, ask)
+    return ask
+
+
+def _asked_of_new(spec: Spec, ledger: Ledger, roots: Roots) -> Callable[[Moment, Connection], Sequence[str]]:
+    def ask(moment: Moment, new: Connection) -> list[str]:
+        reverse_setup.require_definition(spec, ledger, new)
+        return roots.look(new)
+
+    return ask

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from changeover.errors import StepOrder
 from changeover.jobs.ledger.epochs import NEW, OLD, absences
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import Authority, VerdictRow
+from changeover.jobs.ledger.records import Authority, Stream, VerdictRow
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.spool.events import SCHEMA, TRUNCATE
 from changeover.jobs.spool.table import Spool, spool_of
@@ -155,10 +155,10 @@ def _relation(store: str, table: Table) -> str:
     return table.source_relation if store == OLD else table.target_relation
 
 
-def _watched(spec: Spec, ledger: Ledger, path: reverse.Path | None) -> Iterator[tuple[str, Spool, int]]:
+def _watched(spec: Spec, ledger: Ledger, path: Stream | None) -> Iterator[tuple[str, Spool, int]]:
     """Yield each store whose stream there is, its spool, and since where it is read."""
     streams = [(OLD, spool_of(spec, ledger.stream("status").epoch), 0)]  # it had authority from the beginning
-    streams += [(NEW, reverse.spool_of(spec), path.stream.l0)] if path is not None else []
+    streams += [(NEW, reverse.spool_of(spec), path.l0)] if path is not None else []
     for stream in streams:
         try:
             stream[1].end()
@@ -175,7 +175,7 @@ def _summary(store: str, relation: str, writes: pa.Table) -> list[Rogue]:
     return [Rogue(store, relation, len(writes), transactions, first, last, pc.max(writes["committed_at"]).as_py())]
 
 
-def _equal(verdicts: Sequence[VerdictRow], target: str, path: reverse.Path | None) -> Mapping[str, Mapping[str, int]]:
+def _equal(verdicts: Sequence[VerdictRow], target: str, path: Stream | None) -> Mapping[str, Mapping[str, int]]:
     """Return for each table the positions in both stores' logs at which it was last found equal (pure).
 
     What was found before the path was opened says nothing of the new store's log as it is now.
@@ -184,7 +184,7 @@ def _equal(verdicts: Sequence[VerdictRow], target: str, path: reverse.Path | Non
     for one in verdicts:
         if one.verdict == "equal" and one.target == target:
             positions = one.detail["positions"]
-            here = path is not None and one.at >= path.opened
+            here = path is not None and path.opened is not None and one.at >= path.opened
             verified = {OLD: positions["source_lsn"], **({NEW: parse_lsn(positions["target"])} if here else {})}
             newest.setdefault(one.source, verified)
     return newest

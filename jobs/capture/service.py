@@ -25,16 +25,14 @@ from deltalake.exceptions import DeltaError
 from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, SpoolGap
 from changeover.files import folders
 from changeover.interrupt import asked_to_stop
-from changeover.jobs.capture.feed import Feed, feed_of
+from changeover.jobs.capture.feed import feed_of
 from changeover.jobs.capture.rogue import Watch
 from changeover.jobs.capture.slot import SlotRun
 from changeover.jobs.capture.trigger import LogRun
-from changeover.jobs.guarantee.assumptions import Moment
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import NEW
 from changeover.jobs.reverse import path as reverse
-from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.spool.writer import CaptureResult
-from changeover.session import Connection
 from changeover.spec import SLOT, Spec, load
 
 LEASE_SECONDS = 5.0
@@ -164,14 +162,7 @@ def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = l
         if path is None or path.broken:
             return None
         with ledger.lease("capture-new"):
-            roots = reverse_setup.roots(spec, ledger, path)
-
-            def ask(moment: Moment, new: Connection) -> list[str]:
-                reverse_setup.require_definition(spec, ledger, new)
-                return roots.look(new)
-
-            feed = Feed(reverse.new_dsn(spec), path.stream, path.tables, reverse.spool_of(spec), roots, ask)
-            run = SlotRun(spec, feed, stop, until, 0.0, CaptureResult())
+            run = SlotRun(spec, feed_of(spec, ledger, path, NEW), stop, until, 0.0, CaptureResult())
             try:
                 run.run()
             except (SourceChanged, SpoolGap) as gap:

@@ -100,7 +100,7 @@ class Partitions(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Return the partitioned tables."""
+        """Return the partitioned tables, as the stream names them."""
         ...
 
     def of(self, oid: int) -> str | None:

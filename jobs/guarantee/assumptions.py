@@ -359,7 +359,7 @@ def _stop_tables(asked: Asked, broken: Sequence[Broken]) -> None:
     for one in broken:
         if one.stops and asked.ledger is not None:
             for source in [one.table] if one.table else [table.source for table in asked.spec.tables]:
-                asked.ledger.stop_table(source, one.reason)
+                asked.ledger.stop(one.reason, source)
 
 
 def sentences(moment: Moment, asked: Asked) -> list[str]:

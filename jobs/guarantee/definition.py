@@ -176,9 +176,8 @@ def record(ledger: Ledger, store: str, pieces: Sequence[Piece]) -> None:
         pieces: The catalogue's rows.
     """
     ledger.connection.execute(
-        "INSERT INTO changeover.stream_definition (migration, store, pieces) VALUES (%s, %s, %s)"
-        " ON CONFLICT (migration, store) DO UPDATE SET pieces = excluded.pieces",
-        [ledger.migration, store, json.dumps([asdict(piece) for piece in pieces])],
+        "UPDATE changeover.stream SET definition = %s WHERE migration = %s AND store = %s",
+        [json.dumps([asdict(piece) for piece in pieces]), ledger.migration, store],
     )
 
 
@@ -193,7 +192,7 @@ def recorded(ledger: Ledger, store: str) -> tuple[Piece, ...]:
         The catalogue's rows; none where none is on record, and then whatever is there is new.
     """
     row = ledger.connection.execute(
-        "SELECT pieces FROM changeover.stream_definition WHERE migration = %s AND store = %s", [ledger.migration, store]
+        "SELECT definition FROM changeover.stream WHERE migration = %s AND store = %s", [ledger.migration, store]
     ).fetchone()
     return tuple(Piece(**piece) for piece in row[0]) if row else ()
 

@@ -25,8 +25,7 @@ FOR_EVER = 2**63 - 1
 
 def require_same_file(ledger: Ledger, spool: Spool, old: Connection, table: Table) -> None:
     """Stop a table whose file is not the one that was prepared, unless the stream tells of a TRUNCATE since (driver)."""
-    _, _, stopped = ledger.source_table(table.source)
-    if stopped:
+    if stopped := ledger.stopped().get(table.source):
         raise TableStopped(table.source, stopped)
     require_same_partitions(ledger, old, table)
     present = source_table(old, table)
@@ -35,7 +34,7 @@ def require_same_file(ledger: Ledger, spool: Spool, old: Connection, table: Tabl
         return
     if present is None or not _truncated(ledger, spool, old, table.source_relation):
         reason = f"{rewritten} was rewritten since prepare, and a rewritten table reads as empty under an older snapshot"
-        ledger.stop_table(table.source, reason)
+        ledger.stop(reason, table.source)
         raise TableStopped(table.source, reason)
     ledger.record_file(table.source, present.filenode)
     record(ledger, table.source, present.partitions or ())

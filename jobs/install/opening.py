@@ -14,10 +14,9 @@ from psycopg import sql
 
 from changeover.errors import LockNotGranted
 from changeover.jobs.guarantee import assumptions, definition
-from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import Stream
 from changeover.jobs.preflight.rules import Preflight
-from changeover.jobs.source import partitions, snapshot, ticks, triggerlog
+from changeover.jobs.source import snapshot, ticks, triggerlog
 from changeover.session import LOCK_TIMEOUT, Connection, application_name, connect, server_name, speaking_to
 from changeover.spec import SLOT, Spec
 
@@ -94,17 +93,3 @@ def _publish(old: Connection, spec: Spec) -> None:
         except psycopg.errors.LockNotAvailable:
             time.sleep(0.2)
     raise LockNotGranted(server_name(spec.source.dsn.resolve()), "lock for the publication", "a session that alters the table")
-
-
-def record_tables(spec: Spec, ledger: Ledger, findings: Preflight) -> None:
-    """Record the source tables, and the partitions that they have, as they were found before the slot was made.
-
-    Args:
-        spec: The migration's spec.
-        ledger: The migration's ledger, open.
-        findings: What the preflight found.
-    """
-    for table in spec.tables:
-        old_table = findings.tables[table.source]
-        ledger.record_table(table.source, old_table.filenode, old_table.columns, old_table.partitions is not None)
-        partitions.record(ledger, table.source, old_table.partitions or ())

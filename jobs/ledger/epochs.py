@@ -15,6 +15,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from changeover.errors import CouldNotFinish
+from changeover.jobs.ledger.records import NEW as NEW
+from changeover.jobs.ledger.records import OLD as OLD
 from changeover.jobs.ledger.records import Authority
 from changeover.position import Version
 from changeover.tenants import EVERY, Tenants
@@ -104,8 +106,6 @@ def moved(log: Iterable[AuthorityEpoch], tenant: str, to: str, epoch: int, fence
 
 EVERYTHING = ""
 """The one tenant while all rows move at once; else those that no move has named. No tenant of a spec is called so."""
-
-OLD, NEW = "old", "new"
 
 
 @dataclass(frozen=True)

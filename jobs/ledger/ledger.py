@@ -24,7 +24,18 @@ from psycopg.rows import class_row
 from changeover.errors import ChangeoverError, CouldNotFinish, SourceChanged, StepOrder
 from changeover.jobs.ledger.chunks import first_token
 from changeover.jobs.ledger.lease import hold
-from changeover.jobs.ledger.records import FORMAT, SCHEMA, Authority, ChunkRow, Heartbeat, Load, SourceColumn, Stream, VerdictRow
+from changeover.jobs.ledger.records import (
+    FORMAT,
+    OLD,
+    SCHEMA,
+    Authority,
+    ChunkRow,
+    Heartbeat,
+    Load,
+    SourceColumn,
+    Stream,
+    VerdictRow,
+)
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect, one_row
 from changeover.spec import Spec
@@ -106,11 +117,52 @@ class Ledger:
             stream: What prepare made: slot or log, positions as LSNs, and the kept snapshots.
         """
         self.connection.execute(
-            "INSERT INTO changeover.migration (name, format, spec_digest, spec, l0, system_id, timeline, slot, publication,"
-            " snapshot, visible) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
-            [spec.name, FORMAT, spec.digest, json.dumps(spec.document), format_lsn(stream.l0), stream.system_id,
-             stream.timeline, stream.slot, stream.publication, stream.snapshot, stream.visible],
+            "INSERT INTO changeover.migration (name, format, spec_digest, spec) VALUES (%s, %s, %s, %s)",
+            [spec.name, FORMAT, spec.digest, json.dumps(spec.document)],
+        )
+        self.record_stream(OLD, stream)
+
+    def record_stream(self, store: str, stream: Stream) -> None:
+        """Record a store's stream in place of the one before it.
+
+        Args:
+            store: `OLD` or `NEW`, whose log it is.
+            stream: Slot or log, positions as LSNs of that store, and the kept snapshots.
+        """
+        self.connection.execute(
+            "INSERT INTO changeover.stream (migration, store, l0, system_id, timeline, slot, publication, snapshot, visible)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (migration, store) DO UPDATE SET (l0, system_id, timeline,"
+            " slot, publication, snapshot, visible, opened, broken) = (excluded.l0, excluded.system_id, excluded.timeline,"
+            " excluded.slot, excluded.publication, excluded.snapshot, excluded.visible, now(), NULL)",
+            [self.migration, store, format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, stream.publication,
+             stream.snapshot, stream.visible],
         )  # fmt: skip
+
+    def recorded_stream(self, store: str) -> Stream | None:
+        """Return a store's stream on record.
+
+        Args:
+            store: `OLD` or `NEW`.
+
+        Returns:
+            The stream, its positions as LSNs of that store; None where there is none.
+        """
+        row = self.connection.execute(
+            "SELECT l0::text, system_id, timeline, slot, publication, snapshot, visible, epoch, opened, broken"
+            " FROM changeover.stream JOIN changeover.migration ON name = migration WHERE migration = %s AND store = %s",
+            [self.migration, store],
+        ).fetchone()
+        return Stream(parse_lsn(row[0]), *row[1:]) if row else None
+
+    def forget_stream(self, store: str) -> None:
+        """Take a store's stream off the record, with its tables and loads.
+
+        Args:
+            store: `OLD` or `NEW`.
+        """
+        for table in ("stream", "source_table", "load"):
+            query = sql.SQL("DELETE FROM changeover.{} WHERE migration = %s AND store = %s").format(sql.Identifier(table))
+            self.connection.execute(query, [self.migration, store])
 
     def stream(self, step: str) -> Stream:
         """Return the prepared stream.
@@ -124,18 +176,10 @@ class Ledger:
         Raises:
             StepOrder: Prepare did not run, or `prepare --anew` did not come to its end.
         """
-        if not self.exists():
+        stream = self.recorded_stream(OLD) if self.exists() else None
+        if stream is None or (step not in LOOKS and self.begun() is not None):
             raise StepOrder(step, "prepare")
-        row = one_row(
-            self.connection.execute(
-                "SELECT begun, l0::text, system_id, timeline, slot, publication, snapshot, visible, epoch FROM changeover.migration"
-                " WHERE name = %s",
-                [self.migration],
-            )
-        )
-        if row[0] is not None and step not in LOOKS:
-            raise StepOrder(step, "prepare")
-        return Stream(parse_lsn(row[1]), *row[2:])
+        return stream
 
     def begun(self) -> int | None:
         """Return the epoch that a `prepare --anew` has begun and not brought to its record.
@@ -154,7 +198,8 @@ class Ledger:
             visible: What they see, as `pg_current_snapshot()` prints it.
         """
         self.connection.execute(
-            "UPDATE changeover.migration SET snapshot = %s, visible = %s WHERE name = %s", [names, visible, self.migration]
+            "UPDATE changeover.stream SET snapshot = %s, visible = %s WHERE migration = %s AND store = 'old'",
+            [names, visible, self.migration],
         )
 
     def milestones(self) -> tuple[datetime, datetime | None]:
@@ -182,39 +227,46 @@ class Ledger:
         row = self.connection.execute("SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
         return str(row[0]) if row else ""
 
-    def record_table(self, source: str, filenode: int, columns: Sequence[SourceColumn], partitioned: bool = False) -> None:
-        """Record a source table as it was before the slot was made.
+    def record_table(
+        self, source: str, filenode: int, columns: Sequence[SourceColumn], partitioned: bool = False, store: str = OLD
+    ) -> None:
+        """Record a table of a stream as it was before the slot was made, in place of what was on record.
 
         Args:
-            source: The source table, as the spec names it.
+            source: The table, as the spec names it in that store.
             filenode: The table's file (`pg_class.relfilenode`).
             columns: Its columns, in order.
             partitioned: Whether it is partitioned.
+            store: The store whose stream it is.
         """
+        key = [self.migration, store, source]
+        self.connection.execute("DELETE FROM changeover.source_table WHERE (migration, store, source) = (%s, %s, %s)", key)
         self.connection.execute(
-            "INSERT INTO changeover.source_table (migration, source, filenode, columns, partitioned) VALUES (%s, %s, %s, %s, %s)",
-            [self.migration, source, filenode, json.dumps([column.__dict__ for column in columns]), partitioned],
+            "INSERT INTO changeover.source_table (migration, store, source, filenode, columns, partitioned)"
+            " VALUES (%s, %s, %s, %s, %s, %s)",
+            [*key, filenode, json.dumps([column.__dict__ for column in columns]), partitioned],
         )
 
-    def source_table(self, source: str) -> tuple[int, tuple[SourceColumn, ...], str | None]:
-        """Return what is on record of a prepared source table.
+    def source_table(self, source: str, store: str = OLD) -> tuple[int, tuple[SourceColumn, ...]]:
+        """Return what is on record of a table of a stream.
 
         Args:
-            source: The source table, as the spec names it.
+            source: The table, as the spec names it in that store.
+            store: The store whose stream it is.
 
         Returns:
-            (filenode, columns, reason why it is stopped or None).
+            (filenode, columns).
 
         Raises:
-            StepOrder: The table is not prepared.
+            StepOrder: The table is not on record.
         """
         row = self.connection.execute(
-            "SELECT filenode, columns, stopped FROM changeover.source_table WHERE migration = %s AND source = %s",
-            [self.migration, source],
+            "SELECT filenode, columns FROM changeover.source_table WHERE (migration, store, source) = (%s, %s, %s)",
+            [self.migration, store, source],
         ).fetchone()
         if row is None:
             raise StepOrder(f"table {source}", "prepare")
-        return row[0], tuple(SourceColumn(**column) for column in row[1]), row[2]
+        return row[0], tuple(SourceColumn(**column) for column in row[1])
 
     def record_file(self, source: str, filenode: int) -> None:
         """Record the file that a table has since a TRUNCATE.
@@ -224,20 +276,28 @@ class Ledger:
             filenode: The table's present file (`pg_class.relfilenode`).
         """
         self.connection.execute(
-            "UPDATE changeover.source_table SET filenode = %s WHERE migration = %s AND source = %s",
+            "UPDATE changeover.source_table SET filenode = %s WHERE (migration, store, source) = (%s, 'old', %s)",
             [filenode, self.migration, source],
         )
 
-    def stop_table(self, source: str, reason: str) -> None:
-        """Record why a table is stopped; the first reason stays.
+    # -- loads and chunks
+
+    def stop(self, reason: str, source: str | None = None, target: str | None = None, store: str = OLD) -> None:
+        """Record why changes of a stream go no further.
+
+        In the old store's stream the first reason stays, for ever. In the new store's the next batch
+        that is taken removes it.
 
         Args:
-            source: The source table, as the spec names it.
             reason: Why, as a sentence for people.
+            source: The source table, as the spec names it; all unless given.
+            target: The target's name; all unless given.
+            store: The store whose stream it is.
         """
         self.connection.execute(
-            "UPDATE changeover.source_table SET stopped = coalesce(stopped, %s) WHERE migration = %s AND source = %s",
-            [reason, self.migration, source],
+            "UPDATE changeover.load SET stopped = CASE WHEN store = 'old' THEN coalesce(stopped, %s) ELSE %s END"
+            " WHERE migration = %s AND store = %s AND source = coalesce(%s, source) AND target = coalesce(%s, target)",
+            [reason, reason, self.migration, store, source, target],
         )
 
     def stopped(self) -> dict[str, str]:
@@ -247,12 +307,11 @@ class Ledger:
             Source table and reason; only tables that are stopped.
         """
         rows = self.connection.execute(
-            "SELECT source, stopped FROM changeover.source_table WHERE migration = %s AND stopped IS NOT NULL ORDER BY source",
+            "SELECT source, min(stopped) FROM changeover.load WHERE migration = %s AND store = 'old' AND stopped IS NOT NULL"
+            " GROUP BY source ORDER BY source",
             [self.migration],
         )
         return dict(rows.fetchall())
-
-    # -- loads and chunks
 
     def record_load(self, source: str, target: str, l0: int, created: bool) -> None:
         """Record a table's load into a target as pending.
@@ -264,8 +323,8 @@ class Ledger:
             created: Whether prepare made the target table.
         """
         self.connection.execute(
-            "INSERT INTO changeover.load (migration, source, target, state, applied, created)"
-            " VALUES (%s, %s, %s, 'pending', %s, %s)",
+            "INSERT INTO changeover.load (migration, store, source, target, state, applied, created)"
+            " VALUES (%s, 'old', %s, %s, 'pending', %s, %s)",
             [self.migration, source, target, format_lsn(l0), created],
         )
 
@@ -278,37 +337,41 @@ class Ledger:
             types: Column name and type, in the store's own words.
         """
         self.connection.execute(
-            "UPDATE changeover.load SET types = %s WHERE migration = %s AND source = %s AND target = %s",
+            "UPDATE changeover.load SET types = %s WHERE migration = %s AND store = 'old' AND source = %s AND target = %s",
             [json.dumps(types), self.migration, source, target],
         )
 
-    def loads(self) -> list[Load]:
-        """Return all loads of the migration, by source and target.
+    def loads(self, store: str = OLD) -> list[Load]:
+        """Return all loads by a store's stream, by source and target.
+
+        Args:
+            store: The store whose stream it is.
 
         Returns:
-            The loads, with their positions as LSNs of the source.
+            The loads, with their positions as LSNs of that store.
         """
-        rows = self.connection.execute(
-            "SELECT source, target, state, applied::text, created, refused, swept, events, types FROM changeover.load"
-            " WHERE migration = %s ORDER BY source, target",
-            [self.migration],
-        ).fetchall()
-        return [Load(r[0], r[1], r[2], parse_lsn(r[3]), *r[4:]) for r in rows]
+        with self.connection.cursor(row_factory=class_row(Load)) as cursor:
+            return cursor.execute(
+                "SELECT source, target, state, (applied - '0/0')::bigint AS applied, created, refused, swept, events, types,"
+                " stopped FROM changeover.load WHERE migration = %s AND store = %s ORDER BY source, target",
+                [self.migration, store],
+            ).fetchall()
 
-    def load(self, source: str, target: str) -> Load:
+    def load(self, source: str, target: str, store: str = OLD) -> Load:
         """Return one load.
 
         Args:
             source: The source table, as the spec names it.
             target: The target's name.
+            store: The store whose stream it is.
 
         Returns:
-            The load, its position as an LSN of the source.
+            The load, its position as an LSN of that store.
 
         Raises:
-            StepOrder: The load is not prepared.
+            StepOrder: It is not on record.
         """
-        for load in self.loads():
+        for load in self.loads(store):
             if (load.source, load.target) == (source, target):
                 return load
         raise StepOrder(f"{source} to {target}", "prepare")
@@ -328,28 +391,32 @@ class Ledger:
         """
         self._of_epoch(epoch, "state = %s, swept = swept + %s", [state, swept], source, target)
 
-    def advance(self, source: str, target: str, applied: int, events: int, epoch: int) -> None:
-        """Record that every event of an epoch's stream below `applied` was offered; the position never goes back.
+    def advance(self, source: str, target: str, applied: int, events: int, epoch: int, store: str = OLD) -> None:
+        """Record that every event of a stream below `applied` was offered; the position never goes back.
 
         Args:
             source: The source table, as the spec names it.
             target: The target's name.
-            applied: The LSN below which every event was offered.
+            applied: The LSN below which every event was offered, of the store's own log.
             events: How many more events were offered.
             epoch: The epoch in which this run began.
+            store: The store whose stream it is.
 
         Raises:
             CouldNotFinish: The migration was begun anew since this run began.
         """
-        change = "applied = greatest(applied, %s), events = events + %s"
-        self._of_epoch(epoch, change, [format_lsn(applied), events], source, target)
+        change = "applied = greatest(applied, %s), events = events + %s, stopped = CASE WHEN store = 'old' THEN stopped END"
+        self._of_epoch(epoch, change, [format_lsn(applied), events], source, target, store)
 
-    def _of_epoch(self, epoch: int, change: LiteralString, values: Sequence[Any], source: str, target: str) -> None:
+    def _of_epoch(
+        self, epoch: int, change: LiteralString, values: Sequence[Any], source: str, target: str, store: str = OLD
+    ) -> None:
         """Change a load; raises CouldNotFinish for a run that is left from before `prepare --anew`."""
         changed = self.connection.execute(
-            sql.SQL("UPDATE changeover.load SET {}, changed = now() WHERE migration = %s AND source = %s AND target = %s"
-                    " AND EXISTS (SELECT FROM changeover.migration WHERE name = %s AND epoch = %s)").format(sql.SQL(change)),
-            [*values, self.migration, source, target, self.migration, epoch],
+            sql.SQL("UPDATE changeover.load SET {}, changed = now() WHERE migration = %s AND store = %s AND source = %s"
+                    " AND target = %s AND EXISTS (SELECT FROM changeover.migration WHERE name = %s AND epoch = %s)"
+                    ).format(sql.SQL(change)),
+            [*values, self.migration, store, source, target, self.migration, epoch],
         ).rowcount  # fmt: skip
         if not changed:
             raise CouldNotFinish(f"{source} in {target} was begun anew since this run began (it is of epoch {epoch}): run again")

@@ -13,35 +13,38 @@ from typing import Any
 
 from changeover.position import Version, image_version
 
-FORMAT = 4
+FORMAT = 5
 """Version of the ledger's tables; another version found is refused, never guessed at."""
 
 SCHEMA = """
 CREATE SCHEMA IF NOT EXISTS changeover;
 CREATE TABLE IF NOT EXISTS changeover.migration (
     name text PRIMARY KEY, format integer NOT NULL, spec_digest text NOT NULL, spec jsonb NOT NULL,
+    prepared timestamptz NOT NULL DEFAULT now(), finalized timestamptz, epoch integer NOT NULL DEFAULT 0, begun integer);
+CREATE TABLE IF NOT EXISTS changeover.stream (
+    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, store text NOT NULL CHECK (store IN ('old', 'new')),
     l0 pg_lsn NOT NULL, system_id text NOT NULL, timeline integer NOT NULL, slot text NOT NULL, publication text NOT NULL,
-    snapshot text NOT NULL, visible text NOT NULL, prepared timestamptz NOT NULL DEFAULT now(), finalized timestamptz,
-    epoch integer NOT NULL DEFAULT 0, begun integer);
+    snapshot text NOT NULL, visible text NOT NULL, definition jsonb NOT NULL DEFAULT '[]',
+    opened timestamptz NOT NULL DEFAULT now(), broken text, PRIMARY KEY (migration, store));
 CREATE TABLE IF NOT EXISTS changeover.source_table (
-    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL,
-    filenode bigint NOT NULL, columns jsonb NOT NULL, partitioned boolean NOT NULL DEFAULT false, stopped text,
-    PRIMARY KEY (migration, source));
+    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, store text NOT NULL, source text NOT NULL,
+    filenode bigint NOT NULL, columns jsonb NOT NULL, partitioned boolean NOT NULL DEFAULT false,
+    PRIMARY KEY (migration, store, source));
 CREATE TABLE IF NOT EXISTS changeover.source_partition (
-    migration text NOT NULL, source text NOT NULL, oid bigint NOT NULL, name text NOT NULL, filenode bigint NOT NULL,
-    attached text NOT NULL, PRIMARY KEY (migration, source, oid),
-    FOREIGN KEY (migration, source) REFERENCES changeover.source_table ON DELETE CASCADE);
+    migration text NOT NULL, store text NOT NULL, source text NOT NULL, oid bigint NOT NULL, name text NOT NULL,
+    filenode bigint NOT NULL, attached text NOT NULL, PRIMARY KEY (migration, store, source, oid),
+    FOREIGN KEY (migration, store, source) REFERENCES changeover.source_table ON DELETE CASCADE);
 CREATE TABLE IF NOT EXISTS changeover.load (
-    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, source text NOT NULL, target text NOT NULL,
-    state text NOT NULL, applied pg_lsn NOT NULL, created boolean NOT NULL DEFAULT false, types jsonb NOT NULL DEFAULT '{}',
-    refused bigint NOT NULL DEFAULT 0,
-    swept bigint NOT NULL DEFAULT 0, events bigint NOT NULL DEFAULT 0, changed timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (migration, source, target));
+    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, store text NOT NULL, source text NOT NULL,
+    target text NOT NULL, state text NOT NULL, applied pg_lsn NOT NULL, created boolean NOT NULL DEFAULT false,
+    types jsonb NOT NULL DEFAULT '{}', refused bigint NOT NULL DEFAULT 0, swept bigint NOT NULL DEFAULT 0,
+    events bigint NOT NULL DEFAULT 0, stopped text, changed timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (migration, store, source, target));
 CREATE TABLE IF NOT EXISTS changeover.chunk (
-    migration text NOT NULL, source text NOT NULL, target text NOT NULL, chunk integer NOT NULL,
-    lower jsonb, upper jsonb, token bigint NOT NULL DEFAULT 0, loaded timestamptz, rows bigint, refused bigint,
-    seconds double precision, PRIMARY KEY (migration, source, target, chunk),
-    FOREIGN KEY (migration, source, target) REFERENCES changeover.load ON DELETE CASCADE);
+    migration text NOT NULL, store text NOT NULL DEFAULT 'old', source text NOT NULL, target text NOT NULL,
+    chunk integer NOT NULL, lower jsonb, upper jsonb, token bigint NOT NULL DEFAULT 0, loaded timestamptz, rows bigint,
+    refused bigint, seconds double precision, PRIMARY KEY (migration, source, target, chunk),
+    FOREIGN KEY (migration, store, source, target) REFERENCES changeover.load ON DELETE CASCADE);
 CREATE TABLE IF NOT EXISTS changeover.authority (
     migration text NOT NULL, epoch integer NOT NULL, store text NOT NULL CHECK (store IN ('old', 'new')),
     from_lsn pg_lsn NOT NULL, at timestamptz NOT NULL DEFAULT now(), pause_seconds double precision, new_lsn pg_lsn,
@@ -55,25 +58,14 @@ CREATE TABLE IF NOT EXISTS changeover.heartbeat (
 CREATE TABLE IF NOT EXISTS changeover.audit (
     migration text NOT NULL, entry bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(),
     step text NOT NULL, outcome text NOT NULL, detail jsonb NOT NULL, PRIMARY KEY (migration, entry));
-CREATE TABLE IF NOT EXISTS changeover.stream_definition (
-    migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, store text NOT NULL, pieces jsonb NOT NULL,
-    PRIMARY KEY (migration, store));
-CREATE TABLE IF NOT EXISTS changeover.reverse_stream (
-    migration text PRIMARY KEY REFERENCES changeover.migration ON DELETE CASCADE, l0 pg_lsn NOT NULL, system_id text NOT NULL,
-    timeline integer NOT NULL, slot text NOT NULL, tables jsonb NOT NULL, opened timestamptz NOT NULL DEFAULT now(), broken text);
-CREATE TABLE IF NOT EXISTS changeover.reverse_load (
-    migration text NOT NULL REFERENCES changeover.reverse_stream ON DELETE CASCADE, source text NOT NULL, target text NOT NULL,
-    applied pg_lsn NOT NULL, events bigint NOT NULL DEFAULT 0, stopped text, PRIMARY KEY (migration, source, target));
 """
 
 LEDGER_TABLES = (
-    "reverse_load",
-    "reverse_stream",
-    "stream_definition",
     "chunk",
     "load",
     "source_partition",
     "source_table",
+    "stream",
     "authority",
     "verdict",
     "heartbeat",
@@ -83,12 +75,18 @@ LEDGER_TABLES = (
 """All of the ledger's tables, in an order in which they can be dropped."""
 
 PENDING, LOADED, CLOSED = "pending", "loaded", "closed"
-"""States of a load: chunks open; all chunks committed; swept, so that it may be verified and read."""
+"""States of a load: chunks open; all chunks committed; swept, so that it may be verified and read.
+
+One of the new store's stream has no chunks, and is closed from the beginning.
+"""
+
+OLD, NEW = "old", "new"
+"""The stores between which authority moves, each with a stream of its own."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The prepared change stream: what must still be true at every connect."""
+    """A store's change stream on record: what must still be true at every connect."""
 
     l0: int
     system_id: str
@@ -99,6 +97,10 @@ class Stream:
     visible: str
     epoch: int = 0
     """The epoch in which the tables were begun: 0, or that of the last `prepare --anew`."""
+    opened: datetime | None = None
+    """When it was recorded, by the ledger's clock; None before."""
+    broken: str | None = None
+    """Why it is of no use any more, as the new store's may be; the next fence opens another one."""
 
     @property
     def image(self) -> Version:
@@ -134,7 +136,10 @@ class Partition:
 
 @dataclass(frozen=True)
 class Load:
-    """How far one table has come in one target; `applied` says that every event with a smaller commit LSN was offered."""
+    """How far one table has come in one target, by one store's stream.
+
+    `applied` says that every event with a smaller commit LSN of that store's log was offered, and `stopped` why it goes no further.
+    """
 
     source: str
     target: str
@@ -146,6 +151,7 @@ class Load:
     events: int
     types: Mapping[str, str] = field(default_factory=dict)
     """The type that each column of the target was planned to have, by the name that its store has for it."""
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)

@@ -186,8 +186,8 @@ class _Load:
     def run(self, source: str) -> list[ChangeoverError]:
         """Plan, load what is pending, close; return what rows were refused, whose chunks are still pending."""
         state = self.ledger.load(source, self.store.name).state
-        _, columns, stopped = self.ledger.source_table(source)
-        if stopped:
+        _, columns = self.ledger.source_table(source)
+        if stopped := self.ledger.stopped().get(source):
             raise TableStopped(source, stopped)
         if state == PENDING:
             read = self._read_table(columns_of=store_columns(columns))

@@ -63,7 +63,7 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
             log.warning("%s", stopped)
         for table in spec.tables:
             old_table = source_table(old, table)
-            filenode, columns, _ = ledger.source_table(table.source)
+            filenode, columns = ledger.source_table(table.source)
             identity = old_table.identity if old_table else tuple(c.name for c in columns if c.key)
             rows, parts = (old_table.rows, old_table.partitions) if old_table else (0, None)
             tables[table.source] = SourceTable(table.source, filenode, identity, columns, rows, parts)

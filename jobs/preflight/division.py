@@ -17,10 +17,10 @@ from psycopg import sql
 from changeover.jobs.access import grants
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
-from changeover.jobs.preflight.obstacles import obstacles, target_as_source
+from changeover.jobs.preflight.obstacles import obstacles
 from changeover.jobs.preflight.rules import Preflight, preflight
 from changeover.jobs.source import replication
-from changeover.jobs.source.catalog import SourceTable, source_table
+from changeover.jobs.source.catalog import SourceTable, source_table, target_as_source
 from changeover.jobs.transform.tenancy import new_column, old_column, required
 from changeover.names import qualified
 from changeover.session import Connection, application_name, connect

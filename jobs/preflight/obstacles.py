@@ -13,11 +13,11 @@ from psycopg import sql
 from changeover.jobs.access import connections, grants
 from changeover.jobs.guarantee.assumptions import hidden, server
 from changeover.jobs.preflight.rules import CAPTURE_RULES, TABLE_RULES
-from changeover.jobs.source.catalog import SourceTable, source_table
+from changeover.jobs.source.catalog import SourceTable, source_table, target_as_source
 from changeover.jobs.transform import inverse
 from changeover.names import qualified
 from changeover.session import Connection, application_name, connect, one_row
-from changeover.spec import SLOT, Spec, Table
+from changeover.spec import SLOT, Spec
 from changeover.stores.postgres import replica
 from changeover.stores.postgres.batches import WIDEST
 
@@ -75,18 +75,6 @@ def _unfit(new: Connection, new_table: SourceTable) -> list[str]:
     unseen = hidden(new, *qualified(new_table.source))
     reasons = [*map(str, lacks), *(new_table for (new_table,) in rows), *([unseen] if unseen else [])]
     return [reason for reason in reasons if "generated column" not in reason]  # it is computed anew, and no part of a transform
-
-
-def target_as_source(table: Table) -> Table:
-    """Return a table's target as a source of its own (pure).
-
-    Args:
-        table: The table of the spec.
-
-    Returns:
-        The table, whose source is the target.
-    """
-    return Table(table.target_relation, table.source, table.key)
 
 
 def has_slot(connection: Connection, slot: str) -> bool:

@@ -6,7 +6,6 @@ server is another one, is opened anew. Everything here runs on the driver and st
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,12 @@ from changeover.errors import SourceChanged, SpoolGap, StepOrder
 from changeover.jobs.guarantee import definition
 from changeover.jobs.ledger.epochs import NEW
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import Partition, Stream
-from changeover.jobs.preflight.obstacles import obstacles, target_as_source
-from changeover.jobs.reverse.path import Path, break_at_gap, break_off, loads, new_dsn, recorded, spool_of, targets_of, whole
+from changeover.jobs.ledger.records import CLOSED, Stream
+from changeover.jobs.preflight.obstacles import obstacles
+from changeover.jobs.reverse.path import break_at_gap, break_off, new_dsn, recorded, spool_of, targets_of, whole
 from changeover.jobs.source import snapshot
-from changeover.jobs.source.catalog import SourceTable, source_table
-from changeover.jobs.source.partitions import NewRoots
+from changeover.jobs.source.catalog import SourceTable, record_tables, source_table, tables_of
+from changeover.jobs.source.partitions import Roots
 from changeover.jobs.source.replication import require_stream, slot_of
 from changeover.names import qualified
 from changeover.position import format_lsn
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 LEASE_SECONDS = 5.0
 
 
-def open_path(spec: Spec, ledger: Ledger) -> Path | None:
+def open_path(spec: Spec, ledger: Ledger) -> Stream | None:
     """Open the path unless it is open and whole (driver).
 
     Waits for open transactions of the new store's server, so it comes before a fence's pause.
@@ -52,7 +51,7 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
         SpecError: A secret or column of the spec is not there.
     """
     path = recorded(ledger)
-    if path is not None and not path.broken and not any(load.stopped for load in loads(ledger)) and _intact(spec, ledger, path):
+    if path is not None and not path.broken and not any(load.stopped for load in ledger.loads(NEW)) and _intact(spec, ledger, path):
         return path
     dsn, application = new_dsn(spec), application_name(spec.name, "reverse")
     with connect(spec.source.dsn.resolve(), application) as old, connect(dsn, application) as new:
@@ -63,11 +62,10 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
             return None
         system_id, timeline = snapshot.identify(dsn, application)
         _remove(new, slot_of(spec))
-        new_tables = [source_table(new, target_as_source(table)) for table in spec.tables]
-        tables = {one.source: one for one in new_tables if one is not None}
+        tables = {table.source: found for table in tables_of(spec, NEW) if (found := source_table(new, table)) is not None}
         with speaking_to(dsn, "creating the publication"):
             _publish(new, slot_of(spec), [qualified(name) for name in tables])
-            oids = definition.relations(new, [target_as_source(table).source_name for table in spec.tables])
+            oids = definition.relations(new, [table.source_name for table in tables_of(spec, NEW)])
             pieces = definition.of_slot(new, slot_of(spec), oids)
         made = snapshot.create_slot(dsn, application, slot_of(spec))
         made.session.close()
@@ -81,7 +79,7 @@ def open_path(spec: Spec, ledger: Ledger) -> Path | None:
     return recorded(ledger)
 
 
-def _intact(spec: Spec, ledger: Ledger, path: Path) -> bool:
+def _intact(spec: Spec, ledger: Ledger, path: Stream) -> bool:
     try:
         _require(spec, ledger, path)
     except (SourceChanged, SpoolGap) as error:
@@ -90,27 +88,20 @@ def _intact(spec: Spec, ledger: Ledger, path: Path) -> bool:
     return True
 
 
-def roots(spec: Spec, ledger: Ledger, path: Path) -> NewRoots:
+def roots(spec: Spec, ledger: Ledger) -> Roots:
     """Return what the partitions in the new store's stream belong to (capture).
-
-    Those that are born are put on record.
 
     Args:
         spec: The migration's spec.
         ledger: The migration's ledger, open.
-        path: The path on record.
 
     Returns:
-        The partitions, which look up what they don't know.
+        The partitions, which look up what they don't know and record it.
+
+    Raises:
+        SecretMissing: The environment variable of the DSN is not set.
     """
-
-    def record(name: str, parts: Sequence[Partition]) -> None:
-        ledger.connection.execute(
-            "UPDATE changeover.reverse_stream SET tables = jsonb_set(tables, ARRAY[%s, 'partitions'], %s) WHERE migration = %s",
-            [name, json.dumps([part.__dict__ for part in parts]), ledger.migration],
-        )
-
-    return NewRoots(spec, new_dsn(spec), path.parts, record)
+    return Roots(ledger, new_dsn(spec), tables_of(spec, NEW), NEW)
 
 
 def require_definition(spec: Spec, ledger: Ledger, new: Connection) -> None:
@@ -144,24 +135,24 @@ def gap_in(spec: Spec, ledger: Ledger, new: Connection) -> str | None:
     try:
         if path is not None and path.broken is None:
             require_definition(spec, ledger, new)
-            roots(spec, ledger, path).look(new)
+            roots(spec, ledger).look(new)
     except SourceChanged as gap:
         return break_at_gap(ledger, gap)
     return None
 
 
-def _require(spec: Spec, ledger: Ledger, path: Path) -> None:
+def _require(spec: Spec, ledger: Ledger, path: Stream) -> None:
     """Raise SourceChanged or SpoolGap unless the new store's stream is whole from the end of its spool on."""
     with connect(new_dsn(spec), application_name(spec.name, "reverse")) as new:
         require_definition(spec, ledger, new)
-        roots(spec, ledger, path).look(new)
+        roots(spec, ledger).look(new)
     dsn, application = new_dsn(spec), application_name(spec.name, "reverse")
-    spool_of(spec).proved(path.stream.l0, lambda durable: require_stream(dsn, application, path.stream, durable))
+    spool_of(spec).proved(path.l0, lambda durable: require_stream(dsn, application, path, durable))
 
 
-def _goes_on(spec: Spec, path: Path | None, stream: Stream) -> bool:
+def _goes_on(spec: Spec, path: Stream | None, stream: Stream) -> bool:
     """Return whether a new stream's positions go on where those of the spool end: it is the same server, and its log the same."""
-    if path is not None and (path.stream.system_id, path.stream.timeline) != (stream.system_id, stream.timeline):
+    if path is not None and (path.system_id, path.timeline) != (stream.system_id, stream.timeline):
         return False
     try:
         return spool_of(spec).end() <= stream.l0  # a server that was restored as it stood has another log under the same name
@@ -194,29 +185,18 @@ def _record(
     afresh: bool = False,
 ) -> None:  # fmt: skip
     """Put an opened path on record in one transaction, each load at its beginning, or where it is beyond that unless `afresh`."""
-    looks = {
-        name: {
-            "columns": [column.__dict__ for column in table.columns],
-            "partitions": None if table.partitions is None else [part.__dict__ for part in table.partitions],
-        }
-        for name, table in tables.items()
-    }
     with ledger.connection.transaction():
+        ledger.record_stream(NEW, stream)
         definition.record(ledger, NEW, pieces)
-        ledger.connection.execute(
-            "INSERT INTO changeover.reverse_stream (migration, l0, system_id, timeline, slot, tables)"
-            " VALUES (%s, %s, %s, %s, %s, %s)"
-            " ON CONFLICT (migration) DO UPDATE SET l0 = excluded.l0, system_id = excluded.system_id, timeline = excluded.timeline,"
-            " tables = excluded.tables, opened = now(), broken = NULL",
-            [spec.name, format_lsn(stream.l0), stream.system_id, stream.timeline, stream.slot, json.dumps(looks)],
-        )
+        record_tables(ledger, tables, NEW)
         for table in spec.tables:
             for target in targets_of(spec):
                 ledger.connection.execute(
-                    "INSERT INTO changeover.reverse_load (migration, source, target, applied) VALUES (%s, %s, %s, %s)"
-                    " ON CONFLICT (migration, source, target) DO UPDATE SET stopped = NULL,"
-                    " applied = CASE WHEN %s THEN excluded.applied ELSE greatest(reverse_load.applied, excluded.applied) END",
-                    [spec.name, table.source, target, format_lsn(stream.l0), afresh],
+                    "INSERT INTO changeover.load (migration, store, source, target, state, applied)"
+                    " VALUES (%s, 'new', %s, %s, %s, %s)"
+                    " ON CONFLICT (migration, store, source, target) DO UPDATE SET stopped = NULL,"
+                    " applied = CASE WHEN %s THEN excluded.applied ELSE greatest(load.applied, excluded.applied) END",
+                    [spec.name, table.source, target, CLOSED, format_lsn(stream.l0), afresh],
                 )
 
 
@@ -233,7 +213,7 @@ def remove(spec: Spec, ledger: Ledger | None) -> list[str]:
     if spec.flag is None:
         return []
     if ledger is not None:
-        ledger.connection.execute("DELETE FROM changeover.reverse_stream WHERE migration = %s", [spec.name])
+        ledger.forget_stream(NEW)
     dsn = new_dsn(spec)
     with connect(dsn, application_name(spec.name, "remove")) as new, speaking_to(dsn, "removing the reverse path"):
         removed = [f"{what} of the new store" for what in _remove(new, slot_of(spec))]

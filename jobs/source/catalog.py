@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from changeover.jobs.access import grants
-from changeover.jobs.ledger.records import Partition, SourceColumn
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import OLD, Partition, SourceColumn
+from changeover.jobs.source import partitions
 from changeover.jobs.source.generated import generated_of
-from changeover.jobs.source.partitions import partitions_of
 from changeover.names import qualified
 from changeover.session import Connection
-from changeover.spec import Table
+from changeover.spec import Spec, Table
 from changeover.stores.base.pgtypes import Column, source_type
 from changeover.stores.base.ranges import estimated_rows
 from changeover.stores.base.reader import ReadTable
@@ -104,5 +105,43 @@ def source_table(connection: Connection, table: Table) -> SourceTable | None:
     columns = tuple(
         SourceColumn(r[0], r[1], r[2], r[3], r[0] in identity, *r[4:]) for r in connection.execute(COLUMNS, [row[0]]).fetchall()
     )
-    parts, rows = partitions_of(connection, schema, name), estimated_rows(connection, schema, name)
+    parts, rows = partitions.partitions_of(connection, schema, name), estimated_rows(connection, schema, name)
     return SourceTable(table.source_relation, row[1] or 0, identity, columns, rows, parts, generated_of(connection, row[0]))
+
+
+def target_as_source(table: Table) -> Table:
+    """Return a table's target as a source of its own (pure).
+
+    Args:
+        table: The table of the spec.
+
+    Returns:
+        The table, whose source is the target.
+    """
+    return Table(table.target_relation, table.source, table.key)
+
+
+def tables_of(spec: Spec, store: str) -> list[Table]:
+    """Return the tables of a store's stream, each as a source (pure).
+
+    Args:
+        spec: The migration's spec.
+        store: `OLD` or `NEW`.
+
+    Returns:
+        The tables, in the spec's order.
+    """
+    return [table if store == OLD else target_as_source(table) for table in spec.tables]
+
+
+def record_tables(ledger: Ledger, tables: Mapping[str, SourceTable], store: str = OLD) -> None:
+    """Record the tables of a stream, and their partitions, as they were found before the slot was made.
+
+    Args:
+        ledger: The migration's ledger, open.
+        tables: The tables by the names that the spec has for them in that store.
+        store: The store whose stream it is.
+    """
+    for name, table in tables.items():
+        ledger.record_table(name, table.filenode, table.columns, table.partitions is not None, store)
+        partitions.record(ledger, name, table.partitions or (), store)

@@ -11,7 +11,7 @@ every row of it is in the stream, and it is recorded; all else stops the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 
 from psycopg import sql
@@ -19,10 +19,9 @@ from psycopg.rows import class_row
 
 from changeover.errors import SourceChanged, TableStopped
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import Partition
-from changeover.names import qualified
+from changeover.jobs.ledger.records import OLD, Partition
 from changeover.session import Connection, application_name, connect, speaking_to
-from changeover.spec import Spec, Table
+from changeover.spec import Table
 
 PARTITIONS = """
 WITH RECURSIVE parts AS (
@@ -46,43 +45,49 @@ def partitions_of(connection: Connection, schema: str, name: str) -> tuple[Parti
     return tuple(Partition(*row[:4]) for row in connection.execute(PARTITIONS, {"root": root}).fetchall())
 
 
-def record(ledger: Ledger, source: str, parts: Sequence[Partition]) -> None:
-    """Record partitions of a prepared source table.
+def record(ledger: Ledger, source: str, parts: Sequence[Partition], store: str = OLD) -> None:
+    """Record partitions of a table of a stream.
 
     Of a partition that is on record the file may be another now.
 
     Args:
         ledger: The migration's ledger, open.
-        source: The source table, as the spec names it.
+        source: The table, as the spec names it in that store.
         parts: The partitions.
+        store: The store whose stream it is.
     """
     with ledger.connection.cursor() as cursor:
         cursor.executemany(
-            "INSERT INTO changeover.source_partition (migration, source, oid, name, filenode, attached)"
-            " VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (migration, source, oid) DO UPDATE SET filenode = excluded.filenode",
-            [[ledger.migration, source, one.oid, one.name, one.filenode, one.attached] for one in parts],
+            "INSERT INTO changeover.source_partition (migration, store, source, oid, name, filenode, attached)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s)"
+            " ON CONFLICT (migration, store, source, oid) DO UPDATE SET filenode = excluded.filenode",
+            [[ledger.migration, store, source, one.oid, one.name, one.filenode, one.attached] for one in parts],
         )
 
 
-def recorded(ledger: Ledger, source: str) -> tuple[Partition, ...] | None:
+def recorded(ledger: Ledger, source: str, store: str = OLD) -> tuple[Partition, ...] | None:
     """Return the partitions on record.
 
     Args:
         ledger: The migration's ledger, open.
-        source: The source table, as the spec names it.
+        source: The table, as the spec names it in that store.
+        store: The store whose stream it is.
 
     Returns:
-        The partitions, None for a source table that is not partitioned.
+        The partitions, None for a table that is not partitioned.
     """
     row = ledger.connection.execute(
-        "SELECT partitioned FROM changeover.source_table WHERE migration = %s AND source = %s", [ledger.migration, source]
+        "SELECT partitioned FROM changeover.source_table WHERE (migration, store, source) = (%s, %s, %s)",
+        [ledger.migration, store, source],
     ).fetchone()
     if row is None or not row[0]:
         return None
     with ledger.connection.cursor(row_factory=class_row(Partition)) as cursor:
-        query = "SELECT name, oid, filenode, attached FROM changeover.source_partition WHERE migration = %s AND source = %s"
-        query += " ORDER BY name"
-        return tuple(cursor.execute(query, [ledger.migration, source]))
+        query = (
+            "SELECT name, oid, filenode, attached FROM changeover.source_partition"
+            " WHERE (migration, store, source) = (%s, %s, %s) ORDER BY name"
+        )
+        return tuple(cursor.execute(query, [ledger.migration, store, source]))
 
 
 def difference(prepared: Collection[Partition], present: Collection[Partition], born: Collection[int]) -> str | None:
@@ -100,18 +105,21 @@ def difference(prepared: Collection[Partition], present: Collection[Partition], 
     return None
 
 
-def look(ledger: Ledger, connection: Connection, table: Table) -> str | None:
+def look(ledger: Ledger, connection: Connection, table: Table, store: str = OLD) -> str | None:
     """Compare a table's partitions with those on record, record new ones, and stop the table where they differ (driver).
 
-    Returns the reason why it is stopped by this, None for a table that is as it was or is not partitioned.
+    Returns the reason why it is stopped by this, None for a table that is as it was or is not partitioned. In the new store it is a
+    gap in the stream, SourceChanged: reverse replication has it no better than the old store.
     """
-    prepared = recorded(ledger, table.source)
+    prepared = recorded(ledger, table.source, store)
     if prepared is None:
         return None
     reason, born = compared(connection, table.source_name, prepared)
-    record(ledger, table.source, born)
+    record(ledger, table.source, born, store)
+    if reason is not None and store != OLD:
+        raise SourceChanged(f"partitions of {table.source}: {reason}", "others", "not the same")
     if reason is not None:
-        ledger.stop_table(table.source, reason)
+        ledger.stop(reason, table.source)
     return reason
 
 
@@ -166,49 +174,18 @@ def _born(connection: Connection, table: tuple[str, str], part: Partition) -> bo
     return found is not None and not found[0]
 
 
-class _Known:
-    """The partitions that are known, each of one table, by their oids; one that is not is looked up."""
+class Roots:
+    """Of which table a partition in a store's stream is a part, by the ledger and, where it is new, by the catalogue (capture).
 
-    def __init__(self, spec: Spec, dsn: str, names: Sequence[str]) -> None:
-        self.spec, self.dsn, self.names = spec, dsn, names
+    `tables` are those of the stream, as that store names them.
+    """
+
+    def __init__(self, ledger: Ledger, dsn: str, tables: Sequence[Table], store: str = OLD) -> None:
+        self.ledger, self.dsn, self.store = ledger, dsn, store
+        self.tables = [table for table in tables if recorded(ledger, table.source, store) is not None]
+        self.names = [table.source_relation for table in self.tables]
         self._root: dict[int, str] = {}
         self._part: dict[int, Partition] = {}
-
-    def know(self, name: str, parts: Sequence[Partition]) -> None:
-        """Take partitions of a table for known."""
-        for part in parts:
-            self._root[part.oid], self._part[part.oid] = name, part
-
-    def look(self, connection: Connection) -> list[str]:
-        """Compare all partitioned tables with what is on record; return which were stopped by it, and why."""
-        raise NotImplementedError
-
-    def of(self, oid: int) -> str | None:
-        """Return the table of which a relation is or was a partition; one that is not known yet is looked up."""
-        if oid not in self._root and self.names:
-            with (
-                closing(connect(self.dsn, application_name(self.spec.name, "capture"))) as connection,
-                speaking_to(self.dsn, "looking up a partition"),
-            ):
-                self.look(connection)
-        return self._root.get(oid)
-
-    def leaves(self, name: str) -> frozenset[int]:
-        """Return the partitions of a table that hold rows; none for a table that is not partitioned."""
-        return frozenset(oid for oid, root in self._root.items() if root == name and self._part[oid].filenode)
-
-    def called(self, oids: Collection[int]) -> Sequence[str]:
-        """Return the names of some partitions."""
-        return sorted(self._part[oid].name for oid in oids if oid in self._part)
-
-
-class Roots(_Known):
-    """Of which source table a partition in the stream is a part, by the ledger and, where it is new, by the catalogue (capture)."""
-
-    def __init__(self, spec: Spec, ledger: Ledger) -> None:
-        self.ledger = ledger
-        self.tables = [table for table in spec.tables if recorded(ledger, table.source) is not None]
-        super().__init__(spec, spec.source.dsn.resolve(), [table.source_relation for table in self.tables])
 
     def look(self, connection: Connection) -> list[str]:
         """Compare all partitioned tables with the ledger (capture).
@@ -218,43 +195,51 @@ class Roots(_Known):
 
         Returns:
             The tables that were stopped by it, each with the reason.
-        """
-        reasons = [(table, look(self.ledger, connection, table)) for table in self.tables]
-        for table in self.tables:
-            self.know(table.source_relation, recorded(self.ledger, table.source) or ())
-        return [f"{table.source}: {reason}" for table, reason in reasons if reason is not None]
-
-
-class NewRoots(_Known):
-    """Of which table of the new store a partition in its stream is a part; `record` is told of those that were born.
-
-    One that came or went without an event is a gap in the stream: reverse replication has it no better than the old store.
-    """
-
-    def __init__(
-        self, spec: Spec, dsn: str, known: Mapping[str, Sequence[Partition]], record: Callable[[str, Sequence[Partition]], None]
-    ) -> None:
-        super().__init__(spec, dsn, list(known))
-        self.tables, self.record = dict(known), record
-
-    def look(self, connection: Connection) -> list[str]:
-        """Compare all partitioned tables with the record of the reverse path (capture).
-
-        Args:
-            connection: A session with the store.
-
-        Returns:
-            Nothing: what differs breaks the path off.
 
         Raises:
-            SourceChanged: Partitions came or went without an event.
+            SourceChanged: Partitions of the new store came or went without an event.
         """
-        for name, before in self.tables.items():
-            reason, born = compared(connection, qualified(name), before)
-            if reason is not None:
-                raise SourceChanged(f"partitions of {name}: {reason}", "others", "not the same")
-            if born:
-                self.tables[name] = [*before, *born]
-                self.record(name, self.tables[name])
-            self.know(name, self.tables[name])
-        return []
+        reasons = [(table, look(self.ledger, connection, table, self.store)) for table in self.tables]
+        for table in self.tables:
+            for part in recorded(self.ledger, table.source, self.store) or ():
+                self._root[part.oid], self._part[part.oid] = table.source_relation, part
+        return [f"{table.source}: {reason}" for table, reason in reasons if reason is not None]
+
+    def of(self, oid: int) -> str | None:
+        """Return the table of which a relation is or was a partition; one that is not known yet is looked up.
+
+        Args:
+            oid: The relation's oid.
+
+        Returns:
+            The table, as the stream names it; None where it is a partition of none.
+        """
+        if oid not in self._root and self.tables:
+            with (
+                closing(connect(self.dsn, application_name(self.ledger.migration, "capture"))) as connection,
+                speaking_to(self.dsn, "looking up a partition"),
+            ):
+                self.look(connection)
+        return self._root.get(oid)
+
+    def leaves(self, name: str) -> frozenset[int]:
+        """Return the partitions of a table that hold rows; none for a table that is not partitioned.
+
+        Args:
+            name: The table, as the stream names it.
+
+        Returns:
+            Their oids.
+        """
+        return frozenset(oid for oid, root in self._root.items() if root == name and self._part[oid].filenode)
+
+    def called(self, oids: Collection[int]) -> Sequence[str]:
+        """Return the names of some partitions.
+
+        Args:
+            oids: Their oids.
+
+        Returns:
+            The names, sorted.
+        """
+        return sorted(self._part[oid].name for oid in oids if oid in self._part)

@@ -50,13 +50,13 @@ def test_the_questions_have_the_answers_that_the_guarantee_needs(migration: Migr
     assert told(migration.new, APPLIED)
     assert all(parse_lsn(str(row[2])) >= parse_lsn(position[0]) for row in asked(migration.new, APPLIED))
     assert told(migration.old, SLOT)
-    prepared = migration.new.execute("SELECT system_id, timeline FROM changeover.migration").fetchone()
+    prepared = migration.new.execute("SELECT system_id, timeline FROM changeover.stream").fetchone()
     assert prepared is not None
     assert [(str(row[0]), row[1]) for row in asked(migration.old, SERVER)] == [prepared]
     file = migration.new.execute("SELECT filenode FROM changeover.source_table").fetchall()
     assert asked(migration.old, FILE) == file
 
-    migration.new.execute("UPDATE changeover.source_table SET stopped = 'its definition changed'")
+    migration.new.execute("UPDATE changeover.load SET stopped = 'its definition changed'")
     assert not told(migration.new, APPLIED)
     migration.old.execute("ALTER TABLE follows ALTER note TYPE varchar(9000) USING left(note, 9000)")
     assert asked(migration.old, FILE) != file

@@ -130,8 +130,8 @@ class Machine(RuleBasedStateMachine):
         """A target's position is lost, so that everything is offered to it again."""
         self.write(writes, whole=False)
         self.made.new.execute(
-            "UPDATE changeover.load SET applied = (SELECT l0 FROM changeover.migration m WHERE m.name = migration)"
-            " WHERE migration = %s AND target = %s",
+            "UPDATE changeover.load SET applied = l0 FROM changeover.stream AS s"
+            " WHERE (s.migration, s.store) = (load.migration, load.store) AND load.migration = %s AND target = %s",
             [self.made.spec.name, into],
         )
 

@@ -116,4 +116,4 @@ def partitions_of_their_own(events: Migration) -> None:
     assert_equal(events)
     assert all(verdict.equal for verdict in events.verify().values())
     with Ledger.open(events.spec, "test") as ledger:
-        assert ledger.source_table("public.events")[2] is None
+        assert ledger.stopped().get("public.events") is None

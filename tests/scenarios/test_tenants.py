@@ -27,7 +27,7 @@ from changeover import failpoints
 from changeover.errors import Refused
 from changeover.flags import flagfile
 from changeover.flags.fence.fence import fence, settle
-from changeover.jobs.ledger.epochs import shares
+from changeover.jobs.ledger.epochs import NEW, shares
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.marker import emit_marker
@@ -168,7 +168,7 @@ def settled(migration: Migration, seconds: float = 600.0) -> None:
         deadline = time.monotonic() + seconds
         while late := [
             one
-            for store, loads, place in (("old", ledger.loads(), places[0]), ("new", reverse.loads(ledger), places[1]))
+            for store, loads, place in (("old", ledger.loads(), places[0]), ("new", ledger.loads(NEW), places[1]))
             for one in loads
             if store in holding and one.applied < place
         ]:

@@ -31,6 +31,7 @@ from changeover.jobs import finalize as finalizing
 from changeover.jobs import prepare
 from changeover.jobs.install.leftovers import leftovers
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import NEW
 from changeover.jobs.load import copier
 from changeover.jobs.preflight.division import examined
 from changeover.jobs.reverse import path as reversing
@@ -140,7 +141,7 @@ class Tour:
     def _moves(self, ledger: Ledger) -> tuple[int, ...]:
         """Return what changes while capture and replay make progress, in either direction."""
         forward = [load.applied for load in ledger.loads()]
-        back = [load.applied for load in reversing.loads(ledger)]
+        back = [load.applied for load in ledger.loads(NEW)]
         spooled = spool_of(self.spec, ledger.stream("demo").epoch).end()
         return (*forward, *back, spooled, *tasks_done(self.spark))
 
@@ -314,7 +315,7 @@ def _note(old: Connection, key: list[int]) -> str | None:
 def _came_back(tour: Tour) -> int:
     """Return how many changes of the new store were offered to the old one so far."""
     with Ledger.open(tour.spec, "demo") as ledger:
-        loads = reversing.loads(ledger)
+        loads = ledger.loads(NEW)
     tour.figures.came_back = sum(load.events for load in loads if load.target == reversing.OLD_STORE)
     return tour.figures.came_back
 
@@ -520,7 +521,7 @@ def _pass_back(tour: Tour) -> None:
             raise CouldNotFinish(f"what is written to the new store does not come back: {lacking}")
 
         def applied() -> int:
-            return min(load.applied for load in reversing.loads(ledger))
+            return min(load.applied for load in ledger.loads(NEW))
 
         _reach(tour, mark(new, "demo"), applied, "reverse replication")
 

@@ -134,7 +134,7 @@ def test_a_stopped_table_the_stage_and_the_end_are_told(accounts: Migration) -> 
     assert states(told)["replay"] == "at rest"
     assert "flag      live; the new store has authority (epoch 1)\n    routers: 2 at shadow" in run("status", accounts)
     with Ledger.open(accounts.spec, "test") as ledger:
-        ledger.stop_table("public.accounts", "it was truncated")
+        ledger.stop("it was truncated", "public.accounts")
     assert loads(status(accounts), "stopped") == {STORE: ["it was truncated"], LAKE: ["it was truncated"]}
     assert "0 swept; stopped: it was truncated" in run("status", accounts)
     finalize(accounts.spec)
@@ -232,7 +232,7 @@ def test_a_probe_gets_a_line_for_each_reason(accounts: Migration) -> None:
         )  # fmt: skip
     # a replay that runs would end at the stopped table
     with Ledger.open(accounts.spec, "test") as ledger:
-        ledger.stop_table("public.accounts", "it was truncated")
+        ledger.stop("it was truncated", "public.accounts")
         run = ledger.record_verdict("public.accounts", STORE, "different", None, {})
     assert probe(accounts) == (
         1,

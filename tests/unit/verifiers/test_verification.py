@@ -62,7 +62,7 @@ def test_every_table_gets_its_verdict(make_migration: MakeMigration, monkeypatch
     }
     assert all(Verdict.from_json(v.to_json()) == v for v in verdicts)
     with Ledger.open(migration.spec, "test") as ledger:
-        ledger.stop_table("public.a", "a test stopped it")
+        ledger.stop("a test stopped it", "public.a")
     compare = diff.compare
 
     def refused(*arguments: Any, **options: Any) -> Any:

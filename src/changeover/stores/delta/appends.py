@@ -12,25 +12,24 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deltalake import DeltaTable, Transaction
 from deltalake.transaction import AddAction
 
 from changeover import failpoints
 from changeover.errors import ChangeoverError, CouldNotFinish, RowRefused
-from changeover.files.folders import sync
 from changeover.files.trouble import working
 from changeover.names import RESERVED, folded
 from changeover.position import Version
 from changeover.spark.failures import failure_of
 from changeover.stores.base.interface import Counts, Mark
 from changeover.stores.base.taskresult import outcome, partition
-from changeover.stores.delta.merges import HOOKS, committed, properties
+from changeover.stores.delta.files import bounded, write
+from changeover.stores.delta.merges import act, committed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,9 +62,6 @@ def marks_among(columns: Collection[str]) -> tuple[str, str] | None:
 
 
 ROW_GROUP = 100_000
-LONGEST_BOUND = 32
-"""Characters of a text that may stand in a file's statistics, as in Delta's own writers."""
-
 APPEND_VERSION = 1
 """Every chunk has an application id of its own, the same for all attempts, and is appended under it once."""
 
@@ -106,29 +102,20 @@ class AppendTask:
         return counts
 
     def _write(self, chunk: int, batches: Iterator[pa.RecordBatch]) -> list[AddAction]:
-        """Write one file and bring it to stable storage; a chunk without rows has none."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        """Write one file; a chunk without rows has none."""
+        key = bounded(DeltaTable(self.path), self.key)
+        added = write(Path(self.path), map(self._whole, row_groups(batches)), key, chunk)
+        return [added] if added is not None else []
 
-        path = Path(self.path) / f"part-{chunk:05d}-{uuid.uuid4()}.snappy.parquet"
-        writer: Any = None
-        bounds = Bounds(self.key)
-        for placed in row_groups(batches):
-            rows = placed.rename_columns(list(self.columns)) if self.columns else placed
-            require_values(self.path, self.required, rows)
-            bounds.add(rows)
-            version, deleted = self.marks
-            whole = rows.append_column(version, pa.repeat(_version(self.image), rows.num_rows)).append_column(
-                deleted, pa.repeat(pa.scalar(False), rows.num_rows)
-            )
-            writer = writer or pq.ParquetWriter(path, whole.schema, compression="snappy", store_decimal_as_integer=True)
-            writer.write_table(whole)
-        if writer is None:
-            return []
-        writer.close()
-        sync(path)
-        size, now = path.stat().st_size, int(time.time() * 1000)
-        return [AddAction(path.name, size, {}, now, True, json.dumps(bounds.statistics()))]
+    def _whole(self, placed: pa.Table) -> pa.Table:
+        """Return rows with their names, version and tombstone."""
+        import pyarrow as pa
+
+        rows = placed.rename_columns(list(self.columns)) if self.columns else placed
+        require_values(self.path, self.required, rows)
+        version, deleted = self.marks
+        marked = rows.append_column(version, pa.repeat(_version(self.image), rows.num_rows))
+        return marked.append_column(deleted, pa.repeat(pa.scalar(False), rows.num_rows))
 
 
 @dataclass(frozen=True)
@@ -178,39 +165,6 @@ def row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
         yield pa.Table.from_batches(gathered)
 
 
-class Bounds:
-    """A file's statistics: its rows, and the least and greatest of each key column of whole numbers or short texts."""
-
-    def __init__(self, key: Sequence[str]) -> None:
-        self.rows = 0
-        self._extremes: dict[str, list[Any]] = {name: [] for name in key}
-
-    def add(self, rows: pa.Table) -> None:
-        """Take in a row group."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        self.rows += rows.num_rows
-        for name, values in self._extremes.items():
-            column = rows.column(name)
-            if pa.types.is_integer(column.type) or pa.types.is_string(column.type):
-                values += pc.min_max(column).as_py().values()
-
-    def statistics(self) -> dict[str, Any]:
-        """Return them as Delta's log has them; a bound that is left out only makes a reader look into the file."""
-        short = {
-            name: values
-            for name, values in self._extremes.items()
-            if values and not any(isinstance(value, str) and len(value) > LONGEST_BOUND for value in values)
-        }
-        return {
-            "numRecords": self.rows,
-            "minValues": {name: min(values) for name, values in short.items()},
-            "maxValues": {name: max(values) for name, values in short.items()},
-            "nullCount": dict.fromkeys(short, 0),
-        }
-
-
 def appended(recorded: int | None, version: int = APPEND_VERSION) -> bool:
     """Return whether an append was made before, given the version that the table records for its application id.
 
@@ -243,10 +197,7 @@ def claim(path: str, identities: Sequence[str]) -> None:
 
 def _append(table: DeltaTable, added: list[AddAction], identities: Sequence[str]) -> None:
     """Commit files; the commit must follow the version in which the ids were looked up."""
-    ids = [Transaction(identity, APPEND_VERSION) for identity in identities]
-    table.create_write_transaction(
-        list(added), mode="append", schema=table.schema(), commit_properties=properties(*ids), post_commithook_properties=HOOKS
-    )
+    act(table, added, *(Transaction(identity, APPEND_VERSION) for identity in identities))
 
 
 def appended_rows(path: Path, identity: str) -> int:

@@ -61,6 +61,7 @@ from changeover.stores.delta.appends import (
     marks_among,
     require_values,
 )
+from changeover.stores.delta.files import STATISTICS
 
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
@@ -208,7 +209,7 @@ class DeltaStore:
             made.alter.add_feature(TableFeatures.Invariants)
 
     def install(self, table: TargetTable, image: Version) -> None:
-        """The gate is MERGE's own condition; only the floor has to be known."""
+        """The gate is the merge's own comparison; only the floor has to be known."""
         self.floors[table.name] = image
 
     def load(self, table: TargetTable, chunks: Sequence[int], read: Callable[[Sequence[int]], DataFrame], mark: Mark) -> None:
@@ -280,9 +281,9 @@ class DeltaStore:
             raise RowRefused(str(table), f"source keys {met[0]} and {met[1]}", MEET)
 
     def merge(self, table: TargetTable, changes: DataFrame, reached: Version | None = None) -> Counts:
-        """Offer changes by one MERGE: an older one changes nothing, a delete of an absent key leaves a tombstone.
+        """Offer changes by one commit: an older one changes nothing, a delete of an absent key leaves a tombstone.
 
-        The driver has them all: a batch is bounded, and Spark's own MERGE costs seconds for a single row.
+        The driver has them all, since a batch is bounded; Spark's own MERGE costs seconds for a single row.
         """
         import pyarrow.compute as pc
         from pyspark.sql import functions as F
@@ -308,9 +309,8 @@ class DeltaStore:
     def truncate(self, table: TargetTable, version: Version) -> None:
         """Make a tombstone of every older row. Older changes find it: events come in order, so each has a row by now."""
         at, deleted = _marks(self._existing(table.name))
-        rest = [name for name in table.names if name not in table.key]
         with working(self.path(table.name)):
-            merges.bury(str(self.path(table.name)), rest, at, deleted, version)
+            merges.bury(str(self.path(table.name)), table.key, at, deleted, version)
 
     def row_versions(self, table: TargetTable) -> int:
         """Return 0: versions are columns of the rows, and tombstones are rows that stay until `finalize`."""
@@ -453,7 +453,7 @@ def _statistics(table: TargetTable) -> dict[str, str | None]:
     from now it can't read at all. So the columns are those of which an append keeps them: the key's whole numbers and texts.
     """
     names = [c.name for c in table.columns if c.name in table.key and c.spark_type in BOUNDED]
-    return {"delta.dataSkippingStatsColumns": ",".join(map(quoted, names))} if names else {"delta.dataSkippingNumIndexedCols": "0"}
+    return {STATISTICS: ",".join(map(quoted, names))} if names else {"delta.dataSkippingNumIndexedCols": "0"}
 
 
 def _to_delta(spark_type: str) -> Any:

@@ -27,6 +27,7 @@ from changeover.flags.cutover import commands as cutover
 from changeover.flags.fence.fence import fence
 from changeover.jobs.install.leftovers import leftovers
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import NEW, OLD, Load
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.spool.table import spool_of
@@ -117,7 +118,7 @@ def settled(migration: Migration, seconds: float = 300.0) -> None:
         new = ledger.authority().store == "new"
         wanted = position(migration.new if new else migration.old)
         deadline = time.monotonic() + seconds
-        while late := [one for one in (reverse.loads if new else Ledger.loads)(ledger) if one.applied < wanted]:
+        while late := [one for one in ledger.loads(NEW if new else OLD) if one.applied < wanted]:
             assert time.monotonic() < deadline, late
             time.sleep(0.05)
 
@@ -168,9 +169,9 @@ def writing_there(migration: Migration) -> Iterator[Callable[[int], None]]:
     assert not failed, failed
 
 
-def reverse_loads(migration: Migration) -> dict[str, reverse.ReverseLoad]:
+def reverse_loads(migration: Migration) -> dict[str, Load]:
     with Ledger.open(migration.spec, "test") as ledger:
-        return {one.target: one for one in reverse.loads(ledger)}
+        return {one.target: one for one in ledger.loads(NEW)}
 
 
 def forward_events(migration: Migration) -> dict[str, int]:

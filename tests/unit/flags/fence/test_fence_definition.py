@@ -92,7 +92,7 @@ def applied(migration: Migration, place: int) -> bool:
 def put_right(migration: Migration) -> None:
     """Take what is there for the definition on record, and the table for one that never stopped."""
     with Ledger.open(migration.spec, "test") as ledger:
-        ledger.connection.execute("UPDATE changeover.source_table SET stopped = NULL")
+        ledger.connection.execute("UPDATE changeover.load SET stopped = NULL")
         definition.record(ledger, OLD, assumptions.present(migration.spec, migration.old, migration.spec.slot))
 
 

@@ -29,7 +29,7 @@ def apart(split: Split) -> tuple[Split, int]:
     """Return a migration whose tenants 7 and 9 are at the new store, and where that was in its log."""
     path = reverse_setup.open_path(split.spec, split.ledger)
     assert path is not None
-    there = path.stream.l0 + 100
+    there = path.l0 + 100
     split.move(NEW, 1000, there, "7", "9")
     return split, there
 

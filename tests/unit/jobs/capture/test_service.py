@@ -263,11 +263,11 @@ def test_a_slot_in_use_is_waited_for_and_named(prepared: Prepared) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("UPDATE changeover.migration SET system_id = '1'", "system identifier is .* but 1 was prepared"),
-        ("UPDATE changeover.migration SET timeline = 9", "timeline is 1, but 9 was prepared"),
-        ("UPDATE changeover.migration SET slot = 'nowhere'", "replication slot is missing, but nowhere"),
+        ("UPDATE changeover.stream SET system_id = '1'", "system identifier is .* but 1 was prepared"),
+        ("UPDATE changeover.stream SET timeline = 9", "timeline is 1, but 9 was prepared"),
+        ("UPDATE changeover.stream SET slot = 'nowhere'", "replication slot is missing, but nowhere"),
         (
-            "UPDATE changeover.migration SET publication = 'nothing'",
+            "UPDATE changeover.stream SET publication = 'nothing'",
             "publication .* missing, but one with public.follows, public.other",
         ),
     ],
@@ -283,10 +283,10 @@ def test_a_table_that_left_the_publication_stops_and_the_others_go_on(prepared: 
     prepared.sql("INSERT INTO follows VALUES (1, 'lost')", "INSERT INTO other VALUES (1, 'goes on')")
     prepared.catch_up()
     assert [event["relation"] for event in prepared.events()] == ["public.other"]
-    stopped = prepared.ledger.source_table("follows")[2]
+    stopped = prepared.ledger.stopped().get("follows")
     assert stopped is not None
     assert "publication of public.follows is missing" in stopped
-    assert prepared.ledger.source_table("public.other")[2] is None
+    assert prepared.ledger.stopped().get("public.other") is None
 
 
 def test_a_slot_ahead_of_the_spool_stops_the_run(prepared: Prepared) -> None:

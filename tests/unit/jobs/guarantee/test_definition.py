@@ -97,7 +97,7 @@ def test_a_changed_publication_stops_all_tables(prepared: Prepared, altered: str
     with pytest.raises(SourceChanged, match="its change stream has a gap; `changeover prepare --anew SPEC`"):
         capture(prepared.spec)
     for table in prepared.spec.tables:
-        assert "may be in no event" in (prepared.ledger.source_table(table.source)[2] or ""), table.source
+        assert "may be in no event" in (prepared.ledger.stopped().get(table.source) or ""), table.source
 
 
 @pytest.mark.parametrize("altered", ONE)
@@ -107,8 +107,8 @@ def test_what_concerns_a_table_stops_it_alone(prepared: Prepared, altered: str) 
     assert [one for one in told(prepared) if "follows" not in one] == []
     [stopped] = stop(Moment.WATCH, Asked(prepared.spec, prepared.old, prepared.ledger))
     assert stopped.startswith("follows: ")
-    assert prepared.ledger.source_table("follows")[2] is not None
-    assert prepared.ledger.source_table("public.other")[2] is None
+    assert prepared.ledger.stopped().get("follows") is not None
+    assert prepared.ledger.stopped().get("public.other") is None
 
 
 def test_a_row_filter_is_told_without_its_values(prepared: Prepared) -> None:
@@ -139,7 +139,7 @@ def test_a_capture_that_runs_sees_it_at_its_watch(prepared: Prepared, altered: s
         wait(lambda: "running" in prepared.spool.events()["note"].to_pylist())
         alter(prepared, {**ALTERED, **ONE}[altered])
         prepared.sql("INSERT INTO other VALUES (1, 'x')")
-        wait(lambda: prepared.ledger.source_table("follows")[2] is not None)
+        wait(lambda: prepared.ledger.stopped().get("follows") is not None)
         if altered != "left and back":
             wait(lambda: bool(failed))
     finally:

@@ -18,11 +18,7 @@ PLACE = ("moved", "public.kept", "new")
 def connection(new_dsn: str) -> Iterator[Connection]:
     with connect(new_dsn, "test") as session:
         Ledger(session, PLACE[0], new_dsn).create()
-        session.execute(
-            "INSERT INTO changeover.migration (name, format, spec_digest, spec, l0, system_id, timeline, slot, publication,"
-            " snapshot, visible) VALUES (%s, 1, '', '{}', '0/0', '', 1, '', '', '', '')",
-            PLACE[:1],
-        )
+        session.execute("INSERT INTO changeover.migration (name, format, spec_digest, spec) VALUES (%s, 1, '', '{}')", PLACE[:1])
         yield session
 
 

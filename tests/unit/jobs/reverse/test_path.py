@@ -26,11 +26,11 @@ from changeover.jobs import restart
 from changeover.jobs.capture.rogue import rogue
 from changeover.jobs.capture.service import capture_new
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import Stream
+from changeover.jobs.ledger.records import NEW, Stream
 from changeover.jobs.preflight import obstacles
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
-from changeover.jobs.source import replication, snapshot
+from changeover.jobs.source import partitions, replication, snapshot
 from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.spool.table import remove_spools, spool_of
 from changeover.jobs.status import status
@@ -154,20 +154,20 @@ def test_the_path_is_opened_once_watched_and_taken_away(stores: Stores) -> None:
     stores.state(GIVEN)
     path = reverse_setup.open_path(stores.spec, stores.ledger)
     assert path is not None
-    assert stores.slots() == [path.stream.slot] == [f"changeover__new_{stores.spec.name}"]
+    assert stores.slots() == [path.slot] == [f"changeover__new_{stores.spec.name}"]
     assert reverse_setup.open_path(stores.spec, stores.ledger) == path
     stores.new.execute("INSERT INTO links VALUES (1, 'X')")
     assert [event["row"] for event in stores.captured()] == [{"a": "1", "upper": "X"}]
-    reverse.advance(stores.ledger, "follows", reverse.OLD_STORE, path.stream.l0 + 8, 3)
+    stores.ledger.advance("follows", reverse.OLD_STORE, path.l0 + 8, 3, 0, NEW)
 
     lose_slot(stores)
     again = reverse_setup.open_path(stores.spec, stores.ledger)
     assert again is not None
-    assert again.stream.l0 > path.stream.l0, "another stream, from now on"
+    assert again.l0 > path.l0, "another stream, from now on"
     stores.new.execute("INSERT INTO links VALUES (2, 'Y')")
     assert [event["row"]["a"] for event in stores.captured()] == ["1", "2"], "what was spooled is kept"
-    [load_] = reverse.loads(stores.ledger)
-    assert (load_.target, load_.applied, load_.events) == (reverse.OLD_STORE, again.stream.l0, 3)
+    [load_] = stores.ledger.loads(NEW)
+    assert (load_.target, load_.applied, load_.events) == (reverse.OLD_STORE, again.l0, 3)
 
     assert reverse_setup.leftovers(stores.spec) != []
     removed = reverse_setup.remove(stores.spec, stores.ledger)
@@ -183,7 +183,7 @@ def test_a_publication_that_was_altered_and_put_back_breaks_the_path_off(stores:
     assert path is not None
     assert reverse_setup.lacking(stores.spec, stores.ledger) is reverse_setup.gap_in(stores.spec, stores.ledger, stores.new) is None
     for statement in ("ALTER PUBLICATION {} DROP TABLE links", "ALTER PUBLICATION {} ADD TABLE ONLY links"):
-        stores.new.execute(sql.SQL(statement).format(sql.Identifier(path.stream.publication)))
+        stores.new.execute(sql.SQL(statement).format(sql.Identifier(path.publication)))
     gap = "the new store's change stream has a gap (publication of public.links), and the next fence begins another one"
     assert reverse_setup.gap_in(stores.spec, stores.ledger, stores.new) == gap
     broken = reverse.recorded(stores.ledger)
@@ -191,7 +191,7 @@ def test_a_publication_that_was_altered_and_put_back_breaks_the_path_off(stores:
     assert broken.broken == gap
     again = reverse_setup.open_path(stores.spec, stores.ledger)
     assert again is not None
-    assert again.stream.l0 > path.stream.l0
+    assert again.l0 > path.l0
     stores.new.execute("ALTER TABLE links DROP CONSTRAINT links_pkey; ALTER TABLE links ADD PRIMARY KEY (a)")
     with pytest.raises(CouldNotFinish, match="gap"):
         capture_new(stores.spec, threading.Event())
@@ -290,9 +290,9 @@ def test_changes_of_a_new_tables_partitions_are_the_tables(parted: Stores) -> No
     parted.new.execute("TRUNCATE links")
     assert told(parted)[-1] == (name, "T", None)
     assert reverse_setup.lacking(parted.spec, parted.ledger) is None
-    path = reverse.recorded(parted.ledger)
-    assert path is not None
-    assert [part.name for part in path.parts[name]] == ["public.links_high", "public.links_low", "public.links_new"]
+    parts = partitions.recorded(parted.ledger, name, NEW)
+    assert parts is not None
+    assert [part.name for part in parts] == ["public.links_high", "public.links_low", "public.links_new"]
     parted.new.execute("TRUNCATE links_low")
     assert told(parted)[-1] == (name, "R", None), "the rows of one partition alone, which none can tell"
 
@@ -322,7 +322,7 @@ def test_a_partition_that_goes_at_the_last_moment_calls_reverse_replication_off(
     parted: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(told(parted)) == 1
-    reverse.advance(parted.ledger, "follows", reverse.OLD_STORE, 2**60, 1)  # as far as anybody can see, everything came back
+    parted.ledger.advance("follows", reverse.OLD_STORE, 2**60, 1, 0, NEW)  # as far as anybody can see, everything came back
     near = drain.draw_near
 
     def detached_behind_it(*arguments: Any) -> str | None:
@@ -389,7 +389,7 @@ def test_a_lost_slot_breaks_the_path_off_and_everybody_is_told(stores: Stores) -
     again = reverse_setup.open_path(stores.spec, stores.ledger)
     assert again is not None
     assert again.broken is None
-    assert stores.slots() == [again.stream.slot]
+    assert stores.slots() == [again.slot]
 
 
 @pytest.mark.parametrize("lost_after", [0.0, 2.0])
@@ -439,7 +439,7 @@ def restored(stores: Stores, dsn: str) -> Iterator[Stores]:
         new.execute("CREATE TABLE links (a integer PRIMARY KEY, upper text)")
         ledger.create()
         install_gate(new, "public", "links", ["a"], image_version(1))
-        for name in ("migration", "reverse_stream", "reverse_load", "authority"):
+        for name in ("migration", "stream", "load", "authority"):
             table = sql.Identifier("changeover", name)
             with (
                 stores.new.cursor().copy(sql.SQL("COPY {} TO STDOUT").format(table)) as dumped,
@@ -468,7 +468,7 @@ def before_the_restore(stores: Stores) -> int:
     assert len(stores.captured()) == 1
     hand_over(stores, 2, "old")
     reached = reverse.spool_of(stores.spec).end()
-    reverse.advance(stores.ledger, "follows", reverse.OLD_STORE, reached, 1)
+    stores.ledger.advance("follows", reverse.OLD_STORE, reached, 1, 0, NEW)
     return reached
 
 
@@ -477,8 +477,8 @@ def after_the_restore(stores: Stores, reached: int) -> None:
     assert running.end() == reached  # as replay looks at it, in a process of its own
     path = reverse_setup.open_path(stores.spec, stores.ledger)
     assert path is not None
-    assert path.stream.l0 < reached, "the restored server's positions are below those that were seen"
-    assert [load_.applied for load_ in reverse.loads(stores.ledger)] == [path.stream.l0], "else all below would never be offered"
+    assert path.l0 < reached, "the restored server's positions are below those that were seen"
+    assert [load_.applied for load_ in stores.ledger.loads(NEW)] == [path.l0], "else all below would never be offered"
     running.reopen()
     assert running.end() == 0
     stores.new.execute("INSERT INTO links VALUES (2, 'rogue')")

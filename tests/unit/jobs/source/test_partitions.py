@@ -98,7 +98,7 @@ class Prepared:
 
     def stopped(self) -> str | None:
         """Return why the partitioned table is stopped."""
-        return self.ledger.source_table("public.events")[2]
+        return self.ledger.stopped().get("public.events")
 
     def same_file(self) -> None:
         """Ask as the end of a load and the fence do, beside a running capture."""

@@ -28,6 +28,7 @@ from deltalake.exceptions import DeltaError
 
 from changeover.cli.main import main
 from changeover.errors import FolderFailed
+from changeover.files.folders import sync
 from changeover.files.trouble import trouble, trouble_in, working
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.spool import table as spooling
@@ -164,7 +165,6 @@ def test_a_folder_that_takes_nothing_is_one_sentence(tmp_path: Path) -> None:
 def test_a_commit_whose_log_entry_was_not_synced_is_made_durable_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = Spool(tmp_path / "spool")
     spool.create()
-    sync = getattr(spooling, "_sync")  # noqa: B009
     failing = iter([errno.EIO])
 
     def broken(path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_commit_whose_log_entry_was_not_synced_is_made_durable_first(tmp_path:
             raise OSError(number, os.strerror(number))
         sync(path)
 
-    monkeypatch.setattr(spooling, "_sync", broken)
+    monkeypatch.setattr(spooling, "sync", broken)
     event = Event("public.t", 100, 0, INSERT, (("id",), ("1",)), None, (), 1, 0, None)
     with pytest.raises(FolderFailed, match="Input/output error"):
         spool.append([event], 200)

@@ -168,7 +168,7 @@ def test_each_event_has_one_answer_whoever_is_asked(made: list[tuple[str, str]],
 def test_what_a_tenant_writes_right_after_its_move_is_not_passed_by(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     path = reverse_setup.open_path(split.spec, split.ledger)
     assert path is not None
-    place = path.stream.l0
+    place = path.l0
     split.move("new", 100, place + 10, "1")
     split.write("new", place + 20, INSERT, {"a": "1", "b": "1"})
     back = ReverseStream(split.spec, cast(Any, None), split.ledger, {})

@@ -38,9 +38,9 @@ def test_without_reverse_replication_there_is_no_answer(split: Stores) -> None:
     seen(split).require_reverse(split.ledger, "follows")
     path = reverse_setup.open_path(split.spec, split.ledger)
     assert path is not None
-    split.move(NEW, 100, path.stream.l0 + 8, "7")
+    split.move(NEW, 100, path.l0 + 8, "7")
     seen(split).require_reverse(split.ledger, "follows")
-    reverse.stop(split.ledger, reverse.OLD_STORE, "the old store refused a row")
+    split.ledger.stop("the old store refused a row", target=reverse.OLD_STORE, store=NEW)
     with pytest.raises(CouldNotCheck, match=r"the tenant 7: the new store has authority, .* does not follow: .* refused a row"):
         seen(split).require_reverse(split.ledger, "follows")
     reverse.break_off(split.ledger, "its slot is gone")
