@@ -27,12 +27,11 @@ from changeover.jobs.health import LAG_BYTES
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED, Heartbeat, Load, VerdictRow
 from changeover.jobs.reverse.path import State, state
-from changeover.jobs.source.replication import slot_state
-from changeover.jobs.source.triggerlog import capturing
+from changeover.jobs.source.changes import change_source
 from changeover.jobs.transform.tenancy import flag_of
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect
-from changeover.spec import TRIGGER, Spec
+from changeover.spec import Spec
 
 VERDICT_HOURS = 24.0
 HEARTBEAT_SECONDS = 10.0
@@ -98,16 +97,15 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
         SecretMissing: The environment variable of a DSN is not set.
     """
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "readiness")) as old:
-        source_position, slot, _ = slot_state(old, spec.name, spec.slot)
-        log_read = spec.source.capture == TRIGGER and capturing(old, spec.name)
+        source = change_source(spec).state(old)
         altered = assumptions.altered(Asked(spec, old, ledger))
     past = switches(ledger)
     prepared = (ledger.milestones()[0], ledger.stream("readiness").l0) if ledger.exists() else ()
     return Evidence(
         now=ledger.now(), before=before, after=after, verdicts=ledger.verdicts(), loads=ledger.loads(),
         heartbeats=ledger.heartbeats(), observations=observations(ledger.authorities()), stage_since=past[0].at if past else None,
-        mirrored_since=mirrored_since(past, *prepared), source_lsn=parse_lsn(source_position),
-        capture_active=slot == "active" or log_read,
+        mirrored_since=mirrored_since(past, *prepared), source_lsn=parse_lsn(source.position),
+        capture_active=source.reading == "active",
         sources=tuple(t.source for t in spec.tables), target=flag_of(spec).target, reverse_path=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
         rights=rights(spec) if takes_over(before, after) else Rights(),

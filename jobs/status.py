@@ -22,12 +22,11 @@ from changeover.jobs.ledger.epochs import NEW, OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED, Load, Stream
 from changeover.jobs.reverse import path as reverse
-from changeover.jobs.source import triggerlog
-from changeover.jobs.source.replication import slot_alarm, slot_state
+from changeover.jobs.source.changes import change_source
 from changeover.jobs.spool.table import spool_of
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import application_name, connect, speaking_to
-from changeover.spec import TRIGGER, Spec
+from changeover.spec import Spec
 from changeover.stores import open_store
 from changeover.stores.base.interface import TargetTable
 from changeover.tenants import listed
@@ -194,12 +193,8 @@ def _stream(spec: Spec, known: Stream, why: str | None, alive: bool) -> dict[str
     """
     dsn = spec.source.dsn.resolve()
     with connect(dsn, application_name(spec.name, "status")) as old, speaking_to(dsn, "reading the slot"):
-        here, slot, kept = slot_state(old, spec.name, spec.slot)
-        alarm = slot_alarm(old, spec.slot)
-        log_bytes = None
-        if spec.source.capture == TRIGGER:
-            slot, log_bytes, alarm = triggerlog.state(old, spec.name)
-            kept = None
+        state = change_source(spec).state(old)
+    here, slot = state.position, state.reading
     if slot == "inactive" and alive:
         slot = "waiting" if why else "active"
     notes: list[str] = []
@@ -213,8 +208,8 @@ def _stream(spec: Spec, known: Stream, why: str | None, alive: bool) -> dict[str
     except FolderFailed as error:
         notes = [str(error)]
     return {
-        "slot": slot, "alarm": alarm, "notes": notes, "waiting": why, "log_bytes": log_bytes,
-        "source_lsn": here, "kept_wal_bytes": kept, "spool_end": None if end is None else format_lsn(end),
+        "slot": slot, "alarm": state.alarm, "notes": notes, "waiting": why, "log_bytes": state.log_bytes,
+        "source_lsn": here, "kept_wal_bytes": state.kept_bytes, "spool_end": None if end is None else format_lsn(end),
         "behind_bytes": None if end is None else max(0, parse_lsn(here) - end),
     }  # fmt: skip
 

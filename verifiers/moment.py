@@ -20,19 +20,18 @@ from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED, Authority
 from changeover.jobs.load.prepared import Prepared
 from changeover.jobs.reverse import path as reverse
-from changeover.jobs.source import snapshot, ticks
 from changeover.jobs.source.catalog import SourceTable, source_table
+from changeover.jobs.source.changes import change_source
 from changeover.jobs.source.marker import emit_marker, mark
-from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.spool.waiting import await_spool
 from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, wal_position
-from changeover.spec import TRIGGER, Spec
+from changeover.spec import Spec
 from changeover.stores import open_store
 from changeover.stores.base.interface import Frozen
 from changeover.stores.base.reader import ExportedSnapshot
-from changeover.stores.postgres.store import exporting, file_watch, frozen_at, importing
+from changeover.stores.postgres.store import exporting, file_watch, frozen_at
 from changeover.verifiers.compare.split_authority import Split
 from changeover.verifiers.unchecked import Names, Unchecked
 
@@ -100,13 +99,15 @@ class _Holding:
             if split.at_new:
                 split.require_reverse(self.ledger, self._first)
                 limit = self._bring_back_to_now(lakes)
-            lsn, holder, exported = self._position()
+            # its snapshot shows exactly what the change stream has below it
+            aligned = change_source(self.spec).aligned("verify", self.held)
             emit_marker(self.old, "verify")
-            replay = Replay(self.spec, self.spark, self.ledger, self.prepared, exported)
+            replay = Replay(self.spec, self.spark, self.ledger, self.prepared, aligned.snapshot)
             replay.back.limit = limit
-            self._replay_to(replay, lsn, every)
+            self._replay_to(replay, aligned.end, every)
             targets = self._freeze_targets()
-        return Moment(lsn, self._freeze_sources(holder, exported, lsn, watches), targets, self.tables, aligned=split.at_new)
+        sources = self._freeze_sources(aligned.holder, aligned.snapshot, aligned.end, watches)
+        return Moment(aligned.end, sources, targets, self.tables, aligned=split.at_new)
 
     def as_it_is(self, split: Split) -> Moment:
         """Hold both as they are, once the old store and the lakes have what the new one wrote, where they get it."""
@@ -144,15 +145,6 @@ class _Holding:
 
     def _watches(self) -> dict[str, Callable[[], bool]]:
         return {name: file_watch(self.old, table.read) for name, table in self.tables.items()}
-
-    def _position(self) -> tuple[int, Connection, ExportedSnapshot]:
-        """Return a position, the session that holds its snapshot, and that: it shows exactly what the change stream has below."""
-        if self.spec.source.capture == TRIGGER:
-            aligned = self.held.enter_context(ticks.aligned(self._dsn, self._application, Log(self.spec.name)))
-            return aligned.end, aligned.holder, aligned.snapshot
-        made = snapshot.create_slot(self._dsn, self._application, f"{self.spec.slot}_verify", temporary=True)
-        self.held.enter_context(made.session)
-        return made.l0, *self.held.enter_context(importing(self._dsn, self._application, made.snapshot))
 
     def _replay_to(self, replay: Replay, position: int, targets: Sequence[str]) -> None:
         """Offer every event below a position, once capture has made them durable."""

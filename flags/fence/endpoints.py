@@ -17,14 +17,13 @@ from ldclient.migrations.types import Origin
 from changeover.jobs.ledger.epochs import shares
 from changeover.jobs.ledger.records import Authority
 from changeover.jobs.reverse import path as reverse
-from changeover.jobs.source import ticks
 from changeover.jobs.source.catalog import source_table
-from changeover.jobs.source.triggerlog import Log
+from changeover.jobs.source.changes import change_source
 from changeover.jobs.transform import tenancy
 from changeover.names import joined
 from changeover.position import epoch_floor
 from changeover.session import Connection, application_name, connect, server_name, wal_position
-from changeover.spec import TRIGGER, Spec, Table
+from changeover.spec import Spec, Table
 from changeover.stores.postgres import gate, refusal, tenantfloor
 from changeover.stores.postgres.refusal import Refusal, TenantEpoch
 
@@ -123,7 +122,4 @@ def _old_table(spec: Spec, old: Connection, table: Table) -> FencedTable:
 
 def position(spec: Spec, side: FencedStore) -> int:
     """Return where a store's log is now: below it stands what is visible, at it or above what commits later."""
-    if spec.source.capture == TRIGGER and side.store is Origin.OLD:
-        with ticks.log_session(side.dsn, application_name(spec.name, "fence")) as session:
-            return ticks.cut(session, Log(spec.name))
-    return wal_position(side.connection)
+    return change_source(spec).position("fence", side.connection) if side.store is Origin.OLD else wal_position(side.connection)

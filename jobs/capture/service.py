@@ -33,11 +33,14 @@ from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import NEW
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.spool.writer import CaptureResult
-from changeover.spec import SLOT, Spec, load
+from changeover.spec import SLOT, TRIGGER, Spec, load
 
 LEASE_SECONDS = 5.0
 STARTED, WAITING = "started", "waiting"
 """What stands on record of a capture before it ends."""
+
+RUNS: dict[str, type[SlotRun] | type[LogRun]] = {SLOT: SlotRun, TRIGGER: LogRun}
+"""By what a run of capture follows each kind of change source."""
 
 ROGUE_SECONDS = 5.0
 """How often to look for writes to a store without authority."""
@@ -85,8 +88,7 @@ def capture(
         stream = ledger.stream("capture")
         result = CaptureResult()
         feed = feed_of(spec, ledger, stream)
-        follow = SlotRun if spec.source.capture == SLOT else LogRun
-        run = follow(spec, feed, stop, until or (lambda: False), patience, result)
+        run = RUNS[spec.source.capture](spec, feed, stop, until or (lambda: False), patience, result)
         with ledger.recorded("capture") as report, asked_to_stop(stop) as asked, new_store_beside(spec):
             ledger.audit("capture", STARTED, {})  # it may run for weeks, and a kill leaves no other trace
             run.patience.tell = partial(_tell_waiting, spec)

@@ -21,8 +21,8 @@ from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.epochs import OLD
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.source import partitions, snapshot, ticks
-from changeover.jobs.source.replication import slot_change
-from changeover.jobs.source.triggerlog import Log, exists
+from changeover.jobs.source.changes import change_source
+from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.spool.table import Spool, spool_path
 from changeover.session import Connection, application_name, connect, speaking_to
 from changeover.spec import SLOT, Spec, Table
@@ -144,11 +144,7 @@ def _identified(asked: Asked) -> tuple[str, int]:
 
 
 def _slot(asked: Asked) -> list[Broken]:
-    if asked.spec.source.capture == SLOT:
-        gap = slot_change(asked.old, asked.record.stream("status"))
-    else:
-        log = Log(asked.spec.name)
-        gap = None if exists(asked.old, log) else SourceChanged("trigger log", str(log), "missing")
+    gap = change_source(asked.spec).gap(asked.old, asked.record.stream("status"))
     return [] if gap is None else [_lacking(gap)]
 
 

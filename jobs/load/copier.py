@@ -36,16 +36,16 @@ from changeover.jobs.ledger.ledger import Ledger, mark_loaded
 from changeover.jobs.ledger.records import CLOSED, LOADED, PENDING, Stream
 from changeover.jobs.load import badrow
 from changeover.jobs.load.prepared import require_prepared
-from changeover.jobs.source import snapshot, ticks
+from changeover.jobs.source import snapshot
 from changeover.jobs.source.catalog import source_table, store_columns
-from changeover.jobs.source.replication import require_stream
+from changeover.jobs.source.changes import change_source
 from changeover.jobs.source.snapshot import exported
 from changeover.jobs.spool.table import spool_of
 from changeover.jobs.transform.transform import Transform
 from changeover.position import Version
 from changeover.session import application_name, connect, one_row, speaking_to
 from changeover.spark.failures import from_spark
-from changeover.spec import SLOT, Spec
+from changeover.spec import Spec
 from changeover.stores import open_store
 from changeover.stores.base import ranges as planning
 from changeover.stores.base.interface import Counts, Store
@@ -285,13 +285,8 @@ class _Load:
         except SnapshotLost as lost:
             log.warning("%s; pending chunks are read in a new one", lost)
 
-        def require(durable: int) -> None:
-            if self.spec.source.capture == SLOT:
-                require_stream(dsn, application, stream, durable)
-            else:
-                ticks.require_log(dsn, application, stream, self.spec.name, durable)
-
-        spool_of(self.spec, stream.epoch).proved(stream.l0, require)
+        source = change_source(self.spec)
+        spool_of(self.spec, stream.epoch).proved(stream.l0, lambda durable: source.require_whole("backfill", stream, durable))
         kept = snapshot.renew(self.spec, stream.visible)
         self.ledger.record_snapshot(" ".join(one.name for one in kept), kept[0].visible)
         return kept[0]
