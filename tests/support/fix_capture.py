@@ -165,6 +165,8 @@ def by_hand(old_dsn: str, new_dsn: str, folder: Path, monkeypatch: pytest.Monkey
             assert seen is not None
             ledger.record_table(table.source, seen.filenode, columns_of(old, table.source), seen.partitions is not None)
             partitions.record(ledger, table.source, seen.partitions or ())
+            for target in spec.targets:
+                ledger.record_load(table.source, target, stream.l0, True)
         definition.record(ledger, OLD, assumptions.present(spec, old, spec.slot))
         spec.work.mkdir()
         Spool(spec.work / "spool").create()

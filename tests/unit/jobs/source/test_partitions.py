@@ -136,6 +136,8 @@ def prepared(any_dsn: str, new_dsn: str, tmp_path: Path, monkeypatch: pytest.Mon
         for table in seen:
             ledger.record_table(table.source, table.filenode, table.columns, table.partitions is not None)
             record(ledger, table.source, table.partitions or ())
+            for target in spec.targets:
+                ledger.record_load(table.source, target, 0, True)
         definition.record(ledger, OLD, assumptions.present(spec, old, spec.slot))
         spec.work.mkdir()
         Spool(spec.work / "spool").create()
