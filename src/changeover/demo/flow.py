@@ -116,7 +116,7 @@ def _session() -> Iterator[SparkSession]:
     from py4j.protocol import Py4JError
 
     handler = signal.getsignal(signal.SIGINT)
-    spark = spark_session("changeover demo", cores=CORES)
+    spark = spark_session("changeover demo", cores=CORES, brief=True)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, handler)  # Spark's own would first speak to a JVM that may be busy or gone
     try:

@@ -43,7 +43,8 @@ def start(options: Mapping[str, object]) -> None:
     conf = SparkConf().setAll([(name, str(value)) for name, value in options.items()])
     ours, its = os.pipe()
     try:
-        gateway = launch_gateway(conf, popen_kwargs={"stderr": its})  # type: ignore[no-untyped-call]
+        # a signal to our process group is ours to answer; the JVM ends with its standard input, which is when we do
+        gateway = launch_gateway(conf, popen_kwargs={"stderr": its, "process_group": 0})  # type: ignore[no-untyped-call]
     finally:
         os.close(its)
         threading.Thread(target=_pass_on, args=(ours,), name="jvm-stderr", daemon=True).start()
@@ -59,8 +60,9 @@ def _pass_on(pipe: int) -> None:
 
 
 def spark_session(
-    app_name: str, *, cores: int | None = None, memory: str = "2g", shuffle_partitions: int = 4, scratch: Path | None = None
-) -> SparkSession:
+    app_name: str, *, cores: int | None = None, memory: str = "2g", shuffle_partitions: int = 4, scratch: Path | None = None,
+    brief: bool = False,
+) -> SparkSession:  # fmt: skip
     """Return a Spark session with Delta and the pinned settings (driver).
 
     What Spark spills, which are rows, goes to the folder `scratch`, else to where Spark's own
@@ -73,6 +75,7 @@ def spark_session(
         memory: The driver's memory, as Spark reads it.
         shuffle_partitions: Into how many partitions a shuffle goes.
         scratch: The folder for what Spark spills.
+        brief: Whether a JVM of our own lives for minutes and not for hours.
 
     Returns:
         The session, which may have been there before.
@@ -103,6 +106,7 @@ def spark_session(
             "spark.databricks.delta.snapshotPartitions": "1",
             "spark.scheduler.mode": "FAIR",
             "spark.hadoop.fs.permissions.umask-mode": f"{umask():03o}",  # Hadoop's own is not the process's
+            **({"spark.driver.extraJavaOptions": BRIEF} if brief else {}),
             **({"spark.local.dir": str(scratch), "spark.sql.warehouse.dir": str(scratch / "warehouse")} if scratch else {}),
         }
         start(options)
@@ -114,6 +118,9 @@ def spark_session(
         spark.conf.set(name, value)
     return spark
 
+
+BRIEF = "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=400m -XX:+UseSerialGC"
+"""Options of a JVM that lives for minutes: most of its time goes into compiling itself, which the first compiler does faster."""
 
 QUERY_LOGGERS = ("SQLQueryContextLogger", "DataFrameQueryContextLogger")
 """PySpark's own: they print an error that is raised anyway, with the JVM's traceback and the values of rows."""
