@@ -7,9 +7,8 @@ it is escaped. Nothing here looks at a store; what a verdict masks stays masked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,16 +56,6 @@ def word(verdicts: Sequence[Verdict]) -> str:
     if not verdicts:
         raise ValueError("a report needs at least one verdict: no verdict is not equal")
     return "equal" if all(verdict.equal for verdict in verdicts) else "different"
-
-
-def to_json(verdicts: Sequence[Verdict], summary: RunSummary | None = None) -> str:
-    """Return one JSON object: `verdict`, `verdicts` as `Verdict.document` gives them, and `run`."""
-    document = {
-        "verdict": word(verdicts),
-        "verdicts": [verdict.document() for verdict in verdicts],
-        "run": asdict(summary) if summary else None,
-    }
-    return json.dumps(document, ensure_ascii=False, indent=2)
 
 
 def write_html(path: Path, verdicts: Sequence[Verdict], summary: RunSummary | None = None) -> None:

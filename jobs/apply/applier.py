@@ -23,7 +23,7 @@ from changeover import failpoints
 from changeover.errors import RowRefused, TableStopped, TextRefused
 from changeover.jobs.apply.batch import completed, last_of_each_key, passed_on, without
 from changeover.jobs.apply.checkpoint import Checkpoint
-from changeover.jobs.apply.rule import caught_up_floor
+from changeover.jobs.apply.floors import caught_up_floor
 from changeover.jobs.ledger.epochs import Interval, Section
 from changeover.jobs.ledger.records import Load
 from changeover.jobs.load import badrow

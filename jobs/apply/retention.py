@@ -2,7 +2,7 @@
 
 Once a table is closed and every event below a position was offered, nothing older than the position
 has anything to say. So the floor may go up to there and stand for all versions below it
-(`rule.collectable`). Its epoch is the earliest that any tenant still writes under. Replay looks
+(`floors.collectable`). Its epoch is the earliest that any tenant still writes under. Replay looks
 after so many events whether enough rows have gathered, deletes some of them in a run under the
 target's lease, and offers changes before the next batch. What a killed run leaves is right, and is
 deleted by the next. Runs on the driver.
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from changeover.jobs.apply.rule import collectable, collection_bound
+from changeover.jobs.apply.floors import collectable, collection_bound
 from changeover.jobs.ledger.epochs import OLD, histories
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.ledger.records import CLOSED, Authority

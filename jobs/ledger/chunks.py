@@ -7,17 +7,7 @@ tests hold it against them, and the model checker runs them. Nothing here touche
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 from changeover.position import Version
-
-
-class Chunk(NamedTuple):
-    """A chunk's state: the token of the latest attempt, 0 before the first, and whether its rows are in."""
-
-    token: int = 0
-    loaded: bool = False
 
 
 def first_token(epoch: int) -> int:
@@ -30,26 +20,6 @@ def first_token(epoch: int) -> int:
         The fencing token, a number without unit.
     """
     return epoch << 32
-
-
-def claimed(chunks: Sequence[Chunk]) -> tuple[int, tuple[Chunk, ...]]:
-    """Return a new attempt's token, above every earlier one, and the chunks with the open ones claimed for it."""
-    token = max((chunk.token for chunk in chunks), default=0) + 1
-    return token, tuple(chunk if chunk.loaded else chunk._replace(token=token) for chunk in chunks)
-
-
-def markable(chunk: Chunk, token: int) -> bool:
-    """Return whether an attempt may mark a chunk: nobody has loaded it or claimed it since. Else it rolls back."""
-    return chunk.token == token and not chunk.loaded
-
-
-def closable(chunks: Sequence[Chunk], prepared: int, file: int | None, truncated: bool) -> bool:
-    """Return whether a table may be closed: every chunk is in, and no chunk can have read a file that its rows had left.
-
-    Another file than the prepared one is right only where the stream tells of a TRUNCATE since: then every row that the snapshot
-    would have shown is gone.
-    """
-    return all(chunk.loaded for chunk in chunks) and (same_file(prepared, file) or (file is not None and truncated))
 
 
 def same_file(prepared: int, file: int | None) -> bool:

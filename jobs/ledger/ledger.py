@@ -461,7 +461,7 @@ class Ledger:
         return [ChunkRow(r[0], *(None if b is None else tuple(b) for b in r[1:3]), *r[3:]) for r in rows]  # type: ignore[arg-type]
 
     def claim(self, source: str, target: str) -> int:
-        """Fence off every earlier attempt at the open chunks of a load (`chunks.claimed`).
+        """Fence off every earlier attempt at the open chunks of a load (`gate.claimed`).
 
         Args:
             source: The source table, as the spec names it.

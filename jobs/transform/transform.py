@@ -22,7 +22,7 @@ from changeover.jobs.transform.derivation import Derivation, derivations, mentio
 from changeover.names import RESERVED, held, hold, nth, quoted, reserved
 from changeover.spec import Spec, Table
 from changeover.stores.base.interface import DELETED, EPOCH, HASHED, LEFT, LSN, MEET, ORDINAL, OWNER, VERSION_COLUMNS, TargetTable
-from changeover.stores.base.pgtypes import Column, decode, movable, passable, postgres_type, source_type
+from changeover.stores.base.pgtypes import Column, decode, movable, passable, postgres_type
 from changeover.stores.base.pgtypes import moved as text_moved
 
 if TYPE_CHECKING:
@@ -502,8 +502,3 @@ def _require_key(
                 (f"target key column {name} of {table.source} is computed from {wanted[name].expression!r}, which needs more than"
                  f" the replica identity ({', '.join(identity)}): a DELETE carries no more",)
             ) from error  # fmt: skip
-
-
-def unsupported_columns(source: Sequence[Column]) -> list[Column]:
-    """Return the source columns whose type is not proven exact."""
-    return [column for column in source if source_type(column.type) is None]

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
-from changeover.jobs.apply.rule import Cell, apart, image_applies, last_of_each_key, merged
 from changeover.position import Version
 from tests.cases.reading import L0, V0, Cells, CopyCase, Event, Image, Key, image
+from tests.model.gate import Cell, apart, image_applies, last_of_each_key, merged
 
 SNAPSHOT, LATER = "snapshot", "later"
 READS = (SNAPSHOT, LATER)

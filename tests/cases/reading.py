@@ -12,8 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from changeover.jobs.apply.rule import Cell
 from changeover.position import Version, image_version
+from tests.model.gate import Cell
 
 HERE = Path(__file__).parent
 L0 = 100

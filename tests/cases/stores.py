@@ -18,7 +18,6 @@ from psycopg import sql
 from pyspark.sql import SparkSession
 
 from changeover.jobs.apply.batch import last_of_each_key
-from changeover.jobs.apply.rule import Cell
 from changeover.jobs.spool.events import DELETE, SCHEMA, UPDATE
 from changeover.jobs.transform.derivation import derivations
 from changeover.jobs.transform.transform import Transform
@@ -33,6 +32,7 @@ from changeover.stores.postgres import batches, gate
 from changeover.stores.postgres.tasks import LoadTask
 from tests.cases.playing import offers_of
 from tests.cases.reading import V0, VALUES, Cells, Event, Image, Key
+from tests.model.gate import Cell
 
 KEY = ("of_case", "k1", "k2")
 NAMES = (*KEY, "v1", "v2", "v3")

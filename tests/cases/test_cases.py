@@ -14,13 +14,13 @@ from psycopg import sql
 from pyspark.sql import SparkSession
 
 from changeover.embedded.server import EmbeddedServer
-from changeover.jobs.apply.rule import KeyChange
 from changeover.session import Connection, connect
 from changeover.stores.delta.store import DeltaStore
 from changeover.stores.postgres import gate
 from tests.cases.playing import READS, Copy, Rule, rows_of
 from tests.cases.reading import AXES, V0, Cells, CopyCase, MergeCase, copy_cases, documents, merge_cases
 from tests.cases.stores import DDL, TABLE, Gate, LakeCase, lake_at
+from tests.model.gate import KeyChange
 from tests.support.fix_postgres import fresh_database
 
 MERGES = {f"{axis}: {case.name}": case for axis in AXES for case in merge_cases(axis)}
@@ -150,13 +150,13 @@ def test_delta_copies_to_the_end(lake: dict[str, Cells], name: str) -> None:
 
 BROKEN: dict[str, tuple[str, Any, int]] = {
     "equal versions are taken": (
-        "changeover.jobs.apply.rule.applies",
+        "tests.model.gate.applies",
         lambda offered, cell, floor: cell is None or offered >= cell,
         3,
     ),
-    "whatever comes last is taken": ("changeover.jobs.apply.rule.applies", lambda *_: True, 30),
+    "whatever comes last is taken": ("tests.model.gate.applies", lambda *_: True, 30),
     "the LSN alone counts": (
-        "changeover.jobs.apply.rule.applies",
+        "tests.model.gate.applies",
         lambda offered, cell, _: cell is None or offered.lsn > cell.lsn,
         15,
     ),

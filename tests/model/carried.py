@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from changeover.jobs.apply.rule import UNSENT, Image, Key, KeyChange, filled
 from changeover.position import Version
+from tests.model.gate import UNSENT, Image, Key, KeyChange, filled
 
 
 class Origin(NamedTuple):

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from changeover.jobs.apply.rule import Cell, Image
-from changeover.jobs.ledger.chunks import Chunk
 from changeover.position import Version
 from changeover.stores.base.statements import Part
+from tests.model.gate import Cell, Chunk, Image
 from tests.model.rules import RULES, Rules
 from tests.model.script import Script
 

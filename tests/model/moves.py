@@ -14,12 +14,12 @@ from datetime import datetime
 from functools import cache, cached_property
 from typing import Any, NamedTuple, cast
 
-from changeover.jobs.apply.rule import Cell
 from changeover.jobs.ledger.epochs import AuthorityEpoch, Section, authority_epochs, moving
 from changeover.jobs.ledger.records import Authority
 from changeover.position import DUAL_WRITE_ORDINAL, Version, epoch_floor
 from changeover.stores.base.statements import Move
 from changeover.tenants import EVERY
+from tests.model.gate import Cell
 from tests.model.rules import RULES, Rules
 
 OLD, NEW, LAKE = 0, 1, 2

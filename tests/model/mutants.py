@@ -12,17 +12,17 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from changeover.jobs.apply import rule
-from changeover.jobs.apply.rule import UNSENT, Image, Key, KeyChange
+from changeover.jobs.apply import floors
 from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.epochs import FOR_EVER, NEW, OLD, Interval, Section
 from changeover.jobs.ledger.records import Authority
 from changeover.position import Version, epoch_floor
 from changeover.stores.base.statements import BARRIER, CLOSE, COLLECT, HAND_OVER, TRUNCATE, Move, Part, Procedure
 from changeover.tenants import EVERY
-from tests.model import carried
+from tests.model import carried, gate
 from tests.model.carried import Held
 from tests.model.environment import cast_to
+from tests.model.gate import UNSENT, Image, Key, KeyChange
 from tests.model.rules import RULES, Rules
 
 
@@ -49,17 +49,17 @@ def _no_floor(procedure: Procedure) -> Procedure:
 
 
 def _new_key_only(version: Version, key: Key, image: Image | None, old_key: Key | None = None) -> tuple[KeyChange, ...]:
-    return rule.apart(version, key, image)
+    return gate.apart(version, key, image)
 
 
 def _one_ordinal(version: Version, key: Key, image: Image | None, old_key: Key | None = None) -> tuple[KeyChange, ...]:
-    return tuple(change._replace(version=version) for change in rule.apart(version, key, image, old_key))
+    return tuple(change._replace(version=version) for change in gate.apart(version, key, image, old_key))
 
 
 def _unsent_is_null(found: Iterable[KeyChange], *_: object) -> list[KeyChange]:
     """Take what was not sent for NULL."""
-    nulls = (change._replace(image=change.image and rule.filled(change.image, (None, None))) for change in found)
-    return rule.last_of_each_key(nulls)
+    nulls = (change._replace(image=change.image and gate.filled(change.image, (None, None))) for change in found)
+    return gate.last_of_each_key(nulls)
 
 
 def _whole_row(found: Iterable[KeyChange], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[KeyChange]:
@@ -73,7 +73,7 @@ def _whole_row(found: Iterable[KeyChange], held: Mapping[Key, Held], exact: bool
 
 def _last_event(found: Iterable[KeyChange], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[KeyChange]:
     """Keep the last event of each key and complete it from the cell: what the events before it said is lost."""
-    last = rule.last_of_each_key(found)
+    last = gate.last_of_each_key(found)
     return [carried.completed(change, carried.origin_of(change), held, exact, read.get(change.key)) for change in last]
 
 
@@ -117,7 +117,7 @@ ONE_DELETE = (*TRUNCATE[:2], ((Part.LOCK_SHARED,), (Part.LIST, Part.DELETE)))
 DESIGN: dict[str, Mutant] = {
     "no tombstone": _mutant("offers: ghost", "offers: updates", tombstones=False),
     "no gate": _mutant("offers: ghost", "offers: updates", merged=lambda cell, offers, floor: [*offers][-1]),
-    "no floor": _mutant("offers: late below L0", merged=lambda cell, offers, floor: rule.merged(cell, offers, BELOW_ALL)),
+    "no floor": _mutant("offers: late below L0", merged=lambda cell, offers, floor: gate.merged(cell, offers, BELOW_ALL)),
     "stamp = current LSN": _mutant("offers: ghost", "offers: updates", stamp=lambda l0, now: Version(0, now, -1)),
     "gate in one statement": _mutant("statements: ghost", gate=ALL_AT_ONCE),
     "lock inside the statement": _mutant("statements: collection", "statements: truncate", gate=LOCK_INSIDE),
@@ -133,7 +133,7 @@ DESIGN: dict[str, Mutant] = {
     ),
     "collection without floor": _mutant("offers: collection", collection_floor=False),
     "collection before close": _mutant(
-        "offers: collection asked for early", collectable=lambda closed, applied, upto: rule.collectable(True, applied, upto)
+        "offers: collection asked for early", collectable=lambda closed, applied, upto: floors.collectable(True, applied, upto)
     ),
     "no fencing token": _mutant("statements: zombie", markable=lambda chunk, token: True),
     "key change as update of the new key only": _mutant("offers: key changes", apart=_new_key_only),

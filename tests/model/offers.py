@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
 
-from changeover.jobs.apply.rule import UNSENT, Cell, Image, Key, KeyChange
-from changeover.jobs.ledger.chunks import Chunk
 from changeover.position import Version
 from tests.model.carried import Held
+from tests.model.gate import UNSENT, Cell, Chunk, Image, Key, KeyChange
 from tests.model.rules import RULES, Rules
 from tests.model.script import TRUNCATE, Script, shown_as, told
 

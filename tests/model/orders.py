@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple, cast
 
-from changeover.jobs.apply.rule import Cell, Image, Key, KeyChange
 from tests.model.carried import Held
+from tests.model.gate import Cell, Image, Key, KeyChange
 from tests.model.rules import RULES, Rules
 from tests.model.script import Script
 

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from changeover.jobs.apply import batch as batching
-from changeover.jobs.apply import rule
-from changeover.jobs.apply.rule import Cell, Image, Key, KeyChange
+from changeover.jobs.apply import floors
 from changeover.jobs.guarantee import definition
 from changeover.jobs.guarantee.definition import Piece
 from changeover.jobs.ledger import chunks, epochs
-from changeover.jobs.ledger.chunks import Chunk
 from changeover.jobs.ledger.epochs import Section
 from changeover.jobs.ledger.records import Authority
 from changeover.jobs.load.copier import LedgerMark
@@ -25,7 +23,9 @@ from changeover.stores.delta.appends import APPEND_VERSION, appended
 from changeover.stores.delta.store import DeltaStore
 from changeover.tenants import Tenants
 from changeover.verifiers.compare.planned import changed_types
+from tests.model import gate
 from tests.model.carried import Held
+from tests.model.gate import Cell, Chunk, Image, Key, KeyChange
 
 
 def _application(chunk: int, token: int) -> tuple[str, int]:
@@ -35,7 +35,7 @@ def _application(chunk: int, token: int) -> tuple[str, int]:
 
 def _batch(changes: Iterable[KeyChange], held: Mapping[Key, Held], exact: bool, read: Mapping[Key, Image]) -> list[KeyChange]:
     """Return what a batch offers, as replay makes it; what the target holds is not asked."""
-    return rule.last_of_each_key(rule.completed(changes, read))
+    return gate.last_of_each_key(gate.completed(changes, read))
 
 
 def _floors(changes: Sequence[Authority]) -> list[tuple[int, Tenants]]:
@@ -61,21 +61,21 @@ def _compared(target_type: str, source: str | None, target: str | None) -> bool:
 class Rules:
     """Every rule that the model runs, by default the product's own."""
 
-    applies: Callable[[Version, Version | None, Version], bool] = rule.applies
-    image_applies: Callable[[Version | None, Version, Version], bool] = rule.image_applies
-    merged: Callable[[Cell | None, Iterable[Cell], Version], Cell | None] = rule.merged
-    truncated_floor: Callable[[Version], Version] = rule.truncated_floor
-    collectable: Callable[[bool, int, Version], bool] = rule.collectable
-    collected: Callable[[Version, Version], bool] = rule.collected
-    caught_up_floor: Callable[[int, int], Version] = rule.caught_up_floor
-    claimed: Callable[[Sequence[Chunk]], tuple[int, tuple[Chunk, ...]]] = chunks.claimed
-    markable: Callable[[Chunk, int], bool] = chunks.markable
-    closable: Callable[[Sequence[Chunk], int, int | None, bool], bool] = chunks.closable
+    applies: Callable[[Version, Version | None, Version], bool] = gate.applies
+    image_applies: Callable[[Version | None, Version, Version], bool] = gate.image_applies
+    merged: Callable[[Cell | None, Iterable[Cell], Version], Cell | None] = gate.merged
+    truncated_floor: Callable[[Version], Version] = gate.truncated_floor
+    collectable: Callable[[bool, int, Version], bool] = floors.collectable
+    collected: Callable[[Version, Version], bool] = gate.collected
+    caught_up_floor: Callable[[int, int], Version] = floors.caught_up_floor
+    claimed: Callable[[Sequence[Chunk]], tuple[int, tuple[Chunk, ...]]] = gate.claimed
+    markable: Callable[[Chunk, int], bool] = gate.markable
+    closable: Callable[[Sequence[Chunk], int, int | None, bool], bool] = gate.closable
     mergeable: Callable[[bool, bool], bool] = chunks.mergeable
     appended: Callable[[int | None, int], bool] = appended
     application: Callable[[int, int], tuple[str, int]] = _application
-    apart: Callable[[Version, Key, Image | None, Key | None], tuple[KeyChange, ...]] = rule.apart
-    after_truncate: Callable[[Iterable[KeyChange], Version | None], list[KeyChange]] = rule.after_truncate
+    apart: Callable[[Version, Key, Image | None, Key | None], tuple[KeyChange, ...]] = gate.apart
+    after_truncate: Callable[[Iterable[KeyChange], Version | None], list[KeyChange]] = gate.after_truncate
     batch: Callable[[Iterable[KeyChange], Mapping[Key, Held], bool, Mapping[Key, Image]], list[KeyChange]] = _batch
     visible: Callable[[int, str], bool] = batching.visible
     contains: Callable[[str, str], bool] = snapshot.contains

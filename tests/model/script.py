@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from changeover.jobs.apply.rule import UNSENT, Image
 from changeover.position import DUAL_WRITE_ORDINAL, Version, image_version
+from tests.model.gate import UNSENT, Image
 
 Rows = Mapping[str, Image]
 

@@ -1,6 +1,6 @@
 """What each part of `changeover.stores.base.statements` does on the small PostgreSQL, one operation a row.
 
-The sequences are the product's, and so are the rules that decide here (`rule.applies` and its siblings); this module says
+The sequences are the product's, and so are the rules that decide here (`gate.applies` and its siblings); this module says
 which rows a part reads in its statement's snapshot, and which it waits for and looks at anew.
 """
 
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
-from changeover.jobs.apply.rule import Cell
-from changeover.jobs.ledger.chunks import Chunk
 from changeover.position import Version
 from changeover.stores.base.statements import Part, Procedure, Statement, Transaction
+from tests.model.gate import Cell, Chunk
 from tests.model.rules import Rules
 from tests.model.server import NO_LOCK, Operation, Row, Turn
 

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from changeover.jobs.apply.rule import Cell
-from changeover.jobs.ledger.chunks import Chunk
 from changeover.position import Version, image_version
+from tests.model.gate import Cell, Chunk
 from tests.model.rules import Rules
 from tests.model.server import Moment, Operation, Process, ServerWorld, Session, Turn, Waits
 from tests.model.statements import Compiler, GatedRows, Key, Touched, Work

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import sql
 
-from changeover.jobs.apply import rule
+from changeover.jobs.apply import floors
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
 from changeover.stores.base import statements
@@ -214,9 +214,9 @@ RELIABLE: Mapping[str, Mutant] = {
     ),
     "TRUNCATE without floor": Mutant(((truncating, "raise_floor", _no_floor),)),
     "collection without floor": Mutant(((garbage, "COLLECT", _without(COLLECT, Part.RAISE_FLOOR)),)),
-    "collection before close": Mutant(((rule, "collectable", lambda closed, applied, upto: True),)),
-    "collection by time": Mutant(((rule, "collection_bound", lambda epoch, applied: Version(epoch, applied + 300, -1)),
-                                  (rule, "collectable", lambda closed, applied, upto: closed))),
+    "collection before close": Mutant(((floors, "collectable", lambda closed, applied, upto: True),)),
+    "collection by time": Mutant(((floors, "collection_bound", lambda epoch, applied: Version(epoch, applied + 300, -1)),
+                                  (floors, "collectable", lambda closed, applied, upto: closed))),
     "collection of every tombstone": Mutant(((garbage, "purge", _tombstones_alone),)),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 import psycopg
 
 from changeover.errors import DatabaseFailed, RowRefused
-from changeover.jobs.apply import rule
+from changeover.jobs.apply import floors
 from changeover.position import Version, format_lsn
 from changeover.session import Connection
 from changeover.stores.postgres import batches
@@ -212,8 +212,8 @@ class Trial:
 
     def _collect_once(self) -> None:
         applied = self._position()
-        upto = rule.collection_bound(0, applied)
-        if rule.collectable(self.closed.is_set(), applied, upto):
+        upto = floors.collection_bound(0, applied)
+        if floors.collectable(self.closed.is_set(), applied, upto):
             self.collected += self._once(lambda: self.place.collector.collect(TABLE, upto, 0)).rows
 
     def _once(self, work: Callable[[], T]) -> T:

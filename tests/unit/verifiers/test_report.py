@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -68,15 +67,6 @@ def test_one_different_verdict_makes_the_whole_different() -> None:
 def test_no_verdict_is_not_equal() -> None:
     with pytest.raises(ValueError, match="no verdict is not equal"):
         report.word([])
-
-
-def test_json_holds_every_verdict_and_the_run() -> None:
-    document = json.loads(report.to_json([EQUAL, DIFFERENT], SUMMARY))
-    assert document["verdict"] == "different"
-    read = [Verdict.from_json(json.dumps(each)) for each in document["verdicts"]]
-    assert read == [EQUAL, DIFFERENT]
-    assert document["run"]["ghosts_prevented"] == 3
-    assert json.loads(report.to_json([EQUAL]))["run"] is None
 
 
 def test_the_page_says_all_and_loads_nothing() -> None:

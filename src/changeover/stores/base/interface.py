@@ -373,7 +373,7 @@ class Store(Protocol):
         ...
 
     def collect(self, table: TargetTable, upto: Version, start: int) -> Collected:
-        """Remove some of the versions up to one that `rule.collectable` allows (replay).
+        """Remove some of the versions up to one that `floors.collectable` allows (replay).
 
         Args:
             table: The target table.

@@ -18,7 +18,7 @@ class Part(Enum):
     LOCK_EXCLUSIVE = "takes the table's lock, exclusive"
     """In a transaction of its own this is the barrier: every earlier gated statement has ended."""
     TOUCH = "touches"
-    """Record the versions of changes that win, by `rule.applies`: the floor from the snapshot, the cell under its row's lock."""
+    """Record the versions of changes that win, by `applies`: the floor from the snapshot, the cell under its row's lock."""
     DELETE = "deletes"
     """Delete the rows of winners that are deletes, as far as the snapshot shows them."""
     UPSERT = "upserts"
@@ -26,15 +26,15 @@ class Part(Enum):
     REFUSE = "refuses images of"
     """Drop the images of keys that have a row version, to count those that a tombstone refused."""
     INSERT = "inserts the image of"
-    """Insert images by `rule.image_applies`, floor and cell from the snapshot, ON CONFLICT DO NOTHING."""
+    """Insert images by `image_applies`, floor and cell from the snapshot, ON CONFLICT DO NOTHING."""
     MARK = "marks the chunk"
-    """Mark the chunk in the ledger by `chunks.markable`; the transaction rolls back where that fails."""
+    """Mark the chunk in the ledger by `markable`; the transaction rolls back where that fails."""
     SWEEP = "sweeps"
     """Lock the tombstones in key order, then delete their keys' rows as far as the snapshot shows them."""
     RAISE_FLOOR = "raises the floor"
     """Raise the table's floor; never lowered."""
     PURGE = "purges"
-    """Delete row versions up to the floor, by `rule.collected`, each looked at again under its lock.
+    """Delete row versions up to the floor, by `collected`, each looked at again under its lock.
 
     In whatever portions and order; a row that a writer holds may be passed over. A row that stays is never wrong.
     """
@@ -44,7 +44,7 @@ class Part(Enum):
     APPEND = "appends the chunk"
     """Commit a chunk's file to a Delta table under its application id, unless `appends.appended` says that it was."""
     DROP_OLDER = "compares"
-    """Drop from a batch what `rule.applies` refuses; under the exclusive lock nothing changes beneath it."""
+    """Drop from a batch what `applies` refuses; under the exclusive lock nothing changes beneath it."""
 
 
 Statement = tuple[Part, ...]
@@ -63,10 +63,10 @@ CLOSE: Procedure = (BARRIER, ((Part.SWEEP,),))
 """After the last chunk's commit; until its end a ghost may be seen, so nothing is verified, read or collected before it."""
 
 COLLECT: Procedure = (((Part.RAISE_FLOOR,),), BARRIER, ((Part.PURGE,),))
-"""Collection of row versions up to the new floor, where `rule.collectable` allows it."""
+"""Collection of row versions up to the new floor, where `floors.collectable` allows it."""
 
 TRUNCATE: Procedure = (((Part.RAISE_FLOOR,),), BARRIER, ((Part.LIST,), *GATE))
-"""A TRUNCATE of the source: the floor to `rule.truncated_floor`, then gated deletes at the TRUNCATE's own version."""
+"""A TRUNCATE of the source: the floor to `truncated_floor`, then gated deletes at the TRUNCATE's own version."""
 
 APPEND_LOAD: Procedure = (((Part.APPEND,),), ((Part.MARK,),))
 """A chunk of a Delta table: idempotent append first, ledger second; what dies between them is appended again, without effect."""
@@ -74,7 +74,7 @@ APPEND_LOAD: Procedure = (((Part.APPEND,),), ((Part.MARK,),))
 CATCH_UP: Procedure = (
     ((Part.LOCK_EXCLUSIVE,), (Part.DROP_OLDER,), (Part.DELETE,), (Part.UPSERT,), (Part.RAISE_FLOOR,)),
 )  # fmt: skip
-"""A batch of replay on a closed table whose position, as `rule.caught_up_floor`, is the gate: no version is written per key.
+"""A batch of replay on a closed table whose position, as `floors.caught_up_floor`, is the gate: no version is written per key.
 
 The lock is taken where it is free, so replay waits for nobody. A direct write that appears
 meanwhile waits for the batch, and then finds the floor above what it must not overwrite. TRUNCATE

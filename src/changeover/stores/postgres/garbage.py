@@ -34,7 +34,7 @@ KILL_POINTS = {Part.RAISE_FLOOR: "collect-floor", Part.LOCK_EXCLUSIVE: "collect-
 def collect(
     connection: Connection, table: GatedTable, upto: Version, server: str, *, block: int = 0, batches: int = 1 << 62
 ) -> Collected:
-    """Delete row versions up to a version, from a block on, in so many batches at most; `rule.collectable` must allow it.
+    """Delete row versions up to a version, from a block on, in so many batches at most; `floors.collectable` must allow it.
 
     Safe to repeat, from any block. Raises LockNotGranted where gated writes do not end.
     """
@@ -91,7 +91,7 @@ def _purge(run: _Collection) -> None:
 
 
 def purge(table: GatedTable, upto: Version, block: int) -> sql.Composed:
-    """Return the statement that deletes row versions up to a version, by `rule.collected`, from a batch of blocks."""
+    """Return the statement that deletes row versions up to a version, by `collected`, from a batch of blocks."""
     return sql.SQL(
         "DELETE FROM {row_versions} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {row_versions} WHERE ctid >= {first}::tid"
         " AND ctid < {last}::tid"

@@ -3,7 +3,7 @@
 A key's cell is its row in the user's table plus a row in `changeover."versions_<schema>.<table>"`
 (key, version, deleted), which exists only for keys that live writes have changed. Each table has
 one floor in `changeover.gate`. A change is taken if and only if its version is above the floor and
-above the cell's (`changeover.jobs.apply.rule.applies` is the same rule in Python). The order of
+above the cell's (`applies` in tests/model/gate.py is the same rule in Python). The order of
 statements is part of the rule: the shared advisory lock alone, then the row versions, then deletes,
 then upserts. In one statement, or under REPEATABLE READ, a row survives its tombstone. That order
 stands in `statements`: `batches` and the application's function are composed from it, and the model

@@ -7,9 +7,10 @@ from random import Random
 
 import pytest
 
-from changeover.jobs.ledger.chunks import Chunk, acknowledged, claimed, closable, markable, mergeable
+from changeover.jobs.ledger.chunks import acknowledged, mergeable
 from changeover.jobs.ledger.ledger import Ledger, mark_loaded
 from changeover.session import Connection, connect
+from tests.model.gate import Chunk, claimed, closable, markable
 
 PLACE = ("moved", "public.kept", "new")
 

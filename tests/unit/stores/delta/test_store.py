@@ -13,12 +13,12 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from changeover.errors import RowRefused
-from changeover.jobs.apply.rule import Cell, merged
 from changeover.position import Version, image_version
 from changeover.stores.base.interface import VERSION_COLUMNS, Counts, TargetTable
 from changeover.stores.base.pgtypes import Column
 from changeover.stores.delta.appends import DELETED, VERSION, AppendTask
 from changeover.stores.delta.store import DeltaStore, live_rows
+from tests.model.gate import Cell, merged
 
 V0 = image_version(100)
 TABLE = TargetTable(

@@ -14,12 +14,13 @@ import pytest
 from psycopg import sql
 
 from changeover import failpoints
-from changeover.jobs.apply.rule import caught_up_floor, collectable, collected, collection_bound
+from changeover.jobs.apply.floors import caught_up_floor, collectable, collection_bound
 from changeover.position import Version, format_lsn, image_version
 from changeover.session import Connection, connect
 from changeover.stores.postgres import garbage, gate
 from changeover.stores.postgres.garbage import collect
 from changeover.stores.postgres.truncate import truncate
+from tests.model.gate import collected
 
 V0 = image_version(100)
 TABLE = gate.GatedTable("public", "kept", ("id",), ("id", "note"))
@@ -151,7 +152,7 @@ def test_a_truncate_waits_for_the_turn(kept: Connection, new_dsn: str) -> None:
 
 CHILD = """
 import sys
-from changeover.jobs.apply.rule import collection_bound
+from changeover.jobs.apply.floors import collection_bound
 from changeover.session import connect
 from changeover.stores.postgres import garbage
 from changeover.stores.postgres import gate

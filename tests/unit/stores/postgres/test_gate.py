@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from psycopg import sql
 
 from changeover.errors import CouldNotFinish, LockNotGranted, RowRefused
-from changeover.jobs.apply.rule import Cell, applies, image_applies, merged
 from changeover.position import Version, epoch_floor, format_lsn, image_version
 from changeover.session import Connection, connect
 from changeover.stores.base.interface import Counts
 from changeover.stores.postgres import batches, gate, refusal
+from tests.model.gate import Cell, applies, image_applies, merged
 
 V0 = image_version(100)
 TABLE = gate.GatedTable("public", "kept", ("id", "kind"), ("id", "kind", "note"))

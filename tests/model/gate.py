@@ -1,17 +1,18 @@
-"""The gate's rule as pure functions: what is taken, what a batch of offers does to a cell, and what moves a table's floor.
+"""The gate's rule and the rule of chunks as pure functions, which the model runs and every store is held against.
 
-The stores state the same rules in their own language (`stores.postgres.gate` in SQL, `stores.delta.store` as a MERGE condition);
-tests hold them against these, and the model checker runs these. Nothing here touches a store. Each table has one floor, first v0,
-never lowered; a key without a cell has the floor's version.
+The product states the same in its own languages: `stores.postgres.gate` in SQL, `stores.delta.merges` as a comparison of columns,
+`ledger.mark_loaded` and `Ledger.claim` in SQL. Versions alone decide what is taken. Each table has one floor, first v0, which only
+rises; a key without a cell has the floor's version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from changeover.position import DUAL_WRITE_ORDINAL, Version
+from changeover.jobs.ledger.chunks import same_file
+from changeover.position import Version
 
 
 class Cell(NamedTuple):
@@ -44,33 +45,9 @@ def truncated_floor(at: Version) -> Version:
     return at._replace(ordinal=at.ordinal - 1)
 
 
-def collectable(closed: bool, applied: int, upto: Version) -> bool:
-    """Return whether row versions up to a version may go: the table is swept, and every event up to there was offered.
-
-    Before the sweep images are pending, which the raised floor would refuse. `applied` says that every event with a smaller
-    commit LSN was offered. Time is no reason: a change may come late by any time.
-    """
-    return closed and upto < caught_up_floor(upto.epoch, applied)
-
-
-def collection_bound(epoch: int, applied: int) -> Version:
-    """Return the highest version up to which `collectable` allows collection where a position is reached."""
-    return caught_up_floor(epoch, applied)._replace(ordinal=DUAL_WRITE_ORDINAL - 1)
-
-
 def collected(cell: Version, upto: Version) -> bool:
     """Return whether collection up to a version removes a row version: the floor then answers for its key."""
     return cell <= upto
-
-
-def caught_up_floor(epoch: int, applied: int) -> Version:
-    """Return the floor of a table where every event below a position was applied in order and nothing else is under way.
-
-    No event of the stream has exactly this version, and every later one lies above it. A batch that
-    raises the floor to it in its own transaction has recorded its position. It needs no version per
-    key (`stores.base.statements.CATCH_UP`).
-    """
-    return Version(epoch, applied, DUAL_WRITE_ORDINAL)
 
 
 class Unsent(Enum):
@@ -85,6 +62,7 @@ class Unsent(Enum):
 UNSENT = Unsent.UNSENT
 
 Key = Hashable
+
 Image = tuple[Hashable, ...]
 """A row's values in the table's order of columns."""
 
@@ -136,3 +114,33 @@ def completed(changes: Iterable[KeyChange], rows: Mapping[Key, Image]) -> list[K
 def last_of_each_key(changes: Iterable[KeyChange]) -> list[KeyChange]:
     """Return one change a key, the one with the highest version: a cell is the maximum of what it is offered."""
     return list({change.key: change for change in sorted(changes, key=lambda one: one.version)}.values())
+
+
+# -- chunks
+
+
+class Chunk(NamedTuple):
+    """A chunk's state: the token of the latest attempt, 0 before the first, and whether its rows are in."""
+
+    token: int = 0
+    loaded: bool = False
+
+
+def claimed(chunks: Sequence[Chunk]) -> tuple[int, tuple[Chunk, ...]]:
+    """Return a new attempt's token, above every earlier one, and the chunks with the open ones claimed for it."""
+    token = max((chunk.token for chunk in chunks), default=0) + 1
+    return token, tuple(chunk if chunk.loaded else chunk._replace(token=token) for chunk in chunks)
+
+
+def markable(chunk: Chunk, token: int) -> bool:
+    """Return whether an attempt may mark a chunk: nobody has loaded it or claimed it since. Else it rolls back."""
+    return chunk.token == token and not chunk.loaded
+
+
+def closable(chunks: Sequence[Chunk], prepared: int, file: int | None, truncated: bool) -> bool:
+    """Return whether a table may be closed: every chunk is in, and no chunk can have read a file that its rows had left.
+
+    Another file than the prepared one is right only where the stream tells of a TRUNCATE since: then every row that the snapshot
+    would have shown is gone.
+    """
+    return all(chunk.loaded for chunk in chunks) and (same_file(prepared, file) or (file is not None and truncated))

@@ -8,7 +8,6 @@ from typing import cast
 from pyspark.sql import SparkSession
 
 from changeover.jobs.apply.batch import last_of_each_key as last_in_arrow
-from changeover.jobs.apply.rule import UNSENT, Image, Key, KeyChange, after_truncate, apart, completed, last_of_each_key
 from changeover.jobs.spool.events import Event as SpoolEvent
 from changeover.jobs.spool.events import Image as SpoolImage
 from changeover.jobs.spool.events import arrow_table
@@ -18,6 +17,7 @@ from changeover.position import Version
 from changeover.spec import Table
 from changeover.stores.base.interface import DELETED, EPOCH, LSN, ORDINAL, TargetTable
 from changeover.stores.base.pgtypes import Column
+from tests.model.gate import UNSENT, Image, Key, KeyChange, after_truncate, apart, completed, last_of_each_key
 
 COLUMNS = (Column("id", "text", "string", True), Column("note", "text", "string"))
 KEPT = Table("public.kept", "public.kept", ("id",))
