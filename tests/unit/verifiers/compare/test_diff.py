@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chispa import assert_df_equality
 from deltalake import DeltaTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -181,10 +182,16 @@ def test_notation_alone_is_equal_and_said(pair: Pair) -> None:
 def test_missing_and_extra(pair: Pair) -> None:
     diff = pair.compare([(1, "a"), (2, "b")], [(2, "b"), (3, "c")])
     assert (diff.counts["missing"], diff.counts["extra"], diff.equal_rows) == (1, 1, 1)
-    missing, extra = sorted(pair.stored(), key=lambda row: str(row["key"]))
-    assert (missing["class"], missing["source"], missing["target"]) == ("missing", {"k": "1", "v": "a"}, None)
-    assert (extra["class"], extra["source"], extra["target"]) == ("extra", None, {"k": "3", "v": "c"})
-    assert (missing["run"], missing["table"], missing["store"]) == ("r1", "public.t", "new")
+    differences = pair.spark.createDataFrame(
+        [
+            ("r1", "public.t", "new", "extra", {"k": "3"}, None, {"k": "3", "v": "c"}),
+            ("r1", "public.t", "new", "missing", {"k": "1"}, {"k": "1", "v": "a"}, None),
+        ],
+        "run string, `table` string, store string, class string,"
+        " key map<string, string>, source map<string, string>, target map<string, string>",
+    )
+    stored = pair.spark.read.format("delta").load(str(pair.folder / "differences")).orderBy("class")
+    assert_df_equality(stored.select(differences.columns), differences, ignore_nullable=True)
 
 
 def test_a_duplicate_is_no_pair(pair: Pair) -> None:
