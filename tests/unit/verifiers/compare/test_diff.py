@@ -204,7 +204,7 @@ def test_a_duplicate_is_no_pair(pair: Pair) -> None:
     assert (diff.source_rows, diff.target_rows, diff.equal_rows) == (6, 8, 1)
     sides = {(row["key"]["k"], row["side"]) for row in pair.stored()}
     assert sides == {("1", "target"), ("2", "source"), ("3", "both"), ("4", "target")}
-    assert len(pair.stored()) == diff.found == len(source) + len(target) - 2
+    assert len(pair.stored()) == diff.difference_rows == len(source) + len(target) - 2
 
 
 def test_a_key_of_several_columns_is_framed(pair: Pair) -> None:
@@ -227,7 +227,7 @@ def test_names_that_need_quotes_or_are_ours(pair: Pair) -> None:
 
 def test_the_limit_keeps_the_counts(pair: Pair) -> None:
     diff = pair.compare([(i, "a") for i in range(50)], [(i, "b") for i in range(50)], limit=7)
-    assert (diff.counts["mismatched"], diff.found, diff.kept) == (50, 50, 7)
+    assert (diff.counts["mismatched"], diff.difference_rows, diff.kept) == (50, 50, 7)
     assert len(pair.stored()) == 7
     assert len(diff.sample) == 20
 
