@@ -143,7 +143,7 @@ def _details(verdict: Verdict) -> Iterator[RenderableType]:
         # each side's rows were counted before, so the numbers may differ where nothing else does
         yield Text(f"{name}: both stores are written, so keys that differed were judged again: {verdict.recheck.rechecked:,}")
     if verdict.truncated:
-        yield Text(f"{name}: {verdict.kept:,} of {verdict.found:,} differing rows are kept")
+        yield Text(f"{name}: {verdict.kept:,} of {verdict.difference_rows:,} differing rows are kept")
     if verdict.columns:
         yield Text(f"{name}: mismatched by " + ", ".join(f"{c} ({n:,})" for c, n in verdict.columns.items()))
     if not verdict.sample:

@@ -217,6 +217,10 @@ class Router:
         `to_new` maps the old store's rows. `tenant` is that of the rows asked for; a read over
         several tenants is one read of each.
 
+        Both functions may be called again later, for the comparison, off the caller's thread. So
+        they must not depend on a variable that changes meanwhile, such as a loop's variable in a
+        lambda. A default argument binds its value: `lambda cursor, user=user: …`.
+
         Args:
             old: What reads the old store.
             new: What reads the new store.

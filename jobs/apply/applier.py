@@ -10,6 +10,7 @@ is needed for in tasks.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -74,17 +75,21 @@ class BadChange(Exception):
 class Applier:
     """Carries batches of one store's stream into a target (driver)."""
 
-    def __init__(self, spec: Spec, spark: SparkSession, checkpoint: Checkpoint, snapshot: ExportedSnapshot | None) -> None:
+    def __init__(
+        self, spec: Spec, spark: SparkSession, checkpoint: Checkpoint,
+        snapshot: ExportedSnapshot | None, stop: threading.Event,
+    ) -> None:  # fmt: skip
         self.spec = spec
         self.spark = spark
         self.checkpoint = checkpoint
         self.spool = checkpoint.spool
         self.snapshot = snapshot
+        self.stop = stop
 
     def catch_up(self, load: Load, section: Section, end: int, transform: Transform, store: Store) -> tuple[Load, Counts]:
         """Offer what is left of one section, batch by batch (driver; values are read in tasks).
 
-        What lies between two sections is never offered.
+        What lies between two sections is never offered. No batch begins once `stop` is set.
 
         Args:
             load: The load, with its position.
@@ -103,7 +108,7 @@ class Applier:
         """
         end = min(end, section[0].until)
         events = taken = 0
-        while load.applied < end:
+        while load.applied < end and not self.stop.is_set():
             load, counts = self._carry(load, section, end, transform, store)
             events, taken = events + counts.offered, taken + counts.taken
         return load, Counts(events, taken)

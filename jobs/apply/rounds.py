@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,6 +20,7 @@ import psycopg
 from ldclient.migrations.types import Stage
 
 from changeover.errors import ChangeoverError, LeaseHeld, RowRefused, TableStopped, TextRefused
+from changeover.interrupt import asked_to_stop
 from changeover.jobs.apply.applier import Applier
 from changeover.jobs.apply.checkpoint import Checkpoint, ReverseStream
 from changeover.jobs.apply.retention import Collecting
@@ -55,11 +56,15 @@ AGAIN_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Replayed:
-    """What one round did: events of the tables offered over all loads, changes taken, and the position reached."""
+    """What rounds did: events offered over all loads, changes taken, and the position reached.
+
+    `interrupted` says whether Ctrl-C or SIGTERM ended them.
+    """
 
     events: int
     taken: int
     applied: int
+    interrupted: bool = False
 
 
 class Replay:
@@ -82,8 +87,8 @@ class Replay:
         epoch = prepared.stream.epoch
         self.back = ReverseStream(spec, spark, ledger, prepared.transforms, epoch)
         self.appliers = {
-            OLD: Applier(spec, spark, Checkpoint(spec, ledger, self.spool, epoch), snapshot),
-            NEW: Applier(spec, spark, self.back.checkpoint, None),
+            OLD: Applier(spec, spark, Checkpoint(spec, ledger, self.spool, epoch), snapshot, self.stop),
+            NEW: Applier(spec, spark, self.back.checkpoint, None, self.stop),
         }
 
     def lease(self, target: str) -> AbstractContextManager[None]:
@@ -258,7 +263,7 @@ def replay(
     """Replay until caught up with the spool, or with `follow` until `stop` is set (driver).
 
     Each target is followed in a thread of its own, so that a slow one does not hold up another, and
-    an error in one stops all.
+    an error in one stops all. A replay that follows ends at Ctrl-C and SIGTERM as by `stop`.
 
     The old store is replayed into as well, where reverse replication is open.
 
@@ -281,7 +286,10 @@ def replay(
     with Ledger.open(spec, STEP) as ledger:
         prepared = require_prepared(spec, spark, ledger, STEP)
     chosen = list(targets or spec.targets)
-    with ThreadPoolExecutor(len(chosen) + 1, thread_name_prefix="replay") as pool:
+    # one that does not follow is a step among others, which Ctrl-C has to end with it
+    listening = asked_to_stop(stop) if follow else nullcontext(lambda: False)
+    threads = ThreadPoolExecutor(len(chosen) + 1, thread_name_prefix="replay")
+    with listening as asked, threads as pool:
         running = [pool.submit(_replay_target, spec, spark, prepared, target, follow, stop) for target in chosen]
         back = pool.submit(_replay_back, spec, spark, prepared, follow, stop) if spec.flag is not None else None
         try:
@@ -289,7 +297,12 @@ def replay(
         finally:
             stop.set()
         returned = back.result() if back is not None else Replayed(0, 0, 0)
-    return replace(forward, events=forward.events + returned.events, taken=forward.taken + returned.taken)
+        return replace(
+            forward,
+            events=forward.events + returned.events,
+            taken=forward.taken + returned.taken,
+            interrupted=asked(),
+        )
 
 
 def _replay_target(

@@ -307,7 +307,7 @@ def replay(
         spec: The spec.
         spark: The Spark session.
         follow: Go on until `stop` is set.
-        stop: Ends a replay that follows.
+        stop: Ends a replay that follows after the batch under way, as Ctrl-C and SIGTERM do.
         targets: Names of targets, all unless given.
 
     Returns:

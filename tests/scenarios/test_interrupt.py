@@ -1,4 +1,6 @@
-"""Ctrl-C while Spark works, by the real command line: one sentence, nothing left running, and the same command goes on.
+"""Ctrl-C and SIGTERM while Spark works, by the real command line.
+
+It is one sentence, nothing is left running, and the same command goes on.
 
 The child is a session of its own, so that whatever it leaves behind, a JVM or a worker, is found by that session's number.
 """
@@ -130,6 +132,24 @@ def test_ctrl_c_while_spark_works(make_migration: MakeMigration, tmp_path: Path,
         again = CliRunner().invoke(main, ["verify", path, "--target", STORE, "--json"])
     assert again.exit_code == 0, again.output
     assert [(v["verdict"], v["equal_rows"]) for v in json.loads(again.stdout)["verdicts"]] == [("equal", ROWS)]
+
+    made.old.execute("UPDATE follows SET note = 'late' WHERE from_user = 1")
+    made.capture()
+    reached.unlink()
+    wait.touch()
+    with command("replay", path, "--target", STORE, "--follow", PYTHONPATH=paths) as child:
+        until(reached.exists, START_SECONDS, child)
+        child.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):  # the batch under way is brought to its end
+            child.wait(1)
+        wait.unlink()
+        output, errors = said(child)
+        assert child.returncode == 130, errors
+        assert output.startswith("replayed: 1 events")
+        assert output.endswith("; interrupted: nothing is lost, the same command goes on from here\n")
+        assert "Traceback" not in errors
+        until(lambda: not alive(child.pid), END_SECONDS)
+    made.assert_equal(STORE)
 
 
 def test_an_error_in_a_task_is_one_sentence_and_nothing_else(make_migration: MakeMigration) -> None:

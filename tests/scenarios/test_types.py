@@ -141,7 +141,7 @@ def test_what_is_safe_is_carried_and_a_type_that_changes_is_told(carried: Migrat
     shown = {((one.source or {})[narrowed], (one.target or {})[narrowed]) for one in pairs.sample if one.kind == MISMATCHED}
     assert shown == {("-0.01", "0.0"), ("1234.25", "1234.3")}
     assert (odd_too.word, odd_too.differing_keys, odd_too.counts["type"]) == ("different", 0, 2)
-    assert [(one.side, one.column, one.planned, one.found) for one in odd_too.types] == [
+    assert [(one.side, one.column, one.planned, one.present_type) for one in odd_too.types] == [
         ("source", "word", "character varying(9)", "character varying(20)"), ("target", "a b", "uuid", "text"),
     ]  # fmt: skip
 

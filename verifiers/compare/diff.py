@@ -147,7 +147,7 @@ def compare(
         sample=compared.sample,
         source_ranges=counts[SOURCE],
         target_ranges=counts[TARGET],
-        found=rows_found(tallies),
+        difference_rows=rows_found(tallies),
         kept=compared.kept,
         seconds=time.monotonic() - started,
     )

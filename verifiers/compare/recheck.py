@@ -128,7 +128,7 @@ def judge(
     """
     rows = _rows(differences, run)
     keys = sorted({_key(row, diff.key) for row in rows if row["class"] != CANONICALISATION})
-    if len(keys) > LIMIT or diff.kept < diff.found:
+    if len(keys) > LIMIT or diff.kept < diff.difference_rows:
         problem = (
             f"{max(len(keys), diff.differing_keys):,} keys differ while both stores are written, and no more than {LIMIT:,} are"
             f" judged again: run verify in a quieter moment, or at the stage off; they are in {differences}"
@@ -301,7 +301,7 @@ def _without(diff: TableDiff, rows: list[dict[str, Any]], passed: set[Key]) -> T
     classes = Counter(row["class"] for row in {_key(row, diff.key): row for row in gone}.values())
     columns = Counter(name for row in gone if row["class"] == MISMATCHED for name in row["columns"] or ())
     left = {name: count - columns[name] for name, count in diff.columns.items() if count > columns[name]}
-    nothing = diff.found == len(gone)
+    nothing = diff.difference_rows == len(gone)
 
     def stays(difference: Difference) -> bool:
         return tuple(str(difference.key[name]) for name in diff.key) not in passed
@@ -311,6 +311,7 @@ def _without(diff: TableDiff, rows: list[dict[str, Any]], passed: set[Key]) -> T
 
     return replace(
         diff, counts={kind: count - classes[kind] for kind, count in diff.counts.items()}, columns=left,
-        equal_rows=diff.equal_rows + len(passed), sample=tuple(filter(stays, diff.sample)), found=diff.found - len(gone),
+        equal_rows=diff.equal_rows + len(passed), sample=tuple(filter(stays, diff.sample)),
+        difference_rows=diff.difference_rows - len(gone),
         kept=diff.kept - len(gone), source_ranges=settled(diff.source_ranges), target_ranges=settled(diff.target_ranges),
     )  # fmt: skip

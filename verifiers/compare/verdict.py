@@ -78,7 +78,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class TableDiff:
-    """What `diff.compare` found; `counts` are keys per class, and `kept` rows of the table of differences hold them."""
+    """What `diff.compare` found; `counts` are keys per class.
+
+    `difference_rows` hold them, of which the table of differences has `kept`.
+    """
 
     table: str
     store: str
@@ -92,7 +95,7 @@ class TableDiff:
     sample: tuple[Difference, ...]
     source_ranges: tuple[RangeCount, ...]
     target_ranges: tuple[RangeCount, ...]
-    found: int
+    difference_rows: int
     kept: int
     seconds: float
 
@@ -120,15 +123,15 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class TypeDifference:
-    """A column of one side whose type is another one than `prepare` planned; `found` is None where the column is gone."""
+    """A column of one side whose type is another one than `prepare` planned; `present_type` is None where it is gone."""
 
     side: str
     column: str
     planned: str
-    found: str | None
+    present_type: str | None
 
     def __str__(self) -> str:
-        now = "is gone" if self.found is None else f"has the type {self.found}"
+        now = "is gone" if self.present_type is None else f"has the type {self.present_type}"
         return f"column {self.column} of the {self.side} {now}, and {self.planned} was planned"
 
 
@@ -176,7 +179,7 @@ class Verdict:
     sample: tuple[Difference, ...]
     source_ranges: tuple[RangeCount, ...]
     target_ranges: tuple[RangeCount, ...]
-    found: int
+    difference_rows: int
     kept: int
     checks: tuple[CheckResult, ...] = ()
     recheck: Recheck = field(default_factory=Recheck)
@@ -213,7 +216,7 @@ class Verdict:
             columns=diff.columns, duplicates=diff.duplicates,
             sample=tuple(masked(difference, mask) for difference in diff.sample[:SAMPLE_SIZE]),
             source_ranges=_shown(diff.source_ranges, mask), target_ranges=_shown(diff.target_ranges, mask),
-            found=diff.found, kept=diff.kept,
+            difference_rows=diff.difference_rows, kept=diff.kept,
             checks=shown_checks, recheck=recheck or Recheck(),
         )  # fmt: skip
 
@@ -235,7 +238,7 @@ class Verdict:
     @property
     def truncated(self) -> bool:
         """Return whether more differing rows were found than the table of differences keeps."""
-        return self.kept < self.found
+        return self.kept < self.difference_rows
 
     def to_json(self) -> str:
         """Return the verdict as a JSON object, what it says in one word included.

@@ -1,4 +1,4 @@
-"""The commands `changeover flags …`: the migration flag shown and turned, held to the evidence.
+"""The commands `changeover flags …`: the migration flag shown and switched, held to the evidence.
 
 Each calls one function of `changeover.api` with the same words, and starts no JVM.
 """
@@ -18,7 +18,7 @@ from changeover.files.runlog import JSON as AS_JSON
 
 @click.group(cls=Sections, section="Hand over")
 def flags() -> None:
-    """Show and turn the migration flag.
+    """Show and switch the migration flag.
 
     Held to the evidence.
     """

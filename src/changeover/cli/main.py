@@ -200,7 +200,10 @@ def replay(spec: str, targets: tuple[str, ...], follow: bool, log_format: str, a
     with running(spec, "replay", debug, log_format if follow else None) as loaded:
         spark = spark_for(loaded, "replay", targets)
         replayed = api.replay(loaded, spark, follow=follow, targets=targets or None)
-    answer(replayed, as_json, lambda: f"replayed: {replayed.events:,} events, applied up to {format_lsn(replayed.applied)}")
+    answer(replayed, as_json, lambda: (
+        f"replayed: {replayed.events:,} events, applied up to {format_lsn(replayed.applied)}"
+        f"{'; interrupted: nothing is lost, the same command goes on from here' if replayed.interrupted else ''}"))  # fmt: skip
+    sys.exit(130 if replayed.interrupted else 0)
 
 
 @main.command(section="Move", example="changeover verify follows.toml --report report.html")

@@ -84,7 +84,7 @@ def test_a_difference_is_named_with_the_stage_that_was_asked_for(stage: Stage) -
     verdict = Verdict(
         run="r1", table=FOLLOWS, target="store", positions=Positions(1, "0/1"), checked_at="", seconds=1.0, key=("id",),
         source_rows=3, target_rows=2, equal_rows=2, counts={**dict.fromkeys(CLASSES, 0), "missing": 1}, columns={}, duplicates={},
-        sample=(), source_ranges=(), target_ranges=(), found=1, kept=1,
+        sample=(), source_ranges=(), target_ranges=(), difference_rows=1, kept=1,
     )  # fmt: skip
     with pytest.raises(NotReady) as refused:
         tour._require_equal([verdict], stage)

@@ -20,10 +20,10 @@ EQUAL = Verdict(
     run="r1", table="public.follows", target="new", positions=Positions(0x16B374D848, "16/B374D900"),
     checked_at="2026-11-21T12:00:00Z", seconds=2.25, key=("id",), source_rows=3, target_rows=3, equal_rows=3,
     counts=dict.fromkeys(CLASSES, 0), columns={}, duplicates={}, sample=(), source_ranges=HALVES,
-    target_ranges=(RangeCount(Range(0, None, None), 3),), found=0, kept=0,
+    target_ranges=(RangeCount(Range(0, None, None), 3),), difference_rows=0, kept=0,
 )  # fmt: skip
 DIFFERENT = replace(
-    EQUAL, target="lake", positions=Positions(0x16B374D848, "version 7"), equal_rows=2, found=12, kept=10,
+    EQUAL, target="lake", positions=Positions(0x16B374D848, "version 7"), equal_rows=2, difference_rows=12, kept=10,
     counts=dict.fromkeys(CLASSES, 1), columns={"name": 1}, duplicates={"target": 1},
     sample=(
         Difference("mismatched", {"id": "1"}, ("name",), {"id": "1", "name": EVIL}, {"id": "1", "name": None}),

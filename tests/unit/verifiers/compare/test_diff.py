@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chispa import assert_df_equality
 from deltalake import DeltaTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -181,10 +182,16 @@ def test_notation_alone_is_equal_and_said(pair: Pair) -> None:
 def test_missing_and_extra(pair: Pair) -> None:
     diff = pair.compare([(1, "a"), (2, "b")], [(2, "b"), (3, "c")])
     assert (diff.counts["missing"], diff.counts["extra"], diff.equal_rows) == (1, 1, 1)
-    missing, extra = sorted(pair.stored(), key=lambda row: str(row["key"]))
-    assert (missing["class"], missing["source"], missing["target"]) == ("missing", {"k": "1", "v": "a"}, None)
-    assert (extra["class"], extra["source"], extra["target"]) == ("extra", None, {"k": "3", "v": "c"})
-    assert (missing["run"], missing["table"], missing["store"]) == ("r1", "public.t", "new")
+    differences = pair.spark.createDataFrame(
+        [
+            ("r1", "public.t", "new", "extra", {"k": "3"}, None, {"k": "3", "v": "c"}),
+            ("r1", "public.t", "new", "missing", {"k": "1"}, {"k": "1", "v": "a"}, None),
+        ],
+        "run string, `table` string, store string, class string,"
+        " key map<string, string>, source map<string, string>, target map<string, string>",
+    )
+    stored = pair.spark.read.format("delta").load(str(pair.folder / "differences")).orderBy("class")
+    assert_df_equality(stored.select(differences.columns), differences, ignore_nullable=True)
 
 
 def test_a_duplicate_is_no_pair(pair: Pair) -> None:
@@ -197,7 +204,7 @@ def test_a_duplicate_is_no_pair(pair: Pair) -> None:
     assert (diff.source_rows, diff.target_rows, diff.equal_rows) == (6, 8, 1)
     sides = {(row["key"]["k"], row["side"]) for row in pair.stored()}
     assert sides == {("1", "target"), ("2", "source"), ("3", "both"), ("4", "target")}
-    assert len(pair.stored()) == diff.found == len(source) + len(target) - 2
+    assert len(pair.stored()) == diff.difference_rows == len(source) + len(target) - 2
 
 
 def test_a_key_of_several_columns_is_framed(pair: Pair) -> None:
@@ -220,7 +227,7 @@ def test_names_that_need_quotes_or_are_ours(pair: Pair) -> None:
 
 def test_the_limit_keeps_the_counts(pair: Pair) -> None:
     diff = pair.compare([(i, "a") for i in range(50)], [(i, "b") for i in range(50)], limit=7)
-    assert (diff.counts["mismatched"], diff.found, diff.kept) == (50, 50, 7)
+    assert (diff.counts["mismatched"], diff.difference_rows, diff.kept) == (50, 50, 7)
     assert len(pair.stored()) == 7
     assert len(diff.sample) == 20
 

@@ -45,7 +45,7 @@ DIFFS = st.builds(
     duplicates=st.dictionaries(st.sampled_from(["source", "target", "both"]), COUNTS),
     sample=st.lists(DIFFERENCES, max_size=3).map(tuple),
     source_ranges=RANGE_COUNTS.map(tuple), target_ranges=RANGE_COUNTS.map(tuple),
-    found=COUNTS, kept=COUNTS, seconds=st.floats(0, 1e6),
+    difference_rows=COUNTS, kept=COUNTS, seconds=st.floats(0, 1e6),
 )  # fmt: skip
 CHECKS = st.lists(st.builds(CheckResult, st.text(max_size=5), st.booleans(), COUNTS, COUNTS, TEXTS), max_size=2)
 
@@ -55,7 +55,7 @@ def diff_of(**counts: int) -> TableDiff:
     return TableDiff(
         table="public.t", store="new", key=("id",), source_rows=3, target_rows=3, equal_rows=2,
         counts=dict.fromkeys(CLASSES, 0) | counts, columns={}, duplicates={}, sample=(row,), source_ranges=(),
-        target_ranges=(), found=1, kept=1, seconds=0.5,
+        target_ranges=(), difference_rows=1, kept=1, seconds=0.5,
     )  # fmt: skip
 
 
@@ -118,4 +118,4 @@ def test_a_machine_reads_the_word_and_both_positions() -> None:
 
 def test_more_found_than_kept_is_said() -> None:
     assert not verdict_of(diff_of()).truncated
-    assert Verdict.from_json(verdict_of(diff_of()).to_json().replace('"found": 1', '"found": 9')).truncated
+    assert Verdict.from_json(verdict_of(diff_of()).to_json().replace('"difference_rows": 1', '"difference_rows": 9')).truncated
