@@ -294,9 +294,9 @@ def replay(
         back = pool.submit(_replay_back, spec, spark, prepared, follow, stop) if spec.flag is not None else None
         try:
             forward = total([one.result() for one in as_completed(running)])
+            returned = back.result() if back is not None else Replayed(0, 0, 0)
         finally:
-            stop.set()
-        returned = back.result() if back is not None else Replayed(0, 0, 0)
+            stop.set()  # an error in one ends all
         return replace(
             forward,
             events=forward.events + returned.events,
