@@ -103,7 +103,7 @@ class Replay:
         Raises:
             LeaseHeld: `stop` was set while it waited.
         """
-        return self.ledger.lease(lease_of(target), LEASE_SECONDS, self.stop)
+        return self.ledger.lease(lease_of(target), LEASE_SECONDS, self.stop, again=True)
 
     def round(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Offer everything spooled below `until` to each target, under that target's lease (driver).
@@ -121,10 +121,32 @@ class Replay:
         """
 
         def of_target(target: str) -> list[Replayed]:
+            if not self.due(target, until):
+                return [Replayed(0, 0, min(load.applied for load in self.ledger.loads() if load.target == target))]
             with self.lease(target):
                 return [self.offer(until, [target])]
 
         return each(of_target, targets or list(self.spec.targets))
+
+    def due(self, target: str, until: int | None = None) -> bool:
+        """Return whether a round of a target has anything to offer (driver; looks only, and needs no lease).
+
+        Args:
+            target: The target's name, `OLD_STORE` for the old store.
+            until: An LSN of the old store's log; the spool's end unless given.
+
+        Returns:
+            Whether a load lacks what is spooled.
+        """
+        end = self._end(until)
+        if any(load.applied < end for load in self.ledger.loads() if load.target == target):
+            return True
+        back = [load.applied for load in self.ledger.loads(NEW) if load.target == target]
+        parts, reach = self.back.plan() if back else ([], 0)
+        return bool(parts) and min(back) < min(reach, parts[-1][0].until)
+
+    def _end(self, until: int | None) -> int:
+        return min([self.spool.end()] + ([until] if until is not None else []))
 
     def offer(self, until: int | None = None, targets: Sequence[str] | None = None) -> Replayed:
         """Do a round's work (driver); the caller holds the leases.
@@ -140,7 +162,7 @@ class Replay:
             TableStopped: A table was stopped; the others are done.
             RowRefused: A row can't be carried over; the other tables are done.
         """
-        end = min([self.spool.end()] + ([until] if until is not None else []))
+        end = self._end(until)
         authorities = self.ledger.authorities()
         carried, apart = self.back.carried(authorities), bool(named(authorities))
 
@@ -338,6 +360,8 @@ def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bo
                 running = Replay(spec, spark, ledger, prepared, stop=stop)
 
                 def once(running: Replay = running) -> tuple[Replayed, bool]:
+                    if not running.due(reverse.OLD_STORE):
+                        return Replayed(0, 0, 0), False
                     with running.lease(reverse.OLD_STORE):
                         result = running.bring_back()
                     return result, bool(result.events)

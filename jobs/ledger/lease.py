@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from itertools import count
 
 import psycopg
@@ -34,7 +35,10 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0, stop: threading.Event | None = None) -> Iterator[None]:
+def hold(
+    dsn: str, migration: str, step: str, wait_seconds: float = 0, stop: threading.Event | None = None,
+    kept: dict[str, Connection] | None = None,
+) -> Iterator[None]:  # fmt: skip
     """Hold the lease of a step of a migration (driver).
 
     Args:
@@ -43,12 +47,13 @@ def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0, stop: thr
         step: The step, or `lease_of` a target.
         wait_seconds: How long to wait for another run to let go, in seconds.
         stop: Calls the wait off when it is set.
+        kept: Sessions by lease, for who takes them again and again and ends them itself; else each ends with its block.
 
     Raises:
         LeaseHeld: Another run has it, has not let go in time, or had it when the wait was called off.
     """
     application, name = application_name(migration, f"{step}-lease"), f"{migration}/{step}"
-    with connect(dsn, application, settings={"idle_session_timeout": "0"}) as holder:
+    with _session(dsn, application, kept) as holder:
         waited = 0.0
         for look in count(1):
             seconds = min(LOOK_SECONDS, wait_seconds - waited)
@@ -56,15 +61,30 @@ def hold(dsn: str, migration: str, step: str, wait_seconds: float = 0, stop: thr
                 break
             waited += seconds
             if waited >= wait_seconds or (stop is not None and stop.is_set()):
-                raise LeaseHeld(step, _holder(holder, application))
+                raise LeaseHeld(step, _holder(holder, name))
             if look % NAMED_EVERY == 0:
-                log.info("waiting for the lease of %s, which is held: %s", step, _holder(holder, application))
+                log.info("waiting for the lease of %s, which is held: %s", step, _holder(holder, name))
         try:
             yield
         finally:
             # the server ends a session a little after its client, and the next command may come in between
             with suppress(psycopg.Error):
                 holder.execute("SELECT pg_advisory_unlock_all()")
+
+
+@contextmanager
+def _session(dsn: str, application: str, kept: dict[str, Connection] | None) -> Iterator[Connection]:
+    """Yield a session that holds a lease: a new one, or the one that is kept, where the server has it still."""
+    settings = {"idle_session_timeout": "0"}
+    if kept is None:
+        with connect(dsn, application, settings=settings) as session:
+            yield session
+        return
+    try:
+        kept[application].execute("SELECT 1")
+    except (KeyError, psycopg.OperationalError):  # there is none yet, or the server was restarted
+        kept[application] = connect(dsn, application, settings=settings)
+    yield kept[application]
 
 
 def _taken(session: Connection, name: str, seconds: float) -> bool:
@@ -91,22 +111,25 @@ def is_held(session: Connection, migration: str, step: str) -> bool:
     Returns:
         Whether anybody holds the step's lease.
     """
-    row = session.execute(
-        "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
-        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        " AND classid::bigint = hashtext('changeover')::bigint & 4294967295 AND objid::bigint = hashtext(%s)::bigint & 4294967295)",
-        [f"{migration}/{step}"],
-    ).fetchone()
-    return bool(row and row[0])
+    return _held_by(session, f"{migration}/{step}") is not None
 
 
-def _holder(session: Connection, application: str) -> str:
-    """Return the oldest session of a lease, which is its holder's: the one that asks bears the same name and came later."""
-    row = session.execute(
-        "SELECT pid, backend_start FROM pg_stat_activity WHERE application_name = %s ORDER BY backend_start LIMIT 1",
-        [application],
+def _holder(session: Connection, name: str) -> str:
+    """Return whose session has a lease, as a person wants it told."""
+    row = _held_by(session, name)
+    if row is None:
+        return "unknown"
+    return f"server process {row[0]}" + (f", since {row[1]:%H:%M:%S}" if row[1] is not None else "")
+
+
+def _held_by(session: Connection, name: str) -> tuple[int, datetime | None] | None:
+    """Return the process that holds a lease, and since when its session is there, which not every role may know; else None."""
+    return session.execute(
+        "SELECT pid, backend_start FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory' AND granted"
+        " AND objsubid = 2 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        " AND classid::bigint = hashtext('changeover')::bigint & 4294967295 AND objid::bigint = hashtext(%s)::bigint & 4294967295",
+        [name],
     ).fetchone()
-    return f"server process {row[0]}, since {row[1]:%H:%M:%S}" if row else "unknown"
 
 
 def lease_of(target: str) -> str:

@@ -51,6 +51,7 @@ class Ledger:
         self.connection = connection
         self.migration = migration
         self.dsn = dsn
+        self._leases: dict[str, Connection] = {}
 
     @classmethod
     def open(cls, spec: Spec, step: str) -> Self:
@@ -74,7 +75,8 @@ class Ledger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.connection.close()
+        for session in (*self._leases.values(), self.connection):
+            session.close()
 
     def create(self) -> None:
         """Create the ledger's tables where they are missing."""
@@ -666,13 +668,16 @@ class Ledger:
         ).fetchall()
         return {(row[0], row[1]): row[2] for row in rows}
 
-    def lease(self, step: str, wait_seconds: float = 0, stop: threading.Event | None = None) -> AbstractContextManager[None]:
+    def lease(
+        self, step: str, wait_seconds: float = 0, stop: threading.Event | None = None, *, again: bool = False
+    ) -> AbstractContextManager[None]:  # fmt: skip
         """Hold the lease of a step (driver, capture).
 
         Args:
             step: The step, or `lease_of` a target.
             wait_seconds: How long to wait for another run to let go, in seconds.
             stop: Calls the wait off when it is set.
+            again: Whether it is taken again and again: then its session is kept as long as this one.
 
         Returns:
             A context manager that holds it.
@@ -680,7 +685,7 @@ class Ledger:
         Raises:
             LeaseHeld: Another run has it.
         """
-        return hold(self.dsn, self.migration, step, wait_seconds, stop)
+        return hold(self.dsn, self.migration, step, wait_seconds, stop, self._leases if again else None)
 
 
 def mark_loaded(

@@ -11,7 +11,7 @@ import pytest
 from changeover.errors import LeaseHeld
 from changeover.jobs.ledger import lease
 from changeover.jobs.ledger.lease import hold, is_held
-from changeover.session import connect
+from changeover.session import Connection, connect
 from tests.support.fix_flags import wait_until
 
 
@@ -71,3 +71,29 @@ def test_a_wait_without_end_is_called_off(new_dsn: str, monkeypatch: pytest.Monk
         stop.set()
         waiter.join()
     assert len(refused) == 1
+
+
+def test_a_session_that_is_kept_holds_the_lease_in_its_blocks_alone(new_dsn: str) -> None:
+    kept: dict[str, Connection] = {}
+    with connect(new_dsn, "test") as session:
+        for number in range(3):
+            with hold(new_dsn, "m", "replay-lake", kept=kept):
+                assert is_held(session, "m", "replay-lake")
+                sentence = rf"another replay-lake of this migration is running \(server process {kept_pid(kept)}, since \d\d:"
+                with pytest.raises(LeaseHeld, match=sentence), hold(new_dsn, "m", "replay-lake"):
+                    pytest.fail("two have one lease")
+            assert not is_held(session, "m", "replay-lake")
+            if number == 1:
+                session.execute("SELECT pg_terminate_backend(%s)", [kept_pid(kept)])
+        with pytest.raises(ZeroDivisionError), hold(new_dsn, "m", "replay-lake", kept=kept):
+            print(1 / 0)
+        assert not is_held(session, "m", "replay-lake")
+    assert len(kept) == 1
+    for one in kept.values():
+        one.close()
+
+
+def kept_pid(kept: dict[str, Connection]) -> int:
+    """Return the server process of the one session that is kept."""
+    [session] = kept.values()
+    return session.info.backend_pid
