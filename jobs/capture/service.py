@@ -148,7 +148,11 @@ def _follow_new_store(spec: Spec, ended: threading.Event) -> None:
     reported = ""
     while not ended.is_set():
         try:
-            capture_new(spec, ended)
+            with Ledger.open(spec, "capture") as ledger:  # one session, however long there is nothing to follow
+                while not ended.wait(NEW_STORE_SECONDS):
+                    path = reverse.recorded(ledger)
+                    if path is not None and not path.broken:
+                        capture_new(spec, ended)
         except (ChangeoverError, psycopg.Error, DeltaError, OSError) as error:
             message = str(error).splitlines()[0]
             if message != reported:
