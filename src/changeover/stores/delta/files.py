@@ -31,8 +31,11 @@ LONGEST_BOUND = 32
 STATISTICS = "delta.dataSkippingStatsColumns"
 """The table's property that names the columns with statistics."""
 
-READ = frozenset({"timestampNtz"})
-"""What a table may ask of its readers without our reading its files wrongly (Delta protocol, Valid Feature Names)."""
+READ = frozenset({"timestampNtz", "variantType"})
+"""What a table may ask of its readers without our reading its files wrongly (Delta protocol, Valid Feature Names).
+
+A column of variants has a type that is not carried; delta-rs names the feature of tables that have none.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,18 @@ class DataFile:
         return RemoveAction(self.path, True, int(time.time() * 1000), self.size, {})
 
 
+def unread(table: DeltaTable) -> list[str]:
+    """Return the features of a table by which its files alone are not its rows, such as deletion vectors.
+
+    Args:
+        table: The table.
+
+    Returns:
+        The features' names, sorted.
+    """
+    return sorted(set(table.protocol().reader_features or ()) - READ)
+
+
 def files_of(table: DeltaTable) -> list[DataFile]:
     """Return a table's files, the smallest last.
 
@@ -81,8 +96,8 @@ def files_of(table: DeltaTable) -> list[DataFile]:
     """
     import pyarrow as pa
 
-    if unread := sorted(set(table.protocol().reader_features or ()) - READ):
-        raise CouldNotFinish(f"{table.table_uri}: changes can't be merged beside the table feature {unread[0]}: take it away")
+    if features := unread(table):
+        raise CouldNotFinish(f"{table.table_uri}: changes can't be merged beside the table feature {features[0]}: take it away")
     files = [
         DataFile(
             Path(unquote(table.table_uri.removeprefix("file://"))), row["path"], row["size_bytes"],

@@ -99,9 +99,7 @@ def merge(path: str, changes: pa.Table, key: Sequence[str], version: str) -> int
     def commit(table: DeltaTable) -> int:
         merging = Merging(Path(path), table, changes, key, version)
         taken = merging.run()
-        if taken:
-            act(table, merging.actions)
-            make_durable(Path(path), table.version() + 1)
+        replace(Path(path), table, merging.actions)
         return taken
 
     return committed(path, commit)
@@ -257,11 +255,32 @@ def bury(path: str, key: Sequence[str], version: str, deleted: str, at: Version)
             order = np.where(older, np.arange(len(rows)), np.arange(len(rows)) + len(rows))
             made = write(Path(path), [pa.concat_tables([tombs, rows]).take(order)], bounded(table, key))
             actions += [made, file.removed()] if made is not None else []
-        if actions:
-            act(table, actions)
-            make_durable(Path(path), table.version() + 1)
+        replace(Path(path), table, actions)
 
     committed(path, commit)
+
+
+def replace(folder: Path, table: DeltaTable, actions: Sequence[AddAction | RemoveAction]) -> None:
+    """Commit files that take the place of others, durably; what another writer came before is no file of the table, and removed.
+
+    Args:
+        folder: The table's folder.
+        table: The table, at the version that was looked at.
+        actions: The files that come and go; nothing is committed where there is none.
+
+    Raises:
+        CommitFailedError: Another writer committed meanwhile.
+    """
+    if not actions:
+        return
+    try:
+        act(table, actions)
+    except CommitFailedError:
+        for action in actions:
+            if isinstance(action, AddAction):
+                (folder / action.path).unlink()
+        raise
+    make_durable(folder, table.version() + 1)
 
 
 def make_durable(folder: Path, version: int) -> None:

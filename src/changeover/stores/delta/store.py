@@ -61,7 +61,7 @@ from changeover.stores.delta.appends import (
     marks_among,
     require_values,
 )
-from changeover.stores.delta.files import STATISTICS
+from changeover.stores.delta.files import STATISTICS, unread
 
 if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
@@ -79,6 +79,9 @@ BOUNDED = frozenset({"smallint", "int", "bigint", "string"})
 
 NOT_WRITTEN = ("delta.constraints.", "delta.columnMapping.", "delta.enableRowTracking", "delta.identity")
 """Properties of a table whose files an append of ours would write wrongly, or unchecked."""
+
+NOT_KEPT = ("delta.appendOnly", "delta.enableChangeDataFeed")
+"""Properties of a table that a merge would meet or break: it takes files away, and writes no feed of the rows that it changed."""
 
 NOT_TAKEN = frozenset(" ,;{}()\n\t=")
 """Characters that Delta refuses in a column's name unless the table maps its columns, which an append of ours does not keep."""
@@ -176,7 +179,9 @@ class DeltaStore:
         reasons += [
             f"has the column {c['name']} with {kind}" for c in columns for kind in c["metadata"] if kind.startswith("delta.")
         ]
-        return [f"{subject} {reason}, which the backfill's append does not keep: name another one" for reason in reasons]
+        reasons += [f"has the table feature {feature}" for feature in unread(table)]
+        reasons += [f"has {name} = true" for name in NOT_KEPT if metadata.configuration.get(name, "").lower() == "true"]
+        return [f"{subject} {reason}, which an append or a merge of ours does not keep: name another one" for reason in reasons]
 
     def remarks(self, schema: str, name: str) -> list[str]:
         """Return nothing: all that there is to be said of a folder stands against it."""

@@ -13,12 +13,13 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from deltalake import DeltaTable, Schema, write_deltalake
+from deltalake import DeltaTable, Schema, TableFeatures, write_deltalake
 
 from changeover.errors import CouldNotFinish
 from changeover.position import Version
 from changeover.stores.delta import merges
 from changeover.stores.delta.files import STATISTICS, bounded, files_of, write
+from changeover.stores.delta.store import DeltaStore
 
 VERSION = pa.struct([("epoch", pa.int32()), ("lsn", pa.int64()), ("ordinal", pa.int64())])
 NOON = dt.datetime(2026, 11, 30, 12, tzinfo=dt.UTC)
@@ -162,16 +163,38 @@ def test_another_writer_in_between_is_met(tmp_path: Path, monkeypatch: pytest.Mo
     assert merges.merge(str(tmp_path), changed, ["id"], "_version") == 1
     rows = {row["id"]: row["note"] for row in DeltaTable(str(tmp_path)).to_pyarrow_table().to_pylist()}
     assert rows == {-5: "theirs", -4: "ours"}
+    log = "".join(entry.read_text() for entry in (tmp_path / "_delta_log").glob("*.json"))
+    assert [file.name for file in tmp_path.glob("*.parquet") if file.name not in log] == [], "what lost the race is left behind"
 
 
 def test_a_feature_that_files_do_not_tell_of_is_refused(tmp_path: Path) -> None:
     kinds, key = KEYS["a number"]
     made(tmp_path, kinds, [table_of(kinds, [(key(0), Version(0, 100, -1), "image")])])
-    from deltalake import TableFeatures
-
     DeltaTable(str(tmp_path)).alter.add_feature(TableFeatures.DeletionVectors, allow_protocol_versions_increase=True)
     with pytest.raises(CouldNotFinish, match="beside the table feature deletionVectors"):
         merges.merge(str(tmp_path), table_of(kinds, [(key(0), Version(0, 200, 0), "x")]), ["id"], "_version")
+
+
+@pytest.mark.parametrize(
+    ("properties", "reason"),
+    [
+        ({}, None),
+        ({"delta.appendOnly": "false", "delta.enableChangeDataFeed": "false"}, None),
+        ({"delta.appendOnly": "true"}, "has delta.appendOnly = true"),
+        ({"delta.enableChangeDataFeed": "true"}, "has delta.enableChangeDataFeed = true"),
+        ({"delta.enableDeletionVectors": "true"}, "has the table feature deletionVectors"),
+    ],
+)
+def test_check_refuses_a_table_that_a_merge_could_not_keep(
+    tmp_path: Path, properties: dict[str, str | None], reason: str | None
+) -> None:  # fmt: skip
+    kinds, _ = KEYS["a number"]
+    schema = Schema.from_arrow(table_of(kinds, []).schema)
+    table = DeltaTable.create(str(tmp_path / "there"), schema, configuration=properties)
+    if "delta.enableDeletionVectors" in properties:
+        table.alter.add_feature(TableFeatures.DeletionVectors, allow_protocol_versions_increase=True)
+    told = DeltaStore("lake", tmp_path, "test").objections("", "there", ["id"])
+    assert [one.partition(" has ")[2].partition(", which")[0] for one in told] == ([] if reason is None else [reason[4:]])
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["our table", "a table that was there"])
