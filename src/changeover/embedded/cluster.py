@@ -23,7 +23,7 @@ SUPERUSER = "embedded"
 SCRAM_SINCE = 16
 """The release from which on a hash's iterations are a setting.
 
-They make a guess of a password dear, and each login as well: two thirds of a session's CPU time. Ours is random, of 144 bits.
+They make a guess of a password dear, and each login as well: about half of its CPU time. Ours is random, of 144 bits.
 """
 
 PROGRAMS_LOG = "programs.log"
