@@ -102,6 +102,8 @@ def spark_session(
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",
+            # else each call that builds a column asks the JVM ten times more: two thirds of what a plan costs
+            "spark.python.sql.dataFrameDebugging.enabled": "false",
             "spark.sql.shuffle.partitions": str(shuffle_partitions),
             "spark.databricks.delta.snapshotPartitions": "1",
             "spark.scheduler.mode": "FAIR",
