@@ -382,7 +382,11 @@ def plan(
     shaped = load_function(table.function)(frame) if table.function else frame
     names = held(shaped.columns)
     row = hold(shaped, names)
-    spark_types = {name: _spark_type(spec, table, f"columns.{name}", row, names, one) for name, one in wanted.items()}
+    carried = {column.name: column.dataType.simpleString() for column in row.schema}  # one analysis for all of them
+    spark_types = {
+        name: carried.get(names.get(one.origin or "", "")) or _spark_type(spec, table, f"columns.{name}", row, names, one)
+        for name, one in wanted.items()
+    }
     if table.where is not None:
         _spark_type(spec, table, "where", row, names, Derivation(table.where))
     schema, name = table.target_name
