@@ -72,8 +72,9 @@ def _ask(stores: Stores, table: Table, source: SourceTable, role: str, answer: R
     }
     known = role in stores.in_old
     used = privileges.uses(stores.old, role, *table.source_name) if known else privileges.FULL
-    lacks = [f"new store: {lack}" for lack in _new(stores.new, table, role, used, carried)]
-    lacks += [f"old store: {lack}" for lack in (_old(stores.old, table, source, role, used) if known else ())]
+    lacks = [f"new store: {lack}" for lack in _new(stores, table, role, used, carried)]
+    mirrors = known and stores.spec.mirrors
+    lacks += [f"old store: {lack}" for lack in (_old(stores.old, table, source, role, used) if mirrors else ())]
     answer.reasons.extend(lacks)
     own_old, own_new = defaults.of_table(stores.old, *table.source_name), defaults.of_table(stores.new, *table.target_name)
     if not set(privileges.USES[:4]) <= used.whole:
@@ -92,10 +93,10 @@ def _ask(stores: Stores, table: Table, source: SourceTable, role: str, answer: R
     answer.notes.append(f"{role} on {table.target} in the new store: {how}")
 
 
-def _new(new: Connection, table: Table, role: str, used: privileges.Uses, carried: dict[str, str]) -> Iterator[Lack]:
-    gated = gate.GatedTable(*table.target_name, table.key, ())
+def _new(stores: Stores, table: Table, role: str, used: privileges.Uses, carried: dict[str, str]) -> Iterator[Lack]:
+    new, gated = stores.new, gate.GatedTable(*table.target_name, table.key, ())
     yield from privileges.lacking(new, privileges.of_table(new, role, *table.target_name, used, carried))
-    if used.writes and gate.installed(new, gated):
+    if stores.spec.mirrors and used.writes and gate.installed(new, gated):
         yield from privileges.lacking(new, privileges.of_gate(role, gated))
 
 

@@ -191,11 +191,11 @@ def of_ledger(role: str) -> list[Need]:
         role: A role of the application's.
 
     Returns:
-        What it needs: to read who has authority, and to say at which stage it acts.
+        What it needs: to read who has authority and how far the streams are, and to say at which stage it acts.
     """
     return [
         _need(role, "USAGE", "SCHEMA", ["changeover"]),
-        _need(role, "SELECT", "TABLE", ["changeover", "authority"]),
+        *(_need(role, "SELECT", "TABLE", ["changeover", name]) for name in ("authority", "load")),
         *(_need(role, right, "TABLE", ["changeover", "heartbeat"]) for right in ("SELECT", "INSERT", "UPDATE")),
     ]
 
@@ -275,7 +275,7 @@ def missing(spec: Spec, old: Connection, new: Connection, table: Table, source: 
     for role in present(new, spec.roles) if there else ():
         used = uses(old, role, *table.source_name) if role in known else FULL
         lacks += [("new", lack) for lack in lacking(new, of_table(new, role, *table.target_name, used, carried))]
-    for role in known if spec.flag is not None else ():
+    for role in known if spec.mirrors else ():
         needs = of_mirror(role, *table.source_name, uses(old, role, *table.source_name))
         lacks += [("old", lack) for lack in lacking(old, needs)]
     return lacks
@@ -300,14 +300,14 @@ def allow_table(spec: Spec, old: Connection, new: Connection, source: tuple[str,
 
 
 def allow_gate(spec: Spec, connection: Connection, table: gate.GatedTable) -> None:
-    """Let the application's mirrored writes pass the gate of a table; safe to repeat.
+    """Let the application's mirrored writes pass the gate of a table, where it mirrors; safe to repeat.
 
     Args:
         spec: The migration's spec.
         connection: A session with the store.
         table: The gated table.
     """
-    for role in present(connection, spec.roles):
+    for role in present(connection, spec.roles) if spec.mirrors else ():
         grant(connection, of_gate(role, table))
 
 

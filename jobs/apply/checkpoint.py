@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from changeover.errors import TableStopped
 from changeover.jobs.ledger.epochs import NEW, OLD, Section, sections
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import CLOSED, Authority, Load, Stream
+from changeover.jobs.ledger.records import CLOSED, OLD_STORE, Authority, Load, Stream
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.catalog import store_columns
 from changeover.jobs.spool.table import Spool
@@ -121,7 +121,7 @@ class Checkpoint:
         Raises:
             TableStopped: It would.
         """
-        if load.target == reverse.OLD_STORE and self.spec.table(load.source).where is not None:
+        if load.target == OLD_STORE and self.spec.table(load.source).where is not None:
             reason = "a TRUNCATE of the new table, which would empty the old one of the rows too that `where` leaves out"
             self.stop(load, reason)
             raise TableStopped(load.source, reason)
@@ -204,7 +204,7 @@ class ReverseStream:
         table = self.spec.table(source)
         columns = self.ledger.source_table(table.target_relation, NEW)[1]
         new, key = store_columns(columns), [column.name for column in columns if column.key]
-        if target == reverse.OLD_STORE:
+        if target == OLD_STORE:
             forward = self.forward[source, tenancy.flag_of(self.spec).target]
             old = forward.source, [c.name for c in forward.identity]
             return inverse.plan(self.spark, self.spec, table, old, new, key)

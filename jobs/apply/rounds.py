@@ -28,7 +28,7 @@ from changeover.jobs.ledger.chunks import mergeable
 from changeover.jobs.ledger.epochs import NEW, OLD, Section, named, sections
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import CLOSED
+from changeover.jobs.ledger.records import CLOSED, OLD_STORE
 from changeover.jobs.load.prepared import Prepared, require_prepared
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.spool.table import spool_of
@@ -232,7 +232,7 @@ class Replay:
         end = min(reach, parts[-1][0].until)
         results: list[Replayed] = []
         failed: list[ChangeoverError] = []
-        for load in [one for one in self.ledger.loads(NEW) if one.target == reverse.OLD_STORE and one.applied < end]:
+        for load in [one for one in self.ledger.loads(NEW) if one.target == OLD_STORE and one.applied < end]:
             try:
                 with open_store(self.spec, reverse.old_target(self.spec), "replay") as store:
                     results.append(self._offer_table(load.source, load.target, store, parts, {NEW: reach}))
@@ -352,7 +352,7 @@ def _replay_target(
 
 def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bool, stop: threading.Event) -> Replayed:
     """Replay from the new store into the old one; with `follow` whatever goes wrong is tried again, since the others go on."""
-    spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(reverse.OLD_STORE))
+    spark.sparkContext.setLocalProperty("spark.scheduler.pool", lease_of(OLD_STORE))
     reported = ""
     while True:
         try:
@@ -360,9 +360,9 @@ def _replay_back(spec: Spec, spark: SparkSession, prepared: Prepared, follow: bo
                 running = Replay(spec, spark, ledger, prepared, stop=stop)
 
                 def once(running: Replay = running) -> tuple[Replayed, bool]:
-                    if not running.due(reverse.OLD_STORE):
+                    if not running.due(OLD_STORE):
                         return Replayed(0, 0, 0), False
-                    with running.lease(reverse.OLD_STORE):
+                    with running.lease(OLD_STORE):
                         result = running.bring_back()
                     return result, bool(result.events)
 

@@ -173,7 +173,7 @@ def capture_new(spec: Spec, stop: threading.Event, until: Callable[[], bool] = l
                 run.run()
             except (SourceChanged, SpoolGap) as gap:
                 reverse.break_at_gap(ledger, gap)
-                raise CouldNotFinish("its change stream has a gap, so the mirror alone keeps the old store up to date") from gap
+                raise CouldNotFinish(f"its change stream has a gap, so {spec.without_stream}") from gap
     return run.result
 
 

@@ -24,8 +24,8 @@ from changeover.jobs.decode import pgoutput
 from changeover.jobs.decode.columns import Mask, Places, Wire
 from changeover.jobs.decode.relations import Shape, Stamps
 from changeover.jobs.ledger.records import SourceColumn
-from changeover.jobs.spool.events import ADDED, MARKER, MARKER_PREFIX, NOWHERE, RELATION, TRUNCATE, Event, Position, arrow_table
-from changeover.names import joined
+from changeover.jobs.spool.events import ADDED, MARKER, NOWHERE, RELATION, TRUNCATE, Event, Position, arrow_table
+from changeover.names import MARKER_PREFIX, joined
 from changeover.stores.postgres.gate import OURS
 
 log = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ from changeover.jobs.ledger.records import (
 )
 from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, application_name, connect, one_row
-from changeover.spec import Spec
+from changeover.spec import STREAM, Spec
 
 LOOKS = frozenset({"status", "history", "explain"})
 """Steps that change nothing, and have an answer while a new epoch is begun too."""
@@ -229,6 +229,43 @@ class Ledger:
         row = self.connection.execute("SELECT spec_digest FROM changeover.migration WHERE name = %s", [self.migration]).fetchone()
         return str(row[0]) if row else ""
 
+    def is_connected(self, step: str) -> bool:
+        """Return whether a step of this migration has a session with the ledger now.
+
+        Args:
+            step: The step, by which its sessions are named.
+
+        Returns:
+            Whether there is one.
+        """
+        row = self.connection.execute(
+            "SELECT FROM pg_stat_activity WHERE application_name = %s AND pid <> pg_backend_pid() LIMIT 1",
+            [application_name(self.migration, step)],
+        ).fetchone()
+        return row is not None
+
+    def mirror(self) -> str:
+        """Return what brings a write to the other store, as it is on record.
+
+        Returns:
+            `STREAM` or `APPLICATION`.
+        """
+        row = self.connection.execute(
+            "SELECT spec #>> '{flag,mirror}' FROM changeover.migration WHERE name = %s", [self.migration]
+        ).fetchone()
+        return row[0] if row and row[0] else STREAM
+
+    def record_mirror(self, mirror: str) -> None:
+        """Record what brings a write to the other store from now on.
+
+        Args:
+            mirror: `STREAM` or `APPLICATION`.
+        """
+        self.connection.execute(
+            "UPDATE changeover.migration SET spec = jsonb_set(spec, '{flag,mirror}', to_jsonb(%s::text)) WHERE name = %s",
+            [mirror, self.migration],
+        )
+
     def record_table(
         self, source: str, filenode: int, columns: Sequence[SourceColumn], partitioned: bool = False, store: str = OLD
     ) -> None:
@@ -407,8 +444,12 @@ class Ledger:
         Raises:
             CouldNotFinish: The migration was begun anew since this run began.
         """
-        change = "applied = greatest(applied, %s), events = events + %s, stopped = CASE WHEN store = 'old' THEN stopped END"
-        self._of_epoch(epoch, change, [format_lsn(applied), events], source, target, store)
+        change = (
+            "applied = greatest(applied, %s), events = events + %s, told = CASE WHEN %s THEN greatest(told, %s) ELSE told END,"
+            " stopped = CASE WHEN store = 'old' THEN stopped END"
+        )
+        upto = format_lsn(applied)
+        self._of_epoch(epoch, change, [upto, events, events > 0, upto], source, target, store)
 
     def _of_epoch(
         self, epoch: int, change: LiteralString, values: Sequence[Any], source: str, target: str, store: str = OLD

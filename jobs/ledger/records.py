@@ -13,7 +13,7 @@ from typing import Any
 
 from changeover.position import Version, image_version
 
-FORMAT = 5
+FORMAT = 6
 """Version of the ledger's tables; another version found is refused, never guessed at."""
 
 SCHEMA = """
@@ -38,7 +38,7 @@ CREATE TABLE IF NOT EXISTS changeover.load (
     migration text NOT NULL REFERENCES changeover.migration ON DELETE CASCADE, store text NOT NULL, source text NOT NULL,
     target text NOT NULL, state text NOT NULL, applied pg_lsn NOT NULL, created boolean NOT NULL DEFAULT false,
     types jsonb NOT NULL DEFAULT '{}', refused bigint NOT NULL DEFAULT 0, swept bigint NOT NULL DEFAULT 0,
-    events bigint NOT NULL DEFAULT 0, stopped text, changed timestamptz NOT NULL DEFAULT now(),
+    events bigint NOT NULL DEFAULT 0, told pg_lsn NOT NULL DEFAULT '0/0', stopped text, changed timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (migration, store, source, target));
 CREATE TABLE IF NOT EXISTS changeover.chunk (
     migration text NOT NULL, store text NOT NULL DEFAULT 'old', source text NOT NULL, target text NOT NULL,
@@ -82,6 +82,9 @@ One of the new store's stream has no chunks, and is closed from the beginning.
 
 OLD, NEW = "old", "new"
 """The stores between which authority moves, each with a stream of its own."""
+
+OLD_STORE = "old store"
+"""The old store as a target of reverse replication; no target of a spec can bear a name with a space."""
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from changeover.errors import UnsafePlan, UsageError
+from changeover.jobs.access import privileges
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import Stream
+from changeover.jobs.ledger.records import CLOSED, NEW, OLD, Stream
 from changeover.jobs.source.catalog import SourceTable, source_table, store_columns
 from changeover.jobs.transform import inverse, transform
+from changeover.jobs.transform.tenancy import flag_of
 from changeover.session import application_name, connect
 from changeover.spec import Spec
 from changeover.stores import open_store
+from changeover.stores.postgres import gate
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -57,6 +60,7 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
             f"{spec.path} changed since prepare (it was {ledger.spec_digest()}, it is {spec.digest}): put it back, or"
             f" `changeover abort` and begin again"
         )
+    _follow_mirror(spec, ledger)
     tables = {}
     with connect(spec.source.dsn.resolve(), application_name(spec.name, step)) as old:
         for stopped in assumptions.stop(Moment.RUN, Asked(spec, old, ledger)):
@@ -68,6 +72,32 @@ def require_prepared(spec: Spec, spark: SparkSession, ledger: Ledger, step: str)
             rows, parts = (old_table.rows, old_table.partitions) if old_table else (0, None)
             tables[table.source] = SourceTable(table.source, filenode, identity, columns, rows, parts)
     return Prepared(stream, plan_transforms(spec, spark, tables))
+
+
+def _follow_mirror(spec: Spec, ledger: Ledger) -> None:
+    """Take up another `flag.mirror`; while a table is being loaded nobody else may write to it, so it is refused until then."""
+    if spec.flag is None or spec.flag.mirror == (known := ledger.mirror()):
+        return
+    pending = [load.source for load in ledger.loads() if load.state != CLOSED]
+    if pending:
+        raise UsageError(
+            f"{spec.path}: flag.mirror is {spec.flag.mirror!r}, and was {known!r} at prepare: it may change once all tables are"
+            f" loaded, and {pending[0]} is not yet"
+        )
+    ledger.record_mirror(spec.flag.mirror)
+    _allow_mirror(spec)
+
+
+def _allow_mirror(spec: Spec) -> None:
+    """Let the application's roles pass the gates that are there; the fence does it for those that it makes."""
+    application = application_name(spec.name, "prepare")
+    for store, dsn in ((NEW, spec.targets[flag_of(spec).target].dsn_value), (OLD, spec.source.dsn.resolve())):
+        with connect(dsn, application) as session:
+            for table in spec.tables:
+                name, key = (table.target_name, table.key) if store == NEW else (table.source_name, ())
+                gated = gate.GatedTable(*name, key, ())
+                if gate.installed(session, gated):
+                    privileges.allow_gate(spec, session, gated)
 
 
 def plan_transforms(
@@ -99,7 +129,7 @@ def plan_transforms(
 
 
 def require_reverse(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[str, str], transform.Transform]) -> None:
-    """Analyse the expressions by which rows will come back; that some are missing is said, and no error: the mirror is left.
+    """Analyse the expressions by which rows will come back; that some are missing is said, and no error.
 
     Args:
         spec: The migration's spec.
@@ -118,7 +148,7 @@ def require_reverse(spec: Spec, spark: SparkSession, transforms: Mapping[tuple[s
             if reasons := inverse.cut(table, planned.target.columns, lake.target.columns):
                 raise UnsafePlan(tuple(reasons))
         if lack := inverse.missing(spec, table, planned.source, planned.target.columns):
-            log.warning("%s; until then the router's mirror alone keeps the old store up to date", lack)
+            log.warning("%s; until then %s after the fence", lack, spec.without_stream)
         else:
             old = planned.source, [c.name for c in planned.identity]
             inverse.plan(spark, spec, table, old, planned.target.columns, table.key)

@@ -101,4 +101,4 @@ def notes(spec: Spec) -> list[str]:
         reasons = obstacles(spec, old, new)
         old_tables = [old_table for table in spec.tables if (old_table := source_table(old, table)) is not None]
         acting = [one for table in old_tables for one in replica.acting(old, _quoted(old, table))[1]]
-    return [*(f"{reason}; until then the router's mirror alone keeps the old store up to date" for reason in reasons), *acting]
+    return [*(f"{reason}; until then {spec.without_stream} after the fence" for reason in reasons), *acting]

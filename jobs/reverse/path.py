@@ -2,8 +2,8 @@
 
 `setup` opens it in front of the fence; capture brings it into a spool of its own, and replay offers from there. What stands on
 record is where the stream began, how its tables looked, and how far each load has come, in the new store's own log. Where a path
-can't be, `obstacles` says why in sentences, and the mirror alone keeps the old store up to date. Everything here runs on the driver
-and starts no JVM.
+can't be, `obstacles` says why in sentences, and nothing but a router's mirror keeps the old store up to date. Everything here runs
+on the driver and starts no JVM.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ldclient.migrations.types import Stage
 from changeover.errors import CouldNotFinish, SourceChanged, SpoolGap, StepOrder
 from changeover.jobs.ledger.epochs import NEW, epochs_of, shares
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import Authority, Load, Stream
+from changeover.jobs.ledger.records import OLD_STORE, Authority, Load, Stream
 from changeover.jobs.preflight.obstacles import obstacles
 from changeover.jobs.source.replication import slot_alarm, slot_of, slot_state
 from changeover.jobs.spool.table import Spool
@@ -27,9 +27,6 @@ from changeover.session import application_name, connect
 from changeover.spec import Spec, Target
 
 log = logging.getLogger(__name__)
-
-OLD_STORE = "old store"
-"""The old store as a target of reverse replication; no target of a spec can bear a name with a space."""
 
 COMPLETED = "the last stage was reached, from which the old store gets nothing any more"
 
@@ -204,7 +201,8 @@ class State:
     """The path as a person wants it told: `lacking` is why the old store does not get everything while the new one has authority.
 
     `slot` says whether capture reads the stream; bytes are of the new store's write-ahead log. `behind_bytes` is how far the
-    slowest load is behind, None while nothing has to come back.
+    slowest load is behind, None while nothing has to come back. `without` is what keeps the old store up to date where the path
+    does not.
     """
 
     watched_from: str | None
@@ -214,6 +212,7 @@ class State:
     behind_bytes: int | None
     alarm: str | None
     loads: tuple[Load, ...]
+    without: str = "nothing keeps the old store up to date"
 
     @property
     def line(self) -> str:
@@ -221,7 +220,7 @@ class State:
         if self.lacking == COMPLETED:
             return self.lacking
         if self.lacking is not None:
-            return f"the mirror alone keeps the old store up to date: {self.lacking}"
+            return f"{self.without}: {self.lacking}"
         if self.watched_from is None:
             return "opened by the fence"
         if self.behind_bytes is None:
@@ -262,4 +261,4 @@ def state(spec: Spec, ledger: Ledger) -> State | None:
         end = None
     watched_from = format_lsn(path.l0) if path is not None and not path.broken else None
     behind = max((max(0, parse_lsn(here) - load.applied) for load in into), default=0) if comes_back else None
-    return State(watched_from, lacking, slot, None if end is None else format_lsn(end), behind, alarm, into)
+    return State(watched_from, lacking, slot, None if end is None else format_lsn(end), behind, alarm, into, spec.without_stream)

@@ -57,7 +57,7 @@ def open_path(spec: Spec, ledger: Ledger) -> Stream | None:
     with connect(spec.source.dsn.resolve(), application) as old, connect(dsn, application) as new:
         reasons = obstacles(spec, old, new, slot_of(spec))
         if reasons:
-            log.warning("no reverse path, the mirror alone keeps the old store up to date: %s", "; ".join(reasons))
+            log.warning("no reverse path, %s: %s", spec.without_stream, "; ".join(reasons))
             break_off(ledger, reasons[0])
             return None
         system_id, timeline = snapshot.identify(dsn, application)

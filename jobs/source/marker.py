@@ -10,7 +10,7 @@ waited for.
 from __future__ import annotations
 
 from changeover.jobs.source import triggerlog
-from changeover.jobs.spool.events import MARKER_PREFIX
+from changeover.names import MARKER_PREFIX
 from changeover.session import Connection, wal_position
 
 
@@ -24,9 +24,20 @@ def emit_marker(connection: Connection, note: str) -> None:
         note: What the marker says.
     """
     with connection.transaction():
+        emit_message(connection, note)
+        triggerlog.mark(connection, note)
+
+
+def emit_message(connection: Connection, note: str) -> None:
+    """Write a marker into a store's write-ahead log alone, which any role may.
+
+    Args:
+        connection: A session with the store.
+        note: What the marker says.
+    """
+    with connection.transaction():
         connection.execute("SET LOCAL synchronous_commit = local")  # the walsender sends what is flushed, and nothing else
         connection.execute("SELECT pg_logical_emit_message(true, %s::text, %s::text)", [MARKER_PREFIX, note])
-        triggerlog.mark(connection, note)
 
 
 def mark(connection: Connection, note: str) -> int:

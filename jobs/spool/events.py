@@ -21,8 +21,6 @@ RELATION says that a table is not as it was prepared, ADDED that it only has mor
 """
 
 
-MARKER_PREFIX = "changeover"
-
 NO_TEXT = "held bytes that are no UTF-8"
 """What a RELATION says in the place of a row that no spool and no target can hold."""
 

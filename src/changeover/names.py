@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 NAME_BYTES = 63
 """PostgreSQL cuts a longer identifier (Lexical Structure, Identifiers and Key Words)."""
 
+MARKER_PREFIX = "changeover"
+"""The prefix of what we write into a store's write-ahead log."""
+
 RESERVED = "_changeover_"
 """What the names of ours begin with that can stand beside a user's columns; `check` refuses a user's, in whatever case."""
 

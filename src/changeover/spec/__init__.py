@@ -22,7 +22,9 @@ from changeover.errors import SpecError, UsageError
 from changeover.names import joined, qualified
 from changeover.secret import Secret, secret
 from changeover.spec.document import (
+    APPLICATION,
     SLOT,
+    STREAM,
     TRIGGER,
     Check,
     DeltaSection,
@@ -34,7 +36,7 @@ from changeover.spec.document import (
 )
 from changeover.spec.reading import read
 
-__all__ = ["IDENTIFIER", "SLOT", "TRIGGER", "Check", "Flag", "Source", "Spec", "Table", "Target", "load"]
+__all__ = ["APPLICATION", "IDENTIFIER", "SLOT", "STREAM", "TRIGGER", "Check", "Flag", "Source", "Spec", "Table", "Target", "load"]
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -135,6 +137,17 @@ class Spec:
     mode: int = 0o700
 
     @property
+    def mirrors(self) -> bool:
+        """Return whether the application's own process brings writes to the other store, beside the streams."""
+        return self.flag is not None and self.flag.mirror == APPLICATION
+
+    @property
+    def without_stream(self) -> str:
+        """Return, as a part of a sentence, what keeps the old store up to date after the fence where no stream does."""
+        keeps = "the router's mirror alone keeps" if self.mirrors else "nothing keeps"
+        return f"{keeps} the old store up to date"
+
+    @property
     def slot(self) -> str:
         """Return the name of the replication slot, and of the publication, in the old store."""
         return f"changeover_{self.name}"
@@ -205,6 +218,8 @@ def _digest(document: Mapping[str, Any]) -> str:
     work = {key: value for key, value in document["work"].items() if key != "mode"}
     whole = {**document, "table": tables, "work": work}
     whole.pop("application", None)
+    if "flag" in document:  # what mirrors is compared by itself: it may change once the tables are loaded
+        whole["flag"] = {key: value for key, value in document["flag"].items() if key != "mirror"}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

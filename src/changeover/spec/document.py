@@ -13,6 +13,9 @@ from msgspec import Meta, Struct, json
 SLOT, TRIGGER = ("slot", "trigger")
 """How changes are captured: by logical decoding, or by triggers that write a log."""
 
+STREAM, APPLICATION = ("stream", "application")
+"""What brings a write to the other store: the store's change stream, or the application's own process too."""
+
 
 def _rule(pattern: str, problem: str, min_length: int | None = None) -> Meta:
     """Return the rule that a text matches the whole pattern, with the sentence for one that does not.
@@ -159,6 +162,13 @@ class Flag(Section, frozen=True):
         ]
         | None
     ) = None
+    mirror: Annotated[
+        Literal["stream", "application"],
+        Meta(
+            description="What brings a write to the other store. `stream`: capture and replay, and nothing happens in the "
+            "application. `application`: the router as well, from a process of the application, which needs mappings."
+        ),
+    ] = "stream"
 
 
 class ApplicationSection(Section, frozen=True):

@@ -38,6 +38,7 @@ key = ["id"]
 remark = "note"
 [flag]
 key = "f"
+mirror = "application"
 target = "store"
 [application]
 roles = {roles}

@@ -231,6 +231,25 @@ def test_a_spec_that_changed_since_is_refused(prepared: Migration) -> None:
             step()
 
 
+def test_what_mirrors_may_change_once_the_tables_are_loaded(make_migration: MakeMigration) -> None:
+    flag = '[flag]\nkey = "f"\ntarget = "store"\n'
+    made = make_migration(f"{TABLE}{flag}", "CREATE TABLE t (id integer PRIMARY KEY); INSERT INTO t VALUES (1)", targets=(STORE,))
+    made.prepare()
+    path = Path(made.spec.path)
+    path.write_text(path.read_text().replace(flag, f'{flag}mirror = "application"\n'))
+    other = Migration(load(path), made.spark, made.old, made.new)
+    with pytest.raises(UsageError, match=r"flag.mirror is 'application', and was 'stream' at prepare: .* public.t is not yet"):
+        other.backfill()
+    made.backfill()
+    made.catch_up()
+    other.catch_up()
+    with Ledger.open(made.spec, "test") as ledger:
+        assert ledger.mirror() == "application"
+    made.catch_up()
+    with Ledger.open(made.spec, "test") as ledger:
+        assert ledger.mirror() == "stream"
+
+
 def test_steps_before_prepare_say_what_they_need(migration: Migration) -> None:
     for step in (migration.backfill, migration.replay):
         with pytest.raises(StepOrder, match="needs prepare first"):

@@ -26,7 +26,7 @@ from changeover.jobs import restart
 from changeover.jobs.capture.rogue import rogue
 from changeover.jobs.capture.service import capture_new
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import NEW, Stream
+from changeover.jobs.ledger.records import NEW, OLD_STORE, Stream
 from changeover.jobs.preflight import obstacles
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
@@ -119,13 +119,13 @@ def test_without_reverse_replication_the_mirror_is_left_and_everybody_is_told(st
     [note] = obstacles.notes(stores.spec)
     assert note == (
         "follows has no reverse replication from links: nothing gives its column name (state it in [table.reverse] as an expression"
-        " over the row of links); until then the router's mirror alone keeps the old store up to date"
+        " over the row of links); until then nothing keeps the old store up to date after the fence"
     )
     assert reverse_setup.open_path(stores.spec, stores.ledger) is None
     assert stores.slots() == []
     state = reverse.state(stores.spec, stores.ledger)
     assert state is not None
-    assert state.line.startswith("the mirror alone keeps the old store up to date: follows has no reverse replication")
+    assert state.line.startswith("nothing keeps the old store up to date: follows has no reverse replication")
     stores.state(GIVEN)
     assert obstacles.notes(stores.spec) == []
 
@@ -158,7 +158,7 @@ def test_the_path_is_opened_once_watched_and_taken_away(stores: Stores) -> None:
     assert reverse_setup.open_path(stores.spec, stores.ledger) == path
     stores.new.execute("INSERT INTO links VALUES (1, 'X')")
     assert [event["row"] for event in stores.captured()] == [{"a": "1", "upper": "X"}]
-    stores.ledger.advance("follows", reverse.OLD_STORE, path.l0 + 8, 3, 0, NEW)
+    stores.ledger.advance("follows", OLD_STORE, path.l0 + 8, 3, 0, NEW)
 
     lose_slot(stores)
     again = reverse_setup.open_path(stores.spec, stores.ledger)
@@ -167,7 +167,7 @@ def test_the_path_is_opened_once_watched_and_taken_away(stores: Stores) -> None:
     stores.new.execute("INSERT INTO links VALUES (2, 'Y')")
     assert [event["row"]["a"] for event in stores.captured()] == ["1", "2"], "what was spooled is kept"
     [load_] = stores.ledger.loads(NEW)
-    assert (load_.target, load_.applied, load_.events) == (reverse.OLD_STORE, again.l0, 3)
+    assert (load_.target, load_.applied, load_.events) == (OLD_STORE, again.l0, 3)
 
     assert reverse_setup.leftovers(stores.spec) != []
     removed = reverse_setup.remove(stores.spec, stores.ledger)
@@ -322,7 +322,7 @@ def test_a_partition_that_goes_at_the_last_moment_calls_reverse_replication_off(
     parted: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(told(parted)) == 1
-    parted.ledger.advance("follows", reverse.OLD_STORE, 2**60, 1, 0, NEW)  # as far as anybody can see, everything came back
+    parted.ledger.advance("follows", OLD_STORE, 2**60, 1, 0, NEW)  # as far as anybody can see, everything came back
     near = drain.draw_near
 
     def detached_behind_it(*arguments: Any) -> str | None:
@@ -375,11 +375,11 @@ def test_a_lost_slot_breaks_the_path_off_and_everybody_is_told(stores: Stores) -
     assert [event["version"][:2] for event in explain(stores.spec, ["1"]).parts["events of the new store"]] == ["1:"]
     assert reverse.whole(stores.ledger) is None
     lose_slot(stores)
-    with pytest.raises(CouldNotFinish, match="its change stream has a gap, so the mirror alone keeps the old store up to date"):
+    with pytest.raises(CouldNotFinish, match="its change stream has a gap, so nothing keeps the old store up to date"):
         capture_new(stores.spec, threading.Event())
     assert reverse.whole(stores.ledger) == LOST
     assert capture_new(stores.spec, threading.Event()) is None, "there is nothing to follow any more"
-    assert f"  reverse   the mirror alone keeps the old store up to date: {LOST}" in list(status(stores.spec).lines())
+    assert f"  reverse   nothing keeps the old store up to date: {LOST}" in list(status(stores.spec).lines())
     done = CliRunner().invoke(main, ["flags", "rollback", stores.spec.path])
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("live → shadow (epoch 2, writers were held up ")
@@ -468,7 +468,7 @@ def before_the_restore(stores: Stores) -> int:
     assert len(stores.captured()) == 1
     hand_over(stores, 2, "old")
     reached = reverse.spool_of(stores.spec).end()
-    stores.ledger.advance("follows", reverse.OLD_STORE, reached, 1, 0, NEW)
+    stores.ledger.advance("follows", OLD_STORE, reached, 1, 0, NEW)
     return reached
 
 
