@@ -24,7 +24,7 @@ class StageRule:
     """What a stage means: whose answer a read returns, where a write goes first, and what happens beside it.
 
     `compares` says that a read asks the other store too, off the caller's thread. `mirrors` says
-    that a write is offered to the other store after its commit. `fence_before` says that the step
+    that both stores get every write: the other one by the stream, and by routers that mirror. `fence_before` says that the step
     up to this stage waits for a fence in the ledger, `fence_back` that the step down from it does.
     `reversible` says that there is a step down at all.
     """
@@ -43,8 +43,8 @@ TABLE: Mapping[Stage, StageRule] = MappingProxyType({
     Stage.OFF: StageRule(
         Origin.OLD, Origin.OLD, compares=False, mirrors=False, fence_before=False, fence_back=False, reversible=False
     ),
-    # off -> dualwrite: the tables are closed and replay keeps up; from here on rows come before the stream brings
-    # them. dualwrite -> off: the mirror costs or fails too much; nothing is lost, the stream brings the same rows.
+    # off -> dualwrite: the tables are closed and replay keeps up; from here on both stores get every write.
+    # dualwrite -> off: the other one is not asked to keep up any more; nothing is lost.
     Stage.DUALWRITE: StageRule(
         Origin.OLD, Origin.OLD, compares=False, mirrors=True, fence_before=False, fence_back=False, reversible=True
     ),

@@ -100,7 +100,7 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class PgEndpoint:
-    """A store: a DSN, with which the router keeps sessions of its own, and the table that moves.
+    """A store: a DSN, with which the router keeps sessions of its own, and the table whose rows are mirrored, if there is one.
 
     With `pool` the callers' statements run on the application's pool; mirrored writes and comparisons keep to sessions
     by the DSN, so that they never take a session from a caller. `key` is the gate's key, by default the one with which
@@ -108,7 +108,7 @@ class PgEndpoint:
     """
 
     dsn: str = field(repr=False)
-    table: str
+    table: str = ""
     key: tuple[str, ...] = ()
     pool: Pool | None = None
     log: Log | None = None
@@ -117,7 +117,7 @@ class PgEndpoint:
     @property
     def name(self) -> str:
         """Return server, database and table, without a secret."""
-        return f"{server_name(self.dsn)} {self.table}"
+        return f"{server_name(self.dsn)} {self.table}".strip()
 
     def open(self, application: str, settings: Mapping[str, str] | None = None, kind: Kind = Kind.CALLERS) -> Connection:
         """Open a session by the DSN.

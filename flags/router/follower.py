@@ -19,10 +19,12 @@ from datetime import datetime
 from typing import Any, Protocol
 
 import psycopg
-from ldclient.migrations.types import Stage
+from ldclient.migrations.types import Origin, Stage
 
 from changeover.errors import ServerUnavailable
 from changeover.flags.observed import Observation, Observations, observations
+from changeover.flags.router.endpoint import PgEndpoint
+from changeover.flags.router.positions import LedgerPositions, Positions
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.session import application_name, connect
 from changeover.settings import Kind
@@ -56,6 +58,10 @@ class AuthoritySource(Protocol):
         """Start following (first use in a process)."""
         ...
 
+    def positions(self, endpoints: Mapping[Origin, PgEndpoint], application: str) -> Positions | None:
+        """Return how far the streams are, as comparisons ask it; None where it isn't known."""
+        ...
+
 
 class Follower(Protocol):
     """What the router asks for the observed authority, within one process."""
@@ -74,14 +80,21 @@ class Follower(Protocol):
 
 @dataclass(frozen=True)
 class LedgerAuthority:
-    """The ledger of a migration as the source of authority."""
+    """The ledger of a migration as the source of authority; `target` is the new store's name in the spec, by which its loads go."""
 
     dsn: str
     migration: str
+    target: str | None = None
 
     def follow(self, process: str, beat: Callable[[], Beat | None]) -> LedgerFollower:
         """Start the background thread; the first look is waited for, so that the first call already has it."""
         return LedgerFollower(self, process, beat)
+
+    def positions(self, endpoints: Mapping[Origin, PgEndpoint], application: str) -> LedgerPositions | None:
+        """Return the ledger's positions of the new store's loads, and of those back to the old store."""
+        if self.target is None:
+            return None
+        return LedgerPositions(endpoints, self.dsn, self.migration, self.target, application)
 
 
 class LedgerFollower:

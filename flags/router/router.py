@@ -1,17 +1,22 @@
 """The router: an application's reads and writes go to the store with authority, and beside it what the stage asks for.
 
     client = flagfile.client("flags.json")
-    router = Router.connect(load("follows.toml"), "follows", to_new=..., to_old=..., client=client)
-    written = router.write(old=follow_in_old, new=follow_in_new)      # each: cursor -> list of Change
-    row = router.read(old=find_in_old, new=find_in_new)               # each: cursor -> a row, rows, or any value
+    router = Router.connect(load("follows.toml"), client=client)
+    with router.write() as store:                                     # one transaction, any statements and tables
+        store.execute(store.of(INSERT_OLD, INSERT_NEW), values)
+    router.run(lambda store: store.execute(store.of(OLD, NEW), values).rowcount)      # waits where a fence refuses
+    row = router.compare(old=find_in_old, new=find_in_new)            # each: cursor -> a row, rows, or any value
 
-The authority's transaction runs on the caller's thread and its outcome is the caller's outcome. The
-mirror, comparisons and the ledger are on threads of their own, so that no other store can slow or
-fail a caller. The flag holds the desired stage, the ledger's epoch is what is observed. A write
-that a fence refuses waits, no longer than `max_pause`, and runs anew where authority then is. Where
-the spec names a column of tenants (`flag.context`), each call says whose row it is by `tenant=`,
-and goes by that tenant's stage and authority. Threads and sessions are made on first use in each
-process, a forked child's too. Nothing is read from the environment or opened at import.
+The authority's transaction runs on the caller's thread and its outcome is the caller's outcome. What
+was written reaches the other store by the change stream, which needs nothing of the application.
+Where the spec says `flag.mirror = "application"` the process mirrors its rows as well. The mirror,
+comparisons and the ledger are on threads of their own, so that no other store can slow or fail a
+caller. The flag holds the desired stage, the ledger's epoch is what is observed. A write that a
+fence refuses raises `AuthorityMoving`; `run` waits, no longer than `max_pause`, and runs all of it
+anew where authority then is. Where the spec names a column of tenants (`flag.context`), each call
+says whose row it is by `tenant=`, and goes by that tenant's stage and authority. Threads and
+sessions are made on first use in each process, a forked child's too. Nothing is read from the
+environment or opened at import.
 """
 
 from __future__ import annotations
@@ -21,17 +26,16 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import psycopg
 from ldclient import LDClient
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.errors import LockNotGranted, Refused, SpecError
+from changeover.errors import AuthorityMoving, LockNotGranted, SpecError
 from changeover.flags import flagfile
 from changeover.flags.router.desired import FlagStage, StageSource
 from changeover.flags.router.endpoint import (
@@ -39,7 +43,6 @@ from changeover.flags.router.endpoint import (
     Change,
     Cursor,
     PgEndpoint,
-    Row,
     RowMapping,
     Tenant,
     as_text,
@@ -51,15 +54,16 @@ from changeover.flags.router.follower import AuthoritySource, LedgerAuthority
 from changeover.flags.router.mirror import RETRIED, TRIES, before_retry
 from changeover.flags.router.runtime import Limits, Parts, Pin, Runtime
 from changeover.flags.router.shadow import Comparison, Experiment, Observation, Result
+from changeover.flags.router.unit import RoutedStore
 from changeover.flags.stages import FENCED, other
 from changeover.jobs.ledger.epochs import EVERYTHING
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.transform.tenancy import new_column
 from changeover.position import DUAL_WRITE_ORDINAL, Version
 from changeover.session import application_name
-from changeover.spec import TRIGGER, Spec
+from changeover.spec import APPLICATION, STREAM, TRIGGER, Spec, Table
 
-__all__ = ["Change", "Experiment", "Limits", "PgEndpoint", "Router", "Written", "returned"]
+__all__ = ["Change", "Experiment", "Limits", "PgEndpoint", "RoutedStore", "Router", "returned"]
 
 log = logging.getLogger("changeover.flags")
 
@@ -67,33 +71,20 @@ Value = TypeVar("Value")
 FENCE_POLL_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Written:
-    """What the authority committed. `mirrored` says that the rows were queued for the other store, not that they are there."""
-
-    origin: Origin
-    stage: Stage
-    changes: Sequence[Change]
-    version: Version | None
-    mirrored: bool
-
-    @property
-    def row(self) -> Row | None:
-        """Return the first row written, None when the statement met no row."""
-        return self.changes[0].row if self.changes else None
-
-
 class Router:
-    """Routes one table's reads and writes; thread-safe, one for a process and its forked children."""
+    """Routes a migration's reads and writes; thread-safe, one for a process and its forked children."""
 
     def __init__(
-        self, *, old: PgEndpoint, new: PgEndpoint, to_new: RowMapping, to_old: RowMapping, stage: StageSource,
-        authority: AuthoritySource | None = None, name: str = "router", process: str | None = None,
-        limits: Limits | None = None,
+        self, *, old: PgEndpoint, new: PgEndpoint, stage: StageSource, to_new: RowMapping | None = None,
+        to_old: RowMapping | None = None, authority: AuthoritySource | None = None, name: str = "router",
+        process: str | None = None, limits: Limits | None = None,
     ) -> None:  # fmt: skip
+        if (to_new is None) is not (to_old is None):
+            raise TypeError("a router mirrors by both mappings, to_new and to_old, or by none")
+        mappings = {Origin.OLD: to_old, Origin.NEW: to_new} if to_new is not None and to_old is not None else None
         self._parts = Parts(
-            {Origin.OLD: old, Origin.NEW: new}, {Origin.OLD: to_old, Origin.NEW: to_new}, stage, authority,
-            application_name(name, "router"), process, limits or Limits(),
+            {Origin.OLD: old, Origin.NEW: new}, mappings, stage, authority, application_name(name, "router"), process,
+            limits or Limits(),
         )  # fmt: skip
         if (old.tenant is None) is not (new.tenant is None):
             raise TypeError("a router of tenants needs their column in both stores: PgEndpoint(..., tenant=...)")
@@ -103,22 +94,24 @@ class Router:
         self._starting = threading.Lock()
         self._closed = False
         if authority is None:
-            log.warning("the router of %s has no ledger: it follows the flag, and nothing is fenced", new.table)
+            log.warning("the router of %s has no ledger: it follows the flag, and nothing is fenced", new.table or name)
         this = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_parent(this()))
 
     @classmethod
     def connect(
-        cls, spec: Spec, table: str, *, to_new: RowMapping, to_old: RowMapping, client: LDClient | None = None,
-        process: str | None = None, limits: Limits | None = None,
+        cls, spec: Spec, table: str | None = None, *, to_new: RowMapping | None = None, to_old: RowMapping | None = None,
+        client: LDClient | None = None, process: str | None = None, limits: Limits | None = None,
     ) -> Self:  # fmt: skip
-        """Return the router of one table of a spec; without an SDK client it follows the spec's flag file.
+        """Return the router of a spec; without an SDK client it follows the spec's flag file.
+
+        Where `flag.mirror` is "application", it is the router of one table, and mirrors its rows.
 
         Args:
             spec: The migration's spec.
-            table: The table, by its source's or its target's name.
-            to_new: What makes the new store's row of an old one.
-            to_old: What makes the old store's row of a new one.
+            table: The table that is mirrored, by its source's or its target's name; None where none is.
+            to_new: What makes the new store's row of an old one; None where nothing is mirrored.
+            to_old: What makes the old store's row of a new one; None where nothing is mirrored.
             client: An SDK client that follows the flag; None follows the spec's file.
             process: This process's name in its heartbeats; None is the host's.
             limits: Bounds of queues, pauses and waits; None takes the defaults.
@@ -127,70 +120,100 @@ class Router:
             The router, which connects at its first call (application).
 
         Raises:
-            SpecError: The spec has no flag, no flag file without a client, or a context that is no
-                key column.
+            SpecError: The spec has no flag, no flag file without a client, a context that is no
+                key column, or mirrors otherwise than the arguments say.
             SecretMissing: The environment variable of a DSN is not set.
         """
         if spec.flag is None:
             raise SpecError(spec.path, "flag", "is missing: the router follows a flag, so name its key and target")
-        planned = spec.table(table)
+        mirrored = _mirrored(spec, table, to_new, to_old)
         if client is None and spec.flag.file is None:
             raise SpecError(spec.path, "flag.file", "is missing: name the flag's data file, or hand the router an SDK client")
+        planned = mirrored or spec.tables[0]
         kind = spec.flag.context
         new_tenant = new_column(spec, planned) if kind is not None else None
         if kind is not None and new_tenant is None:
             raise SpecError(spec.path, "flag.context", f"{kind} is no key column of {planned.target}: `changeover check` says more")
         log_of = Log(spec.name) if spec.source.capture == TRIGGER else None
+        # a trigger log at rest is asked for no position: there a difference is looked at again by the clock
+        authority = LedgerAuthority(spec.ledger.resolve(), spec.name, spec.flag.target if log_of is None else None)
         used = client if client is not None else flagfile.client(str(spec.flag.file))
         router = cls(
-            old=PgEndpoint(spec.source.dsn.resolve(), planned.source, log=log_of, tenant=kind),
-            new=PgEndpoint(spec.targets[spec.flag.target].dsn_value, planned.target, planned.key, tenant=new_tenant),
+            old=PgEndpoint(spec.source.dsn.resolve(), mirrored.source if mirrored else "", log=log_of, tenant=kind),
+            new=PgEndpoint(
+                spec.targets[spec.flag.target].dsn_value, mirrored.target if mirrored else "", mirrored.key if mirrored else (),
+                tenant=new_tenant,
+            ),
             to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind),
-            authority=LedgerAuthority(spec.ledger.resolve(), spec.name), name=spec.name, process=process, limits=limits,
+            authority=authority, name=spec.name, process=process, limits=limits,
         )  # fmt: skip
         router._owned_client = None if client is not None else used
         return router
 
     # -- the caller's thread
 
-    def write(
-        self, *, old: Callable[[Cursor], Sequence[Change]], new: Callable[[Cursor], Sequence[Change]], tenant: Tenant | None = None
-    ) -> Written:
-        """Run one of two functions in a transaction on the store that has authority, and mirror what it returns.
+    @contextmanager
+    def write(self, tenant: Tenant | None = None) -> Iterator[RoutedStore]:
+        """Lend the store that has authority for one transaction, in which any statements of any tables may run.
 
-        A function gets a cursor, runs the application's SQL and returns every row that it wrote,
-        whole: `returned(cursor)` after `RETURNING *`. For a key change that is the old row as
-        deleted, and the new one. It must have no other effect, because it runs again after a fence,
-        a deadlock or a serialization failure. Whatever it raises rolls back and goes to the caller;
-        so does a COMMIT of unknown outcome, after which nothing is mirrored: the change stream
-        tells.
-
-        `tenant` is the rows' own, all of one: a returned row of another one rolls back and raises
-        Refused, because it would be written under another's authority. A key change from one tenant
-        to another is a delete and an insert, each a write of its own tenant.
+        The block commits where it ends without an error. It can't be run again by itself: where a
+        fence refuses one of its statements it is rolled back and raises `AuthorityMoving`. `run`
+        takes a function instead, waits, and runs it anew. `tenant` is that of all rows written.
 
         Args:
-            old: What writes to the old store.
-            new: What writes to the new store.
             tenant: The tenant of the rows; None where the spec names no tenants.
 
-        Returns:
-            What was written, and where.
+        Yields:
+            The store: its cursor, and which one it is.
 
         Raises:
-            Refused: A returned row is of another tenant.
-            LockNotGranted: A fence did not end within the limits' pause.
+            AuthorityMoving: A fence refuses writes; nothing was written.
             ServerUnavailable: The store that has authority can't be reached.
         """
         tenant_name = self._tenant(tenant)
         runtime = self._running()
-        functions = {Origin.OLD: old, Origin.NEW: new}
+        pin = self._pin(runtime, tenant_name)
+        try:
+            with self._unit(runtime, pin, tenant_name) as store:
+                yield store
+        except psycopg.Error as error:
+            if error.sqlstate == FENCED:
+                raise self._moving(runtime, pin) from error
+            raise
+
+    def run(self, work: Callable[[RoutedStore], Value], *, tenant: Tenant | None = None) -> Value:
+        """Run a function in a transaction on the store that has authority, and again where a fence refused it.
+
+        The function gets the store, as `write` lends it. It reads in there whatever its writes
+        depend on, and has no other effect. After a fence, a deadlock or a serialization failure it
+        runs again as a whole, perhaps on the other store. Whatever else it raises rolls back and
+        goes to the caller; so does a COMMIT of unknown outcome.
+
+        Within `pinned` earlier reads of the request may have come from the store that lost
+        authority. So there a move raises `AuthorityMoving`, and the request is to be run anew.
+
+        Args:
+            work: What runs.
+            tenant: The tenant of the rows; None where the spec names no tenants.
+
+        Returns:
+            What `work` returns.
+
+        Raises:
+            AuthorityMoving: Authority moved within `pinned`.
+            LockNotGranted: A fence did not end within the limits' pause.
+            Refused: A mirrored row is of another tenant.
+            ServerUnavailable: The store that has authority can't be reached.
+        """
+        tenant_name = self._tenant(tenant)
+        runtime = self._running()
         pin = self._pin(runtime, tenant_name)
         paused: float | None = None
         tries = 1
         while True:
             try:
-                written = self._attempt(runtime, pin, functions[pin.rule.writes], tenant_name)
+                with self._unit(runtime, pin, tenant_name) as store:
+                    value = work(store)
             except psycopg.Error as error:
                 if error.sqlstate == FENCED:
                     paused = paused if paused is not None else time.monotonic()
@@ -204,18 +227,36 @@ class Router:
                 continue
             if paused is not None:
                 runtime.waited(time.monotonic() - paused)
-            return written
+            return value
 
-    def read(
+    @contextmanager
+    def read(self, tenant: Tenant | None = None) -> Iterator[RoutedStore]:
+        """Lend the store that has authority for reads.
+
+        Args:
+            tenant: The tenant of the rows; None where the spec names no tenants.
+
+        Yields:
+            The store: its cursor, and which one it is.
+
+        Raises:
+            ServerUnavailable: The store can't be reached.
+        """
+        tenant_name = self._tenant(tenant)
+        runtime = self._running()
+        pin = self._pin(runtime, tenant_name)
+        with runtime.session(pin.rule.reads) as connection, connection.cursor() as cursor:
+            yield RoutedStore(pin.rule.reads, pin.stage, pin.observation.epoch, cursor)
+
+    def compare(
         self, *, old: Callable[[Cursor], Value], new: Callable[[Cursor], Value], experiment: Experiment | None = None,
         tenant: Tenant | None = None,
     ) -> Value:  # fmt: skip
         """Return what the store that has authority answers; at shadow and live the other one is asked beside it.
 
-        A function gets a cursor and only reads. For comparison it returns a row as a mapping, a
-        list of them, or anything else that the experiment's `clean` and `compare` understand.
-        `to_new` maps the old store's rows. `tenant` is that of the rows asked for; a read over
-        several tenants is one read of each.
+        A function gets a cursor and only reads. Both return what can be compared: plain values, or
+        rows under the same names, or what the experiment's `clean` and `compare` understand.
+        `tenant` is that of the rows asked for; a read over several tenants is one read of each.
 
         Both functions may be called again later, for the comparison, off the caller's thread. So
         they must not depend on a variable that changes meanwhile, such as a loop's variable in a
@@ -358,24 +399,30 @@ class Router:
             pin = pinned[tenant] = runtime.decide(runtime.desired(tenant), tenant)
         return pin
 
-    def _attempt(self, runtime: Runtime, pin: Pin, function: Callable[[Cursor], Sequence[Change]], tenant: str) -> Written:
+    @contextmanager
+    def _unit(self, runtime: Runtime, pin: Pin, tenant: str) -> Iterator[RoutedStore]:
+        """Lend a store for one transaction, and mirror after its COMMIT what the block said that it wrote."""
         origin, lsn = pin.rule.writes, None
         endpoint = self._parts.endpoints[origin]
+        mirrors = pin.rule.mirrors and self._parts.mappings is not None
         with runtime.session(origin) as connection, transaction(connection) as cursor:
-            if pin.rule.mirrors and endpoint.pool is not None:
+            if mirrors and endpoint.pool is not None:
                 cursor.execute(EXACT_FLOATS)
-            changes = function(cursor)
-            if not isinstance(changes, (list, tuple)) or not all(isinstance(change, Change) for change in changes):
-                raise TypeError("a write's function returns a list of Change: `returned(cursor)` after RETURNING *")
+            store = RoutedStore(origin, pin.stage, pin.observation.epoch, cursor)
+            yield store
             if endpoint.tenant is not None:
-                _require_tenant(changes, endpoint.tenant, tenant)
-            if pin.rule.mirrors and changes:
+                store.require_tenant(endpoint.tenant, tenant)
+            if mirrors and store.changes:
                 lsn = position(cursor, endpoint.log)
         # From here on the COMMIT is acknowledged; any exception above means that it is not, and nothing is mirrored.
-        if lsn is None:
-            return Written(origin, pin.stage, changes, None, mirrored=False)
-        version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
-        return Written(origin, pin.stage, changes, version, runtime.mirror(other(origin)).offer(version, changes))
+        runtime.count("writes")
+        if lsn is not None:
+            store.version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
+            store.mirrored = runtime.mirror(other(origin)).offer(store.version, store.changes)
+
+    def _moving(self, runtime: Runtime, pin: Pin) -> AuthorityMoving:
+        """Return the error for a caller that has to run its request anew."""
+        return AuthorityMoving(runtime.parts.endpoints[pin.rule.writes].name)
 
     def _after_fence(self, runtime: Runtime, tenant: str, pin: Pin, since: float, error: psycopg.Error) -> Pin:
         """Wait for the ledger's next word and return what holds then; the same store, if the fence was called off."""
@@ -389,21 +436,25 @@ class Router:
             time.sleep(FENCE_POLL_SECONDS)
         pinned = self._pinned.get()
         decided = runtime.decide(runtime.desired(tenant) if pinned is None else pin.desired, tenant)
+        if pinned is not None and decided.rule.writes is not pin.rule.writes:
+            # what the request read before came from the store that others go on from (attacks, rule 17)
+            raise self._moving(runtime, pin) from error
         if pinned is not None:
             pinned[tenant] = decided
         return decided
 
 
-def _require_tenant(changes: Sequence[Change], column: str, tenant: str) -> None:
-    """Refuse rows of another tenant than the write's, before they are committed; the message has no value of a row."""
-    for change in changes:
-        if column not in change.row:
-            raise TypeError(f"a write's function returned a row without {column}, its tenant: return whole rows by RETURNING *")
-        if as_text(change.row[column]) != tenant:
-            raise Refused(
-                f"a write returned a row whose {column} is not the tenant that it was called for, and was rolled back: write the"
-                " rows of each tenant by a call of their own, a key change from one to another as a delete and an insert"
-            )
+def _mirrored(spec: Spec, table: str | None, to_new: RowMapping | None, to_old: RowMapping | None) -> Table | None:
+    """Return the table whose rows the application mirrors, None where it mirrors none; raises SpecError for what does not fit."""
+    given = (table, to_new, to_old)
+    if not spec.mirrors:
+        if to_new is not None or to_old is not None:
+            problem = f"is {STREAM!r}, so nothing needs mappings: leave to_new and to_old out, or set {APPLICATION!r}"
+            raise SpecError(spec.path, "flag.mirror", problem)
+        return None
+    if None in given:
+        raise SpecError(spec.path, "flag.mirror", f"is {APPLICATION!r}: the router needs a table, to_new and to_old")
+    return spec.table(str(table))
 
 
 _PLAIN = Experiment()

@@ -57,7 +57,8 @@ class Parts:
     """What a router was made of: the same in the process that made it and in its forked children."""
 
     endpoints: Mapping[Origin, PgEndpoint]
-    mappings: Mapping[Origin, RowMapping]
+    mappings: Mapping[Origin, RowMapping] | None
+    """By which rows are mirrored to a store; None where the streams alone bring them."""
     stage: StageSource
     authority: AuthoritySource | None
     application: str
@@ -73,7 +74,7 @@ class Runtime:
         self.parts = parts
         self.pins: dict[tuple[Stage, Observation], Pin] = {}
         self._lock = threading.Lock()
-        self._counts = {"retries": 0, "fence_waits": 0}
+        self._counts = {"writes": 0, "retries": 0, "fence_waits": 0}
         self._longest_wait = 0.0
         self._mirrors: dict[Origin, Mirror] = {}
         self._sessions = {origin: Sessions(endpoint, parts.application) for origin, endpoint in parts.endpoints.items()}
@@ -82,8 +83,9 @@ class Runtime:
             for origin, endpoint in parts.endpoints.items()
         }
         self.comparisons = Comparisons(
-            parts.endpoints, parts.mappings[Origin.NEW], parts.application,
-            limit=parts.limits.compare_queue, deadline=parts.limits.compare_deadline, under_way=self.under_way,
+            parts.endpoints, parts.application, limit=parts.limits.compare_queue, deadline=parts.limits.compare_deadline,
+            under_way=self.under_way,
+            positions=parts.authority.positions(parts.endpoints, parts.application) if parts.authority is not None else None,
         )  # fmt: skip
         self.follower: Follower | None = None
         if parts.authority is not None:
@@ -126,15 +128,17 @@ class Runtime:
         return self._lenders[origin]()
 
     def mirror(self, origin: Origin) -> Mirror:
-        """Return the mirror to a store, started on first use."""
+        """Return the mirror to a store, started on first use; there is none where no mapping is."""
+        if self.parts.mappings is None:
+            raise TypeError("nothing is mirrored without mappings")
         mirror = self._mirrors.get(origin)
         if mirror is None:
             with self._lock:
                 mirror = self._mirrors.get(origin)
                 if mirror is None:
-                    parts, limits = self.parts, self.parts.limits
+                    parts, limits, mappings = self.parts, self.parts.limits, self.parts.mappings
                     mirror = self._mirrors[origin] = Mirror(
-                        parts.endpoints[origin], parts.mappings[origin], parts.application,
+                        parts.endpoints[origin], mappings[origin], parts.application,
                         limit=limits.mirror_queue, deadline=limits.mirror_deadline,
                     )  # fmt: skip
         return mirror

@@ -1,18 +1,21 @@
 """Shadow reads: a read asked of both stores and compared, in the words of GitHub's Scientist.
 
-The authority's answer has gone to the caller before the other store is asked. Mirrored writes and
-replay come a little later. So a difference is looked at again with growing waits, *both* stores
-read anew. Before each look this process's mirror has dealt with what it had when the difference was
-seen. Only a difference that stays is a mismatch. An error on either side is an error, never a
-match. Under overload, or behind a mirror that stands still, comparisons are dropped and counted.
-All but `run_if` runs on one thread beside the callers.
+The authority's answer has gone to the caller before the other store is asked, and what was written
+comes there a little later. So a difference is looked at again, by the logs and not by the clock
+(attacks, rule 8). The authority's position is marked after it was read. The other store is read
+once it has all below that, and a mirror has dealt with what it had. Then the authority is read
+again, and its position marked. What agrees with either answer matches. A difference counts as a
+mismatch if the authority repeated its answer, and the streams, once past the second mark, have told
+of no change behind the first. What changes at each look is inconclusive, which is no match. An
+error on either side is an error. Without a ledger there are no positions, and a difference that
+stays over growing waits is a mismatch. Under overload, or behind a stream that stands still,
+comparisons are dropped and counted. All but `run_if` runs on one thread beside the callers.
 """
 
 from __future__ import annotations
 
 import heapq
 import logging
-import random
 import threading
 import time
 from collections import Counter, deque
@@ -24,7 +27,8 @@ from typing import Any
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags.router.alarm import Alarm, reason_of
-from changeover.flags.router.endpoint import Cursor, PgEndpoint, Row
+from changeover.flags.router.endpoint import Cursor, PgEndpoint
+from changeover.flags.router.positions import Positions
 from changeover.flags.stages import other
 from changeover.session import Connection
 
@@ -33,8 +37,10 @@ log = logging.getLogger("changeover.flags")
 Read = Callable[[Cursor], Any]
 LAG_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Seconds before each further look at a difference; as many looks as there are waits."""
+AGAIN_SECONDS = 0.05
+"""How often to ask whether a position is reached."""
 KEPT_MISMATCHES = 100
-OUTCOMES = ("compared", "matched", "mismatched", "ignored")
+OUTCOMES = ("compared", "matched", "mismatched", "ignored", "inconclusive")
 
 
 def nothing() -> bool:
@@ -54,7 +60,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Result:
-    """The end of one comparison; `control` is the authority. It matched, mismatched, was ignored, or failed.
+    """The end of one comparison; `control` is the authority. It matched, mismatched, was ignored, stayed open, or failed.
 
     `apart` says that it was of a tenant at another store than all the others, and so at another stage.
     """
@@ -67,6 +73,7 @@ class Result:
     ignored: bool
     looks: int
     apart: bool = False
+    inconclusive: bool = False
 
     @property
     def failed(self) -> bool:
@@ -76,11 +83,11 @@ class Result:
     @property
     def mismatched(self) -> bool:
         """Return whether the two stores differ for good."""
-        return not (self.matched or self.ignored or self.failed)
+        return not (self.matched or self.ignored or self.failed or self.inconclusive)
 
 
 class Experiment:
-    """The hooks of one kind of read; override what differs. Old rows come mapped; `compare` gets old, new."""
+    """The hooks of one kind of read; override what differs. `compare` gets the old store's answer and the new one's."""
 
     name = "read"
 
@@ -155,7 +162,12 @@ class Comparison:
     looks: int = 0
     apart: bool = False
     lags: Callable[[], bool] = nothing
-    """Whether the other store still lacks what it was to get when it was looked at last."""
+    """Whether a mirror is still to bring the other store what it had when it was looked at last."""
+    position: int | None = None
+    """The authority's position after it was read last; the other store is looked at once it has all below it."""
+    open: Result | None = None
+    """A difference whose authority repeated its answer: a mismatch, if nothing was told since `before`."""
+    before: int = 0
 
 
 class HookRaised(Exception):
@@ -166,17 +178,17 @@ class Comparisons:
     """Compares reads of one process; `offer` runs on the caller's thread and never waits."""
 
     def __init__(
-        self, endpoints: Mapping[Origin, PgEndpoint], to_new: Callable[[Row], Row | None], application: str, *,
+        self, endpoints: Mapping[Origin, PgEndpoint], application: str, *,
         limit: int, deadline: float, waits: Sequence[float] = LAG_WAITS,
-        under_way: Callable[[Origin], Callable[[], bool]] = lambda _: nothing,
+        under_way: Callable[[Origin], Callable[[], bool]] = lambda _: nothing, positions: Positions | None = None,
     ) -> None:  # fmt: skip
         self.endpoints = endpoints
-        self.to_new = to_new
         self.application = application
         self.limit = limit
         self.deadline = deadline
         self.waits = waits
         self.under_way = under_way
+        self.positions = positions
         self.mismatches: deque[Result] = deque(maxlen=KEPT_MISMATCHES)
         self.drops = Alarm("comparisons of reads are dropped, the queue is full")
         self.errors = Alarm("comparisons of reads have no answer")
@@ -270,6 +282,8 @@ class Comparisons:
                     self._changed.notify_all()
         for connection in self._connections.values():
             connection.close()
+        if self.positions is not None:
+            self.positions.close()
 
     def _next(self) -> Comparison | None:
         with self._changed:
@@ -284,26 +298,58 @@ class Comparisons:
             return None
 
     def _look(self, comparison: Comparison) -> None:
-        """Read the other store, or both on a further look, and end the comparison or come back to it later."""
-        if comparison.lags():
-            self._push(time.monotonic() + self.waits[-1], comparison)
+        """Read the other store, and the authority again on a further look; end the comparison or come back to it later."""
+        if self._lags(comparison):
+            self._push(time.monotonic() + AGAIN_SECONDS, comparison)
             return
-        control = comparison.control
-        candidate_origin = other(control.origin)
-        if comparison.looks == 0:
-            candidate = self._observe(candidate_origin, comparison)
-        else:
-            origins = [control.origin, candidate_origin]
-            random.shuffle(origins)  # neither store shall always be the fresher one
-            observations = {origin: self._observe(origin, comparison) for origin in origins}
-            control, candidate = observations[control.origin], observations[candidate_origin]
+        first, candidate_origin = comparison.control, other(comparison.control.origin)
+        if comparison.open is not None and self._told(candidate_origin) <= comparison.before:
+            self._finish(comparison.experiment, comparison.open)
+            return
+        candidate = self._observe(candidate_origin, comparison)
+        control = self._observe(first.origin, comparison) if comparison.looks else first
         result = self._judge(comparison, control, candidate)
-        if result.mismatched and comparison.looks < len(self.waits):
-            lags = self.under_way(candidate_origin)
-            again = replace(comparison, control=control, looks=comparison.looks + 1, lags=lags)
-            self._push(time.monotonic() + self.waits[comparison.looks], again)
-        else:
+        if result.mismatched and comparison.looks:
+            earlier = self._judge(comparison, first, candidate)
+            result = earlier if earlier.matched or earlier.ignored else result
+        if not result.mismatched:
             self._finish(comparison.experiment, result)
+        elif comparison.looks < len(self.waits):
+            self._again(comparison, result)
+        else:
+            self._finish(comparison.experiment, result if self.positions is None else replace(result, inconclusive=True))
+
+    def _lags(self, comparison: Comparison) -> bool:
+        """Return whether the other store still lacks what the authority had when it was read last."""
+        if comparison.lags():
+            return True
+        if self.positions is None or comparison.position is None:
+            return False
+        return self.positions.reached(other(comparison.control.origin))[0] < comparison.position
+
+    def _told(self, origin: Origin) -> int:
+        """Return the position of the last change that was offered to a store."""
+        return self.positions.reached(origin)[1] if self.positions is not None else 0
+
+    def _again(self, comparison: Comparison, result: Result) -> None:
+        """Come back to a difference once the other store has what the authority has by now."""
+        control, wait = result.control, self.waits[comparison.looks]
+        again = replace(
+            comparison, control=control, looks=comparison.looks + 1, lags=self.under_way(result.candidate.origin), open=None
+        )
+        if self.positions is not None:
+            wait = 0.0
+            repeats = comparison.looks > 0 and self._repeats(comparison, control)
+            again = replace(
+                again, position=self.positions.mark(control.origin), before=comparison.position or 0,
+                open=result if repeats else None,
+            )  # fmt: skip
+        self._push(time.monotonic() + wait, again)
+
+    def _repeats(self, comparison: Comparison, control: Observation) -> bool:
+        """Return whether the authority gave the same answer twice."""
+        both = [self._hook(comparison.experiment, "clean", one.value) for one in (comparison.control, control)]
+        return bool(self._hook(comparison.experiment, "compare", *both))
 
     def _observe(self, origin: Origin, comparison: Comparison) -> Observation:
         started = time.monotonic()
@@ -330,21 +376,11 @@ class Comparisons:
         matched = ignored = False
         if control.error is None and candidate.error is None:
             observed = {observation.origin: observation for observation in (control, candidate)}
-            both = [self._hook(experiment, "clean", self._as_new(observed[origin])) for origin in (Origin.OLD, Origin.NEW)]
+            both = [self._hook(experiment, "clean", observed[origin].value) for origin in (Origin.OLD, Origin.NEW)]
             matched = bool(self._hook(experiment, "compare", *both))
             ignored = not matched and bool(self._hook(experiment, "ignore", *both))
         looks = comparison.looks + 1
         return Result(experiment.name, comparison.stage, control, candidate, matched, ignored, looks, comparison.apart)
-
-    def _as_new(self, observation: Observation) -> Any:
-        """Map the old store's rows; what isn't a row or a list of rows is left to the experiment's `clean`."""
-        if observation.origin is Origin.NEW:
-            return observation.value
-        if isinstance(observation.value, Mapping):
-            return self.to_new(observation.value)
-        if isinstance(observation.value, list) and all(isinstance(row, Mapping) for row in observation.value):
-            return [mapped for row in observation.value if (mapped := self.to_new(row)) is not None]
-        return observation.value
 
     @staticmethod
     def _hook(experiment: Experiment, name: str, *values: Any) -> Any:
@@ -359,9 +395,10 @@ class Comparisons:
         if failure is not None:
             self.errors.raise_for(reason_of(failure))
         else:
-            outcome = "matched" if result.matched else "ignored" if result.ignored else "mismatched"
+            flags = {"matched": result.matched, "ignored": result.ignored, "inconclusive": result.inconclusive}
+            outcome = next((name for name, holds in flags.items() if holds), "mismatched")
             with self._changed:
-                for name in ("compared", outcome):
+                for name in (outcome,) if result.inconclusive else ("compared", outcome):
                     self._counts[name] += 1
                     self._at_stage[name] += result.apart or result.stage is self._stage
                 if result.mismatched:

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from changeover.flags.router.router import Change, Experiment, Limits, PgEndpoint, Router, Written, returned
+from changeover.flags.router.router import Change, Experiment, Limits, PgEndpoint, RoutedStore, Router, returned
 from changeover.spec import Spec, load
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ __all__ = [
     "Experiment",
     "Limits",
     "PgEndpoint",
+    "RoutedStore",
     "Router",
     "Spec",
-    "Written",
     "abort",
     "advance",
     "backfill",

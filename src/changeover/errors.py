@@ -21,6 +21,7 @@ exception: it is data in a verdict.
     │   ├── RowsHidden                     a policy would hide rows from our role
     │   ├── TextRefused                    a text that the other side's encoding has no place for
     │   ├── LockNotGranted                 a bounded wait for a lock ended
+    │   ├── AuthorityMoving                an application's write met a fence
     │   ├── SlotBlocked                    open transactions held up a replication slot
     │   ├── SnapshotLost                   the exported snapshot is gone
     │   ├── SourceChanged                  another system, timeline, slot or table file than prepared
@@ -255,6 +256,16 @@ class LockNotGranted(CouldNotFinish):
 
     def __str__(self) -> str:
         return f"{self.server}: no {self.lock} within the limit, held up by {self.holder}: run again when that has ended"
+
+
+@dataclass(eq=False)
+class AuthorityMoving(CouldNotFinish):
+    """A store refused an application's write, because write authority moves to the other one."""
+
+    endpoint: str
+
+    def __str__(self) -> str:
+        return f"{self.endpoint}: write authority is moving, and nothing was written: run the request again from its first read"
 
 
 @dataclass(eq=False)

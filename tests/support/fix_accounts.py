@@ -16,13 +16,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from ldclient.migrations.types import Origin, Stage
+from ldclient.migrations.types import Stage
 
 from changeover.flags import flagfile
 from changeover.flags.cutover import commands as cutover
 from changeover.flags.fence.fence import fence
 from changeover.flags.router.endpoint import RowMapping
-from changeover.flags.router.router import Change, Router, returned
+from changeover.flags.router.router import RoutedStore, Router, returned
 from changeover.jobs.apply.rounds import replay
 from changeover.jobs.capture.service import capture
 from changeover.jobs.ledger.ledger import Ledger
@@ -35,6 +35,7 @@ ACCOUNTS = "CREATE TABLE accounts (id bigint PRIMARY KEY, balance numeric(12,2) 
 FLAG = "accounts-store"
 TABLE = '[[table]]\nsource = "public.accounts"\ntarget = "ledgers"\nkey = ["id"]\n'
 SPEC = f'{TABLE}[flag]\nkey = "{FLAG}"\ntarget = "store"\n'
+MIRRORED = f'{SPEC}mirror = "application"\n'
 ROWS = 200
 
 MAX_PAUSE = 120.0
@@ -57,9 +58,15 @@ def moved(make_migration: MakeMigration) -> Migration:
     return loaded(make_migration, STORE)
 
 
-def loaded(make_migration: MakeMigration, *targets: str, kind: str = "slot") -> Migration:
+@pytest.fixture
+def mirrored(make_migration: MakeMigration) -> Migration:
+    """Return the same migration with an application that mirrors its writes itself."""
+    return loaded(make_migration, STORE, spec=MIRRORED)
+
+
+def loaded(make_migration: MakeMigration, *targets: str, kind: str = "slot", spec: str = SPEC) -> Migration:
     """Return a migration of accounts into some targets, loaded and closed, its flag at shadow."""
-    made = make_migration(SPEC, ACCOUNTS, targets=targets, kind=kind)
+    made = make_migration(spec, ACCOUNTS, targets=targets, kind=kind)
     made.old.execute("INSERT INTO accounts SELECT i, i * 1.5, 'n' || i FROM generate_series(1, %s) i", [ROWS])
     made.prepare()
     made.backfill()
@@ -104,10 +111,11 @@ def following(migration: Migration) -> Iterator[None]:
 def routed(
     migration: Migration, table: str = "accounts", *, to_new: RowMapping = dict, to_old: RowMapping = dict
 ) -> Iterator[Router]:
-    """Open a router of the migration."""
+    """Open a router of the migration; it mirrors where the spec says so."""
     client = flagfile.client(migration.spec.work / "flags.json")
     limits = replace(PATIENT, max_pause=MAX_PAUSE)  # writers wait as long as the fence does
-    router = Router.connect(migration.spec, table, to_new=to_new, to_old=to_old, client=client, limits=limits)
+    mappings: Any = {"to_new": to_new, "to_old": to_old} if migration.spec.mirrors else {}
+    router = Router.connect(migration.spec, table, **mappings, client=client, limits=limits)
     try:
         yield router
     finally:
@@ -135,7 +143,7 @@ def application(migration: Migration, threads: int = 3, hushed: threading.Event 
                 account = account % ROWS + threads
                 try:
                     add(router, account)
-                    router.read(old=finding("accounts", account), new=finding("ledgers", account))
+                    router.compare(old=finding("accounts", account), new=finding("ledgers", account))
                 except BaseException as error:
                     errors.append(error)
                     return
@@ -207,28 +215,22 @@ def assert_nothing_lost(migration: Migration, taken: Counter[str], seconds: floa
 
 def wait_for_writes(router: Router, more: int = 150) -> None:
     """Wait until the application has written so often again, wherever to."""
-
-    def written() -> int:
-        counters = router.counters()
-        return sum(counters.get(f"mirror_{origin.value}", {}).get("mirrored", 0) for origin in Origin)
-
-    wanted = written() + more
-    wait_until(lambda: written() >= wanted)
+    wanted = router.counters()["writes"] + more
+    wait_until(lambda: router.counters()["writes"] >= wanted)
 
 
 def add(router: Router, account: int, note: str | None = None) -> Any:
     """Make the application's write: one is added to an account's balance, and its note changed if there is one."""
-    return router.write(old=adding("accounts", account, note), new=adding("ledgers", account, note))
+    return router.run(lambda store: adding(store.of("accounts", "ledgers"), account, note)(store))
 
 
 def adding(table: str, account: int, note: str | None = None) -> Any:
     """Return the write for one of the two tables."""
 
-    def write(cursor: Any) -> list[Change]:
-        cursor.execute(
-            f"UPDATE {table} SET balance = balance + 1, note = coalesce(%s, note) WHERE id = %s RETURNING *", [note, account]
-        )
-        return returned(cursor)
+    def write(store: RoutedStore) -> RoutedStore:
+        statement = f"UPDATE {table} SET balance = balance + 1, note = coalesce(%s, note) WHERE id = %s RETURNING *"
+        store.mirror(returned(store.execute(statement.encode(), [note, account])))
+        return store
 
     return write
 

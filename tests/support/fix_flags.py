@@ -28,7 +28,7 @@ from changeover.flags.router import follower
 from changeover.flags.router.desired import FlagStage
 from changeover.flags.router.endpoint import Change, Cursor, PgEndpoint, Row, RowMapping, returned
 from changeover.flags.router.follower import LedgerAuthority
-from changeover.flags.router.router import Router
+from changeover.flags.router.router import Experiment, RoutedStore, Router
 from changeover.flags.router.runtime import Limits
 from changeover.flags.stages import FENCED
 from changeover.jobs.ledger.ledger import Ledger
@@ -60,6 +60,8 @@ CREATE TABLE public.associations (subject bigint, object bigint, attributes json
 """
 TENANT = {Origin.OLD: "from_user", Origin.NEW: "subject"}
 """The column of each store in which a row's tenant stands."""
+
+Write = Callable[[Cursor], list[Change]]
 
 REFUSE = """
 CREATE SCHEMA IF NOT EXISTS changeover;
@@ -134,6 +136,24 @@ class Follow:
         """Look up, in the new store."""
         cursor.execute("SELECT * FROM public.associations WHERE subject = %s ORDER BY object", [self.user])
         return [change.row for change in returned(cursor)]
+
+
+def wrote(router: Router, old: Write, new: Write, tenant: Any = None) -> RoutedStore:
+    """Make one of two writes, tell the mirror what was written, and return the unit of work."""
+
+    def work(store: RoutedStore) -> RoutedStore:
+        store.mirror(store.of(old, new)(store.cursor))
+        return store
+
+    return router.run(work, tenant=tenant)
+
+
+class FollowRead(Experiment):
+    """Compares rows of the two tables: the old one's are mapped first."""
+
+    def clean(self, value: Any) -> Any:
+        """Return a list of rows under the new names; anything else as it is."""
+        return [to_new(row) if "from_user" in row else row for row in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

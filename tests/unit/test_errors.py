@@ -15,7 +15,7 @@ EXIT_CODES = {
     "Refused": 1, "UnsafePlan": 1, "TargetNotEmpty": 1, "NotReady": 1, "TableStopped": 1,
     "CouldNotFinish": 3, "ServerUnavailable": 3, "DatabaseFailed": 3, "LockNotGranted": 3, "SlotBlocked": 3, "SnapshotLost": 3,
     "SourceChanged": 3, "SpoolGap": 3, "LeaseHeld": 3, "CouldNotCheck": 3, "FenceCalledOff": 3, "RowRefused": 3,
-    "RowsHidden": 3, "TextRefused": 3, "FolderFailed": 3,
+    "RowsHidden": 3, "TextRefused": 3, "FolderFailed": 3, "AuthorityMoving": 3,
     "JavaMissing": 3, "EmbeddedServerFailed": 3, "Interrupted": 130, "ChangeoverError": 3,
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from ldclient import LDClient
 from ldclient.migrations.types import Origin, Stage
 
 from changeover import spec
-from changeover.errors import LockNotGranted, ServerUnavailable, SpecError
+from changeover.errors import AuthorityMoving, LockNotGranted, ServerUnavailable, SpecError
 from changeover.flags import flagfile
 from changeover.flags.router.desired import EVERYONE, FlagStage
 from changeover.flags.router.endpoint import Change, Cursor, PgEndpoint, returned
@@ -30,7 +30,7 @@ from changeover.flags.router.router import Router
 from changeover.flags.router.runtime import Limits
 from changeover.flags.router.shadow import LAG_WAITS
 from changeover.flags.stages import FENCED, TABLE
-from tests.support.fix_flags import PATIENCE, PATIENT, Follow, MakeRouter, Stores, wait_until
+from tests.support.fix_flags import PATIENCE, PATIENT, Follow, FollowRead, MakeRouter, Stores, wait_until, wrote
 
 FLAG = "follows-store"
 SetStage = Callable[[Router, Stage], None]
@@ -42,15 +42,15 @@ def follow(make_follow: Callable[..., Follow]) -> Follow:
 
 
 def put(router: Router, follow: Follow) -> Any:
-    return router.write(old=follow.put_old, new=follow.put_new)
+    return wrote(router, follow.put_old, follow.put_new)
 
 
 def drop(router: Router, follow: Follow) -> Any:
-    return router.write(old=follow.drop_old, new=follow.drop_new)
+    return wrote(router, follow.drop_old, follow.drop_new)
 
 
 def find(router: Router, follow: Follow) -> Any:
-    return router.read(old=follow.find_old, new=follow.find_new)
+    return router.compare(old=follow.find_old, new=follow.find_new, experiment=FollowRead())
 
 
 @pytest.mark.parametrize("stage", list(Stage))
@@ -65,7 +65,7 @@ def test_each_stage_writes_and_mirrors_as_the_table_says(
     written = put(router, follow)
     assert router.drain(PATIENCE)
     assert (written.origin, written.stage, written.mirrored) == (rule.writes, stage, rule.mirrors)
-    assert written.row is not None
+    assert written.changes
     for origin in Origin:
         expected = [(1, 1, "hello")] if origin is rule.writes or rule.mirrors else []
         assert stores.rows(origin) == expected
@@ -128,9 +128,9 @@ def test_a_failed_write_rolls_back_reaches_the_caller_and_is_not_mirrored(
         return []
 
     with pytest.raises(psycopg.errors.DivisionByZero):
-        router.write(old=fail, new=follow.put_new)
+        wrote(router, fail, follow.put_new)
     with pytest.raises(TypeError, match="list of Change"):
-        router.write(old=lambda cursor: None, new=follow.put_new)  # type: ignore[arg-type, return-value]
+        wrote(router, lambda cursor: None, follow.put_new)  # type: ignore[arg-type, return-value]
     assert router.drain(PATIENCE)
     assert stores.rows(Origin.OLD) == stores.rows(Origin.NEW) == []
 
@@ -389,7 +389,7 @@ def test_a_deadlock_on_the_authority_is_tried_again(
                 both.wait()
             return changes + make_follow(second, note="crossed").put_old(cursor)
 
-        router.write(old=write, new=write)
+        wrote(router, write, write)
 
     threads = [threading.Thread(target=cross, args=pair) for pair in ((1, 2), (2, 1))]
     for thread in threads:
@@ -414,13 +414,18 @@ def test_a_request_keeps_its_stage(
     assert put(router, follow).stage is Stage.OFF
 
 
-def test_a_fence_moves_a_pinned_request_on(stores: Stores, make_router: MakeRouter, set_stage: SetStage, follow: Follow) -> None:
+def test_a_request_that_read_before_a_fence_is_run_anew(
+    stores: Stores, make_router: MakeRouter, set_stage: SetStage, follow: Follow
+) -> None:
     router = make_router()
     set_stage(router, Stage.SHADOW)
     with router.pinned():
         stores.fence_to_new()
-        assert put(router, follow).stage is Stage.LIVE
-        assert router.stage is Stage.LIVE
+        with pytest.raises(AuthorityMoving, match="run the request again from its first read"):
+            put(router, follow)
+    assert stores.rows(Origin.OLD) == stores.rows(Origin.NEW) == []
+    with router.pinned() as stage:
+        assert put(router, follow).stage is stage is Stage.LIVE
         assert "subject" in find(router, follow)[0]
 
 
@@ -505,7 +510,9 @@ def test_what_came_of_reads_counts_from_nothing_again_at_each_stage(
     eventually(lambda: stores.ledger.heartbeats() and at_stage()["stage"] == "shadow")
     find(router, follow)
     assert router.drain(PATIENCE)
-    eventually(lambda: at_stage() == {"stage": "shadow", "compared": 1, "matched": 0, "mismatched": 1, "ignored": 0})
+    eventually(
+        lambda: at_stage() == {"stage": "shadow", "compared": 1, "matched": 0, "mismatched": 1, "ignored": 0, "inconclusive": 0}
+    )
     set_stage(router, Stage.DUALWRITE)
     eventually(lambda: at_stage()["stage"] == "dualwrite")
     put(router, follow)
@@ -513,7 +520,9 @@ def test_what_came_of_reads_counts_from_nothing_again_at_each_stage(
     eventually(lambda: at_stage()["stage"] == "shadow")
     find(router, follow)
     assert router.drain(PATIENCE)
-    eventually(lambda: at_stage() == {"stage": "shadow", "compared": 1, "matched": 1, "mismatched": 0, "ignored": 0})
+    eventually(
+        lambda: at_stage() == {"stage": "shadow", "compared": 1, "matched": 1, "mismatched": 0, "ignored": 0, "inconclusive": 0}
+    )
     assert router.counters()["comparisons"]["mismatched"] == 1, "of the whole process"
 
 
@@ -611,12 +620,12 @@ def test_an_applications_pool_is_used_and_left_as_it_was(stores: Stores, flag_cl
         stage=FlagStage(flag_client, FLAG),
     )
     with router, pool.session:
-        router.write(old=write, new=follow.put_new)
+        wrote(router, write, follow.put_new)
         assert len(find(router, follow)) == 1
         assert pool.session.isolation_level is psycopg.IsolationLevel.REPEATABLE_READ
         pool.session.execute("SELECT 1")
         with pytest.raises(RuntimeError, match="outside a transaction"):
-            router.write(old=write, new=follow.put_new)
+            wrote(router, write, follow.put_new)
     assert levels == [("read committed",)]
 
 
@@ -640,7 +649,7 @@ def test_a_mirrored_row_has_all_its_digits_in_an_applications_pool(
     )
     with router, pool.session:
         set_stage(router, Stage.DUALWRITE)
-        assert router.write(old=write, new=follow.put_new).mirrored
+        assert wrote(router, write, follow.put_new).mirrored
         assert pool.session.execute("SHOW extra_float_digits").fetchone() == ("-5",)
     assert seen == [(1 / 3,)]
 
@@ -661,6 +670,40 @@ def test_a_closed_router_says_so(make_router: MakeRouter, follow: Follow) -> Non
     router.close()
     with pytest.raises(RuntimeError, match="the router is closed"):
         put(router, follow)
+
+
+def test_a_block_is_one_transaction_of_any_statements(stores: Stores, make_router: MakeRouter, set_stage: SetStage) -> None:
+    stores.old.execute("CREATE TABLE notes (note text)")
+    router = make_router()
+    set_stage(router, Stage.SHADOW)
+    with router.write() as store:
+        store.execute("INSERT INTO follows (from_user, to_channel) VALUES (1, 1), (2, 1)")
+        with store.connection.cursor() as more:
+            more.execute("INSERT INTO notes VALUES (%s)", [store.of("old", "new")])
+        with pytest.raises(psycopg.errors.UniqueViolation), store.connection.transaction():
+            store.execute("INSERT INTO follows (from_user, to_channel) VALUES (1, 1)")
+    with pytest.raises(psycopg.errors.DivisionByZero), router.write() as store:
+        store.execute("DELETE FROM follows").execute("SELECT 1 / 0")
+    with router.read() as store:
+        assert store.execute("SELECT from_user, (SELECT note FROM notes) FROM follows ORDER BY 1").fetchall() == [
+            (1, "old"), (2, "old"),
+        ]  # fmt: skip
+
+
+def test_a_block_that_a_fence_refuses_raises_and_the_next_one_goes_where_authority_is(
+    stores: Stores, make_router: MakeRouter, set_stage: SetStage, follow: Follow, eventually: Callable[..., None]
+) -> None:
+    router = make_router()
+    set_stage(router, Stage.SHADOW)
+    stores.refuse(Origin.OLD)
+    with pytest.raises(AuthorityMoving, match="write authority is moving") as raised, router.write() as store:
+        follow.put_old(store.cursor)
+    assert raised.value.transient
+    stores.fence_to_new_done()
+    eventually(lambda: router.stage is Stage.LIVE)
+    with router.write() as store:
+        store.of(follow.put_old, follow.put_new)(store.cursor)
+    assert (stores.rows(Origin.OLD), stores.rows(Origin.NEW)) == ([], [(1, 1, "hello")])
 
 
 SPEC = """
@@ -689,8 +732,17 @@ def test_a_router_comes_from_a_spec(
     path.write_text(SPEC)
     to_new, to_old = mappings
     with pytest.raises(SpecError, match="flag: is missing"):
+        Router.connect(spec.load(path))
+    flag = f'{SPEC}[flag]\nkey = "{FLAG}"\ntarget = "new"\nfile = "{flag_file}"\n'
+    path.write_text(flag)
+    with pytest.raises(SpecError, match=r"flag.mirror: is 'stream', so nothing needs mappings"):
         Router.connect(spec.load(path), "follows", to_new=to_new, to_old=to_old)
-    path.write_text(f'{SPEC}[flag]\nkey = "{FLAG}"\ntarget = "new"\nfile = "{flag_file}"\n')
+    with Router.connect(spec.load(path)) as plain:
+        assert not put(plain, follow).mirrored
+        drop(plain, follow)
+    path.write_text(f'{flag}mirror = "application"\n')
+    with pytest.raises(SpecError, match="the router needs a table, to_new and to_old"):
+        Router.connect(spec.load(path), "follows")
     flagfile.write_stage(flag_file, FLAG, Stage.DUALWRITE)
     with Router.connect(spec.load(path), "follows", to_new=to_new, to_old=to_old) as router:
         assert put(router, follow).mirrored

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.flags.router.endpoint import Cursor, Row
+from changeover.flags.router.endpoint import Cursor
+from changeover.flags.router.positions import LedgerPositions
 from changeover.flags.router.shadow import Comparison, Comparisons, Experiment, Observation, Result
 from tests.support.fix_flags import PATIENCE, Stores
 
@@ -21,12 +22,11 @@ MakeComparisons = Callable[..., Comparisons]
 def make_comparisons(stores: Stores) -> Iterator[MakeComparisons]:
     made: list[Comparisons] = []
 
-    def to_new(row: Row) -> Row:
-        return {"subject": row["from_user"], "note": row["note"]}
-
-    def make(limit: int = 100, deadline: float = PATIENCE, waits: tuple[float, ...] = (0.02, 0.04, 0.08)) -> Comparisons:
+    def make(
+        limit: int = 100, deadline: float = PATIENCE, waits: tuple[float, ...] = (0.02, 0.04, 0.08), positions: Any = None
+    ) -> Comparisons:
         endpoints = {origin: stores.endpoint(origin) for origin in Origin}
-        comparisons = Comparisons(endpoints, to_new, "test", limit=limit, deadline=deadline, waits=waits)
+        comparisons = Comparisons(endpoints, "test", limit=limit, deadline=deadline, waits=waits, positions=positions)
         made.append(comparisons)
         return comparisons
 
@@ -51,7 +51,7 @@ class Recorded(Experiment):
 
 def rows_of(origin: Origin) -> Callable[[Cursor], list[dict[str, Any]]]:
     statement, names = {
-        Origin.OLD: ("SELECT from_user, note FROM public.follows ORDER BY 1", ("from_user", "note")),
+        Origin.OLD: ("SELECT from_user, note FROM public.follows ORDER BY 1", ("subject", "note")),
         Origin.NEW: ("SELECT subject, attributes->>'note' FROM public.associations ORDER BY 1", ("subject", "note")),
     }[origin]
     return lambda cursor: [dict(zip(names, row, strict=True)) for row in cursor.execute(statement).fetchall()]
@@ -81,7 +81,7 @@ def test_equal_answers_match_at_the_first_look(stores: Stores, make_comparisons:
     for store in Origin:
         put(stores, store, 1, "same")
     comparisons, experiment = make_comparisons(), Recorded()
-    control = [{"from_user": 1, "note": "same"}] if origin is Origin.OLD else [{"subject": 1, "note": "same"}]
+    control = [{"subject": 1, "note": "same"}]
     assert offer(comparisons, experiment, control, origin)
     assert comparisons.drain(PATIENCE)
     assert {name: count for name, count in comparisons.counters().items() if count and name != "at_stage"} == {
@@ -95,7 +95,7 @@ def test_a_mismatch_counts_after_both_stores_were_read_again(stores: Stores, mak
     put(stores, Origin.OLD, 1, "old")
     put(stores, Origin.NEW, 1, "new")
     comparisons, experiment = make_comparisons(), Recorded()
-    offer(comparisons, experiment, [{"from_user": 1, "note": "old"}])
+    offer(comparisons, experiment, [{"subject": 1, "note": "old"}])
     assert comparisons.drain(PATIENCE)
     assert comparisons.counters()["mismatched"] == 1
     result = experiment.results[0]
@@ -116,7 +116,7 @@ def test_a_lagging_mirror_is_no_mismatch(stores: Stores, make_comparisons: MakeC
         return rows_of(Origin.NEW)(cursor)
 
     reads = {Origin.OLD: rows_of(Origin.OLD), Origin.NEW: late}
-    offer(comparisons, experiment, [{"from_user": 1, "note": "late"}], reads=reads)
+    offer(comparisons, experiment, [{"subject": 1, "note": "late"}], reads=reads)
     assert comparisons.drain(PATIENCE)
     assert (comparisons.counters()["matched"], comparisons.counters()["mismatched"]) == (1, 0)
     assert experiment.results[0].looks == 3
@@ -126,7 +126,7 @@ def test_an_authority_that_moved_on_meanwhile_is_read_anew(stores: Stores, make_
     for store in Origin:
         put(stores, store, 1, "now")
     comparisons, experiment = make_comparisons(), Recorded()
-    offer(comparisons, experiment, [{"from_user": 1, "note": "before"}])
+    offer(comparisons, experiment, [{"subject": 1, "note": "before"}])
     assert comparisons.drain(PATIENCE)
     assert comparisons.counters()["matched"] == 1
     assert experiment.results[0].looks == 2
@@ -134,11 +134,75 @@ def test_an_authority_that_moved_on_meanwhile_is_read_anew(stores: Stores, make_
 
 def test_a_waiting_difference_does_not_hold_up_the_next(stores: Stores, make_comparisons: MakeComparisons) -> None:
     comparisons, slow, quick = make_comparisons(waits=(1.0,)), Recorded(), Recorded()
-    offer(comparisons, slow, [{"from_user": 1, "note": "nowhere else"}])
+    offer(comparisons, slow, [{"subject": 1, "note": "nowhere else"}])
     offer(comparisons, quick, [])
     assert comparisons.drain(PATIENCE)
     assert quick.results[0].looks == 1
     assert slow.results[0].matched, "read again, the authority has no such row either"
+
+
+EVERYTHING = "FFFFFFFF/FFFFFFFF"
+"""A position that every other one lies below."""
+
+
+@pytest.fixture
+def by_position(stores: Stores, make_comparisons: MakeComparisons) -> Comparisons:
+    """Return comparisons that go by the ledger, in which the test plays replay."""
+    stores.ledger.connection.execute(
+        "INSERT INTO changeover.migration (name, format, spec_digest, spec) VALUES ('follows', 1, '', '{}')"
+    )
+    stores.ledger.connection.execute(
+        "INSERT INTO changeover.load (migration, store, source, target, state, applied)"
+        " VALUES ('follows', 'old', 'public.follows', 'new', 'closed', '0/0')"
+    )
+    endpoints = {origin: stores.endpoint(origin) for origin in Origin}
+    return make_comparisons(positions=LedgerPositions(endpoints, stores.new_dsn, "follows", "new", "test"))
+
+
+def offered(stores: Stores, applied: str, told: str) -> None:
+    stores.ledger.connection.execute("UPDATE changeover.load SET applied = %s, told = %s", [applied, told])
+
+
+def test_a_difference_waits_until_the_other_store_has_what_the_authority_had(stores: Stores, by_position: Comparisons) -> None:
+    experiment = Recorded()
+    put(stores, Origin.OLD, 1, "late")
+    offer(by_position, experiment, [{"subject": 1, "note": "late"}])
+    assert not by_position.drain(1.5), "longer than all looks by the clock take"
+    put(stores, Origin.NEW, 1, "late")
+    offered(stores, EVERYTHING, EVERYTHING)
+    assert by_position.drain(PATIENCE)
+    assert [(result.matched, result.looks) for result in experiment.results] == [(True, 2)]
+
+
+def test_a_difference_of_which_the_stream_told_nothing_is_a_mismatch(stores: Stores, by_position: Comparisons) -> None:
+    experiment = Recorded()
+    put(stores, Origin.OLD, 1, "here alone")
+    offered(stores, EVERYTHING, "0/0")
+    offer(by_position, experiment, [{"subject": 1, "note": "here alone"}])
+    assert by_position.drain(PATIENCE)
+    assert [(result.mismatched, result.looks) for result in experiment.results] == [(True, 2)]
+    assert by_position.counters()["mismatched"] == 1
+
+
+def test_what_is_told_of_at_every_look_is_inconclusive_and_no_match(stores: Stores, by_position: Comparisons) -> None:
+    experiment = Recorded()
+    put(stores, Origin.OLD, 1, "now")
+    offered(stores, EVERYTHING, EVERYTHING)
+    offer(by_position, experiment, [{"subject": 1, "note": "now"}])
+    assert by_position.drain(PATIENCE)
+    [result] = experiment.results
+    assert (result.inconclusive, result.mismatched, result.matched) == (True, False, False)
+    counters = by_position.counters()
+    assert (counters["inconclusive"], counters["compared"]) == (1, 0)
+
+
+def test_an_authority_that_answers_otherwise_each_time_is_inconclusive(stores: Stores, by_position: Comparisons) -> None:
+    experiment, answers = Recorded(), itertools.count(1)
+    offered(stores, EVERYTHING, "0/0")
+    reads = {Origin.OLD: lambda cursor: next(answers), Origin.NEW: lambda cursor: 0}
+    offer(by_position, experiment, 0.5, reads=reads)
+    assert by_position.drain(PATIENCE)
+    assert [result.inconclusive for result in experiment.results] == [True]
 
 
 def test_an_error_is_never_a_match(stores: Stores, make_comparisons: MakeComparisons) -> None:
@@ -210,7 +274,7 @@ def test_a_failing_hook_goes_to_raised_and_hurts_nothing(
         raise RuntimeError("the hook failed")
 
     monkeypatch.setattr(experiment, hook, fail)
-    offer(comparisons, experiment, [{"from_user": 1, "note": "old"}])
+    offer(comparisons, experiment, [{"subject": 1, "note": "old"}])
     offer(comparisons, next_one, [])
     assert comparisons.drain(PATIENCE)
     assert experiment.failures == [hook]

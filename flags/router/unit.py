@@ -1,0 +1,103 @@
+"""A unit of work: the store that serves it, as the application's block or function gets it (application).
+
+For a write it is one transaction of the store that has authority. Where the application mirrors,
+the unit says which rows it wrote, and they are offered to the other store after the COMMIT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import psycopg
+from ldclient.migrations.types import Origin, Stage
+
+from changeover.errors import Refused
+from changeover.flags.router.endpoint import Change, Cursor, Tenant, as_text
+from changeover.position import Version
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class RoutedStore:
+    """The store that serves one unit of work.
+
+    `origin` says which one it is, `stage` at which stage this process acts, `epoch` since which move of authority. `version` and
+    `mirrored` are of a write whose rows are mirrored, once it is committed: `mirrored` says that they were queued for the other
+    store, not that they are there.
+    """
+
+    origin: Origin
+    stage: Stage
+    epoch: int
+    cursor: Cursor
+    changes: list[Change] = field(default_factory=list)
+    version: Version | None = None
+    mirrored: bool = False
+
+    @property
+    def connection(self) -> psycopg.Connection[Any]:
+        """Return the session, for more cursors; its transaction is the router's to end."""
+        return self.cursor.connection
+
+    def of(self, old: Value, new: Value) -> Value:
+        """Return what belongs to this store, of what there is for the old one and for the new one.
+
+        Args:
+            old: The old store's statement, function or other value.
+            new: The new store's.
+
+        Returns:
+            One of the two.
+        """
+        return old if self.origin is Origin.OLD else new
+
+    def execute(self, statement: Any, parameters: Any = None) -> Cursor:
+        """Run a statement on the unit's cursor.
+
+        Args:
+            statement: The statement, as psycopg takes it.
+            parameters: Its parameters, as psycopg takes them.
+
+        Returns:
+            The cursor.
+
+        Raises:
+            psycopg.Error: The store refuses it.
+        """
+        return self.cursor.execute(statement, parameters)
+
+    def mirror(self, changes: Sequence[Change]) -> None:
+        """Say which rows were written, for `flag.mirror = "application"`; elsewhere it is not needed, and does nothing.
+
+        Args:
+            changes: Every row written, whole: `returned(cursor)` after `RETURNING *`. For a key change that is the old row as
+                deleted, and the new one.
+
+        Raises:
+            TypeError: Something else is given.
+        """
+        if not isinstance(changes, (list, tuple)) or not all(isinstance(change, Change) for change in changes):
+            raise TypeError("mirror() takes a list of Change: `returned(cursor)` after RETURNING *")
+        self.changes.extend(changes)
+
+    def require_tenant(self, column: str, tenant: Tenant) -> None:
+        """Refuse mirrored rows of another tenant than the unit's, before they are committed; the message has no value of a row.
+
+        Args:
+            column: The column that holds a row's tenant.
+            tenant: The unit's tenant, as text.
+
+        Raises:
+            Refused: A row is of another tenant.
+        """
+        for change in self.changes:
+            if column not in change.row:
+                raise TypeError(f"a mirrored row is without {column}, its tenant: return whole rows by RETURNING *")
+            if as_text(change.row[column]) != tenant:
+                raise Refused(
+                    f"a write returned a row whose {column} is not the tenant that it was called for, and was rolled back: write"
+                    " the rows of each tenant by a call of their own, a key change from one to another as a delete and an insert"
+                )
