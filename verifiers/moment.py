@@ -17,12 +17,13 @@ from changeover.jobs.guarantee import assumptions
 from changeover.jobs.ledger.epochs import shares
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import CLOSED, Authority
+from changeover.jobs.ledger.records import CLOSED, OLD_STORE, Authority
 from changeover.jobs.load.prepared import Prepared
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.catalog import SourceTable, source_table
-from changeover.jobs.source.changes import change_source
-from changeover.jobs.source.marker import emit_marker, mark
+from changeover.jobs.source.changes import SlotSource, change_source
+from changeover.jobs.source.marker import emit_marker
+from changeover.jobs.source.replication import slot_of
 from changeover.jobs.spool.waiting import await_spool
 from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
@@ -30,7 +31,7 @@ from changeover.session import Connection, application_name, connect, wal_positi
 from changeover.spec import Spec
 from changeover.stores import open_store
 from changeover.stores.base.interface import Frozen
-from changeover.stores.base.reader import ExportedSnapshot
+from changeover.stores.base.reader import ExportedSnapshot, Taken
 from changeover.stores.postgres.store import exporting, file_watch, frozen_at
 from changeover.verifiers.compare.split_authority import Split
 from changeover.verifiers.unchecked import Names, Unchecked
@@ -50,7 +51,8 @@ class Moment:
     """The moment of one verification: the states of the old store's tables, at a position of its log, and of the targets'.
 
     `aligned` says that the new store has authority, of some tenants at least, and that the old store and the lake have what it had
-    told up to one position.
+    told up to one position. `exact` says that nobody has written past that position to what is held: nothing has to be judged
+    again.
     """
 
     source_lsn: int
@@ -58,6 +60,7 @@ class Moment:
     targets: dict[tuple[str, str], Frozen]
     tables: dict[str, SourceTable]
     aligned: bool = False
+    exact: bool = False
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def held_still(
     with ExitStack() as held, connect(spec.source.dsn.resolve(), application_name(spec.name, "verify")) as old:
         tables = _tables(old, spec, chosen, unchecked)
         holding = _Holding(held, spec, spark, ledger, prepared, chosen, unchecked, old, tables)
-        moment = holding.aligned(split) if split.at_old else holding.as_it_is(split)
+        moment = holding.take(split)
         holding.ask()
         yield moment
 
@@ -87,12 +90,18 @@ class _Holding:
     old: Connection
     tables: dict[str, SourceTable]
 
+    def take(self, split: Split) -> Moment:
+        """Hold both sides, at one position of the log of the store that has authority."""
+        if split.at_old:
+            return self.aligned(split)
+        return self.as_it_is(split) if self._mirrored() else self.of_new(split)
+
     def aligned(self, split: Split) -> Moment:
         """Take a position X, offer every event below it, and hold the targets before any above it is."""
         watches = self._watches()
         every, lakes = self._targets(split)
         with ExitStack() as leases:
-            for target in [*([reverse.OLD_STORE] if split.at_new else []), *every]:
+            for target in [*([OLD_STORE] if split.at_new else []), *every]:
                 leases.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
             split.require_unmoved(self.ledger, self._first)
             limit = None
@@ -107,7 +116,36 @@ class _Holding:
             self._replay_to(replay, aligned.end, every)
             targets = self._freeze_targets()
         sources = self._freeze_sources(aligned.holder, aligned.snapshot, aligned.end, watches)
-        return Moment(aligned.end, sources, targets, self.tables, aligned=split.at_new)
+        exact = not split.at_new and not self._mirrored()
+        return Moment(aligned.end, sources, targets, self.tables, aligned=split.at_new, exact=exact)
+
+    def _mirrored(self) -> bool:
+        """Return whether an application writes to both stores, by what the spec says or by what a router was heard to do."""
+        heard = (name for beat in self.ledger.heartbeats() for name in beat.counters)
+        return self.spec.mirrors or any(name.startswith("mirror_") for name in heard)
+
+    def of_new(self, split: Split) -> Moment:
+        """Take a position of the new store's log, which has all authority, and offer every event below it to the others."""
+        _, lakes = self._targets(split)
+        with ExitStack() as leases:
+            for target in (OLD_STORE, *lakes):
+                leases.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+            split.require_unmoved(self.ledger, self._first)
+            split.require_reverse(self.ledger, self._first)
+            watches = self._watches()
+
+            def taken() -> tuple[Connection, ExportedSnapshot]:
+                # its snapshot shows exactly what the new store's stream has below it
+                source = SlotSource(reverse.new_dsn(self.spec), self.spec.name, slot_of(self.spec))
+                aligned = source.aligned("verify", self.held)
+                self._bring_back(lakes, aligned.end)
+                return aligned.holder, aligned.snapshot
+
+            targets = self._freeze_targets(taken)
+            holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
+            lsn = wal_position(holder)
+            sources = self._freeze_sources(holder, exported, lsn, watches)
+        return Moment(lsn, sources, targets, self.tables, aligned=True, exact=True)
 
     def as_it_is(self, split: Split) -> Moment:
         """Hold both as they are, once the old store and the lakes have what the new one wrote, where they get it."""
@@ -115,7 +153,7 @@ class _Holding:
         with ExitStack() as leases:
             aligned = _comes_back(self.ledger, lakes, self._first, split.changes)
             if aligned:
-                for target in (reverse.OLD_STORE, *lakes):
+                for target in (OLD_STORE, *lakes):
                     leases.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
                 self._bring_back_to_now(lakes)
             targets = self._freeze_targets()
@@ -158,25 +196,36 @@ class _Holding:
 
     def _bring_back_to_now(self, lakes: Sequence[str]) -> int:
         """Offer what was written to the new store to the old store and the lakes, whose leases are held; return up to where."""
+        with connect(reverse.new_dsn(self.spec), self._application) as new:
+            position = wal_position(new)
+        self._bring_back(lakes, position)
+        return position
+
+    def _bring_back(self, lakes: Sequence[str], position: int) -> None:
+        """Offer every event of the new store's log below a position to the old store and the lakes."""
         replay = Replay(self.spec, self.spark, self.ledger, self.prepared)
         with connect(reverse.new_dsn(self.spec), self._application) as new:
-            position = mark(new, "verify")
+            emit_marker(new, "verify")
         await_spool(replay.ledger, replay.back.checkpoint.spool, position, "the new store's stream", step="capture-new")
         replay.back.limit = position
         replay.bring_back()
         if lakes:
             replay.offer(targets=lakes)
-        return position
 
-    def _freeze_targets(self) -> dict[Names, Frozen]:
-        """Hold all tables of each target, by as many sessions however many tables there are."""
+    def _freeze_targets(self, taken: Taken | None = None) -> dict[Names, Frozen]:
+        """Hold all tables of each target, by as many sessions however many tables there are.
+
+        What takes the snapshot of the store that has authority brings the others up to it, so that one comes first.
+        """
         frozen = {}
         left = self.unchecked.left(self.chosen)
-        for target in dict.fromkeys(target for _, target in left):
+        authority = self.spec.flag.target if taken is not None and self.spec.flag is not None else None
+        for target in sorted({target for _, target in left}, key=lambda name: (name != authority, name)):
             tables = {names: load.target for names, load in left.items() if names[1] == target}
             with self.unchecked.at(tables):
                 store = self.held.enter_context(open_store(self.spec, self.spec.targets[target], "verify"))
-                hold = self.held.enter_context(store.freeze(self.spark, list(tables.values()), PARTS))
+                its = taken if target == authority else None
+                hold = self.held.enter_context(store.freeze(self.spark, list(tables.values()), PARTS, its))
                 for names, table in tables.items():
                     with self.unchecked.at([names]):
                         frozen[names] = hold(table)

@@ -32,7 +32,7 @@ class RunSummary:
     rows: int | None = None
     rate: float | None = None
     lag: int | None = None
-    ghosts_prevented: int | None = None
+    changed_meanwhile: int | None = None
     mismatches: int | None = None
 
     def figures(self) -> Iterator[tuple[str, str]]:
@@ -45,7 +45,7 @@ class RunSummary:
             "rows": (self.rows, "{:,}"),
             "rows a second": (self.rate, "{:,.0f}"),
             "bytes of WAL behind": (self.lag, "{:,}"),
-            "ghosts prevented": (self.ghosts_prevented, "{:,}"),
+            "changed during the copy": (self.changed_meanwhile, "{:,}"),
             "mismatches": (self.mismatches, "{:,}"),
         }
         return ((label, form.format(value)) for label, (value, form) in labels.items() if value is not None)

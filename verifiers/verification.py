@@ -1,15 +1,19 @@
 """Verification: both sides brought to one moment, every row compared, the verdict put on record.
 
-While the old store has authority the moment is exact. A temporary slot, or a tick of the trigger
-log, gives an LSN X and its snapshot. Replay applies every event below X and none at or above. Then
-each target is frozen and replay goes on. Where the application writes to both stores, a target may
-be ahead of X, so differing keys are judged again (`recheck`). After authority has moved the old
-store is compared with the new one as both are. The lake is compared with the rows that no mirrored
-write has touched ahead of the stream. Without a reverse path the lake stays at the fence, and is
-compared with the rows that no later write touched at all. While tenants are at both stores it is
-both. First what was written to the new store comes back up to one position, then X is taken, of all
-other rows. Differing keys are judged again with both directions moving. A table that can't be
-checked keeps no other from its verdict: its reason is raised when the others have theirs.
+The moment is exact. A temporary slot, or a tick of the trigger log, gives an LSN X and its
+snapshot. Replay applies every event below X and none at or above. Then each target is frozen and
+replay goes on. After authority has moved it is the same with the new store's log: the old store and
+the lakes get every event below X. Only replay writes to the other stores, so nothing is judged
+again.
+
+It is not exact where the application mirrors its own writes (`flag.mirror = "application"`). A
+target may then be ahead of X, so differing keys are judged again (`recheck`). After authority has
+moved the old store is then compared with the new one as both are, and the lake with the rows that
+no mirrored write has touched ahead of the stream. Without a reverse path the lake stays at the
+fence, and is compared with the rows that no later write touched at all. While tenants are at both
+stores it is both. First what was written to the new store comes back up to one position, then X is
+taken, of all other rows. Differing keys are judged again with both directions moving. A table that
+can't be checked keeps no other from its verdict: its reason is raised when the others have theirs.
 """
 
 from __future__ import annotations
@@ -27,9 +31,9 @@ from changeover.errors import CouldNotCheck, RowRefused, TextRefused
 from changeover.jobs.apply.rounds import Replay
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.records import OLD_STORE
 from changeover.jobs.load import badrow
 from changeover.jobs.load.prepared import require_prepared
-from changeover.jobs.reverse import path as reverse
 from changeover.jobs.transform import masking
 from changeover.jobs.transform.transform import Transform
 from changeover.session import application_name
@@ -123,7 +127,7 @@ class _Comparison:
         run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{self.source}-{self.target}"
         old, new = self.moment.sources[self.source], self.moment.targets[self.source, self.target]
         frames = (self._ranged(old, self.transform), self._ranged(new, None))
-        follows_new = self.split.at_new and not self._takes_over()
+        follows_new = self.split.at_new and not self._takes_over() and not self.moment.exact
         if follows_new:
             frames = unchanged.rows(self.spark, self.transform, old, frames, aligned=self.moment.aligned)
         mask = masking.of_target(self.transform.table, self.transform.derivations)
@@ -140,7 +144,8 @@ class _Comparison:
             raise next(filter(None, refusals), refused) from refused
         self._require_whole(diff, old, new, every_row=not follows_new)
         again = None
-        if diff.differing_keys and self._takes_over() and recheck.dual_written(self.ledger, self.split.changes):
+        in_flight = self._takes_over() and not self.moment.exact and recheck.dual_written(self.ledger, self.split.changes)
+        if diff.differing_keys and in_flight:
             diff, again = self._recheck(diff, differences, run)
         return Verdict.of(
             diff, run=run, positions=Positions(self.moment.source_lsn, new.position),
@@ -216,7 +221,7 @@ class _Comparison:
                 if self.split.at_old:
                     replay.round(targets=[self.target])
                 if self.moment.aligned:
-                    with ledger.lease(lease_of(reverse.OLD_STORE), wait_seconds=LEASE_SECONDS):
+                    with ledger.lease(lease_of(OLD_STORE), wait_seconds=LEASE_SECONDS):
                         replay.bring_back()
 
             with from_spark(self.source, f"keys of {self.target} that are judged again"):

@@ -24,7 +24,7 @@ from changeover.flags.router.router import Change, Router, returned
 from changeover.verifiers import moment
 from changeover.verifiers.compare import recheck
 from tests.support.fix_accounts import wait_for_writes
-from tests.support.fix_flags import PATIENCE, PATIENT
+from tests.support.fix_flags import PATIENCE, PATIENT, wrote
 from tests.support.fix_migration import STORE, MakeMigration, Migration
 
 ACCOUNTS = """
@@ -39,6 +39,7 @@ key = ["id", "part"]
 [flag]
 key = "accounts-store"
 target = "store"
+mirror = "application"
 """
 WRITTEN = 200
 """Rows up to this one are the application's; it never writes the others."""
@@ -76,7 +77,7 @@ def put(router: Router, number: int, amount: Decimal) -> None:
 
         return write
 
-    router.write(old=to("accounts"), new=to("ledgers"))
+    wrote(router, to("accounts"), to("ledgers"))
 
 
 @contextmanager

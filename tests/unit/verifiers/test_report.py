@@ -73,7 +73,7 @@ def test_the_page_says_all_and_loads_nothing() -> None:
     tags = Tags(report.to_html([EQUAL, DIFFERENT], SUMMARY))
     for expected in (
         "different", "public.follows", "16/B374D848", "version 7", "mismatched", "41 and 42", "10 of 12 differing rows",
-        "2 in flight", "(5, a) to +∞", "200,000", "ghosts prevented", "backfill", "12.5 s", "250 ms",
+        "2 in flight", "(5, a) to +∞", "200,000", "changed during the copy", "backfill", "12.5 s", "250 ms",
     ):  # fmt: skip
         assert expected in tags.text
     assert tags.assets == []

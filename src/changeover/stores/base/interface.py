@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
-    from changeover.stores.base.reader import Reading
+    from changeover.stores.base.reader import Reading, Taken
 
 HASHED = "sha256:"
 """How the hash begins that stands for a value of a sensitive column."""
@@ -386,7 +386,7 @@ class Store(Protocol):
         ...
 
     def freeze(
-        self, spark: SparkSession, tables: Sequence[TargetTable], parts: int
+        self, spark: SparkSession, tables: Sequence[TargetTable], parts: int, taken: Taken | None = None
     ) -> AbstractContextManager[Callable[[TargetTable], Frozen]]:  # fmt: skip
         """Hold a state of tables that verification reads, by however many sessions (verify).
 
@@ -394,6 +394,8 @@ class Store(Protocol):
             spark: The Spark session.
             tables: The target tables.
             parts: About how many key ranges a table is read in, where the store has an order.
+            taken: What takes the snapshot, once the tables' files are known; None takes one of now.
+                A store without snapshots is never given one.
 
         Returns:
             A context manager. It yields a function from a table to its state, which raises what

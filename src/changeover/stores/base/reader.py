@@ -6,7 +6,7 @@ and takes ACCESS SHARE, before its query runs. Columns arrive in the types of `p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,10 @@ class ExportedSnapshot:
 
     name: str
     visible: str
+
+
+Taken = Callable[[], tuple[Connection, ExportedSnapshot]]
+"""Takes a snapshot of a store: the session that holds it, and its name for others to import."""
 
 
 @dataclass(frozen=True)

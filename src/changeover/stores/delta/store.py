@@ -47,7 +47,7 @@ from changeover.stores.base.interface import (
     TargetTable,
 )
 from changeover.stores.base.pgtypes import Column, postgres_type
-from changeover.stores.base.reader import EVERYTHING
+from changeover.stores.base.reader import EVERYTHING, Taken
 from changeover.stores.base.taskresult import OUTCOME
 from changeover.stores.delta import merges
 from changeover.stores.delta.appends import (
@@ -327,7 +327,7 @@ class DeltaStore:
 
     @contextmanager
     def freeze(
-        self, spark: SparkSession, tables: Sequence[TargetTable], parts: int
+        self, spark: SparkSession, tables: Sequence[TargetTable], parts: int, taken: Taken | None = None
     ) -> Iterator[Callable[[TargetTable], Frozen]]:  # fmt: skip
         """Name a table's present version, which no later commit changes; it has no order of keys, so one range."""
         yield lambda table: self._frozen(spark, table)

@@ -7,7 +7,7 @@ read back, for verification, is one exported snapshot, held open by a session of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,7 +25,7 @@ from changeover.stores.base.fits import holds
 from changeover.stores.base.interface import LSN, VERSION_COLUMNS, Collected, Counts, Frozen, Mark, TargetTable
 from changeover.stores.base.pgtypes import Column, source_type
 from changeover.stores.base.ranges import plan_ranges
-from changeover.stores.base.reader import ExportedSnapshot, Reading, ReadTable, read_table
+from changeover.stores.base.reader import ExportedSnapshot, Reading, ReadTable, Taken, read_table
 from changeover.stores.base.statements import CLOSE, Part
 from changeover.stores.base.taskresult import OUTCOME
 from changeover.stores.postgres import garbage, gate, refusal, replica
@@ -236,11 +236,11 @@ class PostgresStore:
 
     @contextmanager
     def freeze(
-        self, spark: SparkSession, tables: Sequence[TargetTable], parts: int
+        self, spark: SparkSession, tables: Sequence[TargetTable], parts: int, taken: Taken | None = None
     ) -> Iterator[Callable[[TargetTable], Frozen]]:  # fmt: skip
         """Hold one exported REPEATABLE READ snapshot of all the tables open; the position is the insert LSN read inside it."""
         reads = {table: self._read(table) for table in tables}
-        with freeze(spark, self.dsn, self.application, list(reads.values()), parts) as hold:
+        with freeze(spark, self.dsn, self.application, list(reads.values()), parts, taken) as hold:
             yield lambda table: hold(reads[table])
 
     def _read(self, table: TargetTable) -> ReadTable:
@@ -324,7 +324,7 @@ SERVER = ReadTable("pg_catalog", "pg_class", (Column("relpages", "integer", "int
 
 @contextmanager
 def freeze(
-    spark: SparkSession, dsn: str, application: str, tables: Sequence[ReadTable], parts: int
+    spark: SparkSession, dsn: str, application: str, tables: Sequence[ReadTable], parts: int, taken: Taken | None = None
 ) -> Iterator[Callable[[ReadTable], Frozen]]:  # fmt: skip
     """Hold one state of tables in PostgreSQL, by two sessions however many they are (driver).
 
@@ -337,6 +337,7 @@ def freeze(
         application: The sessions' name in pg_stat_activity.
         tables: The tables.
         parts: Into how many ranges a table is divided at most.
+        taken: What takes the snapshot, whose holder outlives the block; None takes one of now.
 
     Yields:
         What plans one of the tables.
@@ -346,7 +347,7 @@ def freeze(
     """
     with connect(dsn, application) as watch:
         same_file = {table: file_watch(watch, table) for table in tables}
-        with exporting(dsn, application) as (holder, snapshot):
+        with exporting(dsn, application) if taken is None else nullcontext(taken()) as (holder, snapshot):
             position = format_lsn(wal_position(holder))
             yield lambda table: frozen_at(spark, dsn, application, table, snapshot, position, holder, parts, same_file[table])
 

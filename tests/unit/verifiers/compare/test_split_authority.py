@@ -6,6 +6,7 @@ import pytest
 
 from changeover.errors import CouldNotCheck
 from changeover.jobs.ledger.epochs import NEW, OLD
+from changeover.jobs.ledger.records import OLD_STORE
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
 from changeover.verifiers.compare.split_authority import Split
@@ -40,7 +41,7 @@ def test_without_reverse_replication_there_is_no_answer(split: Stores) -> None:
     assert path is not None
     split.move(NEW, 100, path.l0 + 8, "7")
     seen(split).require_reverse(split.ledger, "follows")
-    split.ledger.stop("the old store refused a row", target=reverse.OLD_STORE, store=NEW)
+    split.ledger.stop("the old store refused a row", target=OLD_STORE, store=NEW)
     with pytest.raises(CouldNotCheck, match=r"the tenant 7: the new store has authority, .* does not follow: .* refused a row"):
         seen(split).require_reverse(split.ledger, "follows")
     reverse.break_off(split.ledger, "its slot is gone")
