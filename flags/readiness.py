@@ -65,6 +65,10 @@ class Evidence:
     stopped: Mapping[str, str] = field(default_factory=dict)
     """Why each table is stopped that is, or will be at the next look."""
     rights: Rights = field(default_factory=Rights)
+    mirrors: bool = False
+    """Whether the application mirrors its writes itself."""
+    replaying: bool = True
+    """Whether a replay runs, by its session with the ledger."""
 
     @property
     def acting(self) -> Stage:
@@ -109,7 +113,8 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
         sources=tuple(t.source for t in spec.tables), target=flag_of(spec).target, reverse_path=state(spec, ledger),
         rogue=tuple(rogue(spec, ledger)), everybodys=everybodys,
         rights=rights(spec) if takes_over(before, after) else Rights(),
-        stopped={**altered, **(ledger.stopped() if ledger.exists() else {})},
+        stopped={**altered, **(ledger.stopped() if ledger.exists() else {})}, mirrors=spec.mirrors,
+        replaying=ledger.is_connected("replay"),
     )  # fmt: skip
 
 
@@ -216,6 +221,24 @@ def _lag_small(e: Evidence) -> list[str]:
     return reasons
 
 
+def _streams_run(e: Evidence) -> list[str]:
+    """Before both stores are to get every write: what brings it runs, where nothing else does."""
+    if e.after is not Stage.DUALWRITE or e.mirrors or e.replaying:
+        return []
+    return ["replay is not running, which brings every write to the new store: start `changeover replay --follow`"]
+
+
+def _way_back(e: Evidence) -> list[str]:
+    """Before the new store takes over: what is written to it will reach the old one, or nobody can go back without losing it."""
+    way = e.reverse_path
+    if e.mirrors or not takes_over(e.before, e.after) or way is None or way.lacking is None:
+        return []
+    return [
+        f"nothing would keep the old store up to date after the step, and a rollback would lose every write: {way.lacking};"
+        ' mend that, or set flag.mirror to "application"'
+    ]
+
+
 def _replay_past_dualwrite(e: Evidence) -> list[str]:
     """Before reads are compared: what was written to the old store alone, before the mirror began, must be in the new one."""
     if e.after is not Stage.SHADOW:
@@ -305,8 +328,8 @@ def _application_may_write(e: Evidence) -> list[str]:
 
 
 RULES: tuple[Callable[[Evidence], list[str]], ...] = (
-    _nothing_stopped, _loads_closed, _verdict_fresh, _processes_present, _lag_small, _replay_past_dualwrite,
-    _comparisons_clean, _mirror_whole, _reverse_open, _nothing_rogue, _application_may_write,
+    _nothing_stopped, _loads_closed, _verdict_fresh, _processes_present, _lag_small, _streams_run, _replay_past_dualwrite,
+    _comparisons_clean, _mirror_whole, _way_back, _reverse_open, _nothing_rogue, _application_may_write,
 )  # fmt: skip
 
 

@@ -55,9 +55,9 @@ class Shown:
     """The page for the night: where the migration stands, what speaks against the next step, and what each step costs.
 
     `stage` is the one at which routers act; `desired` is the flag's, which waits for a fence where the two differ. `loses` is
-    how many writes of rows the step down, to `back`, would leave behind. `apart` are the tenants at the other store. `notes`
-    say how it was found out whether the application may write to the new store, and which open transactions a fence would wait
-    for now.
+    how many writes of rows the step down, to `back`, would leave behind, None if every one since authority moved. `apart` are
+    the tenants at the other store. `notes` say how it was found out whether the application may write to the new store, and
+    which open transactions a fence would wait for now.
     """
 
     stage: Stage
@@ -66,7 +66,7 @@ class Shown:
     next: Stage | None
     reasons: Sequence[str]
     back: Stage | None
-    loses: int
+    loses: int | None
     heartbeats: Sequence[Heartbeat]
     longest_pause: float
     reverse_path: reverse.State | None
@@ -105,7 +105,7 @@ def show(spec: Spec) -> Shown:
         if above and (apart := together(known, above)):
             reasons = [apart, *reasons]
         back = None if history.completed(history.switches(ledger)) else _below(spec, known)[1]
-        loses = switch.expected(ledger, known.epochs(Origin.NEW) if back and TABLE[back].writes is Origin.OLD else ())
+        loses = switch.expected(spec, ledger, known.epochs(Origin.NEW) if back and TABLE[back].writes is Origin.OLD else ())
         return Shown(
             stage, desired, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
             reverse.state(spec, ledger), rogue(spec, ledger), by_name.apart(known),
@@ -185,7 +185,7 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
             raise Refused(f"flags rollback: {before.value} is the first stage, there is none below")
         epochs = known.epochs(Origin.NEW) if TABLE[after].writes is Origin.OLD else frozenset()
         fenced = switch.switch_flag(spec, ledger, before, after)
-        lost = switch.lost(ledger, epochs, fenced) if fenced else 0
+        lost = switch.lost(spec, ledger, epochs, fenced) if fenced else 0
         lacking = fenced.lacking if fenced else None
         _record(spec, ledger, history.ROLLED_BACK, before, after, {"lost": lost, "lacking": lacking})
         return Advanced(before, after, _epoch(ledger), fenced.pause_seconds if fenced else None, lost, lacking)
@@ -313,7 +313,7 @@ def _follow_everybody(spec: Spec, ledger: Ledger, desired: Stage, known: Observa
     else:
         require_reverse(ledger, before)
     fenced = fence(spec, to)
-    lost = switch.lost(ledger, known.epochs(Origin.NEW), fenced) if to is Origin.OLD else 0
+    lost = switch.lost(spec, ledger, known.epochs(Origin.NEW), fenced) if to is Origin.OLD else 0
     _record(spec, ledger, history.FOLLOWED, before, desired, {"epoch": fenced.epoch, "pause": fenced.pause_seconds, "lost": lost})
     return sentence(f"the flag was switched from {before.value} to {desired.value}", fenced, lost)
 

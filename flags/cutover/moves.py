@@ -100,7 +100,7 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[Tenant]) -> Advanced:
     epochs = known.epochs(Origin.NEW, going)
     missing = unknown(spec, chosen)
     fenced = switch.move_authority(spec, ledger, Stage.SHADOW, chosen)
-    lost = switch.lost(ledger, epochs, fenced)
+    lost = switch.lost(spec, ledger, epochs, fenced)
     entry = {"tenants": chosen[:NAMED], "count": len(chosen), "epoch": fenced.epoch, "lost": lost, "lacking": fenced.lacking}
     history.record_tenants(ledger, history.ROLLED_BACK, Stage.LIVE, Stage.SHADOW, entry)
     return Advanced(Stage.LIVE, Stage.SHADOW, fenced.epoch, fenced.pause_seconds, lost, fenced.lacking, tuple(going), missing)
@@ -116,16 +116,17 @@ def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
     else:
         require_reverse(ledger, before)
     fenced = fence(spec, to, tenants=names)
-    lost = switch.lost(ledger, known.epochs(Origin.NEW, names), fenced) if to is Origin.OLD else 0
+    lost = switch.lost(spec, ledger, known.epochs(Origin.NEW, names), fenced) if to is Origin.OLD else 0
     outcome = {"epoch": fenced.epoch, "pause": fenced.pause_seconds, "lost": lost}
     entry = {"tenants": list(names[:NAMED]), "count": len(names), **outcome}
     history.record_tenants(ledger, history.FOLLOWED, before, after, entry)
     return sentence(f"the flag was switched to {after.value} for {some(names)}", fenced, lost)
 
 
-def sentence(switched: str, fenced: Fenced, lost: int) -> str:
+def sentence(switched: str, fenced: Fenced, lost: int | None) -> str:
     """Return what `flags watch` says of a switch that it followed over the fence (pure)."""
-    left = f"; lost: {lost} writes that never reached the old store" if lost else ""
+    what = "every write since authority had moved" if lost is None else f"{lost} writes"
+    left = "" if lost == 0 else f"; lost: {what} that never reached the old store"
     return (
         f"{switched}: the {fenced.store} store has authority (epoch {fenced.epoch}),"
         f" writers were held up {fenced.pause_seconds:.2f} s at most{left}"

@@ -30,9 +30,9 @@ class Advanced:
     """A step that was done, up or down, of all rows or of the tenants that are named.
 
     `pause_seconds` is how long the fence held writers up, None without a fence. `lost` is how many
-    writes of rows a step down left behind in the new store, as far as routers know: they never
-    reached the old one. `lacking` is why the old store got only what their mirrors brought, None
-    where it got everything. `unknown` are the named tenants of which neither store has a row.
+    writes of rows a step down left behind in the new store, as far as routers that mirror know:
+    they never reached the old one. None is every write since authority had moved. `lacking` is why
+    the old store did not get everything, None where it did. `unknown` are the named tenants of which neither store has a row.
     `notes` say how it was found out whether the application may write to the store that took over.
     """
 
@@ -40,7 +40,7 @@ class Advanced:
     after: Stage
     epoch: int
     pause_seconds: float | None
-    lost: int = 0
+    lost: int | None = 0
     lacking: str | None = None
     tenants: tuple[str, ...] | None = None
     unknown: tuple[str, ...] = ()
@@ -138,13 +138,15 @@ def require_reverse(ledger: Ledger, before: Stage) -> None:
         raise Refused("flags rollback: complete was reached and is final: the old store lacks every write since")
 
 
-def expected(ledger: Ledger, epochs: Collection[int]) -> int:
-    """Return how many writes a step down would lose of those made under some epochs of the new store."""
+def expected(spec: Spec, ledger: Ledger, epochs: Collection[int]) -> int | None:
+    """Return how many writes a step down would lose of those made under some epochs of the new store; None is all of them."""
     if not epochs or reverse.whole(ledger) is None:
         return 0
-    return readiness.lost(ledger.heartbeats(), epochs, ledger.now())
+    return readiness.lost(ledger.heartbeats(), epochs, ledger.now()) if spec.mirrors else None
 
 
-def lost(ledger: Ledger, epochs: Collection[int], fenced: Fenced) -> int:
-    """Return how many writes a fence back has lost: none where the reverse path brought them all."""
-    return readiness.lost(ledger.heartbeats(), epochs, ledger.now()) if fenced.lacking is not None else 0
+def lost(spec: Spec, ledger: Ledger, epochs: Collection[int], fenced: Fenced) -> int | None:
+    """Return how many writes a fence back has lost: none where the reverse path brought them all; None is all of them."""
+    if fenced.lacking is None:
+        return 0
+    return readiness.lost(ledger.heartbeats(), epochs, ledger.now()) if spec.mirrors else None

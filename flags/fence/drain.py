@@ -2,7 +2,7 @@
 
 Before the pause it draws near, while writers go on. In the pause the losing store refuses, and all
 below its position at that moment must reach the other one. Its stream brings it. On a rollback
-whose stream is not whole, the routers' mirrors do. Everything runs where `changeover flags` runs.
+whose stream is not whole, only mirrors of routers may. Everything runs where `changeover flags` runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from changeover.flags.readiness import mirrors
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import NEW
+from changeover.jobs.ledger.records import NEW, OLD_STORE
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.source.marker import emit_marker
@@ -59,7 +59,7 @@ def hand_over(handover: Handover, pause: Pause, go_on: Callable[[], None], lacki
 def hand_back(handover: Handover, pause: Pause, go_on: Callable[[], None], lacking: str | None) -> tuple[int, int]:
     """Have the new store refuse, drain, and wait until the old one has everything; return where both stores' logs were then.
 
-    Where there is no whole reverse path, that is what the routers' mirrors have brought, as each says after the refusal.
+    Where there is no whole reverse path, that is what routers that mirror have brought, as each says after the refusal.
     """
     spec, ledger = handover.spec, handover.ledger
     written = _frozen(handover, pause)
@@ -72,7 +72,7 @@ def hand_back(handover: Handover, pause: Pause, go_on: Callable[[], None], lacki
         go_on()
         pause.wait(lambda: _not_back(ledger, written, pause))
     else:
-        log.warning("back by the mirror alone, which loses what it dropped: %s", lacking)
+        log.warning("back without the stream, and %s: %s", spec.without_stream, lacking)
         now, epochs = ledger.now(), observations(handover.before).epochs(Origin.NEW, handover.names)
         pause.wait(lambda: unmirrored(ledger, now, epochs))
     pause.make(Move.AWAIT)
@@ -118,7 +118,7 @@ def _frozen(handover: Handover, pause: Pause) -> int:
 
 def _not_back(ledger: Ledger, position: int, pause: Pause | None = None) -> str | None:
     """Return what is missing in the old store; in a pause what stands in the way ends the wait: the next try goes without it."""
-    late = [load for load in ledger.loads(NEW) if load.target == reverse.OLD_STORE and load.applied < position]
+    late = [load for load in ledger.loads(NEW) if load.target == OLD_STORE and load.applied < position]
     for load in late:
         if load.stopped and pause is not None:
             raise FenceCalledOff(pause.seconds, f"{load.source} to come back to the old store, which stands still: {load.stopped}")

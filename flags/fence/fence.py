@@ -31,7 +31,7 @@ from changeover.jobs.access import privileges
 from changeover.jobs.ledger import epochs
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import Authority
+from changeover.jobs.ledger.records import OLD_STORE, Authority
 from changeover.jobs.preflight.division import indivisible
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.reverse import setup as reverse_setup
@@ -207,7 +207,7 @@ def _replay_held(handover: Handover) -> Iterator[ExitStack]:
     and then for the next one.
     """
     with ExitStack() as switch:
-        target = flag_of(handover.spec).target if handover.to is Origin.NEW else reverse.OLD_STORE
+        target = flag_of(handover.spec).target if handover.to is Origin.NEW else OLD_STORE
         switch.enter_context(handover.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
         yield switch
 

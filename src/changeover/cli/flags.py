@@ -49,7 +49,9 @@ def show(spec: str, as_json: bool) -> None:
     answer({**plain(shown), **stages, "go": shown.go}, as_json, lambda: "\n".join(lines))
 
 
-def _loses(writes: int, verb: str) -> str:
+def _loses(writes: int | None, verb: str) -> str:
+    if writes is None:
+        return f"every write since the new store has authority {verb}"
     return f"{writes:,} write{'s' * (writes > 1)} that never reached the old store {verb}" if writes else f"nothing {verb}"
 
 
@@ -87,9 +89,9 @@ def _step(step: Any, as_json: bool, *, back: bool = False) -> None:
     notes = "".join(f"\n{note}" for note in step.notes)
     pause = f", writers were held up {step.pause_seconds:.2f} s at most" if step.pause_seconds is not None else ""
     lost = f"; {_loses(step.lost, 'lost')}" if back else ""
-    lost += (
-        f" as far as routers know: their mirrors alone brought the old store up to date ({step.lacking})" if step.lacking else ""
-    )
+    if step.lacking:
+        known = "as far as routers know: their mirrors alone brought" if step.lost is not None else "for nothing has brought"
+        lost += f" {known} the old store up to date ({step.lacking})"
     names = f"{some(step.tenants)}: " if step.tenants is not None else ""
     unknown = f"\nno row as yet, in either store, of {some(step.unknown)}" if step.unknown else ""
     stages = f"{step.before.value} → {step.after.value} (epoch {step.epoch}{pause})"

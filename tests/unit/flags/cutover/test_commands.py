@@ -29,8 +29,8 @@ from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.spool.table import spool_of
 from changeover.verifiers.verification import verify
-from tests.support.fix_accounts import MAX_PAUSE, add, application, following, loaded, routed, rows, switch
-from tests.support.fix_flags import PATIENCE
+from tests.support.fix_accounts import MAX_PAUSE, MIRRORED, add, application, following, loaded, routed, rows, switch
+from tests.support.fix_flags import PATIENCE, wrote
 from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
 from tests.support.fix_migration import rows as comparable
 
@@ -83,28 +83,30 @@ def test_somebody_elses_switch_waits_for_readiness_and_then_for_the_fence(moved:
         return any(words in line for line in said)
 
     hushed = threading.Event()
-    with following(moved), application(moved, hushed=hushed) as router, watching(moved) as (child, said):
-        wait_for(lambda: heard("switched from off to shadow"), "the stage on record")
-        switch(moved, Stage.LIVE)
-        wait_for(lambda: heard("not ready for live"), "a refusal")
-        assert heard("public.accounts was never verified in store")
-        assert (authority(moved).epoch, router.stage) == (0, Stage.SHADOW)
-        wait_for(lambda: router.counters()["comparisons"]["at_stage"]["compared"] >= COMPARISONS, "compared reads")
-        hushed.set()
-        assert [verdict.word for verdict in verify(moved.spec, moved.spark)] == ["equal"]
-        hushed.clear()
-        wait_for(lambda: heard("from shadow to live: the new store has authority (epoch 1)"), "the fence")
-        wait_for(lambda: router.stage is Stage.LIVE, "the router at live")
-        written = add(router, 7)
-        assert (written.origin, written.version.epoch) == (Origin.NEW, 1)
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(120) == 130
-        assert child.stderr is not None
-        assert (
-            child.stderr.read() == "changeover: interrupted in flags watch: nothing is lost, the same command goes on from here\n"
-        )
+    with following(moved):
+        with application(moved, hushed=hushed) as router, watching(moved) as (child, said):
+            wait_for(lambda: heard("switched from off to shadow"), "the stage on record")
+            switch(moved, Stage.LIVE)
+            wait_for(lambda: heard("not ready for live"), "a refusal")
+            assert heard("public.accounts was never verified in store")
+            assert (authority(moved).epoch, router.stage) == (0, Stage.SHADOW)
+            wait_for(lambda: router.counters()["comparisons"]["at_stage"]["compared"] >= COMPARISONS, "compared reads")
+            hushed.set()
+            assert [verdict.word for verdict in verify(moved.spec, moved.spark)] == ["equal"]
+            hushed.clear()
+            wait_for(lambda: heard("from shadow to live: the new store has authority (epoch 1)"), "the fence")
+            wait_for(lambda: router.stage is Stage.LIVE, "the router at live")
+            written = add(router, 7)
+            assert (written.origin, written.epoch) == (Origin.NEW, 1)
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(120) == 130
+            assert child.stderr is not None
+            assert (
+                child.stderr.read()
+                == "changeover: interrupted in flags watch: nothing is lost, the same command goes on from here\n"
+            )
+        wait_for(lambda: rows(moved.old, "accounts") == rows(moved.new, "ledgers"), "the last writes in the old store")
     assert authority(moved).store == "new"
-    assert rows(moved.old, "accounts") == rows(moved.new, "ledgers")
     with Ledger.open(moved.spec, "test") as ledger:
         recorded = [(outcome, detail["from"], detail["to"]) for _, _, outcome, detail in ledger.audits("flags")]
     assert recorded[0] == ("followed", "shadow", "live")
@@ -138,7 +140,8 @@ def test_a_stage_that_is_skipped_over_the_fence_is_refused(moved: Migration) -> 
     assert authority(moved).store == "old"
 
 
-def test_a_rollback_below_the_fence_loses_nothing(moved: Migration) -> None:
+def test_a_rollback_below_the_fence_loses_nothing(mirrored: Migration) -> None:
+    moved = mirrored
     switch(moved, Stage.DUALWRITE)
     with routed(moved) as router:
         wait_for(lambda: router.stage is Stage.DUALWRITE, "dualwrite")
@@ -152,7 +155,8 @@ def test_a_rollback_below_the_fence_loses_nothing(moved: Migration) -> None:
     assert refused.stderr == "changeover: flags rollback: off is the first stage, there is none below\n"
 
 
-def test_a_rollback_over_the_fence_prints_what_it_lost_and_writers_go_on(moved: Migration) -> None:
+def test_a_rollback_over_the_fence_prints_what_it_lost_and_writers_go_on(mirrored: Migration) -> None:
+    moved = mirrored
     moved.old.execute("ALTER TABLE accounts ADD CONSTRAINT short CHECK (length(note) < 20)")
     moved.old.execute("INSERT INTO accounts VALUES (1000, 0, 'of nobody else')")
     with following(moved), application(moved) as router:
@@ -165,7 +169,7 @@ def test_a_rollback_over_the_fence_prints_what_it_lost_and_writers_go_on(moved: 
             "what the old store refuses from the stream as well",
         )
         shown = run("show", moved)
-        assert "reverse path: the mirror alone keeps the old store up to date: public.accounts: " in shown.stdout
+        assert "reverse path: the router's mirror alone keeps the old store up to date: public.accounts: " in shown.stdout
         done = run("rollback", moved, "--json")
         told = json.loads(done.stdout)
         assert {**told, "pause_seconds": None} == {
@@ -175,7 +179,7 @@ def test_a_rollback_over_the_fence_prints_what_it_lost_and_writers_go_on(moved: 
         assert told["lacking"].startswith("public.accounts: ")
         wait_for(lambda: router.stage is Stage.SHADOW, "shadow")
         written = add(router, 3)
-        assert (written.origin, written.version.epoch) == (Origin.OLD, 2)
+        assert (written.origin, written.epoch) == (Origin.OLD, 2)
         assert "back: dualwrite: nothing would be lost" in run("show", moved).stdout
     lost = [row for row in rows(moved.new, "ledgers") if row not in rows(moved.old, "accounts")]
     assert [row[0] for row in lost] == [1000]
@@ -245,7 +249,7 @@ def test_without_a_reverse_path_the_lake_learns_by_the_echo_what_was_written_whi
     make_migration: MakeMigration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reverse_setup, "obstacles", lambda *stores: ["the new store can't tell"])
-    made = loaded(make_migration, STORE, LAKE)
+    made = loaded(make_migration, STORE, LAKE, spec=MIRRORED)
     with following(made):
         with routed(made) as router:
             add(router, 1, "before the fence")
@@ -286,13 +290,11 @@ def write_at_live(router: Router) -> None:
     add(router, 1, "at live")
     add(router, 3, "at live")
     for statement in ("DELETE FROM {} WHERE id = 4 RETURNING *", "INSERT INTO {} VALUES (1000, 1, 'opened at live') RETURNING *"):
-        deleted = statement.startswith("DELETE")
-        router.write(old=written(statement.format("accounts"), deleted), new=written(statement.format("ledgers"), deleted))
+        wrote(router, written(statement.format("accounts")), written(statement.format("ledgers")))
 
 
-def written(statement: str, deleted: bool) -> Any:
-
-    return lambda cursor: returned(cursor.execute(statement), deleted=deleted)
+def written(statement: str) -> Any:
+    return lambda cursor: returned(cursor.execute(statement.encode()), deleted=statement.startswith("DELETE"))
 
 
 def events_of_epoch_1(migration: Migration) -> list[dict[str, Any]]:

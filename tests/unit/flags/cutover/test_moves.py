@@ -316,7 +316,7 @@ def test_the_page_names_the_tenants_that_stand_apart(stores: Stores, spec: Spec)
         in (shown.stdout)
     )
     assert "next: live: no-go" in shown.stdout
-    assert "back: shadow: nothing would be lost" in shown.stdout
+    assert "back: shadow: every write since the new store has authority would be lost" in shown.stdout
     told = json.loads(run("show", spec, "--json").stdout)
     assert told["apart"] == {
         "store": "new", "count": 1_001, "first": ["10", "100", "1000", "1001", "1002"], "epochs": [1, 2],
