@@ -11,29 +11,19 @@ from collections import Counter, deque
 from datetime import UTC, datetime
 from typing import Any
 
-from changeover.api import Router, load, returned
+from changeover.api import Router, load
 from changeover.errors import ChangeoverError
 
 TIME = "%Y-%m-%d %H:%M:%S.%f"
 
-INSERT_OLD = "INSERT INTO entries (entry_id, data) VALUES (%(id)s, %(text)s) RETURNING *"
-INSERT_NEW = "INSERT INTO moments (moment_id, created_date) VALUES (%(id)s, %(time)s) RETURNING *"
-UPDATE_OLD = "UPDATE entries SET data = %(text)s WHERE entry_id = %(id)s RETURNING *"
-UPDATE_NEW = "UPDATE moments SET created_date = %(time)s WHERE moment_id = %(id)s RETURNING *"
-DELETE_OLD = "DELETE FROM entries WHERE entry_id = %(id)s RETURNING *"
-DELETE_NEW = "DELETE FROM moments WHERE moment_id = %(id)s RETURNING *"
-READ_OLD = "SELECT * FROM entries WHERE entry_id = %(id)s"
-READ_NEW = "SELECT * FROM moments WHERE moment_id = %(id)s"
-
-
-def to_new(row: Any) -> dict[str, Any]:
-    """Map a row of the old table."""
-    return {"moment_id": row["entry_id"], "created_date": datetime.strptime(row["data"], TIME).replace(tzinfo=UTC)}
-
-
-def to_old(row: Any) -> dict[str, Any]:
-    """Map a row of the new table."""
-    return {"entry_id": row["moment_id"], "data": row["created_date"].astimezone(UTC).strftime(TIME)}
+INSERT_OLD = "INSERT INTO entries (entry_id, data) VALUES (%(id)s, %(text)s)"
+INSERT_NEW = "INSERT INTO moments (moment_id, created_date) VALUES (%(id)s, %(time)s)"
+UPDATE_OLD = "UPDATE entries SET data = %(text)s WHERE entry_id = %(id)s"
+UPDATE_NEW = "UPDATE moments SET created_date = %(time)s WHERE moment_id = %(id)s"
+DELETE_OLD = "DELETE FROM entries WHERE entry_id = %(id)s"
+DELETE_NEW = "DELETE FROM moments WHERE moment_id = %(id)s"
+READ_OLD = "SELECT data::timestamp AT TIME ZONE 'UTC' FROM entries WHERE entry_id = %(id)s"
+READ_NEW = "SELECT created_date FROM moments WHERE moment_id = %(id)s"
 
 
 class Application:
@@ -44,13 +34,9 @@ class Application:
         self.rng = random.Random()
         self.known: deque[uuid.UUID] = deque(maxlen=200)
 
-    def write(self, old: str, new: str, values: dict[str, Any], *, deleted: bool = False) -> int:
+    def write(self, old: str, new: str, values: dict[str, Any]) -> int:
         """Write in the store that has authority; return how many rows it was."""
-        written = self.router.write(
-            old=lambda cursor: returned(cursor.execute(old, values), deleted=deleted),
-            new=lambda cursor: returned(cursor.execute(new, values), deleted=deleted),
-        )
-        return len(written.changes)
+        return self.router.run(lambda store: store.execute(store.of(old, new), values).rowcount)
 
     def serve(self) -> tuple[str, int]:
         """Serve one request; return what it did, and to how many rows."""
@@ -65,10 +51,10 @@ class Application:
             case "updated":
                 return "updated", self.write(UPDATE_OLD, UPDATE_NEW, values)
             case "deleted":
-                return "deleted", self.write(DELETE_OLD, DELETE_NEW, values, deleted=True)
-        self.router.read(
-            old=lambda cursor: [change.row for change in returned(cursor.execute(READ_OLD, values))],
-            new=lambda cursor: [change.row for change in returned(cursor.execute(READ_NEW, values))],
+                return "deleted", self.write(DELETE_OLD, DELETE_NEW, values)
+        self.router.compare(
+            old=lambda cursor: cursor.execute(READ_OLD, values).fetchall(),
+            new=lambda cursor: cursor.execute(READ_NEW, values).fetchall(),
         )
         return "read", 1
 
@@ -77,7 +63,7 @@ def main() -> None:
     """Serve requests until SIGTERM, and print what was done."""
     ended, done = threading.Event(), Counter[str]()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    with Router.connect(load("changeover.toml"), "public.entries", to_new=to_new, to_old=to_old) as router:
+    with Router.connect(load("changeover.toml")) as router:
         application = Application(router)
         while not ended.wait(0.01):
             try:

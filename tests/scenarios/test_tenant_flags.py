@@ -26,6 +26,7 @@ from changeover.flags.router.router import Change, Limits, Router, returned
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.verifiers.verification import verify
 from tests.support.fix_accounts import following
+from tests.support.fix_flags import wrote
 from tests.support.fix_migration import STORE, MakeMigration, Migration
 
 MEMBERS = "CREATE TABLE members (org text, number integer, count bigint NOT NULL DEFAULT 0, PRIMARY KEY (org, number))"
@@ -66,7 +67,7 @@ def adding(table: str, org: str, number: int) -> Any:
 
 
 def add(router: Router, org: str, number: int = 1) -> Any:
-    return router.write(old=adding("members", org, number), new=adding("people", org, number), tenant=org)
+    return wrote(router, adding("members", org, number), adding("people", org, number), tenant=org)
 
 
 def finding(table: str, org: str, number: int) -> Any:
@@ -81,7 +82,7 @@ def application(migration: Migration) -> Iterator[tuple[Router, Counter[tuple[st
     stop, done, failed = threading.Event(), Counter[tuple[str, int]](), list[BaseException]()
     client = flagfile.client(migration.spec.work / "flags.json", poll_seconds=0.05)
     patient = Limits(max_pause=120, mirror_deadline=60)
-    router = Router.connect(migration.spec, "members", to_new=dict, to_old=dict, client=client, limits=patient)
+    router = Router.connect(migration.spec, client=client, limits=patient)
 
     def work(first: int) -> None:
         try:
@@ -90,7 +91,7 @@ def application(migration: Migration) -> Iterator[tuple[Router, Counter[tuple[st
                     for org in ORGS:
                         add(router, org, number)
                         done[org, number] += 1
-                        router.read(old=finding("members", org, number), new=finding("people", org, number), tenant=org)
+                        router.compare(old=finding("members", org, number), new=finding("people", org, number), tenant=org)
                         stop.wait(0.003)
         except BaseException as error:
             failed.append(error)
@@ -164,7 +165,7 @@ def test_tenants_go_there_and_back_one_by_one_and_no_acknowledged_write_is_lost_
             first = json.loads(told.stdout)
             assert (first["tenants"], first["unknown"], first["epoch"]) == (["ann", "Zoë ☂", "nobody"], ["nobody"], 1)
             wait_for(lambda: router.stage_of("ann") is Stage.LIVE, "the first tenant at live")
-            places = {org: (w.origin, w.version.epoch) for org in ORGS for w in [add(router, org)]}
+            places = {org: (w.origin, w.epoch) for org in ORGS for w in [add(router, org)]}
             ours = Counter({(org, 1): 1 for org in ORGS})
             new, old = (Origin.NEW, 1), (Origin.OLD, 0)
             assert places == {"ann": new, "bob": old, "Zoë ☂": new, "dan": old}

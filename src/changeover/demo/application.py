@@ -1,8 +1,8 @@
 """The demo's application, a process of its own: it follows and unfollows channels through the router, and never stops.
 
 Every write and read goes through the router from the first one on; nothing here knows about backfill or replay. What an
-application adds is below: two mappings, and each statement for the old table and for the new one. A status file, replaced
-in one step several times a second, says what it did; any error counts. It ends on SIGTERM, or when its parent is gone.
+application adds is below: each statement for the old table and for the new one. A status file, replaced in one step several
+times a second, says what it did; any error counts. It ends on SIGTERM, or when its parent is gone.
 """
 
 from __future__ import annotations
@@ -27,37 +27,25 @@ from changeover.demo.schema import KEY, RESERVED_USERS, SOURCE, TARGET, Shape
 from changeover.errors import ChangeoverError
 from changeover.flags.router.alarm import reason_of
 from changeover.flags.router.endpoint import Cursor, Row
-from changeover.flags.router.router import Change, Experiment, Router, returned
+from changeover.flags.router.router import Experiment, Router, returned
 from changeover.names import qualified
 from changeover.spec import load
 
 WRITERS = 4
-MOST_QUEUED = 200
-"""Mirrored writes under way from which on the writers wait for the mirror: a fifth of what it holds."""
-
 READ_EVERY = 3
 STATUS_SECONDS = 0.2
 DRAIN_SECONDS = 10.0
 BLOCKED = "%Y-%m-%d %H:%M:%S"
 NEW_NAMES = {"from_user": "entity_a", "to_channel": "entity_b"}
-OLD_NAMES = {new: old for old, new in NEW_NAMES.items()}
 NOTES = ("", "NULL", None, "Grüße aus Köln", "ライブ配信中", 'a "quoted" \\ note', "two\nlines", "🎮 speedruns")
 
 
-def to_new(row: Row) -> Row:
-    """Map a follow, or a part of one, to an association: names, the kind, and the text timestamp read as UTC."""
+def as_association(row: Row) -> dict[str, Any]:
+    """Return a follow, or a part of one, as an association: names, the kind, and the text timestamp read as UTC."""
     values = {NEW_NAMES.get(name, name): value for name, value in row.items()}
     if values.get("blocked_on") is not None:
         values["blocked_on"] = datetime.strptime(values["blocked_on"], BLOCKED).replace(tzinfo=UTC)
     return {**values, "kind": "follows"}
-
-
-def to_old(row: Row) -> Row:
-    """Map an association to a follow."""
-    values = {OLD_NAMES.get(name, name): value for name, value in row.items() if name != "kind"}
-    if values.get("blocked_on") is not None:
-        values["blocked_on"] = values["blocked_on"].astimezone(UTC).strftime(BLOCKED)
-    return values
 
 
 class Side:
@@ -68,35 +56,31 @@ class Side:
         self.mapping = mapping
         self.order = sql.Identifier(order)
 
-    def follow(self, cursor: Cursor, row: Row) -> list[Change]:
-        """Insert a follow, or bring one that is there up to date."""
+    def follow(self, cursor: Cursor, row: Row) -> int:
+        """Insert a follow, or bring one that is there up to date; return how many rows were written, as the others do."""
         key, values = self._mapped(row)
         names = [*key, *values]
-        statement = sql.SQL("INSERT INTO {} ({}) VALUES ({}) ON CONFLICT ({}) DO UPDATE SET {} RETURNING *").format(
+        statement = sql.SQL("INSERT INTO {} ({}) VALUES ({}) ON CONFLICT ({}) DO UPDATE SET {}").format(
             self.table, _names(names), sql.SQL(", ").join(sql.Placeholder() for _ in names), _names(list(key)),
             sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in values),
         )  # fmt: skip
-        cursor.execute(statement, [_value(value) for value in (*key.values(), *values.values())])
-        return returned(cursor)
+        return cursor.execute(statement, [_value(value) for value in (*key.values(), *values.values())]).rowcount
 
-    def change(self, cursor: Cursor, row: Row) -> list[Change]:
+    def change(self, cursor: Cursor, row: Row) -> int:
         """Change some columns of a follow, if it is there."""
         key, values = self._mapped(row)
         assignments = sql.SQL(", ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name in values)
-        statement = sql.SQL("UPDATE {} SET {} WHERE {} RETURNING *").format(self.table, assignments, _equal(list(key)))
-        cursor.execute(statement, [_value(value) for value in (*values.values(), *key.values())])
-        return returned(cursor)
+        statement = sql.SQL("UPDATE {} SET {} WHERE {}").format(self.table, assignments, _equal(list(key)))
+        return cursor.execute(statement, [_value(value) for value in (*values.values(), *key.values())]).rowcount
 
-    def unfollow(self, cursor: Cursor, row: Row) -> list[Change]:
+    def unfollow(self, cursor: Cursor, row: Row) -> int:
         """Delete a follow, if it is there."""
         key, _ = self._mapped(row)
-        statement = sql.SQL("DELETE FROM {} WHERE {} RETURNING *").format(self.table, _equal(list(key)))
-        cursor.execute(statement, list(key.values()))
-        return returned(cursor, deleted=True)
+        return cursor.execute(sql.SQL("DELETE FROM {} WHERE {}").format(self.table, _equal(list(key))), list(key.values())).rowcount
 
-    def follow_and_unfollow(self, cursor: Cursor, row: Row) -> list[Change]:
+    def follow_and_unfollow(self, cursor: Cursor, row: Row) -> int:
         """Do both in one transaction, which leaves no row behind."""
-        return [*self.follow(cursor, row), *self.unfollow(cursor, row)]
+        return self.follow(cursor, row) + self.unfollow(cursor, row)
 
     def channels(self, cursor: Cursor, user: Row) -> list[Row]:
         """Return a user's first twenty follows, in the order of channels."""
@@ -107,7 +91,7 @@ class Side:
 
     def _mapped(self, row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
         mapped = self.mapping(row)
-        key = {name: mapped[name] for name in mapped if name in (*KEY, *OLD_NAMES, "kind")}
+        key = {name: mapped[name] for name in mapped if name in (*KEY, *NEW_NAMES.values(), "kind")}
         return key, {name: value for name, value in mapped.items() if name not in key}
 
 
@@ -124,17 +108,18 @@ def _value(value: Any) -> Any:
 
 
 OLD = Side(SOURCE, dict, "to_channel")
-NEW = Side(TARGET, to_new, "entity_b")
+NEW = Side(TARGET, as_association, "entity_b")
 
 
 class FollowRead(Experiment):
-    """How answers of the two stores are compared: floats as text, since NaN is never equal to itself."""
+    """How answers of the two stores are compared: as associations, floats as text, since NaN is never equal to itself."""
 
     name = "a user's channels"
 
     def clean(self, value: Any) -> Any:
-        """Return the rows with floats as text."""
-        return [{name: repr(v) if isinstance(v, float) else v for name, v in row.items()} for row in value]
+        """Return the rows under the new names, with floats as text."""
+        rows = [as_association(row) if "from_user" in row else row for row in value]
+        return [{name: repr(v) if isinstance(v, float) else v for name, v in row.items()} for row in rows]
 
 
 class Application:
@@ -157,7 +142,7 @@ class Application:
             thread.start()
 
     def end(self) -> None:
-        """Let every writer end its write, and the router deliver what is queued."""
+        """Let every writer end its write, and the router what it compares."""
         self.stop.set()
         for thread in self._threads:
             thread.join()
@@ -179,36 +164,14 @@ class Application:
         write: Callable[[random.Random, deque[Row]], None] = self._write
         for turn in range(sys.maxsize):
             due = max(due + WRITERS / self.shape.writes_per_second, time.monotonic() - 1.0)
-            if self.stop.wait(max(0.0, due - time.monotonic())) or self._held_up():
+            if self.stop.wait(max(0.0, due - time.monotonic())):
                 return
             if self.traceless.is_set() and write != self._leave_no_trace:
                 write = self._leave_no_trace
-                self._see_mirrored()
                 self._count("traceless")
             self._tried(write, rng, gone)
             if turn % READ_EVERY == 0:
                 self._tried(self._read, rng)
-
-    def _held_up(self) -> bool:
-        """Wait while the mirror is far behind; a machine with other work gets fewer writes, not lost ones. True where it ended."""
-        while not self.stop.is_set() and max(self._depths(), default=0) > MOST_QUEUED:
-            self.stop.wait(0.05)
-        return self.stop.is_set()
-
-    def _depths(self) -> list[int]:
-        return [mirror["depth"] for mirror in self._mirrors().values()]
-
-    def _mirrors(self) -> dict[str, Any]:
-        counters = self.router.counters()
-        return {name: counters[name] for name in ("mirror_new", "mirror_old") if name in counters}
-
-    def _see_mirrored(self) -> None:
-        """Wait until the mirror has dealt with all that it has got by now; what comes meanwhile is not waited for."""
-        until = {name: mirror["mirrored"] for name, mirror in self._mirrors().items()}
-        while not self.stop.is_set() and any(
-            mirror["mirrored"] - mirror["depth"] < until.get(name, 0) for name, mirror in self._mirrors().items()
-        ):
-            self.stop.wait(0.05)
 
     def _tried(self, action: Callable[..., None], *arguments: object) -> None:
         """An application has a request to answer for each of these: whatever goes wrong is counted, and the next comes."""
@@ -237,20 +200,17 @@ class Application:
 
     def _routed(self, kind: str, action: str, make: Callable[[], Row]) -> None:
         started = time.monotonic()
-        written = self.router.write(
-            old=lambda cursor: getattr(OLD, action)(cursor, make()),
-            new=lambda cursor: getattr(NEW, action)(cursor, make()),
-        )
+        written = self.router.run(lambda store: getattr(store.of(OLD, NEW), action)(store.cursor, make()))
         with self._lock:
             self._longest = max(self._longest, time.monotonic() - started)
-        if written.changes:
+        if written:
             self._count("writes")
             self._count(kind)
 
     def _read(self, rng: random.Random) -> None:
         user = {"from_user": self._key(rng)["from_user"]}
         key = self._key(rng) if rng.random() < 0.5 else user
-        self.router.read(
+        self.router.compare(
             old=lambda cursor: OLD.channels(cursor, key), new=lambda cursor: NEW.channels(cursor, key), experiment=READ
         )
         self._count("reads")
@@ -309,7 +269,7 @@ def run(spec_path: str, status_path: Path, rows: int) -> int:
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())
-    with Router.connect(load(spec_path), SOURCE, to_new=to_new, to_old=to_old) as router:
+    with Router.connect(load(spec_path)) as router:
         application = Application(router, Shape(rows))
         signal.signal(signal.SIGUSR1, lambda *_: application.traceless.set())
         application.start()

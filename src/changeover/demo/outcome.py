@@ -72,7 +72,7 @@ class Outcome:
             "stores": self.stores,
             "rows": self.rows,
             "writes_during": self.application["writes"],
-            "ghosts_prevented": self.figures.ghosts_prevented,
+            "changed_meanwhile": self.figures.changed_meanwhile,
             "came_back": self.figures.came_back,
             "seconds": self.seconds,
             "stage": self.stage,
@@ -89,7 +89,7 @@ class Outcome:
             rows=self.figures.backfilled,
             rate=self.figures.rate,
             lag=self.figures.lag,
-            ghosts_prevented=self.figures.ghosts_prevented,
+            changed_meanwhile=self.figures.changed_meanwhile,
             mismatches=self.mismatches,
         )
         report.write_html(self.report_file, self.verdicts, summary)
@@ -110,18 +110,16 @@ class Outcome:
     def lines(self) -> list[tuple[str, str]]:
         """Return the summary as label and text."""
         app, router, left = self.application, self.application["router"], self.figures.leftovers
-        mirrors = [router[name] for name in ("mirror_new", "mirror_old") if name in router]
-        lost = sum(mirror["failed"] + mirror["dropped"] for mirror in mirrors)
+        reads = router["comparisons"]
         return [
             ("rows", f"{self.figures.backfilled:,} in the snapshot"),
             ("rate", f"{self.figures.rate:,.0f} rows/s into both targets"),
             ("lag once caught up", f"{self.figures.lag:,} bytes of WAL"),
             ("writes meanwhile", f"{app['writes']:,}: {app['inserts']:,} follows, {app['updates']:,} updates,"
              f" {app['deletes']:,} unfollows, {app['transient']:,} taken back at once"),
-            ("mirrored writes", f"{sum(mirror['mirrored'] for mirror in mirrors):,}, of which {lost} lost on the way"),
             ("reverse replication", f"{self.figures.came_back:,} changes of the new store came back to the old one"),
-            ("shadow reads", f"{router['comparisons']['compared']:,} compared, {self.mismatches} mismatched"),
-            ("ghosts prevented", f"{self.figures.ghosts_prevented:,}"),
+            ("shadow reads", f"{reads['compared']:,} compared, {self.mismatches} mismatched, {reads['inconclusive']} inconclusive"),
+            ("changed during the copy", f"{self.figures.changed_meanwhile:,} rows, which came right"),
             ("errors of the application", f"{app['errors']}" + (f" ({app['last_error']})" if app["errors"] else "")),
             ("longest wait of a writer", f"{self.longest_wait:.2f} s at the fence; any write {app['longest_write']:.2f} s"),
             *([("left in the old store", ", ".join(left) or "nothing of ours")] if left is not None else []),

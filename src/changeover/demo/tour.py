@@ -31,7 +31,7 @@ from changeover.jobs import finalize as finalizing
 from changeover.jobs import prepare
 from changeover.jobs.install.leftovers import leftovers
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import NEW
+from changeover.jobs.ledger.records import NEW, OLD_STORE
 from changeover.jobs.load import copier
 from changeover.jobs.preflight.division import examined
 from changeover.jobs.reverse import path as reversing
@@ -75,7 +75,7 @@ ASKS_TO_VERIFY = ("run `changeover verify`", "the last verdict")
 """What a reason of readiness holds that another verdict may take away."""
 
 COMES_BACK = (2, 1)
-"""The reserved row that is changed in the new store alone, which no mirror knows of."""
+"""The reserved row that is changed in the new store by plain SQL."""
 
 CHANGED = "changed in the new store alone"
 
@@ -87,7 +87,7 @@ class Figures:
     backfilled: int = 0
     rate: float = 0.0
     lag: int = 0
-    ghosts_prevented: int = 0
+    changed_meanwhile: int = 0
     came_back: int = 0
     pause: float | None = None
     leftovers: list[str] | None = None
@@ -238,10 +238,10 @@ def load_both(tour: Tour) -> str:
     figures = tour.figures
     figures.backfilled = loaded["store"].rows
     figures.rate = sum(one.rows for one in loaded.values()) / (time.monotonic() - started)
-    figures.ghosts_prevented = sum(one.refused + one.swept for one in loaded.values())
+    figures.changed_meanwhile = sum(one.refused + one.swept for one in loaded.values())
     return (
         f"{figures.backfilled:,} rows in {loaded['store'].chunks} chunks to each target, {figures.rate:,.0f} rows/s;"
-        f" {figures.ghosts_prevented} ghosts prevented"
+        f" {figures.changed_meanwhile} rows of it were changed or deleted meanwhile, and came right"
     )
 
 
@@ -258,10 +258,10 @@ def first_verify(tour: Tour) -> str:
 
 
 def dualwrite(tour: Tour) -> str:
-    """Let the application write to both, and replay pass what was written to the old store alone."""
+    """From here on both stores get every write, the new one by the stream, which is to show that it keeps up."""
     step = _advance(tour, Stage.DUALWRITE)
-    _pass_marker(tour, ["store"])
-    return f"{step}; replay has passed the last write that was not mirrored"
+    behind = _pass_marker(tour, ["store"])
+    return f"{step}; the stream brings every write, {behind:,} bytes of WAL behind"
 
 
 def shadow(tour: Tour) -> str:
@@ -295,7 +295,7 @@ def live(tour: Tour) -> str:
 
 
 def come_back(tour: Tour) -> str:
-    """Change a row in the new store alone, and see it come back to the old one, which no mirror has told of it."""
+    """Change a row in the new store by plain SQL, and see it come back to the old one."""
     started = time.monotonic()
     key, answer = list(COMES_BACK), f"user {COMES_BACK[0]}, channel {COMES_BACK[1]}"
     with connect(tour.place.dsns["old"], "demo:reverse") as old, connect(tour.place.dsns["new"], "demo:reverse") as new:
@@ -316,12 +316,12 @@ def _came_back(tour: Tour) -> int:
     """Return how many changes of the new store were offered to the old one so far."""
     with Ledger.open(tour.spec, "demo") as ledger:
         loads = ledger.loads(NEW)
-    tour.figures.came_back = sum(load.events for load in loads if load.target == reversing.OLD_STORE)
+    tour.figures.came_back = sum(load.events for load in loads if load.target == OLD_STORE)
     return tour.figures.came_back
 
 
 def rampdown(tour: Tour) -> str:
-    """Stop comparing, once enough reads were compared under the new authority; the old store is still mirrored to."""
+    """Stop comparing, once enough reads were compared under the new authority; the old store still gets every write."""
     _compared(tour, Stage.LIVE)
     return _advance(tour, Stage.RAMPDOWN)
 
@@ -333,9 +333,9 @@ def last_verify(tour: Tour) -> str:
 
 
 def complete(tour: Tour) -> str:
-    """Stop mirroring. The application goes on; it takes back what it writes from here, so that anyone can compare."""
+    """Let the old store stay as it is. The application goes on, and takes back what it writes from here: anyone can compare."""
     tour.application.child.signal(signal.SIGUSR1)
-    tour.until("all that it wrote is mirrored", lambda status: bool(status["traceless"]))
+    tour.until("it takes back what it writes", lambda status: bool(status["traceless"]))
     _pass_back(tour)
     step = _advance(tour, Stage.COMPLETE)
     return f"{step}; until then {_came_back(tour):,} changes of the new store came back to the old one"
