@@ -21,17 +21,18 @@ environment or opened at import.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-import psycopg
 from ldclient import LDClient
 from ldclient.migrations.types import Origin, Stage
 
@@ -54,7 +55,7 @@ from changeover.flags.router.follower import AuthoritySource, LedgerAuthority
 from changeover.flags.router.mirror import RETRIED, TRIES, before_retry
 from changeover.flags.router.runtime import Limits, Parts, Pin, Runtime
 from changeover.flags.router.shadow import Comparison, Experiment, Observation, Result
-from changeover.flags.router.unit import RoutedStore
+from changeover.flags.router.unit import Place, RoutedStore, sqlstate
 from changeover.flags.stages import FENCED, other
 from changeover.jobs.ledger.epochs import EVERYTHING
 from changeover.jobs.source.triggerlog import Log
@@ -63,7 +64,7 @@ from changeover.position import DUAL_WRITE_ORDINAL, Version
 from changeover.session import application_name
 from changeover.spec import APPLICATION, STREAM, TRIGGER, Spec, Table
 
-__all__ = ["Change", "Experiment", "Limits", "PgEndpoint", "RoutedStore", "Router", "returned"]
+__all__ = ["Change", "Experiment", "Limits", "PgEndpoint", "Place", "RoutedStore", "Router", "returned"]
 
 log = logging.getLogger("changeover.flags")
 
@@ -173,13 +174,81 @@ class Router:
         tenant_name = self._tenant(tenant)
         runtime = self._running()
         pin = self._pin(runtime, tenant_name)
-        try:
-            with self._unit(runtime, pin, tenant_name) as store:
-                yield store
-        except psycopg.Error as error:
-            if error.sqlstate == FENCED:
-                raise self._moving(runtime, pin) from error
-            raise
+        with self._refusals(runtime, pin), self._unit(runtime, pin, tenant_name) as store:
+            yield store
+
+    @contextmanager
+    def route(self, tenant: Tenant | None = None) -> Iterator[Place]:
+        """Say which store has authority, for a block that writes or reads by sessions of your own: a pool's, an ORM's, async ones.
+
+        The block's transaction is its own to begin and to end, inside of the block. Where a fence
+        refuses a statement of it, whatever a framework makes of that, it raises `AuthorityMoving`.
+
+        Args:
+            tenant: The tenant of the rows; None where the spec names no tenants.
+
+        Yields:
+            Which store it is.
+
+        Raises:
+            AuthorityMoving: A fence refuses writes.
+        """
+        runtime, pin, _ = self._placed(tenant)
+        with self._refusals(runtime, pin):
+            yield Place(pin.rule.writes, pin.stage, pin.observation.epoch)
+        runtime.count("writes")
+
+    def rerun(self, work: Callable[[Place], Value], *, tenant: Tenant | None = None) -> Value:
+        """Run a function that writes by sessions of your own, and again where a fence refused it, as `run` does.
+
+        Args:
+            work: What runs; it begins and ends its transaction itself.
+            tenant: The tenant of the rows; None where the spec names no tenants.
+
+        Returns:
+            What `work` returns.
+
+        Raises:
+            AuthorityMoving: Authority moved within `pinned`.
+            LockNotGranted: A fence did not end within the limits' pause.
+        """
+        runtime, pin, tenant_name = self._placed(tenant)
+        tries = Tries()
+        while True:
+            try:
+                value = work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
+            except Exception as error:
+                pin = self._again(runtime, tenant_name, pin, tries, error)
+                continue
+            tries.end(runtime)
+            return value
+
+    async def rerun_async(self, work: Callable[[Place], Awaitable[Value]], *, tenant: Tenant | None = None) -> Value:
+        """Run a coroutine function that writes by sessions of your own, and again where a fence refused it (asyncio).
+
+        The event loop goes on while it waits for a fence.
+
+        Args:
+            work: What is awaited; it begins and ends its transaction itself.
+            tenant: The tenant of the rows; None where the spec names no tenants.
+
+        Returns:
+            What `work` returns.
+
+        Raises:
+            AuthorityMoving: Authority moved within `pinned`.
+            LockNotGranted: A fence did not end within the limits' pause.
+        """
+        runtime, pin, tenant_name = await asyncio.to_thread(self._placed, tenant)
+        tries = Tries()
+        while True:
+            try:
+                value = await work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
+            except Exception as error:
+                pin = await asyncio.to_thread(self._again, runtime, tenant_name, pin, tries, error)
+                continue
+            tries.end(runtime)
+            return value
 
     def run(self, work: Callable[[RoutedStore], Value], *, tenant: Tenant | None = None) -> Value:
         """Run a function in a transaction on the store that has authority, and again where a fence refused it.
@@ -208,25 +277,15 @@ class Router:
         tenant_name = self._tenant(tenant)
         runtime = self._running()
         pin = self._pin(runtime, tenant_name)
-        paused: float | None = None
-        tries = 1
+        tries = Tries()
         while True:
             try:
                 with self._unit(runtime, pin, tenant_name) as store:
                     value = work(store)
-            except psycopg.Error as error:
-                if error.sqlstate == FENCED:
-                    paused = paused if paused is not None else time.monotonic()
-                    pin = self._after_fence(runtime, tenant_name, pin, paused, error)
-                elif error.sqlstate in RETRIED and tries < TRIES:
-                    runtime.count("retries")
-                    time.sleep(before_retry(tries))
-                    tries += 1
-                else:
-                    raise
+            except Exception as error:
+                pin = self._again(runtime, tenant_name, pin, tries, error)
                 continue
-            if paused is not None:
-                runtime.waited(time.monotonic() - paused)
+            tries.end(runtime)
             return value
 
     @contextmanager
@@ -420,11 +479,41 @@ class Router:
             store.version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
             store.mirrored = runtime.mirror(other(origin)).offer(store.version, store.changes)
 
+    def _placed(self, tenant: Tenant | None) -> tuple[Runtime, Pin, str]:
+        """Return by which pin a unit goes whose sessions are the application's; a router that mirrors has to see each row."""
+        if self._parts.mappings is not None:
+            raise TypeError("a router that mirrors sees what `write` and `run` did, and nothing else")
+        tenant_name = self._tenant(tenant)
+        runtime = self._running()
+        return runtime, self._pin(runtime, tenant_name), tenant_name
+
+    @contextmanager
+    def _refusals(self, runtime: Runtime, pin: Pin) -> Iterator[None]:
+        """Raise AuthorityMoving for what a fence refused: a block can't be run again by itself."""
+        try:
+            yield
+        except Exception as error:
+            if sqlstate(error) == FENCED:
+                raise self._moving(runtime, pin) from error
+            raise
+
+    def _again(self, runtime: Runtime, tenant: str, pin: Pin, tries: Tries, error: Exception) -> Pin:
+        """Wait for what refused a unit, and return by which pin it runs again; raises the error where it does not."""
+        state = sqlstate(error)
+        if state == FENCED:
+            return self._after_fence(runtime, tenant, pin, tries.paused(), error)
+        if state not in RETRIED or tries.count >= TRIES:
+            raise error
+        runtime.count("retries")
+        time.sleep(before_retry(tries.count))
+        tries.count += 1
+        return pin
+
     def _moving(self, runtime: Runtime, pin: Pin) -> AuthorityMoving:
         """Return the error for a caller that has to run its request anew."""
         return AuthorityMoving(runtime.parts.endpoints[pin.rule.writes].name)
 
-    def _after_fence(self, runtime: Runtime, tenant: str, pin: Pin, since: float, error: psycopg.Error) -> Pin:
+    def _after_fence(self, runtime: Runtime, tenant: str, pin: Pin, since: float, error: Exception) -> Pin:
         """Wait for the ledger's next word and return what holds then; the same store, if the fence was called off."""
         if time.monotonic() - since >= self._parts.limits.max_pause:
             runtime.waited(time.monotonic() - since)
@@ -455,6 +544,24 @@ def _mirrored(spec: Spec, table: str | None, to_new: RowMapping | None, to_old: 
     if None in given:
         raise SpecError(spec.path, "flag.mirror", f"is {APPLICATION!r}: the router needs a table, to_new and to_old")
     return spec.table(str(table))
+
+
+@dataclass
+class Tries:
+    """How often a unit of work met another transaction, and since when a fence refuses it (seconds on the monotonic clock)."""
+
+    count: int = 1
+    since: float | None = None
+
+    def paused(self) -> float:
+        """Return since when a fence refuses it."""
+        self.since = time.monotonic() if self.since is None else self.since
+        return self.since
+
+    def end(self, runtime: Runtime) -> None:
+        """Record what a fence cost it."""
+        if self.since is not None:
+            runtime.waited(time.monotonic() - self.since)
 
 
 _PLAIN = Experiment()

@@ -20,27 +20,26 @@ from changeover.position import Version
 Value = TypeVar("Value")
 
 
-@dataclass
-class RoutedStore:
-    """The store that serves one unit of work.
+def sqlstate(error: BaseException | None) -> str | None:
+    """Return the SQLSTATE of an error of psycopg, or of one that a framework made of it; None for any other.
 
-    `origin` says which one it is, `stage` at which stage this process acts, `epoch` since which move of authority. `version` and
-    `mirrored` are of a write whose rows are mirrored, once it is committed: `mirrored` says that they were queued for the other
-    store, not that they are there.
+    SQLAlchemy and Django raise theirs from psycopg's.
     """
+    while error is not None:
+        found = getattr(error, "sqlstate", None)
+        if isinstance(found, str):
+            return found
+        error = error.__cause__
+    return None
+
+
+@dataclass
+class Place:
+    """Where a unit of work goes: which store it is, at which stage this process acts, and since which move of authority."""
 
     origin: Origin
     stage: Stage
     epoch: int
-    cursor: Cursor
-    changes: list[Change] = field(default_factory=list)
-    version: Version | None = None
-    mirrored: bool = False
-
-    @property
-    def connection(self) -> psycopg.Connection[Any]:
-        """Return the session, for more cursors; its transaction is the router's to end."""
-        return self.cursor.connection
 
     def of(self, old: Value, new: Value) -> Value:
         """Return what belongs to this store, of what there is for the old one and for the new one.
@@ -53,6 +52,25 @@ class RoutedStore:
             One of the two.
         """
         return old if self.origin is Origin.OLD else new
+
+
+@dataclass
+class RoutedStore(Place):
+    """The store that serves one unit of work, by a cursor of its.
+
+    `version` and `mirrored` are of a write whose rows are mirrored, once it is committed: `mirrored` says that they were queued
+    for the other store, not that they are there.
+    """
+
+    cursor: Cursor
+    changes: list[Change] = field(default_factory=list)
+    version: Version | None = None
+    mirrored: bool = False
+
+    @property
+    def connection(self) -> psycopg.Connection[Any]:
+        """Return the session, for more cursors; its transaction is the router's to end."""
+        return self.cursor.connection
 
     def execute(self, statement: Any, parameters: Any = None) -> Cursor:
         """Run a statement on the unit's cursor.

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from changeover.flags.router.router import Change, Experiment, Limits, PgEndpoint, RoutedStore, Router, returned
+from changeover.flags.router.router import Change, Experiment, Limits, PgEndpoint, Place, RoutedStore, Router, returned
 from changeover.spec import Spec, load
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "Experiment",
     "Limits",
     "PgEndpoint",
+    "Place",
     "RoutedStore",
     "Router",
     "Spec",

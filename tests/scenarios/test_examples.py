@@ -36,7 +36,7 @@ from changeover.stores.postgres.gate import FENCED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir())
-FILES = {"README.md", "app.py", "changeover.toml", "schema.sql"}
+FILES = {"README.md", "changeover.toml", "schema.sql"}
 
 BACKGROUND = re.compile(r"(?P<command>.+) & (?P<name>\w+)=\$!( *#.*)?")
 REFUSED = "# refused"
@@ -96,7 +96,9 @@ class Example:
     spark: SparkSession
     background: dict[str, Process | Following] = field(default_factory=dict)
     done: Counter[str] = field(default_factory=Counter)
-    """What the application did, all its runs together."""
+    """What the applications did, all their runs together."""
+    apps: dict[str, str] = field(default_factory=dict)
+    """The commands of the applications, by the names that the README gives them."""
 
     def run(self, section: str = "") -> None:
         """Run the commands of a section of the README, those before the first heading unless one is named."""
@@ -138,6 +140,7 @@ class Example:
         """Start a command in the background."""
         match shlex.split(command):
             case ["python", script]:
+                self.apps[name] = command
                 self.background[name] = Process.start(script)
             case ["changeover", "capture", spec]:
                 self.background[name] = capture = Process.start("-m", "changeover.cli.main", "capture", spec)
@@ -151,7 +154,7 @@ class Example:
         """End what runs in the background; the application tells what it did."""
         running = self.background.pop(name)
         printed = running.end()
-        if name == "app":
+        if name in self.apps:
             assert isinstance(running, Process)
             assert running.child.returncode == 0
             self.done.update(json.loads(printed.splitlines()[-1]))
@@ -159,10 +162,12 @@ class Example:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """End the application, have `verify` find all equal, and start the application again after the block."""
-        self.end("app")
+        for name in self.apps:
+            self.end(name)
         self._command(["verify", "changeover.toml"], 0)
         yield
-        self.start("app", "python app.py")
+        for name, command in self.apps.items():
+            self.start(name, command)
 
     def close(self) -> None:
         """End whatever still runs; a test that failed leaves nothing behind."""
@@ -266,10 +271,12 @@ def make_example(
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_an_example_is_a_spec_a_schema_an_application_and_its_commands(folder: Path) -> None:
-    assert {path.name for path in folder.iterdir() if path.name != "__pycache__"} == FILES
+    files = {path.name for path in folder.iterdir() if path.name != "__pycache__"}
+    assert files > FILES
+    assert all(name.startswith("app") for name in files - FILES)
     api.load(folder / "changeover.toml")
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\]\((\w+\.\w+)\)", readme)) == FILES - {"README.md"}
+    assert set(re.findall(r"\]\((\w+\.\w+)\)", readme)) == files - {"README.md"}
 
 
 def test_follows_go_to_a_store_and_a_lake(make_example: MakeExample) -> None:
@@ -352,6 +359,26 @@ def test_seven_steps_go_forward_back_and_forward_again(make_example: MakeExample
     example.run("Step 7")
     assert len(rows("NEW_DSN", new)) == example.kept(500)
     assert left_in_old("entries") == []
+
+
+def test_frameworks_go_there_and_back_at_once(make_example: MakeExample) -> None:
+    example = make_example("05-frameworks")
+    orders, items = "SELECT id, customer, placed FROM orders", "SELECT order_id, line, sku, price FROM items"
+
+    def require_equal() -> None:
+        for query in (orders, items):
+            assert rows("NEW_DSN", query) == rows("OLD_DSN", query)
+        assert len(rows("NEW_DSN", orders)) == example.kept(300)
+        assert not [kind for kind in example.done if kind.startswith("failed")], example.done
+
+    example.run()
+    example.run("Copy and prove")
+    example.run("There and back")
+    with example.quiet():
+        require_equal()
+    example.run("Finish")
+    assert len(rows("NEW_DSN", orders)) == example.kept(300)
+    assert left_in_old("orders") == []
 
 
 def utc(found: Rows) -> Rows:

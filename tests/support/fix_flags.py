@@ -315,9 +315,13 @@ def make_router(stores: Stores, flag_client: LDClient) -> Iterator[MakeRouter]:
     """Make routers over the two stores, the flag file and the ledger; all of them are closed."""
     made: list[Router] = []
 
-    def make(*, ledger: bool = True, limits: Limits | None = None, process: str | None = None, tenants: bool = False) -> Router:
+    def make(
+        *, ledger: bool = True, limits: Limits | None = None, process: str | None = None, tenants: bool = False,
+        mirrors: bool = True,
+    ) -> Router:  # fmt: skip
         router = Router(
-            old=stores.endpoint(Origin.OLD, tenants), new=stores.endpoint(Origin.NEW, tenants), to_new=to_new, to_old=to_old,
+            old=stores.endpoint(Origin.OLD, tenants), new=stores.endpoint(Origin.NEW, tenants),
+            to_new=to_new if mirrors else None, to_old=to_old if mirrors else None,
             stage=FlagStage(flag_client, FLAG, kind=TENANT[Origin.OLD] if tenants else None),
             authority=LedgerAuthority(stores.new_dsn, MIGRATION) if ledger else None,
             name=MIGRATION, process=process, limits=limits or PATIENT,

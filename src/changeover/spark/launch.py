@@ -39,6 +39,7 @@ def start(options: Mapping[str, object]) -> None:
 
     if SparkContext._gateway is not None:
         return
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)  # it tells of a call that broke off, which it raises anyway
     os.environ.setdefault(LOGGING, str(resources.files(__package__).joinpath("log4j2.properties")))
     conf = SparkConf().setAll([(name, str(value)) for name, value in options.items()])
     ours, its = os.pipe()
