@@ -1,4 +1,4 @@
-"""An application on Django's ORM: a database for each store, and Django's router that knows where a unit is. It runs until SIGTERM."""
+"""An application on Django: a database for each store, and Django's router that knows where a unit of work is. Until SIGTERM."""
 
 from __future__ import annotations
 

@@ -141,9 +141,10 @@ class PgEndpoint:
 class Sessions:
     """The sessions of one endpoint in one process, for its callers' threads; last used first."""
 
-    def __init__(self, endpoint: PgEndpoint, application: str) -> None:
+    def __init__(self, endpoint: PgEndpoint, application: str, settings: Mapping[str, str] | None = None) -> None:
         self.endpoint = endpoint
         self.application = application
+        self.settings = settings
         self._idle: list[Connection] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -170,7 +171,7 @@ class Sessions:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
-                return self.endpoint.open(self.application)
+                return self.endpoint.open(self.application, self.settings)
             if not _readable(connection):
                 return connection
             connection.close()

@@ -35,6 +35,8 @@ class Limits:
     """Bounds of what runs beside the callers, and of the pause that a fence may cost one of them. Times in seconds."""
 
     max_pause: float = 10.0
+    deadline: float = 30.0
+    """How long a statement of a caller's, or its wait for a lock, may take in a session that the router opened."""
     mirror_queue: int = 1_000
     mirror_deadline: float = 2.0
     compare_queue: int = 1_000
@@ -77,7 +79,11 @@ class Runtime:
         self._counts = {"writes": 0, "retries": 0, "fence_waits": 0}
         self._longest_wait = 0.0
         self._mirrors: dict[Origin, Mirror] = {}
-        self._sessions = {origin: Sessions(endpoint, parts.application) for origin, endpoint in parts.endpoints.items()}
+        limit = f"{int(parts.limits.deadline * 1000)}ms"
+        self._sessions = {
+            origin: Sessions(endpoint, parts.application, {"statement_timeout": limit, "lock_timeout": limit})
+            for origin, endpoint in parts.endpoints.items()
+        }
         self._lenders: dict[Origin, Callable[[], AbstractContextManager[psycopg.Connection[Any]]]] = {
             origin: endpoint.pool.connection if endpoint.pool is not None else self._sessions[origin].connection
             for origin, endpoint in parts.endpoints.items()

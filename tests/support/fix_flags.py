@@ -45,7 +45,7 @@ MIGRATION = "follows"
 PATIENCE = 60.0
 """Seconds that a test waits for what has to come: a machine may stand still for ten of them, and no test is about that."""
 
-PATIENT = Limits(max_pause=PATIENCE, mirror_deadline=PATIENCE, compare_deadline=PATIENCE, close_wait=PATIENCE)
+PATIENT = Limits(max_pause=PATIENCE, deadline=PATIENCE, mirror_deadline=PATIENCE, compare_deadline=PATIENCE, close_wait=PATIENCE)
 """A router's limits where a test names none."""
 
 OLD_TABLE = """

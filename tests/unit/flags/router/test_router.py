@@ -672,6 +672,15 @@ def test_a_closed_router_says_so(make_router: MakeRouter, follow: Follow) -> Non
         put(router, follow)
 
 
+def test_a_store_that_does_not_answer_is_an_error_in_time(stores: Stores, make_router: MakeRouter, follow: Follow) -> None:
+    router = make_router(limits=replace(PATIENT, deadline=0.3))
+    with pytest.raises(psycopg.errors.QueryCanceled), router.read() as store:
+        store.execute("SELECT pg_sleep(600)")
+    with locked(stores.old, "public.follows"), pytest.raises((psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled)):
+        put(router, follow)
+    assert put(router, follow).origin is Origin.OLD
+
+
 def test_a_block_is_one_transaction_of_any_statements(stores: Stores, make_router: MakeRouter, set_stage: SetStage) -> None:
     stores.old.execute("CREATE TABLE notes (note text)")
     router = make_router()
