@@ -18,6 +18,7 @@ from ldclient.interfaces import DataSourceState, DataSourceStatus
 from ldclient.migrations.types import Stage
 
 from changeover.flags.router.alarm import Alarm
+from changeover.flags.router.operations import Operations
 from changeover.jobs.ledger.epochs import EVERYTHING
 
 EVERYONE = Context.builder("everyone").kind("changeover").build()
@@ -45,17 +46,25 @@ class StageSource(Protocol):
         """Make the source usable in a forked child (first use in the child)."""
         ...
 
+    def operations(self) -> Operations | None:
+        """Start what is told of each operation in this process; None where nobody is told."""
+        ...
+
 
 class FlagStage:
     """The stage of one flag of an SDK client, migration flag or string flag alike; thread-safe.
 
     A tenant is a context of a `kind` of its own, with the tenant as key: individual targets, rules and percentage rollouts for that
     kind act on it. Without a usable answer it goes by the last one that it had, if that is among those that are `KEPT`, and else by
-    the last one for everybody. `complete`, which is final, is of everybody alone: a tenant waits at rampdown.
+    the last one for everybody. `complete`, which is final, is of everybody alone: a tenant waits at rampdown. With `tracks` the
+    client is told of each operation, as a migration flag's dashboards show them.
     """
 
-    def __init__(self, client: LDClient, key: str, context: Context = EVERYONE, *, kind: str | None = None) -> None:
+    def __init__(
+        self, client: LDClient, key: str, context: Context = EVERYONE, *, kind: str | None = None, tracks: bool = False
+    ) -> None:  # fmt: skip
         self.client = client
+        self.tracks = tracks
         self.key = key
         self.context = context
         self.kind = kind
@@ -73,7 +82,7 @@ class FlagStage:
         long, too.
         """
         alone = tenant != EVERYTHING and self.kind is not None
-        value = self.client.variation(self.key, Context.create(tenant, self.kind) if alone else self.context, None)
+        value = self.client.variation(self.key, self._context(tenant), None)
         stage = _STAGES.get(value) if isinstance(value, str) else None
         if stage is None:
             self.alarm.raise_for("no answer" if value is None else f"{value!r} is no stage")
@@ -87,6 +96,13 @@ class FlagStage:
         if stage is not self._apart.get(tenant, self._known):
             self._keep(tenant, stage)
         return stage
+
+    def _context(self, tenant: str) -> Context:
+        return Context.create(tenant, self.kind) if tenant != EVERYTHING and self.kind is not None else self.context
+
+    def operations(self) -> Operations | None:
+        """Start the thread that tells the client."""
+        return Operations(self.client, self.key, self._context) if self.tracks else None
 
     def _everybody(self, stage: Stage) -> None:
         with self._keeping:

@@ -31,10 +31,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeVar
 
 from ldclient import LDClient
-from ldclient.migrations.types import Origin, Stage
+from ldclient.migrations.types import Operation, Origin, Stage
 
 from changeover.errors import AuthorityMoving, LockNotGranted, SpecError
 from changeover.flags import flagfile
@@ -53,6 +54,7 @@ from changeover.flags.router.endpoint import (
 )
 from changeover.flags.router.follower import AuthoritySource, LedgerAuthority
 from changeover.flags.router.mirror import RETRIED, TRIES, before_retry
+from changeover.flags.router.operations import Asked, Done
 from changeover.flags.router.runtime import Limits, Parts, Pin, Runtime
 from changeover.flags.router.shadow import Comparison, Experiment, Observation, Result
 from changeover.flags.router.unit import Place, RoutedStore, sqlstate
@@ -113,7 +115,8 @@ class Router:
             table: The table that is mirrored, by its source's or its target's name; None where none is.
             to_new: What makes the new store's row of an old one; None where nothing is mirrored.
             to_old: What makes the old store's row of a new one; None where nothing is mirrored.
-            client: An SDK client that follows the flag; None follows the spec's file.
+            client: An SDK client that follows the flag, and is told of each operation; None follows the
+                spec's file.
             process: This process's name in its heartbeats; None is the host's.
             limits: Bounds of queues, pauses and waits; None takes the defaults.
 
@@ -145,7 +148,7 @@ class Router:
                 spec.targets[spec.flag.target].dsn_value, mirrored.target if mirrored else "", mirrored.key if mirrored else (),
                 tenant=new_tenant,
             ),
-            to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind),
+            to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind, tracks=client is not None),
             authority=authority, name=spec.name, process=process, limits=limits,
         )  # fmt: skip
         router._owned_client = None if client is not None else used
@@ -193,8 +196,8 @@ class Router:
         Raises:
             AuthorityMoving: A fence refuses writes.
         """
-        runtime, pin, _ = self._placed(tenant)
-        with self._refusals(runtime, pin):
+        runtime, pin, tenant_name = self._placed(tenant)
+        with self._refusals(runtime, pin), runtime.measured(Operation.WRITE, pin.rule.writes, tenant_name):
             yield Place(pin.rule.writes, pin.stage, pin.observation.epoch)
         runtime.count("writes")
 
@@ -216,7 +219,8 @@ class Router:
         tries = Tries()
         while True:
             try:
-                value = work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
+                with runtime.measured(Operation.WRITE, pin.rule.writes, tenant_name):
+                    value = work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
             except Exception as error:
                 pin = self._again(runtime, tenant_name, pin, tries, error)
                 continue
@@ -243,7 +247,8 @@ class Router:
         tries = Tries()
         while True:
             try:
-                value = await work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
+                with runtime.measured(Operation.WRITE, pin.rule.writes, tenant_name):
+                    value = await work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
             except Exception as error:
                 pin = await asyncio.to_thread(self._again, runtime, tenant_name, pin, tries, error)
                 continue
@@ -304,7 +309,11 @@ class Router:
         tenant_name = self._tenant(tenant)
         runtime = self._running()
         pin = self._pin(runtime, tenant_name)
-        with runtime.session(pin.rule.reads) as connection, connection.cursor() as cursor:
+        origin = pin.rule.reads
+        with (
+            runtime.measured(Operation.READ, origin, tenant_name), runtime.session(origin) as connection,
+            connection.cursor() as cursor,
+        ):  # fmt: skip
             yield RoutedStore(pin.rule.reads, pin.stage, pin.observation.epoch, cursor)
 
     def compare(
@@ -338,12 +347,21 @@ class Router:
         pin = self._pin(runtime, tenant_name)
         origin = pin.rule.reads
         reads = {Origin.OLD: old, Origin.NEW: new}
+        if not pin.rule.compares:
+            with self.read(tenant) as store:
+                return reads[store.origin](store.cursor)
         started = time.monotonic()
-        with runtime.session(origin) as connection, connection.cursor() as cursor:
+        with (
+            runtime.measured(Operation.READ, origin, tenant_name, ends=False), runtime.session(origin) as connection,
+            connection.cursor() as cursor,
+        ):  # fmt: skip
             value = reads[origin](cursor)
-        if pin.rule.compares:
-            control = Observation(origin, value, None, time.monotonic() - started)
-            runtime.comparisons.offer(Comparison(experiment or _PLAIN, pin.stage, control, reads, apart=runtime.apart(pin)))
+        control = Observation(origin, value, None, time.monotonic() - started)
+        comparison = Comparison(
+            experiment or _PLAIN, pin.stage, control, reads, apart=runtime.apart(pin), tell=partial(runtime.compared, tenant_name)
+        )
+        if not runtime.comparisons.offer(comparison) and runtime.operations is not None:
+            runtime.operations.record(Done(Operation.READ, tenant_name, [Asked(origin, control.seconds)]))
         return value
 
     @contextmanager
@@ -464,7 +482,10 @@ class Router:
         origin, lsn = pin.rule.writes, None
         endpoint = self._parts.endpoints[origin]
         mirrors = pin.rule.mirrors and self._parts.mappings is not None
-        with runtime.session(origin) as connection, transaction(connection) as cursor:
+        with (
+            runtime.measured(Operation.WRITE, origin, tenant), runtime.session(origin) as connection,
+            transaction(connection) as cursor,
+        ):  # fmt: skip
             if mirrors and endpoint.pool is not None:
                 cursor.execute(EXACT_FLOATS)
             store = RoutedStore(origin, pin.stage, pin.observation.epoch, cursor)

@@ -11,23 +11,27 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from ldclient.migrations.types import Origin, Stage
+from ldclient.migrations.types import Operation, Origin, Stage
 
 from changeover.errors import ServerUnavailable
 from changeover.flags.observed import BEGINNING, Observation
 from changeover.flags.router.desired import StageSource
 from changeover.flags.router.endpoint import PgEndpoint, RowMapping, Sessions
 from changeover.flags.router.follower import AuthoritySource, Beat, Follower
-from changeover.flags.router.mirror import Mirror
-from changeover.flags.router.shadow import Comparisons, nothing
-from changeover.flags.stages import TABLE, StageRule, effective
+from changeover.flags.router.mirror import RETRIED, Mirror
+from changeover.flags.router.operations import Asked, Done
+from changeover.flags.router.shadow import Comparisons, Result, nothing
+from changeover.flags.router.unit import sqlstate
+from changeover.flags.stages import FENCED, TABLE, StageRule, effective
 from changeover.jobs.ledger.epochs import EVERYTHING
+
+PASSING = frozenset({FENCED, *RETRIED})
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Runtime:
             under_way=self.under_way,
             positions=parts.authority.positions(parts.endpoints, parts.application) if parts.authority is not None else None,
         )  # fmt: skip
+        self.operations = parts.stage.operations()
         self.follower: Follower | None = None
         if parts.authority is not None:
             # a name for each start of each process: what one counted before its end stays on record beside its successor's
@@ -154,6 +159,32 @@ class Runtime:
         mirror = self._mirrors.get(origin)
         return nothing if mirror is None else mirror.under_way()
 
+    @contextmanager
+    def measured(self, operation: Operation, origin: Origin, tenant: str, *, ends: bool = True) -> Iterator[None]:
+        """Put an operation of one store down for the SDK; what a fence or another transaction refused is run again, and none.
+
+        One that does not end here is put down only where it fails.
+        """
+        if self.operations is None:
+            yield
+            return
+        started = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            if sqlstate(error) not in PASSING:
+                self.operations.record(Done(operation, tenant, [Asked(origin, time.monotonic() - started, failed=True)]))
+            raise
+        if ends:
+            self.operations.record(Done(operation, tenant, [Asked(origin, time.monotonic() - started)]))
+
+    def compared(self, tenant: str, result: Result) -> None:
+        """Put the end of a comparison down for the SDK."""
+        if self.operations is not None:
+            both = [Asked(one.origin, one.seconds, failed=one.error is not None) for one in (result.control, result.candidate)]
+            known = not (result.failed or result.inconclusive)
+            self.operations.record(Done(Operation.READ, tenant, both, result.matched or result.ignored if known else None))
+
     def count(self, name: str) -> None:
         """Count one occurrence."""
         with self._lock:
@@ -186,6 +217,8 @@ class Runtime:
         for mirror in self._mirrors.values():
             mirror.close(self.parts.limits.close_wait)
         self.comparisons.close()
+        if self.operations is not None:
+            self.operations.close()
         if self.follower is not None:
             self.follower.close()
         for sessions in self._sessions.values():

@@ -168,6 +168,8 @@ class Comparison:
     open: Result | None = None
     """A difference whose authority repeated its answer: a mismatch, if nothing was told since `before`."""
     before: int = 0
+    tell: Callable[[Result], None] = lambda result: None
+    """What is told of its end, beside the experiment."""
 
 
 class HookRaised(Exception):
@@ -304,7 +306,7 @@ class Comparisons:
             return
         first, candidate_origin = comparison.control, other(comparison.control.origin)
         if comparison.open is not None and self._told(candidate_origin) <= comparison.before:
-            self._finish(comparison.experiment, comparison.open)
+            self._finish(comparison, comparison.open)
             return
         candidate = self._observe(candidate_origin, comparison)
         control = self._observe(first.origin, comparison) if comparison.looks else first
@@ -313,11 +315,11 @@ class Comparisons:
             earlier = self._judge(comparison, first, candidate)
             result = earlier if earlier.matched or earlier.ignored else result
         if not result.mismatched:
-            self._finish(comparison.experiment, result)
+            self._finish(comparison, result)
         elif comparison.looks < len(self.waits):
             self._again(comparison, result)
         else:
-            self._finish(comparison.experiment, result if self.positions is None else replace(result, inconclusive=True))
+            self._finish(comparison, result if self.positions is None else replace(result, inconclusive=True))
 
     def _lags(self, comparison: Comparison) -> bool:
         """Return whether the other store still lacks what the authority had when it was read last."""
@@ -390,7 +392,7 @@ class Comparisons:
             experiment.raised(name, error)
             raise HookRaised(name) from error
 
-    def _finish(self, experiment: Experiment, result: Result) -> None:
+    def _finish(self, comparison: Comparison, result: Result) -> None:
         failure = result.control.error or result.candidate.error
         if failure is not None:
             self.errors.raise_for(reason_of(failure))
@@ -403,4 +405,5 @@ class Comparisons:
                     self._at_stage[name] += result.apart or result.stage is self._stage
                 if result.mismatched:
                     self.mismatches.append(result)
-        self._hook(experiment, "publish", result)
+        comparison.tell(result)
+        self._hook(comparison.experiment, "publish", result)
