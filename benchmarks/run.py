@@ -82,6 +82,20 @@ def lag(rate: int, rows: int, seconds: float, as_json: bool) -> None:
     _print(measure(rate, seconds, rows), as_json)
 
 
+@main.command()
+@click.option("--calls", default=5_000, show_default=True, type=click.IntRange(10), help="Timed calls of each party and case.")
+@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1), help="Timed runs of each; the median counts.")
+@click.option(
+    "--writes", default=500, show_default=True, type=click.IntRange(1), help="Writes of each of eight threads, six times."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON object alone.")
+def router(calls: int, repeat: int, writes: int, as_json: bool) -> None:
+    """What the router adds to a read and a write, beside the LaunchDarkly SDK's Migrator; seconds beyond the bare call."""
+    from benchmarks.router_case import measure
+
+    _print(measure(calls, repeat, writes), as_json)
+
+
 def _print(result: Result, as_json: bool) -> None:
     if not as_json:
         click.echo(result.as_table())

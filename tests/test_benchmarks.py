@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ldclient.migrations.types import Stage
 
 from benchmarks import tenants, triggers
 
@@ -63,6 +64,20 @@ def test_writer_prints_one_object_of_the_same_form() -> None:
         assert case["ours_s"] > 0
         assert case["peers"].keys() == case["versus"].keys() == {"upsert"}
     assert result["peak_rss_mb"]["ours"] > 0
+
+
+def test_router_prints_one_object_of_the_same_form() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/run.py", "router", "--calls", "10", "--repeat", "1", "--writes", "2", "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    stages = [f"{kind} {stage.value}" for stage in Stage for kind in ("read", "write")]
+    assert [case["case"] for case in result["cases"]] == [*stages, "read shadow_slow_secondary", "write_8_threads"]
+    for case in result["cases"][:-1]:
+        assert case["peers"].keys() == case["versus"].keys() == {"migrator", "migrator_serial"}
+    assert result["cases"][-1]["peers"].keys() == {"psycopg"}
 
 
 def test_the_cost_of_triggers_is_told_for_both_tables(old_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,6 @@ from changeover.flags.router.endpoint import (
 )
 from changeover.flags.router.follower import AuthoritySource, LedgerAuthority
 from changeover.flags.router.mirror import RETRIED, TRIES, before_retry
-from changeover.flags.router.operations import Asked, Done
 from changeover.flags.router.runtime import Limits, Parts, Pin, Runtime
 from changeover.flags.router.shadow import Comparison, Experiment, Observation, Result
 from changeover.flags.router.unit import Place, RoutedStore, sqlstate
@@ -197,9 +196,8 @@ class Router:
             AuthorityMoving: A fence refuses writes.
         """
         runtime, pin, tenant_name = self._placed(tenant)
-        with self._refusals(runtime, pin), runtime.measured(Operation.WRITE, pin.rule.writes, tenant_name):
+        with self._refusals(runtime, pin), _measured(runtime, pin, tenant_name):
             yield Place(pin.rule.writes, pin.stage, pin.observation.epoch)
-        runtime.count("writes")
 
     def rerun(self, work: Callable[[Place], Value], *, tenant: Tenant | None = None) -> Value:
         """Run a function that writes by sessions of your own, and again where a fence refused it, as `run` does.
@@ -219,7 +217,7 @@ class Router:
         tries = Tries()
         while True:
             try:
-                with runtime.measured(Operation.WRITE, pin.rule.writes, tenant_name):
+                with _measured(runtime, pin, tenant_name):
                     value = work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
             except Exception as error:
                 pin = self._again(runtime, tenant_name, pin, tries, error)
@@ -247,7 +245,7 @@ class Router:
         tries = Tries()
         while True:
             try:
-                with runtime.measured(Operation.WRITE, pin.rule.writes, tenant_name):
+                with _measured(runtime, pin, tenant_name):
                     value = await work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
             except Exception as error:
                 pin = await asyncio.to_thread(self._again, runtime, tenant_name, pin, tries, error)
@@ -309,12 +307,14 @@ class Router:
         tenant_name = self._tenant(tenant)
         runtime = self._running()
         pin = self._pin(runtime, tenant_name)
-        origin = pin.rule.reads
-        with (
-            runtime.measured(Operation.READ, origin, tenant_name), runtime.session(origin) as connection,
-            connection.cursor() as cursor,
-        ):  # fmt: skip
-            yield RoutedStore(pin.rule.reads, pin.stage, pin.observation.epoch, cursor)
+        origin, started = pin.rule.reads, time.monotonic()
+        try:
+            with runtime.session(origin) as connection, connection.cursor() as cursor:
+                yield RoutedStore(origin, pin.stage, pin.observation.epoch, cursor)
+        except Exception as error:
+            runtime.done(Operation.READ, tenant_name, origin, started, error)
+            raise
+        runtime.done(Operation.READ, tenant_name, origin, started)
 
     def compare(
         self, *, old: Callable[[Cursor], Value], new: Callable[[Cursor], Value], experiment: Experiment | None = None,
@@ -347,21 +347,21 @@ class Router:
         pin = self._pin(runtime, tenant_name)
         origin = pin.rule.reads
         reads = {Origin.OLD: old, Origin.NEW: new}
-        if not pin.rule.compares:
-            with self.read(tenant) as store:
-                return reads[store.origin](store.cursor)
         started = time.monotonic()
-        with (
-            runtime.measured(Operation.READ, origin, tenant_name, ends=False), runtime.session(origin) as connection,
-            connection.cursor() as cursor,
-        ):  # fmt: skip
-            value = reads[origin](cursor)
-        control = Observation(origin, value, None, time.monotonic() - started)
-        comparison = Comparison(
-            experiment or _PLAIN, pin.stage, control, reads, apart=runtime.apart(pin), tell=partial(runtime.compared, tenant_name)
-        )
-        if not runtime.comparisons.offer(comparison) and runtime.operations is not None:
-            runtime.operations.record(Done(Operation.READ, tenant_name, [Asked(origin, control.seconds)]))
+        try:
+            with runtime.session(origin) as connection, connection.cursor() as cursor:
+                value = reads[origin](cursor)
+        except Exception as error:
+            runtime.done(Operation.READ, tenant_name, origin, started, error)
+            raise
+        if pin.rule.compares:
+            comparison = Comparison(
+                experiment or _PLAIN, pin.stage, Observation(origin, value, None, time.monotonic() - started), reads,
+                apart=runtime.apart(pin), tell=partial(runtime.compared, tenant_name),
+            )  # fmt: skip
+            if runtime.comparisons.offer(comparison):
+                return value
+        runtime.done(Operation.READ, tenant_name, origin, started)
         return value
 
     @contextmanager
@@ -479,23 +479,25 @@ class Router:
     @contextmanager
     def _unit(self, runtime: Runtime, pin: Pin, tenant: str) -> Iterator[RoutedStore]:
         """Lend a store for one transaction, and mirror after its COMMIT what the block said that it wrote."""
-        origin, lsn = pin.rule.writes, None
+        origin, lsn, started = pin.rule.writes, None, time.monotonic()
         endpoint = self._parts.endpoints[origin]
         mirrors = pin.rule.mirrors and self._parts.mappings is not None
-        with (
-            runtime.measured(Operation.WRITE, origin, tenant), runtime.session(origin) as connection,
-            transaction(connection) as cursor,
-        ):  # fmt: skip
-            if mirrors and endpoint.pool is not None:
-                cursor.execute(EXACT_FLOATS)
-            store = RoutedStore(origin, pin.stage, pin.observation.epoch, cursor)
-            yield store
-            if endpoint.tenant is not None:
-                store.require_tenant(endpoint.tenant, tenant)
-            if mirrors and store.changes:
-                lsn = position(cursor, endpoint.log)
+        try:
+            with runtime.session(origin) as connection, transaction(connection) as cursor:
+                if mirrors and endpoint.pool is not None:
+                    cursor.execute(EXACT_FLOATS)
+                store = RoutedStore(origin, pin.stage, pin.observation.epoch, cursor)
+                yield store
+                if endpoint.tenant is not None:
+                    store.require_tenant(endpoint.tenant, tenant)
+                if mirrors and store.changes:
+                    lsn = position(cursor, endpoint.log)
+        except Exception as error:
+            runtime.done(Operation.WRITE, tenant, origin, started, error)
+            raise
         # From here on the COMMIT is acknowledged; any exception above means that it is not, and nothing is mirrored.
         runtime.count("writes")
+        runtime.done(Operation.WRITE, tenant, origin, started)
         if lsn is not None:
             store.version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
             store.mirrored = runtime.mirror(other(origin)).offer(store.version, store.changes)
@@ -552,6 +554,19 @@ class Router:
         if pinned is not None:
             pinned[tenant] = decided
         return decided
+
+
+@contextmanager
+def _measured(runtime: Runtime, pin: Pin, tenant: str) -> Iterator[None]:
+    """Count a write by the application's own sessions, and put it down for the SDK."""
+    started = time.monotonic()
+    try:
+        yield
+    except Exception as error:
+        runtime.done(Operation.WRITE, tenant, pin.rule.writes, started, error)
+        raise
+    runtime.count("writes")
+    runtime.done(Operation.WRITE, tenant, pin.rule.writes, started)
 
 
 def _mirrored(spec: Spec, table: str | None, to_new: RowMapping | None, to_old: RowMapping | None) -> Table | None:

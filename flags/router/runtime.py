@@ -11,8 +11,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,24 +159,11 @@ class Runtime:
         mirror = self._mirrors.get(origin)
         return nothing if mirror is None else mirror.under_way()
 
-    @contextmanager
-    def measured(self, operation: Operation, origin: Origin, tenant: str, *, ends: bool = True) -> Iterator[None]:
-        """Put an operation of one store down for the SDK; what a fence or another transaction refused is run again, and none.
-
-        One that does not end here is put down only where it fails.
-        """
-        if self.operations is None:
-            yield
+    def done(self, operation: Operation, tenant: str, origin: Origin, started: float, error: BaseException | None = None) -> None:
+        """Put an operation of one store down for the SDK; what a fence or another transaction refused is run again, and none."""
+        if self.operations is None or (error is not None and sqlstate(error) in PASSING):
             return
-        started = time.monotonic()
-        try:
-            yield
-        except Exception as error:
-            if sqlstate(error) not in PASSING:
-                self.operations.record(Done(operation, tenant, [Asked(origin, time.monotonic() - started, failed=True)]))
-            raise
-        if ends:
-            self.operations.record(Done(operation, tenant, [Asked(origin, time.monotonic() - started)]))
+        self.operations.record(Done(operation, tenant, [Asked(origin, time.monotonic() - started, failed=error is not None)]))
 
     def compared(self, tenant: str, result: Result) -> None:
         """Put the end of a comparison down for the SDK."""
