@@ -262,9 +262,11 @@ def _comparisons_clean(e: Evidence) -> list[str]:
     since = [beat for beat in e.heartbeats if e.stage_since is None or beat.at >= e.stage_since]
     counts = [beat.counters.get("comparisons", {}).get("at_stage", {}) for beat in since]
     at_stage = [count for count in counts if count.get("stage") == e.acting.value]
-    compared, mismatched = (sum(int(c.get(name, 0)) for c in at_stage) for name in ("compared", "mismatched"))
+    names = ("compared", "mismatched", "inconclusive")
+    compared, mismatched, open_ = (sum(int(c.get(name, 0)) for c in at_stage) for name in names)
+    besides = f", and {open_} stayed inconclusive" if open_ else ""
     reasons = [] if compared >= COMPARISONS else [
-        f"only {compared} reads were compared at {e.acting.value}: {COMPARISONS} are asked for"
+        f"only {compared} reads were compared at {e.acting.value}{besides}: {COMPARISONS} are asked for"
     ]  # fmt: skip
     return reasons + ([
         f"{mismatched} of {compared} reads compared at {e.acting.value} mismatched: find out why, then go back by"
