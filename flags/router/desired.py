@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 from ldclient import Context, LDClient
 from ldclient.interfaces import DataSourceState, DataSourceStatus
@@ -28,6 +29,19 @@ KEPT = 10_000
 """Tenants of which the last stage is kept, because it is not everybody's; beyond so many the longest kept are forgotten."""
 
 _STAGES = {stage.value: stage for stage in Stage}
+
+_RESTARTED: WeakKeyDictionary[LDClient, int] = WeakKeyDictionary()
+"""In which process each client was started anew: however many routers share one, it has one stream a process."""
+
+_RESTARTING = threading.Lock()
+
+
+def _restart(client: LDClient) -> None:
+    """Start a client's threads in a forked child, once."""
+    with _RESTARTING:
+        if _RESTARTED.get(client) != os.getpid():
+            client.postfork()
+            _RESTARTED[client] = os.getpid()
 
 
 class StageSource(Protocol):
@@ -122,7 +136,7 @@ class FlagStage:
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self._keeping = threading.Lock()
-            self.client.postfork()
+            _restart(self.client)
             self._listen()
 
     def _listen(self) -> None:

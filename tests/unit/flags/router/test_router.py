@@ -580,6 +580,27 @@ def test_a_forked_child_follows_with_threads_and_sessions_of_its_own(
     assert len({beat.process for beat in stores.ledger.heartbeats()}) == 2
 
 
+def test_routers_that_share_a_client_start_it_once_in_a_forked_child(
+    make_router: MakeRouter, flag_client: LDClient, monkeypatch: pytest.MonkeyPatch,
+    in_child: Callable[[Callable[[], object]], AbstractContextManager[None]],
+) -> None:  # fmt: skip
+    routers, started, postfork = [make_router(mirrors=False) for _ in range(3)], [], flag_client.postfork
+
+    def counted() -> None:
+        started.append(os.getpid())
+        postfork()
+
+    monkeypatch.setattr(flag_client, "postfork", counted)
+
+    def work() -> None:
+        assert [router.stage for router in routers] == [Stage.OFF] * 3
+        assert started == [os.getpid()]
+
+    with in_child(work):
+        pass
+    assert started == []
+
+
 def test_a_session_that_the_server_closed_is_not_handed_out(
     stores: Stores, make_router: MakeRouter, make_follow: Callable[..., Follow]
 ) -> None:
