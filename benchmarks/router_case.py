@@ -106,6 +106,9 @@ class Fixed:
     def wait(self, tenant: str, observation: Observation, seconds: float) -> None:
         """Wait for nothing."""
 
+    def hurry(self) -> None:
+        """Ask nothing."""
+
     def close(self) -> None:
         """Do nothing."""
 

@@ -66,7 +66,9 @@ class Evidence:
     """Why each table is stopped that is, or will be at the next look."""
     rights: Rights = field(default_factory=Rights)
     mirrors: bool = False
-    """Whether the application mirrors its writes itself."""
+    """Whether the application mirrors its writes itself, as the spec says."""
+    recorded_mirror: str | None = None
+    """What mirrors, as the ledger has it, where that is something else than in the spec."""
     replaying: bool = True
     """Whether a replay runs, by its session with the ledger."""
 
@@ -115,6 +117,7 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
         rights=rights(spec) if takes_over(before, after) else Rights(),
         stopped={**altered, **(ledger.stopped() if ledger.exists() else {})}, mirrors=spec.mirrors,
         replaying=ledger.is_connected("replay"),
+        recorded_mirror=recorded if ledger.exists() and (recorded := ledger.mirror()) != flag_of(spec).mirror else None,
     )  # fmt: skip
 
 
@@ -228,6 +231,16 @@ def _streams_run(e: Evidence) -> list[str]:
     return ["replay is not running, which brings every write to the new store: start `changeover replay --follow`"]
 
 
+def _mirror_agreed(e: Evidence) -> list[str]:
+    """What mirrors is the same in the spec, on record and in every process: the way back rests on it."""
+    reasons = [] if e.recorded_mirror is None else [
+        f"flag.mirror is on record as {e.recorded_mirror!r}, and is another one in the spec: run `changeover replay` with this spec"
+    ]  # fmt: skip
+    heard = [beat for beat in e.heartbeats if alive(beat, e.now) and beat.counters.get("mirrors", e.mirrors) is not e.mirrors]
+    wants = "mirrors, and the spec says that the streams do" if not e.mirrors else "does not mirror, and the spec says that it does"
+    return reasons + [f"process {beat.process} {wants}: deploy it with this spec" for beat in heard]
+
+
 def _way_back(e: Evidence) -> list[str]:
     """Before the new store takes over: what is written to it will reach the old one, or nobody can go back without losing it."""
     way = e.reverse_path
@@ -268,6 +281,8 @@ def _comparisons_clean(e: Evidence) -> list[str]:
     reasons = [] if compared >= COMPARISONS else [
         f"only {compared} reads were compared at {e.acting.value}{besides}: {COMPARISONS} are asked for"
     ]  # fmt: skip
+    if open_ > compared:
+        reasons.append(f"{open_} reads stayed inconclusive at {e.acting.value}, more than the {compared} that were compared")
     return reasons + ([
         f"{mismatched} of {compared} reads compared at {e.acting.value} mismatched: find out why, then go back by"
         " `changeover flags rollback` and up again, which counts anew"
@@ -330,8 +345,8 @@ def _application_may_write(e: Evidence) -> list[str]:
 
 
 RULES: tuple[Callable[[Evidence], list[str]], ...] = (
-    _nothing_stopped, _loads_closed, _verdict_fresh, _processes_present, _lag_small, _streams_run, _replay_past_dualwrite,
-    _comparisons_clean, _mirror_whole, _way_back, _reverse_open, _nothing_rogue, _application_may_write,
+    _nothing_stopped, _loads_closed, _verdict_fresh, _processes_present, _lag_small, _streams_run, _mirror_agreed,
+    _replay_past_dualwrite, _comparisons_clean, _mirror_whole, _way_back, _reverse_open, _nothing_rogue, _application_may_write,
 )  # fmt: skip
 
 

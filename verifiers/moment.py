@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from changeover.errors import CouldNotCheck, RowRefused, StepOrder, TableStopped, TextRefused
+from changeover.errors import ChangeoverError, CouldNotCheck, RowRefused, StepOrder, TableStopped, TextRefused
 from changeover.jobs.apply.rounds import Replay
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.ledger.epochs import shares
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import CLOSED, OLD_STORE, Authority
+from changeover.jobs.ledger.records import CLOSED, NEW, OLD_STORE, Authority
 from changeover.jobs.load.prepared import Prepared
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.catalog import SourceTable, source_table
@@ -25,6 +25,7 @@ from changeover.jobs.source.changes import SlotSource, change_source
 from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.source.replication import slot_of
 from changeover.jobs.spool.waiting import await_spool
+from changeover.jobs.transform.tenancy import flag_of
 from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, wal_position
@@ -120,9 +121,8 @@ class _Holding:
         return Moment(aligned.end, sources, targets, self.tables, aligned=split.at_new, exact=exact)
 
     def _mirrored(self) -> bool:
-        """Return whether an application writes to both stores, by what the spec says or by what a router was heard to do."""
-        heard = (name for beat in self.ledger.heartbeats() for name in beat.counters)
-        return self.spec.mirrors or any(name.startswith("mirror_") for name in heard)
+        """Return whether an application writes to both stores, by what the spec says or by what a router says of itself."""
+        return self.spec.mirrors or any(beat.counters.get("mirrors") for beat in self.ledger.heartbeats())
 
     def of_new(self, split: Split) -> Moment:
         """Take a position of the new store's log, which has all authority, and offer every event below it to the others."""
@@ -133,19 +133,28 @@ class _Holding:
             split.require_unmoved(self.ledger, self._first)
             split.require_reverse(self.ledger, self._first)
             watches = self._watches()
+            failed: list[BaseException] = []
 
             def taken() -> tuple[Connection, ExportedSnapshot]:
                 # its snapshot shows exactly what the new store's stream has below it
                 source = SlotSource(reverse.new_dsn(self.spec), self.spec.name, slot_of(self.spec))
-                aligned = source.aligned("verify", self.held)
-                self._bring_back(lakes, aligned.end)
+                try:
+                    aligned = source.aligned("verify", self.held)
+                    self._bring_back(lakes, aligned.end, aligned.snapshot)
+                except BaseException as error:
+                    failed.append(error)  # the others' reason too: they stand at no position then
+                    raise
                 return aligned.holder, aligned.snapshot
 
+            if all(target != flag_of(self.spec).target for _, target in self.chosen):
+                self._bring_back_to_now(lakes)
             targets = self._freeze_targets(taken)
+            if failed:
+                raise failed[0]
             holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
             lsn = wal_position(holder)
             sources = self._freeze_sources(holder, exported, lsn, watches)
-        return Moment(lsn, sources, targets, self.tables, aligned=True, exact=True)
+        return Moment(lsn, sources, targets, self.tables, aligned=True, exact=not self._mirrored())
 
     def as_it_is(self, split: Split) -> Moment:
         """Hold both as they are, once the old store and the lakes have what the new one wrote, where they get it."""
@@ -201,16 +210,29 @@ class _Holding:
         self._bring_back(lakes, position)
         return position
 
-    def _bring_back(self, lakes: Sequence[str], position: int) -> None:
-        """Offer every event of the new store's log below a position to the old store and the lakes."""
-        replay = Replay(self.spec, self.spark, self.ledger, self.prepared)
+    def _bring_back(self, lakes: Sequence[str], position: int, snapshot: ExportedSnapshot | None = None) -> None:
+        """Offer every event of the new store's log below a position to the old store and the lakes.
+
+        What an update did not send is read in the position's own snapshot, where there is one.
+        """
+        replay = Replay(self.spec, self.spark, self.ledger, self.prepared, snapshot, of=NEW)
         with connect(reverse.new_dsn(self.spec), self._application) as new:
             emit_marker(new, "verify")
         await_spool(replay.ledger, replay.back.checkpoint.spool, position, "the new store's stream", step="capture-new")
         replay.back.limit = position
-        replay.bring_back()
+        self._offer_back(replay.bring_back, position)
         if lakes:
-            replay.offer(targets=lakes)
+            self._offer_back(lambda: replay.offer(targets=lakes), position)
+
+    def _offer_back(self, offer: Callable[[], object], position: int) -> None:
+        """Offer the new store's events; a table that lacks some is the only one without a verdict."""
+        try:
+            offer()
+        except ChangeoverError as error:
+            behind = {load.source for load in self.ledger.loads(NEW) if load.applied < position}
+            if not behind:
+                raise
+            self.unchecked.add([names for names in self.unchecked.left(self.chosen) if names[0] in behind], error)
 
     def _freeze_targets(self, taken: Taken | None = None) -> dict[Names, Frozen]:
         """Hold all tables of each target, by as many sessions however many tables there are.

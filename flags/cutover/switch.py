@@ -142,11 +142,19 @@ def expected(spec: Spec, ledger: Ledger, epochs: Collection[int]) -> int | None:
     """Return how many writes a step down would lose of those made under some epochs of the new store; None is all of them."""
     if not epochs or reverse.whole(ledger) is None:
         return 0
-    return readiness.lost(ledger.heartbeats(), epochs, ledger.now()) if spec.mirrors else None
+    return _lost(spec, ledger, epochs)
+
+
+def _lost(spec: Spec, ledger: Ledger, epochs: Collection[int]) -> int | None:
+    """Return what mirrors never brought to the old store; None, which is everything, where a process had none."""
+    beats = ledger.heartbeats()
+    if not spec.mirrors or any(beat.counters.get("mirrors") is False for beat in beats):
+        return None
+    return readiness.lost(beats, epochs, ledger.now())
 
 
 def lost(spec: Spec, ledger: Ledger, epochs: Collection[int], fenced: Fenced) -> int | None:
     """Return how many writes a fence back has lost: none where the reverse path brought them all; None is all of them."""
     if fenced.lacking is None:
         return 0
-    return readiness.lost(ledger.heartbeats(), epochs, ledger.now()) if spec.mirrors else None
+    return _lost(spec, ledger, epochs)

@@ -202,12 +202,28 @@ def transaction(connection: psycopg.Connection[Any]) -> Iterator[Cursor]:
     before = connection.isolation_level
     if before != READ_COMMITTED:
         connection.isolation_level = READ_COMMITTED
+    asked: psycopg.Rollback | None = None
     try:
         with connection.transaction(), connection.cursor() as cursor:
-            yield cursor
+            try:
+                yield cursor
+            except psycopg.Rollback as rollback:  # which psycopg would take as an end like any other
+                asked = rollback
+                raise
+            if _failed(connection):
+                raise psycopg.errors.InFailedSqlTransaction(SWALLOWED)
+        if asked is not None:
+            raise asked
     finally:
         if before != READ_COMMITTED and connection.info.transaction_status == TransactionStatus.IDLE:
             connection.isolation_level = before
+
+
+def _failed(connection: psycopg.Connection[Any]) -> bool:
+    return connection.info.transaction_status == TransactionStatus.INERROR
+
+
+SWALLOWED = "a statement of this unit failed and its error was caught, so nothing can be committed: let it pass, or use a savepoint"
 
 
 def position(cursor: Cursor, log: Log | None = None) -> int:

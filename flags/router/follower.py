@@ -73,6 +73,10 @@ class Follower(Protocol):
         """Wait, at most so long, until a tenant's observed stage is another one (caller's thread, after a refusal)."""
         ...
 
+    def hurry(self) -> None:
+        """Have the ledger asked at once."""
+        ...
+
     def close(self) -> None:
         """Record a last heartbeat and end the thread."""
         ...
@@ -130,6 +134,10 @@ class LedgerFollower:
                 # `wait` ends with the first look, which may come at once: the next one is not asked for before its
                 # time.
                 self._changed.wait_for(lambda: self._says_else(tenant, observation), LOOK_AGAIN_SECONDS)
+
+    def hurry(self) -> None:
+        """Wake the thread."""
+        self._wake.set()
 
     def _says_else(self, tenant: str, observation: Observation) -> bool:
         return self.observations is not None and self.observations.of(tenant) != observation

@@ -241,14 +241,17 @@ class Router:
             AuthorityMoving: Authority moved within `pinned`.
             LockNotGranted: A fence did not end within the limits' pause.
         """
-        runtime, pin, tenant_name = await asyncio.to_thread(self._placed, tenant)
+        if self._runtime is None:  # the first look at the ledger may take a while
+            await asyncio.to_thread(self._running)
+        runtime, pin, tenant_name = self._placed(tenant)
         tries = Tries()
         while True:
             try:
                 with _measured(runtime, pin, tenant_name):
                     value = await work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
             except Exception as error:
-                pin = await asyncio.to_thread(self._again, runtime, tenant_name, pin, tries, error)
+                await asyncio.sleep(self._pause(runtime, pin, tries, error))
+                pin = self._decided(runtime, tenant_name, pin, error)
                 continue
             tries.end(runtime)
             return value
@@ -354,10 +357,10 @@ class Router:
         except Exception as error:
             runtime.done(Operation.READ, tenant_name, origin, started, error)
             raise
-        if pin.rule.compares:
+        if pin.rule.compares and (epoch := runtime.comparable(pin, tenant_name)) is not None:
             comparison = Comparison(
                 experiment or _PLAIN, pin.stage, Observation(origin, value, None, time.monotonic() - started), reads,
-                apart=runtime.apart(pin), tell=partial(runtime.compared, tenant_name),
+                apart=runtime.apart(pin), epoch=epoch, tell=partial(runtime.compared, tenant_name),
             )  # fmt: skip
             if runtime.comparisons.offer(comparison):
                 return value
@@ -510,6 +513,11 @@ class Router:
         runtime = self._running()
         return runtime, self._pin(runtime, tenant_name), tenant_name
 
+    @staticmethod
+    def _moving(runtime: Runtime, pin: Pin) -> AuthorityMoving:
+        """Return the error for a caller that has to run its request anew."""
+        return AuthorityMoving(runtime.parts.endpoints[pin.rule.writes].name)
+
     @contextmanager
     def _refusals(self, runtime: Runtime, pin: Pin) -> Iterator[None]:
         """Raise AuthorityMoving for what a fence refused: a block can't be run again by itself."""
@@ -522,30 +530,35 @@ class Router:
 
     def _again(self, runtime: Runtime, tenant: str, pin: Pin, tries: Tries, error: Exception) -> Pin:
         """Wait for what refused a unit, and return by which pin it runs again; raises the error where it does not."""
+        seconds = self._pause(runtime, pin, tries, error)
+        if sqlstate(error) == FENCED and runtime.follower is not None:
+            runtime.follower.wait(tenant, pin.observation, seconds)
+        else:
+            time.sleep(seconds)
+        return self._decided(runtime, tenant, pin, error)
+
+    def _pause(self, runtime: Runtime, pin: Pin, tries: Tries, error: Exception) -> float:
+        """Return for how long a unit waits before it runs again; raises the error where it does not."""
         state = sqlstate(error)
         if state == FENCED:
-            return self._after_fence(runtime, tenant, pin, tries.paused(), error)
+            since = tries.paused()
+            if time.monotonic() - since >= self._parts.limits.max_pause:
+                runtime.waited(time.monotonic() - since)
+                endpoint = self._parts.endpoints[pin.rule.writes].name
+                raise LockNotGranted(endpoint, "write authority", "a fence that did not end") from error
+            if runtime.follower is not None:
+                runtime.follower.hurry()
+            return FENCE_POLL_SECONDS
         if state not in RETRIED or tries.count >= TRIES:
             raise error
         runtime.count("retries")
-        time.sleep(before_retry(tries.count))
         tries.count += 1
-        return pin
+        return before_retry(tries.count - 1)
 
-    def _moving(self, runtime: Runtime, pin: Pin) -> AuthorityMoving:
-        """Return the error for a caller that has to run its request anew."""
-        return AuthorityMoving(runtime.parts.endpoints[pin.rule.writes].name)
-
-    def _after_fence(self, runtime: Runtime, tenant: str, pin: Pin, since: float, error: Exception) -> Pin:
-        """Wait for the ledger's next word and return what holds then; the same store, if the fence was called off."""
-        if time.monotonic() - since >= self._parts.limits.max_pause:
-            runtime.waited(time.monotonic() - since)
-            endpoint = self._parts.endpoints[pin.rule.writes].name
-            raise LockNotGranted(endpoint, "write authority", "a fence that did not end") from error
-        if runtime.follower is not None:
-            runtime.follower.wait(tenant, pin.observation, FENCE_POLL_SECONDS)
-        else:
-            time.sleep(FENCE_POLL_SECONDS)
+    def _decided(self, runtime: Runtime, tenant: str, pin: Pin, error: Exception) -> Pin:
+        """Return by which pin a refused unit runs anew: the ledger's next word, or the same store, if the fence was called off."""
+        if sqlstate(error) != FENCED:
+            return pin
         pinned = self._pinned.get()
         decided = runtime.decide(runtime.desired(tenant) if pinned is None else pin.desired, tenant)
         if pinned is not None and decided.rule.writes is not pin.rule.writes:

@@ -129,6 +129,13 @@ class Runtime:
             pin = self.pins[key] = Pin(desired, observation, stage, TABLE[stage])
         return pin
 
+    def comparable(self, pin: Pin, tenant: str) -> int | None:
+        """Return the newest move of authority that this process knows; None where a request's pin is of an earlier one."""
+        observations = self.follower.observations if self.follower is not None else None
+        if observations is None:
+            return 0
+        return observations.epoch if observations.of(tenant) == pin.observation else None
+
     def apart(self, pin: Pin) -> bool:
         """Return whether a pin is of a tenant at another store than all the others."""
         observations = self.follower.observations if self.follower is not None else None
@@ -189,7 +196,12 @@ class Runtime:
             counts: dict[str, Any] = {**self._counts, "longest_wait_seconds": round(self._longest_wait, 4)}
             mirrors = dict(self._mirrors)
         alarm = self.parts.stage.alarm
-        counts.update(alarms=alarm.count, last_alarm=alarm.last, comparisons=self.comparisons.counters())
+        counts.update(
+            mirrors=self.parts.mappings is not None,
+            alarms=alarm.count,
+            last_alarm=alarm.last,
+            comparisons=self.comparisons.counters(),
+        )
         counts.update({f"mirror_{origin.value}": mirror.counters() for origin, mirror in mirrors.items()})
         return counts
 

@@ -6,10 +6,12 @@ comes there a little later. So a difference is looked at again, by the logs and 
 once it has all below that, and a mirror has dealt with what it had. Then the authority is read
 again, and its position marked. What agrees with either answer matches. A difference counts as a
 mismatch if the authority repeated its answer, and the streams, once past the second mark, have told
-of no change behind the first. What changes at each look is inconclusive, which is no match. An
-error on either side is an error. Without a ledger there are no positions, and a difference that
-stays over growing waits is a mismatch. Under overload, or behind a stream that stands still,
-comparisons are dropped and counted. All but `run_if` runs on one thread beside the callers.
+of no change behind the first. So does one of which both stores repeat their answers at every look.
+What changes from look to look is inconclusive, which is no match. So is what authority moved over,
+or where a commit may wait for a standby. An error on either side is an error. Without a ledger, and
+towards a store that no stream goes to, there are no positions: a difference that stays over growing
+waits is a mismatch. Under overload comparisons are dropped and counted. All but `run_if` runs on
+one thread beside the callers.
 """
 
 from __future__ import annotations
@@ -163,11 +165,17 @@ class Comparison:
     apart: bool = False
     lags: Callable[[], bool] = nothing
     """Whether a mirror is still to bring the other store what it had when it was looked at last."""
+    epoch: int = 0
+    """The newest move of authority when the authority was read: after another one nothing can be said."""
     position: int | None = None
     """The authority's position after it was read last; the other store is looked at once it has all below it."""
     open: Result | None = None
     """A difference whose authority repeated its answer: a mismatch, if nothing was told since `before`."""
     before: int = 0
+    last: Result | None = None
+    """What the last look gave."""
+    steady: bool = True
+    """Whether both stores repeated their answers at every look."""
     tell: Callable[[Result], None] = lambda result: None
     """What is told of its end, beside the experiment."""
 
@@ -301,11 +309,17 @@ class Comparisons:
 
     def _look(self, comparison: Comparison) -> None:
         """Read the other store, and the authority again on a further look; end the comparison or come back to it later."""
-        if self._lags(comparison):
+        first, candidate_origin = comparison.control, other(comparison.control.origin)
+        reached = (
+            self.positions.reached(candidate_origin) if self.positions is not None and comparison.position is not None else None
+        )
+        if reached is not None and comparison.last is not None and reached.epoch != comparison.epoch:
+            self._finish(comparison, replace(comparison.last, inconclusive=True))
+            return
+        if comparison.lags() or (reached is not None and reached.applied < (comparison.position or 0)):
             self._push(time.monotonic() + AGAIN_SECONDS, comparison)
             return
-        first, candidate_origin = comparison.control, other(comparison.control.origin)
-        if comparison.open is not None and self._told(candidate_origin) <= comparison.before:
+        if reached is not None and comparison.open is not None and reached.told <= comparison.before:
             self._finish(comparison, comparison.open)
             return
         candidate = self._observe(candidate_origin, comparison)
@@ -319,38 +333,48 @@ class Comparisons:
         elif comparison.looks < len(self.waits):
             self._again(comparison, result)
         else:
-            self._finish(comparison, result if self.positions is None else replace(result, inconclusive=True))
-
-    def _lags(self, comparison: Comparison) -> bool:
-        """Return whether the other store still lacks what the authority had when it was read last."""
-        if comparison.lags():
-            return True
-        if self.positions is None or comparison.position is None:
-            return False
-        return self.positions.reached(other(comparison.control.origin))[0] < comparison.position
-
-    def _told(self, origin: Origin) -> int:
-        """Return the position of the last change that was offered to a store."""
-        return self.positions.reached(origin)[1] if self.positions is not None else 0
+            # by positions: neither store ever gave another answer, or nobody knows
+            known = comparison.position is None or (comparison.steady and self._repeated(comparison, result))
+            self._finish(comparison, replace(result, inconclusive=not known))
 
     def _again(self, comparison: Comparison, result: Result) -> None:
         """Come back to a difference once the other store has what the authority has by now."""
-        control, wait = result.control, self.waits[comparison.looks]
+        candidate_origin, wait = result.candidate.origin, self.waits[comparison.looks]
+        repeats = comparison.looks == 0 or self._same(comparison, comparison.control, result.control)
         again = replace(
-            comparison, control=control, looks=comparison.looks + 1, lags=self.under_way(result.candidate.origin), open=None
-        )
-        if self.positions is not None:
-            wait = 0.0
-            repeats = comparison.looks > 0 and self._repeats(comparison, control)
+            comparison, control=result.control, looks=comparison.looks + 1, lags=self.under_way(candidate_origin), last=result,
+            steady=comparison.steady and (comparison.last is None or self._repeated(comparison, result)), open=None,
+        )  # fmt: skip
+        # where no stream goes to the other store the clock has to do
+        if self.positions is not None and self.positions.reached(candidate_origin) is not None:
+            if self._waiting() >= self.limit // 2:
+                self._finish(comparison, replace(result, inconclusive=True))
+                return
+            position, doubtful = self.positions.mark(result.control.origin)
+            mayend = comparison.looks > 0 and repeats and not doubtful
             again = replace(
-                again, position=self.positions.mark(control.origin), before=comparison.position or 0,
-                open=result if repeats else None,
+                again, position=position, before=comparison.position or 0, open=result if mayend else None,
+                steady=again.steady and not doubtful,
             )  # fmt: skip
+            wait = 0.0
         self._push(time.monotonic() + wait, again)
 
-    def _repeats(self, comparison: Comparison, control: Observation) -> bool:
-        """Return whether the authority gave the same answer twice."""
-        both = [self._hook(comparison.experiment, "clean", one.value) for one in (comparison.control, control)]
+    def _waiting(self) -> int:
+        """Return how many differences wait: they leave half of the places to reads that were not looked at yet."""
+        with self._changed:
+            return sum(comparison.looks > 0 for _, _, comparison in self._heap)
+
+    def _repeated(self, comparison: Comparison, result: Result) -> bool:
+        """Return whether both stores answered as at the last look."""
+        last = comparison.last
+        return last is not None and all(
+            self._same(comparison, one, other_one)
+            for one, other_one in ((last.control, result.control), (last.candidate, result.candidate))
+        )
+
+    def _same(self, comparison: Comparison, one: Observation, again: Observation) -> bool:
+        """Return whether a store gave the same answer twice."""
+        both = [self._hook(comparison.experiment, "clean", answer.value) for answer in (one, again)]
         return bool(self._hook(comparison.experiment, "compare", *both))
 
     def _observe(self, origin: Origin, comparison: Comparison) -> Observation:

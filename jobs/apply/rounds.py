@@ -70,13 +70,14 @@ class Replayed:
 class Replay:
     """Replays one migration (driver); `round` is one pass over all its loads, in the thread that calls it.
 
-    Values that an update did not send are read in `snapshot` where one is given: then they are those of its moment. What was
-    written to the new store while it had authority goes to the other targets as well, and back to the old store.
+    Values that an update did not send are read in `snapshot` where one is given, which is of the store `of`: then they are those
+    of its moment. What was written to the new store while it had authority goes to the other targets as well, and back to the old
+    store.
     """
 
     def __init__(
         self, spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared, snapshot: ExportedSnapshot | None = None,
-        stop: threading.Event | None = None,
+        stop: threading.Event | None = None, of: str = OLD,
     ) -> None:  # fmt: skip
         self.spec = spec
         self.spark = spark
@@ -87,8 +88,8 @@ class Replay:
         epoch = prepared.stream.epoch
         self.back = ReverseStream(spec, spark, ledger, prepared.transforms, epoch)
         self.appliers = {
-            OLD: Applier(spec, spark, Checkpoint(spec, ledger, self.spool, epoch), snapshot, self.stop),
-            NEW: Applier(spec, spark, self.back.checkpoint, None, self.stop),
+            OLD: Applier(spec, spark, Checkpoint(spec, ledger, self.spool, epoch), snapshot if of == OLD else None, self.stop),
+            NEW: Applier(spec, spark, self.back.checkpoint, snapshot if of == NEW else None, self.stop),
         }
 
     def lease(self, target: str) -> AbstractContextManager[None]:

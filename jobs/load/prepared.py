@@ -84,8 +84,8 @@ def _follow_mirror(spec: Spec, ledger: Ledger) -> None:
             f"{spec.path}: flag.mirror is {spec.flag.mirror!r}, and was {known!r} at prepare: it may change once all tables are"
             f" loaded, and {pending[0]} is not yet"
         )
+    _allow_mirror(spec)  # before it is on record: what fails here is tried again
     ledger.record_mirror(spec.flag.mirror)
-    _allow_mirror(spec)
 
 
 def _allow_mirror(spec: Spec) -> None:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from changeover.flags.router.desired import EVERYONE, FlagStage
 from changeover.flags.router.endpoint import Change, Cursor, PgEndpoint, returned
 from changeover.flags.router.follower import LedgerAuthority
 from changeover.flags.router.mirror import Mirror
-from changeover.flags.router.router import Router
+from changeover.flags.router.router import RoutedStore, Router
 from changeover.flags.router.runtime import Limits
 from changeover.flags.router.shadow import LAG_WAITS
 from changeover.flags.stages import FENCED, TABLE
@@ -718,6 +718,30 @@ def test_a_block_is_one_transaction_of_any_statements(stores: Stores, make_route
         assert store.execute("SELECT from_user, (SELECT note FROM notes) FROM follows ORDER BY 1").fetchall() == [
             (1, "old"), (2, "old"),
         ]  # fmt: skip
+
+
+def test_a_unit_that_can_not_be_committed_is_never_taken_for_one_that_was(
+    stores: Stores, make_router: MakeRouter, follow: Follow
+) -> None:
+    router = make_router()
+
+    def swallow(store: RoutedStore) -> str:
+        with suppress(psycopg.Error):
+            store.execute("SELECT 1 / 0")
+        return "done"
+
+    def give_up(store: RoutedStore) -> str:
+        follow.put_old(store.cursor)
+        raise psycopg.Rollback
+
+    with pytest.raises(psycopg.errors.InFailedSqlTransaction, match="its error was caught, so nothing can be committed"):
+        router.run(swallow)
+    with pytest.raises(psycopg.Rollback):
+        router.run(give_up)
+    with pytest.raises(psycopg.Rollback), router.write() as store:
+        give_up(store)
+    assert stores.rows(Origin.OLD) == []
+    assert router.counters()["writes"] == 0
 
 
 def test_a_block_that_a_fence_refuses_raises_and_the_next_one_goes_where_authority_is(

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from ldclient.migrations.types import Origin, Stage
+from psycopg import sql
 
 from changeover.flags.router.endpoint import Cursor
 from changeover.flags.router.positions import LedgerPositions
 from changeover.flags.router.shadow import Comparison, Comparisons, Experiment, Observation, Result
-from tests.support.fix_flags import PATIENCE, Stores
+from tests.support.fix_flags import PATIENCE, Stores, wait_until
 
 MakeComparisons = Callable[..., Comparisons]
 
@@ -184,16 +186,77 @@ def test_a_difference_of_which_the_stream_told_nothing_is_a_mismatch(stores: Sto
     assert by_position.counters()["mismatched"] == 1
 
 
-def test_what_is_told_of_at_every_look_is_inconclusive_and_no_match(stores: Stores, by_position: Comparisons) -> None:
-    experiment = Recorded()
-    put(stores, Origin.OLD, 1, "now")
+def test_what_changes_from_look_to_look_is_inconclusive_and_no_match(stores: Stores, by_position: Comparisons) -> None:
+    experiment, answers = Recorded(), itertools.count(1)
     offered(stores, EVERYTHING, EVERYTHING)
-    offer(by_position, experiment, [{"subject": 1, "note": "now"}])
+    offer(by_position, experiment, 0, reads={Origin.OLD: lambda cursor: 0, Origin.NEW: lambda cursor: next(answers)})
     assert by_position.drain(PATIENCE)
     [result] = experiment.results
     assert (result.inconclusive, result.mismatched, result.matched) == (True, False, False)
     counters = by_position.counters()
     assert (counters["inconclusive"], counters["compared"]) == (1, 0)
+
+
+def test_what_both_stores_repeat_at_every_look_is_a_mismatch_though_others_write(stores: Stores, by_position: Comparisons) -> None:
+    experiment = Recorded()
+    put(stores, Origin.OLD, 1, "here alone")
+    offered(stores, EVERYTHING, EVERYTHING)
+    offer(by_position, experiment, [{"subject": 1, "note": "here alone"}])
+    assert by_position.drain(PATIENCE)
+    assert [(result.mismatched, result.looks) for result in experiment.results] == [(True, 4)]
+
+
+def test_what_authority_moved_over_is_inconclusive(stores: Stores, by_position: Comparisons) -> None:
+    experiment = Recorded()
+    put(stores, Origin.OLD, 1, "before")
+    offer(by_position, experiment, [{"subject": 1, "note": "before"}])
+    assert not by_position.drain(0.3)
+    stores.move(1, "new")
+    assert by_position.drain(PATIENCE), "the old store's stream may never come to where it was"
+    assert [result.inconclusive for result in experiment.results] == [True]
+
+
+def test_where_no_stream_goes_to_the_other_store_the_clock_has_to_do(stores: Stores, by_position: Comparisons) -> None:
+    experiment = Recorded()
+    put(stores, Origin.NEW, 1, "here alone")
+    offer(by_position, experiment, [{"subject": 1, "note": "here alone"}], Origin.NEW)
+    assert by_position.drain(PATIENCE)
+    assert [(result.mismatched, result.looks) for result in experiment.results] == [(True, 4)]
+
+
+def test_a_commit_that_waits_for_a_standby_is_no_mismatch(stores: Stores, by_position: Comparisons) -> None:
+    experiment = Recorded()
+    put(stores, Origin.OLD, 1, "before")
+    put(stores, Origin.NEW, 1, "after")  # replay has it, and no session sees it in the old store
+    offered(stores, EVERYTHING, "0/0")
+    stores.old.execute(sql.SQL("ALTER SYSTEM SET synchronous_standby_names = 'nobody'"))
+    stores.old.execute("SELECT pg_reload_conf()")
+    try:
+        wait_until(lambda: stores.old.execute("SHOW synchronous_standby_names").fetchone() == ("nobody",))
+        with psycopg.connect(stores.old_dsn) as waiting:
+            waiting.execute("UPDATE follows SET note = 'after'")
+            offer(by_position, experiment, [{"subject": 1, "note": "before"}])
+            assert by_position.drain(PATIENCE)
+            waiting.rollback()
+    finally:
+        stores.old.execute(sql.SQL("ALTER SYSTEM RESET synchronous_standby_names"))
+        stores.old.execute("SELECT pg_reload_conf()")
+    assert [result.inconclusive for result in experiment.results] == [True]
+
+
+def test_differences_that_wait_leave_places_for_other_reads(stores: Stores, by_position: Comparisons) -> None:
+    by_position.limit = 4
+    put(stores, Origin.OLD, 1, "late")
+    for _ in range(12):
+        offer(by_position, Recorded(), [{"subject": 1, "note": "late"}])
+        wait_until(lambda: by_position.counters()["depth"] <= 2)
+    put(stores, Origin.NEW, 1, "late")
+    equal = Recorded()
+    offer(by_position, equal, [{"subject": 1, "note": "late"}])
+    wait_until(lambda: equal.results)
+    assert equal.results[0].matched
+    assert by_position.counters()["inconclusive"] == 10
+    assert by_position.counters()["dropped"] == 0
 
 
 def test_an_authority_that_answers_otherwise_each_time_is_inconclusive(stores: Stores, by_position: Comparisons) -> None:
