@@ -62,6 +62,46 @@ def test_reads_of_the_stage_that_is_left_are_asked_for(before: Stage, after: Sta
     assert "5 of 100" in said(reads(before, COMPARISONS, 5, NOW - timedelta(minutes=4))), "dead since, but of this time"
 
 
+def test_reads_of_which_nobody_knows_keep_the_step_closed_where_they_are_the_most() -> None:
+    here = {"stage": "shadow", "compared": COMPARISONS, "mismatched": 0, "inconclusive": COMPARISONS}
+    found = evidence(Stage.SHADOW, Stage.LIVE, beat(Stage.SHADOW, comparisons={"at_stage": here}))
+    assert readiness._comparisons_clean(found) == []
+    here["inconclusive"] = COMPARISONS + 1
+    assert "101 reads stayed inconclusive at shadow, more than the 100 that were compared" in readiness._comparisons_clean(found)[0]
+    here["compared"] = 7
+    assert "only 7 reads were compared at shadow, and 101 stayed inconclusive" in readiness._comparisons_clean(found)[0]
+
+
+def test_before_both_stores_are_to_get_every_write_replay_runs() -> None:
+    found = evidence(Stage.OFF, Stage.DUALWRITE, replaying=False)
+    assert "replay is not running" in readiness._streams_run(found)[0]
+    for other in (replace(found, replaying=True), replace(found, mirrors=True), replace(found, after=Stage.SHADOW)):
+        assert readiness._streams_run(other) == []
+
+
+def test_without_a_way_back_the_new_store_takes_over_only_where_the_application_mirrors() -> None:
+    way = State(None, "the new store can't tell", "missing", None, None, None, ())
+    found = evidence(Stage.SHADOW, Stage.LIVE, reverse_path=way)
+    assert "a rollback would lose every write: the new store can't tell" in readiness._way_back(found)[0]
+    for other in (
+        replace(found, mirrors=True), replace(found, before=Stage.LIVE, after=Stage.RAMPDOWN),
+        replace(found, reverse_path=replace(way, lacking=None)),
+    ):  # fmt: skip
+        assert readiness._way_back(other) == []
+
+
+@pytest.mark.parametrize("mirrors", [False, True])
+def test_what_mirrors_is_the_same_in_the_spec_on_record_and_in_every_process(mirrors: bool) -> None:
+    alike: Any = {"mirrors": mirrors}
+    other: Any = {"mirrors": not mirrors}
+    found = evidence(Stage.OFF, Stage.DUALWRITE, beat(Stage.OFF, **alike), beat(Stage.OFF, LONG_AGO, **other), mirrors=mirrors)
+    assert readiness._mirror_agreed(found) == []
+    [said] = readiness._mirror_agreed(replace(found, heartbeats=[beat(Stage.OFF, **other)]))
+    assert "deploy it with this spec" in said
+    [said] = readiness._mirror_agreed(replace(found, recorded_mirror="stream"))
+    assert "on record as 'stream'" in said
+
+
 @pytest.mark.parametrize("stage", [Stage.OFF, Stage.DUALWRITE, Stage.RAMPDOWN])
 def test_a_stage_that_compares_nothing_is_asked_for_nothing(stage: Stage) -> None:
     assert readiness._comparisons_clean(evidence(stage, Stage.LIVE)) == []
