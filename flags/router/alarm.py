@@ -19,20 +19,28 @@ WARN_EVERY_SECONDS = 60.0
 
 
 class Alarm:
-    """Counts one kind of failure; `last` is (time in ISO form, reason) of the newest one, or None."""
+    """Counts one kind of failure."""
 
     def __init__(self, what: str) -> None:
         self.what = what
         self.count = 0
-        self.last: tuple[str, str] | None = None
+        self._last: tuple[float, str] | None = None
         self._warned = float("-inf")
         self._lock = threading.Lock()
+
+    @property
+    def last(self) -> tuple[str, str] | None:
+        """Return (time in ISO form, reason) of the newest one, None where there was none."""
+        if self._last is None:
+            return None
+        at, reason = self._last
+        return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds"), reason
 
     def raise_for(self, reason: str) -> None:
         """Count one occurrence, and warn if the last warning is long enough ago."""
         with self._lock:
             self.count += 1
-            self.last = (datetime.now(UTC).isoformat(timespec="milliseconds"), reason)
+            self._last = (time.time(), reason)
             due = time.monotonic() - self._warned > WARN_EVERY_SECONDS
             if due:
                 self._warned = time.monotonic()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,9 @@ from changeover.jobs.ledger.epochs import EVERYTHING
 
 EVERYONE = Context.builder("everyone").kind("changeover").build()
 """One context for all rows that are not asked for by tenant, whatever a rule in the flag says of other contexts."""
+
+FRESH_SECONDS = 0.005
+"""For how long what the flag asks of everybody is taken for that of now: an evaluation is half of what a call costs."""
 
 KEPT = 10_000
 """Tenants of which the last stage is kept, because it is not everybody's; beyond so many the longest kept are forgotten."""
@@ -83,19 +87,22 @@ class FlagStage:
         self.context = context
         self.kind = kind
         self._known: Stage | None = None
+        self._fresh_until = 0.0
         self._apart: dict[str, Stage] = {}
         self._keeping = threading.Lock()
         self._pid = os.getpid()
         self._listen()
 
     def stage(self, tenant: str = EVERYTHING) -> Stage | None:
-        """Evaluate the flag (about 10 microseconds).
+        """Evaluate the flag, which takes some 15 microseconds.
 
         `variation` with None as default, not `migration_variation`: the latter gives its default
         stage both when the flag says so and when there is no answer. It takes more than twice as
         long, too.
         """
         alone = tenant != EVERYTHING and self.kind is not None
+        if not alone and time.monotonic() < self._fresh_until:
+            return self._known
         value = self.client.variation(self.key, self._context(tenant), None)
         stage = _STAGES.get(value) if isinstance(value, str) else None
         if stage is None:
@@ -104,6 +111,7 @@ class FlagStage:
         if not alone:
             if stage is not self._known:
                 self._everybody(stage)
+            self._fresh_until = time.monotonic() + FRESH_SECONDS
             return stage
         if stage is Stage.COMPLETE and self._known is not stage and self.stage() is not stage:
             stage = Stage.RAMPDOWN
@@ -135,6 +143,7 @@ class FlagStage:
         """Restart the SDK's threads, which did not come along; without it the child keeps its first stage for ever."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
+            self._fresh_until = 0.0
             self._keeping = threading.Lock()
             _restart(self.client)
             self._listen()

@@ -30,9 +30,13 @@ FROM changeover.load WHERE migration = %(migration)s AND store = %(store)s AND t
 AT = """
 SELECT pg_catalog.pg_current_wal_insert_lsn()::text,
     pg_catalog.current_setting('synchronous_standby_names') OPERATOR(pg_catalog.<>) ''
-    AND EXISTS (SELECT FROM pg_catalog.pg_snapshot_xip(pg_catalog.pg_current_snapshot()))
+    AND EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'transactionid'
+        AND mode OPERATOR(pg_catalog.=) 'ExclusiveLock')
 """
-"""Where the log is, and whether a commit may wait for a standby: its row is in the log, and no session sees it yet."""
+"""Where the log is, and whether a commit may wait for a standby: its row is in the log, and no session sees it yet.
+
+A transaction that writes holds its own number locked, which anybody may see.
+"""
 
 
 FRESH_SECONDS = 0.04

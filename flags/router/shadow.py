@@ -41,6 +41,7 @@ LAG_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Seconds before each further look at a difference; as many looks as there are waits."""
 AGAIN_SECONDS = 0.05
 """How often to ask whether a position is reached."""
+DRAIN_SECONDS = 0.005
 KEPT_MISMATCHES = 100
 OUTCOMES = ("compared", "matched", "mismatched", "ignored", "inconclusive")
 
@@ -205,9 +206,13 @@ class Comparisons:
         self._counts: Counter[str] = Counter()
         self._stage: Stage | None = None
         self._at_stage: Counter[str] = Counter()
+        self._offered: deque[Comparison] = deque()
+        """What callers have put down; they take no lock that the thread holds."""
         self._heap: list[tuple[float, int, Comparison]] = []
+        """What is to be looked at, by the time when; the thread's own."""
         self._order = count()
-        self._changed = threading.Condition()
+        self._counting = threading.Lock()
+        self._wake = threading.Event()
         self._busy = False
         self._closing = False
         self._connections: dict[Origin, Connection] = {}
@@ -222,11 +227,20 @@ class Comparisons:
         except Exception as error:  # Scientist's rule: a hook's failure goes to the one method that may be overridden
             comparison.experiment.raised("run_if", error)
             return False
-        return self._push(time.monotonic(), comparison)
+        if self._closing or self._depth() >= self.limit:
+            self.drops.raise_for("closing" if self._closing else "queue full")
+            return False
+        self._offered.append(comparison)
+        if not self._wake.is_set():
+            self._wake.set()
+        return True
+
+    def _depth(self) -> int:
+        return len(self._offered) + len(self._heap) + self._busy
 
     def begin(self, stage: Stage) -> None:
         """Say at which stage the process acts now: coming to one, what is said of reads there counts from nothing again."""
-        with self._changed:
+        with self._counting:
             if stage is not self._stage:
                 self._stage = stage
                 self._at_stage.clear()
@@ -236,12 +250,12 @@ class Comparisons:
 
         `at_stage` has those of this stage, and those of tenants that stand apart meanwhile.
         """
-        with self._changed:
+        with self._counting:
             counts: dict[str, Any] = {name: self._counts[name] for name in OUTCOMES}
             counts["at_stage"] = {
                 "stage": self._stage.value if self._stage else None, **{name: self._at_stage[name] for name in OUTCOMES},
             }  # fmt: skip
-            depth = len(self._heap) + self._busy
+            depth = self._depth()
         return {
             **counts,
             "errors": self.errors.count,
@@ -252,30 +266,25 @@ class Comparisons:
 
     def drain(self, seconds: float) -> bool:
         """Wait until every comparison has ended; False when the time is over first."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._heap and not self._busy, seconds)
+        until = time.monotonic() + seconds
+        while self._depth():
+            if time.monotonic() >= until:
+                return False
+            time.sleep(DRAIN_SECONDS)
+        return True
 
     def close(self) -> None:
         """End the thread; open comparisons count as dropped."""
-        with self._changed:
-            self._closing = True
-            left = len(self._heap)
-            self._heap.clear()
-            self._changed.notify_all()
-        for _ in range(left):
-            self.drops.raise_for("closing")
+        self._closing = True
+        self._wake.set()
         self._thread.join(self.deadline + 1)
+        for _ in range(len(self._offered) + len(self._heap)):
+            self.drops.raise_for("closing")
+        self._offered.clear()
+        self._heap.clear()
 
-    def _push(self, due: float, comparison: Comparison) -> bool:
-        with self._changed:
-            # A look that is to be repeated keeps the place that it had.
-            room = not self._closing and (comparison.looks > 0 or len(self._heap) < self.limit)
-            if room:
-                heapq.heappush(self._heap, (due, next(self._order), comparison))
-                self._changed.notify_all()
-        if not room:
-            self.drops.raise_for("closing" if self._closing else "queue full")
-        return room
+    def _push(self, due: float, comparison: Comparison) -> None:
+        heapq.heappush(self._heap, (due, next(self._order), comparison))
 
     # -- the worker's thread
 
@@ -287,25 +296,24 @@ class Comparisons:
             except Exception as error:
                 self.errors.raise_for(reason_of(error))
             finally:
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
+                self._busy = False
         for connection in self._connections.values():
             connection.close()
         if self.positions is not None:
             self.positions.close()
 
     def _next(self) -> Comparison | None:
-        with self._changed:
-            while not self._closing:
-                if not self._heap:
-                    self._changed.wait()
-                elif (early := self._heap[0][0] - time.monotonic()) > 0:
-                    self._changed.wait(early)
-                else:
-                    self._busy = True
-                    return heapq.heappop(self._heap)[2]
-            return None
+        while not self._closing:
+            self._wake.clear()
+            while self._offered:  # it is in one of the two at any moment
+                self._push(time.monotonic(), self._offered[0])
+                self._offered.popleft()
+            early = self._heap[0][0] - time.monotonic() if self._heap else None
+            if early is not None and early <= 0:
+                self._busy = True
+                return heapq.heappop(self._heap)[2]
+            self._wake.wait(early)
+        return None
 
     def _look(self, comparison: Comparison) -> None:
         """Read the other store, and the authority again on a further look; end the comparison or come back to it later."""
@@ -361,8 +369,7 @@ class Comparisons:
 
     def _waiting(self) -> int:
         """Return how many differences wait: they leave half of the places to reads that were not looked at yet."""
-        with self._changed:
-            return sum(comparison.looks > 0 for _, _, comparison in self._heap)
+        return sum(comparison.looks > 0 for _, _, comparison in self._heap)
 
     def _repeated(self, comparison: Comparison, result: Result) -> bool:
         """Return whether both stores answered as at the last look."""
@@ -423,7 +430,7 @@ class Comparisons:
         else:
             flags = {"matched": result.matched, "ignored": result.ignored, "inconclusive": result.inconclusive}
             outcome = next((name for name, holds in flags.items() if holds), "mismatched")
-            with self._changed:
+            with self._counting:
                 for name in (outcome,) if result.inconclusive else ("compared", outcome):
                     self._counts[name] += 1
                     self._at_stage[name] += result.apart or result.stage is self._stage

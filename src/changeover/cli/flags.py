@@ -90,8 +90,8 @@ def _step(step: Any, as_json: bool, *, back: bool = False) -> None:
     pause = f", writers were held up {step.pause_seconds:.2f} s at most" if step.pause_seconds is not None else ""
     lost = f"; {_loses(step.lost, 'lost')}" if back else ""
     if step.lacking:
-        known = "as far as routers know: their mirrors alone brought" if step.lost is not None else "for nothing has brought"
-        lost += f" {known} the old store up to date ({step.lacking})"
+        known = " as far as routers know: their mirrors alone" if step.lost is not None else ", since nothing"
+        lost += f"{known} brought the old store up to date ({step.lacking})"
     names = f"{some(step.tenants)}: " if step.tenants is not None else ""
     unknown = f"\nno row as yet, in either store, of {some(step.unknown)}" if step.unknown else ""
     stages = f"{step.before.value} → {step.after.value} (epoch {step.epoch}{pause})"

@@ -14,6 +14,7 @@ from ldclient.integrations.test_data import TestData
 from ldclient.migrations.types import Stage
 
 from changeover.flags import flagfile
+from changeover.flags.router import desired as desired_module
 from changeover.flags.router import desired as wishing
 from changeover.flags.router.desired import FlagStage
 
@@ -35,6 +36,12 @@ def retype(document: dict[str, object]) -> None:
 
 def unindex(document: dict[str, object]) -> None:
     document["flags"][FLAG]["fallthrough"] = {"variation": 17}  # type: ignore[index]
+
+
+@pytest.fixture(autouse=True)
+def asked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the flag asked at each call: a test sees what it has just switched."""
+    monkeypatch.setattr(desired_module, "FRESH_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("damage", [drop_flag, misspell, retype, unindex])

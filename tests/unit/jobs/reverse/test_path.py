@@ -384,7 +384,7 @@ def test_a_lost_slot_breaks_the_path_off_and_everybody_is_told(stores: Stores) -
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("live → shadow (epoch 2, writers were held up ")
     assert done.stdout.endswith(
-        f"; nothing lost as far as routers know: their mirrors alone brought the old store up to date ({LOST})\n"
+        f"; every write since the new store has authority lost, since nothing brought the old store up to date ({LOST})\n"
     )
     again = reverse_setup.open_path(stores.spec, stores.ledger)
     assert again is not None
