@@ -1,7 +1,7 @@
 """An endpoint: one of the two stores as the application's process reaches it, its sessions, and its version gate.
 
-A write runs in one READ COMMITTED transaction that the router owns. A later statement of that
-transaction reads its position on the version axis. The COMMIT after it is durable when it is
+A write runs in one transaction that the router owns. Where its rows are mirrored it is READ
+COMMITTED, and a later statement of it reads its position on the version axis. The COMMIT after it is durable when it is
 acknowledged. Sessions are the application's own pool, or a small one kept here; a session that the
 server has closed meanwhile is never handed out.
 """
@@ -193,14 +193,18 @@ def _readable(connection: Connection) -> bool:
 
 
 @contextmanager
-def transaction(connection: psycopg.Connection[Any]) -> Iterator[Cursor]:
-    """Run a block in one READ COMMITTED transaction; leaving it without an error means that COMMIT was acknowledged."""
+def transaction(connection: psycopg.Connection[Any], *, mirrored: bool = True) -> Iterator[Cursor]:
+    """Run a block in one transaction; leaving it without an error means that COMMIT was acknowledged.
+
+    One whose rows are mirrored is READ COMMITTED, for which the gate is proved. Else it is in the session's own level.
+    """
     if connection.info.transaction_status != TransactionStatus.IDLE:
         raise RuntimeError(
             "a write through the router needs a session outside a transaction: the router owns it from BEGIN to COMMIT"
         )
     before = connection.isolation_level
-    if before != READ_COMMITTED:
+    pinned = mirrored and before != READ_COMMITTED
+    if pinned:
         connection.isolation_level = READ_COMMITTED
     asked: psycopg.Rollback | None = None
     try:
@@ -215,7 +219,7 @@ def transaction(connection: psycopg.Connection[Any]) -> Iterator[Cursor]:
         if asked is not None:
             raise asked
     finally:
-        if before != READ_COMMITTED and connection.info.transaction_status == TransactionStatus.IDLE:
+        if pinned and connection.info.transaction_status == TransactionStatus.IDLE:
             connection.isolation_level = before
 
 

@@ -484,9 +484,10 @@ class Router:
         """Lend a store for one transaction, and mirror after its COMMIT what the block said that it wrote."""
         origin, lsn, started = pin.rule.writes, None, time.monotonic()
         endpoint = self._parts.endpoints[origin]
-        mirrors = pin.rule.mirrors and self._parts.mappings is not None
+        mapped = self._parts.mappings is not None
+        mirrors = pin.rule.mirrors and mapped
         try:
-            with runtime.session(origin) as connection, transaction(connection) as cursor:
+            with runtime.session(origin) as connection, transaction(connection, mirrored=mapped) as cursor:
                 if mirrors and endpoint.pool is not None:
                     cursor.execute(EXACT_FLOATS)
                 store = RoutedStore(origin, pin.stage, pin.observation.epoch, cursor)
@@ -499,7 +500,7 @@ class Router:
             runtime.done(Operation.WRITE, tenant, origin, started, error)
             raise
         # From here on the COMMIT is acknowledged; any exception above means that it is not, and nothing is mirrored.
-        runtime.count("writes")
+        runtime.wrote()
         runtime.done(Operation.WRITE, tenant, origin, started)
         if lsn is not None:
             store.version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
@@ -578,7 +579,7 @@ def _measured(runtime: Runtime, pin: Pin, tenant: str) -> Iterator[None]:
     except Exception as error:
         runtime.done(Operation.WRITE, tenant, pin.rule.writes, started, error)
         raise
-    runtime.count("writes")
+    runtime.wrote()
     runtime.done(Operation.WRITE, tenant, pin.rule.writes, started)
 
 

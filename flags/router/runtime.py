@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import psycopg
@@ -80,7 +81,9 @@ class Runtime:
         self.parts = parts
         self.pins: dict[tuple[Stage, Observation], Pin] = {}
         self._lock = threading.Lock()
-        self._counts = {"writes": 0, "retries": 0, "fence_waits": 0}
+        self._counts = {"retries": 0, "fence_waits": 0}
+        self._writes = count(1)
+        self._written = 0
         self._longest_wait = 0.0
         self._mirrors: dict[Origin, Mirror] = {}
         limit = f"{int(parts.limits.deadline * 1000)}ms"
@@ -179,6 +182,10 @@ class Runtime:
             known = not (result.failed or result.inconclusive)
             self.operations.record(Done(Operation.READ, tenant, both, result.matched or result.ignored if known else None))
 
+    def wrote(self) -> None:
+        """Count a write. It takes no lock, for which many threads would queue; for a moment it may be behind by as many."""
+        self._written = next(self._writes)
+
     def count(self, name: str) -> None:
         """Count one occurrence."""
         with self._lock:
@@ -197,6 +204,7 @@ class Runtime:
             mirrors = dict(self._mirrors)
         alarm = self.parts.stage.alarm
         counts.update(
+            writes=self._written,
             mirrors=self.parts.mappings is not None,
             alarms=alarm.count,
             last_alarm=alarm.last,

@@ -650,6 +650,15 @@ def test_an_applications_pool_is_used_and_left_as_it_was(stores: Stores, flag_cl
     assert levels == [("read committed",)]
 
 
+def test_a_unit_that_is_not_mirrored_keeps_its_sessions_isolation(stores: Stores, flag_client: LDClient) -> None:
+    pool = OnePool(stores.old_dsn)
+    router = Router(
+        old=PgEndpoint(stores.old_dsn, pool=pool), new=stores.endpoint(Origin.NEW), stage=FlagStage(flag_client, FLAG)
+    )  # fmt: skip
+    with router, pool.session, router.write() as store:
+        assert store.execute("SHOW transaction_isolation").fetchone() == ("repeatable read",)
+
+
 def test_a_mirrored_row_has_all_its_digits_in_an_applications_pool(
     stores: Stores, flag_client: LDClient, set_stage: SetStage, follow: Follow
 ) -> None:
