@@ -173,8 +173,8 @@ def _record(ledger: Ledger, stream: Stream) -> None:
     ledger.record_stream(OLD, stream)
     ledger.connection.execute("DELETE FROM changeover.chunk WHERE migration = %s", [ledger.migration])
     ledger.connection.execute(
-        "UPDATE changeover.load SET state = %s, applied = %s, refused = 0, swept = 0, events = 0, stopped = NULL, changed = now()"
-        " WHERE migration = %s",
+        "UPDATE changeover.load SET state = %s, applied = %s, told = '0/0', refused = 0, swept = 0, events = 0, stopped = NULL,"
+        " changed = now() WHERE migration = %s",
         [PENDING, format_lsn(stream.l0), ledger.migration],
     )
     ledger.connection.execute(

@@ -147,7 +147,7 @@ class _Holding:
                 return aligned.holder, aligned.snapshot
 
             if all(target != flag_of(self.spec).target for _, target in self.chosen):
-                self._bring_back_to_now(lakes)
+                taken()  # whose position the lakes and the old store are brought to all the same
             targets = self._freeze_targets(taken)
             if failed:
                 raise failed[0]

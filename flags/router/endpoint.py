@@ -1,8 +1,8 @@
 """An endpoint: one of the two stores as the application's process reaches it, its sessions, and its version gate.
 
 A write runs in one transaction that the router owns. Where its rows are mirrored it is READ
-COMMITTED, and a later statement of it reads its position on the version axis. The COMMIT after it is durable when it is
-acknowledged. Sessions are the application's own pool, or a small one kept here; a session that the
+COMMITTED, and a later statement of it reads its position on the version axis. The COMMIT after it
+is durable when it is acknowledged. Sessions are the application's own pool, or a small one kept here; a session that the
 server has closed meanwhile is never handed out.
 """
 
@@ -46,6 +46,8 @@ POSITION = (
     " OPERATOR(pg_catalog.=) 'off' THEN pg_catalog.set_config('synchronous_commit', 'on', true) END"
 )
 """The write's position; where a crash could take it back (`synchronous_commit = off`) this COMMIT is made durable."""
+
+SWALLOWED = "a statement of this unit failed and its error was caught, so nothing can be committed: let it pass, or use a savepoint"
 
 JSON_TYPES: Mapping[str, type[Json | Jsonb]] = {"json": Json, "jsonb": Jsonb}
 
@@ -225,9 +227,6 @@ def transaction(connection: psycopg.Connection[Any], *, mirrored: bool = True) -
 
 def _failed(connection: psycopg.Connection[Any]) -> bool:
     return connection.info.transaction_status == TransactionStatus.INERROR
-
-
-SWALLOWED = "a statement of this unit failed and its error was caught, so nothing can be committed: let it pass, or use a savepoint"
 
 
 def position(cursor: Cursor, log: Log | None = None) -> int:

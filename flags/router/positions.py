@@ -115,8 +115,8 @@ class LedgerPositions:
         """Write a marker behind the last position that was marked in a store's log, unless one was written a moment ago."""
         now = time.monotonic()
         if origin in self._marked and now - self._hurried.get(origin, float("-inf")) >= HURRY_SECONDS:
-            self._marked.discard(origin)
             emit_message(self._session(origin), "compared")
+            self._marked.discard(origin)
             self._hurried[origin] = now
 
     def close(self) -> None:

@@ -173,9 +173,7 @@ class Router:
             AuthorityMoving: A fence refuses writes; nothing was written.
             ServerUnavailable: The store that has authority can't be reached.
         """
-        tenant_name = self._tenant(tenant)
-        runtime = self._running()
-        pin = self._pin(runtime, tenant_name)
+        runtime, pin, tenant_name = self._called(tenant)
         with self._refusals(runtime, pin), self._unit(runtime, pin, tenant_name) as store:
             yield store
 
@@ -197,7 +195,7 @@ class Router:
         """
         runtime, pin, tenant_name = self._placed(tenant)
         with self._refusals(runtime, pin), _measured(runtime, pin, tenant_name):
-            yield Place(pin.rule.writes, pin.stage, pin.observation.epoch)
+            yield _place(pin)
 
     def rerun(self, work: Callable[[Place], Value], *, tenant: Tenant | None = None) -> Value:
         """Run a function that writes by sessions of your own, and again where a fence refused it, as `run` does.
@@ -214,16 +212,12 @@ class Router:
             LockNotGranted: A fence did not end within the limits' pause.
         """
         runtime, pin, tenant_name = self._placed(tenant)
-        tries = Tries()
-        while True:
-            try:
-                with _measured(runtime, pin, tenant_name):
-                    value = work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
-            except Exception as error:
-                pin = self._again(runtime, tenant_name, pin, tries, error)
-                continue
-            tries.end(runtime)
-            return value
+
+        def attempt(pin: Pin) -> Value:
+            with _measured(runtime, pin, tenant_name):
+                return work(_place(pin))
+
+        return self._until_done(runtime, pin, tenant_name, attempt)
 
     async def rerun_async(self, work: Callable[[Place], Awaitable[Value]], *, tenant: Tenant | None = None) -> Value:
         """Run a coroutine function that writes by sessions of your own, and again where a fence refused it (asyncio).
@@ -248,7 +242,7 @@ class Router:
         while True:
             try:
                 with _measured(runtime, pin, tenant_name):
-                    value = await work(Place(pin.rule.writes, pin.stage, pin.observation.epoch))
+                    value = await work(_place(pin))
             except Exception as error:
                 await asyncio.sleep(self._pause(runtime, pin, tries, error))
                 pin = self._decided(runtime, tenant_name, pin, error)
@@ -280,19 +274,14 @@ class Router:
             Refused: A mirrored row is of another tenant.
             ServerUnavailable: The store that has authority can't be reached.
         """
-        tenant_name = self._tenant(tenant)
-        runtime = self._running()
-        pin = self._pin(runtime, tenant_name)
-        tries = Tries()
-        while True:
-            try:
-                with self._unit(runtime, pin, tenant_name) as store:
-                    value = work(store)
-            except Exception as error:
-                pin = self._again(runtime, tenant_name, pin, tries, error)
-                continue
-            tries.end(runtime)
+        runtime, pin, tenant_name = self._called(tenant)
+
+        def attempt(pin: Pin) -> Value:
+            with self._unit(runtime, pin, tenant_name) as store:
+                value = work(store)
             return value
+
+        return self._until_done(runtime, pin, tenant_name, attempt)
 
     @contextmanager
     def read(self, tenant: Tenant | None = None) -> Iterator[RoutedStore]:
@@ -307,9 +296,7 @@ class Router:
         Raises:
             ServerUnavailable: The store can't be reached.
         """
-        tenant_name = self._tenant(tenant)
-        runtime = self._running()
-        pin = self._pin(runtime, tenant_name)
+        runtime, pin, tenant_name = self._called(tenant)
         origin, started = pin.rule.reads, time.monotonic()
         try:
             with runtime.session(origin) as connection, connection.cursor() as cursor:
@@ -345,9 +332,7 @@ class Router:
         Raises:
             ServerUnavailable: That store can't be reached.
         """
-        tenant_name = self._tenant(tenant)
-        runtime = self._running()
-        pin = self._pin(runtime, tenant_name)
+        runtime, pin, tenant_name = self._called(tenant)
         origin = pin.rule.reads
         reads = {Origin.OLD: old, Origin.NEW: new}
         started = time.monotonic()
@@ -510,9 +495,25 @@ class Router:
         """Return by which pin a unit goes whose sessions are the application's; a router that mirrors has to see each row."""
         if self._parts.mappings is not None:
             raise TypeError("a router that mirrors sees what `write` and `run` did, and nothing else")
+        return self._called(tenant)
+
+    def _called(self, tenant: Tenant | None) -> tuple[Runtime, Pin, str]:
+        """Return by which pin a call goes."""
         tenant_name = self._tenant(tenant)
         runtime = self._running()
         return runtime, self._pin(runtime, tenant_name), tenant_name
+
+    def _until_done(self, runtime: Runtime, pin: Pin, tenant: str, attempt: Callable[[Pin], Value]) -> Value:
+        """Try a unit until it is done, each time by the pin that holds then."""
+        tries = Tries()
+        while True:
+            try:
+                value = attempt(pin)
+            except Exception as error:
+                pin = self._again(runtime, tenant, pin, tries, error)
+                continue
+            tries.end(runtime)
+            return value
 
     @staticmethod
     def _moving(runtime: Runtime, pin: Pin) -> AuthorityMoving:
@@ -568,6 +569,10 @@ class Router:
         if pinned is not None:
             pinned[tenant] = decided
         return decided
+
+
+def _place(pin: Pin) -> Place:
+    return Place(pin.rule.writes, pin.stage, pin.observation.epoch)
 
 
 @contextmanager

@@ -359,9 +359,9 @@ class Comparisons:
                 self._finish(comparison, replace(result, inconclusive=True))
                 return
             position, doubtful = self.positions.mark(result.control.origin)
-            mayend = comparison.looks > 0 and repeats and not doubtful
+            may_end = comparison.looks > 0 and repeats and not doubtful
             again = replace(
-                again, position=position, before=comparison.position or 0, open=result if mayend else None,
+                again, position=position, before=comparison.position or 0, open=result if may_end else None,
                 steady=again.steady and not doubtful,
             )  # fmt: skip
             wait = 0.0

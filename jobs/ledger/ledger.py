@@ -239,7 +239,8 @@ class Ledger:
             Whether there is one.
         """
         row = self.connection.execute(
-            "SELECT FROM pg_stat_activity WHERE application_name = %s AND pid <> pg_backend_pid() LIMIT 1",
+            "SELECT FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()"
+            " AND pid <> pg_backend_pid() LIMIT 1",
             [application_name(self.migration, step)],
         ).fetchone()
         return row is not None

@@ -15,7 +15,7 @@ from changeover.jobs.access import privileges
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked, Moment
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import CLOSED, NEW, OLD, Stream
+from changeover.jobs.ledger.records import CLOSED, Stream
 from changeover.jobs.source.catalog import SourceTable, source_table, store_columns
 from changeover.jobs.transform import inverse, transform
 from changeover.jobs.transform.tenancy import flag_of
@@ -90,12 +90,12 @@ def _follow_mirror(spec: Spec, ledger: Ledger) -> None:
 
 def _allow_mirror(spec: Spec) -> None:
     """Let the application's roles pass the gates that are there; the fence does it for those that it makes."""
-    application = application_name(spec.name, "prepare")
-    for store, dsn in ((NEW, spec.targets[flag_of(spec).target].dsn_value), (OLD, spec.source.dsn.resolve())):
-        with connect(dsn, application) as session:
-            for table in spec.tables:
-                name, key = (table.target_name, table.key) if store == NEW else (table.source_name, ())
-                gated = gate.GatedTable(*name, key, ())
+    new = spec.targets[flag_of(spec).target].dsn_value, [table.target_name for table in spec.tables]
+    old = spec.source.dsn.resolve(), [table.source_name for table in spec.tables]
+    for dsn, names in (new, old):
+        with connect(dsn, application_name(spec.name, "prepare")) as session:
+            for name in names:
+                gated = gate.GatedTable(*name, (), ())
                 if gate.installed(session, gated):
                     privileges.allow_gate(spec, session, gated)
 
