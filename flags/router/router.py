@@ -64,6 +64,7 @@ from changeover.jobs.transform.tenancy import new_column
 from changeover.position import DUAL_WRITE_ORDINAL, Version
 from changeover.session import application_name
 from changeover.spec import APPLICATION, STREAM, TRIGGER, Spec, Table
+from changeover.stores.postgres.refusal import TENANT_SETTING
 
 __all__ = ["Change", "Experiment", "Limits", "PgEndpoint", "Place", "RoutedStore", "Router", "returned"]
 
@@ -195,7 +196,7 @@ class Router:
         """
         runtime, pin, tenant_name = self._placed(tenant)
         with self._refusals(runtime, pin), _measured(runtime, pin, tenant_name):
-            yield _place(pin)
+            yield _place(pin, tenant_name)
 
     def rerun(self, work: Callable[[Place], Value], *, tenant: Tenant | None = None) -> Value:
         """Run a function that writes by sessions of your own, and again where a fence refused it, as `run` does.
@@ -215,7 +216,7 @@ class Router:
 
         def attempt(pin: Pin) -> Value:
             with _measured(runtime, pin, tenant_name):
-                return work(_place(pin))
+                return work(_place(pin, tenant_name))
 
         return self._until_done(runtime, pin, tenant_name, attempt)
 
@@ -242,7 +243,7 @@ class Router:
         while True:
             try:
                 with _measured(runtime, pin, tenant_name):
-                    value = await work(_place(pin))
+                    value = await work(_place(pin, tenant_name))
             except Exception as error:
                 await asyncio.sleep(self._pause(runtime, pin, tries, error))
                 pin = self._decided(runtime, tenant_name, pin, error)
@@ -300,7 +301,7 @@ class Router:
         origin, started = pin.rule.reads, time.monotonic()
         try:
             with runtime.session(origin) as connection, connection.cursor() as cursor:
-                yield RoutedStore(origin, pin.stage, pin.observation.epoch, cursor)
+                yield RoutedStore(origin, pin.stage, pin.observation.epoch, _named(tenant_name), cursor)
         except Exception as error:
             runtime.done(Operation.READ, tenant_name, origin, started, error)
             raise
@@ -475,7 +476,9 @@ class Router:
             with runtime.session(origin) as connection, transaction(connection, mirrored=mapped) as cursor:
                 if mirrors and endpoint.pool is not None:
                     cursor.execute(EXACT_FLOATS)
-                store = RoutedStore(origin, pin.stage, pin.observation.epoch, cursor)
+                if endpoint.tenant is not None:
+                    cursor.execute("SELECT pg_catalog.set_config(%s, %s, true)", [TENANT_SETTING, tenant])
+                store = RoutedStore(origin, pin.stage, pin.observation.epoch, _named(tenant), cursor)
                 yield store
                 if endpoint.tenant is not None:
                     store.require_tenant(endpoint.tenant, tenant)
@@ -571,8 +574,12 @@ class Router:
         return decided
 
 
-def _place(pin: Pin) -> Place:
-    return Place(pin.rule.writes, pin.stage, pin.observation.epoch)
+def _place(pin: Pin, tenant: str) -> Place:
+    return Place(pin.rule.writes, pin.stage, pin.observation.epoch, _named(tenant))
+
+
+def _named(tenant: str) -> str | None:
+    return None if tenant == EVERYTHING else tenant
 
 
 @contextmanager

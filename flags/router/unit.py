@@ -35,11 +35,15 @@ def sqlstate(error: BaseException | None) -> str | None:
 
 @dataclass
 class Place:
-    """Where a unit of work goes: which store it is, at which stage this process acts, and since which move of authority."""
+    """Where a unit of work goes: which store it is, at which stage this process acts, and since which move of authority.
+
+    `tenant` is the unit's, as text, None where all rows move at once.
+    """
 
     origin: Origin
     stage: Stage
     epoch: int
+    tenant: str | None
 
     def of(self, old: Value, new: Value) -> Value:
         """Return what belongs to this store, of what there is for the old one and for the new one.

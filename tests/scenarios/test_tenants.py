@@ -119,6 +119,7 @@ class Writer(threading.Thread):
         while not self.done.is_set():
             connection, table, column = stores[self.places[whose]]
             try:
+                connection.execute("SELECT set_config('changeover.tenant', %s, false)", [str(whose)])
                 if gone:
                     connection.execute(f"DELETE FROM {table} WHERE {column} = %s AND to_user = %s", [whose, channel])
                 else:

@@ -1,7 +1,8 @@
 """The refusal: how a store rejects writes to rows over which it has no authority.
 
 An ENABLE ALWAYS trigger on the table refuses whatever does not come through the gate of the present
-epoch: of all rows, or of some tenants. Creating it, or replacing it with another list, takes SHARE
+epoch: of all rows, or of some tenants. A statement is refused as well as a row, since an UPDATE or a DELETE
+may find no row here that the other store has by now. Creating it, or replacing it with another list, takes SHARE
 ROW EXCLUSIVE, so once that is granted every older writing transaction has ended: the lock is the
 drain as well. It is asked for with a short lock_timeout and again, so that writers never queue long
 behind it. The list stands in the trigger's function, which every session looks up anew in the
@@ -27,9 +28,12 @@ LOCK_TIMEOUT = "300ms"
 
 TRIGGERS: tuple[tuple[str, LiteralString, LiteralString], ...] = (
     ("", "INSERT OR UPDATE OR DELETE", "ROW"),
-    ("_truncate", "TRUNCATE", "STATEMENT"),
+    ("_statement", "INSERT OR UPDATE OR DELETE OR TRUNCATE", "STATEMENT"),
 )
 """(suffix of the trigger's name, events, level)."""
+
+TENANT_SETTING = "changeover.tenant"
+"""The setting by which a transaction says for which tenant it writes: no row tells it of a statement that finds none."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +136,21 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
     """The trigger's body: what comes through the gate of the present epoch passes, and what is begun once `ends` has come.
 
     A row that changes its tenant is a write to both. A TRUNCATE is one to all, so no store takes it where tenants are told apart.
+    A statement of another trigger is judged by its rows alone: a foreign key's action runs one for each parent, most find nothing.
     The writer's search_path counts for nothing: every name says its schema, operators too.
     """
+    statement = _since(None if refusal.column is None else sql.SQL("stated"), refusal, ends)
     epochs = [refused.epoch for refused in (*refusal.standing, *([refusal.begun] if refusal.begun else []))]
     body = sql.SQL(
         """
-        DECLARE since integer := -1; given pg_catalog.text; epoch integer := -1;
+        DECLARE since integer := -1; given pg_catalog.text; epoch integer := -1; stated pg_catalog.text;
         BEGIN
-            IF TG_LEVEL {same} 'STATEMENT' THEN since := {whole}; END IF;
+            IF TG_OP {same} 'TRUNCATE' THEN since := {whole};
+            ELSIF TG_LEVEL {same} 'STATEMENT' AND pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.<) 2 THEN
+                given := pg_catalog.current_setting({setting}, true);
+                IF given OPERATOR(pg_catalog.<>) '' THEN stated := given; END IF;
+                since := {statement};
+            END IF;
             IF TG_LEVEL {same} 'ROW' AND TG_OP OPERATOR(pg_catalog.<>) 'INSERT' THEN since := {old}; END IF;
             IF TG_LEVEL {same} 'ROW' AND TG_OP OPERATOR(pg_catalog.<>) 'DELETE' THEN since := greatest(since, {new}); END IF;
             given := pg_catalog.current_setting('changeover.epoch', true);
@@ -154,37 +165,45 @@ def _function(function: sql.Identifier, refusal: Refusal, ends: str) -> sql.Comp
         """
     ).format(
         state=sql.Literal(FENCED), same=sql.SQL("OPERATOR(pg_catalog.=)"),
-        old=_since("OLD", refusal, ends), new=_since("NEW", refusal, ends),
-        whole=_since("", refusal, ends) if refusal.column is None else sql.Literal(max([0, *epochs])),
+        old=_since(_of_row("OLD", refusal), refusal, ends), new=_since(_of_row("NEW", refusal), refusal, ends),
+        statement=statement, setting=sql.Literal(TENANT_SETTING),
+        whole=statement if refusal.column is None else sql.Literal(max([0, *epochs])),
     )  # fmt: skip
     return sql.SQL("CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS {}").format(function, body_of(body))
 
 
-def _since(row: str, refusal: Refusal, ends: str) -> sql.Composed:
-    """Return the expression of the epoch since which a row is refused, -1 for one that is not."""
+def _of_row(row: str, refusal: Refusal) -> sql.Composable | None:
+    return None if refusal.column is None else tenant_of(row, refusal.column)
+
+
+def _since(tenant: sql.Composable | None, refusal: Refusal, ends: str) -> sql.Composed:
+    """Return the expression of the epoch since which a tenant's writes are refused, -1 where they are not."""
     begun = sql.SQL("pg_catalog.clock_timestamp() OPERATOR(pg_catalog.<) {}::pg_catalog.timestamptz").format(sql.Literal(ends))
     arms: list[tuple[TenantEpoch, sql.Composable]] = [(one, sql.SQL("true")) for one in refusal.standing]
     arms += [(refusal.begun, begun)] if refusal.begun else []
     return sql.SQL("CASE {} ELSE -1 END").format(
         sql.SQL(" ").join(
-            sql.SQL("WHEN {} AND {} THEN {}").format(belongs(row, refusal.column, one.tenants), when, sql.Literal(one.epoch))
+            sql.SQL("WHEN {} AND {} THEN {}").format(belongs(tenant, one.tenants), when, sql.Literal(one.epoch))
             for one, when in (*arms, (TenantEpoch(-1), sql.SQL("false")))
         )
     )
 
 
-def belongs(row: str, column: str | None, tenants: Tenants) -> sql.Composable:
-    """Return the condition that a trigger's row is one of some tenants, by the column that holds them.
+def tenant_of(row: str, column: str) -> sql.Composable:
+    """Return the tenant of a trigger's row as text: `row` is OLD or NEW."""
+    return sql.SQL("{}::pg_catalog.text").format(sql.Identifier(row.lower(), column))
+
+
+def belongs(tenant: sql.Composable | None, tenants: Tenants) -> sql.Composable:
+    """Return the condition that a tenant, an expression of text, is one of some; None is told apart by nothing.
 
     The names are the keys of one JSON constant, which a session reads once and then searches by
     halves. Of an array it would make a table in each transaction anew.
     """
-    if column is None or tenants == EVERY:
+    if tenant is None or tenants == EVERY:
         return sql.SQL("true")
     names = sql.Literal(json.dumps(dict.fromkeys(sorted(tenants.names))))
-    inside = sql.SQL("{}::pg_catalog.jsonb OPERATOR(pg_catalog.?) {}::pg_catalog.text").format(
-        names, sql.Identifier(row.lower(), column)
-    )
+    inside = sql.SQL("{}::pg_catalog.jsonb OPERATOR(pg_catalog.?) {}").format(names, tenant)
     return sql.SQL("NOT ({})").format(inside) if tenants.others else inside
 
 

@@ -19,7 +19,7 @@ from changeover.errors import LockNotGranted
 from changeover.session import Connection
 from changeover.stores.base.interface import EPOCH
 from changeover.stores.postgres.gate import GatedTable, body_of, ours
-from changeover.stores.postgres.refusal import LOCK_TIMEOUT, TenantEpoch, belongs
+from changeover.stores.postgres.refusal import LOCK_TIMEOUT, TenantEpoch, belongs, tenant_of
 
 TRIES = 100
 
@@ -66,7 +66,8 @@ def install(connection: Connection, table: GatedTable, column: str, floors: Sequ
 
 
 def _function(function: sql.Identifier, column: str, floors: Sequence[TenantEpoch]) -> sql.Composed:
-    arms = [sql.SQL("WHEN {} THEN {}").format(belongs("NEW", column, one.tenants), sql.Literal(one.epoch)) for one in floors]
+    tenant = tenant_of("NEW", column)
+    arms = [sql.SQL("WHEN {} THEN {}").format(belongs(tenant, one.tenants), sql.Literal(one.epoch)) for one in floors]
     body = sql.SQL("BEGIN IF NEW.{} OPERATOR(pg_catalog.<) (CASE {} ELSE 0 END) THEN RETURN NULL; END IF; RETURN NEW; END").format(
         sql.Identifier(EPOCH), sql.SQL(" ").join(arms)
     )

@@ -130,6 +130,23 @@ def test_a_refused_tenant_waits_and_the_others_write_on(
     assert router.counters()["fence_waits"] == 1
 
 
+def test_a_delete_that_finds_nothing_waits_for_its_tenants_fence_too(
+    stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow
+) -> None:
+    """Its row may stand in the new store alone by then, written after the move."""
+    flagfile.write_tenants(flag_file, FLAG, KIND, ["7"], Stage.LIVE)
+    stores.refuse_tenants(Origin.OLD, 1, Tenants(frozenset({"7"}), others=False))
+    stores.new.execute("INSERT INTO public.associations VALUES (7, 1, '{}', NULL, now())")
+    timer = threading.Timer(0.4, stores.move, (1, "new", "7"))
+    timer.start()
+    drop_old, drop_new = "DELETE FROM follows WHERE from_user = %s", "DELETE FROM associations WHERE subject = %s"
+    assert router.run(lambda store: store.execute(store.of(drop_old, drop_new), [8]).rowcount, tenant=8) == 0
+    assert router.counters()["fence_waits"] == 0
+    assert router.run(lambda store: store.execute(store.of(drop_old, drop_new), [7]).rowcount, tenant=7) == 1
+    timer.join()
+    assert router.counters()["fence_waits"] == 1
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_a_row_of_another_tenant_is_refused_before_the_commit(
     stores: Stores, router: Router, flag_file: Path, make_follow: MakeFollow, eventually: Callable[..., None], live: bool

@@ -88,7 +88,7 @@ def test_each_migration_is_told_of_its_own_alone(old: Connection, server: Embedd
             assert set(left) == {
                 f"replication slot changeover_{name}", f"publication changeover_{name}", f"session changeover:{name}:capture",
                 f"trigger changeover_{name}_log on {table}", f"trigger changeover_{name}_log_truncate on {table}",
-                f"trigger changeover_refusal on {table}", f"trigger changeover_refusal_truncate on {table}",
+                f"trigger changeover_refusal on {table}", f"trigger changeover_refusal_statement on {table}",
                 f"capture_log_{name} in schema changeover", f"capture_tick_{name} in schema changeover",
                 f"versions_public.{table} in schema changeover", f"function changeover.gate_public.{table}",
                 f"function changeover.refuse_public.{table}", f"function changeover.capture_{name}_0",

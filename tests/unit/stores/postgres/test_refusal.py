@@ -97,6 +97,41 @@ def test_rows_of_other_tenants_are_written_as_ever(tenants: Connection) -> None:
     assert [statement for statement in (*refused, *taken) if is_refused(tenants, statement)] == refused
 
 
+FINDS_NOTHING: tuple[LiteralString, ...] = ("DELETE FROM {} WHERE id = 99", "UPDATE {} SET id = 98 WHERE id = 99",
+    "INSERT INTO {0} SELECT * FROM {0} WHERE id = 99")  # fmt: skip
+
+
+def test_a_statement_that_finds_no_row_is_refused(namesakes: Connection) -> None:
+    """The row may be in the other store alone by now: a DELETE of nothing would be a lost one."""
+    statements = [sql.SQL(text).format(sql.Identifier("one", "kept")) for text in FINDS_NOTHING]
+    assert [is_refused(namesakes, statement) for statement in statements] == [True, True, True]
+    refusal.replace(namesakes, "one", "kept", refusal.Refusal())
+    assert [is_refused(namesakes, statement) for statement in statements] == [False, False, False]
+
+
+def test_a_statement_that_finds_no_row_is_refused_for_the_tenant_that_it_names(tenants: Connection) -> None:
+    every = refusal.Refusal((refusal.TenantEpoch(4),), None, "whose")
+    rest = refusal.Refusal((refusal.TenantEpoch(4, Tenants(frozenset({"2"}))),), None, "whose")
+    for refuses, named, expected in (
+        (losing(["1"]), "1", True), (losing(["1"]), "2", False), (losing(["1"]), "", False), (every, "", True), (every, "2", True),
+        (rest, "2", False), (rest, "1", True), (rest, "", False),
+    ):  # fmt: skip
+        assert refusal.install(tenants, "public", "kept", refuses, time.monotonic() + 60)
+        tenants.execute("SELECT set_config('changeover.tenant', %s, false)", [named])
+        found = [is_refused(tenants, sql.SQL(text).format(sql.Identifier("kept"))) for text in FINDS_NOTHING]
+        assert found == [expected] * 3, (refuses, named)
+
+
+def test_a_foreign_keys_action_that_finds_nothing_passes(namesakes: Connection) -> None:
+    namesakes.execute("CREATE TABLE parents (id integer PRIMARY KEY); INSERT INTO parents VALUES (1), (2)")
+    refusal.replace(namesakes, "one", "kept", refusal.Refusal())
+    namesakes.execute("ALTER TABLE one.kept ADD FOREIGN KEY (id) REFERENCES parents ON DELETE CASCADE ON UPDATE CASCADE")
+    namesakes.execute("INSERT INTO one.kept VALUES (1)")
+    refusal.replace(namesakes, "one", "kept", refusal.Refusal((refusal.TenantEpoch(1),)))
+    assert is_refused(namesakes, "DELETE FROM parents WHERE id = 1")
+    assert not is_refused(namesakes, "DELETE FROM parents WHERE id = 2")
+
+
 def test_a_gate_of_the_tenants_own_epoch_passes(tenants: Connection) -> None:
     for epoch, passes in (("2", False), ("3", True), ("4", True)):
         with tenants.transaction(force_rollback=True):
