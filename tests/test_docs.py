@@ -24,6 +24,7 @@ from changeover.jobs.ledger.records import LEDGER_TABLES
 from changeover.spark import jars
 from changeover.spec import load
 from changeover.stores.postgres.gate import OURS
+from changeover.stores.postgres.refusal import TENANT_SETTING
 from docs import generate
 
 ROOT = Path(__file__).parents[1]
@@ -201,7 +202,7 @@ NAMED = {
 }
 
 
-IN_A_DATABASE = {OURS, *(f"changeover.{table}" for table in LEDGER_TABLES)}
+IN_A_DATABASE = {OURS, TENANT_SETTING, *(f"changeover.{table}" for table in LEDGER_TABLES)}
 
 
 @pytest.mark.parametrize("name", sorted(NAMED - IN_A_DATABASE))
