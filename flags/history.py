@@ -51,6 +51,19 @@ def switches(ledger: Ledger) -> list[Switch]:
             for at, d in entries]  # fmt: skip
 
 
+def stage(ledger: Ledger) -> Stage | None:
+    """Return the stage that is on record.
+
+    Args:
+        ledger: The migration's ledger.
+
+    Returns:
+        Where the last switch led, None before the first.
+    """
+    recorded = ledger.stage()
+    return Stage.from_str(recorded) if recorded is not None else None
+
+
 def record(ledger: Ledger, outcome: str, before: Stage, after: Stage, mirror_lsn: int | None, more: Mapping[str, Any]) -> None:
     """Put a switch on record.
 

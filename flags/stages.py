@@ -2,8 +2,8 @@
 
 The keys are the SDK's own `Stage`, the stores its own `Origin`; there is no second vocabulary and no other place in which a
 stage is asked for by name. The flag holds the desired stage, the ledger the observed authority: `effective` lets a desired
-stage act only as far as the store that it needs has authority. Everything here is pure and runs in the application and in the
-command line.
+stage act only as far as the store that it needs has authority, and as the record goes. Everything here is pure and runs in the
+application and in the command line.
 """
 
 from __future__ import annotations
@@ -119,17 +119,22 @@ def other(origin: Origin) -> Origin:
     return Origin.NEW if origin is Origin.OLD else Origin.OLD
 
 
-def effective(desired: Stage, authority: Origin) -> Stage:
+def effective(desired: Stage, authority: Origin, recorded: Stage | None) -> Stage:
     """Return the stage at which a process acts: the desired one, or the stage nearest to it whose writes go to `authority`.
+
+    Behind the fence nobody acts beyond what is on record. A flag that anybody may switch would end
+    comparisons and the upkeep of the old store in all processes at once, with no evidence.
 
     Args:
         desired: The stage that the flag asks for.
         authority: The store that has authority.
+        recorded: The stage that is on record, None where none is.
 
     Returns:
         The stage at which it acts.
     """
-    return _EFFECTIVE[desired, authority]
+    highest = max(ORDER.index(Stage.LIVE), ORDER.index(recorded) if recorded is not None else 0)
+    return ORDER[min(ORDER.index(_EFFECTIVE[desired, authority]), highest)]
 
 
 def _nearest(desired: Stage, authority: Origin) -> Stage:

@@ -98,13 +98,13 @@ def show(spec: Spec) -> Shown:
     with Ledger.open(spec, "flags") as ledger:
         ledger.stream("flags")
         desired, known = desired_stage(spec), observations(ledger.authorities())
-        stage = effective(desired, known.rest.store)
+        stage = effective(desired, known.rest.store, history.stage(ledger))
         above = next_stage(stage)
         evidence = readiness.collect(spec, ledger, stage, above) if above else None
         reasons = readiness.objections(evidence) if evidence else []
         if above and (apart := together(known, above)):
             reasons = [apart, *reasons]
-        back = None if history.completed(history.switches(ledger)) else _below(spec, known)[1]
+        back = None if history.completed(history.switches(ledger)) else _below(spec, ledger, known)[1]
         loses = switch.expected(spec, ledger, known.epochs(Origin.NEW) if back and TABLE[back].writes is Origin.OLD else ())
         return Shown(
             stage, desired, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
@@ -141,7 +141,7 @@ def advance(
         if tenants is not None:
             return by_name.advance(spec, ledger, tenants, override)
         known = observations(ledger.authorities())
-        before = everybody(spec, known)
+        before = everybody(spec, ledger, known)
         after = to or next_stage(before)
         if after is None:
             raise Refused("flags advance: the migration is complete, there is no stage above")
@@ -179,7 +179,7 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
         if tenants is not None:
             return by_name.rollback(spec, ledger, tenants)
         known = observations(ledger.authorities())
-        before, after = _below(spec, known)
+        before, after = _below(spec, ledger, known)
         require_reverse(ledger, before)
         if after is None:
             raise Refused(f"flags rollback: {before.value} is the first stage, there is none below")
@@ -191,9 +191,9 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
         return Advanced(before, after, _epoch(ledger), fenced.pause_seconds if fenced else None, lost, lacking)
 
 
-def _below(spec: Spec, known: Observations) -> tuple[Stage, Stage | None]:
+def _below(spec: Spec, ledger: Ledger, known: Observations) -> tuple[Stage, Stage | None]:
     """Return from which stage a rollback of all rows leads to which: where tenants are live alone, it is these that go back."""
-    stage = everybody(spec, known)
+    stage = everybody(spec, ledger, known)
     if known.rest.store is Origin.OLD and Origin.NEW in known.stores:
         return Stage.LIVE, stage
     return stage, previous_stage(stage)
@@ -306,10 +306,13 @@ def _follow_everybody(spec: Spec, ledger: Ledger, desired: Stage, known: Observa
     if known.rest.store is to:
         if waits := together(known, desired):
             raise Refused(waits)
+        if to is Origin.NEW and ORDER.index(desired) > ORDER.index(before):
+            desired = next_stage(before) or desired  # one at a time: each has evidence of its own, and the last is for good
+            readiness.require(readiness.collect(spec, ledger, before, desired))
         _record(spec, ledger, history.FOLLOWED, before, desired, {})
         return f"the flag was switched from {before.value} to {desired.value}"
     if to is Origin.NEW:
-        readiness.require(readiness.collect(spec, ledger, effective(desired, Origin.OLD), desired))
+        readiness.require(readiness.collect(spec, ledger, effective(desired, Origin.OLD, None), desired))
     else:
         require_reverse(ledger, before)
     fenced = fence(spec, to)

@@ -72,7 +72,7 @@ def advance(spec: Spec, ledger: Ledger, names: Collection[Tenant], override: str
     """Take tenants from shadow to live, if the evidence says that it is ready as for all rows; the caller has the flag's lease."""
     chosen = named(spec, names)
     known = observations(ledger.authorities())
-    everybodys = _between(spec, known)
+    everybodys = _between(spec, ledger, known)
     going = [name for name in chosen if known.of(name).store is Origin.OLD]
     if not going:
         raise Refused(f"flags advance: {some(chosen)} live already: rampdown and complete are of all rows, without --tenant")
@@ -93,7 +93,7 @@ def rollback(spec: Spec, ledger: Ledger, names: Collection[Tenant]) -> Advanced:
     require_reverse(ledger, Stage.LIVE)
     known = observations(ledger.authorities())
     if known.rest.store is Origin.NEW:
-        _between(spec, known)  # below live nothing keeps a tenant from going back
+        _between(spec, ledger, known)  # below live nothing keeps a tenant from going back
     going = [name for name in chosen if known.of(name).store is Origin.NEW]
     if not going:
         raise Refused(f"flags rollback: {some(chosen)} at the old store already: below shadow all rows go together")
@@ -111,7 +111,7 @@ def follow(spec: Spec, ledger: Ledger, names: Sequence[str], to: Origin) -> str:
     known = observations(ledger.authorities())
     before, after = (Stage.SHADOW, Stage.LIVE) if to is Origin.NEW else (Stage.LIVE, Stage.SHADOW)
     if to is Origin.NEW:
-        everybodys = _between(spec, known)
+        everybodys = _between(spec, ledger, known)
         readiness.require(readiness.collect(spec, ledger, before, after, everybodys))
     else:
         require_reverse(ledger, before)
@@ -147,9 +147,9 @@ def named(spec: Spec, names: Collection[Tenant]) -> list[str]:
     return spelled(spec, [text for text in texts if text is not None])
 
 
-def _between(spec: Spec, known: Observations) -> Stage:
+def _between(spec: Spec, ledger: Ledger, known: Observations) -> Stage:
     """Return everybody's stage; raises Refused where no tenant may move by name."""
-    stage = everybody(spec, known)
+    stage = everybody(spec, ledger, known)
     if stage not in (Stage.SHADOW, Stage.LIVE):
         raise Refused(f"tenants move by name between shadow and live, and everybody is at {stage.value}: all rows go there first")
     return stage

@@ -69,9 +69,9 @@ def desired_stage(spec: Spec) -> Stage:
     return flagfile.read_stage(file, flag.key)
 
 
-def everybody(spec: Spec, known: Observations) -> Stage:
+def everybody(spec: Spec, ledger: Ledger, known: Observations) -> Stage:
     """Return the stage at which routers act, but for tenants that stand apart."""
-    return effective(desired_stage(spec), known.rest.store)
+    return effective(desired_stage(spec), known.rest.store, history.stage(ledger))
 
 
 def switch_flag(spec: Spec, ledger: Ledger, before: Stage, after: Stage, tenants: Collection[str] | None = None) -> Fenced | None:

@@ -26,7 +26,7 @@ from changeover.flags.observed import Observation, Observations, observations
 from changeover.flags.router.endpoint import PgEndpoint
 from changeover.flags.router.positions import LedgerPositions, Positions
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.session import application_name, connect
+from changeover.session import application_name, connect, one_row
 from changeover.settings import Kind
 
 log = logging.getLogger("changeover.flags")
@@ -38,8 +38,14 @@ RECONNECT_SECONDS = 0.5
 FIRST_LOOK_SECONDS = 3.0
 SETTINGS = {"statement_timeout": "2s"}
 
-NEWEST = "SELECT epoch, at FROM changeover.authority WHERE migration = %s ORDER BY epoch DESC LIMIT 1"
-"""The newest move, by its time as well: a migration that was aborted and prepared again counts its epochs anew."""
+NEWEST = """
+SELECT a.epoch, a.at, s.stage FROM (VALUES (1)) AS one
+LEFT JOIN LATERAL (SELECT epoch, at FROM changeover.authority WHERE migration = %(migration)s ORDER BY epoch DESC LIMIT 1)
+    AS a ON true
+LEFT JOIN LATERAL (SELECT detail->>'to' AS stage FROM changeover.audit WHERE migration = %(migration)s AND step = 'flags'
+    AND outcome <> 'refused' ORDER BY entry DESC LIMIT 1) AS s ON true
+"""
+"""The newest move, by its time as well: a migration that was aborted and prepared again counts its epochs anew. And the stage."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Follower(Protocol):
     """What the router asks for the observed authority, within one process."""
 
     observations: Observations | None
+    recorded: Stage | None
+    """The stage that is on record, None before the first switch."""
     last_stage: Stage | None
 
     def wait(self, tenant: str, observation: Observation, seconds: float) -> None:
@@ -108,6 +116,7 @@ class LedgerFollower:
         self.source = source
         self.process = process
         self.observations: Observations | None = None
+        self.recorded: Stage | None = None
         self.last_stage: Stage | None = None
         self.failures = 0
         self._beat = beat
@@ -164,9 +173,9 @@ class LedgerFollower:
         """Read authority and beat where due; False when the ledger can't be used now."""
         try:
             ledger = self._open()
-            known = self._known(ledger)
+            known, recorded = self._known(ledger)
             with self._changed:
-                self.observations = known
+                self.observations, self.recorded = known, recorded
                 self._looks += 1
                 self._changed.notify_all()
             self._beat_where_due(ledger)
@@ -175,19 +184,23 @@ class LedgerFollower:
             return False
         return True
 
-    def _known(self, ledger: Ledger) -> Observations:
-        """Return what is observed, with the moves since the last look; all are read where the last one is gone."""
-        row = ledger.connection.execute(NEWEST, [self.source.migration]).fetchone()
-        newest = (row[0], row[1]) if row is not None else None
+    def _known(self, ledger: Ledger) -> tuple[Observations, Stage | None]:
+        """Return what is observed, with the moves since the last look, and the stage on record.
+
+        All moves are read where the last one is gone.
+        """
+        (epoch, at, stage) = one_row(ledger.connection.execute(NEWEST, {"migration": self.source.migration}))
+        newest = (epoch, at) if epoch is not None else None
+        recorded = Stage.from_str(stage) if stage is not None else None
         if self.observations is not None and newest == self._newest:
-            return self.observations
+            return self.observations, recorded
         later = ledger.authorities(self._newest[0]) if self._newest is not None else []
         if later and self.observations is not None and (later[0].epoch, later[0].at) == self._newest:
             known = observations(later[1:], self.observations)
         else:
             known = observations(ledger.authorities())
         self._newest = newest
-        return known
+        return known, recorded
 
     def _open(self) -> Ledger:
         if self._ledger is None:

@@ -79,7 +79,7 @@ class Runtime:
     def __init__(self, parts: Parts) -> None:
         self.pid = os.getpid()
         self.parts = parts
-        self.pins: dict[tuple[Stage, Observation], Pin] = {}
+        self.pins: dict[tuple[Stage, Observation, Stage | None], Pin] = {}
         self._lock = threading.Lock()
         self._counts = {"retries": 0, "fence_waits": 0}
         self._writes = count(1)
@@ -117,7 +117,7 @@ class Runtime:
 
     def decide(self, desired: Stage, tenant: str = EVERYTHING) -> Pin:
         """Return what a tenant's desired and observed stages give; raises ServerUnavailable where only the ledger could tell."""
-        writes = TABLE[desired].writes
+        writes, recorded = TABLE[desired].writes, self.follower.recorded if self.follower is not None else desired
         if self.follower is None:
             observation = Observation(int(writes is Origin.NEW), writes)
         elif (observations := self.follower.observations) is not None:
@@ -126,9 +126,9 @@ class Runtime:
             observation = BEGINNING  # unread as yet: the old store refuses by itself what it may not take
         else:
             raise ServerUnavailable("the ledger", "so it isn't known whether the new store has authority yet")
-        key = (desired, observation)
+        key = (desired, observation, recorded)
         if (pin := self.pins.get(key)) is None:
-            stage = effective(desired, observation.store)
+            stage = effective(desired, observation.store, recorded)
             pin = self.pins[key] = Pin(desired, observation, stage, TABLE[stage])
         return pin
 

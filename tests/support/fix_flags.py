@@ -23,7 +23,7 @@ from ldclient.migrations.types import Origin, Stage
 from psycopg import sql
 
 from changeover.embedded.server import EmbeddedServer
-from changeover.flags import flagfile
+from changeover.flags import flagfile, history
 from changeover.flags.router import follower
 from changeover.flags.router.desired import FlagStage
 from changeover.flags.router.endpoint import Change, Cursor, PgEndpoint, Row, RowMapping, returned
@@ -203,6 +203,10 @@ class Stores:
             "INSERT INTO changeover.authority VALUES (%s, %s, %s, '0/0', now(), 0, NULL, %s)",
             [MIGRATION, epoch, store, list(tenants) or None],
         )
+
+    def record(self, stage: Stage) -> None:
+        """Put a switch of the flag on record, as a command does."""
+        history.record(self.ledger, history.ADVANCED, Stage.SHADOW, stage, None, {})
 
     def refuse_tenants(self, origin: Origin, epoch: int, tenants: Tenants) -> None:
         """Make a store refuse what is of some tenants and doesn't come through its gate, as the product does."""

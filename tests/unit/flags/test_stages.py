@@ -60,10 +60,20 @@ def test_fences_stand_where_authority_moves_and_where_the_old_store_stops_receiv
     assert not needs_fence(Stage.LIVE, Stage.LIVE)
 
 
+@pytest.mark.parametrize("recorded", [None, *Stage])
+@pytest.mark.parametrize("desired", list(Stage))
+def test_nobody_acts_beyond_what_is_on_record_behind_the_fence(desired: Stage, recorded: Stage | None) -> None:
+    stage = effective(desired, Origin.NEW, recorded)
+    unbounded = effective(desired, Origin.NEW, Stage.COMPLETE)
+    highest = recorded if recorded in (Stage.RAMPDOWN, Stage.COMPLETE) else Stage.LIVE
+    assert stage is min(unbounded, highest, key=ORDER.index)
+    assert effective(desired, Origin.OLD, recorded) is effective(desired, Origin.OLD, Stage.COMPLETE)
+
+
 @pytest.mark.parametrize("desired", list(Stage))
 @pytest.mark.parametrize("authority", list(Origin))
 def test_a_wish_never_writes_where_authority_is_not(desired: Stage, authority: Origin) -> None:
-    stage = effective(desired, authority)
+    stage = effective(desired, authority, Stage.COMPLETE)
     assert TABLE[stage].writes is authority
     if TABLE[desired].writes is authority:
         assert stage is desired
