@@ -95,6 +95,10 @@ class Fixed:
 
     observations: Observations | None
     last_stage: Stage | None = field(default=None)
+    recorded: Stage | None = Stage.COMPLETE
+    reads_open: int | None = None
+    applied: int = 0
+    replaying: bool = False
 
     def follow(self, process: str, beat: object) -> Fixed:
         """Follow nothing."""
@@ -104,6 +108,9 @@ class Fixed:
         """Know none."""
 
     def wait(self, tenant: str, observation: Observation, seconds: float) -> None:
+        """Wait for nothing."""
+
+    def wait_applied(self, position: int, seconds: float) -> None:
         """Wait for nothing."""
 
     def hurry(self) -> None:

@@ -22,16 +22,19 @@ from ldclient import Context, LDClient
 from ldclient.config import Config
 from ldclient.integrations import Files
 from ldclient.interfaces import FeatureStore, UpdateProcessor
-from ldclient.migrations.types import Stage
+from ldclient.migrations.types import Origin, Stage
 
 from changeover.errors import SpecError
-from changeover.flags.stages import ORDER
+from changeover.flags.stages import ORDER, TABLE
 
 POLL_SECONDS = 0.2
 SDK_KEY = "flag-file"
 """The SDK asks for a key of some kind; with a file as data source and no events it goes nowhere."""
 
 VARIATIONS = [stage.value for stage in ORDER]
+PERCENT = 1_000
+"""LaunchDarkly's weights are thousandths of a percent."""
+
 MTIME_STEP_NS = 1_000_000
 """Least distance between two versions' modification times: a file system keeps it, a float tells it."""
 
@@ -147,6 +150,62 @@ def write_tenants(path: str | Path, key: str, kind: str, tenants: Collection[str
         everybodys = flag.get("fallthrough") == {"variation": index} and not flag.get("rules")
         flag["version"] = int(flag.get("version", 0)) + 1
         _aim(flag, kind, frozenset(tenants), None if everybodys else index)
+        _put(target, document, folder)
+    return int(flag["version"])
+
+
+def read_reads(path: str | Path, key: str) -> int:
+    """Return the percentage of contexts that a flag serves live or above by a rollout.
+
+    Args:
+        path: The flag file.
+        key: The flag's key.
+
+    Returns:
+        The percentage, 0 without a rollout.
+
+    Raises:
+        SpecError: The file can't be read, or has no such flag.
+    """
+    flag = read_flag(path, key)
+    weighted = flag.get("fallthrough", {}).get("rollout", {}).get("variations", []) if flag.get("on") else []
+    moved = {index for index, name in enumerate(flag.get("variations", [])) if (s := Stage.from_str(name)) and _reads_new(s)}
+    return round(sum(int(one.get("weight", 0)) for one in weighted if one.get("variation") in moved) / PERCENT)
+
+
+def _reads_new(stage: Stage) -> bool:
+    return TABLE[stage].reads is Origin.NEW
+
+
+def write_reads(path: str | Path, key: str, percent: int) -> int:
+    """Make a flag serve live to a percentage of users, and to all others what it serves them now; return its new version.
+
+    Args:
+        path: The flag file.
+        key: The flag's key.
+        percent: The percentage; 0 ends the rollout.
+
+    Returns:
+        The flag's new version.
+
+    Raises:
+        SpecError: The file can't be read, or has no such flag, or the flag lacks the stage live.
+        OSError: The folder can't be written.
+    """
+    target = Path(path)
+    with _folder_locked(target.parent) as folder:
+        document = _load(target)
+        flag = _flag(document, path, key)
+        variations, others = flag.get("variations", []), _asked(flag.get("fallthrough", {}))
+        if Stage.LIVE.value not in variations:
+            raise SpecError(str(path), f"flags.{key}", f"has no variation {Stage.LIVE.value}")
+        weights = [
+            {"variation": others, "weight": (100 - percent) * PERCENT},
+            {"variation": variations.index(Stage.LIVE.value), "weight": percent * PERCENT},
+        ]
+        rollout = {"contextKind": Context.DEFAULT_KIND, "variations": weights}
+        flag["fallthrough"] = {"rollout": rollout} if percent else {"variation": others}
+        flag["version"] = int(flag.get("version", 0)) + 1
         _put(target, document, folder)
     return int(flag["version"])
 

@@ -19,8 +19,8 @@ from changeover.flags.stages import TABLE
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.position import format_lsn, parse_lsn
 
-STEP, TENANTS = "flags", "tenants"
-"""Under which step a switch for everybody is on record, and under which one for some tenants."""
+STEP, TENANTS, READS = "flags", "tenants", "reads"
+"""Under which step a switch for everybody is on record, under which one for some tenants, and under which one reads alone."""
 
 ADVANCED, ROLLED_BACK, FOLLOWED = "advanced", "rolled back", "followed"
 SWITCHED = frozenset({ADVANCED, ROLLED_BACK, FOLLOWED})
@@ -91,6 +91,32 @@ def record_tenants(ledger: Ledger, outcome: str, before: Stage, after: Stage, mo
         more: What else goes on record, as JSON takes it.
     """
     ledger.audit(TENANTS, outcome, {"from": before.value, "to": after.value, **more})
+
+
+def record_reads(ledger: Ledger, outcome: str, percent: int, more: Mapping[str, Any]) -> None:
+    """Put on record which contexts' reads may move before the writes: from then on routers act on it, until the next switch.
+
+    Args:
+        ledger: The migration's ledger.
+        outcome: How it ended, as the record says it.
+        percent: The percentage of contexts; 0 ends it.
+        more: What else goes on record, as JSON takes it.
+    """
+    ledger.audit(READS, outcome, {**more, "percent": percent})
+
+
+def recorded_reads(ledger: Ledger) -> int:
+    """Return the percentage of contexts whose reads may move before the writes, 0 after a switch of the stage.
+
+    Args:
+        ledger: The migration's ledger.
+
+    Returns:
+        The percentage on record.
+    """
+    done = ((step, detail) for _, step, outcome, detail in ledger.audits() if step in (STEP, READS) and outcome in SWITCHED)
+    step, detail = next(done, (STEP, {}))
+    return int(detail["percent"]) if step == READS else 0
 
 
 def mirrored_since(switches: Sequence[Switch], prepared: datetime | None = None, l0: int = 0) -> int | None:

@@ -350,18 +350,19 @@ RULES: tuple[Callable[[Evidence], list[str]], ...] = (
 )  # fmt: skip
 
 
-def objections(evidence: Evidence) -> list[str]:
+def objections(evidence: Evidence, *, reads: bool = False) -> list[str]:
     """Return every reason against the step; none means go.
 
     Args:
         evidence: The evidence for the step.
+        reads: Whether reads alone go, which can be taken back without a way back.
 
     Returns:
         The reasons, each a sentence.
     """
     if ORDER.index(evidence.after) != ORDER.index(evidence.before) + 1:
         return [f"{evidence.before.value} to {evidence.after.value} is not one step up"]
-    return [reason for rule in RULES for reason in rule(evidence)]
+    return [reason for rule in RULES if not (reads and rule is _way_back) for reason in rule(evidence)]
 
 
 def require(evidence: Evidence) -> None:

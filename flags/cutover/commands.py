@@ -20,9 +20,9 @@ from typing import Any
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.errors import ChangeoverError, LeaseHeld, NotReady, Refused
-from changeover.flags import history, readiness
+from changeover.flags import flagfile, history, readiness
 from changeover.flags.cutover import moves as by_name
-from changeover.flags.cutover import switch
+from changeover.flags.cutover import rollout, switch
 from changeover.flags.cutover.discovery import Astray, Census
 from changeover.flags.cutover.moves import Apart, sentence, together
 from changeover.flags.cutover.switch import Advanced, desired_stage, everybody, flag_and_file, require_open, require_reverse
@@ -57,7 +57,8 @@ class Shown:
     `stage` is the one at which routers act; `desired` is the flag's, which waits for a fence where the two differ. `loses` is
     how many writes of rows the step down, to `back`, would leave behind, None if every one since authority moved. `apart` are
     the tenants at the other store. `notes` say how it was found out whether the application may write to the new store, and
-    which open transactions a fence would wait for now.
+    which open transactions a fence would wait for now. `reads` is the percentage of contexts to which the flag serves live by a
+    rollout, `recorded_reads` the one that is on record: routers act on it where there is one.
     """
 
     stage: Stage
@@ -73,6 +74,8 @@ class Shown:
     rogue: Sequence[Rogue]
     apart: Apart | None = None
     notes: Sequence[str] = ()
+    reads: int = 0
+    recorded_reads: int = 0
 
     @property
     def go(self) -> bool:
@@ -94,7 +97,7 @@ def show(spec: Spec) -> Shown:
         StepOrder: Prepare did not run.
         SpecError: The spec has no flag, or its flag file can't be read.
     """
-    flag_and_file(spec)
+    flag, file = flag_and_file(spec)
     with Ledger.open(spec, "flags") as ledger:
         ledger.stream("flags")
         desired, known = desired_stage(spec), observations(ledger.authorities())
@@ -110,21 +113,25 @@ def show(spec: Spec) -> Shown:
             stage, desired, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
             reverse.state(spec, ledger), rogue(spec, ledger), by_name.apart(known),
             notes=[*evidence.rights.notes, *waits(spec)] if evidence and readiness.takes_over(stage, evidence.after) else [],
+            reads=flagfile.read_reads(file, flag.key), recorded_reads=history.recorded_reads(ledger),
         )  # fmt: skip
 
 
 def advance(
-    spec: Spec, *, to: Stage | None = None, override: str | None = None, tenants: Collection[Tenant] | None = None
-) -> Advanced:
+    spec: Spec, *, to: Stage | None = None, override: str | None = None, tenants: Collection[Tenant] | None = None,
+    reads: int | None = None,
+) -> Advanced:  # fmt: skip
     """Go one stage up if the evidence says that it is ready, or if `override` says why not to ask (driver).
 
-    With `tenants` these alone go from shadow to live, as many as 10,000 at once.
+    With `tenants` these alone go from shadow to live, as many as 10,000 at once. With `reads` the
+    stage stays, and so many percent of contexts read from the new store before the writes go there.
 
     Args:
         spec: The migration's spec.
         to: The stage to go to; None is the one above.
         override: Why the evidence is not asked for; it goes on record.
         tenants: The tenants that go alone; None is everybody.
+        reads: The percentage of contexts whose reads go alone; None leaves them.
 
     Returns:
         The step that was done: both stages, the epoch, and the fence's pause in seconds.
@@ -140,6 +147,8 @@ def advance(
         ledger.stream("flags advance")
         if tenants is not None:
             return by_name.advance(spec, ledger, tenants, override)
+        if reads is not None:
+            return rollout.advance(spec, ledger, reads, override)
         known = observations(ledger.authorities())
         before = everybody(spec, ledger, known)
         after = to or next_stage(before)
@@ -155,15 +164,17 @@ def advance(
         return Advanced(before, after, _epoch(ledger), pause, notes=notes)
 
 
-def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanced:
+def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None, reads: int | None = None) -> Advanced:
     """Go one stage down; asks for no evidence (driver).
 
     With `tenants` these alone go from live to shadow. Without, while some are live and the others
-    are not, it is those that go.
+    are not, it is those that go. With `reads` the stage stays, and fewer contexts read from the new
+    store.
 
     Args:
         spec: The migration's spec.
         tenants: The tenants that go alone; None is everybody, or those that are live alone.
+        reads: The percentage of contexts whose reads stay there; None leaves them.
 
     Returns:
         The step that was done: both stages, the epoch, and what a fence left behind.
@@ -178,6 +189,8 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
         ledger.stream("flags rollback")
         if tenants is not None:
             return by_name.rollback(spec, ledger, tenants)
+        if reads is not None:
+            return rollout.rollback(spec, ledger, reads)
         known = observations(ledger.authorities())
         before, after = _below(spec, ledger, known)
         require_reverse(ledger, before)

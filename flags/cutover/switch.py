@@ -33,7 +33,8 @@ class Advanced:
     writes of rows a step down left behind in the new store, as far as routers that mirror know:
     they never reached the old one. None is every write since authority had moved. `lacking` is why
     the old store did not get everything, None where it did. `unknown` are the named tenants of which neither store has a row.
-    `notes` say how it was found out whether the application may write to the store that took over.
+    `notes` say how it was found out whether the application may write to the store that took over. `reads` is the percentage of
+    contexts that read from the new store before writes go there, where the step was theirs alone.
     """
 
     before: Stage
@@ -45,6 +46,7 @@ class Advanced:
     tenants: tuple[str, ...] | None = None
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    reads: int | None = None
 
 
 def flag_and_file(spec: Spec) -> tuple[Flag, Path]:
@@ -122,9 +124,11 @@ def _write(spec: Spec, stage: Stage, tenants: Collection[str] | None, alone: boo
         flagfile.write_tenants(file, flag.key, required(old_column(spec), spec), tenants, stage)
 
 
-def require_open(ledger: Ledger, evidence: readiness.Evidence, override: str | None, details: Mapping[str, Any]) -> dict[str, Any]:
+def require_open(
+    ledger: Ledger, evidence: readiness.Evidence, override: str | None, details: Mapping[str, Any], *, reads: bool = False
+) -> dict[str, Any]:
     """Return what goes on record of a step's evidence; raises NotReady, itself on record, unless there is an override."""
-    reasons = readiness.objections(evidence)
+    reasons = readiness.objections(evidence, reads=reads)
     entry = {**details, "evidence": evidence.digest, "reasons": reasons, "rights": evidence.rights.notes, "override": override}
     if reasons and not override:
         ledger.audit(history.STEP, "refused", {"from": evidence.before.value, "to": evidence.after.value, **entry})

@@ -60,6 +60,10 @@ class StageSource(Protocol):
         """
         ...
 
+    def of(self, context: Context) -> Stage | None:
+        """Return the stage that the flag serves a context, None without a usable answer (caller's thread)."""
+        ...
+
     def after_fork(self) -> None:
         """Make the source usable in a forked child (first use in the child)."""
         ...
@@ -118,6 +122,11 @@ class FlagStage:
         if stage is not self._apart.get(tenant, self._known):
             self._keep(tenant, stage)
         return stage
+
+    def of(self, context: Context) -> Stage | None:
+        """Evaluate the flag for a context of the application's own."""
+        value = self.client.variation(self.key, context, None)
+        return _STAGES.get(value) if isinstance(value, str) else None
 
     def _context(self, tenant: str) -> Context:
         return Context.create(tenant, self.kind) if tenant != EVERYTHING and self.kind is not None else self.context

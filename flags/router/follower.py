@@ -26,6 +26,7 @@ from changeover.flags.observed import Observation, Observations, observations
 from changeover.flags.router.endpoint import PgEndpoint
 from changeover.flags.router.positions import LedgerPositions, Positions
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.position import parse_lsn
 from changeover.session import application_name, connect, one_row
 from changeover.settings import Kind
 
@@ -39,13 +40,18 @@ FIRST_LOOK_SECONDS = 3.0
 SETTINGS = {"statement_timeout": "2s"}
 
 NEWEST = """
-SELECT a.epoch, a.at, s.stage FROM (VALUES (1)) AS one
+SELECT a.epoch, a.at, s.stage, r.entry, CASE WHEN r.entry IS NOT NULL THEN (SELECT min(applied)::text FROM changeover.load
+    WHERE migration = %(migration)s AND store = 'old' AND target = %(target)s) END FROM (VALUES (1)) AS one
 LEFT JOIN LATERAL (SELECT epoch, at FROM changeover.authority WHERE migration = %(migration)s ORDER BY epoch DESC LIMIT 1)
     AS a ON true
 LEFT JOIN LATERAL (SELECT detail->>'to' AS stage FROM changeover.audit WHERE migration = %(migration)s AND step = 'flags'
     AND outcome <> 'refused' ORDER BY entry DESC LIMIT 1) AS s ON true
+LEFT JOIN LATERAL (SELECT entry, step, detail->>'percent' AS percent FROM changeover.audit WHERE migration = %(migration)s
+    AND step IN ('flags', 'reads') AND outcome <> 'refused' ORDER BY entry DESC LIMIT 1)
+    AS r ON r.step = 'reads' AND r.percent <> '0'
 """
-"""The newest move, by its time as well: a migration that was aborted and prepared again counts its epochs anew. And the stage."""
+"""The newest move, by its time as well: a migration that was aborted and prepared again counts its epochs anew. And the
+stage, and whether reads may move: a switch of the flag ends that. Then also how far the new store is."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,17 @@ class Follower(Protocol):
     observations: Observations | None
     recorded: Stage | None
     """The stage that is on record, None before the first switch."""
+    reads_open: int | None
+    """The entry of the record by which reads may move before writes, None where they may not."""
+    applied: int
+    """Below which position the new store has what was written to the old one; known while reads may move."""
+    replaying: bool
+    """Whether a replay ran at the last look; known while reads may move."""
     last_stage: Stage | None
+
+    def wait_applied(self, position: int, seconds: float) -> None:
+        """Wait, at most so long, until the new store has everything below a position (caller's thread)."""
+        ...
 
     def wait(self, tenant: str, observation: Observation, seconds: float) -> None:
         """Wait, at most so long, until a tenant's observed stage is another one (caller's thread, after a refusal)."""
@@ -117,6 +133,9 @@ class LedgerFollower:
         self.process = process
         self.observations: Observations | None = None
         self.recorded: Stage | None = None
+        self.reads_open: int | None = None
+        self.applied = 0
+        self.replaying = False
         self.last_stage: Stage | None = None
         self.failures = 0
         self._beat = beat
@@ -143,6 +162,11 @@ class LedgerFollower:
                 # `wait` ends with the first look, which may come at once: the next one is not asked for before its
                 # time.
                 self._changed.wait_for(lambda: self._says_else(tenant, observation), LOOK_AGAIN_SECONDS)
+
+    def wait_applied(self, position: int, seconds: float) -> None:
+        """Wait until replay has passed a position, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.applied >= position, seconds)
 
     def hurry(self) -> None:
         """Wake the thread."""
@@ -173,9 +197,11 @@ class LedgerFollower:
         """Read authority and beat where due; False when the ledger can't be used now."""
         try:
             ledger = self._open()
-            known, recorded = self._known(ledger)
+            known = self._known(ledger)
+            if self.reads_open is not None and (self._beat_due() or not self.replaying):
+                self.replaying = ledger.is_connected("replay")
             with self._changed:
-                self.observations, self.recorded = known, recorded
+                self.observations = known
                 self._looks += 1
                 self._changed.notify_all()
             self._beat_where_due(ledger)
@@ -184,23 +210,23 @@ class LedgerFollower:
             return False
         return True
 
-    def _known(self, ledger: Ledger) -> tuple[Observations, Stage | None]:
-        """Return what is observed, with the moves since the last look, and the stage on record.
-
-        All moves are read where the last one is gone.
-        """
-        (epoch, at, stage) = one_row(ledger.connection.execute(NEWEST, {"migration": self.source.migration}))
+    def _known(self, ledger: Ledger) -> Observations:
+        """Return what is observed, with the moves since the last look; all are read where the last one is gone."""
+        asked = {"migration": self.source.migration, "target": self.source.target}
+        (epoch, at, stage, reads_open, applied) = one_row(ledger.connection.execute(NEWEST, asked))
+        self.recorded = Stage.from_str(stage) if stage is not None else None
+        self.applied = parse_lsn(applied) if applied is not None else 0
+        self.reads_open = reads_open
         newest = (epoch, at) if epoch is not None else None
-        recorded = Stage.from_str(stage) if stage is not None else None
         if self.observations is not None and newest == self._newest:
-            return self.observations, recorded
+            return self.observations
         later = ledger.authorities(self._newest[0]) if self._newest is not None else []
         if later and self.observations is not None and (later[0].epoch, later[0].at) == self._newest:
             known = observations(later[1:], self.observations)
         else:
             known = observations(ledger.authorities())
         self._newest = newest
-        return known, recorded
+        return known
 
     def _open(self) -> Ledger:
         if self._ledger is None:
@@ -216,15 +242,18 @@ class LedgerFollower:
         beat = self._beat()
         if beat is None:
             return
-        now = time.monotonic()
         beaten = (beat.stage, beat.epoch)
-        if beaten != self._beaten or now - self._beaten_at >= BEAT_SECONDS or self._stop.is_set():
+        if beaten != self._beaten or self._beat_due() or self._stop.is_set():
             ledger.beat(self.process, beat.stage.value, beat.epoch, beat.counters)
-            self._beaten, self._beaten_at = beaten, now
+            self._beaten, self._beaten_at = beaten, time.monotonic()
+
+    def _beat_due(self) -> bool:
+        return time.monotonic() - self._beaten_at >= BEAT_SECONDS
 
     def _failed(self, error: Exception) -> None:
         if not self.failures or self._ledger is not None:
             log.warning("the ledger can't be read (%s): the last known authority stays", type(error).__name__)
+        self.replaying = False  # for all that is known
         with self._changed:
             self.failures += 1
             self._changed.notify_all()

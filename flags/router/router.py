@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, TypeVar
 
-from ldclient import LDClient
+from ldclient import Context, LDClient
 from ldclient.migrations.types import Operation, Origin, Stage
 
 from changeover.errors import AuthorityMoving, LockNotGranted, SpecError
@@ -71,6 +71,9 @@ __all__ = ["Change", "Experiment", "Limits", "PgEndpoint", "Place", "RoutedStore
 log = logging.getLogger("changeover.flags")
 
 Value = TypeVar("Value")
+Who = Tenant | Context
+"""For whom a call is: a key of the kind "user", or a context of LaunchDarkly's."""
+
 FENCE_POLL_SECONDS = 0.05
 
 
@@ -157,7 +160,7 @@ class Router:
     # -- the caller's thread
 
     @contextmanager
-    def write(self, tenant: Tenant | None = None) -> Iterator[RoutedStore]:
+    def write(self, tenant: Tenant | None = None, *, context: Who | None = None) -> Iterator[RoutedStore]:
         """Lend the store that has authority for one transaction, in which any statements of any tables may run.
 
         The block commits where it ends without an error. It can't be run again by itself: where a
@@ -166,6 +169,7 @@ class Router:
 
         Args:
             tenant: The tenant of the rows; None where the spec names no tenants.
+            context: For whom it is, where reads move before writes: a key of the kind "user", or a context of LaunchDarkly's.
 
         Yields:
             The store: its cursor, and which one it is.
@@ -175,11 +179,11 @@ class Router:
             ServerUnavailable: The store that has authority can't be reached.
         """
         runtime, pin, tenant_name = self._called(tenant)
-        with self._refusals(runtime, pin), self._unit(runtime, pin, tenant_name) as store:
+        with self._refusals(runtime, pin), self._unit(runtime, pin, tenant_name, self._who(context)) as store:
             yield store
 
     @contextmanager
-    def route(self, tenant: Tenant | None = None) -> Iterator[Place]:
+    def route(self, tenant: Tenant | None = None, *, context: Who | None = None) -> Iterator[Place]:
         """Say which store has authority, for a block that writes or reads by sessions of your own: a pool's, an ORM's, async ones.
 
         The block's transaction is its own to begin and to end, inside of the block. Where a fence
@@ -187,6 +191,7 @@ class Router:
 
         Args:
             tenant: The tenant of the rows; None where the spec names no tenants.
+            context: For whom it is, where reads move before writes: a key of the kind "user", or a context of LaunchDarkly's.
 
         Yields:
             Which store it is.
@@ -197,13 +202,15 @@ class Router:
         runtime, pin, tenant_name = self._placed(tenant)
         with self._refusals(runtime, pin), _measured(runtime, pin, tenant_name):
             yield _place(pin, tenant_name)
+        runtime.wrote_for(self._who(context), pin.rule.writes)
 
-    def rerun(self, work: Callable[[Place], Value], *, tenant: Tenant | None = None) -> Value:
+    def rerun(self, work: Callable[[Place], Value], *, tenant: Tenant | None = None, context: Who | None = None) -> Value:
         """Run a function that writes by sessions of your own, and again where a fence refused it, as `run` does.
 
         Args:
             work: What runs; it begins and ends its transaction itself.
             tenant: The tenant of the rows; None where the spec names no tenants.
+            context: For whom it is, where reads move before writes: a key of the kind "user", or a context of LaunchDarkly's.
 
         Returns:
             What `work` returns.
@@ -216,11 +223,15 @@ class Router:
 
         def attempt(pin: Pin) -> Value:
             with _measured(runtime, pin, tenant_name):
-                return work(_place(pin, tenant_name))
+                value = work(_place(pin, tenant_name))
+            runtime.wrote_for(self._who(context), pin.rule.writes)
+            return value
 
         return self._until_done(runtime, pin, tenant_name, attempt)
 
-    async def rerun_async(self, work: Callable[[Place], Awaitable[Value]], *, tenant: Tenant | None = None) -> Value:
+    async def rerun_async(
+        self, work: Callable[[Place], Awaitable[Value]], *, tenant: Tenant | None = None, context: Who | None = None
+    ) -> Value:
         """Run a coroutine function that writes by sessions of your own, and again where a fence refused it (asyncio).
 
         The event loop goes on while it waits for a fence.
@@ -228,6 +239,7 @@ class Router:
         Args:
             work: What is awaited; it begins and ends its transaction itself.
             tenant: The tenant of the rows; None where the spec names no tenants.
+            context: For whom it is, where reads move before writes: a key of the kind "user", or a context of LaunchDarkly's.
 
         Returns:
             What `work` returns.
@@ -249,9 +261,11 @@ class Router:
                 pin = self._decided(runtime, tenant_name, pin, error)
                 continue
             tries.end(runtime)
+            if runtime.reads.open:
+                await asyncio.to_thread(runtime.wrote_for, self._who(context), pin.rule.writes)
             return value
 
-    def run(self, work: Callable[[RoutedStore], Value], *, tenant: Tenant | None = None) -> Value:
+    def run(self, work: Callable[[RoutedStore], Value], *, tenant: Tenant | None = None, context: Who | None = None) -> Value:
         """Run a function in a transaction on the store that has authority, and again where a fence refused it.
 
         The function gets the store, as `write` lends it. It reads in there whatever its writes
@@ -265,6 +279,7 @@ class Router:
         Args:
             work: What runs.
             tenant: The tenant of the rows; None where the spec names no tenants.
+            context: For whom it is, where reads move before writes: a key of the kind "user", or a context of LaunchDarkly's.
 
         Returns:
             What `work` returns.
@@ -278,18 +293,19 @@ class Router:
         runtime, pin, tenant_name = self._called(tenant)
 
         def attempt(pin: Pin) -> Value:
-            with self._unit(runtime, pin, tenant_name) as store:
+            with self._unit(runtime, pin, tenant_name, self._who(context)) as store:
                 value = work(store)
             return value
 
         return self._until_done(runtime, pin, tenant_name, attempt)
 
     @contextmanager
-    def read(self, tenant: Tenant | None = None) -> Iterator[RoutedStore]:
-        """Lend the store that has authority for reads.
+    def read(self, tenant: Tenant | None = None, *, context: Who | None = None) -> Iterator[RoutedStore]:
+        """Lend the store that has authority for reads, or the new one to a context whose reads have moved before the writes.
 
         Args:
             tenant: The tenant of the rows; None where the spec names no tenants.
+            context: For whom it is, where reads move before writes: a key of the kind "user", or a context of LaunchDarkly's.
 
         Yields:
             The store: its cursor, and which one it is.
@@ -298,7 +314,7 @@ class Router:
             ServerUnavailable: The store can't be reached.
         """
         runtime, pin, tenant_name = self._called(tenant)
-        origin, started = pin.rule.reads, time.monotonic()
+        origin, started = runtime.reading(pin, self._who(context)), time.monotonic()
         try:
             with runtime.session(origin) as connection, connection.cursor() as cursor:
                 yield RoutedStore(origin, pin.stage, pin.observation.epoch, _named(tenant_name), cursor)
@@ -309,9 +325,11 @@ class Router:
 
     def compare(
         self, *, old: Callable[[Cursor], Value], new: Callable[[Cursor], Value], experiment: Experiment | None = None,
-        tenant: Tenant | None = None,
+        tenant: Tenant | None = None, context: Who | None = None,
     ) -> Value:  # fmt: skip
         """Return what the store that has authority answers; at shadow and live the other one is asked beside it.
+
+        A context whose reads have moved gets the new store's answer, which is compared with nothing.
 
         A function gets a cursor and only reads. Both return what can be compared: plain values, or
         rows under the same names, or what the experiment's `clean` and `compare` understand.
@@ -326,6 +344,7 @@ class Router:
             new: What reads the new store.
             experiment: How two answers are compared; None compares them as they are.
             tenant: The tenant of the rows; None where the spec names no tenants.
+            context: For whom it is, where reads move before writes: a key of the kind "user", or a context of LaunchDarkly's.
 
         Returns:
             The answer of the store that has authority.
@@ -334,7 +353,7 @@ class Router:
             ServerUnavailable: That store can't be reached.
         """
         runtime, pin, tenant_name = self._called(tenant)
-        origin = pin.rule.reads
+        origin = runtime.reading(pin, self._who(context))
         reads = {Origin.OLD: old, Origin.NEW: new}
         started = time.monotonic()
         try:
@@ -343,7 +362,7 @@ class Router:
         except Exception as error:
             runtime.done(Operation.READ, tenant_name, origin, started, error)
             raise
-        if pin.rule.compares and (epoch := runtime.comparable(pin, tenant_name)) is not None:
+        if pin.rule.compares and origin is pin.rule.reads and (epoch := runtime.comparable(pin, tenant_name)) is not None:
             comparison = Comparison(
                 experiment or _PLAIN, pin.stage, Observation(origin, value, None, time.monotonic() - started), reads,
                 apart=runtime.apart(pin), epoch=epoch, tell=partial(runtime.compared, tenant_name),
@@ -372,6 +391,23 @@ class Router:
             yield self._pin(self._running(), tenant_name).stage
         finally:
             self._pinned.reset(token)
+
+    def reading(self, tenant: Tenant | None = None, *, context: Who | None = None) -> Place:
+        """Say which store serves a read, for sessions of your own.
+
+        Args:
+            tenant: The tenant of the rows; None where the spec names no tenants.
+            context: For whom it is, where reads move before writes: a key of the kind "user", or a context of LaunchDarkly's.
+
+        Returns:
+            Which store it is.
+
+        Raises:
+            ServerUnavailable: Only the ledger could tell, and it can't be reached.
+        """
+        runtime, pin, tenant_name = self._called(tenant)
+        origin = runtime.reading(pin, self._who(context))
+        return Place(origin, pin.stage, pin.observation.epoch, _named(tenant_name))
 
     @property
     def stage(self) -> Stage:
@@ -457,6 +493,18 @@ class Router:
             raise TypeError(f"tenant= is {type(given).__name__}: give the row's own {column}, a str, an int or a UUID")
         return name
 
+    def _who(self, given: Who | None) -> Context | None:
+        """Return the context of a call; raises TypeError for none that the SDK takes."""
+        if given is None:
+            return None
+        if self._parts.endpoints[Origin.OLD].tenant is not None:
+            raise TypeError("context= is given, but rows move by tenants, and their reads with them: leave it out")
+        name = None if isinstance(given, Context) else as_text(given)
+        context = given if isinstance(given, Context) else Context.create(name or "")
+        if not context.valid:
+            raise TypeError(f"context= is {type(given).__name__}: give a key (str, int, UUID) or LaunchDarkly's own context")
+        return context
+
     def _pin(self, runtime: Runtime, tenant: str) -> Pin:
         pinned = self._pinned.get()
         if pinned is None:
@@ -466,24 +514,26 @@ class Router:
         return pin
 
     @contextmanager
-    def _unit(self, runtime: Runtime, pin: Pin, tenant: str) -> Iterator[RoutedStore]:
+    def _unit(self, runtime: Runtime, pin: Pin, tenant: str, context: Context | None) -> Iterator[RoutedStore]:
         """Lend a store for one transaction, and mirror after its COMMIT what the block said that it wrote."""
         origin, lsn, started = pin.rule.writes, None, time.monotonic()
         endpoint = self._parts.endpoints[origin]
         mapped = self._parts.mappings is not None
         mirrors = pin.rule.mirrors and mapped
         try:
-            with runtime.session(origin) as connection, transaction(connection, mirrored=mapped) as cursor:
-                if mirrors and endpoint.pool is not None:
-                    cursor.execute(EXACT_FLOATS)
-                if endpoint.tenant is not None:
-                    cursor.execute("SELECT pg_catalog.set_config(%s, %s, true)", [TENANT_SETTING, tenant])
-                store = RoutedStore(origin, pin.stage, pin.observation.epoch, _named(tenant), cursor)
-                yield store
-                if endpoint.tenant is not None:
-                    store.require_tenant(endpoint.tenant, tenant)
-                if mirrors and store.changes:
-                    lsn = position(cursor, endpoint.log)
+            with runtime.session(origin) as connection:
+                with transaction(connection, mirrored=mapped) as cursor:
+                    if mirrors and endpoint.pool is not None:
+                        cursor.execute(EXACT_FLOATS)
+                    if endpoint.tenant is not None:
+                        cursor.execute("SELECT pg_catalog.set_config(%s, %s, true)", [TENANT_SETTING, tenant])
+                    store = RoutedStore(origin, pin.stage, pin.observation.epoch, _named(tenant), cursor)
+                    yield store
+                    if endpoint.tenant is not None:
+                        store.require_tenant(endpoint.tenant, tenant)
+                    if mirrors and store.changes:
+                        lsn = position(cursor, endpoint.log)
+                runtime.wrote_for(context, origin, connection)
         except Exception as error:
             runtime.done(Operation.WRITE, tenant, origin, started, error)
             raise

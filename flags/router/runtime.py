@@ -18,6 +18,7 @@ from itertools import count
 from typing import Any
 
 import psycopg
+from ldclient import Context
 from ldclient.migrations.types import Operation, Origin, Stage
 
 from changeover.errors import ServerUnavailable
@@ -27,6 +28,7 @@ from changeover.flags.router.endpoint import PgEndpoint, RowMapping, Sessions
 from changeover.flags.router.follower import AuthoritySource, Beat, Follower
 from changeover.flags.router.mirror import RETRIED, Mirror
 from changeover.flags.router.operations import Asked, Done
+from changeover.flags.router.reads import Reads
 from changeover.flags.router.shadow import Comparisons, Result, nothing
 from changeover.flags.router.unit import sqlstate
 from changeover.flags.stages import FENCED, TABLE, StageRule, effective
@@ -47,6 +49,8 @@ class Limits:
     compare_queue: int = 1_000
     compare_deadline: float = 2.0
     close_wait: float = 5.0
+    read_wait: float = 1.0
+    """How long a read of a context that reads before writes waits for what this process wrote for it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Runtime:
             # a name for each start of each process: what one counted before its end stays on record beside its successor's
             process = f"{parts.process or socket.gethostname()}:{self.pid}.{secrets.token_hex(2)}"
             self.follower = parts.authority.follow(process, self._beat)
+        self.reads = Reads(self.follower, parts.limits.read_wait)
 
     def desired(self, tenant: str = EVERYTHING) -> Stage:
         """Return the flag's stage; a process that never had an answer goes on from the migration's last heartbeat."""
@@ -143,6 +148,25 @@ class Runtime:
         """Return whether a pin is of a tenant at another store than all the others."""
         observations = self.follower.observations if self.follower is not None else None
         return observations is not None and pin.observation.store is not observations.rest.store
+
+    def reading(self, pin: Pin, context: Context | None) -> Origin:
+        """Return which store a read goes to, of a context that may read from the new store before writes go there."""
+        if context is None or pin.rule.reads is Origin.NEW or not self.reads.open:
+            return pin.rule.reads
+        asked = self.parts.stage.of(context)
+        if asked is None or TABLE[asked].reads is Origin.OLD:
+            return Origin.OLD
+        return Origin.NEW if self.reads.moved(context, self._lenders[Origin.OLD]) else Origin.OLD
+
+    def wrote_for(self, context: Context | None, origin: Origin, connection: psycopg.Connection[Any] | None = None) -> None:
+        """Note where the log is after a COMMIT, where reads may move before writes; by a session of ours where none is given."""
+        if origin is Origin.NEW or not self.reads.open:
+            return
+        if connection is not None:
+            self.reads.wrote(context, connection)
+        else:
+            with self.session(origin) as own:
+                self.reads.wrote(context, own)
 
     def session(self, origin: Origin) -> AbstractContextManager[psycopg.Connection[Any]]:
         """Lend a session with a store."""
@@ -209,6 +233,7 @@ class Runtime:
             alarms=alarm.count,
             last_alarm=alarm.last,
             comparisons=self.comparisons.counters(),
+            reads=self.reads.counters(),
         )
         counts.update({f"mirror_{origin.value}": mirror.counters() for origin, mirror in mirrors.items()})
         return counts

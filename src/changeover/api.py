@@ -478,8 +478,9 @@ def show(spec: Spec) -> Shown:
 
 
 def advance(
-    spec: Spec, *, to: Stage | None = None, override: str | None = None, tenants: Collection[Tenant] | None = None
-) -> Advanced:
+    spec: Spec, *, to: Stage | None = None, override: str | None = None, tenants: Collection[Tenant] | None = None,
+    reads: int | None = None,
+) -> Advanced:  # fmt: skip
     """Go one stage up, if the evidence says that it is ready.
 
     Runs on the driver, without Spark.
@@ -489,6 +490,7 @@ def advance(
         to: The stage that is meant, where it has to be that one.
         override: Why to go without the evidence; it is logged.
         tenants: Only the rows of these, from shadow to live.
+        reads: Only reads, of so many percent of contexts, at shadow: the stage stays, and so do writes.
 
     Returns:
         The stages before and after, the epoch, and the seconds for which writers waited.
@@ -499,10 +501,10 @@ def advance(
     """
     from changeover.flags.cutover.commands import advance as act
 
-    return act(spec, to=to, override=override, tenants=tenants)
+    return act(spec, to=to, override=override, tenants=tenants, reads=reads)
 
 
-def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanced:
+def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None, reads: int | None = None) -> Advanced:
     """Go one stage down; no evidence is asked for.
 
     Runs on the driver, without Spark.
@@ -510,6 +512,7 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
     Args:
         spec: The spec.
         tenants: Only the rows of these, from live to shadow.
+        reads: Only reads, down to so many percent of contexts, at shadow.
 
     Returns:
         The stages before and after, the epoch, and the seconds for which writers waited.
@@ -520,7 +523,7 @@ def rollback(spec: Spec, *, tenants: Collection[Tenant] | None = None) -> Advanc
     """
     from changeover.flags.cutover.commands import rollback as act
 
-    return act(spec, tenants=tenants)
+    return act(spec, tenants=tenants, reads=reads)
 
 
 def watch(spec: Spec, stop: threading.Event, *, every: float = 0.5, say: Callable[[str], object] = lambda line: None) -> bool:

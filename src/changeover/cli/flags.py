@@ -12,7 +12,7 @@ import click
 
 from changeover import api
 from changeover.cli.command import DEBUG, JSON, LOG_FORMAT, SPEC, Sections, answer, opened, plain, running
-from changeover.errors import Interrupted
+from changeover.errors import Interrupted, UsageError
 from changeover.files.runlog import JSON as AS_JSON
 
 
@@ -43,6 +43,10 @@ def show(spec: str, as_json: bool) -> None:
         lines.append(f"back: {shown.back.value}: {_loses(shown.loses, 'would be lost')}")
     if shown.reverse_path is not None:
         lines.append(f"reverse path: {shown.reverse_path.line}")
+    if shown.reads:
+        known = shown.recorded_reads > 0
+        lines.append(f"reads: {shown.reads} % of contexts " + (READ_NEW if known else "are served live, which is not on record: "
+                     f"they read the old store until `changeover flags advance --reads {shown.reads}`"))  # fmt: skip
     lines += [f"note: {line}" for line in shown.notes]
     lines += [f"rogue: {line}" for line in shown.rogue]
     stages = {name: stage.value if (stage := getattr(shown, name)) else None for name in ("stage", "desired", "next", "back")}
@@ -55,6 +59,12 @@ def _loses(writes: int | None, verb: str) -> str:
     return f"{writes:,} write{'s' * (writes > 1)} that never reached the old store {verb}" if writes else f"nothing {verb}"
 
 
+READ_NEW = "read the new store before writes go there"
+
+READS = click.option(
+    "--reads", type=click.IntRange(0, 100), metavar="PERCENT", help="Only reads, of so many contexts, at shadow; writes stay."
+)
+
 TENANTS = click.option(
     "--tenant", "tenants", multiple=True, help="Only this tenant, between shadow and live; may be given more than once."
 )
@@ -63,20 +73,28 @@ TENANTS = click.option(
 @flags.command(example="changeover flags advance follows.toml")
 @SPEC
 @TENANTS
+@READS
 @click.option("--override", metavar="WHY", help="Go without the evidence; the reason is logged.")
 @JSON
-def advance(spec: str, tenants: tuple[str, ...], override: str | None, as_json: bool) -> None:
+def advance(spec: str, tenants: tuple[str, ...], reads: int | None, override: str | None, as_json: bool) -> None:
     """Go one stage up, if the evidence holds."""
-    _step(api.advance(opened(spec), override=override, tenants=tenants or None), as_json)
+    _step(api.advance(opened(spec), override=override, tenants=tenants or None, reads=_alone(reads, tenants)), as_json)
 
 
 @flags.command(example="changeover flags rollback follows.toml")
 @SPEC
 @TENANTS
+@READS
 @JSON
-def rollback(spec: str, tenants: tuple[str, ...], as_json: bool) -> None:
+def rollback(spec: str, tenants: tuple[str, ...], reads: int | None, as_json: bool) -> None:
     """Go one stage down; asks for no evidence."""
-    _step(api.rollback(opened(spec), tenants=tenants or None), as_json, back=True)
+    _step(api.rollback(opened(spec), tenants=tenants or None, reads=_alone(reads, tenants)), as_json, back=True)
+
+
+def _alone(reads: int | None, tenants: tuple[str, ...]) -> int | None:
+    if reads is not None and tenants:
+        raise UsageError("--reads and --tenant are given: a tenant's reads move with its rows, so name one of the two")
+    return reads
 
 
 def _step(step: Any, as_json: bool, *, back: bool = False) -> None:
@@ -86,6 +104,10 @@ def _step(step: Any, as_json: bool, *, back: bool = False) -> None:
     document |= {"lost": step.lost, "lacking": step.lacking} if back else {}
     document |= {"tenants": list(step.tenants), "unknown": list(step.unknown)} if step.tenants is not None else {}
     document |= {"notes": list(step.notes)} if step.notes else {}
+    if step.reads is not None:
+        text = "\n".join((f"{step.reads} % of contexts {READ_NEW}", *step.notes))
+        answer({**document, "reads": step.reads}, as_json, lambda: text)
+        return
     notes = "".join(f"\n{note}" for note in step.notes)
     pause = f", writers were held up {step.pause_seconds:.2f} s at most" if step.pause_seconds is not None else ""
     lost = f"; {_loses(step.lost, 'lost')}" if back else ""
