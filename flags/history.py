@@ -77,7 +77,9 @@ def record(ledger: Ledger, outcome: str, before: Stage, after: Stage, mirror_lsn
         more: What else goes on record, as JSON takes it.
     """
     entry = {"from": before.value, "to": after.value, **more}
-    ledger.audit(STEP, outcome, entry if mirror_lsn is None else {**entry, "mirror_lsn": format_lsn(mirror_lsn)})
+    with ledger.connection.transaction():
+        ledger.audit(STEP, outcome, entry if mirror_lsn is None else {**entry, "mirror_lsn": format_lsn(mirror_lsn)})
+        ledger.record_flag(after.value, 0)
 
 
 def record_tenants(ledger: Ledger, outcome: str, before: Stage, after: Stage, more: Mapping[str, Any]) -> None:
@@ -102,21 +104,9 @@ def record_reads(ledger: Ledger, outcome: str, percent: int, more: Mapping[str, 
         percent: The percentage of contexts; 0 ends it.
         more: What else goes on record, as JSON takes it.
     """
-    ledger.audit(READS, outcome, {**more, "percent": percent})
-
-
-def recorded_reads(ledger: Ledger) -> int:
-    """Return the percentage of contexts whose reads may move before the writes, 0 after a switch of the stage.
-
-    Args:
-        ledger: The migration's ledger.
-
-    Returns:
-        The percentage on record.
-    """
-    done = ((step, detail) for _, step, outcome, detail in ledger.audits() if step in (STEP, READS) and outcome in SWITCHED)
-    step, detail = next(done, (STEP, {}))
-    return int(detail["percent"]) if step == READS else 0
+    with ledger.connection.transaction():
+        ledger.audit(READS, outcome, {**more, "percent": percent})
+        ledger.record_flag(None, percent)
 
 
 def mirrored_since(switches: Sequence[Switch], prepared: datetime | None = None, l0: int = 0) -> int | None:

@@ -113,7 +113,7 @@ def show(spec: Spec) -> Shown:
             stage, desired, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
             reverse.state(spec, ledger), rogue(spec, ledger), by_name.apart(known),
             notes=[*evidence.rights.notes, *waits(spec)] if evidence and readiness.takes_over(stage, evidence.after) else [],
-            reads=flagfile.read_reads(file, flag.key), recorded_reads=history.recorded_reads(ledger),
+            reads=flagfile.read_reads(file, flag.key), recorded_reads=ledger.reads(),
         )  # fmt: skip
 
 

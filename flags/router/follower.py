@@ -40,18 +40,14 @@ FIRST_LOOK_SECONDS = 3.0
 SETTINGS = {"statement_timeout": "2s"}
 
 NEWEST = """
-SELECT a.epoch, a.at, s.stage, r.entry, CASE WHEN r.entry IS NOT NULL THEN (SELECT min(applied)::text FROM changeover.load
-    WHERE migration = %(migration)s AND store = 'old' AND target = %(target)s) END FROM (VALUES (1)) AS one
+SELECT a.epoch, a.at, f.stage, f.switches, CASE WHEN f.reads > 0 THEN (SELECT min(applied)::text FROM changeover.load
+    WHERE migration = %(migration)s AND store = 'old' AND target = %(target)s) END
+FROM (VALUES (%(migration)s)) AS one (migration) LEFT JOIN changeover.flag AS f USING (migration)
 LEFT JOIN LATERAL (SELECT epoch, at FROM changeover.authority WHERE migration = %(migration)s ORDER BY epoch DESC LIMIT 1)
     AS a ON true
-LEFT JOIN LATERAL (SELECT detail->>'to' AS stage FROM changeover.audit WHERE migration = %(migration)s AND step = 'flags'
-    AND outcome <> 'refused' ORDER BY entry DESC LIMIT 1) AS s ON true
-LEFT JOIN LATERAL (SELECT entry, step, detail->>'percent' AS percent FROM changeover.audit WHERE migration = %(migration)s
-    AND step IN ('flags', 'reads') AND outcome <> 'refused' ORDER BY entry DESC LIMIT 1)
-    AS r ON r.step = 'reads' AND r.percent <> '0'
 """
-"""The newest move, by its time as well: a migration that was aborted and prepared again counts its epochs anew. And the
-stage, and whether reads may move: a switch of the flag ends that. Then also how far the new store is."""
+"""The newest move, by its time as well: a migration that was aborted and prepared again counts its epochs anew. And where the
+flag stands on record, and while reads may move how far the new store is."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Follower(Protocol):
     recorded: Stage | None
     """The stage that is on record, None before the first switch."""
     reads_open: int | None
-    """The entry of the record by which reads may move before writes, None where they may not."""
+    """By which switch on record reads may move before writes, None where they may not."""
     applied: int
     """Below which position the new store has what was written to the old one; known while reads may move."""
     replaying: bool
@@ -213,10 +209,10 @@ class LedgerFollower:
     def _known(self, ledger: Ledger) -> Observations:
         """Return what is observed, with the moves since the last look; all are read where the last one is gone."""
         asked = {"migration": self.source.migration, "target": self.source.target}
-        (epoch, at, stage, reads_open, applied) = one_row(ledger.connection.execute(NEWEST, asked))
+        (epoch, at, stage, switches, applied) = one_row(ledger.connection.execute(NEWEST, asked))
         self.recorded = Stage.from_str(stage) if stage is not None else None
         self.applied = parse_lsn(applied) if applied is not None else 0
-        self.reads_open = reads_open
+        self.reads_open = switches if applied is not None else None
         newest = (epoch, at) if epoch is not None else None
         if self.observations is not None and newest == self._newest:
             return self.observations

@@ -195,7 +195,7 @@ def of_ledger(role: str) -> list[Need]:
     """
     return [
         _need(role, "USAGE", "SCHEMA", ["changeover"]),
-        *(_need(role, "SELECT", "TABLE", ["changeover", name]) for name in ("authority", "load")),
+        *(_need(role, "SELECT", "TABLE", ["changeover", name]) for name in ("authority", "load", "flag")),
         *(_need(role, right, "TABLE", ["changeover", "heartbeat"]) for right in ("SELECT", "INSERT", "UPDATE")),
     ]
 

@@ -687,12 +687,30 @@ class Ledger:
         Returns:
             The stage, None before its first switch.
         """
-        row = self.connection.execute(
-            "SELECT detail->>'to' FROM changeover.audit WHERE migration = %s AND step = 'flags' AND outcome <> 'refused'"
-            " ORDER BY entry DESC LIMIT 1",
-            [self.migration],
-        ).fetchone()
+        row = self.connection.execute("SELECT stage FROM changeover.flag WHERE migration = %s", [self.migration]).fetchone()
         return row[0] if row else None
+
+    def reads(self) -> int:
+        """Return the percentage of contexts whose reads may move before the writes.
+
+        Returns:
+            The percentage, 0 where none may.
+        """
+        row = self.connection.execute("SELECT reads FROM changeover.flag WHERE migration = %s", [self.migration]).fetchone()
+        return row[0] if row else 0
+
+    def record_flag(self, stage: str | None, reads: int) -> None:
+        """Put on record where the flag stands, which routers act on.
+
+        Args:
+            stage: The stage; None leaves it.
+            reads: The percentage of contexts whose reads may move before the writes.
+        """
+        self.connection.execute(
+            "INSERT INTO changeover.flag AS f (migration, stage, reads) VALUES (%s, %s, %s) ON CONFLICT (migration) DO UPDATE"
+            " SET stage = coalesce(excluded.stage, f.stage), reads = excluded.reads, switches = f.switches + 1",
+            [self.migration, stage, reads],
+        )
 
     def creating(self) -> dict[tuple[str, str], bool]:
         """Return the loads that a prepare had begun to make.
@@ -765,7 +783,7 @@ def drop_ledger(connection: Connection, migration: str) -> None:
         connection: A session with the ledger's server.
         migration: The migration's name.
     """
-    for table in ("migration", "authority", "verdict", "heartbeat", "audit"):
+    for table in ("migration", "authority", "verdict", "heartbeat", "flag", "audit"):
         column = "name" if table == "migration" else "migration"
         connection.execute(
             sql.SQL("DELETE FROM changeover.{} WHERE {} = %s").format(sql.Identifier(table), sql.Identifier(column)),
