@@ -38,7 +38,7 @@ from changeover.verifiers.explain import explain
 from changeover.verifiers.verification import verify
 from tests.support import fix_accounts as accounts
 from tests.support.fix_accounts import following
-from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
+from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows, unrefused
 from tests.support.fix_migration import rows as comparable
 
 MEMBERS = """
@@ -272,9 +272,8 @@ def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, cap
         settled(people)
         assert shown(people).rogue == []
 
-        people.old.execute("ALTER TABLE members DISABLE TRIGGER changeover_refusal")
-        people.old.execute("UPDATE members SET note = 'rogue' WHERE id IN (7, 8)")
-        people.old.execute("ALTER TABLE members ENABLE ALWAYS TRIGGER changeover_refusal")
+        with unrefused(people.old, "members"):
+            people.old.execute("UPDATE members SET note = 'rogue' WHERE id IN (7, 8)")
         wait_for(lambda: shown(people).rogue, "the rogue write")
         [rogue] = shown(people).rogue
         assert (rogue.store, rogue.table, rogue.changes, rogue.transactions) == ("old", "public.members", 2, 1)
@@ -308,9 +307,8 @@ def test_rogue_writes_and_a_killed_replay(people: Migration, tmp_path: Path, cap
         assert old_rows(people) == new_rows(people)
         switch(people, Stage.SHADOW)
         fence(people.spec, Origin.OLD)
-        people.new.execute("ALTER TABLE people DISABLE TRIGGER changeover_refusal")
-        people.new.execute("DELETE FROM people WHERE person = 70")
-        people.new.execute("ALTER TABLE people ENABLE ALWAYS TRIGGER changeover_refusal")
+        with unrefused(people.new, "people"):
+            people.new.execute("DELETE FROM people WHERE person = 70")
         wait_for(lambda: shown(people).rogue, "the rogue write to the new store")
         assert [(one.store, one.changes) for one in shown(people).rogue] == [("new", 1)]
         assert old_rows(people) != new_rows(people)
