@@ -99,12 +99,15 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     Raises:
         RowRefused: Two rows meet in one key of the target.
     """
-    offered = one_row(cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch)::text FROM {}").format(BATCH)))
+    (offered, epoch) = one_row(cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch) FROM {}").format(BATCH)))
+    if not offered and reached is None:
+        return Counts(0, 0)
     if table.loose:
         _collapse(cursor, table)
     cursor.execute(MARK, [OURS, "changes"])
     # a store that has lost authority lets the gate of the present epoch pass, see refusal
-    cursor.execute("SELECT set_config('changeover.epoch', %s, true)", [offered[1]])
+    passes = epoch if epoch is not None or reached is None else reached.epoch
+    cursor.execute("SELECT set_config('changeover.epoch', %s, true)", [str(passes)])
     steps: dict[Part, Step] = OF_CHANGES
     procedure = GATE
     if reached is not None and _lock_exclusive(cursor, table):
@@ -113,7 +116,7 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     owners.require_sole(cursor, table, BATCH)
     taken = sum(steps[part](cursor, table).taken for (part,) in procedure)
     owners.record_changes(cursor, table, BATCH)
-    return Counts(int(offered[0]), taken)
+    return Counts(offered, taken)
 
 
 def _collapse(cursor: psycopg.Cursor[Any], table: GatedTable) -> None:

@@ -263,6 +263,7 @@ def test_at_rampdown_no_tenant_goes_back_alone_and_below_shadow_it_may(stores: S
     refused = run("rollback", spec, "--tenant", "8")
     assert (refused.exit_code, "at the old store already" in refused.stderr) == (1, True), "it is asked where it is, no more"
     stores.move(2, "new")
+    stores.record(Stage.RAMPDOWN)
     flagfile.write_stage(file, FLAG, Stage.RAMPDOWN)
     refused = run("rollback", spec, "--tenant", "7")
     assert (refused.exit_code, "and everybody is at rampdown" in refused.stderr) == (1, True)
