@@ -52,6 +52,8 @@ class StageSource(Protocol):
     """What the router asks for the desired stage."""
 
     alarm: Alarm
+    default: Stage
+    """By which a process goes while there was never an answer, and no process of the migration left a stage on record."""
 
     def stage(self, tenant: str = EVERYTHING) -> Stage | None:
         """Return the stage desired for a tenant, or of everybody; the last known one, or None when there never was one.
@@ -75,14 +77,17 @@ class FlagStage:
     A tenant is a context of a `kind` of its own, with the tenant as key: individual targets, rules and percentage rollouts for that
     kind act on it. Without a usable answer it goes by the last one that it had, if that is among those that are `KEPT`, and else by
     the last one for everybody. `complete`, which is final, is of everybody alone: a tenant waits at rampdown. With `tracks` the
-    client is told of each operation, as a migration flag's dashboards show them.
+    client is told of each operation, as a migration flag's dashboards show them. `default` is the SDK's word: the stage while there
+    was no usable answer as yet.
     """
 
     def __init__(
-        self, client: LDClient, key: str, context: Context = EVERYONE, *, kind: str | None = None, tracks: bool = False
+        self, client: LDClient, key: str, context: Context = EVERYONE, *, kind: str | None = None, tracks: bool = False,
+        default: Stage = Stage.OFF,
     ) -> None:  # fmt: skip
         self.client = client
         self.tracks = tracks
+        self.default = default
         self.key = key
         self.context = context
         self.kind = kind
@@ -124,7 +129,7 @@ class FlagStage:
 
     def operations(self) -> Operations | None:
         """Start the thread that tells the client."""
-        return Operations(self.client, self.key, self._context) if self.tracks else None
+        return Operations(self.client, self.key, self._context, self.default) if self.tracks else None
 
     def _everybody(self, stage: Stage) -> None:
         with self._keeping:

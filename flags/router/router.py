@@ -344,9 +344,10 @@ class Router:
             runtime.done(Operation.READ, tenant_name, origin, started, error)
             raise
         if pin.rule.compares and (epoch := runtime.comparable(pin, tenant_name)) is not None:
+            seconds = time.monotonic() - started
             comparison = Comparison(
-                experiment or _PLAIN, pin.stage, Observation(origin, value, None, time.monotonic() - started), reads,
-                apart=runtime.apart(pin), epoch=epoch, tell=partial(runtime.compared, tenant_name),
+                experiment or _PLAIN, pin.stage, Observation(origin, value, None, seconds), reads, apart=runtime.apart(pin),
+                epoch=epoch, tell=partial(runtime.compared, tenant_name, seconds),
             )  # fmt: skip
             if runtime.comparisons.offer(comparison):
                 return value
@@ -489,10 +490,12 @@ class Router:
             raise
         # From here on the COMMIT is acknowledged; any exception above means that it is not, and nothing is mirrored.
         runtime.wrote()
-        runtime.done(Operation.WRITE, tenant, origin, started)
-        if lsn is not None:
-            store.version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
-            store.mirrored = runtime.mirror(other(origin)).offer(store.version, store.changes)
+        if lsn is None:
+            runtime.done(Operation.WRITE, tenant, origin, started)
+            return
+        store.version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
+        ended = runtime.mirrored(tenant, origin, started)
+        store.mirrored = runtime.mirror(other(origin)).offer(store.version, store.changes, ended)
 
     def _placed(self, tenant: Tenant | None) -> tuple[Runtime, Pin, str]:
         """Return by which pin a unit goes whose sessions are the application's; a router that mirrors has to see each row."""
