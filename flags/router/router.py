@@ -62,6 +62,7 @@ from changeover.jobs.ledger.epochs import EVERYTHING
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.transform.tenancy import new_column
 from changeover.position import DUAL_WRITE_ORDINAL, Version
+from changeover.secret import in_environment
 from changeover.session import application_name
 from changeover.spec import APPLICATION, STREAM, TRIGGER, Spec, Table
 from changeover.stores.postgres.refusal import TENANT_SETTING
@@ -126,7 +127,7 @@ class Router:
         Raises:
             SpecError: The spec has no flag, no flag file without a client, a context that is no
                 key column, or mirrors otherwise than the arguments say.
-            SecretMissing: The environment variable of a DSN is not set.
+            SecretMissing: The environment variable of a DSN, or of `flag.private`, is not set.
         """
         if spec.flag is None:
             raise SpecError(spec.path, "flag", "is missing: the router follows a flag, so name its key and target")
@@ -141,6 +142,9 @@ class Router:
         log_of = Log(spec.name) if spec.source.capture == TRIGGER else None
         # a trigger log at rest is asked for no position: there a difference is looked at again by the clock
         authority = LedgerAuthority(spec.ledger.resolve(), spec.name, spec.flag.target if log_of is None else None)
+        # the file's client sends nothing, and the file's targets name tenants as they are
+        private = spec.flag.private if client is not None else None
+        secret = in_environment("flag.private", private).encode() if private is not None else None
         used = client if client is not None else flagfile.client(str(spec.flag.file))
         router = cls(
             old=PgEndpoint(spec.source.dsn.resolve(), mirrored.source if mirrored else "", log=log_of, tenant=kind),
@@ -148,7 +152,7 @@ class Router:
                 spec.targets[spec.flag.target].dsn_value, mirrored.target if mirrored else "", mirrored.key if mirrored else (),
                 tenant=new_tenant,
             ),
-            to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind, tracks=client is not None),
+            to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind, tracks=client is not None, secret=secret),
             authority=authority, name=spec.name, process=process, limits=limits,
         )  # fmt: skip
         router._owned_client = None if client is not None else used
