@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,6 +190,26 @@ def test_the_flags_ratios_are_the_sdks_to_keep(commander: Commander) -> None:
     _, told = commander.operation("read", "unchecked", trackConsistency=True)
     assert (told["invoked"], "consistent" in told) == ({"old": True, "new": True}, False)
     assert commander.operation("read", "unsampled", trackConsistency=True)[1] is None
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("leaf", "code"), [("read live", 0), ("read off", 1)], ids=["by design", "not by design"])
+def test_a_run_fails_where_a_leaf_does_that_is_not_to(tmp_path: Path, leaf: str, code: int) -> None:
+    program = tmp_path / "harness"
+    program.write_text(f"""#!{sys.executable}
+import sys, urllib.request
+url = sys.argv[sys.argv.index("-url") + 1]
+assert b"migrations" in urllib.request.build_opener(urllib.request.ProxyHandler({{}})).open(url).read()
+print("[migrations/executes reads/{leaf}]\\n  FAILED: migrations/executes reads/{leaf}\\n[migrations/executes reads/another]")
+""")
+    program.chmod(0o755)
+    path = os.pathsep.join(filter(None, ["src", os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.contract"], cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        env={**os.environ, "HARNESS": str(program), "PYTHONPATH": path},
+    )  # fmt: skip
+    assert (run.returncode, run.stdout.splitlines()[-2]) == (code, "1 of 2 leaves passed, 1 of 2 cases"), run.stderr
+    assert run.stdout.splitlines()[-1] == f"  {'FAILED' if code else 'by design'}: migrations/executes reads/{leaf}"
 
 
 OUTPUT = """
