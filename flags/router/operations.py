@@ -81,16 +81,16 @@ class Operations:
             done = self._waiting.popleft()
             _, tracker = self.client.migration_variation(self.key, self.context(done.tenant), self.default)
             self._measure(tracker.operation(done.operation), done)
+            if done.consistent is not None:
+                tracker.consistent(_said(done.consistent))
             self.client.track_migration_op(tracker)
 
     def _measure(self, tracker: OpTracker, done: Done) -> None:
-        """Put into an event what was measured."""
+        """Put into an event what was measured of each store."""
         for asked in done.asked:
             tracker.invoked(asked.origin).latency(asked.origin, timedelta(seconds=asked.seconds))
             if asked.failed:
                 tracker.error(asked.origin)
-        if done.consistent is not None:
-            tracker.consistent(_said(done.consistent))
 
 
 def _said(consistent: bool) -> Callable[[], bool]:

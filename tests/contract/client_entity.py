@@ -14,7 +14,7 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -53,7 +53,7 @@ def post(url: str, payload: str | None) -> str:
 
 
 class Asked(OpTracker):
-    """Passes on to the SDK's tracker what an operation of the harness's measures; a router of an application's measures it all."""
+    """Passes on to the SDK's tracker what the harness wants measured; a router of an application's measures it all."""
 
     def __init__(self, tracker: OpTracker, params: Params) -> None:
         self.tracker = tracker
@@ -73,11 +73,6 @@ class Asked(OpTracker):
             self.tracker.error(origin)
         return self
 
-    def consistent(self, is_consistent: Callable[[], bool]) -> OpTracker:
-        if self.params.get("trackConsistency"):
-            self.tracker.consistent(is_consistent)
-        return self
-
 
 class MeasuredAsAsked(Operations):
     """Tells the SDK of an operation as the harness wants it told."""
@@ -85,6 +80,9 @@ class MeasuredAsAsked(Operations):
     def __init__(self, stage: HarnessStage) -> None:
         self.params = stage.params
         super().__init__(stage.client, stage.key, lambda _: stage.context, stage.default)
+
+    def record(self, done: Done) -> None:
+        super().record(done if self.params.get("trackConsistency") else replace(done, consistent=None))
 
     def _measure(self, tracker: OpTracker, done: Done) -> None:
         super()._measure(Asked(tracker, self.params), done)
