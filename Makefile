@@ -7,7 +7,7 @@ JARS := $(VENV)/.changeover-jars
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java second demo quick units test majors chaos stress check docs bench wheel clean
+.PHONY: help setup java second demo quick units test majors chaos stress check docs bench contract wheel clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ docs: setup ## Make the reference pages anew, check all prose, build the site in
 
 bench: setup ## Run the benchmarks; ARGS="copy --rows 2000000 --json"
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+contract: setup ## Ask LaunchDarkly's contract tests of migrations of the router; HARNESS=path/to/sdk-test-harness
+	@HARNESS="$(HARNESS)" $(BIN)/python -m tests.contract $(ARGS)
 
 wheel: setup ## Build the wheel and the sdist into dist/
 	@$(BIN)/python -m build --no-isolation --outdir dist .

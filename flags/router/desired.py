@@ -9,6 +9,7 @@ one by one where the spec names their column; what is kept of them is bounded.
 
 from __future__ import annotations
 
+import hmac
 import os
 import threading
 import time
@@ -32,6 +33,9 @@ FRESH_SECONDS = 0.005
 KEPT = 10_000
 """Tenants of which the last stage is kept, because it is not everybody's; beyond so many the longest kept are forgotten."""
 
+PRIVATE = "tenant"
+"""The attribute by which a rule of the flag finds a tenant whose key is a hash; it never leaves the process."""
+
 _STAGES = {stage.value: stage for stage in Stage}
 
 _RESTARTED: WeakKeyDictionary[LDClient, int] = WeakKeyDictionary()
@@ -52,6 +56,8 @@ class StageSource(Protocol):
     """What the router asks for the desired stage."""
 
     alarm: Alarm
+    default: Stage
+    """By which a process goes while there was never an answer, and no process of the migration left a stage on record."""
 
     def stage(self, tenant: str = EVERYTHING) -> Stage | None:
         """Return the stage desired for a tenant, or of everybody; the last known one, or None when there never was one.
@@ -79,14 +85,21 @@ class FlagStage:
     A tenant is a context of a `kind` of its own, with the tenant as key: individual targets, rules and percentage rollouts for that
     kind act on it. Without a usable answer it goes by the last one that it had, if that is among those that are `KEPT`, and else by
     the last one for everybody. `complete`, which is final, is of everybody alone: a tenant waits at rampdown. With `tracks` the
-    client is told of each operation, as a migration flag's dashboards show them.
+    client is told of each operation, as a migration flag's dashboards show them. `default` is the SDK's word: the stage while there
+    was no usable answer as yet.
+
+    With a `secret` no event of the SDK's has a tenant's value. The SDK sends a context's key in every kind of event, whatever is
+    private, and a private attribute in none. So the key is a keyed hash, and the value is the private attribute `tenant`.
     """
 
     def __init__(
-        self, client: LDClient, key: str, context: Context = EVERYONE, *, kind: str | None = None, tracks: bool = False
+        self, client: LDClient, key: str, context: Context = EVERYONE, *, kind: str | None = None, tracks: bool = False,
+        default: Stage = Stage.OFF, secret: bytes | None = None,
     ) -> None:  # fmt: skip
         self.client = client
         self.tracks = tracks
+        self.default = default
+        self.secret = secret
         self.key = key
         self.context = context
         self.kind = kind
@@ -129,11 +142,16 @@ class FlagStage:
         return _STAGES.get(value) if isinstance(value, str) else None
 
     def _context(self, tenant: str) -> Context:
-        return Context.create(tenant, self.kind) if tenant != EVERYTHING and self.kind is not None else self.context
+        if tenant == EVERYTHING or self.kind is None:
+            return self.context
+        if self.secret is None:
+            return Context.create(tenant, self.kind)
+        key = hmac.digest(self.secret, tenant.encode(), "sha256").hex()
+        return Context.builder(key).kind(self.kind).set(PRIVATE, tenant).private(PRIVATE).build()
 
     def operations(self) -> Operations | None:
         """Start the thread that tells the client."""
-        return Operations(self.client, self.key, self._context) if self.tracks else None
+        return Operations(self.client, self.key, self._context, self.default) if self.tracks else None
 
     def _everybody(self, stage: Stage) -> None:
         with self._keeping:

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 
@@ -33,12 +33,25 @@ RETRY_SECONDS = 0.05
 RECONNECT_SECONDS = 0.1
 
 
+class Ended(Protocol):
+    """What hears how an offer ended."""
+
+    def __call__(self, seconds: float | None, failed: bool = False) -> None:
+        """Take how long the other store took, None where it was never asked, and whether a row of it failed."""
+        ...
+
+
+def unheard(seconds: float | None, failed: bool = False) -> None:
+    """Tell nobody."""
+
+
 @dataclass(frozen=True)
 class Offer:
     """The rows of one committed transaction, at their version."""
 
     version: Version
     changes: tuple[Change, ...]
+    ended: Ended = unheard
 
 
 def before_retry(tries: int) -> float:
@@ -68,10 +81,10 @@ class Mirror:
         self._thread = threading.Thread(target=self._run, name=f"changeover-mirror-{endpoint.table}", daemon=True)
         self._thread.start()
 
-    def offer(self, version: Version, changes: Sequence[Change]) -> bool:
-        """Queue the rows of one transaction; False, and counted, when the queue is full."""
+    def offer(self, version: Version, changes: Sequence[Change], ended: Ended = unheard) -> bool:
+        """Queue the rows of one transaction; False, and counted, when the queue is full. `ended` hears of its end, once."""
         # The caller may change its rows afterwards, so they are copied here.
-        offer = Offer(version, tuple(Change(dict(change.row), change.deleted) for change in changes))
+        offer = Offer(version, tuple(Change(dict(change.row), change.deleted) for change in changes), ended)
         with self._changed:
             taken = len(self._queue) < self.limit and not self._closing
             if taken:
@@ -133,7 +146,9 @@ class Mirror:
 
     def _run(self) -> None:
         while (offer := self._next()) is not None:
-            self._deal_with(offer)
+            started = time.monotonic()
+            whole = self._deal_with(offer)
+            offer.ended(time.monotonic() - started, failed=not whole)
             with self._changed:
                 self._current = None
                 self._changed.notify_all()
@@ -147,7 +162,8 @@ class Mirror:
             self._current = self._queue.popleft()
             return self._current
 
-    def _deal_with(self, offer: Offer) -> None:
+    def _deal_with(self, offer: Offer) -> bool:
+        """Bring a transaction's rows to the store; return whether none of them failed."""
         until = time.monotonic() + self.deadline
         try:
             changes = self._mapped(offer.changes)
@@ -157,13 +173,16 @@ class Mirror:
         # thread.
         except Exception as error:
             self._fail(error, offer.version.epoch, len(offer.changes))
-            return
+            return False
+        whole = True
         for change in last:
             try:
                 self._count("applied" if self._apply(offer.version, change, until) else "refused_by_gate")
             # One row's failure must not keep the next one from its store.
             except Exception as error:
                 self._fail(error, offer.version.epoch, 1)
+                whole = False
+        return whole
 
     def _mapped(self, changes: Sequence[Change]) -> list[Change]:
         mapped = []
@@ -220,6 +239,7 @@ class Mirror:
     def _drop(self, offer: Offer, reason: str) -> None:
         self._lose(offer.version.epoch, len(offer.changes))
         self.drops.raise_for(reason)
+        offer.ended(None)
 
     def _fail(self, error: Exception, epoch: int, rows: int) -> None:
         self._lose(epoch, rows)

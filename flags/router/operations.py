@@ -1,7 +1,8 @@
 """Operations, as LaunchDarkly's own migration dashboards show them: which store was asked, for how long, and how it ended.
 
 A caller only puts down what was measured. A thread evaluates the flag for the tracker, which takes longer than the router may take
-from a caller, and hands the event to the SDK, which samples and sends it. Under overload the oldest are left out.
+from a caller, and hands the event to the SDK, which samples and sends it. A write that is mirrored, and a read that is compared,
+are told once the other store has ended too. Under overload the oldest are left out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from ldclient import Context, LDClient
+from ldclient.migrations.tracker import OpTracker
 from ldclient.migrations.types import Operation, Origin, Stage
 
 KEPT = 10_000
@@ -41,12 +43,16 @@ class Done:
 
 
 class Operations:
-    """Tells one SDK client of the operations of a process; `context` returns the context by which a tenant's flag is asked."""
+    """Tells one SDK client of the operations of a process; `context` returns the context by which a tenant's flag is asked.
 
-    def __init__(self, client: LDClient, key: str, context: Callable[[str], Context]) -> None:
+    `default` is the stage that an event names where the flag has no usable answer.
+    """
+
+    def __init__(self, client: LDClient, key: str, context: Callable[[str], Context], default: Stage) -> None:
         self.client = client
         self.key = key
         self.context = context
+        self.default = default
         self._waiting: deque[Done] = deque(maxlen=KEPT)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="changeover-operations", daemon=True)
@@ -73,15 +79,18 @@ class Operations:
     def _tell(self) -> None:
         while self._waiting:
             done = self._waiting.popleft()
-            _, tracker = self.client.migration_variation(self.key, self.context(done.tenant), Stage.OFF)
-            tracker.operation(done.operation)
-            for asked in done.asked:
-                tracker.invoked(asked.origin).latency(asked.origin, timedelta(seconds=asked.seconds))
-                if asked.failed:
-                    tracker.error(asked.origin)
+            _, tracker = self.client.migration_variation(self.key, self.context(done.tenant), self.default)
+            self._measure(tracker.operation(done.operation), done)
             if done.consistent is not None:
                 tracker.consistent(_said(done.consistent))
             self.client.track_migration_op(tracker)
+
+    def _measure(self, tracker: OpTracker, done: Done) -> None:
+        """Put into an event what was measured of each store."""
+        for asked in done.asked:
+            tracker.invoked(asked.origin).latency(asked.origin, timedelta(seconds=asked.seconds))
+            if asked.failed:
+                tracker.error(asked.origin)
 
 
 def _said(consistent: bool) -> Callable[[], bool]:

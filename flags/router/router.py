@@ -62,6 +62,7 @@ from changeover.jobs.ledger.epochs import EVERYTHING
 from changeover.jobs.source.triggerlog import Log
 from changeover.jobs.transform.tenancy import new_column
 from changeover.position import DUAL_WRITE_ORDINAL, Version
+from changeover.secret import in_environment
 from changeover.session import application_name
 from changeover.spec import APPLICATION, STREAM, TRIGGER, Spec, Table
 from changeover.stores.postgres.refusal import TENANT_SETTING
@@ -129,7 +130,7 @@ class Router:
         Raises:
             SpecError: The spec has no flag, no flag file without a client, a context that is no
                 key column, or mirrors otherwise than the arguments say.
-            SecretMissing: The environment variable of a DSN is not set.
+            SecretMissing: The environment variable of a DSN, or of `flag.private`, is not set.
         """
         if spec.flag is None:
             raise SpecError(spec.path, "flag", "is missing: the router follows a flag, so name its key and target")
@@ -144,6 +145,9 @@ class Router:
         log_of = Log(spec.name) if spec.source.capture == TRIGGER else None
         # a trigger log at rest is asked for no position: there a difference is looked at again by the clock
         authority = LedgerAuthority(spec.ledger.resolve(), spec.name, spec.flag.target if log_of is None else None)
+        # the file's client sends nothing, and the file's targets name tenants as they are
+        private = spec.flag.private if client is not None else None
+        secret = in_environment("flag.private", private).encode() if private is not None else None
         used = client if client is not None else flagfile.client(str(spec.flag.file))
         router = cls(
             old=PgEndpoint(spec.source.dsn.resolve(), mirrored.source if mirrored else "", log=log_of, tenant=kind),
@@ -151,7 +155,7 @@ class Router:
                 spec.targets[spec.flag.target].dsn_value, mirrored.target if mirrored else "", mirrored.key if mirrored else (),
                 tenant=new_tenant,
             ),
-            to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind, tracks=client is not None),
+            to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind, tracks=client is not None, secret=secret),
             authority=authority, name=spec.name, process=process, limits=limits,
         )  # fmt: skip
         router._owned_client = None if client is not None else used
@@ -363,9 +367,10 @@ class Router:
             runtime.done(Operation.READ, tenant_name, origin, started, error)
             raise
         if pin.rule.compares and origin is pin.rule.reads and (epoch := runtime.comparable(pin, tenant_name)) is not None:
+            seconds = time.monotonic() - started
             comparison = Comparison(
-                experiment or _PLAIN, pin.stage, Observation(origin, value, None, time.monotonic() - started), reads,
-                apart=runtime.apart(pin), epoch=epoch, tell=partial(runtime.compared, tenant_name),
+                experiment or _PLAIN, pin.stage, Observation(origin, value, None, seconds), reads, apart=runtime.apart(pin),
+                epoch=epoch, tell=partial(runtime.compared, tenant_name, seconds),
             )  # fmt: skip
             if runtime.comparisons.offer(comparison):
                 return value
@@ -539,10 +544,12 @@ class Router:
             raise
         # From here on the COMMIT is acknowledged; any exception above means that it is not, and nothing is mirrored.
         runtime.wrote()
-        runtime.done(Operation.WRITE, tenant, origin, started)
-        if lsn is not None:
-            store.version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
-            store.mirrored = runtime.mirror(other(origin)).offer(store.version, store.changes)
+        if lsn is None:
+            runtime.done(Operation.WRITE, tenant, origin, started)
+            return
+        store.version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
+        ended = runtime.mirrored(tenant, origin, started)
+        store.mirrored = runtime.mirror(other(origin)).offer(store.version, store.changes, ended)
 
     def _placed(self, tenant: Tenant | None) -> tuple[Runtime, Pin, str]:
         """Return by which pin a unit goes whose sessions are the application's; a router that mirrors has to see each row."""

@@ -26,12 +26,12 @@ from changeover.flags.observed import BEGINNING, Observation
 from changeover.flags.router.desired import StageSource
 from changeover.flags.router.endpoint import PgEndpoint, RowMapping, Sessions
 from changeover.flags.router.follower import AuthoritySource, Beat, Follower
-from changeover.flags.router.mirror import RETRIED, Mirror
+from changeover.flags.router.mirror import RETRIED, Ended, Mirror, unheard
 from changeover.flags.router.operations import Asked, Done
 from changeover.flags.router.reads import Reads
 from changeover.flags.router.shadow import Comparisons, Result, nothing
 from changeover.flags.router.unit import sqlstate
-from changeover.flags.stages import FENCED, TABLE, StageRule, effective
+from changeover.flags.stages import FENCED, TABLE, StageRule, effective, other
 from changeover.jobs.ledger.epochs import EVERYTHING
 
 PASSING = frozenset({FENCED, *RETRIED})
@@ -117,7 +117,7 @@ class Runtime:
         desired = self.parts.stage.stage(tenant)
         if desired is None:
             last = self.follower.last_stage if self.follower is not None else None
-            desired = last or Stage.OFF
+            desired = last or self.parts.stage.default
         return desired
 
     def decide(self, desired: Stage, tenant: str = EVERYTHING) -> Pin:
@@ -199,10 +199,23 @@ class Runtime:
             return
         self.operations.record(Done(operation, tenant, [Asked(origin, time.monotonic() - started, failed=error is not None)]))
 
-    def compared(self, tenant: str, result: Result) -> None:
-        """Put the end of a comparison down for the SDK."""
+    def mirrored(self, tenant: str, origin: Origin, started: float) -> Ended:
+        """Return what puts a write of both stores down for the SDK, once the mirror has dealt with it."""
+        if (operations := self.operations) is None:
+            return unheard
+        first = Asked(origin, time.monotonic() - started)
+
+        def ended(seconds: float | None, failed: bool = False) -> None:
+            asked = [first] if seconds is None else [first, Asked(other(origin), seconds, failed)]
+            operations.record(Done(Operation.WRITE, tenant, asked))
+
+        return ended
+
+    def compared(self, tenant: str, seconds: float, result: Result) -> None:
+        """Put the end of a comparison down for the SDK; the caller waited so many seconds for the authority, which answered."""
         if self.operations is not None:
-            both = [Asked(one.origin, one.seconds, failed=one.error is not None) for one in (result.control, result.candidate)]
+            there = result.candidate
+            both = [Asked(other(there.origin), seconds), Asked(there.origin, there.seconds, there.error is not None)]
             known = not (result.failed or result.inconclusive)
             self.operations.record(Done(Operation.READ, tenant, both, result.matched or result.ignored if known else None))
 

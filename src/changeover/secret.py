@@ -1,4 +1,4 @@
-"""A DSN as the spec has it: a name of an environment variable, or a DSN that holds no secret.
+"""A secret as the spec has it: a name of an environment variable, or a DSN that holds none.
 
 The variable is read when the DSN is used, and its value is never kept, printed or hashed. What is
 no DSN is refused in a sentence that repeats none of it.
@@ -13,6 +13,8 @@ from psycopg import Error as PsycopgError
 from psycopg.conninfo import conninfo_to_dict
 
 from changeover.errors import SecretMissing, SpecError, UsageError
+
+ENV = "env:"
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,32 @@ class Secret:
             SecretMissing: The environment variable is not set.
             UsageError: Its value is no DSN.
         """
-        if not self.reference.startswith("env:"):
+        if not self.reference.startswith(ENV):
             return self.reference
-        variable = self.reference.removeprefix("env:")
-        value = os.environ.get(variable)
-        if not value:
-            raise SecretMissing(self.key, variable)
+        value = in_environment(self.key, self.reference)
         if problem := dsn_problem(value):
-            raise UsageError(f"{self.key}: the environment variable {variable} {problem}")
+            raise UsageError(f"{self.key}: the environment variable {self.reference.removeprefix(ENV)} {problem}")
         return value
+
+
+def in_environment(key: str, reference: str) -> str:
+    """Return what an environment variable holds.
+
+    Args:
+        key: The key in the spec, for messages.
+        reference: `env:NAME`.
+
+    Returns:
+        The secret.
+
+    Raises:
+        SecretMissing: The variable is not set.
+    """
+    variable = reference.removeprefix(ENV)
+    value = os.environ.get(variable)
+    if not value:
+        raise SecretMissing(key, variable)
+    return value
 
 
 def dsn_problem(value: str) -> str | None:
@@ -69,7 +88,7 @@ def secret(path: str, key: str, value: str) -> Secret:
     Raises:
         SpecError: The value is no DSN, or holds a password.
     """
-    if not value.startswith("env:"):
+    if not value.startswith(ENV):
         if problem := dsn_problem(value):
             raise SpecError(path, key, problem)
         if "password" in conninfo_to_dict(value):

@@ -232,6 +232,18 @@ def test_a_tenant_is_named_by_a_column(tmp_path: Path) -> None:
     assert (wrong.where, wrong.problem) == ("flag.context", "must be a string, not list")
 
 
+def test_tenants_may_be_made_private_midway_by_a_secret_that_is_not_in_the_file(tmp_path: Path) -> None:
+    private = loaded(tmp_path, WHOLE.replace("[flag]", '[flag]\nprivate = "env:TENANT_SECRET"'))
+    assert private.flag is not None
+    assert private.flag.private == "env:TENANT_SECRET"
+    assert private.digest == loaded(tmp_path, WHOLE).digest
+    for given in ("sesame", "env:", "env:not a name"):
+        error = refused(tmp_path, WHOLE.replace("[flag]", f'[flag]\nprivate = "{given}"'))
+        assert error.where == "flag.private"
+        assert "names no environment variable" in error.problem
+        assert "sesame" not in str(error)
+
+
 def test_a_missing_secret_names_key_and_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = loaded(tmp_path, WHOLE)
     monkeypatch.delenv("OLD_DSN", raising=False)

@@ -211,7 +211,8 @@ def _digest(document: Mapping[str, Any]) -> str:
     """Return the hash of what a migration is.
 
     Its checks only ask about it, so a query may be corrected midway; its reverse replication begins at the fence, and may be
-    told until then. What is sensitive, who may read the work folder, and which roles the application has, changes no row.
+    told until then. What is sensitive or private, who may read the work folder, and which roles the application has, changes no
+    row.
     """
     left_out = ("check", "reverse", "sensitive")
     tables = [{key: value for key, value in table.items() if key not in left_out} for table in document["table"]]
@@ -219,7 +220,7 @@ def _digest(document: Mapping[str, Any]) -> str:
     whole = {**document, "table": tables, "work": work}
     whole.pop("application", None)
     if "flag" in document:  # what mirrors is compared by itself: it may change once the tables are loaded
-        whole["flag"] = {key: value for key, value in document["flag"].items() if key != "mirror"}
+        whole["flag"] = {key: value for key, value in document["flag"].items() if key not in ("mirror", "private")}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

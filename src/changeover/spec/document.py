@@ -43,6 +43,11 @@ KIND = _rule(
 )
 
 # Rights on the work folder, in octal as chmod has them; its owner has them all.
+# Not repeated where it is wrong: it may be the secret itself.
+VARIABLE = _rule(
+    "env:[A-Za-z_][A-Za-z0-9_]*",
+    'names no environment variable: write "env:NAME", whose value is the secret',
+)
 RIGHTS = _rule("0?7[0-7]{2}", 'is "{}": write rights in octal that leave all to the owner, such as "0750"')
 
 
@@ -159,6 +164,17 @@ class Flag(Section, frozen=True):
             str,
             KIND,
             Meta(description="The source column whose value is a row's tenant. With it tenants may move one after the other."),
+        ]
+        | None
+    ) = None
+    private: (
+        Annotated[
+            str,
+            VARIABLE,
+            Meta(
+                description="`env:NAME`, a secret of your own. With it your client never sends a tenant's value to LaunchDarkly. "
+                "A context's key is a keyed hash of the value, which is the private attribute `tenant`."
+            ),
         ]
         | None
     ) = None

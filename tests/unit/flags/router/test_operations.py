@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,26 +15,70 @@ from typing import Any
 import psycopg
 import pytest
 from ldclient import Config, LDClient
-from ldclient.migrations.types import Origin, Stage
+from ldclient.migrations.types import Operation, Origin, Stage
 
+from changeover.errors import SecretMissing
 from changeover.flags import flagfile
 from changeover.flags.flagfile import FileSource
 from changeover.flags.router.desired import FlagStage
+from changeover.flags.router.endpoint import Cursor
 from changeover.flags.router.follower import LedgerAuthority
+from changeover.flags.router.operations import Asked, Done
 from changeover.flags.router.router import Router
-from tests.support.fix_flags import FLAG, MIGRATION, PATIENCE, PATIENT, Follow, FollowRead, Stores, wait_until
+from changeover.flags.router.runtime import Limits
+from changeover.spec import load
+from tests.support.fix_flags import (
+    FLAG,
+    MIGRATION,
+    PATIENCE,
+    PATIENT,
+    Follow,
+    FollowRead,
+    Stores,
+    to_new,
+    to_old,
+    wait_until,
+    wrote,
+)
 
 Events = list[dict[str, Any]]
 
+KINDS = ("index", "feature", "debug", "migration_op")
+"""The kinds of events that have a context."""
+
+TENANTS = """
+name = "follows"
+[source]
+dsn = "env:OLD_DSN"
+[target.new]
+kind = "postgres"
+dsn = "env:NEW_DSN"
+[[table]]
+source = "public.follows"
+target = "public.associations"
+key = ["subject", "object"]
+[table.columns]
+subject = "from_user"
+object = "to_channel"
+[work]
+path = "work"
+[flag]
+key = "follows-store"
+target = "new"
+context = "from_user"
+"""
+
 
 @contextmanager
-def collecting() -> Iterator[tuple[str, Events]]:
-    """Serve what the SDK sends its events to; yields the address, and the events of operations that came."""
+def collecting() -> Iterator[tuple[str, Events, list[str]]]:
+    """Serve what the SDK sends its events to; yields the address, the events of operations that came, and all of it as it came."""
     events: Events = []
+    bodies: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            sent = json.loads(bodies[-1])
             events.extend(event for event in sent if event["kind"] == "migration_op")
             self.send_response(202)
             self.send_header("Content-Length", "0")
@@ -45,26 +91,35 @@ def collecting() -> Iterator[tuple[str, Events]]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", events
+        yield f"http://127.0.0.1:{server.server_port}", events, bodies
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
 
 
+def sending(flag_file: Path, address: str) -> LDClient:
+    """Make a client that follows the flag file and sends its events."""
+    return LDClient(
+        Config(
+            "sdk-key", update_processor_class=lambda config, store, ready: FileSource(flag_file, 0.05, config, store, ready),
+            events_uri=address, flush_interval=0.1, diagnostic_opt_out=True,
+        )
+    )  # fmt: skip
+
+
 @pytest.fixture
-def told(stores: Stores, flag_file: Path) -> Iterator[tuple[Router, Events, Callable[[Stage], None]]]:
-    """Make a router whose client sends events; yields it, what was sent, and what switches its stage."""
-    with collecting() as (address, events):
-        client = LDClient(
-            Config(
-                "sdk-key", update_processor_class=lambda config, store, ready: FileSource(flag_file, 0.05, config, store, ready),
-                events_uri=address, flush_interval=0.1, diagnostic_opt_out=True,
-            )
-        )  # fmt: skip
+def told(
+    stores: Stores, flag_file: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[Router, Events, Callable[[Stage], None]]]:
+    """Make a router whose client sends events; yields it, what was sent, and what switches its stage. With limits it mirrors."""
+    limits: Limits | None = getattr(request, "param", None)
+    with collecting() as (address, events, _):
+        client = sending(flag_file, address)
         router = Router(
             old=stores.endpoint(Origin.OLD), new=stores.endpoint(Origin.NEW), stage=FlagStage(client, FLAG, tracks=True),
-            authority=LedgerAuthority(stores.new_dsn, MIGRATION), name=MIGRATION, limits=PATIENT,
+            authority=LedgerAuthority(stores.new_dsn, MIGRATION), name=MIGRATION, limits=limits or PATIENT,
+            to_new=to_new if limits else None, to_old=to_old if limits else None,
         )  # fmt: skip
 
         def switch(stage: Stage) -> None:
@@ -133,3 +188,123 @@ def test_what_a_fence_refused_is_told_once_it_is_done(
     router.close()
     wait_until(lambda: events)
     assert [measured(event, "invoked")["values"] for event in events] == [{"new": True}]
+
+
+@pytest.mark.parametrize("told", [PATIENT], indirect=True, ids=["mirrors"])
+def test_a_mirrored_write_is_told_once_with_both_stores(
+    stores: Stores, told: tuple[Router, Events, Callable[[Stage], None]], make_follow: Callable[..., Follow]
+) -> None:
+    router, events, switch = told
+    switch(Stage.DUALWRITE)
+    stores.new.execute("ALTER TABLE associations ADD CHECK (attributes->>'note' <> 'refused')")
+    for number, note in enumerate(("hello", "refused")):
+        follow = make_follow(number, note=note)
+        assert wrote(router, follow.put_old, follow.put_new).mirrored
+    wait_until(lambda: len(events) >= 2)
+    router.close()
+    assert [measured(event, "invoked")["values"] for event in events] == [{"old": True, "new": True}] * 2
+    assert [measured(event, "error").get("values") for event in events] == [None, {"new": True}]
+    assert all(set(measured(event, "latency_ms")["values"]) == {"old", "new"} for event in events)
+
+
+@pytest.mark.parametrize("told", [replace(PATIENT, mirror_queue=1, close_wait=0)], indirect=True, ids=["full"])
+def test_a_store_that_a_write_was_never_offered_to_is_not_told_as_asked(
+    stores: Stores, told: tuple[Router, Events, Callable[[Stage], None]], make_follow: Callable[..., Follow]
+) -> None:
+    router, events, switch = told
+    switch(Stage.DUALWRITE)
+    with stores.new.transaction():
+        stores.new.execute("LOCK TABLE associations")
+        writes = [wrote(router, follow.put_old, follow.put_new) for follow in map(make_follow, range(4))]
+        dropped = [write.mirrored for write in writes].count(False)
+        assert dropped >= 2
+        wait_until(lambda: len(events) >= dropped)
+        assert [measured(event, "invoked")["values"] for event in events] == [{"old": True}] * dropped
+    wait_until(lambda: len(events) == 4)
+    assert [measured(event, "invoked")["values"] for event in events[dropped:]] == [{"old": True, "new": True}] * (4 - dropped)
+
+
+def test_the_authority_of_a_compared_read_is_told_as_its_caller_found_it(
+    stores: Stores, told: tuple[Router, Events, Callable[[Stage], None]]
+) -> None:
+    router, events, switch = told
+    switch(Stage.SHADOW)
+    asked: list[str] = []
+
+    def old(cursor: Cursor) -> int:
+        asked.append("old")
+        if len(asked) > 1:
+            cursor.execute("SELECT 1 FROM nowhere")
+        return 1
+
+    assert router.compare(old=old, new=lambda cursor: 2) == 1
+    wait_until(lambda: events)
+    assert len(asked) == 2
+    (event,) = events
+    assert measured(event, "error") == measured(event, "consistent") == {}
+    assert set(measured(event, "latency_ms")["values"]) == {"old", "new"}
+
+
+ADDRESSES = [f"user{number}@example.com" for number in range(50)]
+SECRET = b"the application's own"
+
+
+def flag_that_tells_of_all(path: Path, key: str) -> None:
+    """Have everything sent of a flag that the SDK can send, with one tenant at live by a rule on the private attribute."""
+    flagfile.write_stage(path, FLAG, Stage.SHADOW)
+    document = json.loads(path.read_text())
+    clause = {"attribute": key, "op": "in", "values": ADDRESSES[:1], "contextKind": "owner"}
+    document["flags"][FLAG].update(
+        trackEvents=True, debugEventsUntilDate=4_000_000_000_000,
+        rules=[{"id": "one", "clauses": [clause], "variation": flagfile.VARIATIONS.index("live"), "trackEvents": True}],
+    )  # fmt: skip
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("secret", [SECRET, None], ids=["private", "clear"])
+def test_no_event_has_a_tenants_value_where_the_flag_is_private_and_every_kind_has_it_elsewhere(
+    flag_file: Path, secret: bytes | None
+) -> None:
+    flag_that_tells_of_all(flag_file, "tenant" if secret else "key")
+    with collecting() as (address, _, bodies):
+        client = sending(flag_file, address)
+        stage = FlagStage(client, FLAG, kind="owner", tracks=True, secret=secret)
+        assert [stage.stage(tenant) for tenant in ADDRESSES[:2]] == [Stage.LIVE, Stage.SHADOW]
+        operations = stage.operations()
+        assert operations is not None
+        for tenant in ADDRESSES:
+            stage.stage(tenant)
+            operations.record(Done(Operation.READ, tenant, [Asked(Origin.OLD, 0.001)]))
+        operations.close()
+        client.close()  # type: ignore[no-untyped-call]
+    events = [event for body in bodies for event in json.loads(body)]
+    sent = {kind: json.dumps([event for event in events if event["kind"] == kind]) for kind in KINDS}
+    for kind, text in sent.items():
+        assert [address for address in ADDRESSES if address in text] == ([] if secret else ADDRESSES), kind
+    keys = {event["context"]["key"] for event in events if event["kind"] == "migration_op"}
+    assert len(keys) == len(ADDRESSES), "each tenant has a key of its own"
+    if secret:
+        assert hmac.digest(SECRET, ADDRESSES[0].encode(), "sha256").hex() in keys
+        assert not any("example.com" in body for body in bodies)
+
+
+def test_a_spec_that_is_private_has_the_routers_client_send_no_tenant(
+    stores: Stores, flag_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("OLD_DSN", stores.old_dsn), ("NEW_DSN", stores.new_dsn)):
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "follows.toml"
+    path.write_text(f'{TENANTS}private = "env:TENANT_SECRET"\nfile = "{flag_file}"\n')
+    flagfile.write_stage(flag_file, FLAG, Stage.SHADOW)
+    with collecting() as (address, _, bodies):
+        client = sending(flag_file, address)
+        monkeypatch.delenv("TENANT_SECRET", raising=False)
+        with pytest.raises(SecretMissing, match=r"flag\.private"):
+            Router.connect(load(path), client=client)
+        Router.connect(load(path)).close()  # the file's client sends nothing, so nothing needs the secret
+        monkeypatch.setenv("TENANT_SECRET", SECRET.decode())
+        with Router.connect(load(path), client=client) as router:
+            assert router.stage_of(918273645001) is Stage.SHADOW
+        client.close()  # type: ignore[no-untyped-call]
+    assert bodies
+    assert not any("918273645001" in body for body in bodies)
