@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary
 
 from ldclient import Context, LDClient
 from ldclient.interfaces import DataSourceState, DataSourceStatus
-from ldclient.migrations.types import Stage
+from ldclient.migrations.types import Operation, Origin, Stage
 
-from changeover.flags.router.alarm import Alarm
-from changeover.flags.router.operations import Operations
+from changeover.flags.alarm import Alarm
+from changeover.flags.router.operations import Operations, ratio_of
 from changeover.jobs.ledger.epochs import EVERYTHING
 
 EVERYONE = Context.builder("everyone").kind("changeover").build()
@@ -57,6 +57,13 @@ class StageSource(Protocol):
         """Return the stage desired for a tenant, or of everybody; the last known one, or None when there never was one.
 
         It runs on the caller's thread.
+        """
+        ...
+
+    def check_ratio(self) -> int:
+        """Return of how many reads one is compared, 1 for all and 0 for none.
+
+        It runs on the thread of comparisons.
         """
         ...
 
@@ -121,6 +128,11 @@ class FlagStage:
 
     def _context(self, tenant: str) -> Context:
         return Context.create(tenant, self.kind) if tenant != EVERYTHING and self.kind is not None else self.context
+
+    def check_ratio(self) -> int:
+        """Return the ratio of a migration flag; of any other flag, and without an answer, it is 1."""
+        _, tracker = self.client.migration_variation(self.key, self.context, Stage.OFF)
+        return ratio_of(tracker.operation(Operation.READ).invoked(Origin.OLD).build())
 
     def operations(self) -> Operations | None:
         """Start the thread that tells the client."""

@@ -27,9 +27,12 @@ from changeover.flags.router.endpoint import PgEndpoint, RowMapping, Sessions
 from changeover.flags.router.follower import AuthoritySource, Beat, Follower
 from changeover.flags.router.mirror import RETRIED, Mirror
 from changeover.flags.router.operations import Asked, Done
-from changeover.flags.router.shadow import Comparisons, Result, nothing
 from changeover.flags.router.unit import sqlstate
-from changeover.flags.stages import FENCED, TABLE, StageRule, effective
+from changeover.flags.shadow.comparisons import Comparisons
+from changeover.flags.shadow.experiment import Result
+from changeover.flags.shadow.judge import nothing
+from changeover.flags.shadow.sampling import Sampling
+from changeover.flags.stages import FENCED, TABLE, StageRule, effective, other
 from changeover.jobs.ledger.epochs import EVERYTHING
 
 PASSING = frozenset({FENCED, *RETRIED})
@@ -46,6 +49,10 @@ class Limits:
     mirror_deadline: float = 2.0
     compare_queue: int = 1_000
     compare_deadline: float = 2.0
+    compare_share: float = 1.0
+    """Which share of the reads is compared, from 0 to 1, of those that the flag's check ratio leaves."""
+    compare_bytes: int = 32 << 20
+    """About how many bytes of answers are kept for comparisons, and of mismatches, in each process."""
     close_wait: float = 5.0
 
 
@@ -97,7 +104,8 @@ class Runtime:
         }
         self.comparisons = Comparisons(
             parts.endpoints, parts.application, limit=parts.limits.compare_queue, deadline=parts.limits.compare_deadline,
-            under_way=self.under_way,
+            limit_bytes=parts.limits.compare_bytes, under_way=self.under_way,
+            sampling=Sampling(parts.limits.compare_share, parts.stage.check_ratio),
             positions=parts.authority.positions(parts.endpoints, parts.application) if parts.authority is not None else None,
         )  # fmt: skip
         self.operations = parts.stage.operations()
@@ -175,12 +183,17 @@ class Runtime:
             return
         self.operations.record(Done(operation, tenant, [Asked(origin, time.monotonic() - started, failed=error is not None)]))
 
-    def compared(self, tenant: str, result: Result) -> None:
-        """Put the end of a comparison down for the SDK."""
-        if self.operations is not None:
-            both = [Asked(one.origin, one.seconds, failed=one.error is not None) for one in (result.control, result.candidate)]
+    def compared(self, tenant: str, authority: Origin, seconds: float, result: Result | None) -> None:
+        """Put the end of a comparison down for the SDK; None where the other store was never asked."""
+        if self.operations is None:
+            return
+        asked, consistent = [Asked(authority, seconds)], None
+        if result is not None:
+            both = {authority: result.control, other(authority): result.candidate}
+            asked = [Asked(origin, one.seconds, failed=one.error is not None) for origin, one in both.items()]
             known = not (result.failed or result.inconclusive)
-            self.operations.record(Done(Operation.READ, tenant, both, result.matched or result.ignored if known else None))
+            consistent = result.matched or result.ignored if known else None
+        self.operations.record(Done(Operation.READ, tenant, asked, consistent))
 
     def wrote(self) -> None:
         """Count a write. It takes no lock, for which many threads would queue; for a moment it may be behind by as many."""
@@ -239,5 +252,5 @@ class Runtime:
         if self.follower is None or (observations := self.follower.observations) is None:
             return None
         pin = self.decide(self.desired())
-        self.comparisons.begin(pin.stage)
+        self.comparisons.tally.begin(pin.stage)
         return Beat(pin.stage, observations.epoch, self.counters())

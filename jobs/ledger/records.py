@@ -13,7 +13,7 @@ from typing import Any
 
 from changeover.position import Version, image_version
 
-FORMAT = 6
+FORMAT = 7
 """Version of the ledger's tables; another version found is refused, never guessed at."""
 
 SCHEMA = """
@@ -55,6 +55,10 @@ CREATE TABLE IF NOT EXISTS changeover.verdict (
 CREATE TABLE IF NOT EXISTS changeover.heartbeat (
     migration text NOT NULL, process text NOT NULL, at timestamptz NOT NULL, stage text NOT NULL, epoch integer NOT NULL,
     counters jsonb NOT NULL, PRIMARY KEY (migration, process));
+CREATE TABLE IF NOT EXISTS changeover.read_difference (
+    migration text NOT NULL, entry bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    experiment text NOT NULL, stage text NOT NULL, authority text NOT NULL, looks integer NOT NULL, position pg_lsn,
+    description text, PRIMARY KEY (migration, entry));
 CREATE TABLE IF NOT EXISTS changeover.audit (
     migration text NOT NULL, entry bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(),
     step text NOT NULL, outcome text NOT NULL, detail jsonb NOT NULL, PRIMARY KEY (migration, entry));
@@ -69,6 +73,7 @@ LEDGER_TABLES = (
     "authority",
     "verdict",
     "heartbeat",
+    "read_difference",
     "audit",
     "migration",
 )

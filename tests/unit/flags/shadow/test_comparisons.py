@@ -13,8 +13,10 @@ from ldclient.migrations.types import Origin, Stage
 from psycopg import sql
 
 from changeover.flags.router.endpoint import Cursor
-from changeover.flags.router.positions import LedgerPositions
-from changeover.flags.router.shadow import Comparison, Comparisons, Experiment, Observation, Result
+from changeover.flags.shadow.comparisons import Comparisons
+from changeover.flags.shadow.experiment import Experiment, Observation, Result
+from changeover.flags.shadow.judge import Comparison
+from changeover.flags.shadow.positions import LedgerPositions
 from tests.support.fix_flags import PATIENCE, Stores, wait_until
 
 MakeComparisons = Callable[..., Comparisons]
@@ -65,7 +67,7 @@ def offer(
 ) -> bool:  # fmt: skip
     stage = Stage.SHADOW if origin is Origin.OLD else Stage.LIVE
     seen = Observation(origin, control, None, 0.0)
-    return comparisons.offer(Comparison(experiment, stage, seen, reads or {o: rows_of(o) for o in Origin}))
+    return comparisons.offer(Comparison(experiment, stage, origin, seen, reads or {o: rows_of(o) for o in Origin}))
 
 
 def put(stores: Stores, origin: Origin, user: int, note: str) -> None:
@@ -103,7 +105,7 @@ def test_a_mismatch_counts_after_both_stores_were_read_again(stores: Stores, mak
     result = experiment.results[0]
     assert result.mismatched
     assert result.looks == 4
-    assert list(comparisons.mismatches) == [result]
+    assert comparisons.tally.mismatches == [result]
     assert result.candidate.value == [{"subject": 1, "note": "new"}]
 
 
@@ -245,7 +247,7 @@ def test_a_commit_that_waits_for_a_standby_is_no_mismatch(stores: Stores, by_pos
 
 
 def test_differences_that_wait_leave_places_for_other_reads(stores: Stores, by_position: Comparisons) -> None:
-    by_position.limit = 4
+    by_position.limit = by_position.judge.limit = 4
     put(stores, Origin.OLD, 1, "late")
     for _ in range(12):
         offer(by_position, Recorded(), [{"subject": 1, "note": "late"}])
