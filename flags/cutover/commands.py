@@ -34,6 +34,7 @@ from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previou
 from changeover.interrupt import asked_to_stop
 from changeover.jobs.capture.rogue import Rogue, rogue
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.reads import ReadDifference, recorded
 from changeover.jobs.ledger.records import Authority, Heartbeat
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.marker import mark
@@ -57,7 +58,7 @@ class Shown:
     `stage` is the one at which routers act; `desired` is the flag's, which waits for a fence where the two differ. `loses` is
     how many writes of rows the step down, to `back`, would leave behind, None if every one since authority moved. `apart` are
     the tenants at the other store. `notes` say how it was found out whether the application may write to the new store, and
-    which open transactions a fence would wait for now.
+    which open transactions a fence would wait for now. `reads` are the last shadow reads that mismatched, newest first.
     """
 
     stage: Stage
@@ -73,6 +74,7 @@ class Shown:
     rogue: Sequence[Rogue]
     apart: Apart | None = None
     notes: Sequence[str] = ()
+    reads: Sequence[ReadDifference] = ()
 
     @property
     def go(self) -> bool:
@@ -110,6 +112,7 @@ def show(spec: Spec) -> Shown:
             stage, desired, ledger.authority(), above, reasons, back, loses, ledger.heartbeats(), MAX_PAUSE,
             reverse.state(spec, ledger), rogue(spec, ledger), by_name.apart(known),
             notes=[*evidence.rights.notes, *waits(spec)] if evidence and readiness.takes_over(stage, evidence.after) else [],
+            reads=recorded(ledger.connection, spec.name),
         )  # fmt: skip
 
 

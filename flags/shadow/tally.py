@@ -59,7 +59,7 @@ class Tally:
                 self._counts[name] += 1
                 self._at_stage[name] += result.apart or result.stage is self._stage
         if result.mismatched:
-            self._keep(size_of(result), result)
+            self._keep(size_of(result.control.value) + size_of(result.candidate.value), result)
 
     def _keep(self, size: int, result: Result) -> None:
         with self._lock:

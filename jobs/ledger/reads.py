@@ -38,6 +38,10 @@ class ReadDifference:
     description: str | None
     at: datetime | None = None
 
+    def __str__(self) -> str:
+        named = f" ({self.description})" if self.description else ""
+        return f"{self.experiment}{named} at {self.stage}"
+
 
 def record(ledger: Connection, migration: str, differences: Sequence[ReadDifference]) -> None:
     """Put mismatched reads on record, and take those off that are more than are kept (application).

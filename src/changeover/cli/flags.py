@@ -43,6 +43,8 @@ def show(spec: str, as_json: bool) -> None:
         lines.append(f"back: {shown.back.value}: {_loses(shown.loses, 'would be lost')}")
     if shown.reverse_path is not None:
         lines.append(f"reverse path: {shown.reverse_path.line}")
+    if shown.reads:
+        lines.append(f"reads: {len(shown.reads)} that mismatched are on record, the newest is {shown.reads[0]}")
     lines += [f"note: {line}" for line in shown.notes]
     lines += [f"rogue: {line}" for line in shown.rogue]
     stages = {name: stage.value if (stage := getattr(shown, name)) else None for name in ("stage", "desired", "next", "back")}
