@@ -40,7 +40,7 @@ def size_of(value: Any, depth: int = 0) -> int:
         return size
     if isinstance(value, (list, tuple, set, frozenset)):
         inside: Any = value
-    elif isinstance(value, dict) or isinstance(value, Mapping):  # the second is slow, and asked of what is no dict alone
+    elif isinstance(value, (dict, Mapping)):  # in this order: the second is slow to ask
         inside = value.values()
     elif (own := getattr(value, "__dict__", None)) is not None and not isinstance(value, type):
         return size + size_of(own, depth)
