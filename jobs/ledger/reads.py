@@ -26,7 +26,7 @@ DESCRIPTION = 200
 class ReadDifference:
     """A shadow read that mismatched: which kind of read, at which stage, and how often both stores were looked at.
 
-    `position` is where the log of the authority was at the last look but one, None where it was judged by the clock; `at` is when
+    `position` is where the authority's log was when that store was read last, None where it was judged by the clock. `at` is when
     it was put on record, by the ledger's clock.
     """
 

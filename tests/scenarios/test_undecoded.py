@@ -131,17 +131,17 @@ def test_shadow_reads_are_judged_by_the_positions_of_the_log(make_migration: Mak
         wait_until(lambda: router.stage is Stage.SHADOW)
         writer.start()
         try:
-            for _ in range(150):
+            for _ in range(50):
                 read(router, 1)
                 read(router, 2)
-            assert router.drain(PATIENCE)
+            assert router.drain(5 * PATIENCE)
         finally:
             stop.set()
             writer.join()
         counted = router.counters()["comparisons"]
         assert (counted["mismatched"], counted["errors"], counted["dropped"]) == (0, 0, 0), counted
-        assert counted["matched"] + counted["inconclusive"] == 300
-        assert counted["matched"] >= 150, "the key at rest"
+        assert counted["matched"] + counted["inconclusive"] == 100
+        assert counted["matched"] >= 50, "the key at rest"
         wait_until(lambda: rows(moved.old, "accounts") == rows(moved.new, "ledgers"))
         moved.new.execute("UPDATE ledgers SET note = 'spoilt' WHERE id = 2")
         read(router, 2)

@@ -69,7 +69,7 @@ def init(dsn: str, table: str, output: str) -> None:
 def check(spec: str, as_json: bool) -> None:
     """Say whether the plan is safe.
 
-    Judge at both sides, brings no row the whole way, and changes nothing. Exit code 1 means no.
+    Looks at both sides, brings no row the whole way, and changes nothing. Exit code 1 means no.
     """
     loaded = opened(spec)
     preflight = api.check(loaded, lambda: api.spark_session(f"changeover:{loaded.name}"))  # no row, so no scratch folder is made
