@@ -92,14 +92,17 @@ class Secondary:
             "depth": self.depth, "breaker_open": self.breaker.open, "last_error": self.errors.last,
         }  # fmt: skip
 
-    def close(self, seconds: float) -> None:
-        """End the thread; one that hangs in the application's function is left, and ends with the process.
-
-        Args:
-            seconds: How long to wait for what is under way.
-        """
+    def end(self) -> None:
+        """Have the thread end behind what is under way."""
         self._closing = True
         self._wake.set()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread; one that hangs in the application's function is left, and ends with the process.
+
+        Args:
+            seconds: How long to wait at most.
+        """
         self._thread.join(seconds)
 
     # -- the secondary's thread
@@ -202,7 +205,10 @@ class Secondaries:
         """End the threads.
 
         Args:
-            seconds: How long to wait for each one's question.
+            seconds: How long to wait for all of them together.
         """
+        until = time.monotonic() + seconds
         for secondary in self._by_name.values():
-            secondary.close(seconds)
+            secondary.end()
+        for secondary in self._by_name.values():
+            secondary.join(max(0.0, until - time.monotonic()))

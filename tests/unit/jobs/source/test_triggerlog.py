@@ -733,7 +733,7 @@ def test_an_idle_log_writes_nothing_and_other_wal_moves_the_end(counters: Logged
     assert counters.spool.end() > before
 
 
-def test_who_waits_for_a_position_of_a_log_at_rest_is_given_a_tick_though_he_may_write_nothing(
+def test_a_position_of_a_log_at_rest_is_passed_for_a_reader_who_may_write_nothing_and_parts_what_was_visible(
     counters: Logged, source_dsn: str, new_dsn: str
 ) -> None:
     role, stop = f"reader_{secrets.token_hex(4)}", threading.Event()
@@ -741,7 +741,7 @@ def test_who_waits_for_a_position_of_a_log_at_rest_is_given_a_tick_though_he_may
     old = PgEndpoint(make_conninfo(source_dsn, user=role, password="p"), log=counters.log)
     counters.catch_up()
     positions = LedgerPositions({Origin.OLD: old}, new_dsn, counters.spec.name, "store", "test")
-    ends = []
+    marks = []
 
     def passed(position: int) -> bool:
         with Ledger.open(counters.spec, "test") as ledger:  # what replay does at rest
@@ -752,16 +752,21 @@ def test_who_waits_for_a_position_of_a_log_at_rest_is_given_a_tick_though_he_may
 
     with beside(lambda: capture(counters.spec, stop=stop)):
         try:
-            for _ in range(3):
+            for change in range(4):
                 position, doubtful = positions.mark(Origin.OLD)
                 assert not doubtful
                 wait_until(lambda position=position: passed(position))  # type: ignore[misc]
-                ends.append(counters.spool.end())
+                # here the other store is read; what comes now is in no tick that it has
+                counters.sql(f"UPDATE counters SET n = {change}")
+                marks.append(position)
         finally:
             stop.set()
             positions.close()
-    assert ends == sorted(set(ends))
-    assert counters.events() == []
+    counters.catch_up()
+    places = [event["lsn"] for event in counters.events() if event["op"] == "U"]
+    assert len(places) == len(marks) == 4
+    assert all(mark <= place for mark, place in zip(marks, places, strict=True)), "told passes the mark before the change"
+    assert all(place < mark for mark, place in zip(marks[1:], places, strict=False)), "applied has it at the mark behind it"
     counters.sql(f"DROP ROLE {role}")
 
 
