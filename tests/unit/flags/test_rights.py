@@ -102,7 +102,8 @@ def test_every_privilege_that_is_missing_is_named_and_the_grants_are_enough(stor
     for right in ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE"):
         assert f"has no {right} on public.Goods: GRANT {right}" in said
     for what in ("USAGE on the sequence public.Goods_id_seq", "SELECT on changeover.authority", "INSERT on changeover.heartbeat",
-                 "DELETE on changeover.read_difference", "INSERT on changeover.versions_public.Goods", "USAGE on the schema changeover"):  # fmt: skip
+                 "DELETE on changeover.read_difference", "INSERT on changeover.versions_public.Goods",
+                 "USAGE on the schema changeover"):  # fmt: skip
         assert what in said
     assert next(reason for reason in first.reasons if reason not in missing).endswith("permission denied for table Goods")
     stores.obey(missing)
