@@ -19,7 +19,7 @@ import click
 import pytest
 
 from changeover import errors
-from changeover.flags.router.shadow import Experiment
+from changeover.flags.shadow.experiment import Experiment
 from changeover.jobs.ledger.records import LEDGER_TABLES
 from changeover.spark import jars
 from changeover.spec import load

@@ -34,6 +34,7 @@ from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previou
 from changeover.interrupt import asked_to_stop
 from changeover.jobs.capture.rogue import Rogue, rogue
 from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.ledger.reads import ReadDifference, recorded
 from changeover.jobs.ledger.records import Authority, Heartbeat
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.marker import mark
@@ -58,7 +59,8 @@ class Shown:
     how many writes of rows the step down, to `back`, would leave behind, None if every one since authority moved. `apart` are
     the tenants at the other store. `notes` say how it was found out whether the application may write to the new store, and
     which open transactions a fence would wait for now. `reads` is the percentage of contexts to which the flag serves live by a
-    rollout, `recorded_reads` the one that is on record: routers act on it where there is one.
+    rollout, `recorded_reads` the one that is on record: routers act on it where there is one. `mismatched` are the last shadow
+    reads that mismatched, newest first.
     """
 
     stage: Stage
@@ -76,6 +78,7 @@ class Shown:
     notes: Sequence[str] = ()
     reads: int = 0
     recorded_reads: int = 0
+    mismatched: Sequence[ReadDifference] = ()
 
     @property
     def go(self) -> bool:
@@ -114,6 +117,7 @@ def show(spec: Spec) -> Shown:
             reverse.state(spec, ledger), rogue(spec, ledger), by_name.apart(known),
             notes=[*evidence.rights.notes, *waits(spec)] if evidence and readiness.takes_over(stage, evidence.after) else [],
             reads=flagfile.read_reads(file, flag.key), recorded_reads=ledger.reads(),
+            mismatched=recorded(ledger.connection, spec.name),
         )  # fmt: skip
 
 

@@ -18,10 +18,10 @@ from weakref import WeakKeyDictionary
 
 from ldclient import Context, LDClient
 from ldclient.interfaces import DataSourceState, DataSourceStatus
-from ldclient.migrations.types import Stage
+from ldclient.migrations.types import Operation, Origin, Stage
 
-from changeover.flags.router.alarm import Alarm
-from changeover.flags.router.operations import Operations
+from changeover.flags.alarm import Alarm
+from changeover.flags.router.operations import Operations, ratio_of
 from changeover.jobs.ledger.epochs import EVERYTHING
 
 EVERYONE = Context.builder("everyone").kind("changeover").build()
@@ -68,6 +68,13 @@ class StageSource(Protocol):
 
     def of(self, context: Context) -> Stage | None:
         """Return the stage that the flag serves a context, None without a usable answer (caller's thread)."""
+        ...
+
+    def check_ratio(self) -> int:
+        """Return of how many reads one is compared, 1 for all and 0 for none.
+
+        It runs on the thread of comparisons.
+        """
         ...
 
     def after_fork(self) -> None:
@@ -148,6 +155,11 @@ class FlagStage:
             return Context.create(tenant, self.kind)
         key = hmac.digest(self.secret, tenant.encode(), "sha256").hex()
         return Context.builder(key).kind(self.kind).set(PRIVATE, tenant).private(PRIVATE).build()
+
+    def check_ratio(self) -> int:
+        """Return the ratio of a migration flag; of any other flag, and without an answer, it is 1."""
+        _, tracker = self.client.migration_variation(self.key, self.context, Stage.OFF)
+        return ratio_of(tracker.operation(Operation.READ).invoked(Origin.OLD).build())
 
     def operations(self) -> Operations | None:
         """Start the thread that tells the client."""

@@ -24,7 +24,7 @@ from ldclient.migrations.types import Origin, Stage
 from changeover.errors import ServerUnavailable
 from changeover.flags.observed import Observation, Observations, observations
 from changeover.flags.router.endpoint import PgEndpoint
-from changeover.flags.router.positions import LedgerPositions, Positions
+from changeover.flags.shadow.positions import LedgerPositions, Positions
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.position import parse_lsn
 from changeover.session import application_name, connect, one_row

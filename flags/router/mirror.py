@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import psycopg
 
 from changeover.errors import ServerUnavailable
-from changeover.flags.router.alarm import Alarm, reason_of
+from changeover.flags.alarm import Alarm, reason_of
 from changeover.flags.router.endpoint import Change, GateCall, PgEndpoint, RowMapping, last_of_each_key
 from changeover.position import Version
 from changeover.session import Connection

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from ldclient import Context, LDClient
-from ldclient.migrations.tracker import OpTracker
+from ldclient.migrations.tracker import MigrationOpEvent, OpTracker
 from ldclient.migrations.types import Operation, Origin, Stage
 
 KEPT = 10_000
@@ -81,9 +81,7 @@ class Operations:
             done = self._waiting.popleft()
             _, tracker = self.client.migration_variation(self.key, self.context(done.tenant), self.default)
             self._measure(tracker.operation(done.operation), done)
-            if done.consistent is not None:
-                tracker.consistent(_said(done.consistent))
-            self.client.track_migration_op(tracker)
+            self.client.track_migration_op(tracker if done.consistent is None else Checked(tracker, done.consistent))
 
     def _measure(self, tracker: OpTracker, done: Done) -> None:
         """Put into an event what was measured of each store."""
@@ -93,5 +91,35 @@ class Operations:
                 tracker.error(asked.origin)
 
 
-def _said(consistent: bool) -> Callable[[], bool]:
-    return lambda: consistent
+class Checked(OpTracker):
+    """A tracker's event with the outcome of a comparison, which the router has sampled by the flag's ratio already.
+
+    The tracker samples what it is told by the same ratio, once more. So the outcome is put into the event that it has built, with
+    the ratio, by which LaunchDarkly counts one for as many.
+    """
+
+    def __init__(self, tracker: OpTracker, consistent: bool) -> None:
+        self._event = tracker.build()
+        if isinstance(self._event, MigrationOpEvent):
+            self._event.consistent = consistent
+            self._event.consistent_ratio = max(1, ratio_of(self._event))
+
+    def build(self) -> MigrationOpEvent | str:
+        """Return the event."""
+        return self._event
+
+
+def ratio_of(event: MigrationOpEvent | str) -> int:
+    """Return the check ratio of an event's flag: of how many reads one is compared (pure).
+
+    The SDK offers it nowhere else. What it takes for no ratio is 1, and below 0 it compares none.
+
+    Args:
+        event: What a tracker has built.
+
+    Returns:
+        The ratio; 1 where the flag has none, or there is no flag.
+    """
+    flag = event.flag if isinstance(event, MigrationOpEvent) else None
+    ratio = flag.migrations.check_ratio if flag is not None and flag.migrations is not None else None
+    return 1 if ratio is None else max(0, ratio)

@@ -27,7 +27,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -55,8 +55,9 @@ from changeover.flags.router.endpoint import (
 from changeover.flags.router.follower import AuthoritySource, LedgerAuthority
 from changeover.flags.router.mirror import RETRIED, TRIES, before_retry
 from changeover.flags.router.runtime import Limits, Parts, Pin, Runtime
-from changeover.flags.router.shadow import Comparison, Experiment, Observation, Result
 from changeover.flags.router.unit import Place, RoutedStore, sqlstate
+from changeover.flags.shadow.experiment import Answer, Experiment, Observation, Result
+from changeover.flags.shadow.judge import Comparison
 from changeover.flags.stages import FENCED, other
 from changeover.jobs.ledger.epochs import EVERYTHING
 from changeover.jobs.source.triggerlog import Log
@@ -143,8 +144,7 @@ class Router:
         if kind is not None and new_tenant is None:
             raise SpecError(spec.path, "flag.context", f"{kind} is no key column of {planned.target}: `changeover check` says more")
         log_of = Log(spec.name) if spec.source.capture == TRIGGER else None
-        # a trigger log at rest is asked for no position: there a difference is looked at again by the clock
-        authority = LedgerAuthority(spec.ledger.resolve(), spec.name, spec.flag.target if log_of is None else None)
+        authority = LedgerAuthority(spec.ledger.resolve(), spec.name, spec.flag.target)
         # the file's client sends nothing, and the file's targets name tenants as they are
         private = spec.flag.private if client is not None else None
         secret = in_environment("flag.private", private).encode() if private is not None else None
@@ -329,7 +329,7 @@ class Router:
 
     def compare(
         self, *, old: Callable[[Cursor], Value], new: Callable[[Cursor], Value], experiment: Experiment | None = None,
-        tenant: Tenant | None = None, context: Who | None = None,
+        tenant: Tenant | None = None, context: Who | None = None, beside: Mapping[str, Answer] | None = None,
     ) -> Value:  # fmt: skip
         """Return what the store that has authority answers; at shadow and live the other one is asked beside it.
 
@@ -349,6 +349,8 @@ class Router:
             experiment: How two answers are compared; None compares them as they are.
             tenant: The tenant of the rows; None where the spec names no tenants.
             context: For whom it is, where reads move before writes: a key of the kind "user", or a context of LaunchDarkly's.
+            beside: What else answers this read, a function without arguments by its name. It is asked once,
+                and counted by that name.
 
         Returns:
             The answer of the store that has authority.
@@ -366,11 +368,12 @@ class Router:
         except Exception as error:
             runtime.done(Operation.READ, tenant_name, origin, started, error)
             raise
-        if pin.rule.compares and origin is pin.rule.reads and (epoch := runtime.comparable(pin, tenant_name)) is not None:
+        compares = pin.rule.compares and origin is pin.rule.reads and runtime.comparisons.sampling.takes()
+        if compares and (epoch := runtime.comparable(pin, tenant_name)) is not None:
             seconds = time.monotonic() - started
             comparison = Comparison(
-                experiment or _PLAIN, pin.stage, Observation(origin, value, None, seconds), reads, apart=runtime.apart(pin),
-                epoch=epoch, tell=partial(runtime.compared, tenant_name, seconds),
+                experiment or _PLAIN, pin.stage, origin, Observation(origin, value, None, seconds), reads, beside or {},
+                apart=runtime.apart(pin), epoch=epoch, tell=partial(runtime.compared, tenant_name, origin, seconds),
             )  # fmt: skip
             if runtime.comparisons.offer(comparison):
                 return value
@@ -440,8 +443,8 @@ class Router:
 
     @property
     def mismatches(self) -> list[Result]:
-        """Return the last 100 mismatched reads of this process, with their values."""
-        return list(self._running().comparisons.mismatches)
+        """Return the last mismatched reads of this process, 100 at most, with their values."""
+        return self._running().comparisons.tally.mismatches
 
     def drain(self, seconds: float) -> bool:
         """Wait until this process's mirrored writes and comparisons are dealt with; False when time is up first.

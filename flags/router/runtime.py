@@ -26,11 +26,14 @@ from changeover.flags.observed import BEGINNING, Observation
 from changeover.flags.router.desired import StageSource
 from changeover.flags.router.endpoint import PgEndpoint, RowMapping, Sessions
 from changeover.flags.router.follower import AuthoritySource, Beat, Follower
+from changeover.flags.router.freshness import Reads
 from changeover.flags.router.mirror import RETRIED, Ended, Mirror, unheard
 from changeover.flags.router.operations import Asked, Done
-from changeover.flags.router.reads import Reads
-from changeover.flags.router.shadow import Comparisons, Result, nothing
 from changeover.flags.router.unit import sqlstate
+from changeover.flags.shadow.comparisons import Comparisons
+from changeover.flags.shadow.experiment import Result
+from changeover.flags.shadow.judge import nothing
+from changeover.flags.shadow.sampling import Sampling
 from changeover.flags.stages import FENCED, TABLE, StageRule, effective, other
 from changeover.jobs.ledger.epochs import EVERYTHING
 
@@ -48,6 +51,10 @@ class Limits:
     mirror_deadline: float = 2.0
     compare_queue: int = 1_000
     compare_deadline: float = 2.0
+    compare_share: float = 1.0
+    """Which share of the reads is compared, from 0 to 1, of those that the flag's check ratio leaves."""
+    compare_bytes: int = 32 << 20
+    """About how many bytes of answers are kept for comparisons, and of mismatches, in each process."""
     close_wait: float = 5.0
     read_wait: float = 1.0
     """How long a read of a context that reads before writes waits for what this process wrote for it."""
@@ -101,7 +108,8 @@ class Runtime:
         }
         self.comparisons = Comparisons(
             parts.endpoints, parts.application, limit=parts.limits.compare_queue, deadline=parts.limits.compare_deadline,
-            under_way=self.under_way,
+            limit_bytes=parts.limits.compare_bytes, under_way=self.under_way,
+            sampling=Sampling(parts.limits.compare_share, parts.stage.check_ratio),
             positions=parts.authority.positions(parts.endpoints, parts.application) if parts.authority is not None else None,
         )  # fmt: skip
         self.operations = parts.stage.operations()
@@ -211,13 +219,19 @@ class Runtime:
 
         return ended
 
-    def compared(self, tenant: str, seconds: float, result: Result) -> None:
-        """Put the end of a comparison down for the SDK; the caller waited so many seconds for the authority, which answered."""
-        if self.operations is not None:
-            there = result.candidate
-            both = [Asked(other(there.origin), seconds), Asked(there.origin, there.seconds, there.error is not None)]
+    def compared(self, tenant: str, authority: Origin, seconds: float, result: Result | None) -> None:
+        """Put the end of a comparison down for the SDK; None where the other store was never asked.
+
+        The authority is told as its caller found it: it answered, and the caller waited so many seconds.
+        """
+        if self.operations is None:
+            return
+        asked, consistent = [Asked(authority, seconds)], None
+        if result is not None:
+            asked.append(Asked(other(authority), result.candidate.seconds, failed=result.candidate.error is not None))
             known = not (result.failed or result.inconclusive)
-            self.operations.record(Done(Operation.READ, tenant, both, result.matched or result.ignored if known else None))
+            consistent = result.matched or result.ignored if known else None
+        self.operations.record(Done(Operation.READ, tenant, asked, consistent))
 
     def wrote(self) -> None:
         """Count a write. It takes no lock, for which many threads would queue; for a moment it may be behind by as many."""
@@ -277,5 +291,5 @@ class Runtime:
         if self.follower is None or (observations := self.follower.observations) is None:
             return None
         pin = self.decide(self.desired())
-        self.comparisons.begin(pin.stage)
+        self.comparisons.tally.begin(pin.stage)
         return Beat(pin.stage, observations.epoch, self.counters())

@@ -4,7 +4,7 @@
 get the rights that they have on the old one. A mirrored write runs in the application's own
 session, with its own rights. The gate's function is no SECURITY DEFINER: under one, the
 application's triggers and policies would meet another user and another search_path. So a role gets
-what that function touches, of one table, and in the ledger the authority log and its heartbeat.
+what that function touches, of one table, and in the ledger the authority log, its heartbeat and reads that mismatched.
 What can't be granted is named.
 """
 
@@ -191,12 +191,14 @@ def of_ledger(role: str) -> list[Need]:
         role: A role of the application's.
 
     Returns:
-        What it needs: to read who has authority and how far the streams are, and to say at which stage it acts.
+        What it needs: to read who has authority and how far the streams are, to say at which stage it acts, and to put reads on
+        record that mismatched.
     """
     return [
         _need(role, "USAGE", "SCHEMA", ["changeover"]),
         *(_need(role, "SELECT", "TABLE", ["changeover", name]) for name in ("authority", "load", "flag")),
         *(_need(role, right, "TABLE", ["changeover", "heartbeat"]) for right in ("SELECT", "INSERT", "UPDATE")),
+        *(_need(role, right, "TABLE", ["changeover", "read_difference"]) for right in ("SELECT", "INSERT", "DELETE")),
     ]
 
 

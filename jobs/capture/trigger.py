@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import psycopg
-from psycopg import pq
+from psycopg import pq, sql
 from psycopg.adapt import Transformer
 
 from changeover.errors import FolderFailed, RowRefused, ServerUnavailable, SourceChanged
@@ -61,6 +61,8 @@ class LogRun:
         names = [table.source_relation for table in spec.tables]
         self.sources = [Source(name, feed.tables[name]) for name in names]
         self.watch_at = 0.0
+        self.asked = False
+        """Whether somebody waits for a position that only another tick passes (`triggerlog.ask_for_a_tick`)."""
 
     def run(self) -> None:
         """Follow the log until the run is ended, over as many sessions as it takes."""
@@ -78,12 +80,17 @@ class LogRun:
         self.intake.reopen()
         with ticks.log_session(self.dsn, application_name(self.spec.name, "capture")) as connection:
             self._ask(Moment.CONNECT, connection)
+            connection.add_notify_handler(self._hear)
             with speaking_to(self.dsn, "checking the trigger log"):
+                connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self.log.channel)))
                 ticks.require(connection, self.stream, self.log, self._durable())
                 ticks.prune(connection, self.log, ticks.ticks(connection, self.log, self._durable())[0])
             self.result.connections += 1
             log.info("following the trigger log %s from %s", self.log, format_lsn(self._durable()))
             yield connection
+
+    def _hear(self, notice: psycopg.Notify) -> None:
+        self.asked = True
 
     def _durable(self) -> int:
         return max(self.intake.end(), self.stream.l0)
@@ -110,7 +117,8 @@ class LogRun:
             if following:
                 continue
             some, position = ticks.waiting(connection, self.log, last)
-            if some or position - last.end >= writer.IDLE_STEP:
+            if some or self.asked or position - last.end >= writer.IDLE_STEP:
+                self.asked = False  # what asked before the tick is answered by it
                 ticks.cut(connection, self.log)
             else:
                 self.stop.wait(POLL_SECONDS)

@@ -783,7 +783,7 @@ def drop_ledger(connection: Connection, migration: str) -> None:
         connection: A session with the ledger's server.
         migration: The migration's name.
     """
-    for table in ("migration", "authority", "verdict", "heartbeat", "flag", "audit"):
+    for table in ("migration", "authority", "verdict", "heartbeat", "read_difference", "flag", "audit"):
         column = "name" if table == "migration" else "migration"
         connection.execute(
             sql.SQL("DELETE FROM changeover.{} WHERE {} = %s").format(sql.Identifier(table), sql.Identifier(column)),

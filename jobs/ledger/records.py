@@ -57,6 +57,10 @@ CREATE TABLE IF NOT EXISTS changeover.heartbeat (
     counters jsonb NOT NULL, PRIMARY KEY (migration, process));
 CREATE TABLE IF NOT EXISTS changeover.flag (
     migration text PRIMARY KEY, stage text, reads integer NOT NULL DEFAULT 0, switches bigint NOT NULL DEFAULT 1);
+CREATE TABLE IF NOT EXISTS changeover.read_difference (
+    migration text NOT NULL, entry bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    experiment text NOT NULL, stage text NOT NULL, authority text NOT NULL, looks integer NOT NULL, position pg_lsn,
+    description text, PRIMARY KEY (migration, entry));
 CREATE TABLE IF NOT EXISTS changeover.audit (
     migration text NOT NULL, entry bigint GENERATED ALWAYS AS IDENTITY, at timestamptz NOT NULL DEFAULT now(),
     step text NOT NULL, outcome text NOT NULL, detail jsonb NOT NULL, PRIMARY KEY (migration, entry));
@@ -72,6 +76,7 @@ LEDGER_TABLES = (
     "verdict",
     "heartbeat",
     "flag",
+    "read_difference",
     "audit",
     "migration",
 )

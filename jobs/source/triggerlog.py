@@ -58,6 +58,11 @@ class Log:
         """Return the name of the row trigger, with which that of the statement trigger begins."""
         return f"changeover_{self.migration}_log"
 
+    @property
+    def channel(self) -> str:
+        """Return the channel of notifications by which capture is asked for a tick."""
+        return f"capture_tick_{self.migration}"
+
     def __str__(self) -> str:
         return f"changeover.capture_log_{self.migration}"
 
@@ -249,6 +254,18 @@ def mark(connection: Connection, note: str) -> None:
     """Write a marker into every log of a source; it reaches the spools when the caller's transaction commits."""
     for name in _logs(connection):
         connection.execute(sql.SQL("INSERT INTO {} (op, note) VALUES ('M', %s)").format(sql.Identifier("changeover", name)), [note])
+
+
+def ask_for_a_tick(connection: Connection, log: Log) -> None:
+    """Have capture record a tick though nothing is in the log, so that a position that was read before is passed.
+
+    Any role may: nothing is written but a notification, which commits behind that position. Where no capture runs, nobody hears it.
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log.
+    """
+    connection.execute("SELECT pg_catalog.pg_notify(%s, '')", [log.channel])
 
 
 def state(connection: Connection, migration: str) -> tuple[str, int | None, str | None]:

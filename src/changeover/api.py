@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from changeover.flags.cutover.switch import Advanced
     from changeover.flags.router.endpoint import Tenant
     from changeover.jobs.apply.rounds import Replayed
+    from changeover.jobs.ledger.reads import ReadDifference
     from changeover.jobs.load.copier import Loaded
     from changeover.jobs.load.prepared import Prepared
     from changeover.jobs.preflight.rules import Preflight
@@ -62,6 +63,7 @@ __all__ = [
     "problems",
     "prove",
     "purge",
+    "read_differences",
     "replay",
     "returned",
     "rollback",
@@ -452,6 +454,28 @@ def history(spec: Spec) -> list[tuple[datetime, str, str, Mapping[str, Any]]]:
     with Ledger.open(spec, "history") as ledger:
         ledger.stream("history")
         return list(ledger.audits())
+
+
+def read_differences(spec: Spec) -> list[ReadDifference]:
+    """Return the last shadow reads that mismatched, 100 at most, newest first.
+
+    Runs on the driver, without Spark.
+
+    Args:
+        spec: The spec.
+
+    Returns:
+        The reads, without what was read.
+
+    Raises:
+        StepOrder: Nothing was prepared.
+    """
+    from changeover.jobs.ledger.ledger import Ledger
+    from changeover.jobs.ledger.reads import recorded
+
+    with Ledger.open(spec, "history") as ledger:
+        ledger.stream("history")
+        return recorded(ledger.connection, spec.name)
 
 
 # -- the flag

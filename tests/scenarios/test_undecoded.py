@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+from click.testing import CliRunner
 from ldclient.migrations.types import Origin, Stage
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from changeover import api
+from changeover.cli.main import main
 from changeover.flags.fence.fence import fence
+from changeover.flags.router.router import Router
 from changeover.jobs.capture.rogue import rogue
 from changeover.jobs.finalize import finalize
 from changeover.jobs.ledger.ledger import Ledger
@@ -21,14 +27,16 @@ from changeover.verifiers.verification import verify
 from tests.support.fix_accounts import (
     application,
     assert_nothing_lost,
+    finding,
     following,
     loaded,
+    routed,
     rows,
     switch,
     unmirrored,
     wait_for_writes,
 )
-from tests.support.fix_flags import wait_until
+from tests.support.fix_flags import PATIENCE, wait_until
 from tests.support.fix_migration import FOLLOWS, FOLLOWS_TABLE, LAKE, NASTY_ROWS, STORE, MakeMigration
 from tests.support.fix_postgres import default_binaries, fresh_database, passing_server
 from tests.support.fix_writer import writing
@@ -104,6 +112,44 @@ def test_authority_moves_there_and_back_under_writers_and_no_write_is_lost(make_
     assert rows(moved.old, "accounts") == rows(moved.new, "ledgers")
     finalize(moved.spec)
     assert moved.leftovers() == []
+
+
+def test_shadow_reads_are_judged_by_the_positions_of_the_log(make_migration: MakeMigration, old_dsn: str) -> None:
+    moved = loaded(make_migration, STORE, kind="trigger")
+    stop, writes = threading.Event(), itertools.count(1)
+
+    def write() -> None:
+        with connect(old_dsn, "test") as session:
+            while not stop.is_set():
+                session.execute("UPDATE accounts SET note = %s WHERE id = 1", [str(next(writes))])
+
+    def read(router: Router, key: int) -> None:
+        router.compare(old=finding("accounts", key), new=finding("ledgers", key))
+
+    writer = threading.Thread(target=write)
+    with following(moved), routed(moved) as router:
+        wait_until(lambda: router.stage is Stage.SHADOW)
+        writer.start()
+        try:
+            for _ in range(50):
+                read(router, 1)
+                read(router, 2)
+            assert router.drain(5 * PATIENCE)
+        finally:
+            stop.set()
+            writer.join()
+        counted = router.counters()["comparisons"]
+        assert (counted["mismatched"], counted["errors"], counted["dropped"]) == (0, 0, 0), counted
+        assert counted["matched"] + counted["inconclusive"] == 100
+        assert counted["matched"] >= 50, "the key at rest"
+        wait_until(lambda: rows(moved.old, "accounts") == rows(moved.new, "ledgers"))
+        moved.new.execute("UPDATE ledgers SET note = 'spoilt' WHERE id = 2")
+        read(router, 2)
+        assert router.drain(PATIENCE), "nobody writes, and the log is at rest"
+        assert [(result.outcome, result.looks) for result in router.mismatches] == [("mismatched", 2)]
+        wait_until(lambda: api.read_differences(moved.spec))
+        shown = CliRunner().invoke(main, ["flags", "show", moved.spec.path]).stdout
+    assert "reads: 1 that mismatched are on record, the newest is read at shadow" in shown
 
 
 def test_the_fences_positions_in_the_log_part_what_was_written_under_each_authority(make_migration: MakeMigration) -> None:

@@ -47,6 +47,8 @@ def show(spec: str, as_json: bool) -> None:
         known = shown.recorded_reads > 0
         lines.append(f"reads: {shown.reads} % of contexts " + (READ_NEW if known else "are served live, which is not on record: "
                      f"they read the old store until `changeover flags advance --reads {shown.reads}`"))  # fmt: skip
+    if shown.mismatched:
+        lines.append(f"reads: {len(shown.mismatched)} that mismatched are on record, the newest is {shown.mismatched[0]}")
     lines += [f"note: {line}" for line in shown.notes]
     lines += [f"rogue: {line}" for line in shown.rogue]
     stages = {name: stage.value if (stage := getattr(shown, name)) else None for name in ("stage", "desired", "next", "back")}

@@ -25,7 +25,7 @@ from psycopg.types.json import Jsonb
 
 from changeover.demo.schema import KEY, RESERVED_USERS, SOURCE, TARGET, Shape
 from changeover.errors import ChangeoverError
-from changeover.flags.router.alarm import reason_of
+from changeover.flags.alarm import reason_of
 from changeover.flags.router.endpoint import Cursor, Row
 from changeover.flags.router.router import Experiment, Router, returned
 from changeover.names import qualified

@@ -308,3 +308,35 @@ def test_a_spec_that_is_private_has_the_routers_client_send_no_tenant(
         client.close()  # type: ignore[no-untyped-call]
     assert bodies
     assert not any("918273645001" in body for body in bodies)
+
+
+def test_what_the_router_has_sampled_by_the_flags_ratio_is_not_sampled_once_more(
+    stores: Stores, flag_file: Path, told: tuple[Router, Events, Callable[[Stage], None]]
+) -> None:
+    router, events, switch = told
+    flag = flagfile.read_flag(flag_file, FLAG)
+    flagfile.write_flag(flag_file, FLAG, {**flag, "migration": {"checkRatio": 1_000}})
+    switch(Stage.SHADOW)
+    sampling = router._running().comparisons.sampling
+    wait_until(lambda: sampling.share == 0.001)
+    sampling.ratio = lambda: 1  # what follows is as the router's luck would have it
+    wait_until(lambda: sampling.share == 1.0)
+    for _ in range(10):
+        router.compare(old=lambda cursor: 1, new=lambda cursor: 1)
+    assert router.drain(PATIENCE)
+    wait_until(lambda: len(events) >= 10)
+    consistent = [measured(event, "consistent") for event in events]
+    assert consistent == [{"key": "consistent", "value": True, "samplingRatio": 1_000}] * 10
+
+
+def test_a_read_that_is_not_compared_is_told_as_the_authoritys_alone(
+    stores: Stores, flag_file: Path, told: tuple[Router, Events, Callable[[Stage], None]]
+) -> None:
+    router, events, switch = told
+    switch(Stage.SHADOW)
+    router._running().comparisons.sampling.ratio = lambda: 0
+    wait_until(lambda: router._running().comparisons.sampling.share == 0.0)
+    router.compare(old=lambda cursor: 1, new=lambda cursor: 1)
+    wait_until(lambda: events)
+    assert measured(events[0], "invoked")["values"] == {"old": True}
+    assert measured(events[0], "consistent") == {}

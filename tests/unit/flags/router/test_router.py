@@ -28,7 +28,7 @@ from changeover.flags.router.follower import LedgerAuthority
 from changeover.flags.router.mirror import Mirror
 from changeover.flags.router.router import RoutedStore, Router
 from changeover.flags.router.runtime import Limits
-from changeover.flags.router.shadow import LAG_WAITS
+from changeover.flags.shadow.judge import LAG_WAITS
 from changeover.flags.stages import FENCED, TABLE, next_stage
 from tests.support.fix_flags import PATIENCE, PATIENT, Follow, FollowRead, MakeRouter, Stores, wait_until, wrote
 

@@ -19,13 +19,15 @@ from typing import Any
 
 import psycopg
 import pytest
+from ldclient.migrations.types import Origin
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from changeover.demo.schema import DDL
 from changeover.embedded.server import EmbeddedServer
 from changeover.errors import SourceChanged, SpoolGap
-from changeover.flags.router.endpoint import position
+from changeover.flags.router.endpoint import PgEndpoint, position
+from changeover.flags.shadow.positions import LedgerPositions
 from changeover.jobs.capture import trigger
 from changeover.jobs.capture.service import capture
 from changeover.jobs.guarantee import assumptions, definition
@@ -46,6 +48,7 @@ from changeover.position import format_lsn, parse_lsn
 from changeover.session import Connection, connect
 from changeover.spec import Spec, load
 from changeover.stores.postgres.gate import MARK, OURS
+from tests.support.fix_flags import wait_until
 from tests.support.fix_migration import NASTY_ROWS
 from tests.support.fix_postgres import binaries_by_major, default_binaries, fresh_database, passing_server
 
@@ -728,6 +731,70 @@ def test_an_idle_log_writes_nothing_and_other_wal_moves_the_end(counters: Logged
     near = parse_lsn(row[0]) - writer.IDLE_STEP
     capture(counters.spec, until=lambda: counters.spool.end() >= near)
     assert counters.spool.end() > before
+
+
+def test_a_position_of_a_log_at_rest_is_passed_for_a_reader_who_may_write_nothing_and_parts_what_was_visible(
+    counters: Logged, source_dsn: str, new_dsn: str
+) -> None:
+    role, stop = f"reader_{secrets.token_hex(4)}", threading.Event()
+    counters.sql(f"CREATE ROLE {role} LOGIN PASSWORD 'p'")
+    old = PgEndpoint(make_conninfo(source_dsn, user=role, password="p"), log=counters.log)
+    counters.catch_up()
+    positions = LedgerPositions({Origin.OLD: old}, new_dsn, counters.spec.name, "store", "test")
+    marks = []
+
+    def passed(position: int) -> bool:
+        with Ledger.open(counters.spec, "test") as ledger:  # what replay does at rest
+            for table in counters.spec.tables:
+                ledger.advance(table.source, "store", counters.spool.end(), 0, 0)
+        reached = positions.reached(Origin.NEW)
+        return reached is not None and reached.applied >= position
+
+    with beside(lambda: capture(counters.spec, stop=stop)):
+        try:
+            for change in range(4):
+                position, doubtful = positions.mark(Origin.OLD)
+                assert not doubtful
+                wait_until(lambda position=position: passed(position))  # type: ignore[misc]
+                # here the other store is read; what comes now is in no tick that it has
+                counters.sql(f"UPDATE counters SET n = {change}")
+                marks.append(position)
+        finally:
+            stop.set()
+            positions.close()
+    counters.catch_up()
+    places = [event["lsn"] for event in counters.events() if event["op"] == "U"]
+    assert len(places) == len(marks) == 4
+    assert all(mark <= place for mark, place in zip(marks, places, strict=True)), "told passes the mark before the change"
+    assert all(place < mark for mark, place in zip(marks[1:], places, strict=False)), "applied has it at the mark behind it"
+    counters.sql(f"DROP ROLE {role}")
+
+
+def test_a_tick_is_asked_for_as_long_as_somebody_waits_and_no_longer(counters: Logged, new_dsn: str, source_dsn: str) -> None:
+    old = PgEndpoint(source_dsn, log=counters.log)
+    positions = LedgerPositions({Origin.OLD: old}, new_dsn, counters.spec.name, "store", "test")
+    with connect(source_dsn, "test") as heard:
+        notices: list[psycopg.Notify] = []
+        heard.add_notify_handler(notices.append)
+        heard.execute(sql.SQL("LISTEN {}").format(sql.Identifier(counters.log.channel)))
+        position, _ = positions.mark(Origin.OLD)
+
+        def asked(times: int) -> bool:
+            positions.reached(Origin.NEW)
+            heard.execute("SELECT 1")
+            return len(notices) >= times
+
+        wait_until(lambda: asked(3))  # the first may have met no capture
+        with Ledger.open(counters.spec, "test") as ledger:
+            for table in counters.spec.tables:
+                ledger.advance(table.source, "store", position, 0, 0)
+        wait_until(lambda: (reached := positions.reached(Origin.NEW)) is not None and reached.applied >= position)
+        heard.execute("SELECT 1")
+        before = len(notices)
+        for _ in range(30):
+            assert not asked(before + 1)
+            time.sleep(0.05)
+    positions.close()
 
 
 def test_our_own_writes_bear_their_mark_and_nobody_elses(counters: Logged) -> None:

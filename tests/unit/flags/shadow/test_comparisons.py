@@ -4,78 +4,21 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import psycopg
 import pytest
-from ldclient.migrations.types import Origin, Stage
+from ldclient.migrations.types import Origin
 from psycopg import sql
 
 from changeover.flags.router.endpoint import Cursor
-from changeover.flags.router.positions import LedgerPositions
-from changeover.flags.router.shadow import Comparison, Comparisons, Experiment, Observation, Result
+from changeover.flags.shadow.comparisons import Comparisons
+from changeover.flags.shadow.experiment import Experiment
+from changeover.flags.shadow.positions import LedgerPositions
+from changeover.jobs.source.triggerlog import Log
 from tests.support.fix_flags import PATIENCE, Stores, wait_until
-
-MakeComparisons = Callable[..., Comparisons]
-
-
-@pytest.fixture
-def make_comparisons(stores: Stores) -> Iterator[MakeComparisons]:
-    made: list[Comparisons] = []
-
-    def make(
-        limit: int = 100, deadline: float = PATIENCE, waits: tuple[float, ...] = (0.02, 0.04, 0.08), positions: Any = None
-    ) -> Comparisons:
-        endpoints = {origin: stores.endpoint(origin) for origin in Origin}
-        comparisons = Comparisons(endpoints, "test", limit=limit, deadline=deadline, waits=waits, positions=positions)
-        made.append(comparisons)
-        return comparisons
-
-    yield make
-    for comparisons in made:
-        comparisons.close()
-
-
-class Recorded(Experiment):
-    """Keeps what is published and raised."""
-
-    def __init__(self) -> None:
-        self.results: list[Result] = []
-        self.failures: list[str] = []
-
-    def publish(self, result: Result) -> None:
-        self.results.append(result)
-
-    def raised(self, operation: str, error: Exception) -> None:
-        self.failures.append(operation)
-
-
-def rows_of(origin: Origin) -> Callable[[Cursor], list[dict[str, Any]]]:
-    statement, names = {
-        Origin.OLD: ("SELECT from_user, note FROM public.follows ORDER BY 1", ("subject", "note")),
-        Origin.NEW: ("SELECT subject, attributes->>'note' FROM public.associations ORDER BY 1", ("subject", "note")),
-    }[origin]
-    return lambda cursor: [dict(zip(names, row, strict=True)) for row in cursor.execute(statement).fetchall()]
-
-
-def offer(
-    comparisons: Comparisons, experiment: Experiment, control: Any, origin: Origin = Origin.OLD,
-    reads: dict[Origin, Callable[[Cursor], Any]] | None = None,
-) -> bool:  # fmt: skip
-    stage = Stage.SHADOW if origin is Origin.OLD else Stage.LIVE
-    seen = Observation(origin, control, None, 0.0)
-    return comparisons.offer(Comparison(experiment, stage, seen, reads or {o: rows_of(o) for o in Origin}))
-
-
-def put(stores: Stores, origin: Origin, user: int, note: str) -> None:
-    if origin is Origin.OLD:
-        stores.old.execute("INSERT INTO public.follows (from_user, to_channel, note) VALUES (%s, 1, %s)", [user, note])
-    else:
-        stores.new.execute(
-            "INSERT INTO public.associations VALUES (%s, 1, jsonb_build_object('note', %s::text), NULL, now())",
-            [user, note],
-        )
+from tests.support.fix_shadow import EVERYTHING, MakeComparisons, Recorded, offer, offered, put, rows_of
 
 
 @pytest.mark.parametrize("origin", list(Origin))
@@ -103,7 +46,7 @@ def test_a_mismatch_counts_after_both_stores_were_read_again(stores: Stores, mak
     result = experiment.results[0]
     assert result.mismatched
     assert result.looks == 4
-    assert list(comparisons.mismatches) == [result]
+    assert comparisons.tally.mismatches == [result]
     assert result.candidate.value == [{"subject": 1, "note": "new"}]
 
 
@@ -141,28 +84,6 @@ def test_a_waiting_difference_does_not_hold_up_the_next(stores: Stores, make_com
     assert comparisons.drain(PATIENCE)
     assert quick.results[0].looks == 1
     assert slow.results[0].matched, "read again, the authority has no such row either"
-
-
-EVERYTHING = "FFFFFFFF/FFFFFFFF"
-"""A position that every other one lies below."""
-
-
-@pytest.fixture
-def by_position(stores: Stores, make_comparisons: MakeComparisons) -> Comparisons:
-    """Return comparisons that go by the ledger, in which the test plays replay."""
-    stores.ledger.connection.execute(
-        "INSERT INTO changeover.migration (name, format, spec_digest, spec) VALUES ('follows', 1, '', '{}')"
-    )
-    stores.ledger.connection.execute(
-        "INSERT INTO changeover.load (migration, store, source, target, state, applied)"
-        " VALUES ('follows', 'old', 'public.follows', 'new', 'closed', '0/0')"
-    )
-    endpoints = {origin: stores.endpoint(origin) for origin in Origin}
-    return make_comparisons(positions=LedgerPositions(endpoints, stores.new_dsn, "follows", "new", "test"))
-
-
-def offered(stores: Stores, applied: str, told: str) -> None:
-    stores.ledger.connection.execute("UPDATE changeover.load SET applied = %s, told = %s", [applied, told])
 
 
 def test_a_difference_waits_until_the_other_store_has_what_the_authority_had(stores: Stores, by_position: Comparisons) -> None:
@@ -237,6 +158,14 @@ def test_a_commit_that_waits_for_a_standby_is_no_mismatch(stores: Stores, by_pos
             waiting.execute("UPDATE follows SET note = 'after'")
             offer(by_position, experiment, [{"subject": 1, "note": "before"}])
             assert by_position.drain(PATIENCE)
+            # a tick has what is visible, and nothing else: with a trigger log the new store is never ahead
+            logged = {origin: replace(stores.endpoint(origin), log=Log("follows")) for origin in Origin}
+            doubtful = []
+            for endpoints in ({origin: stores.endpoint(origin) for origin in Origin}, logged):
+                positions = LedgerPositions(endpoints, stores.new_dsn, "follows", "new", "test")
+                doubtful.append(positions.mark(Origin.OLD)[1])
+                positions.close()
+            assert doubtful == [True, False]
             waiting.rollback()
     finally:
         stores.old.execute(sql.SQL("ALTER SYSTEM RESET synchronous_standby_names"))
@@ -245,7 +174,7 @@ def test_a_commit_that_waits_for_a_standby_is_no_mismatch(stores: Stores, by_pos
 
 
 def test_differences_that_wait_leave_places_for_other_reads(stores: Stores, by_position: Comparisons) -> None:
-    by_position.limit = 4
+    by_position.limit = by_position.judge.limit = 4
     put(stores, Origin.OLD, 1, "late")
     for _ in range(12):
         offer(by_position, Recorded(), [{"subject": 1, "note": "late"}])
