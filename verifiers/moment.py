@@ -53,16 +53,16 @@ class Moment:
     """The moment of one verification: the states of the old store's tables, at a position of its log, and of the targets'.
 
     While tenants are at both stores a state is one of each tenant's rows: at the position of the store that has authority over
-    them. `aligned` says that the new store has authority, of some tenants at least, and that the old store and the lake have what
-    it had told up to one position. `exact` says that nobody has written past that position to what is held: nothing has to be
-    judged again.
+    them. `new_lsn` is a position of the new store's log, up to which the old store and the lake have what it told; None where it
+    has no authority, or where no stream brings that. `exact` says that nobody has written past that position to what is held:
+    nothing has to be judged again.
     """
 
     source_lsn: int
     sources: dict[str, Frozen]
     targets: dict[tuple[str, str], Frozen]
     tables: dict[str, SourceTable]
-    aligned: bool = False
+    new_lsn: int | None = None
     exact: bool = False
 
 
@@ -129,11 +129,12 @@ class _Holding:
         with self._leases((OLD_STORE, *every)):
             split.require_unmoved(self.ledger, self._first)
             split.require_reverse(self.ledger, self._first)
-            own: list[Aligned] = []
+            own: list[tuple[Aligned, Aligned]] = []
 
             def taken() -> Aligned:
                 theirs = self._new_source().aligned("verify", self.held)
-                own.append(ours := change_source(self.spec).aligned("verify", self.held))
+                ours = change_source(self.spec).aligned("verify", self.held)
+                own.append((ours, theirs))
                 emit_marker(self.old, "verify")
                 snapshots = {OLD: ours.snapshot, NEW: theirs.snapshot}
                 self._bring_back(lakes, theirs.end, snapshots, until=ours.end)
@@ -147,7 +148,7 @@ class _Holding:
             holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
             old_offered = self._freeze_sources(holder, exported, wal_position(holder), watches)
             split.require_unmoved(self.ledger, self._first)
-        [ours] = own
+        [(ours, theirs)] = own
         old_at_own = self._freeze_sources(ours.holder, ours.snapshot, ours.end, watches)
         targets = {**at_own}
         for names in at_own.keys() & offered.keys():
@@ -155,7 +156,7 @@ class _Holding:
             targets[names] = split.joined(self.spark, NEW, at_own[names], offered[names], column)
         column, both = required(old_column(self.spec), self.spec), old_at_own.keys() & old_offered.keys()
         sources = {name: split.joined(self.spark, OLD, old_at_own[name], old_offered[name], column) for name in both}
-        return Moment(ours.end, sources, targets, self.tables, aligned=True, exact=not self._mirrored())
+        return Moment(ours.end, sources, targets, self.tables, theirs.end, exact=not self._mirrored())
 
     @contextmanager
     def _leases(self, targets: Sequence[str]) -> Iterator[None]:
@@ -181,8 +182,10 @@ class _Holding:
             split.require_reverse(self.ledger, self._first)
             watches = self._watches()
 
+            own: list[Aligned] = []
+
             def taken() -> Aligned:
-                aligned = self._new_source().aligned("verify", self.held)
+                own.append(aligned := self._new_source().aligned("verify", self.held))
                 self._bring_back(lakes, aligned.end, {NEW: aligned.snapshot})
                 return aligned
 
@@ -190,7 +193,7 @@ class _Holding:
             holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
             lsn = wal_position(holder)
             sources = self._freeze_sources(holder, exported, lsn, watches)
-        return Moment(lsn, sources, targets, self.tables, aligned=True, exact=not self._mirrored())
+        return Moment(lsn, sources, targets, self.tables, own[0].end, exact=not self._mirrored())
 
     def as_they_are(self) -> Moment:
         """Hold both stores as they are: no stream brings the old one what is written to the new one, a mirror alone does."""

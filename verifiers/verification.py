@@ -29,9 +29,7 @@ from typing import TYPE_CHECKING
 
 from changeover.errors import CouldNotCheck, RowRefused, TextRefused
 from changeover.jobs.apply.rounds import Replay
-from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import OLD_STORE
 from changeover.jobs.load import badrow
 from changeover.jobs.load.prepared import require_prepared
 from changeover.jobs.transform import masking
@@ -46,11 +44,11 @@ from changeover.stores.postgres.store import freeze
 from changeover.verifiers.compare import checks, recheck, unchanged
 from changeover.verifiers.compare.coverage import SIDES, require_read
 from changeover.verifiers.compare.diff import RANGE, compare
-from changeover.verifiers.compare.keyhistory import History
 from changeover.verifiers.compare.planned import changed_types
 from changeover.verifiers.compare.split_authority import Split
 from changeover.verifiers.compare.verdict import CheckResult, Positions, Range, Recheck, TableDiff, TypeDifference, Verdict
 from changeover.verifiers.moment import Moment, held_still, look_closed
+from changeover.verifiers.passage import Passage
 from changeover.verifiers.unchecked import Unchecked
 
 if TYPE_CHECKING:
@@ -129,7 +127,7 @@ class _Comparison:
         frames = (self._ranged(old, self.transform), self._ranged(new, None))
         follows_new = self.split.at_new and not self._takes_over() and not self.moment.exact
         if follows_new:
-            frames = unchanged.rows(self.spark, self.transform, old, frames, aligned=self.moment.aligned)
+            frames = unchanged.rows(self.spark, self.transform, old, frames, aligned=self.moment.new_lsn is not None)
         mask = masking.of_target(self.transform.table, self.transform.derivations)
         differences = self.spec.work / "differences"
         try:
@@ -198,7 +196,7 @@ class _Comparison:
             raise CouldNotCheck(self.source, f"{problem}: run `changeover verify` again")
 
     def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, Recheck]:
-        """Judge differing keys by the stores' present rows, with replay keeping up while it is a stream that heals, either way."""
+        """Judge differing keys by the stores' present rows, once what was under way between them has passed."""
         dsn, application = self.spec.source.dsn.resolve(), application_name(self.spec.name, "verify")
         schema, name = self.transform.table.source_name
         read = ReadTable(schema, name, self.transform.source, self.transform.identity, self.transform.partitioned)
@@ -226,18 +224,11 @@ class _Comparison:
                 now = watched("target", hold(self.transform.target))
                 return now.frame(list(keys))
 
-            def between() -> None:
-                present.close()
-                if self.split.at_old:
-                    replay.round(targets=[self.target])
-                if self.moment.aligned:
-                    with ledger.lease(lease_of(OLD_STORE), wait_seconds=LEASE_SECONDS):
-                        replay.bring_back()
-
+            under_way = Passage(self.spec, ledger, replay, self.transform, self.target, self.split, self.moment, present.close)
             with from_spark(self.source, f"keys of {self.target} that are judged again"):
                 return recheck.judge(
-                    diff, differences, run, pg_types=self.transform.pg_types, source=source, target=target, between=between,
-                    history=History(self.spark, self.transform, replay.spool, self.moment.source_lsn).changes,
+                    diff, differences, run, pg_types=self.transform.pg_types, source=source, target=target,
+                    leading=under_way.leading(diff.key), passage=under_way,
                 )  # fmt: skip
 
     def _takes_over(self) -> bool:

@@ -13,6 +13,9 @@ from typing import Any
 
 from changeover.position import Version, image_version
 
+HEARTBEAT_SECONDS = 10.0
+"""For how long a process counts as alive without a word: it says one twice a second."""
+
 FORMAT = 6
 """Version of the ledger's tables; another version found is refused, never guessed at."""
 
@@ -199,6 +202,17 @@ class Heartbeat:
     stage: str
     epoch: int
     counters: Mapping[str, Any]
+
+    def alive(self, now: datetime) -> bool:
+        """Return whether the process was heard lately (pure).
+
+        Args:
+            now: The ledger's own time.
+
+        Returns:
+            True for one of the last HEARTBEAT_SECONDS.
+        """
+        return (now - self.at).total_seconds() <= HEARTBEAT_SECONDS
 
 
 @dataclass(frozen=True)
