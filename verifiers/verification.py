@@ -3,17 +3,16 @@
 The moment is exact. A temporary slot, or a tick of the trigger log, gives an LSN X and its
 snapshot. Replay applies every event below X and none at or above. Then each target is frozen and
 replay goes on. After authority has moved it is the same with the new store's log: the old store and
-the lakes get every event below X. Only replay writes to the other stores, so nothing is judged
-again.
+the lakes get every event below X. While tenants are at both stores a position is taken of each log,
+and each row is compared at that of its own authority. Only replay writes to the other stores, so
+nothing is judged again.
 
 It is not exact where the application mirrors its own writes (`flag.mirror = "application"`). A
-target may then be ahead of X, so differing keys are judged again (`recheck`). After authority has
-moved the old store is then compared with the new one as both are, and the lake with the rows that
-no mirrored write has touched ahead of the stream. Without a reverse path the lake stays at the
-fence, and is compared with the rows that no later write touched at all. While tenants are at both
-stores it is both. First what was written to the new store comes back up to one position, then X is
-taken, of all other rows. Differing keys are judged again with both directions moving. A table that
-can't be checked keeps no other from its verdict: its reason is raised when the others have theirs.
+target may then be ahead, so differing keys are judged again by positions (`recheck`, `passage`).
+The lake is then compared with the rows that no mirrored write has touched ahead of the stream.
+Without a reverse path the lake stays at the fence, and is compared with the rows that no later
+write touched at all. A table that can't be checked keeps no other from its verdict: its reason is
+raised when the others have theirs.
 """
 
 from __future__ import annotations
