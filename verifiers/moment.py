@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 from changeover.errors import ChangeoverError, CouldNotCheck, RowRefused, StepOrder, TableStopped, TextRefused
 from changeover.jobs.apply.rounds import Replay
 from changeover.jobs.guarantee import assumptions
-from changeover.jobs.ledger.epochs import shares
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import CLOSED, NEW, OLD, OLD_STORE, Authority
+from changeover.jobs.ledger.records import CLOSED, NEW, OLD, OLD_STORE
 from changeover.jobs.load.prepared import Prepared
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.catalog import SourceTable, source_table
@@ -100,7 +99,7 @@ class _Holding:
         if split.at_old:
             return self.aligned(split)
         _, lakes = self._targets(split)
-        alone = self._mirrored() and not _comes_back(self.ledger, lakes, self._first, split.changes)
+        alone = self._mirrored() and not split.comes_back(self.ledger, lakes, self._first)
         return self.as_they_are() if alone else self.of_new(split)
 
     def aligned(self, split: Split) -> Moment:
@@ -344,14 +343,3 @@ def _tables(old: Connection, spec: Spec, chosen: Chosen, unchecked: Unchecked) -
                 raise CouldNotCheck(source, "there is no such table in the old store any more")
             tables[source] = table
     return tables
-
-
-def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str, changes: Sequence[Authority]) -> bool:
-    """Return whether the old store gets all that is written to the new one; a lake that gets more than it has nothing beside it."""
-    lacking = reverse.whole(ledger)
-    if lacking is None:
-        return True
-    if lakes and reverse.carried(reverse.recorded(ledger), changes) & {held.epoch for held in shares(changes)}:
-        problem = f"the lake follows the new store, and the old store, which it is held against, does not: {lacking}"
-        raise CouldNotCheck(source, problem)
-    return False

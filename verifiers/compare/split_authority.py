@@ -83,6 +83,28 @@ class Split:
 
         return replace(at_own, frame=frame, query=offered.query, same_file=same_file, reading=readings[0], states=2)
 
+    def comes_back(self, ledger: Ledger, lakes: Sequence[str], source: str) -> bool:
+        """Return whether the old store gets all that is written to the new one.
+
+        Args:
+            ledger: The migration's ledger.
+            lakes: The lakes that are compared and follow the new store.
+            source: The source table, for the message.
+
+        Returns:
+            Whether the reverse path is whole.
+
+        Raises:
+            CouldNotCheck: A lake gets more than the old store, and so has nothing beside it.
+        """
+        lacking = reverse.whole(ledger)
+        if lacking is None:
+            return True
+        if lakes and reverse.carried(reverse.recorded(ledger), self.changes) & {held.epoch for held in epochs.shares(self.changes)}:
+            problem = f"the lake follows the new store, and the old store, which it is held against, does not: {lacking}"
+            raise CouldNotCheck(source, problem)
+        return False
+
     def require_unmoved(self, ledger: Ledger, source: str) -> None:
         """Raise CouldNotCheck where authority has moved since it was looked up; it can't while the leases are held.
 
