@@ -13,9 +13,6 @@ from typing import Any
 
 from changeover.position import Version, image_version
 
-HEARTBEAT_SECONDS = 10.0
-"""For how long a process counts as alive without a word: it says one twice a second."""
-
 FORMAT = 6
 """Version of the ledger's tables; another version found is refused, never guessed at."""
 
@@ -191,6 +188,10 @@ class Authority:
     def anew(self) -> bool:
         """Return whether this is no move but a new epoch of the tables (`prepare --anew`), for which nobody paused."""
         return self.store == "old" and self.pause_seconds is None
+
+
+HEARTBEAT_SECONDS = 10.0
+"""For how long a process counts as alive without a word: it says one twice a second."""
 
 
 @dataclass(frozen=True)
