@@ -41,7 +41,7 @@ Queue = tuple[str, str]
 class Queues:
     """The mirrors' queues of all processes, as their heartbeats tell.
 
-    A process that is not heard of any more brings nothing more. In which order it deals with what it queued does not matter. Where a
+    A process that is not heard of any more brings nothing more. In which order a queue is dealt with does not matter. Where a
     stream brings the same, the version gate refuses what comes after it. Where none does, `history` lets nothing differ while
     anything is queued, and then a queue has passed when it is empty.
     """
