@@ -25,7 +25,7 @@ from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked
 from changeover.jobs.health import LAG_BYTES
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import CLOSED, Heartbeat, Load, VerdictRow
+from changeover.jobs.ledger.records import CLOSED, HEARTBEAT_SECONDS, Heartbeat, Load, VerdictRow
 from changeover.jobs.reverse.path import State, state
 from changeover.jobs.source.changes import change_source
 from changeover.jobs.transform.tenancy import flag_of
@@ -34,7 +34,6 @@ from changeover.session import application_name, connect
 from changeover.spec import Spec
 
 VERDICT_HOURS = 24.0
-HEARTBEAT_SECONDS = 10.0
 COMPARISONS = 100
 """Reads that must have been compared at a stage that compares before it is left upwards: fewer say nothing."""
 
@@ -193,23 +192,10 @@ def mirrors(beat: Heartbeat, origin: Origin | None = None) -> list[dict[str, Any
 
 
 def _processes_present(e: Evidence) -> list[str]:
-    heard = [b for b in e.heartbeats if alive(b, e.now)]
+    heard = [b for b in e.heartbeats if b.alive(e.now)]
     if not heard:
         return [f"no router was heard in the last {HEARTBEAT_SECONDS:g} seconds: start the application"]
     return [f"process {b.process} is at {b.stage}, not {e.acting.value}" for b in heard if b.stage != e.acting.value]
-
-
-def alive(beat: Heartbeat, now: datetime) -> bool:
-    """Return whether a process was heard lately; `now` is the ledger's own time (pure).
-
-    Args:
-        beat: The last heartbeat of a process.
-        now: The ledger's own time.
-
-    Returns:
-        True for one of the last HEARTBEAT_SECONDS.
-    """
-    return (now - beat.at).total_seconds() <= HEARTBEAT_SECONDS
 
 
 def _lag_small(e: Evidence) -> list[str]:
@@ -236,7 +222,7 @@ def _mirror_agreed(e: Evidence) -> list[str]:
     reasons = [] if e.recorded_mirror is None else [
         f"flag.mirror is on record as {e.recorded_mirror!r}, and is another one in the spec: run `changeover replay` with this spec"
     ]  # fmt: skip
-    heard = [beat for beat in e.heartbeats if alive(beat, e.now) and beat.counters.get("mirrors", e.mirrors) is not e.mirrors]
+    heard = [beat for beat in e.heartbeats if beat.alive(e.now) and beat.counters.get("mirrors", e.mirrors) is not e.mirrors]
     wants = "mirrors, and the spec says that the streams do" if not e.mirrors else "does not mirror, and the spec says that it does"
     return reasons + [f"process {beat.process} {wants}: deploy it with this spec" for beat in heard]
 
@@ -314,7 +300,7 @@ def lost(heartbeats: Sequence[Heartbeat], epochs: Collection[int], now: datetime
     """
     return sum(
         int(mirror.get("lost", {}).get(str(epoch), 0))
-        + (int(mirror.get("queued", {}).get(str(epoch), 0)) if not alive(beat, now) else 0)
+        + (int(mirror.get("queued", {}).get(str(epoch), 0)) if not beat.alive(now) else 0)
         for beat in heartbeats
         for mirror in mirrors(beat, Origin.OLD)
         for epoch in epochs

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 from changeover.errors import ChangeoverError, CouldNotCheck, RowRefused, StepOrder, TableStopped, TextRefused
 from changeover.jobs.apply.rounds import Replay
 from changeover.jobs.guarantee import assumptions
-from changeover.jobs.ledger.epochs import shares
 from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import CLOSED, NEW, OLD_STORE, Authority
+from changeover.jobs.ledger.records import CLOSED, NEW, OLD, OLD_STORE
 from changeover.jobs.load.prepared import Prepared
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.catalog import SourceTable, source_table
 from changeover.jobs.source.changes import SlotSource, change_source
 from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.source.replication import slot_of
+from changeover.jobs.source.ticks import Aligned
 from changeover.jobs.spool.waiting import await_spool
-from changeover.jobs.transform.tenancy import flag_of
+from changeover.jobs.transform.tenancy import flag_of, new_column, old_column, required
 from changeover.jobs.transform.transform import Transform
 from changeover.position import format_lsn
 from changeover.session import Connection, application_name, connect, wal_position
@@ -51,16 +51,17 @@ PARTS = 8
 class Moment:
     """The moment of one verification: the states of the old store's tables, at a position of its log, and of the targets'.
 
-    `aligned` says that the new store has authority, of some tenants at least, and that the old store and the lake have what it had
-    told up to one position. `exact` says that nobody has written past that position to what is held: nothing has to be judged
-    again.
+    While tenants are at both stores a state is one of each tenant's rows: at the position of the store that has authority over
+    them. `new_lsn` is a position of the new store's log, up to which the old store and the lake have what it told; None where it
+    has no authority, or where no stream brings that. `exact` says that nobody has written past that position to what is held:
+    nothing has to be judged again.
     """
 
     source_lsn: int
     sources: dict[str, Frozen]
     targets: dict[tuple[str, str], Frozen]
     tables: dict[str, SourceTable]
-    aligned: bool = False
+    new_lsn: int | None = None
     exact: bool = False
 
 
@@ -93,32 +94,80 @@ class _Holding:
 
     def take(self, split: Split) -> Moment:
         """Hold both sides, at one position of the log of the store that has authority."""
+        if split.apart:
+            return self.apart(split)
         if split.at_old:
             return self.aligned(split)
-        return self.as_it_is(split) if self._mirrored() else self.of_new(split)
+        _, lakes = self._targets(split)
+        alone = self._mirrored() and not split.comes_back(self.ledger, lakes, self._first)
+        return self.as_they_are() if alone else self.of_new(split)
 
     def aligned(self, split: Split) -> Moment:
         """Take a position X, offer every event below it, and hold the targets before any above it is."""
         watches = self._watches()
-        every, lakes = self._targets(split)
-        with ExitStack() as leases:
-            for target in [*([OLD_STORE] if split.at_new else []), *every]:
-                leases.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+        every, _ = self._targets(split)
+        with self._leases(every):
             split.require_unmoved(self.ledger, self._first)
-            limit = None
-            if split.at_new:
-                split.require_reverse(self.ledger, self._first)
-                limit = self._bring_back_to_now(lakes)
             # its snapshot shows exactly what the change stream has below it
             aligned = change_source(self.spec).aligned("verify", self.held)
             emit_marker(self.old, "verify")
-            replay = Replay(self.spec, self.spark, self.ledger, self.prepared, aligned.snapshot)
-            replay.back.limit = limit
+            replay = Replay(self.spec, self.spark, self.ledger, self.prepared, {OLD: aligned.snapshot})
             self._replay_to(replay, aligned.end, every)
             targets = self._freeze_targets()
         sources = self._freeze_sources(aligned.holder, aligned.snapshot, aligned.end, watches)
-        exact = not split.at_new and not self._mirrored()
-        return Moment(aligned.end, sources, targets, self.tables, aligned=split.at_new, exact=exact)
+        return Moment(aligned.end, sources, targets, self.tables, exact=not self._mirrored())
+
+    def apart(self, split: Split) -> Moment:
+        """Take a position X of the old store's log and Y of the new one's, and offer either store's events below its own.
+
+        No snapshot of a store shows both: that of its own position lacks what the other one's events bring. So each store is held
+        twice. Its tenants' rows are those at its own position, the others' those after the other store's events were offered.
+        """
+        every, lakes = self._targets(split)
+        watches = self._watches()
+        with self._leases((OLD_STORE, *every)):
+            split.require_unmoved(self.ledger, self._first)
+            split.require_reverse(self.ledger, self._first)
+            own: list[tuple[Aligned, Aligned]] = []
+
+            def taken() -> Aligned:
+                theirs = self._new_source().aligned("verify", self.held)
+                ours = change_source(self.spec).aligned("verify", self.held)
+                own.append((ours, theirs))
+                emit_marker(self.old, "verify")
+                snapshots = {OLD: ours.snapshot, NEW: theirs.snapshot}
+                self._bring_back(lakes, theirs.end, snapshots, until=ours.end)
+                replay = Replay(self.spec, self.spark, self.ledger, self.prepared, snapshots)
+                replay.back.limit = theirs.end
+                self._replay_to(replay, ours.end, every)
+                return theirs
+
+            at_own = self._freeze_at(taken)
+            offered = self._freeze_targets(among=[flag_of(self.spec).target])
+            holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
+            old_offered = self._freeze_sources(holder, exported, wal_position(holder), watches)
+            split.require_unmoved(self.ledger, self._first)
+        [(ours, theirs)] = own
+        old_at_own = self._freeze_sources(ours.holder, ours.snapshot, ours.end, watches)
+        targets = {**at_own}
+        for names in at_own.keys() & offered.keys():
+            column = required(new_column(self.spec, self.spec.table(names[0])), self.spec)
+            targets[names] = split.joined(self.spark, NEW, at_own[names], offered[names], column)
+        column, both = required(old_column(self.spec), self.spec), old_at_own.keys() & old_offered.keys()
+        sources = {name: split.joined(self.spark, OLD, old_at_own[name], old_offered[name], column) for name in both}
+        return Moment(ours.end, sources, targets, self.tables, theirs.end, exact=not self._mirrored())
+
+    @contextmanager
+    def _leases(self, targets: Sequence[str]) -> Iterator[None]:
+        """Hold the leases of targets: meanwhile nobody else replays into them, and no authority moves."""
+        with ExitStack() as leases:
+            for target in targets:
+                leases.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+            yield
+
+    def _new_source(self) -> SlotSource:
+        """Return where a position of the new store's log is taken, with the snapshot that shows exactly what is below it."""
+        return SlotSource(reverse.new_dsn(self.spec), self.spec.name, slot_of(self.spec))
 
     def _mirrored(self) -> bool:
         """Return whether an application writes to both stores, by what the spec says or by what a router says of itself."""
@@ -127,50 +176,31 @@ class _Holding:
     def of_new(self, split: Split) -> Moment:
         """Take a position of the new store's log, which has all authority, and offer every event below it to the others."""
         _, lakes = self._targets(split)
-        with ExitStack() as leases:
-            for target in (OLD_STORE, *lakes):
-                leases.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
+        with self._leases((OLD_STORE, *lakes)):
             split.require_unmoved(self.ledger, self._first)
             split.require_reverse(self.ledger, self._first)
             watches = self._watches()
-            failed: list[BaseException] = []
 
-            def taken() -> tuple[Connection, ExportedSnapshot]:
-                # its snapshot shows exactly what the new store's stream has below it
-                source = SlotSource(reverse.new_dsn(self.spec), self.spec.name, slot_of(self.spec))
-                try:
-                    aligned = source.aligned("verify", self.held)
-                    self._bring_back(lakes, aligned.end, aligned.snapshot)
-                except BaseException as error:
-                    failed.append(error)  # the others' reason too: they stand at no position then
-                    raise
-                return aligned.holder, aligned.snapshot
+            own: list[Aligned] = []
 
-            if all(target != flag_of(self.spec).target for _, target in self.chosen):
-                taken()  # whose position the lakes and the old store are brought to all the same
-            targets = self._freeze_targets(taken)
-            if failed:
-                raise failed[0]
+            def taken() -> Aligned:
+                own.append(aligned := self._new_source().aligned("verify", self.held))
+                self._bring_back(lakes, aligned.end, {NEW: aligned.snapshot})
+                return aligned
+
+            targets = self._freeze_at(taken)
             holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
             lsn = wal_position(holder)
             sources = self._freeze_sources(holder, exported, lsn, watches)
-        return Moment(lsn, sources, targets, self.tables, aligned=True, exact=not self._mirrored())
+        return Moment(lsn, sources, targets, self.tables, own[0].end, exact=not self._mirrored())
 
-    def as_it_is(self, split: Split) -> Moment:
-        """Hold both as they are, once the old store and the lakes have what the new one wrote, where they get it."""
-        _, lakes = self._targets(split)
-        with ExitStack() as leases:
-            aligned = _comes_back(self.ledger, lakes, self._first, split.changes)
-            if aligned:
-                for target in (OLD_STORE, *lakes):
-                    leases.enter_context(self.ledger.lease(lease_of(target), wait_seconds=LEASE_SECONDS))
-                self._bring_back_to_now(lakes)
-            targets = self._freeze_targets()
-            watches = self._watches()
-            holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
-            lsn = wal_position(holder)
-            sources = self._freeze_sources(holder, exported, lsn, watches)
-        return Moment(lsn, sources, targets, self.tables, aligned)
+    def as_they_are(self) -> Moment:
+        """Hold both stores as they are: no stream brings the old one what is written to the new one, a mirror alone does."""
+        targets = self._freeze_targets()
+        watches = self._watches()
+        holder, exported = self.held.enter_context(exporting(self._dsn, self._application))
+        lsn = wal_position(holder)
+        return Moment(lsn, self._freeze_sources(holder, exported, lsn, watches), targets, self.tables)
 
     @property
     def _dsn(self) -> str:
@@ -203,26 +233,22 @@ class _Holding:
             behind = [names for names in self.unchecked.left(self.chosen) if replay.ledger.load(*names).applied < position]
             self.unchecked.add(behind, error)
 
-    def _bring_back_to_now(self, lakes: Sequence[str]) -> int:
-        """Offer what was written to the new store to the old store and the lakes, whose leases are held; return up to where."""
-        with connect(reverse.new_dsn(self.spec), self._application) as new:
-            position = wal_position(new)
-        self._bring_back(lakes, position)
-        return position
-
-    def _bring_back(self, lakes: Sequence[str], position: int, snapshot: ExportedSnapshot | None = None) -> None:
+    def _bring_back(
+        self, lakes: Sequence[str], position: int, snapshots: Mapping[str, ExportedSnapshot], until: int | None = None
+    ) -> None:  # fmt: skip
         """Offer every event of the new store's log below a position to the old store and the lakes.
 
-        What an update did not send is read in the position's own snapshot, where there is one.
+        What an update did not send is read in the position's own snapshot. A lake gets nothing of the old store's log from `until`
+        on.
         """
-        replay = Replay(self.spec, self.spark, self.ledger, self.prepared, snapshot, of=NEW)
+        replay = Replay(self.spec, self.spark, self.ledger, self.prepared, snapshots)
         with connect(reverse.new_dsn(self.spec), self._application) as new:
             emit_marker(new, "verify")
         await_spool(replay.ledger, replay.back.checkpoint.spool, position, "the new store's stream", step="capture-new")
         replay.back.limit = position
         self._offer_back(replay.bring_back, position)
         if lakes:
-            self._offer_back(lambda: replay.offer(targets=lakes), position)
+            self._offer_back(lambda: replay.offer(until, lakes), position)
 
     def _offer_back(self, offer: Callable[[], object], position: int) -> None:
         """Offer the new store's events; a table that lacks some is the only one without a verdict."""
@@ -234,13 +260,32 @@ class _Holding:
                 raise
             self.unchecked.add([names for names in self.unchecked.left(self.chosen) if names[0] in behind], error)
 
-    def _freeze_targets(self, taken: Taken | None = None) -> dict[Names, Frozen]:
-        """Hold all tables of each target, by as many sessions however many tables there are.
+    def _freeze_at(self, taken: Callable[[], Aligned]) -> dict[Names, Frozen]:
+        """Hold all targets: the new store at the position that is taken of it, the others once they were brought to it."""
+        failed: list[BaseException] = []
+
+        def snapshot() -> tuple[Connection, ExportedSnapshot]:
+            try:
+                aligned = taken()
+            except BaseException as error:
+                failed.append(error)  # the others' reason too: they stand at no position then
+                raise
+            return aligned.holder, aligned.snapshot
+
+        if all(target != flag_of(self.spec).target for _, target in self.chosen):
+            taken()  # whose position the lakes and the old store are brought to all the same
+        targets = self._freeze_targets(snapshot)
+        if failed:
+            raise failed[0]
+        return targets
+
+    def _freeze_targets(self, taken: Taken | None = None, among: Sequence[str] | None = None) -> dict[Names, Frozen]:
+        """Hold all tables of each target (all unless named), by as many sessions however many tables there are.
 
         What takes the snapshot of the store that has authority brings the others up to it, so that one comes first.
         """
         frozen = {}
-        left = self.unchecked.left(self.chosen)
+        left = {names: load for names, load in self.unchecked.left(self.chosen).items() if among is None or names[1] in among}
         authority = self.spec.flag.target if taken is not None and self.spec.flag is not None else None
         for target in sorted({target for _, target in left}, key=lambda name: (name != authority, name)):
             tables = {names: load.target for names, load in left.items() if names[1] == target}
@@ -298,14 +343,3 @@ def _tables(old: Connection, spec: Spec, chosen: Chosen, unchecked: Unchecked) -
                 raise CouldNotCheck(source, "there is no such table in the old store any more")
             tables[source] = table
     return tables
-
-
-def _comes_back(ledger: Ledger, lakes: Sequence[str], source: str, changes: Sequence[Authority]) -> bool:
-    """Return whether the old store gets all that is written to the new one; a lake that gets more than it has nothing beside it."""
-    lacking = reverse.whole(ledger)
-    if lacking is None:
-        return True
-    if lakes and reverse.carried(reverse.recorded(ledger), changes) & {held.epoch for held in shares(changes)}:
-        problem = f"the lake follows the new store, and the old store, which it is held against, does not: {lacking}"
-        raise CouldNotCheck(source, problem)
-    return False

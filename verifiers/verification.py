@@ -3,17 +3,16 @@
 The moment is exact. A temporary slot, or a tick of the trigger log, gives an LSN X and its
 snapshot. Replay applies every event below X and none at or above. Then each target is frozen and
 replay goes on. After authority has moved it is the same with the new store's log: the old store and
-the lakes get every event below X. Only replay writes to the other stores, so nothing is judged
-again.
+the lakes get every event below X. While tenants are at both stores a position is taken of each log,
+and each row is compared at that of its own authority. Only replay writes to the other stores, so
+nothing is judged again.
 
 It is not exact where the application mirrors its own writes (`flag.mirror = "application"`). A
-target may then be ahead of X, so differing keys are judged again (`recheck`). After authority has
-moved the old store is then compared with the new one as both are, and the lake with the rows that
-no mirrored write has touched ahead of the stream. Without a reverse path the lake stays at the
-fence, and is compared with the rows that no later write touched at all. While tenants are at both
-stores it is both. First what was written to the new store comes back up to one position, then X is
-taken, of all other rows. Differing keys are judged again with both directions moving. A table that
-can't be checked keeps no other from its verdict: its reason is raised when the others have theirs.
+target may then be ahead, so differing keys are judged again by positions (`recheck`, `passage`).
+The lake is then compared with the rows that no mirrored write has touched ahead of the stream.
+Without a reverse path the lake stays at the fence, and is compared with the rows that no later
+write touched at all. A table that can't be checked keeps no other from its verdict: its reason is
+raised when the others have theirs.
 """
 
 from __future__ import annotations
@@ -29,9 +28,7 @@ from typing import TYPE_CHECKING
 
 from changeover.errors import CouldNotCheck, RowRefused, TextRefused
 from changeover.jobs.apply.rounds import Replay
-from changeover.jobs.ledger.lease import LEASE_SECONDS, lease_of
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.records import OLD_STORE
 from changeover.jobs.load import badrow
 from changeover.jobs.load.prepared import require_prepared
 from changeover.jobs.transform import masking
@@ -46,11 +43,11 @@ from changeover.stores.postgres.store import freeze
 from changeover.verifiers.compare import checks, recheck, unchanged
 from changeover.verifiers.compare.coverage import SIDES, require_read
 from changeover.verifiers.compare.diff import RANGE, compare
-from changeover.verifiers.compare.keyhistory import History
 from changeover.verifiers.compare.planned import changed_types
 from changeover.verifiers.compare.split_authority import Split
-from changeover.verifiers.compare.verdict import Positions, Range, Recheck, TableDiff, TypeDifference, Verdict
+from changeover.verifiers.compare.verdict import CheckResult, Positions, Range, Recheck, TableDiff, TypeDifference, Verdict
 from changeover.verifiers.moment import Moment, held_still, look_closed
+from changeover.verifiers.passage import Passage
 from changeover.verifiers.unchecked import Unchecked
 
 if TYPE_CHECKING:
@@ -129,7 +126,7 @@ class _Comparison:
         frames = (self._ranged(old, self.transform), self._ranged(new, None))
         follows_new = self.split.at_new and not self._takes_over() and not self.moment.exact
         if follows_new:
-            frames = unchanged.rows(self.spark, self.transform, old, frames, aligned=self.moment.aligned)
+            frames = unchanged.rows(self.spark, self.transform, old, frames, aligned=self.moment.new_lsn is not None)
         mask = masking.of_target(self.transform.table, self.transform.derivations)
         differences = self.spec.work / "differences"
         try:
@@ -150,10 +147,19 @@ class _Comparison:
         return Verdict.of(
             diff, run=run, positions=Positions(self.moment.source_lsn, new.position),
             checked_at=datetime.now(UTC).isoformat(timespec="seconds"), seconds=time.monotonic() - started,
-            checks=[] if follows_new else checks.run(self.source, self.transform.table.checks, old, new), recheck=again,
+            checks=[] if follows_new else self._checked(old, new), recheck=again,
             mask=mask,
             types=self._types(),
         )  # fmt: skip
+
+    def _checked(self, old: Frozen, new: Frozen) -> list[CheckResult]:
+        """Run the spec's own checks; while tenants are at both stores they see no one moment, so one that differs has no answer."""
+        results = checks.run(self.source, self.transform.table.checks, old, new)
+        differs = next((result for result in results if not result.equal), None)
+        if differs is not None and self.split.apart:
+            problem = f"the check {differs.name} differs, and while tenants are at both stores its queries see two moments"
+            raise CouldNotCheck(self.source, f"{problem}: run verify in a quieter moment")
+        return results
 
     def _types(self) -> list[TypeDifference]:
         """Return the columns that have another type than the one on record, when the target was opened or now."""
@@ -178,7 +184,8 @@ class _Comparison:
         if not diff.source_rows and not diff.target_rows:
             with from_spark(self.source, f"a table without rows in {self.target}"):
                 for side, frozen, some in sides:
-                    require_read(frozen.frame(None), len(frozen.ranges), table=self.source, side=side, empty=not some)
+                    parts = frozen.states * len(frozen.ranges)
+                    require_read(frozen.frame(None), parts, table=self.source, side=side, empty=not some)
         for side, frozen, _ in sides:
             self._require_same_file(side, frozen)
 
@@ -188,7 +195,7 @@ class _Comparison:
             raise CouldNotCheck(self.source, f"{problem}: run `changeover verify` again")
 
     def _recheck(self, diff: TableDiff, differences: Path, run: str) -> tuple[TableDiff, Recheck]:
-        """Judge differing keys by the stores' present rows, with replay keeping up while it is a stream that heals, either way."""
+        """Judge differing keys by the stores' present rows, once what was under way between them has passed."""
         dsn, application = self.spec.source.dsn.resolve(), application_name(self.spec.name, "verify")
         schema, name = self.transform.table.source_name
         read = ReadTable(schema, name, self.transform.source, self.transform.identity, self.transform.partitioned)
@@ -216,18 +223,11 @@ class _Comparison:
                 now = watched("target", hold(self.transform.target))
                 return now.frame(list(keys))
 
-            def between() -> None:
-                present.close()
-                if self.split.at_old:
-                    replay.round(targets=[self.target])
-                if self.moment.aligned:
-                    with ledger.lease(lease_of(OLD_STORE), wait_seconds=LEASE_SECONDS):
-                        replay.bring_back()
-
+            under_way = Passage(self.spec, ledger, replay, self.transform, self.target, self.split, self.moment, present.close)
             with from_spark(self.source, f"keys of {self.target} that are judged again"):
                 return recheck.judge(
-                    diff, differences, run, pg_types=self.transform.pg_types, source=source, target=target, between=between,
-                    history=History(self.spark, self.transform, replay.spool, self.moment.source_lsn).changes,
+                    diff, differences, run, pg_types=self.transform.pg_types, source=source, target=target,
+                    leading=under_way.leading(diff.key), passage=under_way,
                 )  # fmt: skip
 
     def _takes_over(self) -> bool:
@@ -238,8 +238,8 @@ class _Comparison:
         from pyspark.sql import functions as F
 
         frame = transform.kept(frozen.frame(None)) if transform else frozen.frame(None)
-        single = len(frozen.ranges) == 1
-        ranged = frame.withColumn(RANGE, F.lit(0) if single else F.spark_partition_id())
+        count = len(frozen.ranges)
+        ranged = frame.withColumn(RANGE, F.lit(0) if count == 1 else F.spark_partition_id() % count)
         return transform.uncast(ranged, carry=[RANGE]) if transform else ranged
 
 

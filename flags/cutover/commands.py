@@ -229,9 +229,7 @@ def _record(spec: Spec, ledger: Ledger, outcome: str, before: Stage, after: Stag
 def _mirror_lsn(spec: Spec, ledger: Ledger, stage: Stage) -> int:
     """Return the old store's position once every router acts at a stage, and have the stream pass it though nobody writes."""
     deadline = time.monotonic() + ACKNOWLEDGED_SECONDS
-    while (
-        any(b.stage != stage.value for b in ledger.heartbeats() if readiness.alive(b, ledger.now())) and time.monotonic() < deadline
-    ):
+    while any(b.stage != stage.value for b in ledger.heartbeats() if b.alive(ledger.now())) and time.monotonic() < deadline:
         time.sleep(0.1)
     with connect(spec.source.dsn.resolve(), application_name(spec.name, "flags")) as old:
         return mark(old, f"mirrored from {stage.value}")

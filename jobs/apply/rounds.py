@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import psycopg
@@ -50,6 +51,8 @@ STEP = "replay"
 
 IDLE_SECONDS = 0.1
 
+NO_SNAPSHOTS: Mapping[str, ExportedSnapshot] = MappingProxyType({})
+
 AGAIN_SECONDS = 2.0
 """How long to wait before what the old store refused is offered to it again."""
 
@@ -70,14 +73,14 @@ class Replayed:
 class Replay:
     """Replays one migration (driver); `round` is one pass over all its loads, in the thread that calls it.
 
-    Values that an update did not send are read in `snapshot` where one is given, which is of the store `of`: then they are those
-    of its moment. What was written to the new store while it had authority goes to the other targets as well, and back to the old
-    store.
+    Values that an update did not send are read in the snapshot of `snapshots` that is of its store, where there is one: then they
+    are those of its moment. What was written to the new store while it had authority goes to the other targets as well, and back
+    to the old store.
     """
 
     def __init__(
-        self, spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared, snapshot: ExportedSnapshot | None = None,
-        stop: threading.Event | None = None, of: str = OLD,
+        self, spec: Spec, spark: SparkSession, ledger: Ledger, prepared: Prepared,
+        snapshots: Mapping[str, ExportedSnapshot] = NO_SNAPSHOTS, stop: threading.Event | None = None,
     ) -> None:  # fmt: skip
         self.spec = spec
         self.spark = spark
@@ -88,8 +91,8 @@ class Replay:
         epoch = prepared.stream.epoch
         self.back = ReverseStream(spec, spark, ledger, prepared.transforms, epoch)
         self.appliers = {
-            OLD: Applier(spec, spark, Checkpoint(spec, ledger, self.spool, epoch), snapshot if of == OLD else None, self.stop),
-            NEW: Applier(spec, spark, self.back.checkpoint, snapshot if of == NEW else None, self.stop),
+            OLD: Applier(spec, spark, Checkpoint(spec, ledger, self.spool, epoch), snapshots.get(OLD), self.stop),
+            NEW: Applier(spec, spark, self.back.checkpoint, snapshots.get(NEW), self.stop),
         }
 
     def lease(self, target: str) -> AbstractContextManager[None]:

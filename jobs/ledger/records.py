@@ -198,6 +198,10 @@ class Authority:
         return self.store == "old" and self.pause_seconds is None
 
 
+HEARTBEAT_SECONDS = 10.0
+"""For how long a process counts as alive without a word: it says one twice a second."""
+
+
 @dataclass(frozen=True)
 class Heartbeat:
     """What a router process last said of itself."""
@@ -207,6 +211,17 @@ class Heartbeat:
     stage: str
     epoch: int
     counters: Mapping[str, Any]
+
+    def alive(self, now: datetime) -> bool:
+        """Return whether the process was heard lately (pure).
+
+        Args:
+            now: The ledger's own time.
+
+        Returns:
+            True for one of the last HEARTBEAT_SECONDS.
+        """
+        return (now - self.at).total_seconds() <= HEARTBEAT_SECONDS
 
 
 @dataclass(frozen=True)

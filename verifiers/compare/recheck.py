@@ -1,22 +1,26 @@
-"""Recheck: keys that differed while both stores were being written are judged again until they stand still.
+"""Recheck: keys that differed while an application wrote to both stores are judged again, by positions and never by seconds.
 
-A target may be ahead of the aligned position, because a dual write reaches it before the stream
-does, or behind, because a mirror is under way. A key passes when the target holds an image that the
-source held at or after the comparison. Either a look found that image, or the stream has the commit
-that left it, however often the key is written. That commit is the last one that replay had offered
-before the target was looked at, or one that came since. A key that differs and stands still is a
-difference; one that never stands still leaves the question open, which is `CouldNotCheck`, not
-"equal". So do more keys than are judged again: none is left out.
+A target may be ahead of the aligned position, because a mirrored write reaches it before the stream
+does, or behind, because a mirror is under way. One side leads: the store that has authority over
+the key. A key passes when the other side holds an image that the leading one held at or after the
+comparison. Either a look found that image, or the stream has the commit that left it, however often
+the key is written. That commit is the last one that replay had offered before the other side was
+looked at, or one that came since.
+
+A key differs when two looks in a row show the same difference. Between them the streams and every
+process's mirror have passed the first look, and no commit on the key is told of up to the second.
+One that is written again and again leaves the question open after some rounds, which is
+`CouldNotCheck`, not "equal". So do more keys than are judged again: none is left out.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
@@ -35,45 +39,70 @@ if TYPE_CHECKING:
 LIMIT = 10_000
 """Keys that are judged again: their images are held in memory."""
 
-SETTLED_SECONDS = 3.0
-"""How long both sides of a key must stand still before it counts as different: longer than a mirror's or a batch's way."""
+LOOKS = 2
+"""Looks in a row that must show the same of a key before it differs: what was under way at the first has come by the second."""
 
-PATIENCE_SECONDS = 30.0
-FEWEST_ROUNDS = 10
-"""Looks at a key before it is called ever-changing: on a slow machine a round takes seconds."""
+ROUNDS = 20
+"""Looks at a key before it is called ever-changing; one that is only written often is told of by the stream long before."""
 
 Key = tuple[str, ...]
 Image = tuple[tuple[str | None, ...], ...]
 """What a side holds under a key, each row as the texts of its columns: no row, one, or more where a key is there twice."""
 
 Read = Callable[[Sequence[Key]], "DataFrame"]
-History = Callable[[Sequence[Key]], Iterable[tuple[Key, Image] | None]]
-"""Tells, in order, what commits left of some keys since it was asked last; None: nobody knows what a key was last."""
+KeyChange = tuple[Key, Image | None] | None
+"""A key and what a commit left of it, None where that can't be said; None instead of both: any key may have been written."""
+
+History = Callable[[Sequence[Key]], Iterable[KeyChange]]
+"""Tells, in order, what commits left of some keys since it was asked last."""
+
+
+class Passage(Protocol):
+    """What lets everything pass that is under way between the stores."""
+
+    def mark(self) -> None:
+        """Take this moment, and wait until the streams tell of all that was committed before it."""
+        ...
+
+    def through(self) -> None:
+        """Wait until all that was under way at that moment has been offered, by the streams and by every mirror."""
+        ...
+
+
+@dataclass(frozen=True)
+class Leading:
+    """The side that has authority over a key, 0 for the source and 1 for the target, and what is told of its commits."""
+
+    side: int
+    history: History
 
 
 @dataclass
 class Trail:
-    """What was seen of one key: the source's images at looks, what both sides held last and since when, and its last commit."""
+    """What was seen of one key: the images at looks of the side that leads, what both sides held last, and its last commit."""
 
-    source: list[Image] = field(default_factory=list)
+    side: int = 0
+    held: list[Image] = field(default_factory=list)
     last: tuple[Image, Image] | None = None
-    since: float = 0.0
+    looks: int = 0
+    """How many looks in a row showed the same, without a commit that was told of since the first of them."""
     commit: Image | None = None
     """What the last commit left of which the stream told, None where that is not known."""
 
-    def hears(self, image: Image, types: Sequence[str]) -> bool:
-        """Take what a commit left that the stream told of; return whether the target held that at the last look."""
-        self.commit = image
-        return self.last is not None and alike(image, self.last[1], types)
+    def hears(self, image: Image | None, types: Sequence[str]) -> bool:
+        """Take what a commit left that the stream told of; return whether the other side held that at the last look."""
+        self.commit, self.looks = image, 0
+        return image is not None and self.last is not None and alike(image, self.last[1 - self.side], types)
 
-    def meets(self, old: Image, new: Image, types: Sequence[str], now: float) -> bool:
-        """Take what both sides hold now; return whether the target's image is one that the source has held."""
-        if old not in self.source:
-            self.source.append(old)
-        if self.last != (old, new):
-            self.last, self.since = (old, new), now
-        known = self.source if self.commit is None else [*self.source, self.commit]
-        return any(alike(image, new, types) for image in known)
+    def meets(self, old: Image, new: Image, types: Sequence[str]) -> bool:
+        """Take what both sides hold now; return whether the other side's image is one that the leading side has held."""
+        self.looks = self.looks + 1 if self.last == (old, new) else 1
+        self.last = old, new
+        leading, other = self.last[self.side], self.last[1 - self.side]
+        if leading not in self.held:
+            self.held.append(leading)
+        known = self.held if self.commit is None else [*self.held, self.commit]
+        return any(alike(image, other, types) for image in known)
 
 
 def dual_written(ledger: Ledger, changes: Sequence[Authority]) -> bool:
@@ -104,8 +133,8 @@ def last_stage(ledger: Ledger) -> str | None:
 
 
 def judge(
-    diff: TableDiff, differences: Path, run: str, *, pg_types: Mapping[str, str], source: Read, target: Read, history: History,
-    between: Callable[[], object],
+    diff: TableDiff, differences: Path, run: str, *, pg_types: Mapping[str, str], source: Read, target: Read,
+    leading: Callable[[Key], Leading], passage: Passage,
 ) -> tuple[TableDiff, Recheck]:  # fmt: skip
     """Return the diff with the keys left out that were in flight (driver).
 
@@ -116,8 +145,8 @@ def judge(
         pg_types: PostgreSQL's types that the comparison went by.
         source: What reads the source's present rows of some target keys.
         target: What reads the target's present rows of them.
-        history: What the source's stream has of them.
-        between: What is called before each round, to let changes through.
+        leading: Which side has authority over a key, and what tells of its commits.
+        passage: What lets through whatever is under way between the sides.
 
     Returns:
         The diff without the keys in flight, and how many they were.
@@ -134,7 +163,7 @@ def judge(
             f" judged again: run verify in a quieter moment, or at the stage off; they are in {differences}"
         )
         raise CouldNotCheck(diff.table, problem)
-    passed, hot = _settle(keys, _Sides(diff, pg_types, source, target, history), between)
+    passed, hot = _settle(keys, _Sides(diff, pg_types, source, target), leading, passage)
     left = [row for row in rows if _key(row, diff.key) not in passed]
     if hot and not set(keys) - passed - hot:
         problem = f"{len(hot):,} {'key' if len(hot) == 1 else 'keys'} kept changing while both stores were written"
@@ -152,7 +181,6 @@ class _Sides:
     pg_types: Mapping[str, str]
     source: Read
     target: Read
-    history: History
 
     @property
     def names(self) -> list[str]:
@@ -180,40 +208,46 @@ def _another_notation(key: Key, asked: Sequence[Key], types: Sequence[str]) -> b
     return any(all(map(notation_only, types, key, known)) for known in asked)
 
 
-def _settle(keys: Sequence[Key], sides: _Sides, between: Callable[[], object]) -> tuple[set[Key], set[Key]]:
-    """Return (keys that passed, keys that never stood still)."""
-    trails = {key: Trail() for key in keys}
+def _settle(
+    keys: Sequence[Key], sides: _Sides, leading: Callable[[Key], Leading], passage: Passage
+) -> tuple[set[Key], set[Key]]:  # fmt: skip
+    """Return (keys that passed, keys that never stood still); the others differ.
+
+    Whatever was under way at a look has passed before the next one. So a key of which both show the same differs, unless a commit
+    on it was told of that came in between.
+    """
+    trails = {key: Trail(leading(key).side) for key in keys}
     passed: set[Key] = set()
-    started = time.monotonic()
-    rounds = 0
-    while trails:
-        rounds += 1
-        judged = _hear(trails, sides)  # before replay offers what it tells of
-        between()
-        asked = sorted(trails)
-        old, new = sides.now(asked)
-        now = time.monotonic()
-        judged |= {key for key in asked if trails[key].meets(old.get(key, ()), new.get(key, ()), sides.types, now)}
+    for number in count():
+        passage.mark()
+        judged = _hear(trails, leading, sides.types)
         passed |= judged
-        for key in judged:
-            del trails[key]
-        if all(now - trail.since >= SETTLED_SECONDS for trail in trails.values()):
-            return passed, set()
-        if now - started > PATIENCE_SECONDS and rounds >= FEWEST_ROUNDS:
-            return passed, {key for key, trail in trails.items() if now - trail.since < SETTLED_SECONDS}
-        time.sleep(0.2)
-    return passed, set()
+        standing = {key for key, trail in trails.items() if trail.looks >= LOOKS}
+        trails = {key: trail for key, trail in trails.items() if key not in judged | standing}
+        if not trails or number == ROUNDS:
+            break
+        passage.through()
+        old, new = sides.now(sorted(trails))
+        judged = {key for key, trail in trails.items() if trail.meets(old.get(key, ()), new.get(key, ()), sides.types)}
+        passed |= judged
+        trails = {key: trail for key, trail in trails.items() if key not in judged}
+    return passed, set(trails)
 
 
-def _hear(trails: Mapping[Key, Trail], sides: _Sides) -> set[Key]:
-    """Take what the stream told of keys; return those whose target held at the last look what a commit has left since."""
+def _hear(trails: Mapping[Key, Trail], leading: Callable[[Key], Leading], types: Sequence[str]) -> set[Key]:
+    """Take what the streams told of keys; return those whose other side held at the last look what a commit has left since."""
     passed = set()
-    for change in sides.history(sorted(trails)):
-        if change is None:
-            for trail in trails.values():
-                trail.commit = None
-        elif change[0] in trails and trails[change[0]].hears(change[1], sides.types):
-            passed.add(change[0])
+    led: dict[int, tuple[Leading, list[Key]]] = {}
+    for key in sorted(trails):
+        lead = leading(key)
+        led.setdefault(lead.side, (lead, []))[1].append(key)
+    for lead, keys in led.values():
+        for change in lead.history(keys):
+            if change is None:
+                for key in keys:
+                    trails[key].hears(None, types)
+            elif change[0] in keys and trails[change[0]].hears(change[1], types):
+                passed.add(change[0])
     return passed
 
 

@@ -141,6 +141,8 @@ class Frozen:
     same_file: Callable[[], bool]
     reading: Reading | None = None
     """How its rows are read where it is PostgreSQL's."""
+    states: int = 1
+    """Of how many states the rows are: the frame has the partitions of all ranges once for each."""
 
 
 class PassOn(Protocol):

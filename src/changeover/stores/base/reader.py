@@ -17,6 +17,7 @@ from changeover.session import Connection
 from changeover.spark import jdbc
 from changeover.stores.base.pgtypes import ARRAY, JSON, NATIVE, NESTED, TEXT, Column, decode, form_of
 from changeover.stores.base.pgtypes import moved as as_moved
+from changeover.tenants import Tenants
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -58,11 +59,23 @@ class ReadTable:
     key: tuple[Column, ...]
     partitioned: bool = False
     """Whether the rows are those of its partitions; any other table is read without what inherits from it."""
+    only: tuple[str, Tenants] | None = None
+    """Whose rows alone are read, by the column that holds the tenant; None is all rows."""
 
     @property
     def rows(self) -> sql.Composed:
         """Return the table as a query names it."""
         return sql.SQL("{}{}").format(sql.SQL("" if self.partitioned else "ONLY "), sql.Identifier(self.schema, self.name))
+
+    @property
+    def condition(self) -> sql.Composable:
+        """Return which of them are read, by the tenant's text as the refusal goes by it."""
+        if self.only is None:
+            return sql.SQL("true")
+        column, tenants = self.only
+        holds = sql.SQL("<>) ALL" if tenants.others else "=) ANY")
+        form = sql.SQL("{}::pg_catalog.text OPERATOR(pg_catalog.{} ({}::pg_catalog.text[])")
+        return form.format(sql.Identifier(column), holds, sql.Literal(sorted(tenants.names)))
 
 
 @dataclass(frozen=True)
@@ -161,7 +174,8 @@ def _subquery(table: ReadTable, columns: Sequence[sql.Composable]) -> sql.Compos
     named = [(form, nth(number)) for number, form in enumerate(columns)]
     named += [(sql.Identifier(column.name), _raw(number)) for number, column in enumerate(table.key)]
     parts = [sql.SQL("{} AS {}").format(form, sql.Identifier(name)) for form, name in named]
-    return sql.SQL("(SELECT {} FROM {}) AS changeover_read").format(sql.SQL(", ").join(parts), table.rows)
+    listed = sql.SQL(", ").join(parts)
+    return sql.SQL("(SELECT {} FROM {} WHERE {}) AS changeover_read").format(listed, table.rows, table.condition)
 
 
 def _streamed(column: Column) -> sql.Composable:

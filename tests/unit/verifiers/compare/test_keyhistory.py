@@ -16,7 +16,8 @@ from changeover.spec import Table
 from changeover.stores.base.interface import TargetTable
 from changeover.stores.base.pgtypes import Column
 from changeover.verifiers.compare import keyhistory
-from changeover.verifiers.compare.keyhistory import History, KeyChange
+from changeover.verifiers.compare.keyhistory import History
+from changeover.verifiers.compare.recheck import KeyChange
 
 KEPT = Table("public.kept", "public.kept", ("id",))
 
@@ -76,10 +77,10 @@ def test_a_key_that_the_stream_writes_otherwise_is_told(spark: SparkSession, tmp
 @pytest.mark.parametrize(
     "passed",
     [
-        put(140, 0, "1", None, missing=True), Event("public.kept", 140, 0, "T", None, None, (), 7, 0),
+        Event("public.kept", 140, 0, "T", None, None, (), 7, 0),
         put(140, 0, "1", "infinity"),
     ],
-    ids=["a value that was not sent", "a TRUNCATE", "a row that can't be carried over"],
+    ids=["a TRUNCATE", "a row that can't be carried over"],
 )  # fmt: skip
 def test_what_is_passed_over_leaves_it_open_what_a_key_was_last(spark: SparkSession, tmp_path: Path, passed: Event) -> None:
     assert told(spark, tmp_path, [*EVENTS, passed])[-1] is None
@@ -96,6 +97,17 @@ def test_a_transaction_that_is_too_large_is_passed_over(
     assert told(spark, tmp_path, [put(100, 2 * n, "1", "2000-01-01") for n in range(100_000)]) == [None]
 
 
-def test_nothing_is_told_where_a_target_key_may_be_of_several(spark: SparkSession, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("given", "key"), [(NUMBERED, "1"), (DATED, "2000-01-01 00:00:00")])
+def test_of_a_value_that_was_not_sent_the_key_alone_is_told(
+    spark: SparkSession, tmp_path: Path, given: Transform, key: str
+) -> None:
+    written = key if given is NUMBERED else f"{key}+00"
+    found = told(spark, tmp_path, [put(100, 0, written, "2000-01-01"), put(140, 0, written, None, missing=True)], given, (key,))
+    assert found == [row(key, "2000-01-01"), ((key,), None) if given is NUMBERED else None]
+
+
+def test_of_a_target_key_that_may_be_of_several_only_that_it_was_written_is_told(spark: SparkSession, tmp_path: Path) -> None:
     owned = replace(NUMBERED, target=replace(NUMBERED.target, owned=True))
-    assert told(spark, tmp_path, EVENTS, owned) == []
+    found = told(spark, tmp_path, EVENTS, owned)
+    assert set(found) == {(("1",), None), (("2",), None)}
+    assert len(found) == 5

@@ -47,30 +47,50 @@ def test_nothing_is_like_nothing_alone() -> None:
 
 def test_a_target_may_hold_what_the_source_held_since() -> None:
     trail = Trail()
-    assert not trail.meets((("a",),), (("old",),), ["text"], 1.0)
-    assert not trail.meets((("b",),), (("old",),), ["text"], 2.0)
-    assert trail.since == 2.0
-    assert trail.meets((("c",),), (("a",),), ["text"], 3.0), "the mirror of an earlier write arrives"
-    assert not Trail().meets((("c",),), (("a",),), ["text"], 3.0), "an image from before the comparison is no excuse"
+    assert not trail.meets((("a",),), (("old",),), ["text"])
+    assert not trail.meets((("b",),), (("old",),), ["text"])
+    assert trail.looks == 1
+    assert trail.meets((("c",),), (("a",),), ["text"]), "the mirror of an earlier write arrives"
+    assert not Trail().meets((("c",),), (("a",),), ["text"]), "an image from before the comparison is no excuse"
+
+
+def test_where_the_target_has_authority_the_source_may_hold_what_the_target_held() -> None:
+    trail, kind = Trail(side=1), ["text"]
+    assert not trail.meets((("old",),), (("a",),), kind)
+    assert not trail.meets((("x",),), (("b",),), kind)
+    assert trail.hears((("x",),), kind), "the source had it already"
+    assert trail.meets((("a",),), (("c",),), kind), "the mirror of an earlier write arrives"
+    assert not trail.meets((("d",),), (("old",),), kind), "what the source held is no excuse for the target"
+
+
+def test_two_looks_show_the_same_only_where_no_commit_is_told_of_in_between() -> None:
+    trail, kind = Trail(), ["text"]
+    for told in (False, True, False):
+        if told:
+            trail.hears(None, kind)
+        trail.meets((("1",),), (("0",),), kind)
+    assert trail.looks == 2
+    trail.hears((("2",),), kind)
+    assert trail.looks == 0
 
 
 def test_a_target_may_hold_what_a_commit_has_left_since_the_last_look() -> None:
     trail, kind = Trail(), ["text"]
-    assert not trail.meets((("a",),), (("b",),), kind, 1.0)
+    assert not trail.meets((("a",),), (("b",),), kind)
     assert not trail.hears((("x",),), kind)
     assert trail.hears((("b",),), kind), "the commit that the target had already is told of"
     assert not trail.hears((), kind)
-    assert trail.meets((("c",),), (), kind, 2.0), "what replay has offered by now: the row was gone"
-    assert not trail.meets((("c",),), (("b",),), kind, 3.0), "an earlier commit is no excuse once a later one was offered"
+    assert trail.meets((("c",),), (), kind), "what replay has offered by now: the row was gone"
+    assert not trail.meets((("c",),), (("b",),), kind), "an earlier commit is no excuse once a later one was offered"
 
 
 def test_a_target_that_stands_still_is_not_excused_by_what_the_source_was_before() -> None:
     trail, kind = Trail(), ["text"]
     for image in ("1", "0", "1"):  # told before the first look, so the target has had all of it offered
         assert not trail.hears(((image,),), kind)
-    for now in (1.0, 2.0, 3.0):
-        assert not trail.meets((("1",),), (("0",),), kind, now)
-    assert trail.since == 1.0
+    for looks in (1, 2, 3):
+        assert not trail.meets((("1",),), (("0",),), kind)
+        assert trail.looks == looks
 
 
 def test_a_key_that_is_written_otherwise_by_now_is_no_stranger() -> None:
