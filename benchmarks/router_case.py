@@ -133,7 +133,7 @@ def _stage(path: Path, stage: Stage, calls: int, repeat: int, slow: float = 0.0)
     writes = TABLE[stage].writes
     stores = {origin: Instant(0.0 if origin is writes else slow) for origin in Origin}
     endpoints = {
-        origin: InstantEndpoint("", "numbers", pool=store, seconds=store.seconds)  # type: ignore[arg-type]
+        origin: InstantEndpoint("", pool=store, seconds=store.seconds)  # type: ignore[arg-type]
         for origin, store in stores.items()
     }
     client = flagfile.client(path)

@@ -6,6 +6,7 @@ the unit says which rows it wrote, and they are offered to the other store after
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,17 +14,41 @@ from typing import Any, TypeVar
 import psycopg
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.errors import Refused
-from changeover.flags.router.endpoint import Change, Cursor, Tenant, as_text
+from changeover.flags.router.endpoint import Cursor
+from changeover.flags.router.mirror.changes import Change
 from changeover.position import Version
 
 Value = TypeVar("Value")
+
+RETRIED = frozenset({"40001", "40P01"})
+"""Serialization failure and deadlock: nothing was done, and the same again may work."""
+
+TRIES = 3
+RETRY_SECONDS = 0.05
+
+
+def before_retry(tries: int) -> float:
+    """Return the seconds to wait: at once, the loser of a deadlock may overtake its winner and meet it again.
+
+    Args:
+        tries: How often it was tried.
+
+    Returns:
+        The seconds.
+    """
+    return RETRY_SECONDS * tries * random.uniform(0.5, 1.0)
 
 
 def sqlstate(error: BaseException | None) -> str | None:
     """Return the SQLSTATE of an error of psycopg, or of one that a framework made of it; None for any other.
 
     SQLAlchemy and Django raise theirs from psycopg's.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The five characters, None where there are none.
     """
     while error is not None:
         found = getattr(error, "sqlstate", None)
@@ -94,6 +119,8 @@ class RoutedStore(Place):
     def mirror(self, changes: Sequence[Change]) -> None:
         """Say which rows were written, for `flag.mirror = "application"`; elsewhere it is not needed, and does nothing.
 
+        A unit that changed more rows of a mirrored table than it says is refused before its COMMIT.
+
         Args:
             changes: Every row written, whole: `returned(cursor)` after `RETURNING *`. For a key change that is the old row as
                 deleted, and the new one.
@@ -104,22 +131,3 @@ class RoutedStore(Place):
         if not isinstance(changes, (list, tuple)) or not all(isinstance(change, Change) for change in changes):
             raise TypeError("mirror() takes a list of Change: `returned(cursor)` after RETURNING *")
         self.changes.extend(changes)
-
-    def require_tenant(self, column: str, tenant: Tenant) -> None:
-        """Refuse mirrored rows of another tenant than the unit's, before they are committed; the message has no value of a row.
-
-        Args:
-            column: The column that holds a row's tenant.
-            tenant: The unit's tenant, as text.
-
-        Raises:
-            Refused: A row is of another tenant.
-        """
-        for change in self.changes:
-            if column not in change.row:
-                raise TypeError(f"a mirrored row is without {column}, its tenant: return whole rows by RETURNING *")
-            if as_text(change.row[column]) != tenant:
-                raise Refused(
-                    f"a write returned a row whose {column} is not the tenant that it was called for, and was rolled back: write"
-                    " the rows of each tenant by a call of their own, a key change from one to another as a delete and an insert"
-                )

@@ -13,7 +13,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from changeover.flags.router.router import Change, Experiment, Limits, PgEndpoint, Place, RoutedStore, Router, returned
+from changeover.flags.router.router import (
+    Change,
+    Experiment,
+    Limits,
+    MirroredTable,
+    PgEndpoint,
+    Place,
+    RoutedStore,
+    Router,
+    TableMapping,
+    returned,
+)
 from changeover.spec import Spec, load
 
 if TYPE_CHECKING:
@@ -39,11 +50,13 @@ __all__ = [
     "Change",
     "Experiment",
     "Limits",
+    "MirroredTable",
     "PgEndpoint",
     "Place",
     "RoutedStore",
     "Router",
     "Spec",
+    "TableMapping",
     "abort",
     "advance",
     "backfill",

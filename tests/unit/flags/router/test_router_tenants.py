@@ -25,7 +25,7 @@ from changeover.flags.router.endpoint import PgEndpoint, as_text
 from changeover.flags.router.router import Router, returned
 from changeover.position import epoch_floor
 from changeover.tenants import Tenants
-from tests.support.fix_flags import PATIENCE, Follow, FollowRead, MakeRouter, Stores, wrote
+from tests.support.fix_flags import FOLLOWS, PATIENCE, Follow, FollowRead, MakeRouter, Stores, wrote
 
 FLAG, KIND = "follows-store", "from_user"
 SetStage = Callable[[Router, Stage], None]
@@ -256,8 +256,8 @@ def test_a_tenant_is_the_text_that_postgresql_prints(stores: Stores) -> None:
 def test_a_router_of_tenants_needs_both_columns(stores: Stores, flag_client: LDClient) -> None:
     with pytest.raises(TypeError, match="their column in both stores"):
         Router(
-            old=stores.endpoint(Origin.OLD, tenants=True), new=PgEndpoint(stores.new_dsn, "public.associations"), to_new=dict,
-            to_old=dict, stage=FlagStage(flag_client, FLAG),
+            old=stores.endpoint(Origin.OLD, tenants=True), new=PgEndpoint(stores.new_dsn), mirrored=[FOLLOWS],
+            stage=FlagStage(flag_client, FLAG),
         )  # fmt: skip
 
 
