@@ -36,6 +36,10 @@ def put(router: Router, follow: Follow, tenant: Any = None) -> Any:
     return wrote(router, follow.put_old, follow.put_new, tenant=follow.user if tenant is None else tenant)
 
 
+def drop(router: Router, follow: Follow) -> Any:
+    return wrote(router, follow.drop_old, follow.drop_new, tenant=follow.user)
+
+
 def find(router: Router, follow: Follow) -> Any:
     return router.compare(old=follow.find_old, new=follow.find_new, experiment=FollowRead(), tenant=follow.user)
 
@@ -139,10 +143,9 @@ def test_a_delete_that_finds_nothing_waits_for_its_tenants_fence_too(
     stores.new.execute("INSERT INTO public.associations VALUES (7, 1, '{}', NULL, now())")
     timer = threading.Timer(0.4, stores.move, (1, "new", "7"))
     timer.start()
-    drop_old, drop_new = "DELETE FROM follows WHERE from_user = %s", "DELETE FROM associations WHERE subject = %s"
-    assert router.run(lambda store: store.execute(store.of(drop_old, drop_new), [8]).rowcount, tenant=8) == 0
+    assert drop(router, make_follow(8)).changes == []
     assert router.counters()["fence_waits"] == 0
-    assert router.run(lambda store: store.execute(store.of(drop_old, drop_new), [7]).rowcount, tenant=7) == 1
+    assert len(drop(router, make_follow(7)).changes) == 1
     timer.join()
     assert router.counters()["fence_waits"] == 1
 
