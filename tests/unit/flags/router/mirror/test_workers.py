@@ -161,8 +161,10 @@ def test_a_value_of_another_unique_index_is_waited_for(families: Families, make_
         families.stores.new.execute("SELECT FROM public.persons WHERE id = 1 FOR UPDATE")
         mirror.offer(at(2), [person(1, "given up")], "a")
         mirror.offer(at(3), [person(2, "taken")], "b")
+        mirror.offer(at(4), [person(3)], "b")
+        wait_until(lambda: 3 in [row[0] for row in families.rows(Origin.NEW)[0]])
     assert mirror.drain(PATIENCE)
-    assert families.rows(Origin.NEW)[0] == [(1, "given up"), (2, "taken")]
+    assert families.rows(Origin.NEW)[0] == [(1, "given up"), (2, "taken"), (3, "person 3")]
     assert mirror.counters()["failed"] == 0
 
 
@@ -221,9 +223,7 @@ def test_small_units_go_on_beside_a_bulk_of_ten_thousand_rows(families: Families
         families.router.run(lambda store: store.mirror(returned(store.execute(many))))
         assert families.mirror()["depth"] == 10_000
         for number in range(10_001, 10_101):
-            families.router.run(
-                lambda store, number=number: store.mirror(returned(store.execute(put, [number, f"small {number}"])))
-            )
+            put(families, number)
         wait_until(lambda: families.mirror()["applied"] == 100)
         assert families.mirror()["depth"] == 10_000
         families.stores.new.execute("DELETE FROM persons WHERE id = 10000")
