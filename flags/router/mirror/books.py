@@ -54,11 +54,25 @@ class Books:
                 self._counts["mirrored"] += 1
                 hand_over(offer)
         if not taken:
-            self.drop(offer)
+            self._drop(offer)
+            offer.ended(None)
         return taken
 
-    def done(self, offers: Sequence[Offer], *, kept_up: bool | None = None) -> None:
-        """Take offers off the books, and note whether the store took what was offered."""
+    def done(self, offers: Sequence[Offer], seconds: float, *, kept_up: bool | None = None) -> None:
+        """Take offers off the books, dealt with in so many seconds, and note whether the store took what it was offered."""
+        self._off(offers, kept_up)
+        for offer in offers:
+            offer.ended(seconds, failed=offer.lost > 0)
+
+    def give_up(self, offers: Sequence[Offer]) -> None:
+        """Take offers off the books that no worker comes to any more."""
+        for offer in offers:
+            self._drop(offer)
+        self._off(offers, None)
+        for offer in offers:
+            offer.ended(None)
+
+    def _off(self, offers: Sequence[Offer], kept_up: bool | None) -> None:
         with self.lock:
             for offer in offers:
                 del self._under_way[offer.number]
@@ -84,16 +98,12 @@ class Books:
         with self.lock:
             self._counts.update(counts)
 
-    def fail(self, error: Exception, epoch: int, rows: int) -> None:
+    def fail(self, offer: Offer, error: Exception, rows: int) -> None:
         """Count rows that are lost because the store, or the application's mapping, refused them."""
-        self._lose(epoch, rows)
+        offer.lost += rows
+        self._lose(offer.version.epoch, rows)
         for _ in range(rows):
             self.failures.raise_for(reason_of(error))
-
-    def drop(self, offer: Offer) -> None:
-        """Count an offer that never reached a worker."""
-        self._lose(offer.version.epoch, len(offer.changes))
-        self.drops.raise_for("closing" if self.closing else "queue full")
 
     def under_way(self) -> Callable[[], bool]:
         """Return what tells, whenever it is asked, whether anything of what is offered by now is still to be dealt with."""
@@ -141,6 +151,10 @@ class Books:
         self._waiting[offer.bulk].rows += rows
         self._waiting[offer.bulk].bytes += offer.bytes * sign
         self._queued[offer.version.epoch] += rows
+
+    def _drop(self, offer: Offer) -> None:
+        self._lose(offer.version.epoch, len(offer.changes))
+        self.drops.raise_for("closing" if self.closing else "queue full")
 
     def _lose(self, epoch: int, rows: int) -> None:
         with self.lock:

@@ -14,7 +14,7 @@ from typing import Any
 from zlib import crc32
 
 from changeover.flags.router.mirror.books import Books
-from changeover.flags.router.mirror.offer import Bounds, Offer
+from changeover.flags.router.mirror.offer import Bounds, Ended, Offer, unheard
 from changeover.flags.router.mirror.worker import Way, Worker
 from changeover.flags.router.mirror.written import Told
 from changeover.position import Version
@@ -29,18 +29,19 @@ class Mirror:
         self._workers = [Worker(self._books, way, str(number)) for number in range(bounds.workers)]
         self._bulks = Worker(self._books, way, "bulks")
 
-    def offer(self, version: Version, changes: Sequence[Told], share: str = "") -> bool:
+    def offer(self, version: Version, changes: Sequence[Told], share: str = "", ended: Ended = unheard) -> bool:
         """Queue the rows of one transaction; False, and counted, when there is no room.
 
         Args:
             version: The unit's version.
             changes: Its rows, in their order.
             share: By what it is given to a worker: units that share it are brought in their order.
+            ended: What hears of its end, once.
 
         Returns:
             Whether they were queued.
         """
-        offer = Offer.of(version, changes)
+        offer = Offer.of(version, changes, ended)
         worker = self._bulks if offer.bulk else self._workers[crc32(share.encode()) % len(self._workers)]
         return self._books.enter(offer, worker.take)
 
@@ -87,8 +88,6 @@ class Mirror:
         self.drain(seconds)
         with self._books.lock:
             left = [offer for worker in workers for offer in worker.give_up()]
-        for offer in left:
-            self._books.drop(offer)
-        self._books.done(left)
+        self._books.give_up(left)
         for worker in workers:
             worker.join(self.bounds.deadline + 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from changeover.flags.router.mirror.changes import Change
 from changeover.flags.router.mirror.written import Told
@@ -33,6 +33,23 @@ class Bounds:
     """How long a statement may take, and how long a session is asked for."""
 
 
+class Ended(Protocol):
+    """What hears how an offer ended."""
+
+    def __call__(self, seconds: float | None, failed: bool = False) -> None:
+        """Take how long the other store took, None where it was never asked, and whether a row of it failed."""
+        ...
+
+
+def unheard(seconds: float | None, failed: bool = False) -> None:
+    """Tell nobody.
+
+    Args:
+        seconds: How long the other store took.
+        failed: Whether a row failed.
+    """
+
+
 @dataclass(eq=False)
 class Offer:
     """The rows of one committed transaction, at their version."""
@@ -40,17 +57,20 @@ class Offer:
     version: Version
     changes: tuple[Told, ...]
     bytes: int
+    ended: Ended = unheard
     number: int = 0
     """The order in which units were offered, from 1 up."""
     tries: int = 0
+    lost: int = 0
+    """How many of its rows failed."""
     not_before: float = 0.0
     """When it is tried again, on the monotonic clock, where it waits for what is older; else 0."""
 
     @classmethod
-    def of(cls, version: Version, changes: Sequence[Told]) -> Offer:
-        """Copy the rows: the caller may change its own afterwards."""
+    def of(cls, version: Version, changes: Sequence[Told], ended: Ended = unheard) -> Offer:
+        """Copy the rows: the caller may change its own afterwards. `ended` hears of its end, once."""
         copies = tuple(Told(one.place, replace(one.change, row=dict(one.change.row))) for one in changes)
-        return cls(version, copies, sum(weight(one.change) for one in copies))
+        return cls(version, copies, sum(weight(one.change) for one in copies), ended)
 
     @property
     def bulk(self) -> bool:

@@ -134,11 +134,9 @@ class Worker:
         return batch
 
     def _deal_with(self, batch: list[Offer]) -> None:
-        until = time.monotonic() + self.books.bounds.deadline
-        units = []
-        for offer in batch:
-            if (unit := self._ready(offer, until)) is not None:
-                units.append(unit)
+        started = time.monotonic()
+        until = started + self.books.bounds.deadline
+        units = [unit for offer in batch if (unit := self._ready(offer, until)) is not None]
         try:
             self._bring([call for unit in units for call in unit.calls], until)
         # whatever fails must not end this thread, nor take along what it does not concern
@@ -149,16 +147,16 @@ class Worker:
                     self._queue.extendleft(unit.offer for unit in reversed(units))
             elif not self._postpones(units[0].offer, error):
                 self._lose_what_is_bad(units[0], units[0].calls, error, until)
-                self._end(units, kept_up=_of_a_row(error))
+                self._end(units, time.monotonic() - started, kept_up=_of_a_row(error))
         else:
-            self._end(units, kept_up=True)
+            self._end(units, time.monotonic() - started, kept_up=True)
 
-    def _end(self, units: Sequence[Ready], *, kept_up: bool) -> None:
+    def _end(self, units: Sequence[Ready], seconds: float, *, kept_up: bool) -> None:
         for unit in units:
             self.books.count({"skipped": unit.skipped})
             for error in unit.partial:
-                self.books.fail(error, unit.offer.version.epoch, 1)
-        self.books.done([unit.offer for unit in units], kept_up=kept_up)
+                self.books.fail(unit.offer, error, 1)
+        self.books.done([unit.offer for unit in units], seconds, kept_up=kept_up)
 
     def _ready(self, offer: Offer, until: float) -> Ready | None:
         """Return a unit's calls of the gate; None, and all its rows lost, where it can't be read.
@@ -167,7 +165,7 @@ class Worker:
         has is then not known, and an earlier image of that key must not arrive in its place. So
         the whole unit is lost.
         """
-        skipped = 0
+        started, skipped = time.monotonic(), 0
         last: dict[tuple[Any, ...], tuple[GateCall, Change]] = {}
         try:
             for told in offer.changes:
@@ -180,8 +178,8 @@ class Worker:
                 last.pop(key, None)  # all have one version, and the gate takes the first: the last image, in its own place
                 last[key] = (call, Change(row, told.change.deleted))
         except Exception as error:
-            self.books.fail(error, offer.version.epoch, len(offer.changes))
-            self.books.done([offer])
+            self.books.fail(offer, error, len(offer.changes))
+            self.books.done([offer], time.monotonic() - started)
             return None
         ready = Ready(offer, [], skipped, [])
         for call, change in last.values():
@@ -225,7 +223,7 @@ class Worker:
     def _lose_what_is_bad(self, unit: Ready, calls: list[Call], error: Exception, until: float) -> None:
         """Lose rows that were refused; where it was for the values of some of them, bring the others."""
         if len(calls) < 2 or not _of_a_row(error) or time.monotonic() >= until:
-            self.books.fail(error, unit.offer.version.epoch, len(calls))
+            self.books.fail(unit.offer, error, len(calls))
             return
         middle = len(calls) // 2
         for half in (calls[:middle], calls[middle:]):

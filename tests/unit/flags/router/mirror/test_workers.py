@@ -20,7 +20,7 @@ from changeover.flags.router.endpoint import PgEndpoint
 from changeover.flags.router.mirror.books import Books
 from changeover.flags.router.mirror.changes import Change, returned
 from changeover.flags.router.mirror.mirror import Mirror
-from changeover.flags.router.mirror.offer import BATCH_ROWS, Bounds, Offer
+from changeover.flags.router.mirror.offer import BATCH_ROWS, Bounds, Ended, Offer
 from changeover.flags.router.mirror.worker import Way
 from changeover.flags.router.mirror.written import Told
 from changeover.flags.router.router import RoutedStore
@@ -279,7 +279,7 @@ def test_nobody_waits_for_a_store_that_does_not_keep_up() -> None:
     late.start()
     late.join(PATIENCE / 2)
     assert not late.is_alive(), "the others do not"
-    books.done(handed, kept_up=True)
+    books.done(handed, 0.0, kept_up=True)
     assert books.enter(Offer.of(at(4), [person(4)]), handed.append)
     assert (books.counters()["dropped"], books.counters()["lost"], books.counters()["depth"]) == (2, {"0": 2}, 1)
 
@@ -302,6 +302,22 @@ def test_a_row_that_cannot_be_mapped_loses_its_unit(families: Families, make_mir
     assert mirror.drain(PATIENCE)
     assert families.rows(Origin.NEW)[0] == [(2, "person 2")]
     assert (mirror.counters()["lost"], mirror.counters()["last_failure"][1]) == ({"0": 2}, "ValueError")
+
+
+def test_who_listens_hears_once_how_each_unit_ended(families: Families, make_mirror: MakeMirror) -> None:
+    heard: list[tuple[str, bool, bool]] = []
+
+    def listener(name: str) -> Ended:
+        return lambda seconds, failed=False: heard.append((name, seconds is not None, failed))
+
+    mirror = make_mirror()
+    mirror.offer(at(1), [person(1)], "a", listener("whole"))
+    mirror.offer(at(2), [person(2), pet(20, 2, "refused")], "a", listener("in part"))
+    mirror.offer(at(3), [Told(PERSON, Change({}))], "a", listener("unmapped"))
+    assert mirror.drain(PATIENCE)
+    mirror.close(1)
+    mirror.offer(at(4), [person(4)], "a", listener("closed"))
+    assert heard == [("whole", True, False), ("in part", True, True), ("unmapped", True, True), ("closed", False, False)]
 
 
 def test_the_callers_own_error_is_none_of_the_mirrors(families: Families) -> None:
