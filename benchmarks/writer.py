@@ -17,10 +17,10 @@ from typing import Self
 
 from psycopg import sql
 
+from changeover.flags.mirror.change import Change, returned
+from changeover.flags.mirror.gatecall import GateCall
+from changeover.flags.mirror.written import position
 from changeover.flags.router.endpoint import PgEndpoint, transaction
-from changeover.flags.router.mirror.changes import Change, returned
-from changeover.flags.router.mirror.gatecall import GateCall
-from changeover.flags.router.mirror.written import position
 from changeover.position import DUAL_WRITE_ORDINAL, Version
 from changeover.session import Connection
 

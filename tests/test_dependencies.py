@@ -60,6 +60,7 @@ ORDER = (
     "changeover.verifiers.compare",
     "changeover.verifiers",
     "changeover.flags",
+    "changeover.flags.mirror",
     "changeover.flags.router",
     "changeover.flags.fence",
     "changeover.flags.cutover",

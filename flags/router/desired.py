@@ -19,7 +19,7 @@ from ldclient import Context, LDClient
 from ldclient.interfaces import DataSourceState, DataSourceStatus
 from ldclient.migrations.types import Stage
 
-from changeover.flags.router.alarm import Alarm
+from changeover.flags.alarm import Alarm
 from changeover.flags.router.operations import Operations
 from changeover.jobs.ledger.epochs import EVERYTHING
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from uuid import UUID
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -28,23 +27,6 @@ IDLE_SESSIONS = 16
 """Idle sessions kept for each store; more than these are closed when they come back."""
 
 SWALLOWED = "a statement of this unit failed and its error was caught, so nothing can be committed: let it pass, or use a savepoint"
-
-Tenant = str | int | UUID
-"""The value of a row in the column that `flag.context` names."""
-
-
-def as_text(value: Any) -> str | None:
-    """Return a tenant as PostgreSQL prints it, None for a value that is of no type of a tenant (pure).
-
-    Args:
-        value: The tenant as the application has it.
-
-    Returns:
-        The text, None for a value that is no tenant.
-    """
-    if isinstance(value, str):
-        return value
-    return str(value) if isinstance(value, (int, UUID)) and not isinstance(value, bool) else None
 
 
 class Pool(Protocol):

@@ -39,13 +39,14 @@ from ldclient.migrations.types import Operation, Origin, Stage
 
 from changeover.errors import AuthorityMoving, LockNotGranted, SpecError
 from changeover.flags import flagfile
+from changeover.flags.mirror.change import Change, MirroredTable, TableMapping, returned
+from changeover.flags.retry import RETRIED, TRIES, before_retry
 from changeover.flags.router.desired import FlagStage, StageSource
-from changeover.flags.router.endpoint import Cursor, PgEndpoint, Tenant, as_text, transaction
+from changeover.flags.router.endpoint import Cursor, PgEndpoint, transaction
 from changeover.flags.router.follower import AuthoritySource, LedgerAuthority
-from changeover.flags.router.mirror.changes import Change, MirroredTable, TableMapping, returned
 from changeover.flags.router.runtime import Limits, Parts, Pin, Runtime
 from changeover.flags.router.shadow import Comparison, Experiment, Observation, Result
-from changeover.flags.router.unit import RETRIED, TRIES, Place, RoutedStore, before_retry, sqlstate
+from changeover.flags.router.unit import Place, RoutedStore, sqlstate
 from changeover.flags.stages import FENCED, other
 from changeover.jobs.ledger.epochs import EVERYTHING
 from changeover.jobs.source.triggerlog import Log
@@ -54,6 +55,7 @@ from changeover.position import DUAL_WRITE_ORDINAL, Version
 from changeover.session import application_name
 from changeover.spec import APPLICATION, STREAM, TRIGGER, Spec
 from changeover.stores.postgres.refusal import TENANT_SETTING
+from changeover.tenants import Tenant, as_text
 
 __all__ = [
     "Change", "Experiment", "Limits", "MirroredTable", "PgEndpoint", "Place", "RoutedStore", "Router", "TableMapping", "returned",

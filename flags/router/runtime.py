@@ -21,18 +21,19 @@ import psycopg
 from ldclient.migrations.types import Operation, Origin, Stage
 
 from changeover.errors import ServerUnavailable
+from changeover.flags.mirror.change import MirroredTable
+from changeover.flags.mirror.mirror import Mirror
+from changeover.flags.mirror.offer import Bounds
+from changeover.flags.mirror.worker import Way
+from changeover.flags.mirror.written import StoreTables
 from changeover.flags.observed import BEGINNING, Observation
+from changeover.flags.retry import RETRIED
 from changeover.flags.router.desired import StageSource
 from changeover.flags.router.endpoint import PgEndpoint, Sessions
 from changeover.flags.router.follower import AuthoritySource, Beat, Follower
-from changeover.flags.router.mirror.changes import MirroredTable
-from changeover.flags.router.mirror.mirror import Mirror
-from changeover.flags.router.mirror.offer import Bounds
-from changeover.flags.router.mirror.worker import Way
-from changeover.flags.router.mirror.written import StoreTables
 from changeover.flags.router.operations import Asked, Done
 from changeover.flags.router.shadow import Comparisons, Result, nothing
-from changeover.flags.router.unit import RETRIED, sqlstate
+from changeover.flags.router.unit import sqlstate
 from changeover.flags.stages import FENCED, TABLE, StageRule, effective
 from changeover.jobs.ledger.epochs import EVERYTHING
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.flags.router.alarm import Alarm, reason_of
+from changeover.flags.alarm import Alarm, reason_of
 from changeover.flags.router.endpoint import Cursor, PgEndpoint
 from changeover.flags.router.positions import Positions
 from changeover.flags.stages import other

@@ -6,7 +6,6 @@ the unit says which rows it wrote, and they are offered to the other store after
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,29 +13,11 @@ from typing import Any, TypeVar
 import psycopg
 from ldclient.migrations.types import Origin, Stage
 
+from changeover.flags.mirror.change import Change
 from changeover.flags.router.endpoint import Cursor
-from changeover.flags.router.mirror.changes import Change
 from changeover.position import Version
 
 Value = TypeVar("Value")
-
-RETRIED = frozenset({"40001", "40P01"})
-"""Serialization failure and deadlock: nothing was done, and the same again may work."""
-
-TRIES = 3
-RETRY_SECONDS = 0.05
-
-
-def before_retry(tries: int) -> float:
-    """Return the seconds to wait: at once, the loser of a deadlock may overtake its winner and meet it again.
-
-    Args:
-        tries: How often it was tried.
-
-    Returns:
-        The seconds.
-    """
-    return RETRY_SECONDS * tries * random.uniform(0.5, 1.0)
 
 
 def sqlstate(error: BaseException | None) -> str | None:

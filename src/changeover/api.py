@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from changeover.flags.cutover.commands import Shown
     from changeover.flags.cutover.switch import Advanced
-    from changeover.flags.router.endpoint import Tenant
     from changeover.jobs.apply.rounds import Replayed
     from changeover.jobs.load.copier import Loaded
     from changeover.jobs.load.prepared import Prepared
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from changeover.jobs.spool.writer import CaptureResult
     from changeover.jobs.status import Status
     from changeover.pipeline import Run, Step
+    from changeover.tenants import Tenant
     from changeover.verifiers.compare.verdict import Verdict
     from changeover.verifiers.explain import Story
     from changeover.verifiers.races import Outcome

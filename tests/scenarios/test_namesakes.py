@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from changeover.flags.router.mirror.changes import Change
-from changeover.flags.router.mirror.gatecall import GateCall
+from changeover.flags.mirror.change import Change
+from changeover.flags.mirror.gatecall import GateCall
 from changeover.jobs import finalize
 from changeover.position import Version
 from tests.support.fix_migration import STORE, MakeMigration, Migration

@@ -19,7 +19,7 @@ from ldclient.migrations.types import Stage
 
 from changeover.cli.main import main
 from changeover.flags import flagfile
-from changeover.flags.router.mirror.changes import Row
+from changeover.flags.mirror.change import Row
 from changeover.flags.router.router import Change, Router, TableMapping, returned
 from changeover.verifiers import moment
 from changeover.verifiers.compare import recheck

@@ -21,7 +21,7 @@ from ldclient.migrations.types import Stage
 from changeover.flags import flagfile
 from changeover.flags.cutover import commands as cutover
 from changeover.flags.fence.fence import fence
-from changeover.flags.router.mirror.changes import RowMapping, TableMapping
+from changeover.flags.mirror.change import RowMapping, TableMapping
 from changeover.flags.router.router import RoutedStore, Router, returned
 from changeover.jobs.apply.rounds import replay
 from changeover.jobs.capture.service import capture

@@ -10,10 +10,10 @@ import pytest
 from ldclient import LDClient
 from ldclient.migrations.types import Origin, Stage
 
+from changeover.flags.mirror.change import MirroredTable
 from changeover.flags.router.desired import FlagStage
 from changeover.flags.router.endpoint import PgEndpoint
 from changeover.flags.router.follower import LedgerAuthority
-from changeover.flags.router.mirror.changes import MirroredTable
 from changeover.flags.router.router import Router
 from changeover.flags.router.runtime import Limits
 from changeover.position import image_version

@@ -24,11 +24,11 @@ from psycopg import sql
 
 from changeover.embedded.server import EmbeddedServer
 from changeover.flags import flagfile
+from changeover.flags.mirror.change import Change, MirroredTable, Row, TableMapping, returned
 from changeover.flags.router import follower
 from changeover.flags.router.desired import FlagStage
 from changeover.flags.router.endpoint import Cursor, PgEndpoint
 from changeover.flags.router.follower import LedgerAuthority
-from changeover.flags.router.mirror.changes import Change, MirroredTable, Row, TableMapping, returned
 from changeover.flags.router.router import Experiment, RoutedStore, Router
 from changeover.flags.router.runtime import Limits
 from changeover.flags.stages import FENCED

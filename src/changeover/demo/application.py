@@ -25,9 +25,9 @@ from psycopg.types.json import Jsonb
 
 from changeover.demo.schema import KEY, RESERVED_USERS, SOURCE, TARGET, Shape
 from changeover.errors import ChangeoverError
-from changeover.flags.router.alarm import reason_of
+from changeover.flags.alarm import reason_of
+from changeover.flags.mirror.change import Row
 from changeover.flags.router.endpoint import Cursor
-from changeover.flags.router.mirror.changes import Row
 from changeover.flags.router.router import Experiment, Router
 from changeover.names import qualified
 from changeover.spec import load

@@ -9,8 +9,8 @@ import pytest
 from psycopg import sql
 
 from changeover.flags.cutover.discovery import present
-from changeover.flags.router.mirror.changes import Change
-from changeover.flags.router.mirror.gatecall import GateCall
+from changeover.flags.mirror.change import Change
+from changeover.flags.mirror.gatecall import GateCall
 from changeover.names import joined
 from changeover.position import Version, image_version
 from changeover.session import Connection, connect

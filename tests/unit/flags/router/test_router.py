@@ -22,11 +22,11 @@ from ldclient.migrations.types import Origin, Stage
 from changeover import spec
 from changeover.errors import AuthorityMoving, LockNotGranted, ServerUnavailable, SpecError
 from changeover.flags import flagfile
+from changeover.flags.mirror.change import Change, TableMapping
+from changeover.flags.mirror.mirror import Mirror
 from changeover.flags.router.desired import EVERYONE, FlagStage
 from changeover.flags.router.endpoint import Cursor, PgEndpoint
 from changeover.flags.router.follower import LedgerAuthority
-from changeover.flags.router.mirror.changes import Change, TableMapping
-from changeover.flags.router.mirror.mirror import Mirror
 from changeover.flags.router.router import RoutedStore, Router
 from changeover.flags.router.runtime import Limits
 from changeover.flags.router.shadow import LAG_WAITS

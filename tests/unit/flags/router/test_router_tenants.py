@@ -21,10 +21,10 @@ from changeover.errors import AuthorityMoving, Refused, SpecError
 from changeover.flags import flagfile
 from changeover.flags.observed import Observation
 from changeover.flags.router.desired import FlagStage
-from changeover.flags.router.endpoint import PgEndpoint, as_text
+from changeover.flags.router.endpoint import PgEndpoint
 from changeover.flags.router.router import Router, returned
 from changeover.position import epoch_floor
-from changeover.tenants import Tenants
+from changeover.tenants import Tenants, as_text
 from tests.support.fix_flags import FOLLOWS, PATIENCE, Follow, FollowRead, MakeRouter, Stores, wrote
 
 FLAG, KIND = "follows-store", "from_user"

@@ -25,7 +25,7 @@ from psycopg.conninfo import make_conninfo
 from changeover.demo.schema import DDL
 from changeover.embedded.server import EmbeddedServer
 from changeover.errors import SourceChanged, SpoolGap
-from changeover.flags.router.mirror.written import position
+from changeover.flags.mirror.written import position
 from changeover.jobs.capture import trigger
 from changeover.jobs.capture.service import capture
 from changeover.jobs.guarantee import assumptions, definition

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from zlib import crc32
 
-from changeover.flags.router.mirror.books import Books
-from changeover.flags.router.mirror.offer import Bounds, Ended, Offer, unheard
-from changeover.flags.router.mirror.worker import Way, Worker
-from changeover.flags.router.mirror.written import Told
+from changeover.flags.mirror.books import Books
+from changeover.flags.mirror.offer import Bounds, Ended, Offer, unheard
+from changeover.flags.mirror.worker import Way, Worker
+from changeover.flags.mirror.written import Told
 from changeover.position import Version
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from changeover.flags.router.mirror.changes import Change, returned
+from changeover.flags.mirror.change import Change, returned
 from changeover.session import Connection, connect
 
 

@@ -37,7 +37,11 @@ class Alarm:
         return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds"), reason
 
     def raise_for(self, reason: str) -> None:
-        """Count one occurrence, and warn if the last warning is long enough ago."""
+        """Count one occurrence, and warn if the last warning is long enough ago.
+
+        Args:
+            reason: Why, without a value of a row.
+        """
         with self._lock:
             self.count += 1
             self._last = (time.time(), reason)

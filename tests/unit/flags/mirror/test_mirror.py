@@ -11,11 +11,11 @@ import psycopg
 import pytest
 from ldclient.migrations.types import Origin
 
-from changeover.flags.router.mirror.changes import Change, MirroredTable, Row
-from changeover.flags.router.mirror.mirror import Mirror
-from changeover.flags.router.mirror.offer import Bounds
-from changeover.flags.router.mirror.worker import Way
-from changeover.flags.router.mirror.written import Told
+from changeover.flags.mirror.change import Change, MirroredTable, Row
+from changeover.flags.mirror.mirror import Mirror
+from changeover.flags.mirror.offer import Bounds
+from changeover.flags.mirror.worker import Way
+from changeover.flags.mirror.written import Told
 from changeover.position import Version, format_lsn
 from tests.support.fix_flags import PATIENCE, Stores, wait_until
 

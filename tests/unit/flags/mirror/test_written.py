@@ -12,8 +12,8 @@ import pytest
 from ldclient.migrations.types import Origin
 
 from changeover.errors import ChangesUntold
+from changeover.flags.mirror.change import Change, returned
 from changeover.flags.router.endpoint import PgEndpoint
-from changeover.flags.router.mirror.changes import Change, returned
 from changeover.flags.router.router import RoutedStore, Router
 from tests.support.fix_families import Families, MakeFamilies
 from tests.support.fix_flags import PATIENCE, Stores

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from changeover.flags.router.alarm import Alarm, reason_of
-from changeover.flags.router.mirror.offer import Bounds, Offer
+from changeover.flags.alarm import Alarm, reason_of
+from changeover.flags.mirror.offer import Bounds, Offer
 
 
 @dataclass

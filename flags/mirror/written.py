@@ -18,12 +18,12 @@ from ldclient.migrations.types import Origin
 from psycopg import sql
 
 from changeover.errors import ChangesUntold, Refused
-from changeover.flags.router.endpoint import Cursor, as_text
-from changeover.flags.router.mirror.changes import Change, MirroredTable
+from changeover.flags.mirror.change import Change, Cursor, MirroredTable
 from changeover.jobs.source.triggerlog import Log
 from changeover.names import qualified
 from changeover.position import ZERO_LSN, parse_lsn
 from changeover.session import one_row
+from changeover.tenants import as_text
 
 POSITION = (
     "pg_catalog.pg_current_wal_insert_lsn()::text, CASE WHEN pg_catalog.current_setting('synchronous_commit')"
@@ -114,7 +114,18 @@ class StoreTables:
         return Counts(self, {relation: changed for _, relation, changed in counts})
 
     def place_of(self, change: Change, relations: dict[int, int]) -> int:
-        """Return which table a change is of; raises TypeError for one that can't be told, or is not mirrored."""
+        """Return which table a change is of.
+
+        Args:
+            change: The change.
+            relations: The places of tables and their partitions, by the server's number.
+
+        Returns:
+            The table's place among the mirrored ones.
+
+        Raises:
+            TypeError: It can't be told, or the table is not mirrored.
+        """
         if change.table:
             if (place := self._places.get(change.table)) is None:
                 raise TypeError(f"mirror() was told a row of {change.table}, which is not mirrored")
@@ -128,7 +139,14 @@ class StoreTables:
         return 0
 
     def share(self, told: Told) -> str:
-        """Return by what a unit is given to a worker: the table and the key of its first row."""
+        """Return by what a unit is given to a worker: the table and the key of its first row.
+
+        Args:
+            told: The unit's first row.
+
+        Returns:
+            A text that is the same for the same key.
+        """
         key = self._keys[told.place] if self._keys else []
         return repr([told.place, *(told.change.row.get(name) for name in key)])
 

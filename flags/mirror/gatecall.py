@@ -13,7 +13,7 @@ from psycopg import sql
 from psycopg.types.json import Json, Jsonb
 
 from changeover.errors import StepOrder
-from changeover.flags.router.mirror.changes import Change, Row
+from changeover.flags.mirror.change import Change, Row
 from changeover.names import qualified
 from changeover.position import Version, format_lsn
 from changeover.session import Connection, escaped

@@ -16,13 +16,13 @@ from ldclient.migrations.types import Origin
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from changeover.flags.mirror.books import Books
+from changeover.flags.mirror.change import Change, returned
+from changeover.flags.mirror.mirror import Mirror
+from changeover.flags.mirror.offer import BATCH_ROWS, Bounds, Ended, Offer
+from changeover.flags.mirror.worker import Way
+from changeover.flags.mirror.written import Told
 from changeover.flags.router.endpoint import PgEndpoint
-from changeover.flags.router.mirror.books import Books
-from changeover.flags.router.mirror.changes import Change, returned
-from changeover.flags.router.mirror.mirror import Mirror
-from changeover.flags.router.mirror.offer import BATCH_ROWS, Bounds, Ended, Offer
-from changeover.flags.router.mirror.worker import Way
-from changeover.flags.router.mirror.written import Told
 from changeover.flags.router.router import RoutedStore
 from changeover.position import Version
 from tests.support.fix_families import PEOPLE, PETS, Families, MakeFamilies

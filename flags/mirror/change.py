@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psycopg
 from ldclient.migrations.types import Origin
 
-from changeover.flags.router.endpoint import Cursor
-
+Cursor = psycopg.Cursor[Any]
 Row = Mapping[str, Any]
 RowMapping = Callable[[Row], Row | None]
 """Makes the other store's whole row of a whole row; None says that the row isn't carried over."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from changeover.flags.router.mirror.changes import Change
-from changeover.flags.router.mirror.written import Told
+from changeover.flags.mirror.change import Change
+from changeover.flags.mirror.written import Told
 from changeover.position import Version
 
 BATCH_ROWS = 200

@@ -11,21 +11,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 from ldclient.migrations.types import Origin
 from psycopg.pq import TransactionStatus
 
 from changeover.errors import ServerUnavailable
-from changeover.flags.router.endpoint import PgEndpoint
-from changeover.flags.router.mirror.books import Books
-from changeover.flags.router.mirror.changes import Change, MirroredTable
-from changeover.flags.router.mirror.gatecall import GateCall
-from changeover.flags.router.mirror.offer import BATCH_ROWS, Offer
-from changeover.flags.router.unit import RETRIED, TRIES, before_retry
+from changeover.flags.mirror.books import Books
+from changeover.flags.mirror.change import Change, MirroredTable
+from changeover.flags.mirror.gatecall import GateCall
+from changeover.flags.mirror.offer import BATCH_ROWS, Offer
+from changeover.flags.retry import RETRIED, TRIES, before_retry
 from changeover.session import Connection
 from changeover.settings import Kind
 from changeover.stores.postgres import replica
@@ -53,11 +52,24 @@ class Ready:
     partial: list[Exception]
 
 
+class Store(Protocol):
+    """What a worker needs of a store."""
+
+    @property
+    def name(self) -> str:
+        """Return server and database, without a secret."""
+        ...
+
+    def open(self, application: str, settings: Mapping[str, str] | None = None, kind: Kind = Kind.CALLERS) -> Connection:
+        """Open a session; raises ServerUnavailable."""
+        ...
+
+
 @dataclass(frozen=True)
 class Way:
     """Where a mirror leads: the store, its tables, and as whom."""
 
-    endpoint: PgEndpoint
+    endpoint: Store
     origin: Origin
     tables: Sequence[MirroredTable]
     application: str
