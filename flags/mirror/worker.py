@@ -36,8 +36,11 @@ LOOK_AGAIN_SECONDS = 0.02
 OUT_OF_ORDER = frozenset({"23503", "23505"})
 """A foreign key, and another unique index: what they ask for may be under way with another worker."""
 
-OF_A_ROW = ("22", "23", "P0")
-"""The classes of errors that a row's values cause; whatever else is the store's, and would meet every part of a unit."""
+OF_A_ROW = (psycopg.DataError, psycopg.IntegrityError, psycopg.ProgrammingError, psycopg.errors.RaiseException)
+"""Errors that a row's values may cause; whatever else is the store's, and would meet every part of a unit."""
+
+MOST_REFUSALS = 200
+"""How often parts of a unit may be refused before the rest is lost as well: where all rows are bad it would never end."""
 
 Call = tuple[bytes, list[Any]]
 
@@ -86,6 +89,7 @@ class Worker:
         self._postponed: list[Offer] = []
         self._alone = 0
         """How many units are tried one by one, because a batch with them failed."""
+        self._refusals = 0
         self._connection: Connection | None = None
         self._calls: dict[int, GateCall] = {}
         self._thread = threading.Thread(target=self._run, name=f"changeover-mirror-{name}", daemon=True)
@@ -147,10 +151,9 @@ class Worker:
 
     def _deal_with(self, batch: list[Offer]) -> None:
         started = time.monotonic()
-        until = started + self.books.bounds.deadline
-        units = [unit for offer in batch if (unit := self._ready(offer, until)) is not None]
+        units = [unit for offer in batch if (unit := self._ready(offer)) is not None]
         try:
-            self._bring([call for unit in units for call in unit.calls], until)
+            self._bring([call for unit in units for call in unit.calls])
         # whatever fails must not end this thread, nor take along what it does not concern
         except Exception as error:
             if len(units) > 1:
@@ -158,8 +161,9 @@ class Worker:
                     self._alone = len(units)
                     self._queue.extendleft(unit.offer for unit in reversed(units))
             elif not self._postpones(units[0].offer, error):
-                self._lose_what_is_bad(units[0], units[0].calls, error, until)
-                self._end(units, time.monotonic() - started, kept_up=_of_a_row(error))
+                self._refusals = 0
+                self._lose_what_is_bad(units[0], units[0].calls, error)
+                self._end(units, time.monotonic() - started, kept_up=isinstance(error, OF_A_ROW))
         else:
             self._end(units, time.monotonic() - started, kept_up=True)
 
@@ -170,7 +174,7 @@ class Worker:
                 self.books.fail(unit.offer, error, 1)
         self.books.done([unit.offer for unit in units], seconds, kept_up=kept_up)
 
-    def _ready(self, offer: Offer, until: float) -> Ready | None:
+    def _ready(self, offer: Offer) -> Ready | None:
         """Return a unit's calls of the gate; None, and all its rows lost, where it can't be read.
 
         The mapping is the application's code, and may raise whatever it likes. Which key the row
@@ -185,13 +189,14 @@ class Worker:
                 if row is None:
                     skipped += 1
                     continue
-                call = self._call(told.place, until)
+                call = self._call(told.place)
                 key = (told.place, *call.key_of(row))
                 last.pop(key, None)  # all have one version, and the gate takes the first: the last image, in its own place
                 last[key] = (call, Change(row, told.change.deleted))
         except Exception as error:
             self.books.fail(offer, error, len(offer.changes))
-            self.books.done([offer], time.monotonic() - started)
+            away = isinstance(error, (ServerUnavailable, psycopg.OperationalError))
+            self.books.done([offer], time.monotonic() - started, kept_up=False if away else None)
             return None
         ready = Ready(offer, [], skipped, [])
         for call, change in last.values():
@@ -201,11 +206,11 @@ class Worker:
                 ready.partial.append(error)
         return ready
 
-    def _bring(self, calls: Sequence[Call], until: float) -> None:
+    def _bring(self, calls: Sequence[Call]) -> None:
         """Offer rows in one transaction, and count what the gate said; again after a lost session, a deadlock and their like."""
         tries = 0
         while calls:
-            connection = self._connected(until)
+            connection = self._connected()
             try:
                 applied = _applied(connection, calls)
             except psycopg.Error as error:
@@ -213,7 +218,7 @@ class Worker:
                 lost = connection.closed
                 if lost or connection.info.transaction_status != TransactionStatus.IDLE:
                     self._disconnect()
-                if not (lost or error.sqlstate in RETRIED) or tries >= TRIES or time.monotonic() >= until:
+                if not (lost or error.sqlstate in RETRIED) or tries >= TRIES:
                     raise
                 time.sleep(before_retry(tries))
             else:
@@ -232,32 +237,35 @@ class Worker:
             self._postponed.append(offer)
         return True
 
-    def _lose_what_is_bad(self, unit: Ready, calls: list[Call], error: Exception, until: float) -> None:
+    def _lose_what_is_bad(self, unit: Ready, calls: list[Call], error: Exception) -> None:
         """Lose rows that were refused; where it was for the values of some of them, bring the others."""
-        if len(calls) < 2 or not _of_a_row(error) or time.monotonic() >= until:
+        self._refusals += 1
+        if len(calls) < 2 or not isinstance(error, OF_A_ROW) or self._refusals > MOST_REFUSALS:
             self.books.fail(unit.offer, error, len(calls))
             return
         middle = len(calls) // 2
         for half in (calls[:middle], calls[middle:]):
             try:
-                self._bring(half, until)
+                self._bring(half)
             except Exception as refused:
-                self._lose_what_is_bad(unit, half, refused, until)
+                self._lose_what_is_bad(unit, half, refused)
 
-    def _call(self, place: int, until: float) -> GateCall:
+    def _call(self, place: int) -> GateCall:
         """Return the gate's call for a table; of a session that turns out to be lost it is read anew."""
         while True:
-            connection = self._connected(until)
+            connection = self._connected()
             if (call := self._calls.get(place)) is not None:
                 return call
             try:
                 self._calls[place] = GateCall.of(connection, self.way.tables[place].name(self.way.origin))
             except psycopg.OperationalError:
-                if not connection.closed or time.monotonic() >= until:
+                if not connection.closed:
                     raise
                 self._disconnect()
 
-    def _connected(self, until: float) -> Connection:
+    def _connected(self) -> Connection:
+        """Return the session, asked for until the deadline where there is none; raises ServerUnavailable."""
+        until = time.monotonic() + self.books.bounds.deadline
         while self._connection is None:
             try:
                 settings = {"statement_timeout": f"{int(self.books.bounds.deadline * 1000)}ms"}
@@ -289,8 +297,3 @@ def _applied(connection: Connection, calls: Sequence[Call]) -> int:
         with connection.pipeline(), connection.transaction():
             cursors = [connection.execute(*call) for call in calls]
     return sum(bool(row and row[0]) for row in (cursor.fetchone() for cursor in cursors))
-
-
-def _of_a_row(error: Exception) -> bool:
-    state = error.sqlstate if isinstance(error, psycopg.Error) else None
-    return state is not None and state.startswith(OF_A_ROW)

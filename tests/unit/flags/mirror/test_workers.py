@@ -207,6 +207,24 @@ def put(families: Families, number: int) -> None:
         store.mirror(returned(store.execute("INSERT INTO people VALUES (%s, %s) RETURNING *", [number, f"person {number}"])))
 
 
+def test_a_value_that_the_driver_refuses_loses_only_its_row(families: Families, make_mirror: MakeMirror) -> None:
+    mirror = make_mirror()
+    mirror.offer(at(1), [person(1), person(2, "a text with \x00"), person(3)], "a")
+    mirror.offer(at(2), [person(4)], "a")
+    assert mirror.drain(PATIENCE)
+    assert [row[0] for row in families.rows(Origin.NEW)[0]] == [1, 3, 4]
+    assert mirror.counters()["lost"] == {"0": 1}
+
+
+def test_where_every_row_is_bad_it_ends(families: Families, make_mirror: MakeMirror) -> None:
+    mirror = make_mirror()
+    mirror.offer(at(1), [pet(number, 1, "refused") for number in range(1, 3001)], "a")
+    mirror.offer(at(2), [person(1)], "a")
+    assert mirror.drain(PATIENCE)
+    assert families.rows(Origin.NEW) == ([(1, "person 1")], [])
+    assert mirror.counters()["lost"] == {"0": 3000}
+
+
 def waits(stores: Stores) -> bool:
     """Return whether a session of the mirror waits for a lock."""
     row = stores.old.execute(
