@@ -125,7 +125,7 @@ class Router:
         if client is None and spec.flag.file is None:
             raise SpecError(spec.path, "flag.file", "is missing: name the flag's data file, or hand the router an SDK client")
         kind = spec.flag.context
-        new_tenants = [new_column(spec, table) for table in spec.tables]
+        new_tenants = [new_column(spec, table) for table in (spec.tables if mirrored else spec.tables[:1])]
         if kind is not None and None in new_tenants:
             target = spec.tables[new_tenants.index(None)].target
             raise SpecError(spec.path, "flag.context", f"{kind} is no key column of {target}: `changeover check` says more")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psycopg
 import pytest
 from ldclient.migrations.types import Origin
 
-from changeover.errors import ChangesUntold
+from changeover.errors import ChangesUntold, Refused
 from changeover.flags.mirror.change import Change, returned
+from changeover.flags.mirror.written import StoreTables, Written
 from changeover.flags.router.endpoint import PgEndpoint
 from changeover.flags.router.router import RoutedStore, Router
-from tests.support.fix_families import Families, MakeFamilies
+from tests.support.fix_families import PEOPLE, PETS, Families, MakeFamilies
 from tests.support.fix_flags import PATIENCE, Stores
 
 PERSON = "INSERT INTO public.people VALUES (%s, %s) RETURNING *"
@@ -211,3 +213,21 @@ def test_of_which_table_a_row_is_has_to_be_known(families: Families) -> None:
     families.router.run(lambda store: store.mirror(returned(store.execute(view), table="public.people")))
     assert families.router.drain(PATIENCE)
     assert families.rows(Origin.OLD) == families.rows(Origin.NEW) == ([(1, "Ada")], [])
+
+
+def test_each_table_has_its_own_column_of_tenants(families: Families) -> None:
+    old = families.stores.old
+    tables = StoreTables(Origin.OLD, [replace(PEOPLE, old_tenant="id"), replace(PETS, old_tenant="owner")])
+
+    def unit(*statements: tuple[str, list[Any]]) -> Written:
+        with old.transaction(), old.cursor() as cursor:
+            counts = tables.begin(cursor)
+            told = [change for one in statements for change in returned(cursor.execute(one[0].encode(), one[1]))]
+            return counts.end(cursor, told, None, "1")
+
+    written = unit((PERSON, [1, "Ada"]), (PET, [10, 1, "Rex"]))
+    assert [(one.place, one.change.row["id"]) for one in written.told] == [(0, 1), (1, 10)]
+    old.execute("INSERT INTO people VALUES (2, 'Bob')")
+    with pytest.raises(Refused, match="a row whose owner is not the tenant that it was called for"):
+        unit((PET, [20, 2, "Mia"]))
+    assert families.rows(Origin.OLD)[1] == [(10, 1, "Rex")]
