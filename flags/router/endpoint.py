@@ -151,7 +151,7 @@ def transaction(connection: psycopg.Connection[Any], *, mirrored: bool = True) -
             except psycopg.Rollback as rollback:  # which psycopg would take as an end like any other
                 asked = rollback
                 raise
-            if _failed(connection):
+            if failed(connection):
                 raise psycopg.errors.InFailedSqlTransaction(SWALLOWED)
         if asked is not None:
             raise asked
@@ -160,5 +160,6 @@ def transaction(connection: psycopg.Connection[Any], *, mirrored: bool = True) -
             connection.isolation_level = before
 
 
-def _failed(connection: psycopg.Connection[Any]) -> bool:
+def failed(connection: psycopg.Connection[Any]) -> bool:
+    """Return whether a statement of the transaction failed, so that it can't be committed."""
     return connection.info.transaction_status == TransactionStatus.INERROR

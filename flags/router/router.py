@@ -42,7 +42,7 @@ from changeover.flags import flagfile
 from changeover.flags.mirror.change import Change, MirroredTable, TableMapping, returned
 from changeover.flags.retry import RETRIED, TRIES, before_retry
 from changeover.flags.router.desired import FlagStage, StageSource
-from changeover.flags.router.endpoint import Cursor, PgEndpoint, transaction
+from changeover.flags.router.endpoint import Cursor, PgEndpoint, failed, transaction
 from changeover.flags.router.follower import AuthoritySource, LedgerAuthority
 from changeover.flags.router.runtime import Limits, Parts, Pin, Runtime
 from changeover.flags.router.shadow import Comparison, Experiment, Observation, Result
@@ -465,7 +465,7 @@ class Router:
                     cursor.execute("SELECT pg_catalog.set_config(%s, %s, true)", [TENANT_SETTING, tenant])
                 store = RoutedStore(origin, pin.stage, pin.observation.epoch, _named(tenant), cursor)
                 yield store
-                if counts is not None:
+                if counts is not None and not failed(connection):
                     written = counts.end(cursor, store.changes, endpoint.log, _named(tenant))
         except Exception as error:
             runtime.done(Operation.WRITE, tenant, origin, started, error)

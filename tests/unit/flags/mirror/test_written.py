@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -213,6 +213,15 @@ def test_of_which_table_a_row_is_has_to_be_known(families: Families) -> None:
     families.router.run(lambda store: store.mirror(returned(store.execute(view), table="public.people")))
     assert families.router.drain(PATIENCE)
     assert families.rows(Origin.OLD) == families.rows(Origin.NEW) == ([(1, "Ada")], [])
+
+
+def test_an_error_that_was_caught_is_named_and_nothing_is_counted(families: Families) -> None:
+    def swallow(store: RoutedStore) -> None:
+        with suppress(psycopg.Error):
+            store.execute("SELECT 1 / 0")
+
+    with pytest.raises(psycopg.errors.InFailedSqlTransaction, match="its error was caught, so nothing can be committed"):
+        families.router.run(swallow)
 
 
 def test_each_table_has_its_own_column_of_tenants(families: Families) -> None:
