@@ -2,7 +2,8 @@
 
 The stores answer at once, in this benchmark alone, so that what is left is the router's own. One read and one write by key a case,
 at each stage; a shadow read also with a store that takes long. A party's time is its p50 less that of the bare call. And on a real
-server eight threads write through the router, and through the pool alone; every write must be there.
+server eight threads write through the router, and through the pool alone; every write must be there. Eight threads also write to
+two stores, by a router whose application mirrors and by the Migrator. There the p50 of a write counts, and nothing may be lost.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +35,11 @@ from changeover.flags import flagfile
 from changeover.flags.observed import Observation, Observations
 from changeover.flags.router.desired import FlagStage
 from changeover.flags.router.endpoint import READ_COMMITTED, PgEndpoint
-from changeover.flags.router.router import Router
+from changeover.flags.router.router import MirroredTable, Router, returned
 from changeover.flags.stages import TABLE
+from changeover.position import image_version
+from changeover.session import connect
+from changeover.stores.postgres.gate import install_gate
 
 FLAG = "bench"
 CONTEXT = Context.create("bench")
@@ -43,6 +47,9 @@ WARM_UP = 200
 SLOW_SECONDS = 0.05
 THREADS, TURNS = 8, 6
 PUT = "INSERT INTO numbers VALUES (%s)"
+PAIRS = "CREATE TABLE pairs (number bigint PRIMARY KEY, note text)"
+PUT_PAIR = "INSERT INTO pairs VALUES (%s, 'x') ON CONFLICT (number) DO UPDATE SET note = excluded.note RETURNING *"
+DRAIN_SECONDS = 60
 
 Call = Callable[[], object]
 
@@ -131,7 +138,7 @@ def measure(calls: int, repeat: int, writes: int) -> Measured:
         flagfile.write_stage(path, FLAG, Stage.SHADOW)
         slow = _stage(path, Stage.SHADOW, max(10, calls // 50), 1, SLOW_SECONDS)
         cases += [CaseResult("read shadow_slow_secondary", slow[0].ours, slow[0].peers)]
-        cases += [_threads(Path(folder), path, writes)]
+        cases += [_threads(Path(folder), path, writes), _mirrored(Path(folder), path, writes)]
     return Measured("router", calls, cases, {})
 
 
@@ -140,7 +147,7 @@ def _stage(path: Path, stage: Stage, calls: int, repeat: int, slow: float = 0.0)
     writes = TABLE[stage].writes
     stores = {origin: Instant(0.0 if origin is writes else slow) for origin in Origin}
     endpoints = {
-        origin: InstantEndpoint("", "numbers", pool=store, seconds=store.seconds)  # type: ignore[arg-type]
+        origin: InstantEndpoint("", pool=store, seconds=store.seconds)  # type: ignore[arg-type]
         for origin, store in stores.items()
     }
     client = flagfile.client(path)
@@ -236,6 +243,76 @@ def _threads(folder: Path, path: Path, writes: int) -> CaseResult:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     print(f"write_8_threads: {medians}", file=sys.stderr, flush=True)
     return CaseResult("write_8_threads", medians.pop("ours"), medians)
+
+
+Pools = dict[Origin, ConnectionPool]
+
+
+def _mirrored(folder: Path, path: Path, writes: int) -> CaseResult:
+    """Write by eight threads to two stores, by a router whose application mirrors and by the Migrator; return their p50."""
+    times: dict[str, list[float]] = {"ours": [], "migrator": []}
+    with server_at(folder / "stores") as server, ExitStack() as stack:
+        dsns = {origin: server.create_database(origin.value) for origin in Origin}
+        pools = {origin: stack.enter_context(_pool(dsn, gated=origin is Origin.NEW)) for origin, dsn in dsns.items()}
+        client = flagfile.client(path)
+        router = stack.enter_context(
+            Router(
+                old=PgEndpoint(dsns[Origin.OLD], pool=pools[Origin.OLD]), new=PgEndpoint(dsns[Origin.NEW], pool=pools[Origin.NEW]),
+                mirrored=[MirroredTable("public.pairs", "public.pairs", dict, dict)], stage=FlagStage(client, FLAG), name="bench",
+                authority=Fixed(Observations(1, Observation(1, Origin.OLD))),
+            )
+        )  # fmt: skip
+        parties: dict[str, Callable[[int], object]] = {
+            "ours": lambda number: router.run(lambda store: store.mirror(returned(store.execute(PUT_PAIR, [number])))),
+            "migrator": _both(client, pools),
+        }
+        for turn in range(TURNS):
+            name = ("ours", "migrator")[turn % 2]
+            _together(_timed(parties[name], times[name]), turn * THREADS * writes, writes)
+            router.drain(DRAIN_SECONDS)
+        counts = router.counters()["mirror_new"]
+    client.close()  # type: ignore[no-untyped-call]
+    if (wanted := TURNS // 2 * THREADS * writes) != counts["applied"] or counts["lost"] or counts["dropped"]:
+        raise PartyFailed(f"router: of {wanted} mirrored writes {counts}")
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    print(f"mirrored_8_threads: {medians}, {counts}", file=sys.stderr, flush=True)
+    return CaseResult("mirrored_8_threads", medians.pop("ours"), medians)
+
+
+def _pool(dsn: str, *, gated: bool) -> ConnectionPool:
+    """Make the table of pairs, behind the gate or not, and return a pool of its database."""
+    with connect(dsn, "benchmark") as session:
+        session.execute(PAIRS)
+        if gated:
+            install_gate(session, "public", "pairs", ("number",), image_version(1))
+    return ConnectionPool(dsn, min_size=THREADS, max_size=THREADS, open=True)
+
+
+def _both(client: LDClient, pools: Pools) -> Callable[[int], object]:
+    """Return a write to both stores by the SDK's own Migrator."""
+
+    def on(origin: Origin) -> Callable[[int], Result]:
+        def put(number: int) -> Result:
+            with pools[origin].connection() as connection, connection.transaction(), connection.cursor() as cursor:
+                cursor.execute(PUT_PAIR, [number])
+            return Result.success(None)
+
+        return put
+
+    stores = on(Origin.OLD), on(Origin.NEW)
+    made = MigratorBuilder(client).read(*stores).write(*stores).build()
+    if isinstance(made, str):
+        raise PartyFailed(f"router: the SDK makes no migrator: {made}")
+    return lambda number: made.write(FLAG, CONTEXT, Stage.DUALWRITE, number)
+
+
+def _timed(write: Callable[[int], object], times: list[float]) -> Callable[[int], object]:
+    def timed(number: int) -> None:
+        started = time.perf_counter()
+        write(number)
+        times.append(time.perf_counter() - started)
+
+    return timed
 
 
 def _together(write: Callable[[int], object], first: int, writes: int) -> float:

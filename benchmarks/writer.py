@@ -17,7 +17,10 @@ from typing import Self
 
 from psycopg import sql
 
-from changeover.flags.router.endpoint import Change, GateCall, PgEndpoint, position, returned, transaction
+from changeover.flags.mirror.change import Change, returned
+from changeover.flags.mirror.gatecall import GateCall
+from changeover.flags.mirror.written import position
+from changeover.flags.router.endpoint import PgEndpoint, transaction
 from changeover.position import DUAL_WRITE_ORDINAL, Version
 from changeover.session import Connection
 
@@ -79,9 +82,9 @@ class Writing:
 
 def serve(old: str, new: str, table: str, pipe: Pipe) -> None:
     """Write whenever told to, until told to end; the other end gone ends it all (the writer's process)."""
-    here, there = PgEndpoint(old, "public.follows"), PgEndpoint(new, f"public.{table}")
+    here, there = PgEndpoint(old), PgEndpoint(new)
     with here.open(APPLICATION) as source, there.open(APPLICATION) as target:
-        application = Application(source, target, GateCall.of(target, there))
+        application = Application(source, target, GateCall.of(target, f"public.{table}"))
         try:
             while pipe.recv():
                 pipe.send(application.write(pipe))

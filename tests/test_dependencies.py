@@ -61,6 +61,7 @@ ORDER = (
     "changeover.verifiers",
     "changeover.flags",
     "changeover.flags.shadow",
+    "changeover.flags.mirror",
     "changeover.flags.router",
     "changeover.flags.fence",
     "changeover.flags.cutover",

@@ -41,8 +41,7 @@ Queue = tuple[str, str]
 class Queues:
     """The mirrors' queues of all processes, as their heartbeats tell.
 
-    A process that is not heard of any more brings nothing more. In which order a queue is dealt with does not matter. Where a
-    stream brings the same, the version gate refuses what comes after it. Where none does, `history` lets nothing differ while
+    A process that is not heard of any more brings nothing more. Where a stream brings the same, the version gate refuses what comes after it. Where none does, `history` lets nothing differ while
     anything is queued, and then a queue has passed when it is empty.
     """
 
@@ -66,12 +65,8 @@ class Queues:
         self._wanted = {queue: counts["mirrored"] for beat in self.ledger.heartbeats() for queue, counts in _mirrors(beat)}
 
     def through(self) -> None:
-        """Wait until each process has dealt with as many transactions as it had queued by then."""
-        while any(
-            counts["mirrored"] - counts["depth"] < self._wanted.get(queue, 0)
-            for beat in self._alive()
-            for queue, counts in _mirrors(beat)
-        ):
+        """Wait until each process has dealt with all that it had queued by then; its workers may be ahead with later ones."""
+        while any(counts["settled"] < self._wanted.get(queue, 0) for beat in self._alive() for queue, counts in _mirrors(beat)):
             time.sleep(POLL_SECONDS)
 
     def history(self, keys: Sequence[Key]) -> Iterator[None]:

@@ -29,7 +29,6 @@ from changeover.flags.cutover.switch import Advanced, desired_stage, everybody, 
 from changeover.flags.fence.fence import MAX_PAUSE, fence, settle
 from changeover.flags.observed import Observations, observations
 from changeover.flags.rights import waits
-from changeover.flags.router.endpoint import Tenant
 from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previous_stage
 from changeover.interrupt import asked_to_stop
 from changeover.jobs.capture.rogue import Rogue, rogue
@@ -40,6 +39,7 @@ from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.marker import mark
 from changeover.session import application_name, connect
 from changeover.spec import Spec
+from changeover.tenants import Tenant
 
 __all__ = ["Advanced", "Shown", "advance", "desired_stage", "flag_and_file", "rollback", "show", "watch"]
 

@@ -19,11 +19,10 @@ from changeover.flags.cutover.discovery import spelled, unknown
 from changeover.flags.cutover.switch import Advanced, everybody, require_open, require_reverse
 from changeover.flags.fence.fence import MOST_TENANTS, Fenced, fence
 from changeover.flags.observed import Observations, observations
-from changeover.flags.router.endpoint import Tenant, as_text
 from changeover.flags.stages import TABLE
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.spec import Spec
-from changeover.tenants import NAMED
+from changeover.tenants import NAMED, Tenant, as_text
 
 
 @dataclass(frozen=True)

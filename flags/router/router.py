@@ -27,10 +27,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -39,21 +39,11 @@ from ldclient.migrations.types import Operation, Origin, Stage
 
 from changeover.errors import AuthorityMoving, LockNotGranted, SpecError
 from changeover.flags import flagfile
+from changeover.flags.mirror.change import Change, MirroredTable, TableMapping, returned
+from changeover.flags.retry import RETRIED, TRIES, before_retry
 from changeover.flags.router.desired import FlagStage, StageSource
-from changeover.flags.router.endpoint import (
-    EXACT_FLOATS,
-    Change,
-    Cursor,
-    PgEndpoint,
-    RowMapping,
-    Tenant,
-    as_text,
-    position,
-    returned,
-    transaction,
-)
+from changeover.flags.router.endpoint import Cursor, PgEndpoint, failed, transaction
 from changeover.flags.router.follower import AuthoritySource, LedgerAuthority
-from changeover.flags.router.mirror import RETRIED, TRIES, before_retry
 from changeover.flags.router.runtime import Limits, Parts, Pin, Runtime
 from changeover.flags.router.unit import Place, RoutedStore, sqlstate
 from changeover.flags.shadow.experiment import Answer, Experiment, Observation, Result
@@ -65,10 +55,13 @@ from changeover.jobs.transform.tenancy import new_column
 from changeover.position import DUAL_WRITE_ORDINAL, Version
 from changeover.secret import in_environment
 from changeover.session import application_name
-from changeover.spec import APPLICATION, STREAM, TRIGGER, Spec, Table
+from changeover.spec import APPLICATION, STREAM, TRIGGER, Spec
 from changeover.stores.postgres.refusal import TENANT_SETTING
+from changeover.tenants import Tenant, as_text
 
-__all__ = ["Change", "Experiment", "Limits", "PgEndpoint", "Place", "RoutedStore", "Router", "returned"]
+__all__ = [
+    "Change", "Experiment", "Limits", "MirroredTable", "PgEndpoint", "Place", "RoutedStore", "Router", "TableMapping", "returned",
+]  # fmt: skip
 
 log = logging.getLogger("changeover.flags")
 
@@ -83,15 +76,14 @@ class Router:
     """Routes a migration's reads and writes; thread-safe, one for a process and its forked children."""
 
     def __init__(
-        self, *, old: PgEndpoint, new: PgEndpoint, stage: StageSource, to_new: RowMapping | None = None,
-        to_old: RowMapping | None = None, authority: AuthoritySource | None = None, name: str = "router",
-        process: str | None = None, limits: Limits | None = None,
+        self, *, old: PgEndpoint, new: PgEndpoint, stage: StageSource, mirrored: Sequence[MirroredTable] = (),
+        authority: AuthoritySource | None = None, name: str = "router", process: str | None = None, limits: Limits | None = None,
     ) -> None:  # fmt: skip
-        if (to_new is None) is not (to_old is None):
-            raise TypeError("a router mirrors by both mappings, to_new and to_old, or by none")
-        mappings = {Origin.OLD: to_old, Origin.NEW: to_new} if to_new is not None and to_old is not None else None
+        tables = [
+            replace(one, old_tenant=one.old_tenant or old.tenant, new_tenant=one.new_tenant or new.tenant) for one in mirrored
+        ]
         self._parts = Parts(
-            {Origin.OLD: old, Origin.NEW: new}, mappings, stage, authority, application_name(name, "router"), process,
+            {Origin.OLD: old, Origin.NEW: new}, tables, stage, authority, application_name(name, "router"), process,
             limits or Limits(),
         )  # fmt: skip
         if (old.tenant is None) is not (new.tenant is None):
@@ -102,24 +94,23 @@ class Router:
         self._starting = threading.Lock()
         self._closed = False
         if authority is None:
-            log.warning("the router of %s has no ledger: it follows the flag, and nothing is fenced", new.table or name)
+            log.warning("the router of %s has no ledger: it follows the flag, and nothing is fenced", name)
         this = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_parent(this()))
 
     @classmethod
     def connect(
-        cls, spec: Spec, table: str | None = None, *, to_new: RowMapping | None = None, to_old: RowMapping | None = None,
-        client: LDClient | None = None, process: str | None = None, limits: Limits | None = None,
+        cls, spec: Spec, *, mappings: Mapping[str, TableMapping] | None = None, client: LDClient | None = None,
+        process: str | None = None, limits: Limits | None = None,
     ) -> Self:  # fmt: skip
         """Return the router of a spec; without an SDK client it follows the spec's flag file.
 
-        Where `flag.mirror` is "application", it is the router of one table, and mirrors its rows.
+        Where `flag.mirror` is "application", it mirrors the rows of all tables of the spec.
 
         Args:
             spec: The migration's spec.
-            table: The table that is mirrored, by its source's or its target's name; None where none is.
-            to_new: What makes the new store's row of an old one; None where nothing is mirrored.
-            to_old: What makes the old store's row of a new one; None where nothing is mirrored.
+            mappings: What makes the rows of the other store, for each table of the spec, by its source's or its target's
+                name; None where nothing is mirrored.
             client: An SDK client that follows the flag, and is told of each operation; None follows the
                 spec's file.
             process: This process's name in its heartbeats; None is the host's.
@@ -135,14 +126,14 @@ class Router:
         """
         if spec.flag is None:
             raise SpecError(spec.path, "flag", "is missing: the router follows a flag, so name its key and target")
-        mirrored = _mirrored(spec, table, to_new, to_old)
+        mirrored = _mirrored(spec, mappings)
         if client is None and spec.flag.file is None:
             raise SpecError(spec.path, "flag.file", "is missing: name the flag's data file, or hand the router an SDK client")
-        planned = mirrored or spec.tables[0]
         kind = spec.flag.context
-        new_tenant = new_column(spec, planned) if kind is not None else None
-        if kind is not None and new_tenant is None:
-            raise SpecError(spec.path, "flag.context", f"{kind} is no key column of {planned.target}: `changeover check` says more")
+        new_tenants = [new_column(spec, table) for table in (spec.tables if mirrored else spec.tables[:1])]
+        if kind is not None and None in new_tenants:
+            target = spec.tables[new_tenants.index(None)].target
+            raise SpecError(spec.path, "flag.context", f"{kind} is no key column of {target}: `changeover check` says more")
         log_of = Log(spec.name) if spec.source.capture == TRIGGER else None
         authority = LedgerAuthority(spec.ledger.resolve(), spec.name, spec.flag.target)
         # the file's client sends nothing, and the file's targets name tenants as they are
@@ -150,12 +141,9 @@ class Router:
         secret = in_environment("flag.private", private).encode() if private is not None else None
         used = client if client is not None else flagfile.client(str(spec.flag.file))
         router = cls(
-            old=PgEndpoint(spec.source.dsn.resolve(), mirrored.source if mirrored else "", log=log_of, tenant=kind),
-            new=PgEndpoint(
-                spec.targets[spec.flag.target].dsn_value, mirrored.target if mirrored else "", mirrored.key if mirrored else (),
-                tenant=new_tenant,
-            ),
-            to_new=to_new, to_old=to_old, stage=FlagStage(used, spec.flag.key, kind=kind, tracks=client is not None, secret=secret),
+            old=PgEndpoint(spec.source.dsn.resolve(), log=log_of, tenant=kind),
+            new=PgEndpoint(spec.targets[spec.flag.target].dsn_value, tenant=new_tenants[0]),
+            mirrored=mirrored, stage=FlagStage(used, spec.flag.key, kind=kind, tracks=client is not None, secret=secret),
             authority=authority, name=spec.name, process=process, limits=limits,
         )  # fmt: skip
         router._owned_client = None if client is not None else used
@@ -524,39 +512,34 @@ class Router:
     @contextmanager
     def _unit(self, runtime: Runtime, pin: Pin, tenant: str, context: Context | None) -> Iterator[RoutedStore]:
         """Lend a store for one transaction, and mirror after its COMMIT what the block said that it wrote."""
-        origin, lsn, started = pin.rule.writes, None, time.monotonic()
-        endpoint = self._parts.endpoints[origin]
-        mapped = self._parts.mappings is not None
-        mirrors = pin.rule.mirrors and mapped
+        origin, written, started = pin.rule.writes, None, time.monotonic()
+        endpoint, mapped = self._parts.endpoints[origin], bool(self._parts.mirrored)
         try:
             with runtime.session(origin) as connection:
                 with transaction(connection, mirrored=mapped) as cursor:
-                    if mirrors and endpoint.pool is not None:
-                        cursor.execute(EXACT_FLOATS)
+                    counts = runtime.tables[origin].begin(cursor) if mapped and pin.rule.mirrors else None
                     if endpoint.tenant is not None:
                         cursor.execute("SELECT pg_catalog.set_config(%s, %s, true)", [TENANT_SETTING, tenant])
                     store = RoutedStore(origin, pin.stage, pin.observation.epoch, _named(tenant), cursor)
                     yield store
-                    if endpoint.tenant is not None:
-                        store.require_tenant(endpoint.tenant, tenant)
-                    if mirrors and store.changes:
-                        lsn = position(cursor, endpoint.log)
+                    if counts is not None and not failed(connection):
+                        written = counts.end(cursor, store.changes, endpoint.log, _named(tenant))
                 runtime.wrote_for(context, origin, connection)
         except Exception as error:
             runtime.done(Operation.WRITE, tenant, origin, started, error)
             raise
         # From here on the COMMIT is acknowledged; any exception above means that it is not, and nothing is mirrored.
         runtime.wrote()
-        if lsn is None:
+        if written is None or not written.told:
             runtime.done(Operation.WRITE, tenant, origin, started)
             return
-        store.version = Version(pin.observation.epoch, lsn, DUAL_WRITE_ORDINAL)
+        store.version = Version(pin.observation.epoch, written.lsn, DUAL_WRITE_ORDINAL)
         ended = runtime.mirrored(tenant, origin, started)
-        store.mirrored = runtime.mirror(other(origin)).offer(store.version, store.changes, ended)
+        store.mirrored = runtime.mirror(other(origin)).offer(store.version, written.told, written.share, ended)
 
     def _placed(self, tenant: Tenant | None) -> tuple[Runtime, Pin, str]:
         """Return by which pin a unit goes whose sessions are the application's; a router that mirrors has to see each row."""
-        if self._parts.mappings is not None:
+        if self._parts.mirrored:
             raise TypeError("a router that mirrors sees what `write` and `run` did, and nothing else")
         return self._called(tenant)
 
@@ -655,17 +638,23 @@ def _measured(runtime: Runtime, pin: Pin, tenant: str) -> Iterator[None]:
     runtime.done(Operation.WRITE, tenant, pin.rule.writes, started)
 
 
-def _mirrored(spec: Spec, table: str | None, to_new: RowMapping | None, to_old: RowMapping | None) -> Table | None:
-    """Return the table whose rows the application mirrors, None where it mirrors none; raises SpecError for what does not fit."""
-    given = (table, to_new, to_old)
+def _mirrored(spec: Spec, mappings: Mapping[str, TableMapping] | None) -> list[MirroredTable]:
+    """Return the tables whose rows the application mirrors; raises SpecError for mappings that do not fit."""
     if not spec.mirrors:
-        if to_new is not None or to_old is not None:
-            problem = f"is {STREAM!r}, so nothing needs mappings: leave to_new and to_old out, or set {APPLICATION!r}"
+        if mappings:
+            problem = f"is {STREAM!r}, so nothing needs mappings: leave them out, or set {APPLICATION!r}"
             raise SpecError(spec.path, "flag.mirror", problem)
-        return None
-    if None in given:
-        raise SpecError(spec.path, "flag.mirror", f"is {APPLICATION!r}: the router needs a table, to_new and to_old")
-    return spec.table(str(table))
+        return []
+    given = {spec.table(name).source: mapping for name, mapping in (mappings or {}).items()}
+    if lacking := [table.source for table in spec.tables if table.source not in given]:
+        problem = f"is {APPLICATION!r}: the router needs a TableMapping for each table, and has none for {', '.join(lacking)}"
+        raise SpecError(spec.path, "flag.mirror", problem)
+    return [
+        MirroredTable(
+            table.source, table.target, given[table.source].to_new, given[table.source].to_old, new_tenant=new_column(spec, table)
+        )
+        for table in spec.tables
+    ]
 
 
 @dataclass

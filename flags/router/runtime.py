@@ -11,7 +11,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
@@ -22,12 +22,17 @@ from ldclient import Context
 from ldclient.migrations.types import Operation, Origin, Stage
 
 from changeover.errors import ServerUnavailable
+from changeover.flags.mirror.change import MirroredTable
+from changeover.flags.mirror.mirror import Mirror
+from changeover.flags.mirror.offer import Bounds, Ended, unheard
+from changeover.flags.mirror.worker import Way
+from changeover.flags.mirror.written import StoreTables
 from changeover.flags.observed import BEGINNING, Observation
+from changeover.flags.retry import RETRIED
 from changeover.flags.router.desired import StageSource
-from changeover.flags.router.endpoint import PgEndpoint, RowMapping, Sessions
+from changeover.flags.router.endpoint import PgEndpoint, Sessions
 from changeover.flags.router.follower import AuthoritySource, Beat, Follower
 from changeover.flags.router.freshness import Reads
-from changeover.flags.router.mirror import RETRIED, Ended, Mirror, unheard
 from changeover.flags.router.operations import Asked, Done
 from changeover.flags.router.unit import sqlstate
 from changeover.flags.shadow.comparisons import Comparisons
@@ -47,7 +52,12 @@ class Limits:
     max_pause: float = 10.0
     deadline: float = 30.0
     """How long a statement of a caller's, or its wait for a lock, may take in a session that the router opened."""
-    mirror_queue: int = 1_000
+    mirror_workers: int = 4
+    mirror_queue: int = 10_000
+    """Rows of small units under way to the other store; of bulks as many again."""
+    mirror_bytes: int = 64 << 20
+    mirror_wait: float = 0.05
+    """How long a full queue makes a caller wait at most, where the other store keeps up."""
     mirror_deadline: float = 2.0
     compare_queue: int = 1_000
     compare_deadline: float = 2.0
@@ -75,8 +85,8 @@ class Parts:
     """What a router was made of: the same in the process that made it and in its forked children."""
 
     endpoints: Mapping[Origin, PgEndpoint]
-    mappings: Mapping[Origin, RowMapping] | None
-    """By which rows are mirrored to a store; None where the streams alone bring them."""
+    mirrored: Sequence[MirroredTable]
+    """The tables whose rows the application mirrors; none where the streams alone bring them."""
     stage: StageSource
     authority: AuthoritySource | None
     application: str
@@ -97,6 +107,7 @@ class Runtime:
         self._written = 0
         self._longest_wait = 0.0
         self._mirrors: dict[Origin, Mirror] = {}
+        self.tables = {origin: StoreTables(origin, parts.mirrored) for origin in Origin}
         limit = f"{int(parts.limits.deadline * 1000)}ms"
         self._sessions = {
             origin: Sessions(endpoint, parts.application, {"statement_timeout": limit, "lock_timeout": limit})
@@ -181,19 +192,18 @@ class Runtime:
         return self._lenders[origin]()
 
     def mirror(self, origin: Origin) -> Mirror:
-        """Return the mirror to a store, started on first use; there is none where no mapping is."""
-        if self.parts.mappings is None:
-            raise TypeError("nothing is mirrored without mappings")
+        """Return the mirror to a store, made on first use."""
         mirror = self._mirrors.get(origin)
         if mirror is None:
             with self._lock:
                 mirror = self._mirrors.get(origin)
                 if mirror is None:
-                    parts, limits, mappings = self.parts, self.parts.limits, self.parts.mappings
-                    mirror = self._mirrors[origin] = Mirror(
-                        parts.endpoints[origin], mappings[origin], parts.application,
-                        limit=limits.mirror_queue, deadline=limits.mirror_deadline,
-                    )  # fmt: skip
+                    parts, limits = self.parts, self.parts.limits
+                    bounds = Bounds(
+                        limits.mirror_workers, limits.mirror_queue, limits.mirror_bytes, limits.mirror_wait, limits.mirror_deadline
+                    )
+                    way = Way(parts.endpoints[origin], origin, parts.mirrored, parts.application)
+                    mirror = self._mirrors[origin] = Mirror(way, bounds)
         return mirror
 
     def under_way(self, origin: Origin) -> Callable[[], bool]:
@@ -256,7 +266,7 @@ class Runtime:
         alarm = self.parts.stage.alarm
         counts.update(
             writes=self._written,
-            mirrors=self.parts.mappings is not None,
+            mirrors=bool(self.parts.mirrored),
             alarms=alarm.count,
             last_alarm=alarm.last,
             comparisons=self.comparisons.counters(),

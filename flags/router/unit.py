@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import psycopg
 from ldclient.migrations.types import Origin, Stage
 
-from changeover.errors import Refused
-from changeover.flags.router.endpoint import Change, Cursor, Tenant, as_text
+from changeover.flags.mirror.change import Change
+from changeover.flags.router.endpoint import Cursor
 from changeover.position import Version
 
 Value = TypeVar("Value")
@@ -24,6 +24,12 @@ def sqlstate(error: BaseException | None) -> str | None:
     """Return the SQLSTATE of an error of psycopg, or of one that a framework made of it; None for any other.
 
     SQLAlchemy and Django raise theirs from psycopg's.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The five characters, None where there are none.
     """
     while error is not None:
         found = getattr(error, "sqlstate", None)
@@ -94,6 +100,8 @@ class RoutedStore(Place):
     def mirror(self, changes: Sequence[Change]) -> None:
         """Say which rows were written, for `flag.mirror = "application"`; elsewhere it is not needed, and does nothing.
 
+        A unit that changed more rows of a mirrored table than it says is refused before its COMMIT.
+
         Args:
             changes: Every row written, whole: `returned(cursor)` after `RETURNING *`. For a key change that is the old row as
                 deleted, and the new one.
@@ -104,22 +112,3 @@ class RoutedStore(Place):
         if not isinstance(changes, (list, tuple)) or not all(isinstance(change, Change) for change in changes):
             raise TypeError("mirror() takes a list of Change: `returned(cursor)` after RETURNING *")
         self.changes.extend(changes)
-
-    def require_tenant(self, column: str, tenant: Tenant) -> None:
-        """Refuse mirrored rows of another tenant than the unit's, before they are committed; the message has no value of a row.
-
-        Args:
-            column: The column that holds a row's tenant.
-            tenant: The unit's tenant, as text.
-
-        Raises:
-            Refused: A row is of another tenant.
-        """
-        for change in self.changes:
-            if column not in change.row:
-                raise TypeError(f"a mirrored row is without {column}, its tenant: return whole rows by RETURNING *")
-            if as_text(change.row[column]) != tenant:
-                raise Refused(
-                    f"a write returned a row whose {column} is not the tenant that it was called for, and was rolled back: write"
-                    " the rows of each tenant by a call of their own, a key change from one to another as a delete and an insert"
-                )

@@ -13,7 +13,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from changeover.flags.router.router import Change, Experiment, Limits, PgEndpoint, Place, RoutedStore, Router, returned
+from changeover.flags.router.router import (
+    Change,
+    Experiment,
+    Limits,
+    MirroredTable,
+    PgEndpoint,
+    Place,
+    RoutedStore,
+    Router,
+    TableMapping,
+    returned,
+)
 from changeover.spec import Spec, load
 
 if TYPE_CHECKING:
@@ -22,7 +33,6 @@ if TYPE_CHECKING:
 
     from changeover.flags.cutover.commands import Shown
     from changeover.flags.cutover.switch import Advanced
-    from changeover.flags.router.endpoint import Tenant
     from changeover.jobs.apply.rounds import Replayed
     from changeover.jobs.ledger.reads import ReadDifference
     from changeover.jobs.load.copier import Loaded
@@ -32,6 +42,7 @@ if TYPE_CHECKING:
     from changeover.jobs.spool.writer import CaptureResult
     from changeover.jobs.status import Status
     from changeover.pipeline import Run, Step
+    from changeover.tenants import Tenant
     from changeover.verifiers.compare.verdict import Verdict
     from changeover.verifiers.explain import Story
     from changeover.verifiers.races import Outcome
@@ -40,11 +51,13 @@ __all__ = [
     "Change",
     "Experiment",
     "Limits",
+    "MirroredTable",
     "PgEndpoint",
     "Place",
     "RoutedStore",
     "Router",
     "Spec",
+    "TableMapping",
     "abort",
     "advance",
     "backfill",

@@ -171,6 +171,27 @@ class NotReady(Refused):
 
 
 @dataclass(eq=False)
+class ChangesUntold(Refused):
+    """A write of an application that mirrors changed more rows than it told the mirror of, and was rolled back.
+
+    It bears the SQLSTATE of a serialization failure, so that `Router.run` runs the unit anew, as often as it does for one.
+    Two transactions that insert one key by ON CONFLICT may leave a row in the counts that is nobody's.
+    """
+
+    table: str
+    changed: int
+    told: int
+
+    sqlstate = "40001"
+
+    def __str__(self) -> str:
+        return (
+            f"a write changed {self.changed} rows of {self.table} and told the mirror of {self.told}, so nothing was committed:"
+            " give store.mirror() every row, as returned(cursor) after RETURNING *; what triggers and cascades change counts, too"
+        )
+
+
+@dataclass(eq=False)
 class TableStopped(Refused):
     """A table met something that this version does not carry; the table stops, nothing is ignored."""
 

@@ -7,6 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+Tenant = str | int | UUID
+"""The value of a row in the column that `flag.context` names."""
+
+
+def as_text(value: Any) -> str | None:
+    """Return a tenant as PostgreSQL prints it, None for a value that is of no type of a tenant (pure).
+
+    Args:
+        value: The tenant as the application has it.
+
+    Returns:
+        The text, None for a value that is no tenant.
+    """
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, (int, UUID)) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ from ldclient import Config, Context, LDClient
 from ldclient.migrations.tracker import OpTracker
 from ldclient.migrations.types import Operation, Origin, Stage
 
+from changeover.flags.mirror.change import MirroredTable, Row, RowMapping, returned
 from changeover.flags.router.desired import FlagStage
-from changeover.flags.router.endpoint import Cursor, Row, RowMapping, returned
+from changeover.flags.router.endpoint import Cursor
 from changeover.flags.router.operations import Done, Operations
 from changeover.flags.router.router import RoutedStore, Router
-from tests.contract.payloads import Payloads
+from tests.contract.payloads import TABLE, Payloads
 from tests.support.fix_flags import PATIENCE, PATIENT
 
 INSERT = "INSERT INTO public.payloads VALUES (%s, %s) RETURNING *"
@@ -184,7 +185,8 @@ class ClientEntity:
     def _router(self, params: Params, application: Application) -> Router:
         return Router(
             old=self.stores.endpoint(Origin.OLD), new=self.stores.endpoint(Origin.NEW), stage=HarnessStage(self.client, params),
-            to_new=application.mapping(Origin.NEW), to_old=application.mapping(Origin.OLD), name="contract", limits=PATIENT,
+            mirrored=[MirroredTable(TABLE, TABLE, application.mapping(Origin.NEW), application.mapping(Origin.OLD))],
+            name="contract", limits=PATIENT,
         )  # fmt: skip
 
 

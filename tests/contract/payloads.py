@@ -16,7 +16,8 @@ from changeover.session import connect
 from changeover.stores.postgres.gate import install_gate
 from tests.support.fix_postgres import fresh_database
 
-TABLE = "CREATE TABLE public.payloads (id bigint PRIMARY KEY, payload text)"
+TABLE = "public.payloads"
+CREATE = f"CREATE TABLE {TABLE} (id bigint PRIMARY KEY, payload text)"
 FLOOR = Version(0, 0, 0)
 """Nothing is older: each operation writes a row of its own, so none is ever late."""
 
@@ -35,13 +36,13 @@ class Payloads:
         with fresh_database(server, "contract_old") as old, fresh_database(server, "contract_new") as new:
             for dsn in (old, new):
                 with connect(dsn, "contract") as connection:
-                    connection.execute(TABLE)
+                    connection.execute(CREATE)
                     install_gate(connection, "public", "payloads", ("id",), FLOOR)
             yield cls({Origin.OLD: old, Origin.NEW: new}, count(1))
 
     def endpoint(self, origin: Origin) -> PgEndpoint:
         """Return a store as the router reaches it."""
-        return PgEndpoint(self.dsns[origin], "public.payloads", ("id",))
+        return PgEndpoint(self.dsns[origin])
 
     def rows(self, origin: Origin) -> list[str | None]:
         """Return the payloads that a store has, in the order of their keys."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from changeover.flags.router.endpoint import Change, GateCall, PgEndpoint
+from changeover.flags.mirror.change import Change
+from changeover.flags.mirror.gatecall import GateCall
 from changeover.jobs import finalize
 from changeover.position import Version
 from tests.support.fix_migration import STORE, MakeMigration, Migration
@@ -61,7 +62,7 @@ def test_a_mirrored_delete_goes_through_its_own_gate(namesakes: Namesakes) -> No
     one, two = namesakes
     for migration in namesakes:
         migration.backfill()
-    call = GateCall.of(two.new, PgEndpoint(two.spec.targets[STORE].dsn_value, two.spec.tables[0].target))
+    call = GateCall.of(two.new, two.spec.tables[0].target)
     assert call.key == ("id",)
     gone = call.parameters(Version(0, 1 << 60, -1), Change({"id": 3}, deleted=True))
     assert two.new.execute(call.statement, gone).fetchone() == (True,)

@@ -19,8 +19,8 @@ from ldclient.migrations.types import Stage
 
 from changeover.cli.main import main
 from changeover.flags import flagfile
-from changeover.flags.router.endpoint import Row
-from changeover.flags.router.router import Change, Router, returned
+from changeover.flags.mirror.change import Row
+from changeover.flags.router.router import Change, Router, TableMapping, returned
 from changeover.verifiers import moment
 from changeover.verifiers.compare import recheck
 from tests.support.fix_accounts import wait_for_writes
@@ -62,7 +62,7 @@ def dual(make_migration: MakeMigration) -> Iterator[tuple[Migration, Router]]:
     flags = made.spec.work / "flags.json"
     flagfile.write_stage(flags, "accounts-store", Stage.DUALWRITE)
     client = flagfile.client(flags)
-    with Router.connect(made.spec, "accounts", to_new=mapped, to_old=dict, client=client, limits=PATIENT) as router:
+    with Router.connect(made.spec, mappings={"accounts": TableMapping(mapped, dict)}, client=client, limits=PATIENT) as router:
         assert router.stage is Stage.DUALWRITE
         yield made, router
     client.close()  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from ldclient.migrations.types import Origin, Stage
 
 from changeover.flags import flagfile
 from changeover.flags.fence.fence import fence
+from changeover.flags.mirror.change import TableMapping
 from changeover.flags.router.router import Router, returned
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.reverse import path as reverse
@@ -95,7 +96,7 @@ def test_what_a_mirrors_queue_holds_is_waited_for(mirrored: Migration, monkeypat
     client = flagfile.client(mirrored.spec.work / "flags.json")
     limits = replace(PATIENT, mirror_deadline=10 * MAX_PAUSE)  # the row stays locked for all of a comparison
     with (
-        Router.connect(mirrored.spec, "accounts", to_new=dict, to_old=dict, client=client, limits=limits) as router,
+        Router.connect(mirrored.spec, mappings={"accounts": TableMapping(dict, dict)}, client=client, limits=limits) as router,
         mirrored.capturing(),
     ):
 
@@ -153,7 +154,8 @@ def test_while_tenants_are_apart_each_key_is_led_by_the_store_of_its_tenant(make
     client, numbers = flagfile.client(flags), random.Random(1)
     to_new: Any = lambda row: {"member" if name == "from_user" else name: value for name, value in row.items()}  # noqa: E731
     to_old: Any = lambda row: {"from_user" if name == "member" else name: value for name, value in row.items()}  # noqa: E731
-    with Router.connect(made.spec, "friends", to_new=to_new, to_old=to_old, client=client, limits=PATIENT) as router:
+    mappings = {"friends": TableMapping(to_new, to_old)}
+    with Router.connect(made.spec, mappings=mappings, client=client, limits=PATIENT) as router:
         wait_until(lambda: router.stage_of(1) is Stage.LIVE and router.stage_of(5) is Stage.SHADOW)
         with (
             made.capturing(),

@@ -21,7 +21,7 @@ from ldclient.migrations.types import Stage
 from changeover.flags import flagfile
 from changeover.flags.cutover import commands as cutover
 from changeover.flags.fence.fence import fence
-from changeover.flags.router.endpoint import RowMapping
+from changeover.flags.mirror.change import RowMapping, TableMapping
 from changeover.flags.router.router import RoutedStore, Router, returned
 from changeover.jobs.apply.rounds import replay
 from changeover.jobs.capture.service import capture
@@ -114,8 +114,8 @@ def routed(
     """Open a router of the migration; it mirrors where the spec says so."""
     client = flagfile.client(migration.spec.work / "flags.json")
     limits = replace(PATIENT, max_pause=MAX_PAUSE)  # writers wait as long as the fence does
-    mappings: Any = {"to_new": to_new, "to_old": to_old} if migration.spec.mirrors else {}
-    router = Router.connect(migration.spec, table, **mappings, client=client, limits=limits)
+    mappings = {table: TableMapping(to_new, to_old)} if migration.spec.mirrors else None
+    router = Router.connect(migration.spec, mappings=mappings, client=client, limits=limits)
     try:
         yield router
     finally:

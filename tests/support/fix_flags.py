@@ -24,9 +24,10 @@ from psycopg import sql
 
 from changeover.embedded.server import EmbeddedServer
 from changeover.flags import flagfile, history
+from changeover.flags.mirror.change import Change, MirroredTable, Row, TableMapping, returned
 from changeover.flags.router import follower
 from changeover.flags.router.desired import FlagStage
-from changeover.flags.router.endpoint import Change, Cursor, PgEndpoint, Row, RowMapping, returned
+from changeover.flags.router.endpoint import Cursor, PgEndpoint
 from changeover.flags.router.follower import LedgerAuthority
 from changeover.flags.router.router import Experiment, RoutedStore, Router
 from changeover.flags.router.runtime import Limits
@@ -91,6 +92,16 @@ def to_old(row: Row) -> Row:
     }  # fmt: skip
 
 
+FOLLOWS = MirroredTable("public.follows", "public.associations", to_new, to_old)
+"""The table that the routers of tests mirror."""
+
+
+def named(cursor: Cursor) -> list[Row]:
+    """Return the rows of a SELECT by their columns' names."""
+    names = [column.name for column in cursor.description or ()]
+    return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
 @dataclass(frozen=True)
 class Follow:
     """The application's statements, twice: as it writes and reads the old store and the new one."""
@@ -120,22 +131,20 @@ class Follow:
     def drop_old(self, cursor: Cursor) -> list[Change]:
         """Unfollow, in the old store."""
         cursor.execute("DELETE FROM public.follows WHERE from_user = %s RETURNING *", [self.user])
-        return returned(cursor, deleted=True)
+        return returned(cursor)
 
     def drop_new(self, cursor: Cursor) -> list[Change]:
         """Unfollow, in the new store."""
         cursor.execute("DELETE FROM public.associations WHERE subject = %s RETURNING *", [self.user])
-        return returned(cursor, deleted=True)
+        return returned(cursor)
 
     def find_old(self, cursor: Cursor) -> list[Row]:
         """Look up, in the old store."""
-        cursor.execute("SELECT * FROM public.follows WHERE from_user = %s ORDER BY to_channel", [self.user])
-        return [change.row for change in returned(cursor)]
+        return named(cursor.execute("SELECT * FROM public.follows WHERE from_user = %s ORDER BY to_channel", [self.user]))
 
     def find_new(self, cursor: Cursor) -> list[Row]:
         """Look up, in the new store."""
-        cursor.execute("SELECT * FROM public.associations WHERE subject = %s ORDER BY object", [self.user])
-        return [change.row for change in returned(cursor)]
+        return named(cursor.execute("SELECT * FROM public.associations WHERE subject = %s ORDER BY object", [self.user]))
 
 
 def wrote(router: Router, old: Write, new: Write, tenant: Any = None) -> RoutedStore:
@@ -170,8 +179,8 @@ class Stores:
         """Return a store as the router reaches it, its tenants told apart or not."""
         column = TENANT[origin] if tenants else None
         if origin is Origin.OLD:
-            return PgEndpoint(self.old_dsn, "public.follows", ("from_user", "to_channel"), tenant=column)
-        return PgEndpoint(self.new_dsn, "public.associations", tenant=column)
+            return PgEndpoint(self.old_dsn, tenant=column)
+        return PgEndpoint(self.new_dsn, tenant=column)
 
     def refuse(self, origin: Origin) -> None:
         """Make a store refuse what doesn't come through its gate."""
@@ -290,9 +299,9 @@ def make_follow() -> Callable[..., Follow]:
 
 
 @pytest.fixture
-def mappings() -> tuple[RowMapping, RowMapping]:
-    """Return the application's mappings, to new and to old."""
-    return to_new, to_old
+def mappings() -> dict[str, TableMapping]:
+    """Return the application's mappings, as a spec's router takes them."""
+    return {"follows": TableMapping(to_new, to_old)}
 
 
 @pytest.fixture
@@ -325,7 +334,7 @@ def make_router(stores: Stores, flag_client: LDClient) -> Iterator[MakeRouter]:
     ) -> Router:  # fmt: skip
         router = Router(
             old=stores.endpoint(Origin.OLD, tenants), new=stores.endpoint(Origin.NEW, tenants),
-            to_new=to_new if mirrors else None, to_old=to_old if mirrors else None,
+            mirrored=[FOLLOWS] if mirrors else [],
             stage=FlagStage(flag_client, FLAG, kind=TENANT[Origin.OLD] if tenants else None),
             authority=LedgerAuthority(stores.new_dsn, MIGRATION) if ledger else None,
             name=MIGRATION, process=process, limits=limits or PATIENT,

@@ -71,11 +71,11 @@ def test_what_is_pinned_holds_in_every_kind_of_session(
     with closing(connect(dsn, "test")) as connection, closing(connect(dsn, "test", replication=True)) as walsender:
         assert shown(connection, [*ours]) == ours
         assert shown(walsender, [*ours]) == ours
-    with closing(PgEndpoint(dsn, "t").open("test", {"statement_timeout": "1min"})) as router:
+    with closing(PgEndpoint(dsn).open("test", {"statement_timeout": "1min"})) as router:
         pinned = wanted(version, Kind.CALLERS)
         assert shown(router, [*pinned]) == pinned
         assert shown(router, ["row_security", "lock_timeout"]) == {"row_security": "on", "lock_timeout": "1ms"}
-    with closing(PgEndpoint(dsn, "t").open("test", kind=Kind.BESIDE)) as beside:
+    with closing(PgEndpoint(dsn).open("test", kind=Kind.BESIDE)) as beside:
         pinned = wanted(version, Kind.BESIDE)
         assert shown(beside, [*pinned]) == pinned
         assert shown(beside, ["row_security"]) == {"row_security": "on"}
@@ -108,7 +108,7 @@ def test_rows_that_a_policy_hides_are_refused_and_never_left_out(old_dsn: str, m
         with connect(dsn, "test") as ours, pytest.raises(RowsHidden) as refused, speaking_to(dsn, "reading"):
             ours.execute("SELECT * FROM t")
         assert f'ALTER ROLE "{mover.name}" BYPASSRLS, or GRANT' in str(refused.value)
-        with closing(PgEndpoint(dsn, "t").open("test")) as application:  # its own policies are the application's affair
+        with closing(PgEndpoint(dsn).open("test")) as application:  # its own policies are the application's affair
             assert application.execute("SELECT * FROM t").fetchall() == [(1,)]
         admin.execute(sql.SQL("ALTER ROLE {} BYPASSRLS").format(sql.Identifier(mover.name)))
         with connect(dsn, "test") as ours:

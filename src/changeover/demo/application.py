@@ -26,8 +26,9 @@ from psycopg.types.json import Jsonb
 from changeover.demo.schema import KEY, RESERVED_USERS, SOURCE, TARGET, Shape
 from changeover.errors import ChangeoverError
 from changeover.flags.alarm import reason_of
-from changeover.flags.router.endpoint import Cursor, Row
-from changeover.flags.router.router import Experiment, Router, returned
+from changeover.flags.mirror.change import Row
+from changeover.flags.router.endpoint import Cursor
+from changeover.flags.router.router import Experiment, Router
 from changeover.names import qualified
 from changeover.spec import load
 
@@ -87,7 +88,8 @@ class Side:
         key, _ = self._mapped(user)
         statement = sql.SQL("SELECT * FROM {} WHERE {} ORDER BY {} LIMIT 20").format(self.table, _equal(list(key)), self.order)
         cursor.execute(statement, list(key.values()))
-        return [change.row for change in returned(cursor)]
+        names = [column.name for column in cursor.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
 
     def _mapped(self, row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
         mapped = self.mapping(row)

@@ -52,7 +52,7 @@ class Waiting:
 
 
 def tell(stores: Stores, mirrored: int, depth: int, process: str = "web-1") -> None:
-    counts = {"mirrored": mirrored, "depth": depth, "dropped": 0}
+    counts = {"mirrored": mirrored, "settled": mirrored - depth, "dropped": 0}
     stores.ledger.beat(process, "live", 1, {"mirror_old": counts, "mirrors": True})
 
 

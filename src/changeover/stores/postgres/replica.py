@@ -41,7 +41,14 @@ def allowed(connection: Connection) -> bool:
 
 
 def take(connection: Connection) -> bool:
-    """Take the replica role for the rest of the session where that is allowed; tell whether it was."""
+    """Take the replica role for the rest of the session where that is allowed.
+
+    Args:
+        connection: A session with the store.
+
+    Returns:
+        Whether it was allowed.
+    """
     may = allowed(connection)
     if may:
         connection.execute(f"SET {PARAMETER} = replica".encode())

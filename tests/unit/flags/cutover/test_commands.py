@@ -294,7 +294,7 @@ def write_at_live(router: Router) -> None:
 
 
 def written(statement: str) -> Any:
-    return lambda cursor: returned(cursor.execute(statement.encode()), deleted=statement.startswith("DELETE"))
+    return lambda cursor: returned(cursor.execute(statement.encode()))
 
 
 def events_of_epoch_1(migration: Migration) -> list[dict[str, Any]]:

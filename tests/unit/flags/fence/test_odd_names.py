@@ -9,7 +9,8 @@ import pytest
 from psycopg import sql
 
 from changeover.flags.cutover.discovery import present
-from changeover.flags.router.endpoint import Change, GateCall, PgEndpoint
+from changeover.flags.mirror.change import Change
+from changeover.flags.mirror.gatecall import GateCall
 from changeover.names import joined
 from changeover.position import Version, image_version
 from changeover.session import Connection, connect
@@ -33,7 +34,7 @@ def test_a_table_of_any_name_is_gated_refused_and_floored(new_dsn: str) -> None:
         key = sql.SQL(", ").join(map(sql.Identifier, NAMES[:2]))
         new.execute(sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY ({}))").format(sql.Identifier(*PLACE), columns, key))
         gate.install_gate(new, *PLACE, NAMES[:2], image_version(1))
-        call = GateCall.of(new, PgEndpoint(new_dsn, joined(*PLACE)))
+        call = GateCall.of(new, joined(*PLACE))
 
         def offer(value: str, version: Version, tenant: str = "x") -> bool:
             row = {name: value for name in NAMES} | {TENANT: tenant, "won": "k"}

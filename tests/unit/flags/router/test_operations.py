@@ -27,19 +27,7 @@ from changeover.flags.router.operations import Asked, Done
 from changeover.flags.router.router import Router
 from changeover.flags.router.runtime import Limits
 from changeover.spec import load
-from tests.support.fix_flags import (
-    FLAG,
-    MIGRATION,
-    PATIENCE,
-    PATIENT,
-    Follow,
-    FollowRead,
-    Stores,
-    to_new,
-    to_old,
-    wait_until,
-    wrote,
-)
+from tests.support.fix_flags import FLAG, FOLLOWS, MIGRATION, PATIENCE, PATIENT, Follow, FollowRead, Stores, wait_until, wrote
 
 Events = list[dict[str, Any]]
 
@@ -119,7 +107,7 @@ def told(
         router = Router(
             old=stores.endpoint(Origin.OLD), new=stores.endpoint(Origin.NEW), stage=FlagStage(client, FLAG, tracks=True),
             authority=LedgerAuthority(stores.new_dsn, MIGRATION), name=MIGRATION, limits=limits or PATIENT,
-            to_new=to_new if limits else None, to_old=to_old if limits else None,
+            mirrored=[FOLLOWS] if limits else [],
         )  # fmt: skip
 
         def switch(stage: Stage) -> None:

@@ -22,15 +22,16 @@ from ldclient.migrations.types import Origin, Stage
 from changeover import spec
 from changeover.errors import AuthorityMoving, LockNotGranted, ServerUnavailable, SpecError
 from changeover.flags import flagfile
+from changeover.flags.mirror.change import Change, TableMapping
+from changeover.flags.mirror.mirror import Mirror
 from changeover.flags.router.desired import EVERYONE, FlagStage
-from changeover.flags.router.endpoint import Change, Cursor, PgEndpoint, returned
+from changeover.flags.router.endpoint import Cursor, PgEndpoint
 from changeover.flags.router.follower import LedgerAuthority
-from changeover.flags.router.mirror import Mirror
 from changeover.flags.router.router import RoutedStore, Router
 from changeover.flags.router.runtime import Limits
 from changeover.flags.shadow.judge import LAG_WAITS
 from changeover.flags.stages import FENCED, TABLE, next_stage
-from tests.support.fix_flags import PATIENCE, PATIENT, Follow, FollowRead, MakeRouter, Stores, wait_until, wrote
+from tests.support.fix_flags import FOLLOWS, PATIENCE, PATIENT, Follow, FollowRead, MakeRouter, Stores, wait_until, wrote
 
 FLAG = "follows-store"
 SetStage = Callable[[Router, Stage], None]
@@ -213,8 +214,8 @@ def test_an_unreachable_new_store_hurts_no_caller(
 ) -> None:
     nowhere = "host=127.0.0.1 port=1 dbname=none user=none"
     router = Router(
-        old=stores.endpoint(Origin.OLD), new=PgEndpoint(nowhere, "public.associations"), to_new=lambda row: row,
-        to_old=lambda row: row, stage=FlagStage(flag_client, FLAG), authority=LedgerAuthority(nowhere, "follows"),
+        old=stores.endpoint(Origin.OLD), new=PgEndpoint(nowhere), mirrored=[FOLLOWS], stage=FlagStage(flag_client, FLAG),
+        authority=LedgerAuthority(nowhere, "follows"),
         limits=Limits(mirror_deadline=0.2),
     )  # fmt: skip
     with router, caplog.at_level(logging.WARNING, "changeover.flags"):
@@ -542,8 +543,7 @@ def test_a_restart_without_a_flag_goes_on_from_the_last_heartbeat(
     restarted = Router(
         old=stores.endpoint(Origin.OLD),
         new=stores.endpoint(Origin.NEW),
-        to_new=lambda row: row,
-        to_old=lambda row: row,
+        mirrored=[FOLLOWS],
         stage=FlagStage(client, FLAG),
         authority=LedgerAuthority(stores.new_dsn, "follows"),
     )
@@ -639,10 +639,9 @@ def test_an_applications_pool_is_used_and_left_as_it_was(stores: Stores, flag_cl
         return follow.put_old(cursor)
 
     router = Router(
-        old=PgEndpoint(stores.old_dsn, "public.follows", pool=pool),
+        old=PgEndpoint(stores.old_dsn, pool=pool),
         new=stores.endpoint(Origin.NEW),
-        to_new=lambda row: row,
-        to_old=lambda row: row,
+        mirrored=[FOLLOWS],
         stage=FlagStage(flag_client, FLAG),
     )
     with router, pool.session:
@@ -676,10 +675,9 @@ def test_a_mirrored_row_has_all_its_digits_in_an_applications_pool(
         return follow.put_old(cursor)
 
     router = Router(
-        old=PgEndpoint(stores.old_dsn, "public.follows", pool=pool),
+        old=PgEndpoint(stores.old_dsn, pool=pool),
         new=stores.endpoint(Origin.NEW),
-        to_new=lambda row: None,
-        to_old=lambda row: None,
+        mirrored=[FOLLOWS],
         stage=FlagStage(flag_client, FLAG),
     )
     with router, pool.session:
@@ -770,7 +768,7 @@ def test_a_block_that_a_fence_refuses_raises_and_the_next_one_goes_where_authori
     stores.fence_to_new_done()
     eventually(lambda: router.stage is Stage.LIVE)
     with router.write() as store:
-        store.of(follow.put_old, follow.put_new)(store.cursor)
+        store.mirror(store.of(follow.put_old, follow.put_new)(store.cursor))
     assert (stores.rows(Origin.OLD), stores.rows(Origin.NEW)) == ([], [(1, 1, "hello")])
 
 
@@ -792,27 +790,26 @@ path = "work"
 
 def test_a_router_comes_from_a_spec(
     stores: Stores, flag_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: Follow, eventually:
-    Callable[..., None], mappings: tuple[Any, Any],
+    Callable[..., None], mappings: dict[str, TableMapping],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("OLD_DSN", stores.old_dsn)
     monkeypatch.setenv("NEW_DSN", stores.new_dsn)
     path = tmp_path / "follows.toml"
     path.write_text(SPEC)
-    to_new, to_old = mappings
     with pytest.raises(SpecError, match="flag: is missing"):
         Router.connect(spec.load(path))
     flag = f'{SPEC}[flag]\nkey = "{FLAG}"\ntarget = "new"\nfile = "{flag_file}"\n'
     path.write_text(flag)
     with pytest.raises(SpecError, match=r"flag.mirror: is 'stream', so nothing needs mappings"):
-        Router.connect(spec.load(path), "follows", to_new=to_new, to_old=to_old)
+        Router.connect(spec.load(path), mappings=mappings)
     with Router.connect(spec.load(path)) as plain:
         assert not put(plain, follow).mirrored
         drop(plain, follow)
     path.write_text(f'{flag}mirror = "application"\n')
-    with pytest.raises(SpecError, match="the router needs a table, to_new and to_old"):
-        Router.connect(spec.load(path), "follows")
+    with pytest.raises(SpecError, match="the router needs a TableMapping for each table, and has none for public"):
+        Router.connect(spec.load(path))
     flagfile.write_stage(flag_file, FLAG, Stage.DUALWRITE)
-    with Router.connect(spec.load(path), "follows", to_new=to_new, to_old=to_old) as router:
+    with Router.connect(spec.load(path), mappings=mappings) as router:
         assert put(router, follow).mirrored
         assert router.drain(PATIENCE)
         stores.fence_to_new()
@@ -822,12 +819,3 @@ def test_a_router_comes_from_a_spec(
         assert router.drain(PATIENCE)
         assert router.counters()["mirror_old"]["applied"] == 1
     assert stores.rows(Origin.OLD) == stores.rows(Origin.NEW) == []
-
-
-def test_rows_of_any_row_factory_are_changes(stores: Stores, follow: Follow) -> None:
-    follow.put_old(stores.old.cursor())
-    plain = stores.old.cursor()
-    plain.execute("SELECT from_user FROM public.follows")
-    named = stores.old.cursor(row_factory=psycopg.rows.dict_row)
-    named.execute("SELECT from_user FROM public.follows")
-    assert returned(plain) == returned(named) == [Change({"from_user": 1})]

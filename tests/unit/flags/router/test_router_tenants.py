@@ -21,11 +21,11 @@ from changeover.errors import AuthorityMoving, Refused, SpecError
 from changeover.flags import flagfile
 from changeover.flags.observed import Observation
 from changeover.flags.router.desired import FlagStage
-from changeover.flags.router.endpoint import PgEndpoint, as_text
+from changeover.flags.router.endpoint import PgEndpoint
 from changeover.flags.router.router import Router, returned
 from changeover.position import epoch_floor
-from changeover.tenants import Tenants
-from tests.support.fix_flags import PATIENCE, Follow, FollowRead, MakeRouter, Stores, wrote
+from changeover.tenants import Tenants, as_text
+from tests.support.fix_flags import FOLLOWS, PATIENCE, Follow, FollowRead, MakeRouter, Stores, wrote
 
 FLAG, KIND = "follows-store", "from_user"
 SetStage = Callable[[Router, Stage], None]
@@ -34,6 +34,10 @@ MakeFollow = Callable[..., Follow]
 
 def put(router: Router, follow: Follow, tenant: Any = None) -> Any:
     return wrote(router, follow.put_old, follow.put_new, tenant=follow.user if tenant is None else tenant)
+
+
+def drop(router: Router, follow: Follow) -> Any:
+    return wrote(router, follow.drop_old, follow.drop_new, tenant=follow.user)
 
 
 def find(router: Router, follow: Follow) -> Any:
@@ -139,10 +143,9 @@ def test_a_delete_that_finds_nothing_waits_for_its_tenants_fence_too(
     stores.new.execute("INSERT INTO public.associations VALUES (7, 1, '{}', NULL, now())")
     timer = threading.Timer(0.4, stores.move, (1, "new", "7"))
     timer.start()
-    drop_old, drop_new = "DELETE FROM follows WHERE from_user = %s", "DELETE FROM associations WHERE subject = %s"
-    assert router.run(lambda store: store.execute(store.of(drop_old, drop_new), [8]).rowcount, tenant=8) == 0
+    assert drop(router, make_follow(8)).changes == []
     assert router.counters()["fence_waits"] == 0
-    assert router.run(lambda store: store.execute(store.of(drop_old, drop_new), [7]).rowcount, tenant=7) == 1
+    assert len(drop(router, make_follow(7)).changes) == 1
     timer.join()
     assert router.counters()["fence_waits"] == 1
 
@@ -258,8 +261,8 @@ def test_a_tenant_is_the_text_that_postgresql_prints(stores: Stores) -> None:
 def test_a_router_of_tenants_needs_both_columns(stores: Stores, flag_client: LDClient) -> None:
     with pytest.raises(TypeError, match="their column in both stores"):
         Router(
-            old=stores.endpoint(Origin.OLD, tenants=True), new=PgEndpoint(stores.new_dsn, "public.associations"), to_new=dict,
-            to_old=dict, stage=FlagStage(flag_client, FLAG),
+            old=stores.endpoint(Origin.OLD, tenants=True), new=PgEndpoint(stores.new_dsn), mirrored=[FOLLOWS],
+            stage=FlagStage(flag_client, FLAG),
         )  # fmt: skip
 
 

@@ -26,7 +26,8 @@ from psycopg.conninfo import make_conninfo
 from changeover.demo.schema import DDL
 from changeover.embedded.server import EmbeddedServer
 from changeover.errors import SourceChanged, SpoolGap
-from changeover.flags.router.endpoint import PgEndpoint, position
+from changeover.flags.mirror.written import position
+from changeover.flags.router.endpoint import PgEndpoint
 from changeover.flags.shadow.positions import LedgerPositions
 from changeover.jobs.capture import trigger
 from changeover.jobs.capture.service import capture

@@ -11,8 +11,11 @@ import psycopg
 import pytest
 from ldclient.migrations.types import Origin
 
-from changeover.flags.router.endpoint import Change, Row
-from changeover.flags.router.mirror import Mirror
+from changeover.flags.mirror.change import Change, MirroredTable, Row
+from changeover.flags.mirror.mirror import Mirror
+from changeover.flags.mirror.offer import Bounds
+from changeover.flags.mirror.worker import Way
+from changeover.flags.mirror.written import Told
 from changeover.position import Version, format_lsn
 from tests.support.fix_flags import PATIENCE, Stores, wait_until
 
@@ -39,6 +42,11 @@ def at(lsn: int, epoch: int = 0) -> Version:
     return Version(epoch, FAR + lsn, -1)
 
 
+def offer(mirror: Mirror, version: Version, changes: list[Change]) -> bool:
+    """Offer one unit, shared out by the user of its first row."""
+    return mirror.offer(version, [Told(0, change) for change in changes], str(changes[0].row["from_user"]))
+
+
 MakeMirror = Callable[..., Mirror]
 
 
@@ -58,8 +66,10 @@ def make_mirror(stores: Stores) -> Iterator[MakeMirror]:
             "tags": row["tags"], "seen": row["seen"],
         }  # fmt: skip
 
-    def make(limit: int = 1000, deadline: float = PATIENCE) -> Mirror:
-        mirror = Mirror(stores.endpoint(Origin.NEW), to_new, "changeover:follows:router", limit=limit, deadline=deadline)
+    def make(limit: int = 1000, deadline: float = PATIENCE, workers: int = 4, wait: float = 0.05) -> Mirror:
+        tables = [MirroredTable("public.follows", "public.associations", to_new, dict)]
+        way = Way(stores.endpoint(Origin.NEW), Origin.NEW, tables, "changeover:follows:router")
+        mirror = Mirror(way, Bounds(workers=workers, rows=limit, wait=wait, deadline=deadline))
         made.append(mirror)
         return mirror
 
@@ -71,7 +81,7 @@ def make_mirror(stores: Stores) -> Iterator[MakeMirror]:
 def offer_until_taken(mirror: Mirror) -> None:
     """Offer one row after the other until one arrives: with a short deadline the machine may let one fail."""
     for number in itertools.count(9):
-        assert mirror.offer(at(number), [follow(9)])
+        assert offer(mirror, at(number), [follow(9)])
         assert mirror.drain(PATIENCE)
         if mirror.counters()["applied"]:
             return
@@ -87,7 +97,7 @@ def row_versions(stores: Stores) -> list[tuple[Any, ...]]:
 
 def test_a_row_arrives_whole_and_typed(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror()
-    assert mirror.offer(at(1), [follow(7)])
+    assert offer(mirror, at(1), [follow(7)])
     assert mirror.drain(PATIENCE)
     row = stores.new.execute("SELECT subject, object, attributes, tags, seen FROM public.associations").fetchone()
     assert row == (7, 1, {"note": "hello"}, ["a", None], datetime(2026, 1, 1, tzinfo=UTC))
@@ -98,9 +108,9 @@ def test_a_row_arrives_whole_and_typed(stores: Stores, make_mirror: MakeMirror) 
 
 def test_a_delete_leaves_a_tombstone(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror()
-    mirror.offer(at(1), [follow(1)])
-    mirror.offer(at(2), [gone(follow(1))])
-    mirror.offer(at(3), [gone(follow(2))])
+    offer(mirror, at(1), [follow(1)])
+    offer(mirror, at(2), [gone(follow(1))])
+    offer(mirror, at(3), [gone(follow(2))])
     assert mirror.drain(PATIENCE)
     assert stores.rows(Origin.NEW) == []
     assert [(row[0], row[4]) for row in row_versions(stores)] == [(1, True), (2, True)]
@@ -108,9 +118,9 @@ def test_a_delete_leaves_a_tombstone(stores: Stores, make_mirror: MakeMirror) ->
 
 def test_an_older_version_is_refused_and_counted(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror()
-    mirror.offer(at(9), [follow(1, "newer")])
-    mirror.offer(at(5), [follow(1, "older")])
-    mirror.offer(Version(0, 0, -1), [follow(2, "below the floor")])
+    offer(mirror, at(9), [follow(1, "newer")])
+    offer(mirror, at(5), [follow(1, "older")])
+    offer(mirror, Version(0, 0, -1), [follow(2, "below the floor")])
     assert mirror.drain(PATIENCE)
     assert stores.rows(Origin.NEW) == [(1, 1, "newer")]
     assert (mirror.counters()["applied"], mirror.counters()["refused_by_gate"]) == (1, 2)
@@ -118,7 +128,7 @@ def test_an_older_version_is_refused_and_counted(stores: Stores, make_mirror: Ma
 
 def test_of_a_key_written_twice_in_a_transaction_the_last_image_wins(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror()
-    mirror.offer(at(1), [follow(1, "first"), follow(2), follow(1, "second"), gone(follow(2)), follow(1, "third")])
+    offer(mirror, at(1), [follow(1, "first"), follow(2), follow(1, "second"), gone(follow(2)), follow(1, "third")])
     assert mirror.drain(PATIENCE)
     assert stores.rows(Origin.NEW) == [(1, 1, "third")]
     assert [(row[0], row[4]) for row in row_versions(stores)] == [(1, False), (2, True)]
@@ -127,7 +137,7 @@ def test_of_a_key_written_twice_in_a_transaction_the_last_image_wins(stores: Sto
 def test_the_order_of_a_key_is_kept(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror()
     for number in range(200):
-        mirror.offer(at(number), [follow(number % 5, str(number))])
+        offer(mirror, at(number), [follow(number % 5, str(number))])
     assert mirror.drain(PATIENCE)
     assert mirror.counters()["applied"] == 200
     assert mirror.counters()["refused_by_gate"] == 0
@@ -138,8 +148,8 @@ def test_a_slow_store_costs_the_caller_nothing_and_ends_at_the_deadline(stores: 
     patient, hasty = make_mirror(), make_mirror(deadline=0.3)
     stores.new.execute("BEGIN; LOCK TABLE public.associations IN ACCESS EXCLUSIVE MODE")
     for number in range(3):
-        assert patient.offer(at(number), [follow(number)])
-        assert hasty.offer(at(number), [follow(number)])
+        assert offer(patient, at(number), [follow(number)])
+        assert offer(hasty, at(number), [follow(number)])
     assert patient.counters()["depth"] == 3, "the caller has gone on, and all of it still waits"
     assert hasty.drain(PATIENCE)
     stores.new.execute("ROLLBACK")
@@ -153,7 +163,7 @@ def test_a_slow_store_costs_the_caller_nothing_and_ends_at_the_deadline(stores: 
 def test_a_full_queue_drops_and_counts(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror(limit=5)
     stores.new.execute("BEGIN; LOCK TABLE public.associations IN ACCESS EXCLUSIVE MODE")
-    taken = [mirror.offer(at(number), [follow(number)]) for number in range(50)]
+    taken = [offer(mirror, at(number), [follow(number)]) for number in range(50)]
     stores.new.execute("ROLLBACK")
     assert mirror.drain(PATIENCE)
     counters = mirror.counters()
@@ -165,10 +175,10 @@ def test_a_full_queue_drops_and_counts(stores: Stores, make_mirror: MakeMirror) 
 
 def test_a_broken_session_is_made_anew(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror()
-    mirror.offer(at(1), [follow(1)])
+    offer(mirror, at(1), [follow(1)])
     assert mirror.drain(PATIENCE)
     assert stores.end_router_sessions(Origin.NEW) == 1
-    mirror.offer(at(2), [follow(2)])
+    offer(mirror, at(2), [follow(2)])
     assert mirror.drain(PATIENCE)
     assert [row[0] for row in stores.rows(Origin.NEW)] == [1, 2]
     assert mirror.counters()["failed"] == 0
@@ -178,7 +188,7 @@ def test_an_unreachable_store_fails_within_the_deadline_and_comes_back(stores: S
     mirror = make_mirror(deadline=0.3)
     name = psycopg.sql.Identifier(stores.new.info.dbname)
     stores.old.execute(psycopg.sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(name))
-    mirror.offer(at(1), [follow(1)])
+    offer(mirror, at(1), [follow(1)])
     assert mirror.drain(PATIENCE)
     assert mirror.counters()["failed"] == 1
     assert mirror.counters()["last_failure"][1] == "ServerUnavailable"
@@ -190,8 +200,8 @@ def test_an_unreachable_store_fails_within_the_deadline_and_comes_back(stores: S
 @pytest.mark.parametrize(("note", "reason"), [("partial", "ValueError"), ("broken", "RuntimeError")])
 def test_a_row_that_is_not_whole_is_never_offered(stores: Stores, make_mirror: MakeMirror, note: str, reason: str) -> None:
     mirror = make_mirror()
-    mirror.offer(at(1), [follow(1, note)])
-    mirror.offer(at(2), [follow(2)])
+    offer(mirror, at(1), [follow(1, note)])
+    offer(mirror, at(2), [follow(2)])
     assert mirror.drain(PATIENCE)
     assert stores.rows(Origin.NEW) == [(2, 1, "hello")]
     assert mirror.counters()["failed"] == 1
@@ -200,7 +210,7 @@ def test_a_row_that_is_not_whole_is_never_offered(stores: Stores, make_mirror: M
 
 def test_a_row_that_is_not_carried_over_is_skipped(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror()
-    mirror.offer(at(1), [follow(1, "private"), follow(2)])
+    offer(mirror, at(1), [follow(1, "private"), follow(2)])
     assert mirror.drain(PATIENCE)
     assert stores.rows(Origin.NEW) == [(2, 1, "hello")]
     assert mirror.counters()["skipped"] == 1
@@ -210,7 +220,7 @@ def test_the_callers_later_changes_to_its_rows_do_not_travel(stores: Stores, mak
     mirror = make_mirror()
     change = follow(1, "as committed")
     stores.new.execute("BEGIN; LOCK TABLE public.associations IN ACCESS EXCLUSIVE MODE")
-    mirror.offer(at(1), [change])
+    offer(mirror, at(1), [change])
     change.row["note"] = "changed afterwards"  # type: ignore[index]
     stores.new.execute("ROLLBACK")
     assert mirror.drain(PATIENCE)
@@ -219,12 +229,12 @@ def test_the_callers_later_changes_to_its_rows_do_not_travel(stores: Stores, mak
 
 def test_what_is_lost_is_counted_in_rows_by_the_epoch_of_the_write(stores: Stores, make_mirror: MakeMirror) -> None:
     mirror = make_mirror(limit=1)
-    mirror.offer(Version(1, FAR, -1), [follow(1, "broken"), follow(2)])
+    offer(mirror, Version(1, FAR, -1), [follow(1, "broken"), follow(2)])
     assert mirror.drain(PATIENCE)
-    mirror.offer(Version(3, FAR, -1), [follow(3, "partial")])
+    offer(mirror, Version(3, FAR, -1), [follow(3, "partial")])
     assert mirror.drain(PATIENCE)
     stores.new.execute("BEGIN; LOCK TABLE public.associations IN ACCESS EXCLUSIVE MODE")
-    taken = [mirror.offer(Version(3, FAR + number, -1), [follow(4), follow(5)]) for number in range(4)]
+    taken = [offer(mirror, Version(3, FAR + number, -1), [follow(4), follow(5)]) for number in range(4)]
     stores.new.execute("ROLLBACK")
     assert mirror.drain(PATIENCE)
     assert mirror.counters()["lost"] == {"1": 2, "3": 1 + 2 * taken.count(False)}
@@ -234,8 +244,8 @@ def test_closing_deals_with_the_queue_and_counts_the_rest(stores: Stores, make_m
     mirror = make_mirror(deadline=0.3)
     stores.new.execute("BEGIN; LOCK TABLE public.associations IN ACCESS EXCLUSIVE MODE")
     for number in range(4):
-        mirror.offer(at(number), [follow(number)])
+        offer(mirror, at(number), [follow(number)])
     mirror.close(0.05)
     wait_until(lambda: mirror.counters()["dropped"] + mirror.counters()["failed"] == 4)
     stores.new.execute("ROLLBACK")
-    assert not mirror.offer(at(9), [follow(9)])
+    assert not offer(mirror, at(9), [follow(9)])
