@@ -41,8 +41,8 @@ Queue = tuple[str, str]
 class Queues:
     """The mirrors' queues of all processes, as their heartbeats tell.
 
-    A process that is not heard of any more brings nothing more. Where a stream brings the same, the version gate refuses what comes after it. Where none does, `history` lets nothing differ while
-    anything is queued, and then a queue has passed when it is empty.
+    A process that is not heard of any more brings nothing more. Where a stream brings the same, the version gate refuses what comes
+    after it. Where none does, `history` lets nothing differ while anything is queued, and then a queue has passed when it is empty.
     """
 
     def __init__(self, ledger: Ledger) -> None:

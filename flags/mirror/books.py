@@ -130,8 +130,8 @@ class Books:
             depth = sum(waiting.rows for waiting in self._waiting.values())
             settled = next(iter(self._under_way), self._number + 1) - 1
         return {
-            **counts, "settled": settled, "lost": lost, "queued": queued, "failed": self.failures.count, "dropped": self.drops.count, "depth": depth,
-            "last_failure": self.failures.last, "last_drop": self.drops.last,
+            **counts, "settled": settled, "lost": lost, "queued": queued, "failed": self.failures.count,
+            "dropped": self.drops.count, "depth": depth, "last_failure": self.failures.last, "last_drop": self.drops.last,
         }  # fmt: skip
 
     def _room(self, waiting: Waiting) -> bool:
