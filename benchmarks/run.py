@@ -96,6 +96,16 @@ def router(calls: int, repeat: int, writes: int, as_json: bool) -> None:
     _print(measure(calls, repeat, writes), as_json)
 
 
+@main.command()
+@click.option("--fences", default=20, show_default=True, type=click.IntRange(2), help="Handovers, in turn there and back.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON object alone.")
+def fence(fences: int, as_json: bool) -> None:
+    """How long a handover holds up a writer, beside the longest of its calls without one."""
+    from benchmarks.fence_case import measure
+
+    _print(measure(fences), as_json)
+
+
 def _print(result: Result, as_json: bool) -> None:
     if not as_json:
         click.echo(result.as_table())

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ldclient.migrations.types import Stage
@@ -18,13 +19,17 @@ ROOT = Path(__file__).parents[1]
 PEERS = {"identity": {"psql_pipe", "spark_jdbc"}, "transformed": {"spark_jdbc"}, "delta": {"spark_jdbc"}}
 
 
-def test_copy_prints_one_object_last() -> None:
-    done = subprocess.run(
-        [sys.executable, "benchmarks/run.py", "copy", "--rows", "2000", "--repeat", "1", "--json"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def ran(*words: str) -> dict[str, Any]:
+    """Run a benchmark and return the object that it prints last."""
+    command = [sys.executable, "benchmarks/run.py", *words, "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_copy_prints_one_object_last() -> None:
+    result = ran("copy", "--rows", "2000", "--repeat", "1")
     assert set(result) == {"benchmark", "rows", "cases", "peak_rss_mb"}
     assert (result["benchmark"], result["rows"]) == ("copy", 2000)
     assert {case["case"]: set(case["peers"]) for case in result["cases"]} == PEERS
@@ -36,12 +41,7 @@ def test_copy_prints_one_object_last() -> None:
 
 
 def test_lag_prints_one_object_of_the_same_form() -> None:
-    done = subprocess.run(
-        [sys.executable, "benchmarks/run.py", "lag", "--rate", "100", "--seconds", "1", "--json"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = ran("lag", "--rate", "100", "--seconds", "1")
     assert [case["case"] for case in result["cases"]] == ["100/s p50", "100/s p99"]
     for case in result["cases"]:
         assert case["ours_s"] > 0
@@ -50,12 +50,7 @@ def test_lag_prints_one_object_of_the_same_form() -> None:
 
 
 def test_writer_prints_one_object_of_the_same_form() -> None:
-    done = subprocess.run(
-        [sys.executable, "benchmarks/run.py", "writer", "--rows", "2000", "--repeat", "1", "--seconds", "1", "--json"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = ran("writer", "--rows", "2000", "--repeat", "1", "--seconds", "1")
     assert set(result) == {"benchmark", "rows", "cases", "peak_rss_mb"}
     assert (result["benchmark"], result["rows"]) == ("writer", 2000)
     assert [case["case"] for case in result["cases"]] == ["backfill p50", "backfill p99", "rest p50", "rest p99"]
@@ -67,17 +62,24 @@ def test_writer_prints_one_object_of_the_same_form() -> None:
 
 
 def test_router_prints_one_object_of_the_same_form() -> None:
-    done = subprocess.run(
-        [sys.executable, "benchmarks/run.py", "router", "--calls", "10", "--repeat", "1", "--writes", "2", "--json"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = ran("router", "--calls", "10", "--repeat", "1", "--writes", "2")
     stages = [f"{kind} {stage.value}" for stage in Stage for kind in ("read", "write")]
-    assert [case["case"] for case in result["cases"]] == [*stages, "read shadow_slow_secondary", "write_8_threads"]
-    for case in result["cases"][:-1]:
-        assert case["peers"].keys() == case["versus"].keys() == {"migrator", "migrator_serial"}
-    assert result["cases"][-1]["peers"].keys() == {"psycopg"}
+    assert [case["case"] for case in result["cases"]] == [
+        *stages,
+        "read shadow_slow_secondary",
+        "write_8_threads",
+        "mirrored_8_threads",
+    ]
+    peers = {"write_8_threads": {"psycopg"}, "mirrored_8_threads": {"migrator"}}
+    for case in result["cases"]:
+        assert case["peers"].keys() == case["versus"].keys() == peers.get(case["case"], {"migrator", "migrator_serial"})
+
+
+def test_fence_prints_one_object_of_the_same_form() -> None:
+    result = ran("fence", "--fences", "2")
+    assert (result["benchmark"], result["rows"]) == ("fence", 2)
+    assert [case["case"] for case in result["cases"]] == ["pause p50", "pause p99"]
+    assert all(case["ours_s"] > 0 and case["peers"].keys() == {"no_fence"} for case in result["cases"])
 
 
 def test_the_cost_of_triggers_is_told_for_both_tables(old_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
