@@ -25,6 +25,7 @@ from changeover.errors import FenceCalledOff
 from changeover.jobs.ledger.ledger import Ledger
 from changeover.jobs.source.marker import mark
 from changeover.session import Connection, connect
+from changeover.spark.launch import spark_session
 from changeover.spec import Spec
 
 WRITERS = 4
@@ -75,8 +76,10 @@ def _prepared(job: Backlog) -> Spec:
     path = job.folder / "fence.toml"
     path.write_text(SPEC.format(folder=job.folder), encoding="utf-8")
     spec = api.load(path)
-    api.prepare(spec)
-    api.backfill(spec)
+    spark = spark_session("benchmark-fence", cores=2, memory="1g")
+    api.prepare(spec, spark)
+    api.backfill(spec, spark)
+    spark.stop()
     return spec
 
 
