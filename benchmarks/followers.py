@@ -117,8 +117,14 @@ def serve_capture(path: str, pipe: Pipe) -> None:
 
     spec = load(path)
     spool = spool_of(spec)
+    wanted = 0
+
+    def reached() -> bool:
+        return spool.end() >= wanted or pipe.poll()
+
     while (end := pipe.recv()) is not None:
-        capture(spec, until=lambda end=end: spool.end() >= end or pipe.poll())
+        wanted = end
+        capture(spec, until=reached)
         pipe.send(True)
 
 

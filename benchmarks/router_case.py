@@ -146,10 +146,7 @@ def _stage(path: Path, stage: Stage, calls: int, repeat: int, slow: float = 0.0)
     """Time a read and a write at one stage; the other store takes `slow` seconds to answer."""
     writes = TABLE[stage].writes
     stores = {origin: Instant(0.0 if origin is writes else slow) for origin in Origin}
-    endpoints = {
-        origin: InstantEndpoint("", pool=store, seconds=store.seconds)  # type: ignore[arg-type]
-        for origin, store in stores.items()
-    }
+    endpoints = {origin: InstantEndpoint("", pool=store, seconds=store.seconds) for origin, store in stores.items()}
     client = flagfile.client(path)
     with Router(
         old=endpoints[Origin.OLD], new=endpoints[Origin.NEW], stage=FlagStage(client, FLAG),
@@ -291,8 +288,8 @@ def _pool(dsn: str, *, gated: bool) -> ConnectionPool:
 def _both(client: LDClient, pools: Pools) -> Callable[[int], object]:
     """Return a write to both stores by the SDK's own Migrator."""
 
-    def on(origin: Origin) -> Callable[[int], Result]:
-        def put(number: int) -> Result:
+    def on(origin: Origin) -> Callable[[Any], Result]:
+        def put(number: Any) -> Result:
             with pools[origin].connection() as connection, connection.transaction(), connection.cursor() as cursor:
                 cursor.execute(PUT_PAIR, [number])
             return Result.success(None)
