@@ -10,6 +10,9 @@ DIGITS = 6
 """Of seconds: a single statement takes some ten thousandths of one."""
 
 
+UNITS = {"s": 1, "us": 1_000_000}
+
+
 @dataclass(frozen=True)
 class CaseResult:
     """One case's figures in seconds: medians, or the percentile that the case is named after."""
@@ -27,14 +30,17 @@ class Result:
     rows: int
     cases: Sequence[CaseResult]
     peak_rss_mb: Mapping[str, int]
+    unit: str = "s"
+    """In which the JSON has the figures: `s`, or `us` where a call is what is timed."""
 
     def to_json(self) -> str:
         """Return the benchmark's one line; `versus` is ours divided by the peer's, so below 1 is ahead."""
+        factor = UNITS[self.unit]
         cases = [
             {
                 "case": one.case,
-                "ours_s": round(one.ours, DIGITS),
-                "peers": {name: round(seconds, DIGITS) for name, seconds in one.peers.items()},
+                f"ours_{self.unit}": round(one.ours * factor, DIGITS),
+                "peers": {name: round(seconds * factor, DIGITS) for name, seconds in one.peers.items()},
                 "versus": {name: round(one.ours / seconds, 3) for name, seconds in one.peers.items()},
             }
             for one in self.cases

@@ -137,13 +137,13 @@ def measure(calls: int, repeat: int, writes: int) -> Measured:
             cases += _stage(path, stage, calls, repeat)
         flagfile.write_stage(path, FLAG, Stage.SHADOW)
         slow = _stage(path, Stage.SHADOW, max(10, calls // 50), 1, SLOW_SECONDS)
-        cases += [CaseResult("read shadow_slow_secondary", slow[0].ours, slow[0].peers)]
+        cases += [CaseResult("shadow_slow_secondary", slow[1].ours, slow[1].peers)]
         cases += [_threads(Path(folder), path, writes), _mirrored(Path(folder), path, writes)]
-    return Measured("router", calls, cases, {})
+    return Measured("router", calls, cases, {}, "us")
 
 
 def _stage(path: Path, stage: Stage, calls: int, repeat: int, slow: float = 0.0) -> list[CaseResult]:
-    """Time a read and a write at one stage; the other store takes `slow` seconds to answer."""
+    """Time a read and a write at one stage, together and each; the other store takes `slow` seconds to answer."""
     writes = TABLE[stage].writes
     stores = {origin: Instant(0.0 if origin is writes else slow) for origin in Origin}
     endpoints = {origin: InstantEndpoint("", pool=store, seconds=store.seconds) for origin, store in stores.items()}
@@ -165,11 +165,13 @@ def _stage(path: Path, stage: Stage, calls: int, repeat: int, slow: float = 0.0)
                     added[name][place].append(_p50(call, calls))
     client.close()  # type: ignore[no-untyped-call]
     medians = {name: [statistics.median(times) for times in both] for name, both in added.items()}
+    bare = medians.pop("bare")
     results = []
-    for place, kind in enumerate(("read", "write")):
-        own = {name: max(both[place] - medians["bare"][place], 1e-9) for name, both in medians.items() if name != "bare"}
-        print(f"{kind} {stage.value}: {', '.join(f'{n} {s * 1e6:.1f} us' for n, s in own.items())}", file=sys.stderr, flush=True)
-        results.append(CaseResult(f"{kind} {stage.value}", own.pop("ours"), own))
+    # the stage's own case is one read and one write together
+    for name, places in ((stage.value, (0, 1)), (f"read {stage.value}", (0,)), (f"write {stage.value}", (1,))):
+        own = {party: max(sum(both[at] - bare[at] for at in places), 1e-9) for party, both in medians.items()}
+        print(f"{name}: {', '.join(f'{n} {s * 1e6:.1f} us' for n, s in own.items())}", file=sys.stderr, flush=True)
+        results.append(CaseResult(name, own.pop("ours"), own))
     return results
 
 

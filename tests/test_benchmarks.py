@@ -63,13 +63,10 @@ def test_writer_prints_one_object_of_the_same_form() -> None:
 
 def test_router_prints_one_object_of_the_same_form() -> None:
     result = ran("router", "--calls", "10", "--repeat", "1", "--writes", "2")
-    stages = [f"{kind} {stage.value}" for stage in Stage for kind in ("read", "write")]
-    assert [case["case"] for case in result["cases"]] == [
-        *stages,
-        "read shadow_slow_secondary",
-        "write_8_threads",
-        "mirrored_8_threads",
-    ]
+    stages = [name for stage in Stage for name in (stage.value, f"read {stage.value}", f"write {stage.value}")]
+    others = ["shadow_slow_secondary", "write_8_threads", "mirrored_8_threads"]
+    assert [case["case"] for case in result["cases"]] == [*stages, *others]
+    assert all(case["ours_us"] > 0 for case in result["cases"])
     peers = {"write_8_threads": {"psycopg"}, "mirrored_8_threads": {"migrator"}}
     for case in result["cases"]:
         assert case["peers"].keys() == case["versus"].keys() == peers.get(case["case"], {"migrator", "migrator_serial"})
