@@ -69,6 +69,23 @@ def read_stage(path: str | Path, key: str) -> Stage:
     return stage
 
 
+def read_stages(path: str | Path, key: str) -> frozenset[Stage]:
+    """Return the stages that a flag has: LaunchDarkly's migration flags have six, four, three or two.
+
+    Args:
+        path: The flag file.
+        key: The flag's key.
+
+    Returns:
+        The stages among its variations.
+
+    Raises:
+        SpecError: The file can't be read, or has no such flag.
+    """
+    found = map(Stage.from_str, filter(VARIATIONS.__contains__, read_flag(path, key).get("variations", [])))
+    return frozenset(stage for stage in found if stage is not None)
+
+
 def read_flag(path: str | Path, key: str) -> dict[str, Any]:
     """Return a flag as the file has it.
 
@@ -107,11 +124,11 @@ def write_stage(path: str | Path, key: str, stage: Stage, kind: str | None = Non
     with _folder_locked(target.parent) as folder:
         document = _load(target) if target.exists() else {}
         flag = document.setdefault("flags", {}).setdefault(key, {"key": key, "version": 0, "salt": key})
-        flag.update(
-            version=int(flag.get("version", 0)) + 1, on=True, variations=VARIATIONS, offVariation=0,
-            fallthrough={"variation": VARIATIONS.index(stage.value)},
-        )  # fmt: skip
+        if not flag.get("variations"):
+            flag.update(variations=VARIATIONS, offVariation=0)
         flag.setdefault("migration", {})
+        # a flag's own variations stay as they are: targets and rules name them by their place
+        flag.update(version=int(flag.get("version", 0)) + 1, on=True, fallthrough={"variation": _variation(flag, path, key, stage)})
         if kind is not None:
             _aim(flag, kind, None, None)
         _put(target, document, folder)
@@ -141,12 +158,9 @@ def write_tenants(path: str | Path, key: str, kind: str, tenants: Collection[str
     with _folder_locked(target.parent) as folder:
         document = _load(target)
         flag = _flag(document, path, key)
-        variations = flag.get("variations", [])
         if not flag.get("on"):
             raise SpecError(str(path), f"flags.{key}", "is switched off, so it asks the same of all: switch it on")
-        if stage.value not in variations:
-            raise SpecError(str(path), f"flags.{key}", f"has no variation {stage.value}")
-        index = variations.index(stage.value)
+        index = _variation(flag, path, key, stage)
         everybodys = flag.get("fallthrough") == {"variation": index} and not flag.get("rules")
         flag["version"] = int(flag.get("version", 0)) + 1
         _aim(flag, kind, frozenset(tenants), None if everybodys else index)
@@ -196,12 +210,10 @@ def write_reads(path: str | Path, key: str, percent: int) -> int:
     with _folder_locked(target.parent) as folder:
         document = _load(target)
         flag = _flag(document, path, key)
-        variations, others = flag.get("variations", []), _asked(flag.get("fallthrough", {}))
-        if Stage.LIVE.value not in variations:
-            raise SpecError(str(path), f"flags.{key}", f"has no variation {Stage.LIVE.value}")
+        others = _asked(flag.get("fallthrough", {}))
         weights = [
             {"variation": others, "weight": (100 - percent) * PERCENT},
-            {"variation": variations.index(Stage.LIVE.value), "weight": percent * PERCENT},
+            {"variation": _variation(flag, path, key, Stage.LIVE), "weight": percent * PERCENT},
         ]
         rollout = {"contextKind": Context.DEFAULT_KIND, "variations": weights}
         flag["fallthrough"] = {"rollout": rollout} if percent else {"variation": others}
@@ -231,6 +243,14 @@ def write_flag(path: str | Path, key: str, former: dict[str, Any]) -> int:
         document["flags"][key] = {**former, "version": version}
         _put(target, document, folder)
     return version
+
+
+def _variation(flag: dict[str, Any], path: str | Path, key: str, stage: Stage) -> int:
+    """Return the place of a stage among a flag's variations."""
+    variations: list[Any] = flag.get("variations", [])
+    if stage.value not in variations:
+        raise SpecError(str(path), f"flags.{key}", f"has no variation {stage.value}: it has {', '.join(map(str, variations))}")
+    return variations.index(stage.value)
 
 
 def _asked(fallthrough: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from changeover.errors import NotReady
 from changeover.flags.history import mirrored_since, switches
 from changeover.flags.observed import Observations, observations
 from changeover.flags.rights import Rights, rights
-from changeover.flags.stages import ORDER, TABLE, needs_fence
+from changeover.flags.stages import ORDER, TABLE, needs_fence, next_stage
 from changeover.jobs.capture.rogue import Rogue, rogue
 from changeover.jobs.guarantee import assumptions
 from changeover.jobs.guarantee.assumptions import Asked
@@ -70,11 +70,17 @@ class Evidence:
     """What mirrors, as the ledger has it, where that is something else than in the spec."""
     replaying: bool = True
     """Whether a replay runs, by its session with the ledger."""
+    stages: Collection[Stage] = ORDER
+    """Those that the flag has."""
 
     @property
     def acting(self) -> Stage:
         """Return the stage at which processes act."""
         return self.everybodys or self.before
+
+    def enters(self, stage: Stage) -> bool:
+        """Return whether the step comes to a stage, or passes it in a flag that lacks it."""
+        return ORDER.index(self.before) < ORDER.index(stage) <= ORDER.index(self.after)
 
     @property
     def digest(self) -> str:
@@ -84,7 +90,9 @@ class Evidence:
         return hashlib.sha256(json.dumps(digested, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys: Stage | None = None) -> Evidence:
+def collect(
+    spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys: Stage | None = None, *, stages: Collection[Stage] = ORDER
+) -> Evidence:
     """Read the evidence for a step between two stages, of everybody or of some tenants (driver; starts no JVM).
 
     Args:
@@ -93,6 +101,7 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
         before: The stage before the step.
         after: The stage after the step.
         everybodys: The stage of everybody else, where the step is that of some tenants.
+        stages: The stages that the flag has.
 
     Returns:
         The evidence, positions as LSNs in bytes.
@@ -117,6 +126,7 @@ def collect(spec: Spec, ledger: Ledger, before: Stage, after: Stage, everybodys:
         stopped={**altered, **(ledger.stopped() if ledger.exists() else {})}, mirrors=spec.mirrors,
         replaying=ledger.is_connected("replay"),
         recorded_mirror=recorded if ledger.exists() and (recorded := ledger.mirror()) != flag_of(spec).mirror else None,
+        stages=stages,
     )  # fmt: skip
 
 
@@ -212,7 +222,7 @@ def _lag_small(e: Evidence) -> list[str]:
 
 def _streams_run(e: Evidence) -> list[str]:
     """Before both stores are to get every write: what brings it runs, where nothing else does."""
-    if e.after is not Stage.DUALWRITE or e.mirrors or e.replaying:
+    if not e.enters(Stage.DUALWRITE) or e.mirrors or e.replaying:
         return []
     return ["replay is not running, which brings every write to the new store: start `changeover replay --follow`"]
 
@@ -230,7 +240,7 @@ def _mirror_agreed(e: Evidence) -> list[str]:
 def _way_back(e: Evidence) -> list[str]:
     """Before the new store takes over: what is written to it will reach the old one, or nobody can go back without losing it."""
     way = e.reverse_path
-    if e.mirrors or not takes_over(e.before, e.after) or way is None or way.lacking is None:
+    if e.mirrors or not takes_over(e.before, e.after) or e.after is Stage.COMPLETE or way is None or way.lacking is None:
         return []
     return [
         f"nothing would keep the old store up to date after the step, and a rollback would lose every write: {way.lacking};"
@@ -240,7 +250,7 @@ def _way_back(e: Evidence) -> list[str]:
 
 def _replay_past_dualwrite(e: Evidence) -> list[str]:
     """Before reads are compared: what was written to the old store alone, before the mirror began, must be in the new one."""
-    if e.after is not Stage.SHADOW:
+    if not e.enters(Stage.SHADOW) or e.enters(Stage.DUALWRITE):  # a flag without dualwrite begins both at once
         return []
     if e.mirrored_since is None:
         return [
@@ -346,7 +356,7 @@ def objections(evidence: Evidence, *, reads: bool = False) -> list[str]:
     Returns:
         The reasons, each a sentence.
     """
-    if ORDER.index(evidence.after) != ORDER.index(evidence.before) + 1:
+    if next_stage(evidence.before, evidence.stages) is not evidence.after:
         return [f"{evidence.before.value} to {evidence.after.value} is not one step up"]
     return [reason for rule in RULES if not (reads and rule is _way_back) for reason in rule(evidence)]
 

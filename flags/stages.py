@@ -8,7 +8,7 @@ application and in the command line.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -74,29 +74,31 @@ ORDER: tuple[Stage, ...] = tuple(TABLE)
 """The stages, lowest first; also a flag's order of variations: a context of another kind gets the first one."""
 
 
-def next_stage(stage: Stage) -> Stage | None:
+def next_stage(stage: Stage, stages: Collection[Stage] = ORDER) -> Stage | None:
     """Return the stage above, None after complete.
 
     Args:
         stage: A stage.
+        stages: Those that the flag has: LaunchDarkly's migration flags have six, four, three or two.
 
     Returns:
         The stage above, or None.
     """
-    position = ORDER.index(stage) + 1
-    return ORDER[position] if position < len(ORDER) else None
+    return next((above for above in ORDER[ORDER.index(stage) + 1 :] if above in stages), None)
 
 
-def previous_stage(stage: Stage) -> Stage | None:
+def previous_stage(stage: Stage, stages: Collection[Stage] = ORDER) -> Stage | None:
     """Return the stage that a rollback leads to; None at off, and at complete, which is final.
 
     Args:
         stage: A stage.
+        stages: Those that the flag has.
 
     Returns:
         The stage below, or None.
     """
-    return ORDER[ORDER.index(stage) - 1] if TABLE[stage].reversible else None
+    below = reversed(ORDER[: ORDER.index(stage)]) if TABLE[stage].reversible else ()
+    return next((one for one in below if one in stages), None)
 
 
 def needs_fence(start: Stage, end: Stage) -> bool:

@@ -25,7 +25,7 @@ from changeover.flags.cutover import moves as by_name
 from changeover.flags.cutover import rollout, switch
 from changeover.flags.cutover.discovery import Astray, Census
 from changeover.flags.cutover.moves import Apart, sentence, together
-from changeover.flags.cutover.switch import Advanced, desired_stage, everybody, flag_and_file, require_open, require_reverse
+from changeover.flags.cutover.switch import Advanced, desired_stage, everybody, flag_and_file, require_open, require_reverse, stages
 from changeover.flags.fence.fence import MAX_PAUSE, fence, settle
 from changeover.flags.observed import Observations, observations
 from changeover.flags.rights import waits
@@ -105,8 +105,9 @@ def show(spec: Spec) -> Shown:
         ledger.stream("flags")
         desired, known = desired_stage(spec), observations(ledger.authorities())
         stage = effective(desired, known.rest.store, history.stage(ledger))
-        above = next_stage(stage)
-        evidence = readiness.collect(spec, ledger, stage, above) if above else None
+        has = stages(spec)
+        above = next_stage(stage, has)
+        evidence = readiness.collect(spec, ledger, stage, above, stages=has) if above else None
         reasons = readiness.objections(evidence) if evidence else []
         if above and (apart := together(known, above)):
             reasons = [apart, *reasons]
@@ -155,12 +156,13 @@ def advance(
             return rollout.advance(spec, ledger, reads, override)
         known = observations(ledger.authorities())
         before = everybody(spec, ledger, known)
-        after = to or next_stage(before)
+        has = stages(spec)
+        after = to or next_stage(before, has)
         if after is None:
             raise Refused("flags advance: the migration is complete, there is no stage above")
         if apart := together(known, after):
             raise Refused(f"flags advance: {apart}")
-        evidence = readiness.collect(spec, ledger, before, after)
+        evidence = readiness.collect(spec, ledger, before, after, stages=has)
         entry = require_open(ledger, evidence, override, {})
         fenced = switch.switch_flag(spec, ledger, before, after)
         _record(spec, ledger, history.ADVANCED, before, after, entry)
@@ -213,7 +215,7 @@ def _below(spec: Spec, ledger: Ledger, known: Observations) -> tuple[Stage, Stag
     stage = everybody(spec, ledger, known)
     if known.rest.store is Origin.OLD and Origin.NEW in known.stores:
         return Stage.LIVE, stage
-    return stage, previous_stage(stage)
+    return stage, previous_stage(stage, stages(spec))
 
 
 def _epoch(ledger: Ledger) -> int:
@@ -322,12 +324,13 @@ def _follow_everybody(spec: Spec, ledger: Ledger, desired: Stage, known: Observa
         if waits := together(known, desired):
             raise Refused(waits)
         if to is Origin.NEW and ORDER.index(desired) > ORDER.index(before):
-            desired = next_stage(before) or desired  # one at a time: each has evidence of its own, and the last is for good
-            readiness.require(readiness.collect(spec, ledger, before, desired))
+            # one at a time: each has evidence of its own, and the last is for good
+            desired = next_stage(before, stages(spec)) or desired
+            readiness.require(readiness.collect(spec, ledger, before, desired, stages=stages(spec)))
         _record(spec, ledger, history.FOLLOWED, before, desired, {})
         return f"the flag was switched from {before.value} to {desired.value}"
     if to is Origin.NEW:
-        readiness.require(readiness.collect(spec, ledger, effective(desired, Origin.OLD, None), desired))
+        readiness.require(readiness.collect(spec, ledger, effective(desired, Origin.OLD, None), desired, stages=stages(spec)))
     else:
         require_reverse(ledger, before)
     fenced = fence(spec, to)

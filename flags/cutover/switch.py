@@ -71,6 +71,12 @@ def desired_stage(spec: Spec) -> Stage:
     return flagfile.read_stage(file, flag.key)
 
 
+def stages(spec: Spec) -> frozenset[Stage]:
+    """Return the stages that the flag has."""
+    flag, file = flag_and_file(spec)
+    return flagfile.read_stages(file, flag.key)
+
+
 def everybody(spec: Spec, ledger: Ledger, known: Observations) -> Stage:
     """Return the stage at which routers act, but for tenants that stand apart."""
     return effective(desired_stage(spec), known.rest.store, history.stage(ledger))

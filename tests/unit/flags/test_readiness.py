@@ -48,6 +48,17 @@ def reads(stage: Stage, compared: int, mismatched: int = 0, at: datetime = LATEL
     return beat(stage, at, comparisons={"compared": 10**6, "mismatched": 10**6, "at_stage": here})
 
 
+def test_a_flag_with_fewer_stages_is_asked_for_what_it_passes() -> None:
+    four = frozenset({Stage.OFF, Stage.SHADOW, Stage.LIVE, Stage.COMPLETE})
+    step = evidence(Stage.OFF, Stage.SHADOW, stages=four, replaying=False, mirrored_since=None)
+    assert [line for line in readiness.objections(step) if "one step" in line or "dualwrite" in line] == []
+    assert any("replay is not running" in line for line in readiness.objections(step))
+    assert readiness.objections(replace(step, stages=tuple(Stage))) == ["off to shadow is not one step up"]
+    reverse = State(None, "no key", "", None, None, None, ())
+    last = evidence(Stage.OFF, Stage.COMPLETE, stages={Stage.OFF, Stage.COMPLETE}, reverse_path=reverse)
+    assert not any("keep the old store" in line for line in readiness.objections(last)), "nothing does after complete"
+
+
 @pytest.mark.parametrize(("before", "after"), [(Stage.SHADOW, Stage.LIVE), (Stage.LIVE, Stage.RAMPDOWN)])
 def test_reads_of_the_stage_that_is_left_are_asked_for(before: Stage, after: Stage) -> None:
     def said(*beats: Heartbeat) -> str:
@@ -75,7 +86,8 @@ def test_reads_of_which_nobody_knows_keep_the_step_closed_where_they_are_the_mos
 def test_before_both_stores_are_to_get_every_write_replay_runs() -> None:
     found = evidence(Stage.OFF, Stage.DUALWRITE, replaying=False)
     assert "replay is not running" in readiness._streams_run(found)[0]
-    for other in (replace(found, replaying=True), replace(found, mirrors=True), replace(found, after=Stage.SHADOW)):
+    later = replace(found, before=Stage.DUALWRITE, after=Stage.SHADOW)
+    for other in (replace(found, replaying=True), replace(found, mirrors=True), later):
         assert readiness._streams_run(other) == []
 
 

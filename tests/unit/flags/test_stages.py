@@ -49,6 +49,15 @@ def test_steps_up_and_down() -> None:
     assert [previous_stage(stage) for stage in ORDER] == [None, *ORDER[:4], None]
 
 
+def test_a_flag_with_fewer_stages_goes_from_one_of_its_own_to_the_next() -> None:
+    four = {Stage.OFF, Stage.SHADOW, Stage.LIVE, Stage.COMPLETE}
+    assert [next_stage(stage, four) for stage in ORDER] == [
+        Stage.SHADOW, Stage.SHADOW, Stage.LIVE, Stage.COMPLETE, Stage.COMPLETE, None,
+    ]  # fmt: skip
+    assert [previous_stage(stage, four) for stage in ORDER] == [None, Stage.OFF, Stage.OFF, Stage.SHADOW, Stage.LIVE, None]
+    assert next_stage(Stage.OFF, {Stage.OFF, Stage.COMPLETE}) is Stage.COMPLETE
+
+
 def test_fences_stand_where_authority_moves_and_where_the_old_store_stops_receiving() -> None:
     steps = {(low.value, high.value) for low, high in itertools.pairwise(ORDER) if needs_fence(low, high)}
     assert steps == {("shadow", "live"), ("rampdown", "complete")}

@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 from ldclient.migrations.types import Origin, Stage
 
 from changeover.cli.main import main
-from changeover.errors import Refused
-from changeover.flags import history
+from changeover.errors import Refused, SpecError
+from changeover.flags import flagfile, history
 from changeover.flags.cutover import commands as cutover
 from changeover.flags.fence.fence import fence
 from changeover.flags.readiness import COMPARISONS
@@ -29,7 +29,7 @@ from changeover.jobs.reverse import setup as reverse_setup
 from changeover.jobs.source.marker import emit_marker
 from changeover.jobs.spool.table import spool_of
 from changeover.verifiers.verification import verify
-from tests.support.fix_accounts import MAX_PAUSE, MIRRORED, add, application, following, loaded, routed, rows, switch
+from tests.support.fix_accounts import FLAG, MAX_PAUSE, MIRRORED, add, application, following, loaded, routed, rows, switch
 from tests.support.fix_flags import PATIENCE, wrote
 from tests.support.fix_migration import LAKE, STORE, MakeMigration, Migration, lake_rows
 from tests.support.fix_migration import rows as comparable
@@ -183,6 +183,24 @@ def test_a_rollback_over_the_fence_prints_what_it_lost_and_writers_go_on(mirrore
         assert "back: dualwrite: nothing would be lost" in run("show", moved).stdout
     lost = [row for row in rows(moved.new, "ledgers") if row not in rows(moved.old, "accounts")]
     assert [row[0] for row in lost] == [1000]
+
+
+def test_a_flag_with_fewer_stages_is_walked_by_its_own_and_keeps_its_variations(moved: Migration) -> None:
+    file = moved.spec.work / "flags.json"
+    four = ["live", "off", "complete", "shadow"]  # whose order is the customer's
+    flag = flagfile.read_flag(file, FLAG)
+    flagfile.write_flag(file, FLAG, {**flag, "variations": four, "fallthrough": {"variation": 1}, "offVariation": 1})
+    with following(moved):
+        steps = [cutover.advance(moved.spec, override="test") for _ in range(2)]
+        steps.append(cutover.rollback(moved.spec))
+        steps += [cutover.advance(moved.spec, override="test") for _ in range(2)]
+    assert [(step.before.value, step.after.value) for step in steps] == [
+        ("off", "shadow"), ("shadow", "live"), ("live", "shadow"), ("shadow", "live"), ("live", "complete"),
+    ]  # fmt: skip
+    assert flagfile.read_flag(file, FLAG)["variations"] == four
+    assert flagfile.read_stage(file, FLAG) is Stage.COMPLETE
+    with pytest.raises(SpecError, match="has no variation rampdown: it has live, off, complete, shadow"):
+        flagfile.write_stage(file, FLAG, Stage.RAMPDOWN)
 
 
 def test_complete_is_final_wherever_the_flag_points(moved: Migration) -> None:
