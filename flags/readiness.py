@@ -79,7 +79,14 @@ class Evidence:
         return self.everybodys or self.before
 
     def enters(self, stage: Stage) -> bool:
-        """Return whether the step comes to a stage, or passes it in a flag that lacks it."""
+        """Return whether the step comes to a stage, or passes it in a flag that lacks it.
+
+        Args:
+            stage: The stage.
+
+        Returns:
+            Whether it lies above the stage before, and not above the one after.
+        """
         return ORDER.index(self.before) < ORDER.index(stage) <= ORDER.index(self.after)
 
     @property
