@@ -288,8 +288,9 @@ def test_without_a_reverse_path_the_lake_learns_by_the_echo_what_was_written_whi
         settle(made)
     assert back.epoch == 2
     echo = events_of_epoch_1(made)
-    assert [(event["op"], dict(event["row"] or event["key"])["id"]) for event in echo] == [
-        ("U", "1"), ("U", "3"), ("D", "4"), ("I", "1000"),
+    # the mirror's workers keep the order of a key, and none between keys
+    assert sorted((event["op"], dict(event["row"] or event["key"])["id"]) for event in echo) == [
+        ("D", "4"), ("I", "1000"), ("U", "1"), ("U", "3"),
     ]  # fmt: skip
     assert lake(made) == old(made) == comparable(rows(made.new, "ledgers"))
     versions = made.spark.read.format("delta").load(str(made.spec.targets[LAKE].folder / "ledgers")).collect()
