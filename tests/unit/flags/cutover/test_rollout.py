@@ -247,7 +247,7 @@ def test_a_rollout_that_is_not_on_record_moves_nobody(moved: Migration) -> None:
         line = "reads: 50 % of contexts are served live, which is not on record: they read the old store until"
         assert f"{line} `changeover flags advance --reads 50`" in shown.stdout
         assert {router.reading(context=user).origin for user in range(100)} == {Origin.OLD}
-        advance(moved, 60)
+        advance(moved, 50)
         wait_until(lambda: any(router.reading(context=user).origin is Origin.NEW for user in range(100)), PATIENCE)
         cutover.rollback(moved.spec)  # every switch ends it, whatever the flag serves then
         flagfile.write_reads(moved.spec.work / "flags.json", FLAG, 50)
