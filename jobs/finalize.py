@@ -39,6 +39,8 @@ def abort(spec: Spec) -> list[str]:
             scope = "" if gone == EVERY else f" over {describe(gone)}"
             raise Refused(f"abort: authority{scope} has moved to the new store: `changeover flags rollback` first")
         if prepared:
+            if ledger.reads():  # nobody is to read from a table that goes
+                ledger.record_flag(None, 0)
             removed = reverse_setup.remove(spec, ledger) + remove_from_source(spec)
             removed += abort_targets(spec, {(load.source, load.target): load.created for load in ledger.loads()})
             drop_ledger(ledger.connection, spec.name)

@@ -160,6 +160,8 @@ def _begin(ledger: Ledger) -> int:
             "UPDATE changeover.chunk SET token = %s WHERE migration = %s", [first_token(row[0]), ledger.migration]
         )
         ledger.connection.execute("UPDATE changeover.load SET state = %s WHERE migration = %s", [PENDING, ledger.migration])
+        if ledger.reads():  # the evidence by which they moved is of the rows that are about to go
+            ledger.record_flag(None, 0)
         ledger.audit("prepare", "begun anew", {"epoch": row[0]})
     return int(row[0])
 

@@ -19,7 +19,8 @@ from changeover.spec import TRIGGER, Spec
 
 def advance(spec: Spec, ledger: Ledger, percent: int, override: str | None) -> Advanced:
     """Have more contexts read from the new store, if the evidence says that it is ready; the caller has the flag's lease."""
-    now = _between(spec, ledger, percent)
+    # what the flag serves and nobody put on record has moved no reads yet
+    now = min(_between(spec, ledger, percent), ledger.reads())
     if percent <= now:
         raise Refused(f"flags advance: the reads of {now} % of contexts have moved: --reads goes up from there, rollback goes down")
     evidence = readiness.collect(spec, ledger, Stage.SHADOW, Stage.LIVE)

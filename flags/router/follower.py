@@ -41,13 +41,14 @@ SETTINGS = {"statement_timeout": "2s"}
 
 NEWEST = """
 SELECT a.epoch, a.at, f.stage, f.switches, CASE WHEN f.reads > 0 THEN (SELECT min(applied)::text FROM changeover.load
-    WHERE migration = %(migration)s AND store = 'old' AND target = %(target)s) END
+    WHERE migration = %(migration)s AND store = 'old' AND target = %(target)s HAVING bool_and(state = 'closed' AND stopped IS NULL))
+    END
 FROM (VALUES (%(migration)s)) AS one (migration) LEFT JOIN changeover.flag AS f USING (migration)
 LEFT JOIN LATERAL (SELECT epoch, at FROM changeover.authority WHERE migration = %(migration)s ORDER BY epoch DESC LIMIT 1)
     AS a ON true
 """
 """The newest move, by its time as well: a migration that was aborted and prepared again counts its epochs anew. And where the
-flag stands on record, and while reads may move how far the new store is."""
+flag stands on record, and while reads may move how far the new store is: not where a table is loaded anew, or goes no further."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ counted. A write that names no context counts for all of them. Runs on the calle
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import psycopg
@@ -21,6 +24,11 @@ from changeover.flags.router.follower import Follower
 from changeover.jobs.source.marker import emit_message
 from changeover.position import parse_lsn
 from changeover.session import one_row
+
+log = logging.getLogger("changeover.flags")
+
+Lender = Callable[[], AbstractContextManager[psycopg.Connection[Any]]]
+"""Lends a session with the old store."""
 
 KEPT = 10_000
 """Contexts whose last write is kept; of those before, the newest position counts for every context."""
@@ -40,7 +48,10 @@ class Reads:
         self.wait = wait
         self._written: OrderedDict[str, int] = OrderedDict()
         self._floor = 0
-        self._opened: int | None = None
+        self._doubts = 0
+        self._unsure: set[str] = set()
+        self._unnoted = object()
+        self._begun: tuple[int | None, object] | None = None
         self._hurried = float("-inf")
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -55,49 +66,72 @@ class Reads:
         with self._lock:
             return {name: self._counts[name] for name in ("moved", "behind", "unreplayed")}
 
-    def wrote(self, context: Context | None, connection: psycopg.Connection[Any]) -> None:
-        """Note where the old store's log is after a COMMIT for a context, or for nobody in particular."""
+    def wrote(self, context: Context | None, session: Lender | None) -> None:
+        """Note where the old store's log is after a COMMIT for a context, or for nobody in particular.
+
+        It raises nothing: the write is done. Without a position its context reads from the authority until a later write. So it
+        does where there is no session to ask, because nobody knows whether a COMMIT was done.
+        """
+        if not self.open:
+            self._unnoted = object()  # whoever reads next counts it with what was written before
+            return
+        doubts, position = self._doubts, UNKNOWN
         try:
-            position = _position(connection)
-        except psycopg.Error:  # the write is done all the same: its context reads from the authority until a later write
-            position = UNKNOWN
+            if session is not None:
+                with session() as connection:
+                    position = _position(connection)
+        except Exception as error:  # whatever the application's pool raises
+            log.warning("where a write is in the old store's log can't be read (%s)", type(error).__name__)
+        self.note(context, position, doubts)
+
+    def note(self, context: Context | None, position: int, doubts: int) -> None:
+        """Note the position of a write; `doubts` is how many were unknown before it was read, which it is behind."""
         with self._lock:
-            if position != UNKNOWN:  # it is behind all that was written before
+            if position == UNKNOWN:
+                self._doubts += 1
+            elif doubts == self._doubts:
                 self._floor = position if self._floor == UNKNOWN else self._floor
-                for key in [key for key, written in self._written.items() if written == UNKNOWN]:
-                    self._written[key] = position
+                self._written.update(dict.fromkeys(self._unsure & self._written.keys(), position))
+                self._unsure.clear()
             if context is None:
                 self._floor = max(self._floor, position)
                 return
-            self._written[context.fully_qualified_key] = position
-            self._written.move_to_end(context.fully_qualified_key)
+            key = context.fully_qualified_key
+            # another thread's write may be behind this one, and noted before it
+            self._written[key] = max(position, self._written.get(key, 0))
+            self._written.move_to_end(key)
+            if position == UNKNOWN:
+                self._unsure.add(key)
             if len(self._written) > KEPT:
                 self._floor = max(self._floor, self._written.popitem(last=False)[1])
 
-    def moved(self, context: Context, connection: Any) -> bool:
+    def needed(self, context: Context) -> int:
+        """Return which position replay has to have passed for a context's reads."""
+        with self._lock:
+            return max(self._floor, self._written.get(context.fully_qualified_key, 0))
+
+    def moved(self, context: Context, connection: Lender) -> bool:
         """Return whether a context that the flag serves live may read from the new store now; it waits for its own writes.
 
         `connection` lends a session with the old store, by which a log at rest is moved on.
         """
         self._begin(connection)
-        with self._lock:
-            needed = max(self._floor, self._written.get(context.fully_qualified_key, 0))
-        outcome = self._outcome(needed, connection)
+        outcome = self._outcome(self.needed(context), connection)
         with self._lock:
             self._counts[outcome] += 1
         return outcome == "moved"
 
-    def _begin(self, connection: Any) -> None:
-        """Count what was written before reads were opened for every context: no position of it was noted."""
-        opened = self.follower.reads_open if self.follower is not None else None
-        if opened == self._opened:
+    def _begin(self, connection: Lender) -> None:
+        """Count what was written while reads were not open for every context: no position of it was noted."""
+        begun = (self.follower.reads_open if self.follower is not None else None, self._unnoted)
+        if begun == self._begun:
             return
         with connection() as session:
             position = _position(session)
         with self._lock:
-            self._floor, self._opened = max(self._floor, position), opened
+            self._floor, self._begun = max(self._floor, position), begun
 
-    def _outcome(self, needed: int, connection: Any) -> str:
+    def _outcome(self, needed: int, connection: Lender) -> str:
         follower, until = self.follower, time.monotonic() + self.wait
         if follower is None or not follower.replaying:
             return "unreplayed"
@@ -109,7 +143,7 @@ class Reads:
             follower.wait_applied(needed, min(left, HURRY_SECONDS))
         return "moved"
 
-    def _hurry(self, connection: Any) -> None:
+    def _hurry(self, connection: Lender) -> None:
         with self._lock:
             now = time.monotonic()
             if now - self._hurried < HURRY_SECONDS:

@@ -192,9 +192,10 @@ class Router:
             AuthorityMoving: A fence refuses writes.
         """
         runtime, pin, tenant_name = self._placed(tenant)
-        with self._refusals(runtime, pin), _measured(runtime, pin, tenant_name):
+        who = self._who(context)
+        with self._refusals(runtime, pin), _measured(runtime, pin, tenant_name, who):
             yield _place(pin, tenant_name)
-        runtime.wrote_for(self._who(context), pin.rule.writes)
+        runtime.wrote_for(who, pin.rule.writes)
 
     def rerun(self, work: Callable[[Place], Value], *, tenant: Tenant | None = None, context: Who | None = None) -> Value:
         """Run a function that writes by sessions of your own, and again where a fence refused it, as `run` does.
@@ -212,11 +213,12 @@ class Router:
             LockNotGranted: A fence did not end within the limits' pause.
         """
         runtime, pin, tenant_name = self._placed(tenant)
+        who = self._who(context)
 
         def attempt(pin: Pin) -> Value:
-            with _measured(runtime, pin, tenant_name):
+            with _measured(runtime, pin, tenant_name, who):
                 value = work(_place(pin, tenant_name))
-            runtime.wrote_for(self._who(context), pin.rule.writes)
+            runtime.wrote_for(who, pin.rule.writes)
             return value
 
         return self._until_done(runtime, pin, tenant_name, attempt)
@@ -243,10 +245,10 @@ class Router:
         if self._runtime is None:  # the first look at the ledger may take a while
             await asyncio.to_thread(self._running)
         runtime, pin, tenant_name = self._placed(tenant)
-        tries = Tries()
+        who, tries = self._who(context), Tries()
         while True:
             try:
-                with _measured(runtime, pin, tenant_name):
+                with _measured(runtime, pin, tenant_name, who):
                     value = await work(_place(pin, tenant_name))
             except Exception as error:
                 await asyncio.sleep(self._pause(runtime, pin, tries, error))
@@ -254,7 +256,9 @@ class Router:
                 continue
             tries.end(runtime)
             if runtime.reads.open:
-                await asyncio.to_thread(runtime.wrote_for, self._who(context), pin.rule.writes)
+                await asyncio.to_thread(runtime.wrote_for, who, pin.rule.writes)
+            else:
+                runtime.wrote_for(who, pin.rule.writes)
             return value
 
     def run(self, work: Callable[[RoutedStore], Value], *, tenant: Tenant | None = None, context: Who | None = None) -> Value:
@@ -516,15 +520,17 @@ class Router:
         endpoint, mapped = self._parts.endpoints[origin], bool(self._parts.mirrored)
         try:
             with runtime.session(origin) as connection:
-                with transaction(connection, mirrored=mapped) as cursor:
-                    counts = runtime.tables[origin].begin(cursor) if mapped and pin.rule.mirrors else None
-                    if endpoint.tenant is not None:
-                        cursor.execute("SELECT pg_catalog.set_config(%s, %s, true)", [TENANT_SETTING, tenant])
-                    store = RoutedStore(origin, pin.stage, pin.observation.epoch, _named(tenant), cursor)
-                    yield store
-                    if counts is not None and not failed(connection):
-                        written = counts.end(cursor, store.changes, endpoint.log, _named(tenant))
-                runtime.wrote_for(context, origin, connection)
+                try:
+                    with transaction(connection, mirrored=mapped) as cursor:
+                        counts = runtime.tables[origin].begin(cursor) if mapped and pin.rule.mirrors else None
+                        if endpoint.tenant is not None:
+                            cursor.execute("SELECT pg_catalog.set_config(%s, %s, true)", [TENANT_SETTING, tenant])
+                        store = RoutedStore(origin, pin.stage, pin.observation.epoch, _named(tenant), cursor)
+                        yield store
+                        if counts is not None and not failed(connection):
+                            written = counts.end(cursor, store.changes, endpoint.log, _named(tenant))
+                finally:  # a session that was lost at the COMMIT says nothing, and the write may be done
+                    runtime.wrote_for(context, origin, connection)
         except Exception as error:
             runtime.done(Operation.WRITE, tenant, origin, started, error)
             raise
@@ -626,13 +632,15 @@ def _named(tenant: str) -> str | None:
 
 
 @contextmanager
-def _measured(runtime: Runtime, pin: Pin, tenant: str) -> Iterator[None]:
-    """Count a write by the application's own sessions, and put it down for the SDK."""
+def _measured(runtime: Runtime, pin: Pin, tenant: str, who: Context | None) -> Iterator[None]:
+    """Count a write by the application's own sessions, and put it down for the SDK; one that failed may have committed before."""
     started = time.monotonic()
     try:
         yield
-    except Exception as error:
-        runtime.done(Operation.WRITE, tenant, pin.rule.writes, started, error)
+    except BaseException as error:
+        runtime.may_have_written(who, pin.rule.writes)
+        if isinstance(error, Exception):
+            runtime.done(Operation.WRITE, tenant, pin.rule.writes, started, error)
         raise
     runtime.wrote()
     runtime.done(Operation.WRITE, tenant, pin.rule.writes, started)

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -179,13 +179,13 @@ class Runtime:
 
     def wrote_for(self, context: Context | None, origin: Origin, connection: psycopg.Connection[Any] | None = None) -> None:
         """Note where the log is after a COMMIT, where reads may move before writes; by a session of ours where none is given."""
-        if origin is Origin.NEW or not self.reads.open:
-            return
-        if connection is not None:
-            self.reads.wrote(context, connection)
-        else:
-            with self.session(origin) as own:
-                self.reads.wrote(context, own)
+        if origin is Origin.OLD:
+            self.reads.wrote(context, (lambda: nullcontext(connection)) if connection is not None else self._lenders[origin])
+
+    def may_have_written(self, context: Context | None, origin: Origin) -> None:
+        """Note a unit that failed, in sessions that are not ours: its COMMIT may be done."""
+        if origin is Origin.OLD:
+            self.reads.wrote(context, None)
 
     def session(self, origin: Origin) -> AbstractContextManager[psycopg.Connection[Any]]:
         """Lend a session with a store."""

@@ -157,8 +157,9 @@ class Comparisons:
         self._wake.set()
         self._thread.join(self.deadline + 1)
         self.secondaries.close(self.deadline + 1)
-        for _ in range(len(self._offered) + len(self._heap)):
+        for comparison in (*(one for _, one in self._offered), *(one for _, _, one in self._heap)):
             self.drops.raise_for("closing")
+            comparison.tell(None)
         self._offered.clear()
         self._heap.clear()
 
@@ -202,7 +203,11 @@ class Comparisons:
 
     def _look(self, comparison: Comparison) -> bool:
         """Look at a comparison; return whether it is to be looked at again."""
-        came = self.judge.look(comparison, (one for _, _, one in self._heap if one.looks))
+        try:
+            came = self.judge.look(comparison, (one for _, _, one in self._heap if one.looks))
+        except Exception:  # the read itself was answered
+            comparison.tell(None)
+            raise
         if isinstance(came, tuple):
             self._push(*came)
             return True

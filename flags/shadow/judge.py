@@ -69,7 +69,7 @@ class Comparison:
     steady: bool = True
     """Whether both stores repeated their answers at every look."""
     tell: Callable[[Result | None], None] = lambda result: None
-    """What is told of its end, beside the experiment: None where the other store was never asked."""
+    """What is told of its end, once, beside the experiment: None where the other store was never asked, or nothing came of it."""
 
     def weighing(self, weight: int) -> Comparison:
         """Return it with its bytes.

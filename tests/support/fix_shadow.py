@@ -65,11 +65,13 @@ def rows_of(origin: Origin) -> Callable[[Cursor], list[dict[str, Any]]]:
 def offer(
     comparisons: Comparisons, experiment: Experiment, control: Any, origin: Origin = Origin.OLD,
     reads: dict[Origin, Callable[[Cursor], Any]] | None = None, beside: dict[str, Answer] | None = None,
+    tell: Callable[[Result | None], None] = lambda result: None,
 ) -> bool:  # fmt: skip
     """Offer a read of which the authority's answer is known."""
     stage = Stage.SHADOW if origin is Origin.OLD else Stage.LIVE
     seen = Observation(origin, control, None, 0.0)
-    return comparisons.offer(Comparison(experiment, stage, origin, seen, reads or {o: rows_of(o) for o in Origin}, beside or {}))
+    reads = reads or {o: rows_of(o) for o in Origin}
+    return comparisons.offer(Comparison(experiment, stage, origin, seen, reads, beside or {}, tell=tell))
 
 
 def put(stores: Stores, origin: Origin, user: int, note: str) -> None:

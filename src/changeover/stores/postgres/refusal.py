@@ -222,17 +222,19 @@ def remove(connection: Connection, schema: str, name: str) -> list[str]:
         return []
     removed = []
     with connection.transaction():
-        table = sql.Identifier(schema, name)
-        for relation in (table, *_partitions(connection, table)):
-            triggers = connection.execute(
-                "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgparentid = 0"
-                " AND tgname LIKE 'changeover_refusal%%'",
-                [relation.as_string(connection)],
-            ).fetchall()
-            for row in triggers:
-                connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(row[0]), relation))
-                removed.append(f"trigger {row[0]} on {relation.as_string(connection).replace(chr(34), '')}")
-        connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(ours("refuse", schema, name)))
+        function = ours("refuse", schema, name)
+        # by its function: a partition that was detached since has kept the statement's trigger
+        triggers = connection.execute(
+            "SELECT n.nspname, c.relname, t.tgname FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid"
+            " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE t.tgfoid = to_regprocedure(%s) AND t.tgparentid = 0"
+            " ORDER BY t.oid",
+            [f"{function.as_string(connection)}()"],
+        ).fetchall()
+        for of_schema, relation, trigger in triggers:
+            on = sql.Identifier(of_schema, relation)
+            connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(trigger), on))
+            removed.append(f"trigger {trigger} on {of_schema}.{relation}")
+        connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(function))
     return removed
 
 

@@ -12,13 +12,17 @@ import pytest
 from click.testing import CliRunner
 from ldclient import Context
 from ldclient.migrations.types import Origin, Stage
+from psycopg_pool import ConnectionPool
 
 from changeover.cli.main import main
 from changeover.errors import Refused, UsageError
 from changeover.flags import flagfile
 from changeover.flags.cutover import commands as cutover
+from changeover.flags.router.follower import LedgerFollower
 from changeover.flags.router.router import Router
 from changeover.jobs.capture.service import capture
+from changeover.jobs.ledger.ledger import Ledger
+from changeover.jobs.restart import restart
 from tests.support.fix_accounts import FLAG, following, loaded, moved, patient_fences, routed, switch
 from tests.support.fix_flags import PATIENCE, wait_until
 from tests.support.fix_migration import STORE, MakeMigration, Migration
@@ -148,6 +152,93 @@ def test_a_replay_that_is_behind_costs_a_wait_and_then_the_authority_is_read(mov
         assert note(router, 7) == (Origin.NEW, "held up")
 
 
+@contextmanager
+def held(migration: Migration) -> Iterator[None]:
+    """Keep replay from writing; readers don't wait."""
+    with migration.new.transaction():
+        migration.new.execute("LOCK TABLE ledgers IN SHARE MODE")
+        yield
+
+
+def by_own_session(migration: Migration, user: int, text: str) -> None:
+    migration.old.execute("UPDATE accounts SET note = %s WHERE id = %s", [text, user])
+
+
+def test_a_block_that_fails_after_its_commit_is_counted_as_a_write(moved: Migration) -> None:
+    with following(moved), routed(moved) as router:
+        advance(moved, 100)
+        opened(router)
+        router._running().reads.wait = 0.2
+        with held(moved):
+            with pytest.raises(ZeroDivisionError), router.route(context=7) as place:  # noqa: PT012 - it commits, then fails
+                by_own_session(moved, 7, "committed")
+                place.epoch // 0
+            assert note(router, 7) == (Origin.OLD, "committed")
+            assert note(router, 8)[0] is Origin.NEW
+        router._running().reads.wait = PATIENCE
+        write(router, 8, "later", context=8)
+        assert note(router, 7) == (Origin.NEW, "committed")
+
+
+def test_what_fails_after_a_commit_does_not_reach_the_caller(moved: Migration) -> None:
+    with following(moved), routed(moved) as router:
+        advance(moved, 100)
+        opened(router)
+        lenders = router._running()._lenders
+        lent = lenders[Origin.OLD]
+        lenders[Origin.OLD] = ConnectionPool(moved.spec.source.dsn.resolve(), open=False).connection
+        with held(moved):
+            assert router.rerun(lambda place: by_own_session(moved, 7, "done"), context=7) is None
+            with router.route(context=8):
+                by_own_session(moved, 8, "done")
+            lenders[Origin.OLD] = lent
+            assert [note(router, user) for user in (7, 8)] == [(Origin.OLD, "done")] * 2
+            called: list[Any] = []
+            with pytest.raises(TypeError, match="context= is list"):
+                router.rerun(called.append, context=[7])  # type: ignore[arg-type]
+            assert called == []
+
+
+def test_what_is_written_while_reads_are_closed_counts_when_they_open_again(moved: Migration) -> None:
+    with following(moved), routed(moved) as router, Ledger.open(moved.spec, "test") as ledger:
+
+        def stop(reason: str | None) -> None:
+            ledger.connection.execute("UPDATE changeover.load SET stopped = %s", [reason])
+
+        advance(moved, 100)
+        opened(router)
+        reads = router._running().reads
+        reads.wait = 0.2
+        with held(moved):
+            stop("test")
+            wait_until(lambda: not reads.open, PATIENCE)
+            assert router.reading(context=8).origin is Origin.OLD, "its table goes no further"
+            write(router, 7, "meanwhile", context=7)
+            stop(None)
+            wait_until(lambda: reads.open, PATIENCE)
+            assert note(router, 7) == (Origin.OLD, "meanwhile")
+        reads.wait = PATIENCE
+        assert note(router, 7) == (Origin.NEW, "meanwhile")
+
+
+def test_tables_that_are_begun_anew_are_not_read(moved: Migration) -> None:
+    with routed(moved) as router:
+        with following(moved):
+            advance(moved, 100)
+            opened(router)
+        restart(moved.spec, moved.spark)
+        follower = router._running().follower
+        assert isinstance(follower, LedgerFollower)
+        with following(moved), Ledger.open(moved.spec, "test") as ledger:
+            wait_until(lambda: ledger.is_connected("replay"), PATIENCE)
+            assert note(router, 7) == (Origin.OLD, "n7")
+            assert ledger.reads() == 0
+            ledger.record_flag(None, 100)  # nor by a record that says so
+            seen = follower._looks
+            wait_until(lambda: follower._looks > seen + 20, PATIENCE)
+            assert note(router, 7) == (Origin.OLD, "n7")
+
+
 def test_a_rollout_that_is_not_on_record_moves_nobody(moved: Migration) -> None:
     with following(moved), routed(moved) as router:
         flagfile.write_reads(moved.spec.work / "flags.json", FLAG, 50)
@@ -156,7 +247,7 @@ def test_a_rollout_that_is_not_on_record_moves_nobody(moved: Migration) -> None:
         line = "reads: 50 % of contexts are served live, which is not on record: they read the old store until"
         assert f"{line} `changeover flags advance --reads 50`" in shown.stdout
         assert {router.reading(context=user).origin for user in range(100)} == {Origin.OLD}
-        advance(moved, 60)
+        advance(moved, 50)
         wait_until(lambda: any(router.reading(context=user).origin is Origin.NEW for user in range(100)), PATIENCE)
         cutover.rollback(moved.spec)  # every switch ends it, whatever the flag serves then
         flagfile.write_reads(moved.spec.work / "flags.json", FLAG, 50)

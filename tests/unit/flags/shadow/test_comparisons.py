@@ -14,7 +14,7 @@ from psycopg import sql
 
 from changeover.flags.router.endpoint import Cursor
 from changeover.flags.shadow.comparisons import Comparisons
-from changeover.flags.shadow.experiment import Experiment
+from changeover.flags.shadow.experiment import Experiment, Result
 from changeover.flags.shadow.positions import LedgerPositions
 from changeover.jobs.source.triggerlog import Log
 from tests.support.fix_flags import PATIENCE, Stores, wait_until
@@ -266,11 +266,13 @@ def test_a_failing_hook_goes_to_raised_and_hurts_nothing(
         raise RuntimeError("the hook failed")
 
     monkeypatch.setattr(experiment, hook, fail)
-    offer(comparisons, experiment, [{"subject": 1, "note": "old"}])
+    told: list[Result | None] = []
+    taken = offer(comparisons, experiment, [{"subject": 1, "note": "old"}], tell=told.append)
     offer(comparisons, next_one, [])
     assert comparisons.drain(PATIENCE)
     assert experiment.failures == [hook]
     assert len(next_one.results) == 1
+    assert len(told) == taken, "the read was answered, whatever came of its comparison"
 
 
 def test_a_raising_raised_does_not_end_the_thread(stores: Stores, make_comparisons: MakeComparisons) -> None:
@@ -287,6 +289,15 @@ def test_a_raising_raised_does_not_end_the_thread(stores: Stores, make_compariso
     assert comparisons.drain(PATIENCE)
     assert comparisons.counters()["errors"] == 1
     assert next_one.results[0].matched
+
+
+def test_what_is_left_when_it_closes_is_told_as_the_authoritys_alone(stores: Stores, make_comparisons: MakeComparisons) -> None:
+    put(stores, Origin.OLD, 1, "old")
+    comparisons, told = make_comparisons(waits=(PATIENCE,)), list[Result | None]()
+    offer(comparisons, Recorded(), [{"subject": 1, "note": "old"}], tell=told.append)
+    wait_until(lambda: comparisons.counters()["depth"] == 1 and bool(comparisons._heap), PATIENCE)
+    comparisons.close()
+    assert told == [None]
 
 
 def test_run_if_says_which_reads_are_compared(make_comparisons: MakeComparisons) -> None:

@@ -51,6 +51,18 @@ def test_a_refusal_that_is_removed_leaves_the_namesakes(namesakes: Connection) -
     assert namesakes.execute("SELECT FROM pg_proc WHERE pronamespace = to_regnamespace('changeover')").fetchall() == []
 
 
+def test_a_refusal_is_removed_from_a_partition_that_was_detached_since(new_dsn: str) -> None:
+    with connect(new_dsn, "test") as connection:
+        connection.execute("CREATE TABLE whole (id integer) PARTITION BY LIST (id)")
+        for number in (1, 2):
+            connection.execute(sql.SQL("CREATE TABLE part{0} PARTITION OF whole FOR VALUES IN ({0})").format(number))
+        assert refusal.install(connection, "public", "whole", refusal.Refusal((refusal.TenantEpoch(1),)), time.monotonic() + 60)
+        connection.execute("ALTER TABLE whole DETACH PARTITION part2")
+        refusal.remove(connection, "public", "whole")
+        assert connection.execute("SELECT tgname FROM pg_trigger WHERE tgname LIKE 'changeover%'").fetchall() == []
+        assert not is_refused(connection, "INSERT INTO part2 VALUES (2)")
+
+
 @pytest.mark.parametrize("name", ["kept", LONG, ACCENTS])
 def test_our_names_are_whole_and_different(new_dsn: str, name: str) -> None:
     with connect(new_dsn, "test") as connection:
