@@ -14,6 +14,7 @@ exception: it is data in a verdict.
     │   ├── UnsafePlan                     the preflight found reasons
     │   ├── TargetNotEmpty                 a target table had rows before prepare
     │   ├── NotReady                       the evidence for the next stage does not hold
+    │   ├── ChangesUntold                  a mirrored write changed more rows than it told of
     │   └── TableStopped                   a table met what this version does not carry
     ├── CouldNotFinish                 3   nothing is lost, run it again
     │   ├── ServerUnavailable              a connection failed or broke

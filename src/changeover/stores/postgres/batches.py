@@ -101,6 +101,7 @@ def apply_batch(cursor: psycopg.Cursor[Any], table: GatedTable, reached: Version
     """
     (offered, epoch) = one_row(cursor.execute(sql.SQL("SELECT count(*), max(_changeover_epoch) FROM {}").format(BATCH)))
     if not offered and reached is None:
+        require_read_committed(cursor)
         return Counts(0, 0)
     if table.loose:
         _collapse(cursor, table)
