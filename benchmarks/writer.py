@@ -19,10 +19,10 @@ from psycopg import sql
 
 from changeover.flags.mirror.change import Change, returned
 from changeover.flags.mirror.gatecall import GateCall
-from changeover.flags.mirror.written import position
+from changeover.flags.mirror.written import POSITION
 from changeover.flags.router.endpoint import PgEndpoint, transaction
-from changeover.position import DUAL_WRITE_ORDINAL, Version
-from changeover.session import Connection
+from changeover.position import DUAL_WRITE_ORDINAL, Version, parse_lsn
+from changeover.session import Connection, one_row
 
 APPLICATION = "changeover:benchmark:writer"
 RATE = 250
@@ -136,7 +136,7 @@ class Application:
         with transaction(self.source) as cursor:
             cursor.execute(PUT, [*key, f"write {self.count}"])
             [change] = returned(cursor)
-            at = position(cursor)
+            at = parse_lsn(one_row(cursor.execute(f"SELECT {POSITION}".encode()))[0])
         return Version(0, at, DUAL_WRITE_ORDINAL), change
 
     def _upsert(self) -> sql.Composed:

@@ -33,7 +33,7 @@ from changeover.flags.stages import ORDER, TABLE, effective, next_stage, previou
 from changeover.interrupt import asked_to_stop
 from changeover.jobs.capture.rogue import Rogue, rogue
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.jobs.ledger.reads import ReadDifference, recorded
+from changeover.jobs.ledger.readdifferences import ReadDifference, recorded
 from changeover.jobs.ledger.records import Authority, Heartbeat
 from changeover.jobs.reverse import path as reverse
 from changeover.jobs.source.marker import mark

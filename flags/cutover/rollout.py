@@ -14,7 +14,7 @@ from changeover.flags import flagfile, history, readiness
 from changeover.flags.cutover.switch import Advanced, everybody, flag_and_file, require_open
 from changeover.flags.observed import observations
 from changeover.jobs.ledger.ledger import Ledger
-from changeover.spec import TRIGGER, Spec
+from changeover.spec import Spec
 
 
 def advance(spec: Spec, ledger: Ledger, percent: int, override: str | None) -> Advanced:
@@ -49,10 +49,6 @@ def _between(spec: Spec, ledger: Ledger, percent: int) -> int:
     flag, file = flag_and_file(spec)
     if flag.context is not None:
         raise UsageError(f"rows move by tenants, the spec's {flag.context}, and their reads with them: --tenant names some")
-    if spec.source.capture == TRIGGER:
-        raise UsageError(
-            "with trigger capture a log at rest passes no position, so reads can't wait for their writes: leave --reads out"
-        )
     if not 0 <= percent <= 100:
         raise UsageError(f"--reads is {percent}: give a percentage, 0 to 100")
     stage = everybody(spec, ledger, observations(ledger.authorities()))

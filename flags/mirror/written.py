@@ -207,20 +207,11 @@ class Counts:
                 )
 
 
-def position(cursor: Cursor, log: Log | None = None) -> int:
-    """Return the LSN of what the transaction has written so far, and make its COMMIT durable.
-
-    Where a trigger log captures the write, the position is that of the log's newest tick, above
-    which the write's own event comes to stand. Without a tick, as after `abort`, it is below
-    everything.
-    """
-    with _plain(cursor) as plain:
-        (lsn, *_) = one_row(plain.execute(f"SELECT {POSITION}".encode()))
-        return _ticked(plain, lsn, log)
-
-
 def _ticked(plain: psycopg.Cursor[Any], lsn: str, log: Log | None) -> int:
-    """Return a position as the stream counts it: the log's own, or that of a trigger log's newest tick."""
+    """Return a position as the stream counts it: the log's own, or that of a trigger log's newest tick.
+
+    Above that tick the write's own event comes to stand. Without a tick, as after `abort`, it is below everything.
+    """
     if log is None:
         return parse_lsn(lsn)
     (newest,) = one_row(plain.execute("SELECT pg_catalog.to_regclass(%s)", [log.ticks.as_string(plain)]))

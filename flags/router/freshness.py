@@ -21,7 +21,8 @@ import psycopg
 from ldclient import Context
 
 from changeover.flags.router.follower import Follower
-from changeover.jobs.source.marker import emit_message
+from changeover.jobs.source.marker import move_on
+from changeover.jobs.source.triggerlog import Log
 from changeover.position import parse_lsn
 from changeover.session import one_row
 
@@ -37,14 +38,15 @@ UNKNOWN = 1 << 64
 """Above every position: after a COMMIT whose position could not be read."""
 
 HURRY_SECONDS = 0.5
-"""How often a marker is written at most while a read waits: it has a log at rest passed."""
+"""How often a log at rest is moved on at most while a read waits."""
 
 
 class Reads:
     """What this process wrote for whom, and whether the new store has it by now; thread-safe."""
 
-    def __init__(self, follower: Follower | None, wait: float) -> None:
+    def __init__(self, follower: Follower | None, log: Log | None, wait: float) -> None:
         self.follower = follower
+        self.log = log
         self.wait = wait
         self._written: OrderedDict[str, int] = OrderedDict()
         self._floor = 0
@@ -150,7 +152,7 @@ class Reads:
                 return
             self._hurried = now
         with connection() as session:
-            emit_message(session, "read")
+            move_on(session, self.log, "read")
 
 
 def _position(connection: psycopg.Connection[Any]) -> int:

@@ -129,7 +129,7 @@ class Runtime:
             # a name for each start of each process: what one counted before its end stays on record beside its successor's
             process = f"{parts.process or socket.gethostname()}:{self.pid}.{secrets.token_hex(2)}"
             self.follower = parts.authority.follow(process, self._beat)
-        self.reads = Reads(self.follower, parts.limits.read_wait)
+        self.reads = Reads(self.follower, parts.endpoints[Origin.OLD].log, parts.limits.read_wait)
 
     def desired(self, tenant: str = EVERYTHING) -> Stage:
         """Return the flag's stage; a process that never had an answer goes on from the migration's last heartbeat."""

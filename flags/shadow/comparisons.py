@@ -29,8 +29,8 @@ from changeover.flags.shadow.sampling import Sampling
 from changeover.flags.shadow.secondaries import Secondaries
 from changeover.flags.shadow.tally import Tally
 from changeover.flags.stages import other
-from changeover.jobs.ledger import reads
-from changeover.jobs.ledger.reads import ReadDifference
+from changeover.jobs.ledger import readdifferences
+from changeover.jobs.ledger.readdifferences import ReadDifference
 from changeover.position import format_lsn
 
 BESIDES_SECONDS = 0.5
@@ -66,7 +66,7 @@ class Comparisons:
         """What callers have put down, with its bytes; they take no lock that the thread holds for long."""
         self._heap: list[tuple[float, int, Comparison]] = []
         """What is to be looked at, by the time when; the thread's own."""
-        self._differences: deque[ReadDifference] = deque(maxlen=reads.KEPT)
+        self._differences: deque[ReadDifference] = deque(maxlen=readdifferences.KEPT)
         """What is to be put on record; the thread's own."""
         self._besides_at = time.monotonic() + BESIDES_SECONDS
         self._order = count()

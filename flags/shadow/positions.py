@@ -20,12 +20,12 @@ from typing import Protocol
 from ldclient.migrations.types import Origin
 
 from changeover.flags.stages import other
-from changeover.jobs.ledger import reads
+from changeover.jobs.ledger import readdifferences
 from changeover.jobs.ledger.epochs import NEW, OLD
-from changeover.jobs.ledger.reads import ReadDifference
+from changeover.jobs.ledger.readdifferences import ReadDifference
 from changeover.jobs.ledger.records import OLD_STORE
-from changeover.jobs.source.marker import emit_message
-from changeover.jobs.source.triggerlog import Log, ask_for_a_tick
+from changeover.jobs.source.marker import move_on
+from changeover.jobs.source.triggerlog import Log
 from changeover.position import parse_lsn
 from changeover.session import Connection, connect, one_row
 from changeover.settings import Kind
@@ -159,22 +159,17 @@ class LedgerPositions:
 
     def record(self, differences: Sequence[ReadDifference]) -> None:
         """Write to the ledger."""
-        reads.record(self._session(None), self.migration, differences)
+        readdifferences.record(self._session(None), self.migration, differences)
 
     def _hurry(self, origin: Origin) -> None:
-        """Have a store's log pass the last position that was marked in it, unless that was done a moment ago.
-
-        A marker is written behind it. A trigger log, in which the application may write nothing, is asked for a tick.
-        """
+        """Have a store's log pass the last position that was marked in it, unless that was done a moment ago."""
         now = time.monotonic()
         if origin not in self._marked or now - self._hurried.get(origin, float("-inf")) < HURRY_SECONDS:
             return
         log = self.endpoints[origin].log
-        if log is None:
-            emit_message(self._session(origin), "compared")
-            del self._marked[origin]  # the marker is in the log for good; a notification may meet no capture, and is sent again
-        else:
-            ask_for_a_tick(self._session(origin), log)
+        move_on(self._session(origin), log, "compared")
+        if log is None:  # the marker is in the log for good; a notification may meet no capture, and is sent again
+            del self._marked[origin]
         self._hurried[origin] = now
 
     def close(self) -> None:

@@ -40,6 +40,23 @@ def emit_message(connection: Connection, note: str) -> None:
         connection.execute("SELECT pg_logical_emit_message(true, %s::text, %s::text)", [MARKER_PREFIX, note])
 
 
+def move_on(connection: Connection, log: triggerlog.Log | None, note: str) -> None:
+    """Have a log at rest pass a position that was read before, for somebody who waits for it; any role may.
+
+    A marker is written behind it. A trigger log, in which an application may write nothing, is asked for a tick; where no capture
+    runs, nobody hears that.
+
+    Args:
+        connection: A session with the store.
+        log: The trigger log by which the store is captured, None where a slot does it.
+        note: What a marker says.
+    """
+    if log is None:
+        emit_message(connection, note)
+    else:
+        triggerlog.ask_for_a_tick(connection, log)
+
+
 def mark(connection: Connection, note: str) -> int:
     """Return where a store's log is now, having written a marker behind it.
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from changeover.flags.cutover.commands import Shown
     from changeover.flags.cutover.switch import Advanced
     from changeover.jobs.apply.rounds import Replayed
-    from changeover.jobs.ledger.reads import ReadDifference
+    from changeover.jobs.ledger.readdifferences import ReadDifference
     from changeover.jobs.load.copier import Loaded
     from changeover.jobs.load.prepared import Prepared
     from changeover.jobs.preflight.rules import Preflight
@@ -484,7 +484,7 @@ def read_differences(spec: Spec) -> list[ReadDifference]:
         StepOrder: Nothing was prepared.
     """
     from changeover.jobs.ledger.ledger import Ledger
-    from changeover.jobs.ledger.reads import recorded
+    from changeover.jobs.ledger.readdifferences import recorded
 
     with Ledger.open(spec, "history") as ledger:
         ledger.stream("history")

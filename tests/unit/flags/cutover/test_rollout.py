@@ -15,7 +15,7 @@ from ldclient.migrations.types import Origin, Stage
 from psycopg_pool import ConnectionPool
 
 from changeover.cli.main import main
-from changeover.errors import Refused, UsageError
+from changeover.errors import Refused
 from changeover.flags import flagfile
 from changeover.flags.cutover import commands as cutover
 from changeover.flags.router.follower import LedgerFollower
@@ -277,7 +277,11 @@ def test_what_stands_against_it_is_said(moved: Migration, make_migration: MakeMi
         assert router.reading(context=uuid.uuid4()).origin is Origin.OLD
 
 
-def test_with_trigger_capture_reads_stay(make_migration: MakeMigration) -> None:
+def test_with_trigger_capture_a_read_waits_for_its_writes_too(make_migration: MakeMigration) -> None:
     made = loaded(make_migration, STORE, kind="trigger")
-    with pytest.raises(UsageError, match="with trigger capture"):
-        advance(made, 10)
+    with following(made), routed(made) as router:
+        advance(made, 100)
+        opened(router)
+        for number in range(5):  # at rest but for these, so that capture is asked for each tick
+            assert write(router, 7, f"n{number}", context=7) is Origin.OLD
+            assert note(router, 7) == (Origin.NEW, f"n{number}")

@@ -16,9 +16,9 @@ from changeover.errors import StepOrder
 from changeover.flags.shadow.comparisons import Comparisons
 from changeover.flags.shadow.positions import LedgerPositions
 from changeover.jobs.access import privileges
-from changeover.jobs.ledger import reads
+from changeover.jobs.ledger import readdifferences
 from changeover.jobs.ledger.ledger import drop_ledger
-from changeover.jobs.ledger.reads import KEPT, ReadDifference
+from changeover.jobs.ledger.readdifferences import KEPT, ReadDifference
 from changeover.jobs.ledger.records import Stream
 from changeover.position import parse_lsn
 from changeover.spec import load
@@ -29,7 +29,7 @@ SECRET = "a note that nobody else may read"
 
 
 def on_record(stores: Stores) -> list[ReadDifference]:
-    return reads.recorded(stores.ledger.connection, MIGRATION)
+    return readdifferences.recorded(stores.ledger.connection, MIGRATION)
 
 
 def mismatch(stores: Stores, comparisons: Comparisons, experiment: Recorded) -> None:
@@ -98,13 +98,13 @@ def test_an_experiment_may_name_its_reads_in_its_own_words(stores: Stores, by_po
 def test_the_last_hundred_of_each_migration_are_kept(stores: Stores) -> None:
     ledger = stores.ledger.connection
     kept = [ReadDifference(f"read {number}", "shadow", "old", 2, "0/10", None) for number in range(KEPT + 50)]
-    reads.record(ledger, "another", kept[:3])
+    readdifferences.record(ledger, "another", kept[:3])
     for start in range(0, len(kept), 40):
-        reads.record(ledger, MIGRATION, kept[start : start + 40])
+        readdifferences.record(ledger, MIGRATION, kept[start : start + 40])
     assert [one.experiment for one in on_record(stores)] == [one.experiment for one in reversed(kept)][:KEPT]
-    assert len(reads.recorded(ledger, "another")) == 3
+    assert len(readdifferences.recorded(ledger, "another")) == 3
     drop_ledger(ledger, MIGRATION)
-    assert (on_record(stores), len(reads.recorded(ledger, "another"))) == ([], 3)
+    assert (on_record(stores), len(readdifferences.recorded(ledger, "another"))) == ([], 3)
 
 
 def test_what_can_not_be_put_on_record_is_counted_and_comes_when_it_can(stores: Stores, by_position: Comparisons) -> None:
@@ -164,6 +164,6 @@ def test_python_has_them(stores: Stores, tmp_path: Path, monkeypatch: pytest.Mon
         api.read_differences(spec)
     stores.ledger.record_migration(spec, Stream(0, "1", 1, "none", "none", "none", "none"))
     assert api.read_differences(spec) == []
-    reads.record(stores.ledger.connection, MIGRATION, [ReadDifference("read", "live", "new", 4, None, "user 7")])
+    readdifferences.record(stores.ledger.connection, MIGRATION, [ReadDifference("read", "live", "new", 4, None, "user 7")])
     [one] = api.read_differences(spec)
     assert (one.experiment, one.stage, one.authority, one.description) == ("read", "live", "new", "user 7")

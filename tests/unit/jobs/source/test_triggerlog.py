@@ -26,7 +26,7 @@ from psycopg.conninfo import make_conninfo
 from changeover.demo.schema import DDL
 from changeover.embedded.server import EmbeddedServer
 from changeover.errors import SourceChanged, SpoolGap
-from changeover.flags.mirror.written import position
+from changeover.flags.mirror.written import _ticked
 from changeover.flags.router.endpoint import PgEndpoint
 from changeover.flags.shadow.positions import LedgerPositions
 from changeover.jobs.capture import trigger
@@ -330,7 +330,7 @@ def write(dsn: str, log: Log, seed: int, stop: threading.Event, witness: Witness
                         if not undone:
                             stamps.append(stamp)
                     if chance.random() < 0.3:
-                        dual = position(session.cursor(), log)
+                        dual = _ticked(session.cursor(), "0/0", log)
                     session.execute("SELECT pg_sleep(%s)", [chance.choice((0, 0, 0.01, 0.3 if chance.random() < 0.1 else 0))])
             except (psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):
                 continue
@@ -684,7 +684,7 @@ def test_plain_roles_write_and_every_trace_goes(counters: Logged, source_dsn: st
         application.execute("INSERT INTO counters VALUES (2, 0, 'x')")
         application.execute("UPDATE counters SET id = 3 WHERE id = 2")
         with application.transaction():
-            assert position(application.cursor(), counters.log) >= counters.stream.l0
+            assert _ticked(application.cursor(), "0/0", counters.log) >= counters.stream.l0
         application.execute("TRUNCATE counters")
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             application.execute(sql.SQL("SELECT FROM {}").format(counters.log.rows))
@@ -697,7 +697,7 @@ def test_plain_roles_write_and_every_trace_goes(counters: Logged, source_dsn: st
     assert len(removed) == 5
     counters.sql("INSERT INTO counters VALUES (5, 0, 'free')", "DROP SCHEMA changeover")
     assert leftovers(counters.spec) == []
-    assert position(counters.old.cursor(), counters.log) == 0  # a router that has not heard of it yet goes on
+    assert _ticked(counters.old.cursor(), "0/0", counters.log) == 0  # a router that has not heard of it yet goes on
 
 
 def test_check_says_rights_and_cost_and_status_speaks_of_the_log(counters: Logged) -> None:
